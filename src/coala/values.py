@@ -1,0 +1,206 @@
+"""The values that flow through COALA, read first: pairs, features, a head, generations, judgements, estimates.
+
+Frozen dataclasses over NumPy arrays. This module validates shapes and computes scores; it knows nothing of files,
+models or solvers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Float32 = NDArray[np.float32]
+
+
+class CoalaError(Exception):
+    """A mistake the user can mend: the message says what was found, what was expected and what to do."""
+
+
+class SpecMismatch(CoalaError):
+    """Two values that must share one :class:`FeatureSpec` do not."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: Role
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise CoalaError(f"A turn has role {self.role!r}; expected one of {', '.join(ROLES)}.")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a preferred and a rejected reply. Pairs of one ``group`` never straddle a split."""
+
+    prompt: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    group: str
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Everything that decides what a feature vector means; a head works only on features of an equal spec.
+
+    ``backbone`` is the model's folder or hub name and ``revision`` its commit (empty for a folder); ``weights`` and
+    ``template`` are digests of what was loaded, so that a changed model is noticed whatever its name. ``template``
+    begins with the template's name (``chat:``, ``dialogue:`` or ``continuation:``). ``layer`` counts hidden states:
+    0 is the embedding, ``n_layers`` the final, normalised state. ``max_tokens`` bounds prompt plus reply.
+    """
+
+    backbone: str
+    revision: str
+    weights: str
+    template: str
+    layer: int
+    pooling: str
+    ends_with_eos: bool
+    max_tokens: int
+
+    def same_features(self, other: FeatureSpec) -> bool:
+        """Equal up to the name and revision under which the same weights were found."""
+        return replace(self, backbone="", revision="") == replace(other, backbone="", revision="")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """Pooled hidden states of n pairs: ``chosen`` and ``rejected`` (n, d) float32, ``group`` (n,) of str."""
+
+    chosen: Float32
+    rejected: Float32
+    group: NDArray[np.str_]
+    spec: FeatureSpec
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chosen", np.ascontiguousarray(self.chosen, dtype=np.float32))
+        object.__setattr__(self, "rejected", np.ascontiguousarray(self.rejected, dtype=np.float32))
+        object.__setattr__(self, "group", np.asarray(self.group, dtype=str))
+        if self.chosen.ndim != 2 or self.chosen.shape != self.rejected.shape:
+            raise CoalaError(
+                f"Features must be two (n, d) arrays of one shape; found {self.chosen.shape} and {self.rejected.shape}."
+            )
+        if self.group.shape != (len(self.chosen),):
+            raise CoalaError(f"{len(self.chosen)} pairs need as many group names; found {self.group.shape}.")
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def width(self) -> int:
+        """d, the length of one feature vector."""
+        return int(self.chosen.shape[1])
+
+    def take(self, rows: NDArray[Any]) -> FeatureSet:
+        """The pairs selected by an index or boolean array."""
+        return replace(self, chosen=self.chosen[rows], rejected=self.rejected[rows], group=self.group[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class ConvexHead:
+    """A fitted reward head; one form for linear, gated and ReLU networks.
+
+    score(h) = linear . x + sum_i 1(gates_i . x >= 0) weights_i . x  with x = (h, 1); any feature scaling is folded in.
+    A ReLU neuron (Theta_1i, theta_2i) is gates_i = Theta_1i, weights_i = theta_2i Theta_1i; a linear probe has m = 0.
+    ``gates`` and ``weights`` are (m, d + 1), ``linear`` is (d + 1,). ``certificate`` says what was proved of it.
+    """
+
+    gates: Float32
+    weights: Float32
+    linear: Float32
+    spec: FeatureSpec
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("gates", "weights", "linear"):
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float32))
+        if self.linear.ndim != 1 or self.gates.shape != self.weights.shape or self.gates.ndim != 2:
+            raise CoalaError(
+                "A head needs linear (d+1,) and equal gates and weights (m, d+1); "
+                f"found {self.linear.shape}, {self.gates.shape}, {self.weights.shape}."
+            )
+        if self.gates.shape[1] != len(self.linear):
+            raise CoalaError(f"Gates have {self.gates.shape[1]} columns, the linear block {len(self.linear)}.")
+        for name in ("gates", "weights", "linear"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise CoalaError(f"The head's {name} hold a value that is not finite: fit again.")
+
+    @property
+    def width(self) -> int:
+        """d, the length of the feature vectors it scores."""
+        return len(self.linear) - 1
+
+    @property
+    def n_neurons(self) -> int:
+        return len(self.gates)
+
+    def score(self, h: NDArray[np.floating[Any]]) -> Float32:
+        """Scores (...,) of feature vectors h (..., d); higher is preferred."""
+        if h.shape[-1] != self.width:
+            raise SpecMismatch(f"The head scores vectors of length {self.width}; these have {h.shape[-1]}.")
+        linear = h @ self.linear[:-1] + self.linear[-1]
+        if not self.n_neurons:
+            return cast(Float32, linear.astype(np.float32))
+        open_gates = h @ self.gates[:, :-1].T + self.gates[:, -1] >= 0
+        values = h @ self.weights[:, :-1].T + self.weights[:, -1]
+        return cast(Float32, (linear + np.where(open_gates, values, 0).sum(-1)).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One reply. ``score`` is the head's (nan without one), ``log_prob`` the base model's own log-probability of it.
+
+    ``method`` tells how it was decoded; ``n_tokens`` counts generated tokens, the stop token not among them.
+    """
+
+    prompt_id: str
+    text: str
+    method: str
+    n_tokens: int
+    seed: int
+    score: float
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """P(``first`` is better than ``second``) in [0, 1] for one prompt; ``None`` when the judge failed."""
+
+    prompt_id: str
+    first: str
+    second: str
+    preference: float | None
+    judge: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval (95 % unless ``method`` says otherwise), sample size and how it was made."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+
+def user(text: str) -> tuple[Turn, ...]:
+    """A prompt of one user turn."""
+    return (Turn("user", text),)
+
+
+def conversation_text(turns: Sequence[Turn]) -> str:
+    """A conversation as one readable text, for reports and error messages; never fed to a model."""
+    return turns[0].text if len(turns) == 1 else "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
