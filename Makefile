@@ -1,0 +1,39 @@
+# Every target sets up what it needs in .venv by plain pip; pip's own configuration decides where packages come from.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := .venv/bin
+# Two cores: more threads than cores slow both torch and XLA down.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test check bench clean help
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+.venv/core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "COALA needs Python 3.11 or later; found " + sys.version.split()[0] + ". Set PYTHON=/path/to/python3.11.")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/core  ## align the bundled film model on the bundled pairs, offline, on a CPU
+	HF_HUB_OFFLINE=1 $(BIN)/coala demo --out runs/demo
+
+test: .venv/dev  ## run every test
+	$(BIN)/python -m pytest -q
+
+check: .venv/dev  ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: .venv/dev  ## time the parts; each prints a table and one JSON line
+	for part in benchmarks/*.py; do $(BIN)/python $$part || exit 1; done
+
+clean:  ## delete the environment and all caches
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

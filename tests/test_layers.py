@@ -1,0 +1,105 @@
+"""Imports point down only: the table of docs/architecture.md, enforced on the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
+
+# module or package -> what it may import from coala, and which heavy libraries it may import at module level
+ALLOWED: dict[str, tuple[set[str], set[str]]] = {
+    "values": (set(), set()),
+    "store": ({"values"}, set()),
+    "costs": ({"values"}, set()),
+    "recipe": ({"values"}, {"pydantic", "yaml"}),
+    "data": ({"values"}, set()),
+    "backbone": ({"values"}, {"torch", "transformers"}),
+    "convex": ({"values"}, {"jax"}),
+    "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
+    "decoding": ({"values", "backbone"}, {"torch"}),
+    "evaluation": ({"values"}, {"scipy"}),
+    "report": ({"values", "store", "costs", "evaluation"}, set()),
+    "align": (
+        {"values", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "evaluation", "report"},
+        set(),
+    ),
+    "cli": (
+        {
+            *("values", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("evaluation", "report", "align"),
+        },
+        {"typer"},
+    ),
+}
+HEAVY = {"torch", "transformers", "jax", "pydantic", "yaml", "typer", "matplotlib", "scipy", "datasets", "pyarrow", "trl"}
+
+
+def files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    part = part_of(path)
+    if part == "__init__":
+        return  # the lazy public surface names everything
+    assert part in ALLOWED, f"{part} has no row in the layer table"
+    below, heavy = ALLOWED[part]
+    for name in imports(ast.parse(path.read_text())):
+        words = name.split(".")
+        if words[0] == "coala":
+            assert len(words) > 1, "import the module, not the package"
+            assert words[1] == part or words[1] in below, f"{part} may not import coala.{words[1]}"
+        if part == "convex":
+            assert words[0] not in {"torch", "transformers"}, "JAX and torch never meet"
+        if part == "backbone":
+            assert words[0] not in {"jax", "jaxlib"}, "JAX and torch never meet"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_heavy_libraries_stay_inside_functions(path: Path) -> None:
+    part = part_of(path)
+    heavy = set() if part == "__init__" else ALLOWED[part][1]
+    tree = ast.parse(path.read_text())
+    top_level = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    for name in imports(ast.Module(body=list(top_level), type_ignores=[])):
+        root = name.split(".")[0]
+        assert root not in HEAVY - heavy, f"{part} imports {root} at module level"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_only_the_cli_reads_the_environment_or_prints(path: Path) -> None:
+    if part_of(path) == "cli":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"line {node.lineno} prints"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            assert node.attr not in {"environ", "getenv"}, f"line {node.lineno} reads the environment"
+
+
+def test_only_store_writes_files() -> None:
+    for path in files():
+        if part_of(path) in {"store", "cli"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"write_text", "write_bytes", "mkdir", "unlink"}, f"{path.name}:{node.lineno}"
