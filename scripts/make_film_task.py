@@ -174,9 +174,7 @@ def prompts(seed: int) -> list[str]:
     """All prompts in a fixed random order; any two differ in at least one part."""
     everything = list(itertools.product(OPENINGS, SUBJECTS, EVENTS, ENDINGS))
     order = np.random.default_rng(seed).permutation(len(everything))
-    return [
-        f"{o.format(who=s, what=e)} {end}" for o, s, e, end in (everything[i] for i in order)
-    ]
+    return [f"{o.format(who=s, what=e)} {end}" for o, s, e, end in (everything[i] for i in order)]
 
 
 def make_pairs(train_prompts: int, test_prompts: int, samples: int, tokens: int, seed: int) -> None:

@@ -1,0 +1,244 @@
+"""The stages of one alignment in their order, each skipped when what it reads and wrote is unchanged.
+
+    pairs -> features -> head -> generations -> judgements -> report
+
+Knows which stage feeds which and where its values lie in the run folder; every computation is a call to the part that
+owns it. On a machine with a GPU each stage runs in a process of its own, so that torch and JAX never share the card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from coala.costs import Stopwatch, extraction_flops, peak_memory
+from coala.recipe import Recipe
+from coala.store import (
+    FeatureStore,
+    Run,
+    digest,
+    file_digest,
+    load_features,
+    load_generations,
+    load_head,
+    load_json,
+    load_judgements,
+    load_pairs,
+    save_features,
+    save_generations,
+    save_head,
+    save_json,
+    save_judgements,
+    save_pairs,
+)
+from coala.values import CoalaError, Pair, conversation_text
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.decoding import Guidance
+    from coala.values import ConvexHead
+
+
+class OnProgress(Protocol):
+    """Called with a stage, units done, units in all (``None``: unknown) and a note."""
+
+    def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
+
+
+def _silent(stage: str, done: float, total: float | None, note: str = "") -> None:
+    pass
+
+
+@dataclass
+class _Job:
+    """A recipe on its way through a run folder; the backbone is loaded when first needed and kept."""
+
+    recipe: Recipe
+    run: Run
+    show: OnProgress = _silent
+    loaded: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        return self.run.path / name
+
+    def backbone(self) -> LanguageModel:
+        if "backbone" not in self.loaded:
+            from coala.backbone import load_backbone
+
+            model = self.recipe.model
+            self.loaded["backbone"] = load_backbone(
+                model.name,
+                revision=model.revision,
+                template=model.template,
+                device=model.device,
+                dtype=model.dtype,
+                trust_remote_code=model.trust_remote_code,
+            )
+        return self.loaded["backbone"]
+
+    def once(self, stage: str, inputs: dict[str, Any], outputs: list[str], work: Callable[[], Any]) -> None:
+        """Do ``work`` unless this stage is done on these inputs; record seconds, memory and the facts it returns."""
+        if self.run.done(stage, inputs):
+            self.show(stage, 1, 1, "already done")
+            return
+        with Stopwatch() as watch:
+            facts = work() or {}
+        facts |= {"seconds": watch.seconds, "peak_bytes": peak_memory()}
+        self.run.finish(stage, inputs, outputs, facts)
+        self.show(stage, 1, 1)
+
+
+# --- the stages --------------------------------------------------------------------------------------------------
+
+
+def _pairs(job: _Job) -> None:
+    from coala.data import check, source_digest, split
+
+    recipe = job.recipe
+    inputs = {
+        "pairs": [source_digest(s) for s in recipe.pairs],
+        "eval_pairs": [source_digest(s) for s in recipe.eval_pairs],
+        "settings": [recipe.format, recipe.eval_fraction, recipe.seed],
+    }
+
+    def work() -> dict[str, Any]:
+        job.show("pairs", 0, None)
+        findings = check(recipe.pairs, recipe.format, against=recipe.eval_pairs or None)
+        findings.raise_for_errors()
+        if recipe.eval_pairs:
+            held_out = check(recipe.eval_pairs, recipe.format)
+            held_out.raise_for_errors()
+            train, evaluation = list(findings.pairs), list(held_out.pairs)
+        else:
+            train, evaluation = split(findings.pairs, recipe.eval_fraction, seed=recipe.seed)
+        save_pairs(job.path("pairs-train.jsonl"), train)
+        save_pairs(job.path("pairs-eval.jsonl"), evaluation)
+        return {
+            "n_train": len(train),
+            "n_eval": len(evaluation),
+            "findings": [{"severity": "warning", "text": str(finding)} for finding in findings.warnings],
+        }
+
+    job.once("pairs", inputs, ["pairs-train.jsonl", "pairs-eval.jsonl"], work)
+
+
+def _features(job: _Job) -> None:
+    from coala.features import extract
+
+    model = job.recipe.model
+    for part in ("train", "eval"):
+        stage = f"features-{part}"
+        source = job.path(f"pairs-{part}.jsonl")
+        inputs = {"pairs": file_digest(source), "model": model.model_dump(), "weights": job.backbone().weights}
+
+        def work(part: str = part, stage: str = stage, source: Path = source) -> dict[str, Any]:
+            backbone = job.backbone()
+            pairs = load_pairs(source)
+            spec = backbone.spec(model.layer, model.pooling, model.ends_with_eos, model.max_tokens)
+            shards = FeatureStore(job.path(f"features/{part}/shards"))
+            features = extract(
+                pairs,
+                backbone,
+                spec,
+                batch_tokens=model.batch_tokens,
+                store=shards,
+                on_batch=lambda done, total, tokens: job.show(stage, done, total, f"{tokens:,} tokens"),
+            )
+            save_features(job.path(f"features/{part}"), features)
+            return {}
+
+        job.once(stage, inputs, [f"features/{part}/features.safetensors", f"features/{part}/features.json"], work)
+
+
+def _head(job: _Job) -> None:
+    from coala.convex import fit
+
+    settings = job.recipe.head
+    inputs = {
+        "features": file_digest(job.path("features/train/features.safetensors")),
+        "settings": settings.model_dump(),
+        "seed": job.recipe.seed,
+    }
+
+    def work() -> None:
+        fitted = fit(
+            load_features(job.path("features/train")),
+            **settings.model_dump(),
+            seed=job.recipe.seed,
+            on_step=lambda stage, step, total, info: job.show("head", step, total, stage),
+        )
+        save_head(job.path("head"), fitted.head)
+        save_json(job.path("head/fit.json"), {"path": fitted.path, "history": fitted.history})
+
+    job.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
+
+
+def _generations(job: _Job) -> None:
+    settings = job.recipe.evaluation
+    pairs = load_pairs(job.path("pairs-eval.jsonl"))
+    chosen = list({conversation_text(pair.prompt): pair for pair in pairs}.values())[: settings.prompts]
+    for method in ("unguided", "guided"):
+        stage = f"replies-{method}"
+        inputs = {
+            "prompts": digest([asdict(pair)["prompt"] for pair in chosen]),
+            "head": file_digest(job.path("head/head.safetensors")),
+            "weights": job.backbone().weights,
+            "guidance": job.recipe.guidance.model_dump(),
+            "settings": [settings.max_new_tokens, settings.temperature, job.recipe.seed],
+        }
+
+        def work(method: str = method, stage: str = stage) -> dict[str, Any]:
+            from coala.decoding import generate
+
+            replies = generate(
+                [pair.prompt for pair in chosen],
+                job.backbone(),
+                load_head(job.path("head")),
+                replace(_guidance(job.recipe), mode="none") if method == "unguided" else _guidance(job.recipe),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=job.recipe.seed,
+                prompt_ids=[prompt_id(pair) for pair in chosen],
+            )
+            save_generations(job.path(f"generations-{method}.jsonl"), replies)
+            return {"n": len(replies)}
+
+        job.once(stage, inputs, [f"generations-{method}.jsonl"], work)
+
+
+def _judgements(job: _Job) -> None:
+    from coala.evaluation import WordJudge, judge
+
+    settings = job.recipe.evaluation
+    for name, file in (("judge", settings.judge), ("labeller", settings.labeller)):
+        if file is None:
+            continue
+        inputs = {
+            "judge": file_digest(Path(file)),
+            "guided": file_digest(job.path("generations-guided.jsonl")),
+            "unguided": file_digest(job.path("generations-unguided.jsonl")),
+        }
+
+        def work(name: str = name, file: str = file) -> None:
+            guided = load_generations(job.path("generations-guided.jsonl"))
+            unguided = load_generations(job.path("generations-unguided.jsonl"))
+            save_judgements(job.path(f"judgements-{name}.jsonl"), judge(guided, unguided, WordJudge.load(Path(file))))
+
+        job.once(f"judgements-{name}", inputs, [f"judgements-{name}.jsonl"], work)
+
+
+def prompt_id(pair: Pair) -> str:
+    """A short stable name for a prompt."""
+    return hashlib.sha256(conversation_text(pair.prompt).encode()).hexdigest()[:12]
+
+
+def _guidance(recipe: Recipe) -> Guidance:
+    from coala.decoding import Guidance
+
+    settings = {k: v for k, v in recipe.guidance.model_dump().items() if v is not None}
+    return Guidance(**settings)

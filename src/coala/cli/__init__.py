@@ -1,0 +1,75 @@
+"""The `coala` command: arguments in, one library call, a short summary and one JSON line out.
+
+Nothing heavy is imported until a command runs, so that `coala --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from coala.cli import align, chat, data, demo, extract, fit, generate, report
+
+app = typer.Typer(
+    name="coala",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with `coala demo`, then `coala align PAIRS --model MODEL --out RUN`. "
+    "Results go to stdout (the last line is JSON), progress to stderr.",
+)
+app.command("align")(align.align)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("report")(report.report)
+app.command("extract")(extract.extract)
+app.command("fit")(fit.fit)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"coala {version('coala-align')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Align a frozen language model with preference pairs by convex optimisation, with a certificate."""
+
+
+def main() -> None:
+    """Entry point: turns the library's errors into one message on stderr and an exit code."""
+    # No telemetry, ours or a library's; set before anything heavy is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # A head needs little memory; JAX would otherwise take most of a GPU at its first array.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from coala.values import CoalaError
+
+    try:
+        app()
+    except CoalaError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("interrupted: finished work is kept; run the same command again to go on.", fg="yellow", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`coala ... | head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,91 @@
+"""`coala align`: preference pairs in, a certified head, guided replies and a report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def align(
+    pairs: Annotated[
+        list[str] | None, typer.Argument(metavar="PAIRS...", help="Training pairs: file(s) or a hub dataset.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Local model folder or hub name.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a run found there is continued.")] = Path(
+        "runs/run"
+    ),
+    eval_pairs: Annotated[
+        list[str] | None, typer.Option("--eval", help="Held-out pairs; without it whole groups of PAIRS are held out.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Format of the pairs; recognised if not given.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, chat, dialogue or continuation.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Hidden state to read; -1 is the last.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean (over the reply), mean_all or last.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
+    method: Annotated[str | None, typer.Option(help="pairwise or two-phase.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Guidance: token, block, prefix or none.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Guidance strength.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Held-out prompts to answer for the report.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of those replies.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Word-judge file that compares guided with unguided.")] = None,
+    eval_fraction: Annotated[float | None, typer.Option(help="Share of groups held out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes split, fit and sampling.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the recipe.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
+) -> None:
+    """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
+
+    Run the same command again after an interruption: what is finished is skipped.
+
+    Examples:
+
+    `coala align pairs.jsonl --model ./my-model --out runs/mine`
+
+    `coala align train.jsonl.gz --eval test.jsonl.gz -m ./my-model -o runs/mine --mode block --set head.tolerance=1e-6`
+    """
+    from coala.recipe import load_recipe, set_option
+
+    overrides: dict[str, Any] = {
+        "pairs": pairs or None,
+        "eval_pairs": eval_pairs or None,
+        "format": format,
+        "eval_fraction": eval_fraction,
+        "seed": seed,
+        "model": {
+            "name": model,
+            "template": template,
+            "layer": layer,
+            "pooling": pooling,
+            "max_tokens": max_tokens,
+        },
+        "head": {"method": method},
+        "guidance": {"mode": mode, "strength": strength},
+        "evaluation": {"prompts": prompts, "max_new_tokens": max_new_tokens, "judge": judge},
+    }
+    settings = load_recipe(recipe, overrides, *map(set_option, set_ or []))
+    run_and_show(settings, out, restart)
+
+
+def run_and_show(settings: Any, out: Path, restart: bool = False, samples: int = 0) -> None:
+    """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
+    from coala.align import align as run_align
+    from coala.align import summary_rows
+    from coala.cli.screen import emit, progress, side_by_side, table
+    from coala.store import Run
+
+    run = Run(out)
+    if restart:
+        run.restart()
+    with progress() as show:
+        content = run_align(settings, run, on_progress=show)
+    table(summary_rows(content))
+    for sample in content.get("samples", [])[:samples]:
+        print(f"\n{sample['prompt']}\n")
+        side_by_side(sample["unguided"], sample["guided"], ("unguided", "guided"))
+    print(f"\nreport: {run.path / 'report.html'}")
+    emit({"run": run.path, "report": run.path / "report.html", **content["summary"]})

@@ -1,0 +1,114 @@
+"""What a command shows: progress with remaining time on stderr, tables and one JSON line on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class OnProgress(Protocol):
+    """Progress of a stage: ``done`` of ``total`` units (``None``: unknown) and a short note."""
+
+    def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
+
+
+def emit(result: dict[str, Any]) -> None:
+    """The last line on stdout: one JSON object for programs."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return asdict(value)
+        if isinstance(value, Path):
+            return str(value)
+        return float(value)
+
+    sys.stdout.flush()
+    print(json.dumps(result, default=plain, ensure_ascii=False), flush=True)
+
+
+def say(message: str) -> None:
+    """A remark for people; on stderr, so that stdout stays for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress() -> Iterator[OnProgress]:
+    """One bar per stage with elapsed and remaining time; plain lines now and then when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: float, total: float | None, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+
+        yield show
+
+
+def _lines() -> OnProgress:
+    from time import monotonic
+
+    began: dict[str, float] = {}
+    last: dict[str, float] = {}
+
+    def show(stage: str, done: float, total: float | None, note: str = "") -> None:
+        now = monotonic()
+        began.setdefault(stage, now)
+        finished = total is not None and done >= total
+        if not finished and now - last.get(stage, now - 6) < 5:
+            return
+        if finished and last.get(stage) == -1.0:
+            return
+        last[stage] = -1.0 if finished else now
+        share = f"{100 * done / total:3.0f}%" if total else f"{done:g}"
+        spent = now - began[stage]
+        left = f", {spent * (total - done) / done:.0f} s left" if total and 0 < done < total else ""
+        say(f"{stage:<10} {share} {spent:.0f} s{left} {note}".rstrip())
+
+    return show
+
+
+def table(rows: Sequence[Sequence[str]], head: Sequence[str] | None = None) -> None:
+    """A small table on stdout, columns aligned, no lines longer than their content."""
+    everything = [list(head)] if head else []
+    everything += [list(map(str, row)) for row in rows]
+    if not everything:
+        return
+    widths = [max(len(row[i]) for row in everything) for i in range(len(everything[0]))]
+    for number, row in enumerate(everything):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if head and number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 100) -> None:
+    """Two texts in two columns."""
+    from itertools import zip_longest
+    from textwrap import wrap
+
+    column = (width - 3) // 2
+    pairs = zip_longest(
+        [titles[0], "-" * column, *wrap(left, column)], [titles[1], "-" * column, *wrap(right, column)], fillvalue=""
+    )
+    for a, b in pairs:
+        print(f"{a:<{column}} | {b}".rstrip())

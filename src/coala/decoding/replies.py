@@ -1,0 +1,89 @@
+"""A reply in the making: its tokens, where a stop string cuts it, and its text as a stream. Knows nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+Decode = Callable[[list[int]], str]
+OnToken = Callable[[int, str], None]
+# What an unfinished or invalid byte sequence decodes to.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass
+class Reply:
+    """One reply (or one branch of it).
+
+    ``features[t]`` is the pooled feature (d,) after t tokens, kept while a cut back to t tokens is possible, else only
+    the latest; ``cut`` is the text a stop string left.
+    """
+
+    index: int
+    prompt_id: str
+    room: int
+    branch: int = 0
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    features: list[torch.Tensor] = field(default_factory=list)
+    cut: str | None = None
+
+    def branched(self, branch: int) -> Reply:
+        """A copy that grows on its own."""
+        return replace(
+            self,
+            branch=branch,
+            tokens=self.tokens.copy(),
+            log_probs=self.log_probs.copy(),
+            features=self.features.copy(),
+        )
+
+    def cut_at(self, stop: Sequence[str], decode: Decode) -> bool:
+        """Cut the reply before the earliest stop string, if one is there; tokens wholly behind the cut are dropped."""
+        text = decode(self.tokens)
+        places = [place for place in map(text.find, stop) if place >= 0]
+        if not places:
+            return False
+        self.cut = text[: min(places)]
+        kept = len(self.tokens)
+        while kept and decode(self.tokens[: kept - 1]).startswith(self.cut):
+            kept -= 1
+        del self.tokens[kept:], self.log_probs[kept:], self.features[kept + 1 :]
+        return True
+
+    def text(self, decode: Decode) -> str:
+        return decode(self.tokens) if self.cut is None else self.cut
+
+
+class Stream:
+    """Text handed on as it becomes certain: the pieces of a reply add up to exactly its final text."""
+
+    def __init__(self, on_token: OnToken, decode: Decode, stop: Sequence[str]) -> None:
+        self._on_token = on_token
+        self._decode = decode
+        self._beginnings = {s[:length] for s in stop for length in range(1, len(s))}
+        self._longest = max(map(len, stop), default=1) - 1
+        self._sent: dict[int, str] = {}
+
+    def send(self, reply: Reply, *, last: bool = False) -> None:
+        """Hand on what no later token can change; everything if this is the ``last`` of the reply.
+
+        Held back: an unfinished character, and an end that may be the beginning of a stop string.
+        """
+        text = reply.text(self._decode)
+        sent = self._sent.get(reply.index, "")
+        if not last:
+            text = text.rstrip(REPLACEMENT)
+            for length in range(min(self._longest, len(text)), 0, -1):
+                if text[-length:] in self._beginnings:
+                    text = text[:-length]
+                    break
+            # A tokenizer that tidies spaces may rewrite its last words; wait until it has settled.
+            if not text.startswith(sent):
+                return
+        piece = text[len(sent) :]
+        if piece:
+            self._sent[reply.index] = sent + piece
+            self._on_token(reply.index, piece)

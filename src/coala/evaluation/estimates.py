@@ -1,0 +1,369 @@
+"""Estimates from saved scores and judgements: a value, its 95 % interval, its sample size and how it was made.
+
+Pure NumPy and SciPy on arrays; knows nothing of models, judges or files. Two rules hold throughout. Rows of one
+``group`` (a prompt, a conversation) are not independent, so every interval counts groups: standard errors are
+cluster-robust, with Student's t on (groups - 1) degrees of freedom. And a share never gets an interval of no width:
+it is a Wilson interval whose sample size is the one that clustering leaves (`effective sample size`, Kish 1965; for
+binomial data see Korn and Graubard 1998).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from coala.values import CoalaError, Estimate, Judgement
+
+Float = NDArray[np.float64]
+Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
+
+
+# --- building blocks ---------------------------------------------------------------------------------------------
+
+
+def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a share in [0, 1] seen in ``n`` trials; ``n`` need not be whole. (0, 1) for n = 0."""
+    if n <= 0:
+        return 0.0, 1.0
+    spread = z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    # The ends are exact at 0 and 1; rounding must not move the value itself out of its interval.
+    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
+
+
+def clustered(values: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None) -> tuple[float, float, int]:
+    """Mean of ``values`` (n,), its cluster-robust standard error, and the number G of groups.
+
+    se^2 = G/(G-1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2, which is the usual se of a mean when every group has
+    one row (``group=None``). nan for one group: what does not vary cannot be judged.
+    """
+    x = _vector(values, "values")
+    labels = _labels(group, len(x))
+    if not len(x):
+        return math.nan, math.nan, 0
+    mean = float(x.mean())
+    groups = int(labels.max()) + 1
+    if groups < 2:
+        return mean, math.nan, groups
+    totals = np.bincount(labels, weights=x - mean, minlength=groups)
+    return mean, math.sqrt(groups / (groups - 1) * float(totals @ totals)) / len(x), groups
+
+
+def mean_estimate(
+    values: ArrayLike,
+    group: Sequence[Any] | NDArray[Any] | None = None,
+    *,
+    how: Literal["t", "bootstrap"] = "t",
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of ``values`` (n,) with a t interval, or a percentile bootstrap over groups (``draws``, ``seed``).
+
+    With a single group (or row) nothing is known of the spread and the interval is the whole line.
+    """
+    x = _vector(values, "values")
+    mean, error, groups = clustered(x, group)
+    if groups < 2:
+        return Estimate(mean, -math.inf, math.inf, len(x), "mean; one group, so no interval")
+    if how == "t":
+        half = _student(groups - 1) * error
+        return Estimate(mean, mean - half, mean + half, len(x), f"mean, t interval 95 %{_over(groups, len(x))}")
+    labels = _labels(group, len(x))
+    totals, sizes = np.bincount(labels, weights=x), np.bincount(labels).astype(float)
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for i in range(draws):
+        drawn = rng.integers(groups, size=groups)
+        means[i] = totals[drawn].sum() / sizes[drawn].sum()
+    low, high = np.quantile(means, [0.025, 0.975])
+    about = f"mean, percentile bootstrap 95 % ({draws} draws, seed {seed}){_over(groups, len(x))}"
+    return Estimate(mean, float(low), float(high), len(x), about)
+
+
+def share_estimate(
+    values: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None, name: str = "share"
+) -> Estimate:
+    """Mean of ``values`` (n,) in [0, 1] with a Wilson interval for clustered rows; see :func:`_share`."""
+    x = _vector(values, "values")
+    if len(x) and (x.min() < 0 or x.max() > 1):
+        raise CoalaError(f"A share is a mean of values in [0, 1]; found values from {x.min():g} to {x.max():g}.")
+    mean, error, _ = clustered(x, group)
+    return _share(mean, error, _labels(group, len(x)), name)
+
+
+def _share(value: float, error: float, labels: NDArray[np.intp], name: str, *, counted: bool = True) -> Estimate:
+    """Wilson's interval at the sample size that gives the standard error ``error``.
+
+    Groups of one row each: n itself. Otherwise n_eff = value(1 - value)/error^2, at most n, with Student's t in place
+    of z. When every row agrees the error is 0 and says nothing of clustering; then whole groups count as one trial
+    each, n_eff = n^2 / sum n_g^2, which is the most that correlated rows can cost. A share that is not a mean over n
+    trials (``counted=False``) takes n_eff from its error alone.
+    """
+    n = len(labels)
+    if not n:
+        return Estimate(math.nan, 0.0, 1.0, 0, f"{name}; no rows")
+    sizes = np.bincount(labels).astype(float)
+    groups = len(sizes)
+    if counted and groups == n:
+        low, high = wilson(value, n)
+        return Estimate(value, low, high, n, f"{name}, Wilson 95 %")
+    if groups == 1:
+        low, high = wilson(value, 1)
+        return Estimate(value, low, high, n, f"{name}, Wilson 95 %; all rows are of one group, which counts as one")
+    if not 0 < value < 1:
+        effective = n**2 / float(sizes @ sizes)
+        low, high = wilson(value, effective)
+    else:
+        effective = value * (1 - value) / error**2 if error > 0 else float(n)
+        effective = min(effective, float(n)) if counted else effective
+        low, high = wilson(value, effective, _student(groups - 1))
+    return Estimate(value, low, high, n, f"{name}, Wilson 95 % at n_eff = {effective:.1f}{_over(groups, n)}")
+
+
+# --- ranking -----------------------------------------------------------------------------------------------------
+
+
+def ranking_accuracy(
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    group: Sequence[Any] | NDArray[Any] | None = None,
+    *,
+    ties: Literal["half", "wrong"] = "half",
+) -> Estimate:
+    """Share of pairs whose chosen reply scores higher: scores ``chosen`` and ``rejected`` (n,), ``group`` (n,).
+
+    A tie counts one half, so that a constant score has the accuracy of a coin; ``ties="wrong"`` is the strict count
+    (that of TRL, where a constant score has 0). :func:`tie_share` tells how much that matters.
+    """
+    return accuracy_of_margins(margins_of(chosen, rejected), group, ties=ties)
+
+
+def accuracy_of_margins(
+    margins: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None, *, ties: Literal["half", "wrong"] = "half"
+) -> Estimate:
+    """:func:`ranking_accuracy` from margins score(chosen) - score(rejected), (n,)."""
+    margin = _vector(margins, "margins")
+    wins = (margin > 0) + (0.5 * (margin == 0) if ties == "half" else 0.0)
+    return share_estimate(wins, group, "share of pairs ranked right" + (", a tie one half" if ties == "half" else ""))
+
+
+def margins_of(chosen: ArrayLike, rejected: ArrayLike) -> Float:
+    """score(chosen) - score(rejected) in float64, (n,)."""
+    a, b = _vector(chosen, "chosen scores"), _vector(rejected, "rejected scores")
+    if a.shape != b.shape:
+        raise CoalaError(f"Found {len(a)} chosen and {len(b)} rejected scores; every pair needs one of each.")
+    return a - b
+
+
+def tie_share(margins: ArrayLike) -> float:
+    """Share of margins that are exactly 0; nan of none."""
+    margin = _vector(margins, "margins")
+    return float((margin == 0).mean()) if len(margin) else math.nan
+
+
+def accuracy_difference(
+    margins: ArrayLike, other: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None
+) -> Estimate:
+    """Ranking accuracy of one head minus another's on the same pairs (ties one half), with a paired t interval.
+
+    When the two agree on every pair the interval reaches to Wilson's bound on the share of pairs where they may not.
+    """
+    a, b = _vector(margins, "margins"), _vector(other, "margins")
+    if a.shape != b.shape:
+        raise CoalaError(
+            f"Found {len(a)} and {len(b)} margins; a paired comparison needs the same pairs on both sides."
+        )
+    difference = (np.sign(a) - np.sign(b)) / 2
+    if len(a) and not difference.any():
+        reach = share_estimate(np.zeros(len(a)), group).high
+        return Estimate(0.0, -reach, reach, len(a), "difference of accuracies; equal on every pair")
+    estimate = mean_estimate(difference, group)
+    low, high = max(-1.0, estimate.low), min(1.0, estimate.high)
+    return Estimate(estimate.value, low, high, estimate.n, f"difference of accuracies, paired: {estimate.method}")
+
+
+def pairwise_nll(margins: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None) -> Estimate:
+    """Mean of log(1 + exp(-margin)) in nats per pair (Bradley-Terry, Eq. 6); a head without a signal has log 2."""
+    margin = _vector(margins, "margins")
+    return mean_estimate(np.logaddexp(0.0, -margin), group)
+
+
+def auc(chosen: ArrayLike, rejected: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None) -> Estimate:
+    """P(a random chosen reply scores above a random rejected one), across prompts; a tie counts one half.
+
+    Scores (n,) each. The error is DeLong's (1988) with the two components of a pair, and then of a group, summed
+    before squaring, as pairs share a prompt.
+    """
+    a, b = _vector(chosen, "chosen scores"), _vector(rejected, "rejected scores")
+    margins_of(a, b)
+    n = len(a)
+    labels = _labels(group, n)
+    if not n:
+        return _share(math.nan, math.nan, labels, "AUC")
+    ordered_a, ordered_b = np.sort(a), np.sort(b)
+    above = (np.searchsorted(ordered_b, a, "left") + np.searchsorted(ordered_b, a, "right")) / (2 * n)
+    below = 1 - (np.searchsorted(ordered_a, b, "left") + np.searchsorted(ordered_a, b, "right")) / (2 * n)
+    value = float(above.mean())
+    _, error, _ = clustered(above + below, labels)
+    return _share(value, error, labels, "AUC of chosen against rejected, DeLong error", counted=False)
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """Ranking accuracy of the pairs with low <= length difference < high (the last bin includes its upper end)."""
+
+    low: float
+    high: float
+    accuracy: Estimate
+
+
+def by_length_difference(
+    margins: ArrayLike,
+    length_differences: ArrayLike,
+    bins: int | Sequence[float] = 5,
+    group: Sequence[Any] | NDArray[Any] | None = None,
+) -> list[LengthBin]:
+    """Ranking accuracy by length(chosen) - length(rejected): a head that only likes length fails on the left.
+
+    ``bins`` is a number of bins of about equal size, or their edges (ascending; pairs outside are left out). Bins
+    without a pair are left out.
+    """
+    margin, difference = _vector(margins, "margins"), _vector(length_differences, "length differences")
+    if margin.shape != difference.shape:
+        raise CoalaError(f"Found {len(margin)} margins and {len(difference)} length differences; expected as many.")
+    if not len(margin):
+        return []
+    if isinstance(bins, int):
+        edges = np.unique(np.quantile(difference, np.linspace(0, 1, bins + 1)))
+    else:
+        edges = np.unique(np.asarray(bins, dtype=float))
+    if len(edges) == 1:
+        edges = np.repeat(edges, 2)
+    labels = _labels(group, len(margin))
+    rows = []
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
+        last = i == len(edges) - 2
+        inside = (difference >= low) & ((difference <= high) if last else (difference < high))
+        if inside.any():
+            rows.append(LengthBin(float(low), float(high), accuracy_of_margins(margin[inside], labels[inside])))
+    return rows
+
+
+# --- generated text ----------------------------------------------------------------------------------------------
+
+
+def win_rate(
+    judgements: Sequence[Judgement], ties: Literal["half", "exclude"] = "half", *, of: str | None = None
+) -> Estimate:
+    """Share of comparisons that ``of`` wins (by default the side named first in the first judgement).
+
+    The k-th judgement of a prompt in one order and the k-th in the other are averaged into one comparison before
+    anything else, which removes a judge's taste for the first place. A comparison with a failed judgement (``None``)
+    in either order is left out and counted in ``method``. A comparison that ends at exactly 1/2 is a tie: it counts
+    one half, or nothing with ``ties="exclude"``. Comparisons of one prompt are one group of the interval.
+    """
+    if not judgements:
+        return Estimate(math.nan, 0.0, 1.0, 0, "win rate; no judgements")
+    ours = judgements[0].first if of is None else of
+    orders: dict[tuple[str, str, str], tuple[list[float | None], list[float | None]]] = {}
+    for judgement in judgements:
+        if ours not in (judgement.first, judgement.second) or judgement.first == judgement.second:
+            raise CoalaError(
+                f"The judgement of prompt {judgement.prompt_id!r} compares {judgement.first!r} with "
+                f"{judgement.second!r}; expected {ours!r} on exactly one side. Count one contest at a time."
+            )
+        value = judgement.preference
+        if value is not None and not 0 <= value <= 1:
+            raise CoalaError(f"A preference of {value} on prompt {judgement.prompt_id!r}; expected a value in [0, 1].")
+        swapped = judgement.second == ours
+        other = judgement.first if swapped else judgement.second
+        games = orders.setdefault((judgement.prompt_id, other, judgement.judge), ([], []))
+        games[swapped].append(value if value is None or not swapped else 1 - value)
+    values: list[float] = []
+    prompts: list[str] = []
+    failed = tied = both = 0
+    for (prompt_id, *_), (straight, swapped_games) in orders.items():
+        for k in range(max(len(straight), len(swapped_games))):
+            game = [side[k] for side in (straight, swapped_games) if k < len(side)]
+            known = [value for value in game if value is not None]
+            if len(known) < len(game):
+                failed += 1
+                continue
+            value = sum(known) / len(known)
+            both += len(known) == 2
+            tied += value == 0.5
+            if value != 0.5 or ties == "half":
+                values.append(value)
+                prompts.append(prompt_id)
+    facts = [f"{both} of {len(values) + (tied if ties == 'exclude' else 0)} comparisons judged in both orders"]
+    facts.append(f"{tied} tied and {'counted one half' if ties == 'half' else 'left out'}")
+    if failed:
+        facts.append(f"{failed} failed and left out")
+    estimate = share_estimate(values, prompts, "win rate")
+    return Estimate(estimate.value, estimate.low, estimate.high, estimate.n, f"{estimate.method}; {', '.join(facts)}")
+
+
+def perplexity(
+    log_probs: ArrayLike, n_tokens: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None
+) -> Estimate:
+    """exp(-sum log_probs / sum n_tokens) of texts with summed log-probabilities ``log_probs`` (n,) in nats.
+
+    The interval is that of the ratio's logarithm (linearised, cluster-robust, t), so it is never negative.
+    """
+    logs, tokens = _vector(log_probs, "log-probabilities"), _vector(n_tokens, "token counts")
+    if logs.shape != tokens.shape:
+        raise CoalaError(f"Found {len(logs)} log-probabilities and {len(tokens)} token counts; expected as many.")
+    total = float(tokens.sum())
+    if total <= 0:
+        return Estimate(math.nan, 0.0, math.inf, len(logs), "perplexity; no tokens")
+    nll = -float(logs.sum()) / total
+    _, error, groups = clustered((-logs - nll * tokens) * len(logs) / total, group)
+    if groups < 2:
+        return Estimate(_exp(nll), 0.0, math.inf, len(logs), "perplexity per token; one group, so no interval")
+    half = _student(groups - 1) * error
+    about = f"perplexity per token, t interval 95 % of its logarithm{_over(groups, len(logs))}"
+    return Estimate(_exp(nll), _exp(nll - half), _exp(nll + half), len(logs), about)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _vector(values: ArrayLike, name: str) -> Float:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1:
+        raise CoalaError(f"Expected {name} of shape (n,); found {x.shape}.")
+    if not np.isfinite(x).all():
+        row = int(np.flatnonzero(~np.isfinite(x))[0])
+        raise CoalaError(f"Row {row} of the {name} is {x[row]}; expected finite numbers. Leave such rows out first.")
+    return x
+
+
+def _labels(group: Sequence[Any] | NDArray[Any] | None, n: int) -> NDArray[np.intp]:
+    """Groups as numbers 0..G-1; every row its own group without any."""
+    if group is None:
+        return np.arange(n)
+    names = np.asarray(group)
+    if names.shape != (n,):
+        raise CoalaError(f"{n} rows need as many group names; found {names.shape}.")
+    return np.unique(names, return_inverse=True)[1].astype(np.intp)
+
+
+def _student(freedom: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975))
+
+
+def _over(groups: int, n: int) -> str:
+    return "" if groups == n else f", {groups} groups"
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,136 @@
+"""The settings of an alignment run: one validated object, read from YAML and overridden by flags.
+
+Knows names, types and limits; knows nothing of how a setting is carried out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coala.values import CoalaError
+
+
+class RecipeError(CoalaError):
+    """A recipe that cannot be read or holds a setting that does not exist or fit."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Strict):
+    """The frozen backbone and what is read from it."""
+
+    name: str = Field(description="local model folder or hub name")
+    revision: str | None = None
+    template: Literal["auto", "chat", "dialogue", "continuation"] = "auto"
+    layer: int = Field(-1, ge=-1, description="hidden state to read; -1 is the last")
+    pooling: Literal["mean", "mean_all", "last"] = "mean"
+    ends_with_eos: bool = False
+    max_tokens: int | None = Field(None, ge=2, description="prompt plus reply; the model's context if not given")
+    batch_tokens: int = Field(4096, ge=1)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+
+
+class HeadSettings(_Strict):
+    """How the head is fitted."""
+
+    method: Literal["pairwise", "two-phase"] = "pairwise"
+    loss: Literal["pairwise", "pointwise"] = Field("pairwise", description="Phase II loss of the two-phase method")
+    n_patterns: int = Field(32, ge=1, description="random gates of Phase I")
+    tolerance: float = Field(1e-4, gt=0, lt=1, description="certified relative gap")
+
+
+class GuidanceSettings(_Strict):
+    """How the head guides decoding."""
+
+    mode: Literal["token", "block", "prefix", "none"] = "token"
+    strength: float = Field(2.0, ge=0)
+    every: int | None = Field(None, ge=1, description="guide every N tokens; 1, in prefix mode 5")
+    candidates: int = Field(5, ge=1)
+    top_k: int = Field(50, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    block_tokens: int = Field(10, ge=1)
+    rule: Literal["min-max", "raw"] = "min-max"
+
+
+class EvaluationSettings(_Strict):
+    """What is generated and judged for the report."""
+
+    prompts: int = Field(50, ge=0, description="held-out prompts that get a guided and an unguided reply")
+    max_new_tokens: int = Field(48, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    judge: str | None = Field(None, description="a word-judge file; without one only the head's own scores are shown")
+    labeller: str | None = Field(None, description="the scorer that made the labels, shown beside the judge")
+
+
+class Recipe(_Strict):
+    """Everything that decides the outcome of ``coala align``."""
+
+    pairs: tuple[str, ...]
+    eval_pairs: tuple[str, ...] = ()
+    format: str = "auto"
+    role: str = "assistant"
+    eval_fraction: float = Field(0.1, gt=0, lt=1)
+    seed: int = Field(0, ge=0)
+    model: ModelSettings
+    head: HeadSettings = HeadSettings()
+    guidance: GuidanceSettings = GuidanceSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
+    """Read YAML (or nothing) and lay each of ``overrides`` (nested; ``None`` leaves out) over it, the last on top."""
+    document: Any = {}
+    if path is not None:
+        try:
+            document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML recipe.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: is not YAML ({error}). See `coala align --help` for an example.") from None
+        if not isinstance(document, dict):
+            raise RecipeError(f"{path}: holds {type(document).__name__}; expected a mapping such as `pairs: [FILE]`.")
+        for name in ("pairs", "eval_pairs"):
+            if isinstance(document.get(name), str):
+                document[name] = [document[name]]
+    try:
+        for above in overrides:
+            document = _overlay(document, above)
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"])
+            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
+            lines.append(f"{where}: {problem['msg']}{found}")
+        source = f"{path}: " if path else ""
+        raise RecipeError(f"{source}the settings do not fit: {'; '.join(lines)}.") from None
+
+
+def _overlay(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in above.items():
+        if isinstance(value, dict):
+            inner = merged.get(key)
+            merged[key] = _overlay(inner if isinstance(inner, dict) else {}, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def set_option(text: str) -> dict[str, Any]:
+    """``a.b=value`` as a nested mapping; the value is read as YAML, so numbers and lists work."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text}: expected NAME=VALUE, for example --set guidance.strength=3.")
+    nested: Any = yaml.safe_load(value)
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return dict(nested)

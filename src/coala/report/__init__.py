@@ -1,0 +1,59 @@
+"""One self-contained HTML page and one JSON file per run, from saved values only.
+
+This package words, tabulates and draws; it computes no statistic and reads no model. ``report.json`` holds the content,
+a plain dictionary; ``report.html`` is a function of it alone. All keys are optional: what is missing is said to be
+missing. An ESTIMATE is a :class:`coala.values.Estimate` or the same fields as a dictionary; ``null`` bounds mean that no
+interval is known.
+
+    title           str
+    command         str, the exact command that makes the run again
+    created         str, a date and time given by the caller
+    settings        {name: value}, as nested as they come
+    summary         n_train, n_eval      pairs
+                    accuracy_eval, accuracy_train            ESTIMATE, share of pairs ranked right
+                    linear_accuracy_eval                     ESTIMATE of a linear probe on the same pairs
+                    gain_over_linear                         ESTIMATE, paired difference of the two accuracies
+                    nll_eval, auc_eval, margin_eval          ESTIMATE
+                    certified_gap        relative duality gap that was proved, or null
+                    statement            str, the certificate in one sentence
+                    seconds, gflops      whole run
+    data_findings   [{severity: "error" | "warning" | "note", text}]
+    head            {certificate: {...}, n_neurons, spec: {...}}; of the certificate these are put into words:
+                    program, objective, lower_bound, gap (relative), tolerance, proved, estimated; others are listed
+    curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}
+    path            [{tau, beta_rel, cv_nll, cv_se, cv_accuracy, n_neurons, selected}]; beta_rel null: the linear head
+    scores          {chosen: [float], rejected: [float]}, held-out pairs
+    by_length       [{low, high, accuracy: ESTIMATE}], length difference chosen - rejected
+    length_unit     str, what lengths count ("characters" if not given)
+    costs           [{stage, seconds, flops, flops_counted, peak_bytes}]; peak_bytes a number or {host, device}
+    win_rates       [{judge, estimate: ESTIMATE, comment}], guided against unguided
+    perplexity      {unguided: ESTIMATE, guided: ESTIMATE}, of the text under the base model
+    samples         [{prompt, unguided, guided, scores: {unguided, guided}}]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coala.report.content import plain
+from coala.report.page import render
+from coala.report.verdicts import verdicts
+from coala.store import Run, save_json, write_atomic
+
+__all__ = ["build_report", "verdicts", "write_report"]
+
+
+def build_report(content: Mapping[str, Any]) -> str:
+    """The HTML page of ``content``: no script, nothing fetched, the same bytes for the same content."""
+    return render(plain(content))
+
+
+def write_report(run: Run, content: Mapping[str, Any]) -> Path:
+    """Write ``report.json`` and ``report.html`` into the run folder and return the page's path."""
+    kept = plain(content)
+    page = run.path / "report.html"
+    save_json(run.path / "report.json", kept)
+    write_atomic(page, render(kept))
+    return page

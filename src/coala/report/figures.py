@@ -1,0 +1,238 @@
+"""The report's figures as inline SVG: the same bytes for the same numbers, text as text, nothing fetched.
+
+Each function takes a part of the content and returns a :class:`Drawing`, or ``None`` when there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coala.report.content import Interval, number
+
+BLUE, ORANGE, GREY, INK = "#1f6f8b", "#d1603d", "#8a929c", "#2b3138"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b4bac2",
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e7eaee",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+    "xtick.color": "#59616b",
+    "ytick.color": "#59616b",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.color": INK,
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An SVG element, its caption, and a sentence for those who cannot see it."""
+
+    svg: str
+    title: str
+    caption: str
+
+
+def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Mean reward margin of training and held-out pairs by solver step."""
+    series = {name: _series(rows, name) for name in ("train", "eval")}
+    if not any(len(steps) for steps, _ in series.values()):
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0, color=GREY, linewidth=1)
+        for name, label, look in (("train", "training pairs", {"color": GREY, "ls": "--"}), ("eval", "held-out", {})):
+            steps, values = series[name]
+            if len(steps):
+                few = "o" if len(steps) < 12 else None
+                axes.plot(steps, values, label=label, **({"color": BLUE, "marker": few, "ms": 4} | look))
+        axes.set(xlabel="solver step", ylabel="mean margin, chosen − rejected")
+        axes.legend()
+
+    ends = "; ".join(
+        f"{'training' if name == 'train' else 'held-out'} pairs from {number(values[0])} to {number(values[-1])}"
+        for name, (steps, values) in series.items()
+        if len(steps)
+    )
+    caption = (
+        "Mean of score(chosen) − score(rejected). When held-out pairs part from training pairs, the head has begun to "
+        "learn the training set by heart."
+    )
+    return _drawing("margin", f"Reward margin by solver step: {ends}.", caption, draw)
+
+
+def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Relative duality gap by solver step, logarithmic."""
+    steps, gaps = _series(rows, "gap")
+    steps, gaps = steps[gaps > 0], gaps[gaps > 0]
+    if not len(steps):
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.semilogy(steps, gaps, color=BLUE, marker="o" if len(steps) < 12 else None, ms=4)
+        axes.set(xlabel="solver step", ylabel="relative duality gap")
+        axes.grid(which="minor", visible=False)
+
+    title = f"Duality gap by solver step, from {number(gaps[0])} to {number(gaps[-1])}."
+    return _drawing("gap", title, "How far from the optimum the head can be at most, as a share of the objective.", draw)
+
+
+def objective_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Objective by solver step."""
+    steps, values = _series(rows, "objective")
+    if not len(steps):
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.plot(steps, values, color=BLUE, marker="o" if len(steps) < 12 else None, ms=4)
+        axes.set(xlabel="solver step", ylabel="objective")
+
+    title = f"Objective by solver step, from {number(values[0])} to {number(values[-1])}."
+    return _drawing("objective", title, "The training objective, penalties included.", draw)
+
+
+def histograms(scores: Mapping[str, Any]) -> Drawing | None:
+    """Held-out scores of chosen and rejected replies on one axis."""
+    chosen, rejected = (_finite(scores.get(name) or []) for name in ("chosen", "rejected"))
+    if not len(chosen) or not len(rejected):
+        return None
+    both = np.concatenate([chosen, rejected])
+    low, high = float(both.min()), float(both.max())
+    if high - low < 1e-9 * max(1.0, abs(low)):
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, int(np.clip(np.sqrt(len(both)), 8, 40)) + 1)
+
+    def draw(axes: Any) -> None:
+        for values, label, colour in ((rejected, "rejected", ORANGE), (chosen, "chosen", BLUE)):
+            axes.hist(values, edges, color=colour, alpha=0.32, label=label)
+            axes.hist(values, edges, color=colour, histtype="step", linewidth=1.5)
+        axes.set(xlabel="score", ylabel="replies")
+        axes.legend()
+
+    title = (
+        f"Histograms of held-out scores: {len(chosen)} chosen replies with median {number(float(np.median(chosen)))}, "
+        f"{len(rejected)} rejected with median {number(float(np.median(rejected)))}."
+    )
+    caption = "Overlap is no fault by itself: prompts differ in level, and only the two replies to one prompt compete."
+    return _drawing("scores", title, caption, draw)
+
+
+def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None:
+    """Ranking accuracy with its interval by length difference."""
+    kept = [(row, Interval(row.get("accuracy"))) for row in rows]
+    kept = [(row, accuracy) for row, accuracy in kept if accuracy]
+    if not kept:
+        return None
+    names = [f"{number(row.get('low'))} to\n{number(row.get('high'))}" for row, _ in kept]
+
+    def draw(axes: Any) -> None:
+        axes.axhline(50, color=GREY, linewidth=1.2, linestyle=":")
+        for i, (_, accuracy) in enumerate(kept):
+            low, high = max(0.0, accuracy.low), min(1.0, accuracy.high)
+            axes.plot([i, i], [100 * low, 100 * high], color=BLUE, linewidth=6, alpha=0.25, solid_capstyle="butt")
+            axes.plot(i, 100 * accuracy.value, "o", color=BLUE, ms=6)
+            axes.annotate(f"n={accuracy.n}", (i, 2), ha="center", va="bottom", fontsize=8, color="#59616b")
+        axes.set_xticks(range(len(names)), names)
+        axes.set(ylim=(0, 102), xlim=(-0.6, len(names) - 0.4), ylabel="ranked right, %")
+        axes.set_xlabel(f"length of chosen − rejected, {re.sub(r'[^a-z ]', '', unit.lower()) or 'characters'}")
+        axes.grid(axis="x", visible=False)
+
+    parts = "; ".join(f"{name.replace(chr(10), ' ')}: {a.percent()}" for name, (_, a) in zip(names, kept, strict=True))
+    caption = "A head that only likes long replies is right on the right and wrong on the left. Bars are 95 % intervals."
+    return _drawing("length", f"Ranking accuracy by length difference. {parts}.", caption, draw)
+
+
+def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Cross-validated NLL by regularisation, one line per ridge, against the linear head."""
+    known = [row for row in rows if row.get("cv_nll") is not None]
+    gated = [row for row in known if (row.get("beta_rel") or 0) > 0]
+    if not gated:
+        return None
+    linear = min((float(row["cv_nll"]) for row in known if row.get("beta_rel") is None), default=None)
+    selected = next((row for row in gated if row.get("selected")), None)
+    ridges = sorted({row.get("tau") for row in gated}, key=lambda tau: -1.0 if tau is None else float(tau))
+    shades = np.linspace(1.0, 0.35, len(ridges))
+
+    def draw(axes: Any) -> None:
+        for tau, shade in zip(ridges, shades, strict=True):
+            line = sorted((row for row in gated if row.get("tau") == tau), key=lambda row: float(row["beta_rel"]))
+            axes.errorbar(
+                [float(row["beta_rel"]) for row in line],
+                [float(row["cv_nll"]) for row in line],
+                [float(row.get("cv_se") or 0) for row in line],
+                color=BLUE,
+                alpha=float(shade),
+                marker="o",
+                ms=4,
+                capsize=2.5,
+                elinewidth=1,
+                label="gated head" if len(ridges) == 1 else f"ridge {number(tau)}",
+            )
+        if linear is not None:
+            axes.axhline(linear, color=ORANGE, linestyle="--", linewidth=1.5, label="linear head")
+        if selected is not None:
+            spot = (float(selected["beta_rel"]), float(selected["cv_nll"]))
+            axes.plot(*spot, "o", ms=11, mfc="none", mec=INK, mew=1.5, label="selected")
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        axes.grid(which="minor", visible=False)
+        axes.set(xlabel="sparsity / its largest useful value (weaker →)", ylabel="cross-validated NLL")
+        axes.legend(fontsize=9)
+
+    best = min(gated, key=lambda row: float(row["cv_nll"]))
+    title = (
+        f"Regularisation path: the lowest cross-validated NLL of gated heads is {number(float(best['cv_nll']))} at "
+        f"relative sparsity {number(float(best['beta_rel']))}"
+        + (f"; the linear head has {number(linear)}." if linear is not None else ".")
+    )
+    caption = "Negative log-likelihood per pair on held-out folds; log 2 = 0.693 is a coin. Bars are standard errors."
+    return _drawing("path", title, caption, draw)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Any, Any]:
+    points = [(i if row.get("step") is None else row["step"], row.get(name)) for i, row in enumerate(rows)]
+    kept = [(float(step), float(value)) for step, value in points if value is not None]
+    table = np.array(kept, dtype=float).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _finite(values: Sequence[Any]) -> Any:
+    return np.array([float(value) for value in values if value is not None])
+
+
+def _drawing(name: str, title: str, caption: str, draw: Callable[[Any], None]) -> Drawing:
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    # "default" first: the reader's own matplotlib settings must not change the page.
+    with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": f"coala-{name}"}]):
+        figure = Figure(figsize=(5.4, 3.1), layout="constrained", facecolor="none")
+        axes = figure.subplots()
+        axes.set_facecolor("none")
+        draw(axes)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return Drawing(_inline(text.getvalue(), name), title, caption)
+
+
+def _inline(svg: str, name: str) -> str:
+    """The ``<svg>`` element alone, scaling with its box; ids are made unique among the page's figures."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>fig-{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1).strip()
