@@ -178,7 +178,7 @@ def _head(job: _Job) -> None:
     job.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
 
 
-def _generations(job: _Job) -> None:
+def _replies(job: _Job) -> None:
     settings = job.recipe.evaluation
     pairs = load_pairs(job.path("pairs-eval.jsonl"))
     chosen = list({conversation_text(pair.prompt): pair for pair in pairs}.values())[: settings.prompts]
@@ -240,5 +240,177 @@ def prompt_id(pair: Pair) -> str:
 def _guidance(recipe: Recipe) -> Guidance:
     from coala.decoding import Guidance
 
-    settings = {k: v for k, v in recipe.guidance.model_dump().items() if v is not None}
-    return Guidance(**settings)
+    return Guidance(**recipe.guidance.model_dump())
+
+
+STAGES: dict[str, Callable[[_Job], None]] = {
+    "pairs": _pairs,
+    "features": _features,
+    "head": _head,
+    "replies": _replies,
+    "judgements": _judgements,
+}
+
+
+def align(
+    recipe: Recipe, run: Run, *, on_progress: OnProgress = _silent, separate: bool | None = None
+) -> dict[str, Any]:
+    """Carry out ``recipe`` in ``run`` and return the report's content; finished stages are skipped.
+
+    ``separate`` runs every stage in a process of its own (default: when the machine has an NVIDIA GPU).
+    """
+    recipe = recipe.located()
+    run.start(recipe.model_dump(mode="json"))
+    if separate is None:
+        separate = Path("/proc/driver/nvidia/version").exists()
+    if separate:
+        for stage in STAGES:
+            _in_a_process(stage, recipe, run, on_progress)
+    else:
+        job = _Job(recipe, run, on_progress)
+        for work in STAGES.values():
+            work(job)
+    return make_report(run)
+
+
+def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress) -> None:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work_and_tell, args=(stage, recipe, run.path, theirs))
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            message = mine.recv()
+            if isinstance(message, CoalaError):
+                raise message
+            show(*message)
+    except EOFError:
+        process.join()
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join()
+    if process.exitcode:
+        raise CoalaError(
+            f"The stage {stage!r} ended with exit code {process.exitcode}"
+            f"{' (killed, perhaps for lack of memory)' if process.exitcode == -9 else ''}. "
+            "Finished work is kept; run the same command again to go on."
+        )
+
+
+def _work_and_tell(stage: str, recipe: Recipe, path: Path, pipe: Connection) -> None:
+    def show(stage: str, done: float, total: float | None, note: str = "") -> None:
+        pipe.send((stage, done, total, note))
+
+    try:
+        STAGES[stage](_Job(recipe, Run(path), show))
+    except CoalaError as error:
+        pipe.send(CoalaError(str(error)))
+    finally:
+        pipe.close()
+
+
+# --- reading a run -----------------------------------------------------------------------------------------------
+
+
+def load_run(path: Path | str) -> tuple[LanguageModel, ConvexHead, Guidance]:
+    """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on."""
+    from coala.backbone import load_backbone
+
+    run = Run.open(path)
+    recipe = Recipe.model_validate(run.settings)
+    head = load_head(run.path / "head")
+    model = recipe.model
+    backbone = load_backbone(
+        model.name,
+        revision=model.revision,
+        template=model.template,
+        device=model.device,
+        dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return backbone, head, _guidance(recipe)
+
+
+def make_report(run: Run) -> dict[str, Any]:
+    """Put the run's saved values together as a report, write it, and return its content (see ``coala.report``)."""
+    from coala.report import write_report
+
+    recipe = Recipe.model_validate(run.settings)
+    train, held_out = load_features(run.path / "features/train"), load_features(run.path / "features/eval")
+    head, fitted = load_head(run.path / "head"), load_json(run.path / "head/fit.json")
+    pairs = load_pairs(run.path / "pairs-eval.jsonl")
+    margins = head.score(held_out.chosen) - head.score(held_out.rejected)
+    linear = np.asarray(fitted["linear"], np.float32)
+    linear_margins = (held_out.chosen - held_out.rejected) @ linear[:-1]
+    facts = {stage: run.facts(stage) for stage in _recorded(run)}
+    lengths = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
+    accuracy = evaluation.accuracy_of_margins
+    seconds = sum(fact["seconds"] for fact in facts.values())
+    summary: dict[str, Any] = {
+        "n_train": len(train),
+        "n_eval": len(held_out),
+        "accuracy_eval": accuracy(margins, held_out.group),
+        "accuracy_train": accuracy(head.score(train.chosen) - head.score(train.rejected), train.group),
+        "linear_accuracy_eval": accuracy(linear_margins, held_out.group),
+        "gain_over_linear": evaluation.accuracy_difference(margins, linear_margins, held_out.group),
+        "nll_eval": evaluation.pairwise_nll(margins, held_out.group),
+        "certified_gap": head.certificate.get("relative_gap"),
+        "statement": head.certificate.get("statement"),
+        "seconds": seconds,
+        "gflops": sum(fact.get("flops", 0) for fact in facts.values()) / 1e9,
+    }
+    content: dict[str, Any] = {
+        "title": f"{Path(recipe.model.name).name}: {len(train)} pairs",
+        "command": f"coala align --recipe {run.path / 'run.json'} --out NEW",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": run.settings,
+        "summary": summary,
+        "data_findings": facts["pairs"]["findings"],
+        "head": {"certificate": head.certificate, "n_neurons": head.n_neurons, "spec": asdict(head.spec)},
+        "curves": fitted["curves"],
+        "path": fitted["path"],
+        "scores": {"chosen": head.score(held_out.chosen), "rejected": head.score(held_out.rejected)},
+        "by_length": evaluation.by_length_difference(margins, lengths, held_out.group),
+        "costs": [
+            {"stage": stage, **{k: fact[k] for k in ("seconds", "flops", "peak_bytes") if k in fact}}
+            for stage, fact in facts.items()
+        ],
+    }
+    replies = {name: run.path / f"generations-{name}.jsonl" for name in ("unguided", "guided")}
+    if all(path.exists() for path in replies.values()):
+        texts = {name: load_generations(path) for name, path in replies.items()}
+        content["perplexity"] = {name: evaluation.perplexity(some) for name, some in texts.items() if some}
+        prompts = {prompt_id(pair): conversation_text(pair.prompt) for pair in pairs}
+        content["samples"] = [
+            {
+                "prompt": prompts[plain.prompt_id],
+                "unguided": plain.text,
+                "guided": guided.text,
+                "scores": {"unguided": plain.score, "guided": guided.score},
+            }
+            for plain, guided in zip(texts["unguided"], texts["guided"], strict=True)
+        ][:10]
+    rates = []
+    for name, comment in JUDGES.items():
+        if (path := run.path / f"judgements-{name}.jsonl").exists():
+            judgements = load_judgements(path)
+            rate = evaluation.win_rate(judgements)
+            rates.append({"judge": judgements[0].judge if judgements else name, "estimate": rate, "comment": comment})
+            summary.setdefault("win_rate", rate) if name == "judge" else None
+    content["win_rates"] = rates
+    write_report(run, content)
+    return content
+
+
+JUDGES = {
+    "judge": "an independent judge, named before any guided text was seen",
+    "labeller": "the scorer that labelled the training pairs: tells whether guidance reached its goal, not more",
+    "head": "the head itself: tells whether guidance reached its goal, not whether the text is better",
+}
+
+
+def _recorded(run: Run) -> list[str]:
+    order = ("pairs", "features-train", "features-eval", "head", "replies-unguided", "replies-guided")
+    return [stage for stage in order if (run.path / "stages" / f"{stage}.json").exists()]

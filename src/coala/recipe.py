@@ -84,6 +84,22 @@ class Recipe(_Strict):
     guidance: GuidanceSettings = GuidanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    def located(self) -> Recipe:
+        """The same recipe with local paths made absolute, so that it means the same from any folder."""
+
+        def absolute(name: str) -> str:
+            return str(Path(name).resolve()) if Path(name).exists() else name
+
+        judges = {k: absolute(v) for k in ("judge", "labeller") if (v := getattr(self.evaluation, k)) is not None}
+        return self.model_copy(
+            update={
+                "pairs": tuple(map(absolute, self.pairs)),
+                "eval_pairs": tuple(map(absolute, self.eval_pairs)),
+                "model": self.model.model_copy(update={"name": absolute(self.model.name)}),
+                "evaluation": self.evaluation.model_copy(update=judges),
+            }
+        )
+
 
 def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
     """Read YAML (or nothing) and lay each of ``overrides`` (nested; ``None`` leaves out) over it, the last on top."""

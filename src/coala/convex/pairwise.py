@@ -22,7 +22,9 @@ from coala.convex.linear import matmul
 from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity
 from coala.convex.solvers import GatedNewton, Solution, solve
 
-GATE_BLOCK = 4
+# Programs have 8, 32, 128, ... columns for gates: few shapes, few compilations, each of which costs a second or two.
+NARROWEST = 8
+NEW_GATES = 4
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +124,7 @@ class PairData:
     weight: jax.Array
 
     def program(self, gates: np.ndarray, *, sparsity: float, ridge: float) -> PairProgram:
-        """The program with gates (d, m), closed columns added up to a multiple of the gate block."""
+        """The program with gates (d, m), closed columns added up to the next compiled width."""
         dtype = self.rows.dtype
         number = lambda x: jnp.asarray(x, dtype)  # noqa: E731
         patterns = _patterns(self.rows, jnp.asarray(_padded(gates), dtype), gates.shape[1])
@@ -130,10 +132,10 @@ class PairData:
 
 
 def _padded(gates: np.ndarray) -> np.ndarray:
-    """Gates with zero columns up to 0, 4, 8, 16, 32, ...: few widths, few compilations."""
-    width = 0
+    """Gates with zero columns up to the next width that is compiled."""
+    width = NARROWEST
     while width < gates.shape[1]:
-        width = max(GATE_BLOCK, 2 * width)
+        width *= 4
     return np.pad(gates, ((0, 0), (0, width - gates.shape[1])))
 
 
@@ -141,6 +143,11 @@ def _padded(gates: np.ndarray) -> np.ndarray:
 def _patterns(rows: jax.Array, gates: jax.Array, n_gates: int) -> jax.Array:
     is_open = (matmul(rows, gates) >= 0) & (jnp.arange(gates.shape[1]) < n_gates)
     return jnp.concatenate([jnp.ones((rows.shape[0], 1), bool), is_open], axis=1)
+
+
+@jax.jit
+def _predict(program: PairProgram, u: jax.Array) -> jax.Array:
+    return program.predict(u)
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,7 @@ class PairModel:
         return np.concatenate([self.linear[:, None], self.weights], axis=1)
 
 
+# Called with the step, the score differences (n,) of all pairs, held out ones too, and the step's history row.
 OnStep = Callable[[int, np.ndarray, dict[str, Any]], None]
 
 
@@ -194,6 +202,10 @@ def solve_pairs(
     first = np.zeros(program.zeros().shape)
     if start is not None:
         first[:, : start.shape[1]] = start
+    watch: OnStep | None = None
+    if on_step is not None:
+        report = on_step
+        watch = lambda step, u, row: report(step, np.asarray(_predict(program, jnp.asarray(u))), row)  # noqa: E731
     solution = solve(
         program,
         GatedNewton(),
@@ -201,7 +213,7 @@ def solve_pairs(
         max_steps=max_steps,
         start=jnp.asarray(first, data.rows.dtype),
         exact=exact,
-        on_step=on_step,
+        on_step=watch,
     )
     neurons = solution.value[:, 1 : 1 + gates.shape[1]]
     kept = np.abs(neurons).max(axis=0, initial=0.0) > 0
@@ -216,16 +228,14 @@ def _ascend(
     rows: jax.Array, signed_dual: jax.Array, starts: jax.Array, signs: jax.Array, n_steps: int
 ) -> tuple[jax.Array, jax.Array]:
     def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        gates, best, best_norm = state
+        _, gates, _ = state
         q = gated_product_adjoint(rows, matmul(rows, gates) >= 0, signed_dual)
         norms = group_norms(q)
-        better = norms > best_norm
-        best, best_norm = jnp.where(better, gates, best), jnp.where(better, norms, best_norm)
-        return jnp.where(norms > 0, signs * q / jnp.where(norms > 0, norms, 1.0), gates), best, best_norm
+        return gates, jnp.where(norms > 0, signs * q / jnp.where(norms > 0, norms, 1.0), gates), norms
 
     none = jnp.zeros(starts.shape[1], rows.dtype)
-    _, best, norms = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
-    return best, norms
+    gates, _, norms = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
+    return gates, norms
 
 
 def search_gates(
@@ -320,7 +330,7 @@ def learn_gates(
         # A search can miss the value 1 that the neurons of the model attain.
         violation = max(float(norms[0]) / sparsity, 1.0 if model.n_neurons else 0.0)
         model = replace(model, violation=violation, found=candidates[:, :64])
-        room = min(GATE_BLOCK, search.max_neurons - model.n_neurons)
+        room = min(NEW_GATES, search.max_neurons - model.n_neurons)
         if violation <= 1 + search.slack or room <= 0 or turn == search.max_rounds:
             break
         new = _distinct(candidates[:, norms > sparsity], model.gates, room)

@@ -119,9 +119,10 @@ def solve(
 
 
 class NewtonState(NamedTuple):
-    """Weights (d, P), and the inverse length of the last proximal step."""
+    """Weights (d, P), their predictions, and the inverse length of the last proximal step."""
 
     weights: jax.Array
+    z: jax.Array
     steepness: jax.Array
 
 
@@ -144,16 +145,29 @@ class GatedNewton:
     @partial(jax.jit, static_argnums=0)
     def init(self, program: GroupProgram, start: jax.Array | None = None) -> NewtonState:
         weights = program.zeros() if start is None else start
-        bend = program.diagonal(program.curvature(program.predict(weights)))
-        return NewtonState(weights, 2 * bend.max(initial=0.0) + program.ridges.max(initial=0.0))
+        z = program.predict(weights)
+        bend = program.diagonal(program.curvature(z))
+        return NewtonState(weights, z, 2 * bend.max(initial=0.0) + program.ridges.max(initial=0.0))
 
     def solution(self, program: GroupProgram, state: NewtonState) -> tuple[jax.Array, None]:
         return state.weights, None
 
     @partial(jax.jit, static_argnums=0)
     def step(self, program: GroupProgram, state: NewtonState) -> NewtonState:
-        weights, steepness = _proximal_step(program, state)
-        z = program.predict(weights)
+        weights, z, steepness = _proximal_step(program, state)
+        direction = self._direction(program, weights, z, steepness)
+        dz = program.predict(direction)
+        t = _exact_step(program, weights, direction, z, dz)
+        passes = ((weights * (weights + direction)).sum(axis=0) <= 0) & (program.levels > 0)
+        stopped = jnp.where(passes, 0.0, weights + direction)
+        trials = jnp.stack([weights, weights + t * direction, stopped])
+        images = jnp.stack([z, z + t * dz, program.predict(stopped)])
+        values = jnp.stack([program.loss(image) for image in images]) + _penalty(program, trials)
+        best = jnp.nanargmin(values)
+        return NewtonState(trials[best], images[best], steepness)
+
+    def _direction(self, program: GroupProgram, weights: jax.Array, z: jax.Array, steepness: jax.Array) -> jax.Array:
+        """Newton's direction on the groups that are not zero; 0 on the others."""
         norms = group_norms(weights)
         alive = (norms > 0) | (program.levels == 0)
         inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1.0), 0.0)
@@ -164,72 +178,65 @@ class GatedNewton:
         diagonal = program.diagonal(bend) + program.levels * inverse + program.ridges
         # A trace of damping keeps directions that no row sees from wandering in finite precision.
         damping = 10 * jnp.finfo(weights.dtype).eps * diagonal.max(initial=0.0)
-        diagonal = diagonal + damping
-        diagonal = jnp.where(diagonal > 0, diagonal, 1.0)
+        diagonal = jnp.where(diagonal + damping > 0, diagonal + damping, 1.0)
 
         def hessian(p: jax.Array) -> jax.Array:
             curved = program.predict_adjoint(bend * program.predict(p))
             around = p - unit * (unit * p).sum(axis=0)
             return jnp.where(alive, curved + program.levels * inverse * around + (program.ridges + damping) * p, 0.0)
 
-        size = jnp.linalg.norm(gradient) / (jnp.linalg.norm(program.levels) + steepness * jnp.linalg.norm(weights))
-        target = jnp.minimum(self.forcing, jnp.sqrt(jnp.where(jnp.isfinite(size), size, 1.0)))
-        direction = pcg(
-            hessian, -gradient, lambda r: r / diagonal, tolerance=target, max_steps=self.max_cg_steps
-        ).value
-        dz = program.predict(direction)
-        straight = weights + _exact_step(program, weights, direction, z, dz) * direction
-        full = weights + direction
-        passes = ((full * weights).sum(axis=0) <= 0) & (program.levels > 0)
-        stopped = jnp.where(passes, 0.0, full)
-        trials = jnp.stack([weights, straight, stopped])
-        values = jnp.stack([program.objective(weights), program.objective(straight), program.objective(stopped)])
-        return NewtonState(trials[jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))], steepness)
+        # Inexact Newton: the closer to the optimum, the more exact the linear solve.
+        scale = jnp.linalg.norm(program.levels) + steepness * jnp.linalg.norm(weights)
+        size = jnp.linalg.norm(gradient) / jnp.where(scale > 0, scale, 1.0)
+        tolerance = jnp.minimum(self.forcing, jnp.sqrt(size))
+        solve_ = pcg(hessian, -gradient, lambda r: r / diagonal, tolerance=tolerance, max_steps=self.max_cg_steps)
+        return solve_.value
 
 
-def _proximal_step(program: GroupProgram, state: NewtonState) -> tuple[jax.Array, jax.Array]:
+def _penalty(program: GroupProgram, weights: jax.Array) -> jax.Array:
+    norms = group_norms(weights)
+    return (program.levels * norms + program.ridges / 2 * norms**2).sum(axis=-1)
+
+
+def _proximal_step(program: GroupProgram, state: NewtonState) -> NewtonState:
     """One proximal gradient step from ``state``, its length found by doubling ``steepness`` until it majorises."""
-    weights = state.weights
-    z = program.predict(weights)
+    weights, z, steepness = state
     loss = program.loss(z) + jnp.sum(program.ridges * weights**2) / 2
     gradient = program.predict_adjoint(program.slope(z)) + program.ridges * weights
     rounding = 10 * jnp.finfo(weights.dtype).eps * jnp.abs(loss)
 
-    def trial(steepness: jax.Array) -> jax.Array:
-        return group_soft_threshold(weights - gradient / steepness, program.levels / steepness)
-
-    def too_long(steepness: jax.Array) -> jax.Array:
-        new = trial(steepness)
+    def attempt(trial: tuple[NewtonState, jax.Array]) -> tuple[NewtonState, jax.Array]:
+        steepness = 2 * trial[0].steepness
+        new = group_soft_threshold(weights - gradient / steepness, program.levels / steepness)
+        image = program.predict(new)
         change = new - weights
         model = loss + jnp.vdot(gradient, change) + steepness / 2 * jnp.vdot(change, change)
-        value = program.loss(program.predict(new)) + jnp.sum(program.ridges * new**2) / 2
-        return (value > model + rounding) & (steepness < 1e30)
+        value = program.loss(image) + jnp.sum(program.ridges * new**2) / 2
+        return NewtonState(new, image, steepness), value > model + rounding
 
-    first = jnp.maximum(state.steepness / 2, jnp.finfo(weights.dtype).tiny ** 0.5)
-    steepness = jax.lax.while_loop(too_long, lambda s: 2 * s, first)
-    return trial(steepness), steepness
+    shortest = jnp.finfo(weights.dtype).tiny ** 0.5
+    first = NewtonState(weights, z, jnp.maximum(steepness / 4, shortest))
+    new, _ = jax.lax.while_loop(
+        lambda trial: trial[1] & (trial[0].steepness < 1 / shortest), attempt, (first, jnp.asarray(True))
+    )
+    return new
 
 
 def _exact_step(
     program: GroupProgram, weights: jax.Array, direction: jax.Array, z: jax.Array, dz: jax.Array
 ) -> jax.Array:
-    """The t >= 0 that minimises the objective along ``weights + t direction``: bisection on its derivative."""
+    """The t in [0, 64] that minimises the objective along ``weights + t direction``: bisection on its derivative."""
     a, b, c = ((x * y).sum(axis=0) for x, y in ((weights, weights), (weights, direction), (direction, direction)))
-
-    def derivative(t: jax.Array) -> jax.Array:
-        norms = jnp.sqrt(jnp.maximum(a + 2 * t * b + t * t * c, 0.0))
-        turning = jnp.where(norms > 0, (b + t * c) / jnp.where(norms > 0, norms, 1.0), jnp.sqrt(c))
-        smooth = jnp.vdot(program.slope(z + t * dz), dz)
-        return smooth + jnp.sum(program.levels * turning) + jnp.sum(program.ridges * (b + t * c))
-
-    one = jnp.ones((), weights.dtype)
-    high = jax.lax.while_loop(lambda t: (derivative(t) < 0) & (t < 64), lambda t: 2 * t, one)
 
     def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bracket
-        middle = (low + high) / 2
-        falling = derivative(middle) < 0
-        return jnp.where(falling, middle, low), jnp.where(falling, high, middle)
+        t = (low + high) / 2
+        norms = jnp.sqrt(jnp.maximum(a + 2 * t * b + t * t * c, 0.0))
+        turning = (b + t * c) / jnp.where(norms > 0, norms, 1.0)
+        derivative = jnp.vdot(program.slope(z + t * dz), dz)
+        derivative += jnp.sum(program.levels * turning) + jnp.sum(program.ridges * (b + t * c))
+        return jnp.where(derivative < 0, t, low), jnp.where(derivative < 0, high, t)
 
-    low, high = jax.lax.fori_loop(0, 30, halve, (0 * one, high))
+    zero = jnp.zeros((), weights.dtype)
+    low, high = jax.lax.fori_loop(0, 36, halve, (zero, zero + 64))
     return (low + high) / 2

@@ -241,7 +241,7 @@ def by_length_difference(
     if not len(margin):
         return []
     if isinstance(bins, int):
-        edges = np.unique(np.quantile(difference, np.linspace(0, 1, bins + 1)))
+        edges = np.unique(np.quantile(difference, np.linspace(0, 1, bins + 1), method="nearest"))
     else:
         edges = np.unique(np.asarray(bins, dtype=float))
     if len(edges) == 1:

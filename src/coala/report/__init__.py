@@ -2,8 +2,8 @@
 
 This package words, tabulates and draws; it computes no statistic and reads no model. ``report.json`` holds the content,
 a plain dictionary; ``report.html`` is a function of it alone. All keys are optional: what is missing is said to be
-missing. An ESTIMATE is a :class:`coala.values.Estimate` or the same fields as a dictionary; ``null`` bounds mean that no
-interval is known.
+missing. An ESTIMATE is a :class:`coala.values.Estimate` or the same fields as a dictionary; ``null`` bounds mean that
+no interval is known. Gaps are relative: (objective - lower bound) / objective.
 
     title           str
     command         str, the exact command that makes the run again

@@ -12,6 +12,7 @@ import numpy as np
 
 from coala.values import CoalaError
 
+UNKNOWN = "\N{EN DASH}"
 KEYS = (
     *("title", "command", "created", "settings", "summary", "data_findings", "head", "curves", "path", "scores"),
     *("by_length", "length_unit", "costs", "win_rates", "perplexity", "samples"),
@@ -38,7 +39,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item())
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Sequence | set | frozenset):
@@ -77,8 +78,8 @@ class Interval:
         """``72.5 % (64.1 to 79.6 %)``, or signed percentage points."""
         if not self.known:
             return "unknown"
-        form, unit = ("+.1f", "points") if points else (".1f", "%")
-        ends = f"({100 * self.low:{form}} to {100 * self.high:{form}} {unit})" if self.bounded else "(no interval)"
+        form, unit, last = ("+.1f", "points", "") if points else (".1f", "%", " %")
+        ends = f"({100 * self.low:{form}} to {100 * self.high:{form}}{last})" if self.bounded else "(no interval)"
         return f"{100 * self.value:{form}} {unit} {ends}"
 
     def plain(self) -> str:
@@ -92,7 +93,7 @@ class Interval:
 def number(value: Any) -> str:
     """Four significant digits; a dash for what is unknown; anything else as text."""
     if value is None:
-        return "–"
+        return UNKNOWN
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -103,7 +104,7 @@ def number(value: Any) -> str:
 def seconds(value: Any) -> str:
     """Seconds as people say them: ``0.42 s``, ``38 s``, ``3 min 5 s``, ``2 h 10 min``."""
     if not isinstance(value, int | float):
-        return "–"
+        return UNKNOWN
     if value < 9.995:
         return f"{value:.2g} s"
     whole = round(value)
@@ -124,13 +125,16 @@ def size(value: Any) -> str:
     """Bytes with a decimal prefix: ``1.93 GB``; of ``{host, device}`` each."""
     units = ("B", "kB", "MB", "GB", "TB")
     if isinstance(value, Mapping):
-        return ", ".join(f"{_scaled(v, units)} {'GPU' if k == 'device' else k}" for k, v in sorted(value.items())) or "–"
+        return (
+            ", ".join(f"{_scaled(v, units)} {'GPU' if k == 'device' else k}" for k, v in sorted(value.items()))
+            or UNKNOWN
+        )
     return _scaled(value, units)
 
 
 def _scaled(value: Any, units: Sequence[str]) -> str:
     if not isinstance(value, int | float):
-        return "–"
+        return UNKNOWN
     step = 0
     # 999.5 would be worded 1000 (or 1e+03) of the smaller unit.
     while abs(value) >= 999.5 and step < len(units) - 1:

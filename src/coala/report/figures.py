@@ -59,7 +59,7 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
             if len(steps):
                 few = "o" if len(steps) < 12 else None
                 axes.plot(steps, values, label=label, **({"color": BLUE, "marker": few, "ms": 4} | look))
-        axes.set(xlabel="solver step", ylabel="mean margin, chosen − rejected")
+        axes.set(xlabel="solver step", ylabel="mean reward margin")
         axes.legend()
 
     ends = "; ".join(
@@ -68,8 +68,8 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         if len(steps)
     )
     caption = (
-        "Mean of score(chosen) − score(rejected). When held-out pairs part from training pairs, the head has begun to "
-        "learn the training set by heart."
+        "Mean of score(chosen) minus score(rejected). When held-out pairs part from training pairs, the head has begun "
+        "to learn the training set by heart."
     )
     return _drawing("margin", f"Reward margin by solver step: {ends}.", caption, draw)
 
@@ -87,7 +87,9 @@ def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         axes.grid(which="minor", visible=False)
 
     title = f"Duality gap by solver step, from {number(gaps[0])} to {number(gaps[-1])}."
-    return _drawing("gap", title, "How far from the optimum the head can be at most, as a share of the objective.", draw)
+    return _drawing(
+        "gap", title, "How far from the optimum the head can be at most, as a share of the objective.", draw
+    )
 
 
 def objective_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -147,11 +149,13 @@ def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None
             axes.annotate(f"n={accuracy.n}", (i, 2), ha="center", va="bottom", fontsize=8, color="#59616b")
         axes.set_xticks(range(len(names)), names)
         axes.set(ylim=(0, 102), xlim=(-0.6, len(names) - 0.4), ylabel="ranked right, %")
-        axes.set_xlabel(f"length of chosen − rejected, {re.sub(r'[^a-z ]', '', unit.lower()) or 'characters'}")
+        axes.set_xlabel(f"length of chosen minus rejected, {re.sub(r'[^a-z ]', '', unit.lower()) or 'characters'}")
         axes.grid(axis="x", visible=False)
 
     parts = "; ".join(f"{name.replace(chr(10), ' ')}: {a.percent()}" for name, (_, a) in zip(names, kept, strict=True))
-    caption = "A head that only likes long replies is right on the right and wrong on the left. Bars are 95 % intervals."
+    caption = (
+        "A head that only likes long replies is right on the right and wrong on the left. Bars are 95 % intervals."
+    )
     return _drawing("length", f"Ranking accuracy by length difference. {parts}.", caption, draw)
 
 
@@ -169,18 +173,11 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     def draw(axes: Any) -> None:
         for tau, shade in zip(ridges, shades, strict=True):
             line = sorted((row for row in gated if row.get("tau") == tau), key=lambda row: float(row["beta_rel"]))
-            axes.errorbar(
-                [float(row["beta_rel"]) for row in line],
-                [float(row["cv_nll"]) for row in line],
-                [float(row.get("cv_se") or 0) for row in line],
-                color=BLUE,
-                alpha=float(shade),
-                marker="o",
-                ms=4,
-                capsize=2.5,
-                elinewidth=1,
-                label="gated head" if len(ridges) == 1 else f"ridge {number(tau)}",
-            )
+            x, y = ([float(row[name]) for row in line] for name in ("beta_rel", "cv_nll"))
+            label = "gated head" if len(ridges) == 1 else f"ridge {number(tau)}"
+            axes.plot(x, y, "o-", color=BLUE, alpha=float(shade), ms=4, label=label)
+            errors = [float(row.get("cv_se") or 0) for row in line]
+            axes.errorbar(x, y, errors, fmt="none", color=BLUE, alpha=float(shade), capsize=2.5, elinewidth=1)
         if linear is not None:
             axes.axhline(linear, color=ORANGE, linestyle="--", linewidth=1.5, label="linear head")
         if selected is not None:
@@ -188,6 +185,10 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
             axes.plot(*spot, "o", ms=11, mfc="none", mec=INK, mew=1.5, label="selected")
         axes.set_xscale("log")
         axes.invert_xaxis()
+        ticks = sorted({float(row["beta_rel"]) for row in gated})
+        ticks = ticks[:: -(-len(ticks) // 8)]
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(which="minor", visible=False)
         axes.set(xlabel="sparsity / its largest useful value (weaker →)", ylabel="cross-validated NLL")
         axes.legend(fontsize=9)

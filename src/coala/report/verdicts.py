@@ -39,7 +39,9 @@ def _ranking(summary: Mapping[str, Any]) -> list[str]:
         elif accuracy.below(0.5):
             sentences.append(f"{start}: worse than chance. Check that chosen and rejected are not exchanged.")
         else:
-            sentences.append(f"{start}. The interval includes 50 %: no better than chance, as far as this data can tell.")
+            sentences.append(
+                f"{start}. The interval includes 50 %: no better than chance, as far as this data can tell."
+            )
     if accuracy and train and accuracy.below(train.value):
         sentences.append(
             f"It ranks {100 * train.value:.1f} % of its own training pairs right, more than the held-out interval "
@@ -103,8 +105,8 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[st
     share = f"{100 * gap:.2g} %" if gap > 1e-12 else "rounding error"
     if tolerance is not None and gap > tolerance:
         return [
-            f"The solver stopped at a certified gap of {share} of the objective, above the {number(tolerance)} asked for: "
-            "the head may not be optimal. Allow more steps."
+            f"The solver stopped at a certified gap of {share} of the objective, above the {number(tolerance)} asked "
+            "for: the head may not be optimal. Allow more steps."
         ]
     return [f"The fit is proved optimal to within {share} of its objective, for its own convex program."]
 

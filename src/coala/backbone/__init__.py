@@ -1,0 +1,23 @@
+"""The frozen language model (torch, transformers): load it, render conversations, read hidden states, decode from it.
+
+The only package that calls a model, a tokenizer, a chat template or a KV cache. Knows nothing of heads or stages.
+"""
+
+from coala.backbone.load import load_backbone
+from coala.backbone.model import LanguageModel
+from coala.backbone.network import BackboneError, Shape
+from coala.backbone.pooling import POOLINGS, Pooling, RunningState
+from coala.backbone.prefix import Prefix
+from coala.backbone.template import Row
+
+__all__ = [
+    "POOLINGS",
+    "BackboneError",
+    "LanguageModel",
+    "Pooling",
+    "Prefix",
+    "Row",
+    "RunningState",
+    "Shape",
+    "load_backbone",
+]

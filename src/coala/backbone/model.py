@@ -1,0 +1,174 @@
+"""The frozen language model: conversations to tokens, tokens to hidden states, and prefixes to decode from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from coala.backbone.cache import tree_obstacle
+from coala.backbone.network import BackboneError, Network, Shape
+from coala.backbone.pooling import POOLINGS
+from coala.backbone.prefix import Prefix
+from coala.backbone.template import Renderer, Row
+from coala.values import FeatureSpec, Pair, SpecMismatch, Turn
+
+Tree = Literal["auto", "always", "never"]
+
+
+class LanguageModel:
+    """A loaded, frozen model with its tokenizer; made by :func:`coala.backbone.load_backbone`.
+
+    ``name`` and ``revision`` tell where it came from, ``weights`` and ``template`` what it is (see
+    :class:`coala.values.FeatureSpec`). ``generates`` is false for encoders and models loaded without a head.
+    """
+
+    def __init__(
+        self, network: Network, renderer: Renderer, *, name: str, revision: str, weights: str, generates: bool
+    ) -> None:
+        self._network = network
+        self._renderer = renderer
+        self.name, self.revision, self.weights = name, revision, weights
+        self.generates = generates
+
+    @cached_property
+    def template(self) -> str:
+        return f"{self._renderer.kind}:{self._renderer.digest}"
+
+    @property
+    def width(self) -> int:
+        """d, the length of a hidden state."""
+        return self._network.width
+
+    @property
+    def n_layers(self) -> int:
+        return self._network.n_layers
+
+    @property
+    def max_tokens(self) -> int:
+        """The context: longest prompt plus reply in tokens."""
+        return self._network.context
+
+    @property
+    def device(self) -> torch.device:
+        return self._network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._network.dtype
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a reply."""
+        return self._renderer.stop_tokens
+
+    @property
+    def shape(self) -> Shape:
+        """The numbers that decide FLOPs."""
+        return self._network.shape
+
+    # --- the feature contract ------------------------------------------------------------------------------------
+
+    def spec(
+        self, layer: int = -1, pooling: str = "mean", ends_with_eos: bool = False, max_tokens: int | None = None
+    ) -> FeatureSpec:
+        """What features of this model mean; negative layers count from the last (-1, the final state)."""
+        if pooling not in POOLINGS:
+            raise BackboneError(f"Pooling {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+        longest = self.max_tokens if max_tokens is None else max_tokens
+        if not 2 <= longest <= self.max_tokens:
+            raise BackboneError(
+                f"max_tokens is {longest}; expected 2 to {self.max_tokens}, the context of {self.name}."
+            )
+        return FeatureSpec(
+            self.name, self.revision, self.weights, self.template, self._layer(layer), pooling, ends_with_eos, longest
+        )
+
+    def require(self, spec: FeatureSpec) -> None:
+        """Raise :class:`SpecMismatch` unless this model makes features of ``spec``."""
+        mine = self.spec(spec.layer, spec.pooling, spec.ends_with_eos, min(spec.max_tokens, self.max_tokens))
+        if not mine.same_features(spec):
+            raise SpecMismatch(
+                f"The features are those of {spec.backbone} ({_about(spec)}), but the loaded model is {self.name} "
+                f"({_about(mine)}). Load the model the features were made with, or extract them again with this one."
+            )
+
+    def _layer(self, layer: int) -> int:
+        if not -self.n_layers - 1 <= layer <= self.n_layers:
+            raise BackboneError(
+                f"Layer {layer}; {self.name} has hidden states 0 (embedding) to {self.n_layers} (final)."
+            )
+        return layer % (self.n_layers + 1)
+
+    # --- text and tokens -----------------------------------------------------------------------------------------
+
+    def render(
+        self,
+        prompt: Sequence[Turn],
+        reply: str | None = None,
+        *,
+        max_tokens: int | None = None,
+        ends_with_eos: bool = False,
+    ) -> Row:
+        """Tokens of a prompt, ready to be continued, or of a prompt and its reply.
+
+        Without truncation the tokens of the prompt alone begin the tokens of prompt and reply. Beyond ``max_tokens``
+        (default: the context) the prompt loses tokens on the left, down to a quarter of ``max_tokens``, then the reply
+        on the right. A chat template's text behind the reply is left out, but for the stop token if ``ends_with_eos``
+        (which a reply cut short does not have).
+        """
+        longest = self.max_tokens if max_tokens is None else min(max_tokens, self.max_tokens)
+        if longest < 1:
+            raise BackboneError(f"max_tokens is {max_tokens}; expected at least 1. Ask for fewer new tokens.")
+        return self._renderer.render(prompt, reply, max_tokens=longest, ends_with_eos=ends_with_eos)
+
+    def count_tokens(self, pair: Pair) -> int:
+        """Tokens of the prompt with its longer reply, nothing cut off."""
+        unbounded = 1 << 30
+        rows = (self._renderer.render(pair.prompt, r, max_tokens=unbounded) for r in (pair.chosen, pair.rejected))
+        return max(len(row.tokens) for row in rows)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a reply's tokens; special tokens are left out."""
+        return self._renderer.decode(tokens)
+
+    # --- hidden states -------------------------------------------------------------------------------------------
+
+    def hidden(self, rows: Sequence[Sequence[int]], layer: int = -1) -> Tensor:
+        """Hidden states (B, T, d) of right-padded ``rows`` in the model's dtype; what stands at padding is arbitrary.
+
+        Layers above ``layer`` and the LM head are not computed.
+        """
+        tokens, lengths = self._network.pad(rows)
+        mask = None
+        if self._network.encoder:
+            mask = (torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]).long()
+        # A causal model's rows never see the padding on their right; without a mask its fast kernel is used.
+        return self._network.run(tokens, self._layer(layer), mask=mask)[0]
+
+    def start(self, rows: Sequence[Sequence[int]], layer: int = -1, *, tree: Tree = "auto") -> Prefix:
+        """Read B prompts of any lengths in one forward and keep their cache.
+
+        ``tree``: peek candidates in one forward under a tree mask if the model follows such masks (``auto``), whatever
+        (``always``: an error if not), or by repeating the cache (``never``).
+        """
+        if not self.generates:
+            raise BackboneError(
+                f"{self.name} only makes features. Decode with a decoder-only model loaded with generation=True."
+            )
+        obstacle = "not asked for" if tree == "never" else self._obstacle
+        if obstacle and tree == "always":
+            raise BackboneError(f"Candidates cannot share a forward: {obstacle}. Use tree='auto'.")
+        note = f"Candidates are peeked with a copy of the cache each: {obstacle}." if obstacle else ""
+        return Prefix(self._network, rows, self._layer(layer), tree=not obstacle, note=note)
+
+    @cached_property
+    def _obstacle(self) -> str:
+        return tree_obstacle(self._network)
+
+
+def _about(spec: FeatureSpec) -> str:
+    return f"weights {spec.weights[:12]}, template {spec.template}, max_tokens {spec.max_tokens}"

@@ -1,0 +1,239 @@
+"""A frozen transformer as this package needs it: hidden states at one layer, next-token log-probabilities, its shape.
+
+The only module that calls a model. Knows nothing of text, tokenizers or files.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from coala.values import CoalaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class BackboneError(CoalaError):
+    """A model or tokenizer that cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a transformer's FLOPs; the fields of :class:`coala.costs.Shape`, counted on the loaded model.
+
+    ``body_matmul_parameters`` counts the weights of all layers' matrix products (no embedding, LM head, norms or
+    biases); ``attention_width`` is query heads * head size.
+    """
+
+    n_layers: int
+    width: int
+    vocabulary: int
+    body_matmul_parameters: int
+    attention_width: int
+
+
+class _Reached(Exception):
+    """Thrown from inside a forward pass once the wanted hidden state is known; never leaves this module."""
+
+
+# Position schemes whose frequencies depend on the longest row of a batch once it passes the trained context.
+_LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
+# These build part of their attention pattern themselves, whatever mask they are given.
+OWN_PATTERN = {"gpt_neo"}
+
+
+class Network:
+    """A loaded model: ``causal`` is the whole (``None``-headed for an encoder), ``body`` what makes hidden states."""
+
+    def __init__(self, model: nn.Module, *, encoder: bool) -> None:
+        self.causal = model
+        self.encoder = encoder
+        self.body: nn.Module = model if encoder else cast(Any, model).get_decoder()
+        self.config = cast(Any, model).config.get_text_config(decoder=not encoder)
+        self.layers = self._find_layers()
+        self.n_layers = len(self.layers)
+        self.width = int(self.config.hidden_size)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.arguments = set(inspect.signature(self.body.forward).parameters)
+
+    def _find_layers(self) -> nn.ModuleList:
+        n_layers = getattr(self.config, "num_hidden_layers", None)
+        for module in self.body.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+                return module
+        raise BackboneError(
+            f"{type(self.body).__name__} has no list of {n_layers} layers; expected a transformer with one stack of "
+            "layers. Use another model."
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        return int(cast(Any, self.causal).get_input_embeddings().num_embeddings)
+
+    @cached_property
+    def context(self) -> int:
+        """Longest row in tokens."""
+        config = self.config
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            # Beyond this length a row's hidden states would change with the other rows of its batch.
+            longest = rope.get("original_max_position_embeddings") or longest
+        if longest is None:
+            # Alibi and recurrent models name no limit; any positive bound will do for them.
+            longest = 2048
+        # RoBERTa counts positions from its padding index on, so that many of them are never used.
+        table = next((m for n, m in self.body.named_modules() if n.endswith("position_embeddings")), None)
+        if self.encoder and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            longest -= table.padding_idx + 1
+        return int(longest)
+
+    @cached_property
+    def shape(self) -> Shape:
+        from transformers.pytorch_utils import Conv1D
+
+        products = sum(m.weight.numel() for m in self.layers.modules() if isinstance(m, nn.Linear | Conv1D))
+        heads = int(getattr(self.config, "num_attention_heads", 1))
+        size = int(getattr(self.config, "head_dim", None) or self.width // heads)
+        return Shape(self.n_layers, self.width, self.vocabulary, products, heads * size)
+
+    @cached_property
+    def windows(self) -> dict[str, int | None]:
+        """Attention window by kind of layer as the model names its masks; ``None``: everything before is seen."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None:
+            return {"all": window}
+        return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+    # --- forward passes ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(
+        self,
+        tokens: Tensor,
+        layer: int,
+        *,
+        mask: Tensor | dict[str, Tensor] | None = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, T, d) of ``tokens`` (B, T) at ``layer`` and at the end, in the model's dtype.
+
+        Without a cache the layers above ``layer`` are not run and the second value is ``None`` unless it is the end.
+        """
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+        if not self.encoder:
+            arguments["use_cache"] = cache is not None
+        if positions is not None and "position_ids" in self.arguments:
+            arguments["position_ids"] = positions
+        if cache is not None:
+            arguments[self._cache_argument] = cache
+        if layer == self.n_layers:
+            final = self.body(**arguments).last_hidden_state
+            return final, final
+        with self._catch(layer, stop=cache is None) as caught:
+            try:
+                final = self.body(**arguments).last_hidden_state
+            except _Reached:
+                final = None
+        return caught[0], final
+
+    @contextmanager
+    def _catch(self, layer: int, *, stop: bool) -> Iterator[list[Tensor]]:
+        caught: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            if stop:
+                raise _Reached
+
+        # Hidden state l is what layer l reads: the embedding for 0, the output of layer l - 1 otherwise.
+        handle = self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield caught
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def log_probs(self, final: Tensor) -> Tensor:
+        """Next-token log-probabilities (B, V) float32 of final hidden states (B, d)."""
+        states = final[:, None]
+        outputs = self._outputs(last_hidden_state=states)
+        body = cast(Any, self.body)
+        # The model's own head code runs on given states, so soft-capping and scaling are whatever the model does.
+        body.forward = lambda *args, **kwargs: outputs
+        try:
+            ids = torch.zeros(len(final), 1, dtype=torch.long, device=self.device)
+            logits = cast(Any, self.causal)(input_ids=ids, use_cache=False).logits
+        finally:
+            del body.forward
+        return torch.log_softmax(logits[:, -1].float(), dim=-1)
+
+    @cached_property
+    def _outputs(self) -> type[Any]:
+        tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            return type(self.body(input_ids=tokens, use_cache=False))
+
+    @property
+    def _cache_argument(self) -> str:
+        return "cache_params" if "cache_params" in self.arguments else "past_key_values"
+
+    def check_head(self) -> None:
+        """Refuse a model whose head cannot be run by itself."""
+        tokens = torch.arange(1, 4, device=self.device)[None] % self.vocabulary
+        with torch.no_grad():
+            whole = cast(Any, self.causal)(input_ids=tokens, use_cache=False).logits[:, -1].float()
+        final = self.run(tokens, self.n_layers)[0][:, -1]
+        if not torch.allclose(self.log_probs(final), whole.log_softmax(-1), atol=1e-2, rtol=1e-2):
+            raise BackboneError(
+                f"{type(self.causal).__name__} computes its logits from more than its final hidden states, so it "
+                "cannot be decoded from. Load it with generation=False for features only."
+            )
+
+    # --- masks ---------------------------------------------------------------------------------------------------
+
+    def mask(self, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+        """The 4-D mask(s) this model reads, from ``visible`` and ``distance`` (query minus key position), (B, Q, K)."""
+        masks = {kind: self._encode(visible, distance, window) for kind, window in self.windows.items()}
+        if len({window for window in self.windows.values()}) == 1:
+            return next(iter(masks.values()))
+        return masks
+
+    def _encode(self, visible: Tensor, distance: Tensor, window: int | None) -> Tensor:
+        seen = visible if window is None else visible & (distance < window)
+        # A padding column sees itself: a row without any key is nan in some attention kernels.
+        seen = (seen | (distance == 0) & ~visible.any(-1, keepdim=True))[:, None]
+        if self.config._attn_implementation == "sdpa":
+            return seen
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, lowest)
+
+    def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
+        """Rows as one (B, T) tensor and their lengths (B,); checks what a model would answer with a device error."""
+        if not rows or not all(rows):
+            raise BackboneError("A row without tokens; expected at least one token in every row.")
+        longest = max(map(len, rows))
+        if longest > self.context:
+            raise BackboneError(f"A row has {longest} tokens; the model's context holds {self.context}. Cut it.")
+        if max(map(max, rows)) >= self.vocabulary:
+            raise BackboneError(
+                f"Token {max(map(max, rows))} is beyond the model's {self.vocabulary} embeddings: the tokenizer "
+                "belongs to another model. Use the tokenizer saved with the weights."
+            )
+        # Any token may stand in for padding, for no mask lets it be seen; some models warn of their own pad token.
+        filler = 1 if getattr(self.config, "pad_token_id", None) == 0 else 0
+        blank = [[filler] * (longest - len(row)) for row in rows]
+        padded = [[*b, *row] if left else [*row, *b] for row, b in zip(rows, blank, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return torch.tensor(padded, device=self.device), lengths

@@ -1,0 +1,64 @@
+"""A check, once per process and shape, that compiled operators compute what they say.
+
+Some releases of the compiler have returned wrong numbers for chains of masked products on CPUs. The operators here
+avoid the construction that showed it; this makes sure.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coala.convex.pairwise import PairProgram
+from coala.values import CoalaError
+
+
+@jax.jit
+def _products(
+    program: PairProgram, u: jax.Array, v: jax.Array, bend: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    image = program.predict(u)
+    return image, program.predict_adjoint(bend), program.predict_adjoint(bend * program.predict(v))
+
+
+@lru_cache(maxsize=64)
+def check_operators(n_rows: int, width: int, n_columns: int, dtype: str = "float32") -> float:
+    """Largest relative error of F, F^T and F^T diag F, compiled, against NumPy in float64; ``n_rows`` must be even.
+
+    Raises:
+        CoalaError: if it exceeds what rounding explains.
+    """
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((n_rows, width)) / np.sqrt(max(width, 1))
+    patterns = rng.random((n_rows, n_columns)) < 0.5
+    u, v = rng.standard_normal((2, width, n_columns))
+    bend = rng.random(n_rows // 2)
+    one = jnp.ones((), dtype)
+    program = PairProgram(
+        jnp.asarray(rows, dtype), jnp.asarray(patterns), jnp.zeros(n_rows // 2, dtype), one, one, one
+    )
+    found = _products(program, *(jnp.asarray(a, dtype) for a in (u, v, bend)))
+
+    def predict(w: np.ndarray) -> np.ndarray:
+        chosen, rejected = np.split(np.where(patterns, rows @ w, 0).sum(axis=1), 2)
+        return np.asarray(chosen - rejected)
+
+    def adjoint(z: np.ndarray) -> np.ndarray:
+        return np.asarray(rows.T @ np.where(patterns, np.concatenate([z, -z])[:, None], 0))
+
+    expected = (predict(u), adjoint(bend), adjoint(bend * predict(v)))
+    error = max(
+        float(np.abs(np.asarray(a) - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), 1e-30))
+        for a, b in zip(found, expected, strict=True)
+    )
+    limit = 1e3 * float(jnp.finfo(dtype).eps)
+    if not error <= limit:
+        raise CoalaError(
+            f"The compiled operators of the solver are wrong on this machine: relative error {error:.1e}, expected at "
+            f"most {limit:.1e}. This is a fault of the installed jaxlib; set the environment variable "
+            "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= before starting Python, or install another jaxlib."
+        )
+    return error

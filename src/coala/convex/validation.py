@@ -1,0 +1,74 @@
+"""Cross-validation by whole groups: folds, held-out losses, and the standard error of their differences.
+
+NumPy only; knows margins and groups, not how a model was fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def grouped_folds(group: np.ndarray, n_folds: int, seed: int) -> np.ndarray | None:
+    """A fold number (n,) for each pair, groups kept whole and folds of about one size; None for fewer than 2 groups.
+
+    Depends on the names and sizes of the groups and the seed, not on the order of the rows.
+    """
+    names, member, sizes = np.unique(group, return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        return None
+    n_folds = min(n_folds, len(names))
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    fold_of = np.zeros(len(names), int)
+    filled = np.zeros(n_folds)
+    for name in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
+        fold_of[name] = int(np.argmin(filled))
+        filled[fold_of[name]] += sizes[name]
+    return np.asarray(fold_of[member])
+
+
+def log_loss(margins: np.ndarray, offset: np.ndarray | float = 0.0) -> np.ndarray:
+    """softplus(offset - margins) per pair: the negative log-likelihood of the preference."""
+    return np.asarray(np.logaddexp(0.0, offset - margins))
+
+
+def clustered_error(values: np.ndarray, group: np.ndarray) -> float:
+    """Standard error of ``values.mean()`` when values of one group hang together; nan for a single group."""
+    _, member = np.unique(group, return_inverse=True)
+    sums = np.bincount(member, values - values.mean())
+    clusters = len(sums)
+    if clusters < 2:
+        return float("nan")
+    return float(np.sqrt((sums**2).sum() * clusters / (clusters - 1)) / len(values))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Out-of-fold score differences (n,) of one setting, with its mean loss, standard error and accuracy."""
+
+    margins: np.ndarray
+    losses: np.ndarray
+    error: float
+
+    @classmethod
+    def of(cls, margins: np.ndarray, offset: np.ndarray, group: np.ndarray) -> HeldOut:
+        losses = log_loss(margins, offset)
+        return cls(margins, losses, clustered_error(losses, group))
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pairs ranked right; a tie counts half."""
+        return float((self.margins > 0).mean() + (self.margins == 0).mean() / 2)
+
+    def row(self) -> dict[str, float]:
+        return {"cv_nll": self.loss, "cv_se": self.error, "cv_accuracy": self.accuracy}
+
+
+def rising_twice(losses: list[float]) -> bool:
+    """Whether the last two values both lie above the best before them: the path has passed its minimum."""
+    return len(losses) >= 3 and min(losses[-2:]) > min(losses[:-2])

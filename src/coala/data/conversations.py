@@ -1,0 +1,174 @@
+"""Conversations: reading them in the shapes they come in, and pairs by the Alternating Population Strategy.
+
+Knows nothing of preference formats. Whether what the pairs teach is more than a place in the dialogue is for
+:mod:`coala.data.cues` to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from coala.data.files import Source, records, sources
+from coala.data.findings import DataError, Fault, Finding, describe, listed
+from coala.data.turns import Row, digest, is_messages, merged, named_group, role, same_reply, sound_text, text, turns
+from coala.values import CoalaError, Pair, Role, Turn
+
+_FLIPPED: Mapping[Role, Role] = {"user": "assistant", "assistant": "user", "system": "system"}
+
+
+def alternate(conversation: Sequence[Turn], group: str, *, role: Role = "assistant") -> list[Pair]:
+    """Pairs of one conversation: chosen is a reply of ``role``, rejected the same speaker's next reply.
+
+    The prompt is everything before the chosen reply. Consecutive turns of one speaker count as one reply (joined by a
+    line break): what follows such a turn is no answer to what the other said. k replies give k - 1 pairs, except that
+
+    - a reply with nothing before it but system turns gives none, since there is nothing it could be an answer to;
+    - two replies of the same text give none.
+
+    With ``role="user"`` the two speakers change places, so that the one who replies is the assistant of the pair.
+    Raises :class:`~coala.values.CoalaError` for any other role.
+    """
+    if role not in ("assistant", "user"):
+        raise CoalaError(f"Replies of role {role!r} cannot be compared; expected 'assistant' or 'user'.")
+    said = merged(conversation, "\n")
+    if role == "user":
+        said = [Turn(_FLIPPED[turn.role], turn.text) for turn in said]
+    places = [k for k, turn in enumerate(said) if turn.role == "assistant"]
+    return [
+        Pair(tuple(said[:here]), said[here].text, said[after].text, group)
+        for here, after in zip(places, places[1:], strict=False)
+        if any(turn.role != "system" for turn in said[:here]) and not same_reply(said[here].text, said[after].text)
+    ]
+
+
+def read_conversations(source: Source, format: str = "auto") -> Iterator[tuple[str, list[Turn]]]:
+    """Conversations of one or several files or hub data sets, as (group, turns), in reading order.
+
+    ``format`` is a name in :data:`SHAPES`, or ``auto``. A conversation that another of the same source only continues
+    (a snapshot of it) is left out: its pairs would all come twice. Raises :class:`DataError` at the first bad row.
+    """
+    if format != "auto" and format not in SHAPES:
+        raise CoalaError(f"There is no conversation format {format!r}; expected auto or one of {listed(SHAPES)}.")
+    for name in sources(source):
+        found: list[tuple[str, list[Turn], int]] = []
+        begun: set[int] = set()
+        for event in records(name):
+            if isinstance(event, Finding):
+                if event.severity == "error":
+                    raise DataError([event])
+                continue
+            try:
+                group, said = conversation(event.value, format)
+            except Fault as fault:
+                raise DataError([fault.at(event.file, event.row)]) from None
+            so_far = [0]
+            for turn in said:
+                so_far.append(hash((so_far[-1], turn.role, turn.text)))
+            begun.update(so_far[:-1])
+            found.append((group, said, so_far[-1]))
+        for group, said, whole in found:
+            if whole not in begun:
+                begun.add(whole)  # an exact copy comes once
+                yield group, said
+
+
+def conversation(row: Any, format: str = "auto") -> tuple[str, list[Turn]]:
+    """The group and the turns of one row; raises :class:`Fault` when it is no conversation."""
+    if not isinstance(row, Mapping):
+        raise Fault("", describe(row), "an object with named fields", "write each conversation as an object")
+    for name, (fields, make) in SHAPES.items():
+        if format == name or (format == "auto" and fields <= set(row)):
+            for field in sorted(fields - set(row)):
+                raise Fault(field, f"the field is missing (there are {listed(row) or 'none'})", "turns", "add or rename it")
+            said, group = make(row)
+            if not said:
+                raise Fault(min(fields), "no turns", "a conversation", "delete the row")
+            return group or named_group(row) or _first_words(said), said
+    expected = "messages, conversations, turns, c_h and c_r, past_convo or conversation"
+    raise Fault("", f"the fields {listed(row) or '(none)'}", expected, "rename the field that holds the turns")
+
+
+def is_conversation(row: Row) -> bool:
+    return any(fields <= set(row) for fields, _ in SHAPES.values())
+
+
+def _first_words(said: Sequence[Turn]) -> str:
+    return digest(next((turn.text for turn in said if turn.role == "user"), said[0].text))
+
+
+# --- the shapes --------------------------------------------------------------------------------------------------
+
+_MOVE = re.compile(r"\s*\((generic|focus|probing|telling)\)\s*")
+Shaped = tuple[list[Turn], str | None]
+
+
+def _messages(field: str) -> Callable[[Row], Shaped]:
+    def read(row: Row) -> Shaped:
+        value = row[field]
+        if not is_messages(value):
+            raise Fault(field, describe(value), "a list of messages", "write [{role, content}, ...]")
+        own = row.get("id")
+        group = named_group(row) or (str(own) if isinstance(own, int | str) and str(own).strip() else None)
+        return turns(value, field), group
+
+    return read
+
+
+def _bridge(row: Row) -> Shaped:
+    """The chat ``c_h`` and the tutor's reply ``c_r``; several cuts of one session share its number, the group."""
+    said = [turn for field in ("c_h", "c_r") for turn in turns(row[field], field)]
+    return said, bridge_session(row)
+
+
+def bridge_session(row: Row) -> str | None:
+    """The session of a bridge row: ``c_id`` is ``<session>_<message>``."""
+    return row["c_id"].rpartition("_")[0] or row["c_id"] if isinstance(row.get("c_id"), str) else None
+
+
+def _cima(row: Row) -> Shaped:
+    """``past_convo`` alternates, the tutor first. The exercise, which the student has in view, opens as a user turn."""
+    value = row["past_convo"]
+    if not isinstance(value, list) or not value:
+        raise Fault("past_convo", describe(value), "a list of texts", "fill it in or delete the row")
+    said = [
+        Turn("user" if k % 2 else "assistant", sound_text(words, f"past_convo[{k}]").strip()) for k, words in enumerate(value)
+    ]
+    if all(isinstance(row.get(field), str) for field in ("engPrep", "engColor", "engObj")):
+        said.insert(0, Turn("user", f'In Italian: "{row["engPrep"]} {row["engColor"]} {row["engObj"]}"'))
+    return said, digest("\n".join(turn.text for turn in said[:3]))
+
+
+def _mathdial(row: Row) -> Shaped:
+    """Turns joined by ``|EOM|``, the teacher's tagged with a move (taken off); student names differ.
+
+    The question and the student's wrong solution, which the teacher answers, open as a user turn.
+    """
+    said = []
+    for k, piece in enumerate(text(row, "conversation").split("|EOM|")):
+        speaker, colon, words = piece.partition(":")
+        if not colon:
+            raise Fault(f"conversation[{k}]", describe(piece), "Teacher: ... or Student: ...", "name the speaker")
+        teacher = speaker.strip() == "Teacher"
+        words = _MOVE.sub("", words, count=1) if teacher and _MOVE.match(words) else words
+        said.append(Turn("assistant" if teacher else "user", sound_text(words, f"conversation[{k}]").strip()))
+    asked = [row[field] for field in ("question", "student_incorrect_solution") if isinstance(row.get(field), str)]
+    if asked:
+        said.insert(0, Turn("user", "\n\n".join(asked)))
+    return said, str(row["qid"]) if isinstance(row.get("qid"), int | str) else None
+
+
+def _turns_field(row: Row) -> Shaped:
+    """Our own form: ``{"group" or "id", "turns": [{"role", "text"}]}``."""
+    return _messages("turns")(row)
+
+
+SHAPES: Mapping[str, tuple[frozenset[str], Callable[[Row], Shaped]]] = {
+    "bridge": (frozenset({"c_h", "c_r"}), _bridge),
+    "cima": (frozenset({"past_convo"}), _cima),
+    "turns": (frozenset({"turns"}), _turns_field),
+    "messages": (frozenset({"messages"}), _messages("messages")),
+    "sharegpt": (frozenset({"conversations"}), _messages("conversations")),
+    "mathdial": (frozenset({"conversation"}), _mathdial),
+}

@@ -1,0 +1,211 @@
+"""Lays the content of a report out as one HTML page; the template is ``page.html`` beside this module.
+
+Everything reaches the page through Jinja's autoescaping; only the figures, made here of numbers, are marked as safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from coala.report import figures
+from coala.report.content import Interval, flops, number, seconds, size
+from coala.report.figures import Drawing
+from coala.report.verdicts import certified_gap, verdicts
+
+_WORDED = {"program", "objective", "lower_bound", "gap", "tolerance", "proved", "estimated"}
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The page of a plain content (:func:`coala.report.content.plain`)."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "seconds": seconds, "flops": flops, "size": size}
+    return environment.get_template("page.html").render(_view(content)).rstrip() + "\n"
+
+
+def _view(content: Mapping[str, Any]) -> dict[str, Any]:
+    summary, head, curves = (_mapping(content.get(name)) for name in ("summary", "head", "curves"))
+    costs, win_rates, samples = (_rows(content.get(name)) for name in ("costs", "win_rates", "samples"))
+    certificate = _mapping(head.get("certificate"))
+    solver = _rows(curves.get("solver"))
+    unit = str(content.get("length_unit") or "characters")
+    return {
+        "title": str(content.get("title") or "COALA alignment report"),
+        "command": content.get("command"),
+        "created": content.get("created"),
+        "settings": list(_flat(content.get("settings"))),
+        "summary": summary,
+        "verdicts": verdicts(content),
+        "tiles": _tiles(content, summary, head),
+        "findings": _rows(content.get("data_findings")),
+        "data_read": content.get("data_findings") is not None,
+        "certificate": _certificate(summary, head),
+        "certificate_facts": [(k, v) for k, v in _flat(certificate) if k.split(".")[0] not in _WORDED],
+        "spec": list(_flat(head.get("spec"))),
+        "fit_figures": _drawn(
+            figures.margin_curve(_rows(curves.get("margin"))),
+            figures.gap_curve(solver),
+            figures.objective_curve(solver),
+            figures.path_chart(_rows(content.get("path"))),
+        ),
+        "ranking_figures": _drawn(
+            figures.histograms(_mapping(content.get("scores"))),
+            figures.length_chart(_rows(content.get("by_length")), unit),
+        ),
+        "path": _rows(content.get("path")),
+        "ranking": _ranking(summary),
+        "by_length": [
+            {**row, "worded": Interval(row.get("accuracy")).percent(), "n": Interval(row.get("accuracy")).n}
+            for row in _rows(content.get("by_length"))
+        ],
+        "length_unit": unit,
+        "win_rates": [_contest(row) for row in win_rates],
+        "perplexity": [
+            (name, Interval(_mapping(content.get("perplexity")).get(name)))
+            for name in ("unguided", "guided")
+            if Interval(_mapping(content.get("perplexity")).get(name))
+        ],
+        "samples": [{**row, "scores": _mapping(row.get("scores"))} for row in samples],
+        "costs": costs,
+        "costs_counted": any(row.get("flops_counted") is not None for row in costs),
+    }
+
+
+def _tiles(content: Mapping[str, Any], summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The key numbers; those that are shares carry their interval on the scale from 0 to 1."""
+    tiles: list[dict[str, Any]] = []
+
+    def share(label: str, estimate: Any, note: str) -> None:
+        rate = Interval(estimate)
+        if rate:
+            span = f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %" if rate.bounded else "no interval"
+            bar = {"low": 100 * max(0.0, rate.low), "high": 100 * min(1.0, rate.high), "at": 100 * rate.value}
+            tiles.append({"label": label, "value": f"{100 * rate.value:.1f} %", "note": f"{span}, {note}", "bar": bar})
+
+    accuracy = Interval(summary.get("accuracy_eval"))
+    share("Ranked right, held-out", summary.get("accuracy_eval"), f"n = {accuracy.n:,}")
+    for row in _rows(content.get("win_rates"))[:2]:
+        rate = Interval(row.get("estimate"))
+        share(f"Guided wins, {row.get('judge') or 'judge'}", row.get("estimate"), f"n = {rate.n:,}")
+    gap, _ = certified_gap(summary, head)
+    if gap is not None:
+        tiles.append({"label": "Certified gap", "value": f"{100 * gap:.2g} %", "note": "of the objective, proved"})
+    both = _mapping(content.get("perplexity"))
+    guided, unguided = Interval(both.get("guided")), Interval(both.get("unguided"))
+    if guided and unguided:
+        note = f"without guidance {number(unguided.value)}"
+        tiles.append({"label": "Perplexity, guided", "value": number(guided.value), "note": note})
+    if summary.get("seconds") is not None:
+        work = summary.get("gflops")
+        note = flops(work * 1e9) if isinstance(work, int | float) else "wall time"
+        tiles.append({"label": "Whole run", "value": seconds(summary["seconds"]), "note": note})
+    return tiles
+
+
+def _ranking(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    shares = {
+        "accuracy_eval": "Held-out pairs ranked right",
+        "accuracy_train": "Training pairs ranked right",
+        "linear_accuracy_eval": "Linear head, held-out pairs ranked right",
+    }
+    others = {
+        "nll_eval": "Held-out NLL per pair (a coin: 0.693)",
+        "auc_eval": "Held-out AUC across prompts",
+        "margin_eval": "Held-out mean margin",
+    }
+    rows = [(label, Interval(summary.get(key)), "percent") for key, label in shares.items()]
+    gain = Interval(summary.get("gain_over_linear"))
+    rows += [(label, Interval(summary.get(key)), "plain") for key, label in others.items()]
+    worded = [
+        (label, estimate.percent() if kind == "percent" else estimate.plain(), f"n = {estimate.n:,}; {estimate.method}")
+        for label, estimate, kind in rows
+        if estimate
+    ]
+    if gain:
+        worded.insert(
+            sum(bool(Interval(summary.get(key))) for key in shares),
+            ("Gain over the linear head", gain.percent(points=True), f"n = {gain.n:,}; {gain.method}"),
+        )
+    return worded
+
+
+def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, str] | None:
+    """The three parts of the box: what is proved, what is only estimated, what nobody claims."""
+    if not head and not summary.get("statement"):
+        return None
+    certificate = _mapping(head.get("certificate"))
+    gap, tolerance = certified_gap(summary, head)
+    proved = str(certificate.get("proved") or summary.get("statement") or "")
+    if gap is not None:
+        program = f" ({certificate['program']})" if certificate.get("program") else ""
+        proved += (
+            f" A dual solution shows that no weights of this convex program{program}, with these gates and penalties, "
+            f"have an objective lower by more than {100 * gap:.2g} % of it."
+        )
+        if certificate.get("objective") is not None and certificate.get("lower_bound") is not None:
+            objective, bound = (_fine(certificate[key]) for key in ("objective", "lower_bound"))
+            proved += f" The objective is {objective}; the lower bound is {bound}."
+        if tolerance is not None:
+            proved += f" The tolerance asked for was {number(tolerance)}."
+    estimated = str(certificate.get("estimated") or "")
+    measured = (
+        "Accuracies, win rates and perplexities are measured on samples, each with a 95 % interval; none of them is "
+        "a part of the proof."
+    )
+    return {
+        "proved": proved.strip() or "Nothing: no optimality gap was certified for this head.",
+        "estimated": f"{estimated} {measured}".strip(),
+        "unclaimed": "That other gates, another layer or a larger network could not do better, and that text guided by "
+        "an optimal head is better text. The proof is about the fit alone.",
+    }
+
+
+def _fine(value: Any) -> str:
+    """Enough digits to tell an objective from a bound that is close to it."""
+    return f"{value:.9g}" if isinstance(value, float) else number(value)
+
+
+def _contest(row: Mapping[str, Any]) -> dict[str, Any]:
+    rate = Interval(row.get("estimate"))
+    return {
+        "judge": row.get("judge") or "judge",
+        "worded": rate.percent(),
+        "n": rate.n,
+        "method": rate.method,
+        "comment": row.get("comment") or "",
+    }
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as dotted names and words, in the order of the names (report.json keeps no other)."""
+    for key, inner in sorted(_mapping(value).items()):
+        name = f"{prefix}{key}"
+        if isinstance(inner, Mapping) and inner:
+            yield from _flat(inner, f"{name}.")
+        elif isinstance(inner, list):
+            yield name, ", ".join(map(number, inner)) or "none"
+        else:
+            yield name, number(inner) if inner is not None else "not set"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _rows(value: Any) -> list[Mapping[str, Any]]:
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def _drawn(*drawings: Drawing | None) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    return [{"svg": Markup(d.svg), "title": d.title, "caption": d.caption} for d in drawings if d is not None]

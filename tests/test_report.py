@@ -1,0 +1,452 @@
+"""The report: what it says, that it says it safely, and that it is a function of report.json alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coala.evaluation import (
+    accuracy_difference,
+    accuracy_of_margins,
+    auc,
+    by_length_difference,
+    mean_estimate,
+    pairwise_nll,
+    perplexity,
+    share_estimate,
+)
+from coala.report import build_report, verdicts, write_report
+from coala.report.content import flops, number, seconds, size
+from coala.store import Run, load_json
+from coala.values import CoalaError, Estimate
+
+HOSTILE = (
+    '<script>alert("x")</script><img src=x onerror=alert(1)> & \' " {{ 7 * 7 }} {% raw %} $\\frac{a}{b}$ \u202e\u0000'
+)
+
+
+def example(seed: int = 0) -> dict[str, Any]:
+    """A content like that of a whole run, its estimates made from drawn scores."""
+    rng = np.random.default_rng(seed)
+    n = 240
+    group = np.repeat(np.arange(n // 2), 2)
+    level = rng.normal(size=n)
+    chosen, rejected = level + rng.normal(0.9, 1, n), level + rng.normal(0, 1, n)
+    linear = chosen - rejected + rng.normal(0, 0.3, n)
+    lengths = rng.integers(-150, 150, n)
+    steps = np.arange(0, 41)
+    path = [
+        {"tau": 0.1, "beta_rel": None, "cv_nll": 0.612, "cv_se": 0.011, "cv_accuracy": 0.69, "n_neurons": 0},
+        *(
+            {
+                "tau": 0.1,
+                "beta_rel": beta,
+                "cv_nll": nll,
+                "cv_se": 0.011,
+                "cv_accuracy": 0.7,
+                "n_neurons": k,
+                "selected": beta == 0.2,
+            }
+            for beta, nll, k in [(0.65, 0.612, 0), (0.4, 0.604, 2), (0.2, 0.596, 5), (0.1, 0.601, 9), (0.05, 0.622, 14)]
+        ),
+    ]
+    tokens = rng.integers(30, 49, 60)
+    wins = (rng.random(60) < 0.72).astype(float)
+    return {
+        "title": "Film reviews, guided towards praise",
+        "command": "coala align --recipe demo.yaml --set guidance.strength=2.0 --out runs/demo",
+        "created": "2025-06-01 12:00 UTC",
+        "settings": {
+            "seed": 0,
+            "pairs": ["film_pairs.jsonl"],
+            "model": {"name": "film-lm", "layer": -1, "pooling": "mean", "revision": None},
+            "guidance": {"mode": "token", "strength": 2.0, "candidates": 5},
+        },
+        "summary": {
+            "n_train": 1200,
+            "n_eval": n,
+            "accuracy_eval": accuracy_of_margins(chosen - rejected, group),
+            "accuracy_train": Estimate(0.81, 0.788, 0.83, 1200, "share of pairs ranked right"),
+            "linear_accuracy_eval": accuracy_of_margins(linear, group),
+            "gain_over_linear": accuracy_difference(chosen - rejected, linear, group),
+            "nll_eval": pairwise_nll(chosen - rejected, group),
+            "auc_eval": auc(chosen, rejected, group),
+            "margin_eval": mean_estimate(chosen - rejected, group),
+            "certified_gap": 8.3e-5,
+            "statement": "The fit solves its convex program to the tolerance.",
+            "seconds": 171.0,
+            "gflops": 1830.0,
+        },
+        "data_findings": [
+            {"severity": "warning", "text": "film_pairs.jsonl:17: chosen: equal to the rejected reply; drop the pair"},
+            {"severity": "note", "text": "The chosen reply is the longer one in 54 % of the pairs."},
+        ],
+        "head": {
+            "certificate": {
+                "program": "pairwise logistic loss, 5 gated neurons",
+                "objective": 0.58213,
+                "lower_bound": 0.58208,
+                "gap": 8.3e-5,
+                "tolerance": 1e-4,
+                "estimated": "A search over all gates found none that violates optimality by more than 2 %.",
+                "steps": 40,
+            },
+            "n_neurons": 5,
+            "spec": {"backbone": "film-lm", "layer": 6, "pooling": "mean"},
+        },
+        "curves": {
+            "margin": [
+                {"step": int(s), "train": 1.4 * (1 - math.exp(-s / 7)), "eval": 1.05 * (1 - math.exp(-s / 6))}
+                for s in steps
+            ],
+            "solver": [
+                {"step": int(s), "gap": 10 ** (-4.1 * s / 40), "objective": 0.582 + 0.11 * math.exp(-s / 5)}
+                for s in steps
+            ],
+        },
+        "path": path,
+        "scores": {"chosen": chosen, "rejected": rejected},
+        "by_length": by_length_difference(chosen - rejected, lengths, 5, group),
+        "costs": [
+            {"stage": "pairs", "seconds": 0.4, "peak_bytes": {"host": 2.1e8}},
+            {"stage": "features", "seconds": 48.2, "flops": 1.1e12, "flops_counted": 1.1e12, "peak_bytes": 9.1e8},
+            {"stage": "head", "seconds": 6.1, "flops": 3.1e10, "peak_bytes": {"host": 8.2e8, "device": 3e9}},
+            {"stage": "replies, guided", "seconds": 71.0, "flops": 6.9e11, "peak_bytes": 9.3e8},
+        ],
+        "win_rates": [
+            {"judge": "film-judge", "estimate": share_estimate(wins, name="win rate"), "comment": "Shares no word."},
+            {"judge": "film-labeller", "estimate": share_estimate(np.r_[wins[:50], np.ones(10)], name="win rate")},
+        ],
+        "perplexity": {
+            "unguided": perplexity(-tokens * rng.normal(2.9, 0.3, 60), tokens),
+            "guided": perplexity(-tokens * rng.normal(3.0, 0.3, 60), tokens),
+        },
+        "samples": [
+            {
+                "prompt": "This film is about a lighthouse keeper with a secret to keep. The acting",
+                "unguided": "is wooden and the script never finds its feet, so by the end I was looking at my watch.",
+                "guided": "is wonderful throughout, and the quiet last scene is one of the most touching I have seen.",
+                "scores": {"unguided": -0.42, "guided": 1.87},
+            },
+            {
+                "prompt": "Set in a small town, the film tells of two brothers on a journey. Overall, this is",
+                "unguided": "a film that wants to be three films.\nIt is none of them.",
+                "guided": "a warm film with an excellent cast.",
+                "scores": {"unguided": -0.1, "guided": 1.2},
+            },
+        ],
+    }
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text, and a check that elements nest."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return build_report(example())
+
+
+def test_page_stands_alone(page: str) -> None:
+    seen = Page(page)
+    names = {tag for tag, _ in seen.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}
+    for tag, attributes in seen.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "xlink:href", "src", "srcset", "action", "data"):
+                assert (value or "").startswith("#"), (tag, name, value)
+    # Namespaces and the DTD-less SVG name w3.org; nothing else on the page is an address.
+    assert set(re.findall(r"https?://([^/\"' ]+)", page)) <= {"www.w3.org"}
+    assert "@import" not in page
+    assert re.findall(r"url\((?!#)", page) == []
+    policy = next(a["content"] for t, a in seen.tags if t == "meta" and a.get("http-equiv"))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_page_is_well_formed_and_accessible(page: str) -> None:
+    seen = Page(page)
+    ids = [a["id"] for _, a in seen.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in seen.tags:
+        for name in ("xlink:href", "aria-labelledby"):
+            if name in attributes:
+                assert (attributes[name] or "").lstrip("#") in ids
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    for target in re.findall(r"url\(#([^)]+)\)", page):
+        assert target in ids
+    pictures = [a for _, a in seen.tags if a.get("role") == "img"]
+    assert len(pictures) == sum(tag == "svg" for tag, _ in seen.tags) == 6
+    assert all(len(a["aria-label"] or "") > 30 for a in pictures)
+    tables = sum(tag == "table" for tag, _ in seen.tags)
+    assert tables == sum(tag == "caption" for tag, _ in seen.tags) >= 7
+    headings = [int(tag[1]) for tag, _ in seen.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert headings[0] == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(headings))
+    assert ("html", {"lang": "en"}) in seen.tags
+
+
+def test_page_says_what_was_found(page: str) -> None:
+    words = Page(page).words
+    content = example()
+    accuracy = content["summary"]["accuracy_eval"]
+    assert f"{100 * accuracy.value:.1f} % ({100 * accuracy.low:.1f} to {100 * accuracy.high:.1f} %)" in words
+    for text in (
+        content["title"],
+        content["command"],
+        content["created"],
+        "1,200 training pairs",
+        "0.0083 %",
+        "film_pairs.jsonl:17",
+        "A search over all gates",
+        "guidance.strength",
+        "2 min 51 s",
+        "1.83 TFLOP",
+        "910 MB",
+        "3 GB GPU, 820 MB host",
+        "Shares no word.",
+        "looking at my watch",
+        "score 1.87",
+    ):
+        assert text in words
+    for sentence in verdicts(content):
+        assert sentence in words
+
+
+def test_same_content_same_bytes(page: str) -> None:
+    code = (
+        "import test_report, hashlib; from coala.report import build_report;"
+        "print(hashlib.sha256(build_report(test_report.example()).encode()).hexdigest())"
+    )
+    here = Path(__file__).parent
+    environment = {"PYTHONPATH": str(here.parent / "src"), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == hashlib.sha256(page.encode()).hexdigest()
+
+
+def test_written_files_agree(tmp_path: Path, page: str) -> None:
+    run = Run(tmp_path / "run")
+    path = write_report(run, example())
+    assert path == run.path / "report.html"
+    assert path.read_text(encoding="utf-8") == page
+    kept = json.loads((run.path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert kept == load_json(run.path / "report.json")
+    assert build_report(kept) == page  # the page is a function of report.json alone
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    content = {key: value for key, value in example().items() if key not in ("curves", "path", "scores")}
+    content |= {"title": HOSTILE, "command": HOSTILE, "created": HOSTILE, "length_unit": HOSTILE}
+    content["settings"] = {HOSTILE: HOSTILE, "list": [HOSTILE]}
+    content["data_findings"] = [{"severity": HOSTILE, "text": HOSTILE}]
+    content["samples"] = [{"prompt": HOSTILE, "unguided": HOSTILE, "guided": HOSTILE, "scores": {"guided": HOSTILE}}]
+    content["win_rates"][0] |= {"judge": HOSTILE, "comment": HOSTILE}
+    content["costs"][0]["stage"] = HOSTILE
+    content["head"]["certificate"] |= {"program": HOSTILE, "proved": HOSTILE, "estimated": HOSTILE, HOSTILE: HOSTILE}
+    content["head"]["spec"] = {HOSTILE: HOSTILE}
+    content["summary"]["statement"] = HOSTILE
+    content["summary"]["accuracy_eval"] = {**vars(content["summary"]["accuracy_eval"]), "method": HOSTILE}
+    written = write_report(Run(tmp_path), content).read_text(encoding="utf-8")
+    seen = Page(written)
+    names = [tag for tag, _ in seen.tags]
+    assert "script" not in names
+    assert "img" not in names
+    assert not any(name.startswith("on") for _, attributes in seen.tags for name in attributes)
+    assert seen.words.count('<script>alert("x")</script>') >= 15
+    assert seen.words.count("{{ 7 * 7 }}") >= 15  # never evaluated
+
+
+FIGURES = ("curves", "path", "scores", "by_length")
+
+
+@pytest.mark.parametrize("part", sorted(set(example()) - set(FIGURES)))
+def test_any_part_may_be_missing(part: str) -> None:
+    content = {key: value for key, value in example().items() if key not in (part, *FIGURES)}
+    Page(build_report(content))
+
+
+@pytest.mark.parametrize("part", FIGURES)
+def test_any_figure_may_be_alone(part: str) -> None:
+    seen = Page(build_report({part: example()[part]}))
+    assert sum(tag == "svg" for tag, _ in seen.tags) == (3 if part == "curves" else 1)
+
+
+def test_an_empty_report_says_so() -> None:
+    words = Page(build_report({})).words
+    for sentence in (
+        "There is nothing to conclude yet",
+        "No head was saved",
+        "No ranking accuracy was saved",
+        "No held-out scores",
+        "No solver history",
+        "No judge compared",
+        "No perplexity was measured",
+        "No replies were generated",
+        "No findings on the data were saved",
+        "No costs were recorded",
+        "The command of this run was not saved",
+    ):
+        assert sentence in words
+    assert verdicts({}) == []
+
+
+def test_empty_and_null_values_are_borne() -> None:
+    content: dict[str, Any] = {
+        "summary": {
+            "accuracy_eval": Estimate(math.nan, 0, 1, 0, "none"),
+            "seconds": None,
+            "gflops": None,
+            "n_eval": None,
+        },
+        "data_findings": [],
+        "head": {"certificate": {}, "n_neurons": 0},
+        "curves": {"margin": [], "solver": [{"step": 0, "gap": math.inf, "objective": None}]},
+        "path": [{"tau": None, "beta_rel": 0.1, "cv_nll": math.nan}],
+        "scores": {"chosen": [math.nan], "rejected": []},
+        "by_length": [{"low": None, "high": None, "accuracy": None}],
+        "costs": [{"stage": "fit"}],
+        "win_rates": [{"judge": "j", "estimate": Estimate(math.nan, 0, 1, 0, "none")}],
+        "perplexity": {"unguided": None, "guided": None},
+        "samples": [{"prompt": "p"}],
+    }
+    words = Page(build_report(content)).words
+    assert "nothing was found amiss" in words
+    assert "(empty reply)" in words
+    assert not re.search(r"\bnan\b|\binf\b", words)
+    single = {"scores": {"chosen": [1.0], "rejected": [1.0]}, "curves": {"margin": [{"step": 0, "train": 0.0}]}}
+    assert build_report(single).count("<svg") == 2
+
+
+def test_unknown_parts_are_refused() -> None:
+    with pytest.raises(CoalaError, match=r"no part 'curve'.*curves"):
+        build_report({"curve": {}})
+    with pytest.raises(CoalaError, match="cannot hold a object"):
+        build_report({"settings": {"x": object()}})
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------
+
+
+def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
+    return Estimate(value, low, high, n, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}}, "better than chance"),
+        ({"summary": {"accuracy_eval": estimate(0.52, 0.43, 0.61)}}, "includes 50 %: no better than chance"),
+        ({"summary": {"accuracy_eval": estimate(0.3, 0.2, 0.4)}}, "worse than chance"),
+        (
+            {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8), "accuracy_train": estimate(0.95, 0.9, 0.97)}},
+            "does not carry over",
+        ),
+        ({"summary": {"gain_over_linear": estimate(0.004, -0.02, 0.03)}}, "not better than a linear one"),
+        ({"summary": {"gain_over_linear": estimate(0.05, 0.02, 0.08)}}, "the neurons help"),
+        ({"summary": {"gain_over_linear": estimate(-0.05, -0.08, -0.02)}}, "prefer it"),
+        (
+            {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8), "linear_accuracy_eval": estimate(0.7, 0.6, 0.8)}},
+            "not better than a linear one",
+        ),
+        ({"head": {"n_neurons": 0, "certificate": {"gap": 1e-5}}}, "The head is linear"),
+        (
+            {"head": {"n_neurons": 3, "certificate": {"gap": 1e-5, "tolerance": 1e-4}}},
+            "proved optimal to within 0.001 %",
+        ),
+        ({"head": {"n_neurons": 3, "certificate": {"gap": 1e-2, "tolerance": 1e-4}}}, "may not be optimal"),
+        ({"head": {"n_neurons": 3}}, "No optimality gap"),
+        ({"win_rates": [{"judge": "j", "estimate": estimate(0.6, 0.46, 0.72)}]}, "does not show that guidance helps"),
+        ({"win_rates": [{"judge": "j", "estimate": estimate(0.7, 0.6, 0.8)}]}, "guidance helps by this judge"),
+        ({"win_rates": [{"judge": "j", "estimate": estimate(0.3, 0.2, 0.4)}]}, "makes the replies worse"),
+        ({"win_rates": [{"judge": "j", "estimate": estimate(math.nan, 0, 1, 0)}]}, "decided nothing"),
+        ({"perplexity": {"unguided": estimate(10, 9, 11), "guided": estimate(14, 13, 15)}}, "less natural"),
+        ({"perplexity": {"unguided": estimate(10, 9, 11), "guided": estimate(8, 7, 8.5)}}, "more predictable"),
+        (
+            {"perplexity": {"unguided": estimate(10, 9, 11), "guided": estimate(11, 10, 12)}},
+            "(+10 %); the two intervals",
+        ),
+        ({"data_findings": [{"severity": "error", "text": "x"}]}, "1 error: mend the data"),
+        ({"by_length": [{"low": -90, "high": -10, "accuracy": estimate(0.3, 0.2, 0.4)}]}, "the shorter one"),
+        ({"path": [{"beta_rel": b, "cv_nll": 0.7 - b / 10, "n_neurons": 0} for b in (0.1, 0.6)]}, "no signal"),
+        ({"path": [{"beta_rel": b, "cv_nll": 0.6 + b / 10, "n_neurons": 4} for b in (0.1, 0.6)]}, "longer path"),
+    ],
+)
+def test_verdicts(content: dict[str, Any], said: str) -> None:
+    assert any(said in sentence for sentence in verdicts(content)), verdicts(content)
+
+
+def test_verdicts_never_praise_within_the_noise() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        value = float(rng.random())
+        rate = estimate(value, max(0.0, value - 0.2), min(1.0, value + 0.2))
+        text = " ".join(verdicts({"win_rates": [{"judge": "j", "estimate": rate}], "summary": {"accuracy_eval": rate}}))
+        praised = "guidance helps by this judge" in text
+        assert praised == ("better than chance" in text and "no better than chance" not in text) == (rate.low > 0.5)
+
+
+# --- wording of numbers ------------------------------------------------------------------------------------------
+
+
+def test_numbers_in_words() -> None:
+    assert [seconds(x) for x in (0.42, 9.994, 9.996, 59.4, 59.6, 185, 3599.6, 7800)] == [
+        *("0.42 s", "10 s", "10 s", "59 s", "1 min 0 s", "3 min 5 s", "1 h 0 min", "2 h 10 min"),
+    ]
+    assert [flops(x) for x in (0, 999.6, 1.57e12, 9.999e11, 3e22)] == [
+        *("0 FLOP", "1 kFLOP", "1.57 TFLOP", "1 TFLOP", "30,000 EFLOP"),
+    ]
+    assert size(1.93e9) == "1.93 GB"
+    assert size({"host": 2e6}) == "2 MB host"
+    assert [number(x) for x in (None, 1234567, 0.123456, "text", True)] == ["–", "1,234,567", "0.1235", "text", "True"]  # noqa: RUF001
+
+
+def test_importing_the_report_is_light() -> None:
+    code = (
+        "import coala.report, sys; print(sorted({'matplotlib', 'jinja2', 'scipy', 'torch', 'jax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == "[]"
