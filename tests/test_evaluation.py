@@ -230,15 +230,15 @@ def test_length_bins_partition_the_pairs() -> None:
     rng = np.random.default_rng(6)
     lengths = rng.integers(-40, 41, size=200)
     margins = lengths * 0.1 + rng.normal(size=200)  # a head that likes length
-    rows = by_length_difference(margins, lengths, 4)
+    rows = by_length_difference(margins, lengths, bins=4)
     assert sum(row.accuracy.n for row in rows) == 200
     assert rows[0].accuracy.high < 0.5 < rows[-1].accuracy.low
     assert [r.high for r in rows[:-1]] == [r.low for r in rows[1:]]
-    fixed = by_length_difference(margins, lengths, [-100, 0, 100])
+    fixed = by_length_difference(margins, lengths, bins=[-100, 0, 100])
     assert fixed[0].accuracy.n == int((lengths < 0).sum())
-    assert len(by_length_difference(margins, np.zeros(200), 5)) == 1
+    assert len(by_length_difference(margins, np.zeros(200))) == 1
     assert by_length_difference([], []) == []
-    outside = by_length_difference([1.0, 1.0], [5, 50], [0, 10, 20])
+    outside = by_length_difference([1.0, 1.0], [5, 50], bins=[0, 10, 20])
     assert [row.accuracy.n for row in outside] == [1]
 
 
@@ -409,9 +409,9 @@ def test_bundled_judges_know_good_from_bad() -> None:
 def test_head_judge_prefers_the_higher_score() -> None:
     seen: list[Sequence[Turn]] = []
 
-    def scorer(prompt: Sequence[Turn], text: str) -> float:
+    def scorer(prompt: Sequence[Turn], reply: Generation) -> float:
         seen.append(prompt)
-        return math.nan if text == "?" else float(len(text))
+        return math.nan if reply.text == "?" else float(len(reply.text))
 
     head = HeadJudge("head", scorer)
     rows = judge(

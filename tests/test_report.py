@@ -47,7 +47,10 @@ def example(seed: int = 0) -> dict[str, Any]:
     lengths = rng.integers(-150, 150, n)
     steps = np.arange(0, 41)
     path = [
-        {"tau": 0.1, "beta_rel": None, "cv_nll": 0.612, "cv_se": 0.011, "cv_accuracy": 0.69, "n_neurons": 0},
+        *(
+            {"tau": tau, "beta_rel": None, "cv_nll": nll, "cv_se": 0.01, "cv_accuracy": 0.69, "n_neurons": 0}
+            for tau, nll in [(1.0, 0.648), (0.3, 0.625), (0.1, 0.612), (0.03, 0.618), (0.01, 0.641)]
+        ),
         *(
             {
                 "tau": 0.1,
@@ -94,13 +97,17 @@ def example(seed: int = 0) -> dict[str, Any]:
         ],
         "head": {
             "certificate": {
-                "program": "pairwise logistic loss, 5 gated neurons",
-                "objective": 0.58213,
-                "lower_bound": 0.58208,
-                "gap": 8.3e-5,
+                "method": "pairwise",
+                "objective": 0.582134,
+                "lower_bound": 0.582086,
+                "gap": 4.8e-5,
+                "relative_gap": 8.3e-5,
                 "tolerance": 1e-4,
-                "estimated": "A search over all gates found none that violates optimality by more than 2 %.",
-                "steps": 40,
+                "statement": "With the 5 gates of this head, no other weights lower the training objective by more "
+                "than 8.3e-05 of it: proved by duality. Over all possible gates optimality is only estimated.",
+                "gates_estimate": {"largest_violation": 1.014, "starts": 256, "proved": False},
+                "cv": {"folds": 5, "signal_found": True},
+                "separable": False,
             },
             "n_neurons": 5,
             "spec": {"backbone": "film-lm", "layer": 6, "pooling": "mean"},
@@ -111,13 +118,13 @@ def example(seed: int = 0) -> dict[str, Any]:
                 for s in steps
             ],
             "solver": [
-                {"step": int(s), "gap": 10 ** (-4.1 * s / 40), "objective": 0.582 + 0.11 * math.exp(-s / 5)}
+                {"step": int(s), "gap": 0.5 * 10 ** (-4.1 * s / 40), "objective": 0.582 + 0.11 * math.exp(-s / 5)}
                 for s in steps
             ],
         },
         "path": path,
         "scores": {"chosen": chosen, "rejected": rejected},
-        "by_length": by_length_difference(chosen - rejected, lengths, 5, group),
+        "by_length": by_length_difference(chosen - rejected, lengths, group),
         "costs": [
             {"stage": "pairs", "seconds": 0.4, "peak_bytes": {"host": 2.1e8}},
             {"stage": "features", "seconds": 48.2, "flops": 1.1e12, "flops_counted": 1.1e12, "peak_bytes": 9.1e8},
@@ -147,6 +154,11 @@ def example(seed: int = 0) -> dict[str, Any]:
             },
         ],
     }
+
+
+def short_example() -> dict[str, Any]:
+    """All kinds of part and one figure: quick to draw."""
+    return {key: value for key, value in example().items() if key not in ("curves", "path", "scores")}
 
 
 class Page(HTMLParser):
@@ -218,7 +230,7 @@ def test_page_is_well_formed_and_accessible(page: str) -> None:
     for target in re.findall(r"url\(#([^)]+)\)", page):
         assert target in ids
     pictures = [a for _, a in seen.tags if a.get("role") == "img"]
-    assert len(pictures) == sum(tag == "svg" for tag, _ in seen.tags) == 6
+    assert len(pictures) == sum(tag == "svg" for tag, _ in seen.tags) == 7
     assert all(len(a["aria-label"] or "") > 30 for a in pictures)
     tables = sum(tag == "table" for tag, _ in seen.tags)
     assert tables == sum(tag == "caption" for tag, _ in seen.tags) >= 7
@@ -240,7 +252,9 @@ def test_page_says_what_was_found(page: str) -> None:
         "1,200 training pairs",
         "0.0083 %",
         "film_pairs.jsonl:17",
-        "A search over all gates",
+        "no other weights lower the training objective",
+        "The objective is 0.582134; nothing below 0.582086 can be reached.",
+        "from 256 starts found none that pulls at the objective with more than 1.014",
         "guidance.strength",
         "2 min 51 s",
         "1.83 TFLOP",
@@ -255,23 +269,24 @@ def test_page_says_what_was_found(page: str) -> None:
         assert sentence in words
 
 
-def test_same_content_same_bytes(page: str) -> None:
+def test_same_content_same_bytes() -> None:
     code = (
         "import test_report, hashlib; from coala.report import build_report;"
-        "print(hashlib.sha256(build_report(test_report.example()).encode()).hexdigest())"
+        "print(hashlib.sha256(build_report(test_report.short_example()).encode()).hexdigest())"
     )
     here = Path(__file__).parent
     environment = {"PYTHONPATH": str(here.parent / "src"), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == hashlib.sha256(page.encode()).hexdigest()
+    assert done.stdout.strip() == hashlib.sha256(build_report(short_example()).encode()).hexdigest()
 
 
-def test_written_files_agree(tmp_path: Path, page: str) -> None:
+def test_written_files_agree(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    path = write_report(run, example())
+    path = write_report(run, short_example())
     assert path == run.path / "report.html"
+    page = build_report(short_example())
     assert path.read_text(encoding="utf-8") == page
     kept = json.loads((run.path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert kept == load_json(run.path / "report.json")
@@ -279,14 +294,18 @@ def test_written_files_agree(tmp_path: Path, page: str) -> None:
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
-    content = {key: value for key, value in example().items() if key not in ("curves", "path", "scores")}
+    content = short_example()
     content |= {"title": HOSTILE, "command": HOSTILE, "created": HOSTILE, "length_unit": HOSTILE}
     content["settings"] = {HOSTILE: HOSTILE, "list": [HOSTILE]}
     content["data_findings"] = [{"severity": HOSTILE, "text": HOSTILE}]
     content["samples"] = [{"prompt": HOSTILE, "unguided": HOSTILE, "guided": HOSTILE, "scores": {"guided": HOSTILE}}]
     content["win_rates"][0] |= {"judge": HOSTILE, "comment": HOSTILE}
     content["costs"][0]["stage"] = HOSTILE
-    content["head"]["certificate"] |= {"program": HOSTILE, "proved": HOSTILE, "estimated": HOSTILE, HOSTILE: HOSTILE}
+    content["head"]["certificate"] |= {
+        "statement": HOSTILE,
+        "gates_estimate": {"largest_violation": HOSTILE, "starts": HOSTILE},
+        HOSTILE: HOSTILE,
+    }
     content["head"]["spec"] = {HOSTILE: HOSTILE}
     content["summary"]["statement"] = HOSTILE
     content["summary"]["accuracy_eval"] = {**vars(content["summary"]["accuracy_eval"]), "method": HOSTILE}
@@ -312,7 +331,7 @@ def test_any_part_may_be_missing(part: str) -> None:
 @pytest.mark.parametrize("part", FIGURES)
 def test_any_figure_may_be_alone(part: str) -> None:
     seen = Page(build_report({part: example()[part]}))
-    assert sum(tag == "svg" for tag, _ in seen.tags) == (3 if part == "curves" else 1)
+    assert sum(tag == "svg" for tag, _ in seen.tags) == {"curves": 3, "path": 2}.get(part, 1)
 
 
 def test_an_empty_report_says_so() -> None:
@@ -392,12 +411,12 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8), "linear_accuracy_eval": estimate(0.7, 0.6, 0.8)}},
             "not better than a linear one",
         ),
-        ({"head": {"n_neurons": 0, "certificate": {"gap": 1e-5}}}, "The head is linear"),
+        ({"head": {"n_neurons": 0, "certificate": {"relative_gap": 1e-5}}}, "The head is linear"),
         (
-            {"head": {"n_neurons": 3, "certificate": {"gap": 1e-5, "tolerance": 1e-4}}},
+            {"head": {"n_neurons": 3, "certificate": {"relative_gap": 1e-5, "tolerance": 1e-4}}},
             "proved optimal to within 0.001 %",
         ),
-        ({"head": {"n_neurons": 3, "certificate": {"gap": 1e-2, "tolerance": 1e-4}}}, "may not be optimal"),
+        ({"head": {"n_neurons": 3, "certificate": {"relative_gap": 1e-2, "tolerance": 1e-4}}}, "may not be optimal"),
         ({"head": {"n_neurons": 3}}, "No optimality gap"),
         ({"win_rates": [{"judge": "j", "estimate": estimate(0.6, 0.46, 0.72)}]}, "does not show that guidance helps"),
         ({"win_rates": [{"judge": "j", "estimate": estimate(0.7, 0.6, 0.8)}]}, "guidance helps by this judge"),
@@ -411,6 +430,8 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
         ),
         ({"data_findings": [{"severity": "error", "text": "x"}]}, "1 error: mend the data"),
         ({"by_length": [{"low": -90, "high": -10, "accuracy": estimate(0.3, 0.2, 0.4)}]}, "the shorter one"),
+        ({"head": {"n_neurons": 0, "certificate": {"cv": {"signal_found": False}}}}, "found no signal: on held-out"),
+        ({"head": {"n_neurons": 3, "certificate": {"separable": True}}}, "keeps its scores finite"),
         ({"path": [{"beta_rel": b, "cv_nll": 0.7 - b / 10, "n_neurons": 0} for b in (0.1, 0.6)]}, "no signal"),
         ({"path": [{"beta_rel": b, "cv_nll": 0.6 + b / 10, "n_neurons": 4} for b in (0.1, 0.6)]}, "longer path"),
     ],
@@ -450,3 +471,20 @@ def test_importing_the_report_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_search_that_found_better_gates_is_told() -> None:
+    content = example()["head"]
+    content["certificate"]["gates_estimate"]["largest_violation"] = 2.7
+    assert "Over all possible gates this head is not optimal" in Page(build_report({"head": content})).words
+
+
+def test_a_grid_of_ridges_is_drawn_as_one_line() -> None:
+    grid = [
+        {"tau": tau, "beta_rel": beta, "cv_nll": 0.6 + tau / 10 + (beta - 0.1) ** 2}
+        for tau in (0.01, 0.03, 0.1, 0.3, 1.0)
+        for beta in (0.02, 0.1, 0.5)
+    ]
+    page = build_report({"path": grid})
+    assert "gated head at its best ridge" in page
+    assert "is 0.601 at relative sparsity 0.1" in page

@@ -278,6 +278,10 @@ class FeatureStore:
     def read(self, shard: int) -> dict[str, NDArray[Any]]:
         return cast(dict[str, NDArray[Any]], load_tensors(self._path(shard).read_bytes()))
 
+    def discard(self) -> None:
+        """Delete the folder, once the features are saved as one file."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _sound(self, shard: int) -> bool:
         # Shards are renamed into place whole; this guards against a file damaged or emptied by something else.
         try:

@@ -16,7 +16,7 @@ from coala.cli import align, chat, data, demo, extract, fit, generate, report
 app = typer.Typer(
     name="coala",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Start with `coala demo`, then `coala align PAIRS --model MODEL --out RUN`. "
@@ -59,13 +59,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # A head needs little memory; JAX would otherwise take most of a GPU at its first array.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from coala.values import CoalaError
-
     try:
         app()
-    except CoalaError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         typer.secho("interrupted: finished work is kept; run the same command again to go on.", fg="yellow", err=True)
         sys.exit(130)
@@ -73,3 +68,11 @@ def main() -> None:
         # The reader of our output has gone (`coala ... | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        # Imported here, for it loads NumPy: `--help` has to answer at once.
+        from coala.values import CoalaError
+
+        if not isinstance(error, CoalaError):
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)

@@ -27,14 +27,16 @@ def chat(
     Example: `coala chat runs/demo`   (then /help)
     """
     import sys
+    from dataclasses import replace
 
-    from coala.align import load_run, with_changes
+    from coala.align import load_run
     from coala.cli.screen import emit, say
     from coala.decoding import generate
     from coala.values import CoalaError, Turn
 
     backbone, head, guidance = load_run(run)
-    guidance = with_changes(guidance, mode=mode, strength=strength)
+    changes = {"mode": mode, "strength": strength}
+    guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
     guided, turns, replies = guidance.mode != "none", [], 0
     say("Type a message; /help lists commands, Ctrl-D ends.")
     while True:
@@ -52,7 +54,7 @@ def chat(
                 if command == "guide" and value in ("on", "off"):
                     guided = value == "on"
                 elif command == "strength":
-                    guidance = with_changes(guidance, strength=float(value))
+                    guidance = replace(guidance, strength=float(value))
                 elif command == "seed":
                     seed = int(value)
                 elif command == "new":
@@ -68,7 +70,7 @@ def chat(
                 [turns],
                 backbone,
                 head,
-                guidance if guided else with_changes(guidance, mode="none"),
+                guidance if guided else replace(guidance, mode="none"),
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,15 @@ Sources = Annotated[
     list[str],
     typer.Argument(metavar="PAIRS...", help="jsonl, json, csv, tsv or parquet, plain or .gz; or a hub dataset"),
 ]
+
+
+class Role(StrEnum):
+    """The speakers whose replies can be compared."""
+
+    assistant = "assistant"
+    user = "user"
+
+
 Format = Annotated[str, typer.Option(help="Name of the format; `auto` recognises it (see `coala data formats`).")]
 
 
@@ -41,7 +51,7 @@ def check(
             return backbone.count_tokens(pair)
 
     findings = check_pairs(pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens)
-    for finding in (*findings.errors, *findings.warnings):
+    for finding in (*findings.errors, *findings.warnings, *findings.notes):
         print(finding)
     emit({"pairs": findings.n_pairs, "errors": len(findings.errors), "warnings": len(findings.warnings)})
     if findings.errors:
@@ -68,22 +78,21 @@ def convert(
 def alternate(
     conversations: Sources,
     out: Annotated[Path, typer.Option(help="File to write.")],
-    role: Annotated[str, typer.Option(help="Whose replies are compared: assistant or user.")] = "assistant",
+    role: Annotated[Role, typer.Option(help="Whose replies are compared.")] = Role.assistant,
 ) -> None:
     """Pairs from conversations: the reply that follows is chosen, the same speaker's next reply is rejected.
 
     Prints how well position cues alone (length, question marks) tell the two apart: what is learnt may be position.
     """
     from coala.cli.screen import emit, say
-    from coala.data import alternate as make_pairs
-    from coala.data import position_cues, read_conversations
+    from coala.data import position_cues, read_pairs
     from coala.store import save_pairs
 
-    pairs = [p for group, turns in read_conversations(conversations) for p in make_pairs(turns, group, role=role)]
-    cues = position_cues(pairs)
+    pairs = list(read_pairs(conversations, "conversations", role=role.value))
     save_pairs(out, pairs)
+    cues = position_cues(pairs)
     for cue, accuracy in cues.items():
-        say(f"{cue}: tells chosen from rejected in {accuracy}")
+        say(f"{cue} alone tells chosen from rejected: {accuracy}")
     emit({"pairs": len(pairs), "conversations": len({p.group for p in pairs}), "cues": cues, "out": out})
 
 

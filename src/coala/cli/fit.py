@@ -27,6 +27,7 @@ def fit(
     Example: `coala fit RUN/features/train --eval RUN/features/eval --out head`
     """
     from coala.cli.screen import emit, progress, table
+    from coala.convex import Logistic, Pointwise
     from coala.convex import fit as fit_head
     from coala.evaluation import ranking_accuracy
     from coala.store import load_features, save_head
@@ -36,11 +37,11 @@ def fit(
         fitted = fit_head(
             data,
             method=method,
-            loss=loss,
+            loss=Pointwise() if loss == "pointwise" else Logistic(),
             n_patterns=n_patterns,
             tolerance=tolerance,
             seed=seed,
-            on_step=lambda stage, step, total, info: show(stage, step, total, info.get("note", "")),
+            on_step=lambda stage, step, total, info: show("fit", step, total, stage),
         )
     save_head(out, fitted.head)
     result = {"out": out, "n_pairs": len(data), "n_neurons": fitted.head.n_neurons, **fitted.head.certificate}

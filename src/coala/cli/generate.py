@@ -31,10 +31,10 @@ def generate(
     `coala generate runs/demo --mode block --compare "I thought this movie"`
     """
     import sys
+    from dataclasses import replace
 
-    from coala.align import load_run, with_changes
+    from coala.align import load_run
     from coala.cli.screen import emit, progress, side_by_side
-    from coala.decoding import Guidance
     from coala.decoding import generate as generate_replies
     from coala.values import CoalaError, user
 
@@ -42,27 +42,28 @@ def generate(
     if not texts or not all(text.strip() for text in texts):
         raise CoalaError('There is no prompt, or an empty one. Give it in quotes: coala generate RUN "prompt".')
     backbone, head, guidance = load_run(run)
-    guidance = with_changes(guidance, mode=mode, strength=strength, candidates=candidates)
-    replies = {}
+    changes = {"mode": mode, "strength": strength, "candidates": candidates}
+    guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
+    rules = {"unguided": replace(guidance, mode="none"), "guided": guidance} if compare else {"guided": guidance}
     with progress() as show:
-        for name, rule in (("unguided", Guidance(mode="none")), ("guided", guidance)):
-            if name == "unguided" and not compare:
-                continue
-            replies[name] = generate_replies(
+        replies = {
+            name: generate_replies(
                 [user(text) for text in texts],
                 backbone,
                 head,
-                with_changes(guidance, mode="none") if rule.mode == "none" else rule,
+                rule,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 temperature=temperature,
                 stop=tuple(stop or ()),
-                on_token=lambda done, total, name=name: show(name, done, total),
+                on_progress=lambda done, total, name=name: show(name, done, total),
             )
+            for name, rule in rules.items()
+        }
     for i, text in enumerate(texts):
         if compare:
             print(f"{text}\n")
             side_by_side(replies["unguided"][i].text, replies["guided"][i].text, ("unguided", "guided"))
         else:
             print(replies["guided"][i].text)
-    emit({"replies": replies["guided"], **({"unguided": replies["unguided"]} if compare else {})})
+    emit(replies)

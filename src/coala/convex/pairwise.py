@@ -231,7 +231,10 @@ def _ascend(
         _, gates, _ = state
         q = gated_product_adjoint(rows, matmul(rows, gates) >= 0, signed_dual)
         norms = group_norms(q)
-        return gates, jnp.where(norms > 0, signs * q / jnp.where(norms > 0, norms, 1.0), gates), norms
+        # Halfway only: the full step gates <- q / ||q|| can cycle, as the objective is not convex in the gate.
+        halfway = gates + signs * q / jnp.where(norms > 0, norms, 1.0)
+        length = group_norms(halfway)
+        return gates, jnp.where(length > 0, halfway / jnp.where(length > 0, length, 1.0), gates), norms
 
     none = jnp.zeros(starts.shape[1], rows.dtype)
     gates, _, norms = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))

@@ -206,15 +206,25 @@ def _largest_sparsity(task: PairTask, settings: PathSettings, ridge: float) -> f
 
 
 def refit(
-    task: PairTask, choice: Choice, settings: PathSettings, data: PairData, on_step: OnStep | None = None
+    task: PairTask,
+    choice: Choice,
+    settings: PathSettings,
+    data: PairData,
+    *,
+    final: bool = True,
+    on_step: OnStep | None = None,
 ) -> PairModel:
-    """The chosen model on ``data``, certified in float64; gates are learnt down the path of sparsities."""
+    """The chosen model on ``data``; gates are learnt down the path of sparsities, as they were in validation.
+
+    With ``final`` the last search is the thorough one and the result is certified in float64.
+    """
     model = solve_pairs(
         data,
         _nothing(task.rows.shape[1]),
         sparsity=1.0,
         ridge=choice.ridge,
         tolerance=settings.tolerance,
+        exact=final,
         on_step=on_step,
     )
     if choice.sparsity is None or choice.sparsity_relative is None:
@@ -223,15 +233,16 @@ def refit(
     for relative in settings.sparsities:
         if relative < choice.sparsity_relative:
             break
+        last = final and relative == choice.sparsity_relative
         model = learn_gates(
             data,
             model,
             sparsity=relative / choice.sparsity_relative * choice.sparsity,
             ridge=choice.ridge,
-            search=settings.search,
+            search=settings.search if last else settings.fold_search,
             rng=rng,
-            tolerance=settings.tolerance,
-            exact=relative == choice.sparsity_relative,
+            tolerance=settings.tolerance if last else FOLD_TOLERANCE,
+            exact=last,
             on_step=on_step,
         )
     return model

@@ -15,15 +15,18 @@ Scaling = Literal["feature", "global"]
 
 @dataclass(frozen=True)
 class Standardisation:
-    """x = ((h - center) * factor, 1) @ rotation, with orthonormal columns of ``rotation`` (d + 1, r).
+    """x = ((h - center) * factor, constant) @ rotation, with orthonormal columns of ``rotation`` (d + 1, r).
 
-    A feature that does not vary has factor 0. Rows have mean squared norm 2: 1 from the features, 1 from the bias.
+    A feature that does not vary has factor 0. The features of a row have mean squared norm 1. The constant is that of one
+    feature's typical size, 1 / sqrt(varying features): a constant of 1 would be the largest feature by far, and the
+    cheapest neurons would be steps, of which it takes many to make a slope.
     The rotation diagonalises the covariance of the differences, which preconditions the solver; it changes no norm
     and, when there are fewer rows than features, drops directions no row has.
     """
 
     center: np.ndarray
     factor: np.ndarray
+    constant: float
     rotation: np.ndarray
 
     @classmethod
@@ -39,26 +42,27 @@ class Standardisation:
         else:
             size = np.sqrt((spread[varies] ** 2).sum())
             factor = np.where(varies, 1 / (size if size > 0 else 1.0), 0.0)
-        x = _with_bias((h - center) * factor)
+        constant = 1 / np.sqrt(max(1, varies.sum()))
+        x = _with_constant((h - center) * factor, constant)
         basis = _row_space(x)
         chosen_x, rejected_x = np.split(x @ basis, 2)
         difference = chosen_x - rejected_x
         _, turn = np.linalg.eigh(difference.T @ difference)
-        return cls(center, factor, basis @ turn[:, ::-1])
+        return cls(center, factor, float(constant), basis @ turn[:, ::-1])
 
     def rows(self, h: np.ndarray) -> np.ndarray:
         """Feature vectors (n, d) in the coordinates of the fit, (n, r) float64."""
-        return np.asarray(_with_bias((h.astype(np.float64) - self.center) * self.factor) @ self.rotation)
+        return np.asarray(_with_constant((h.astype(np.float64) - self.center) * self.factor, self.constant) @ self.rotation)
 
     def fold(self, weights: np.ndarray) -> np.ndarray:
         """Linear functions of x, the columns of (r, k), as rows (k, d + 1) that act on (h, 1)."""
         on_x = (self.rotation @ weights.astype(np.float64)).T
         on_h = on_x[:, :-1] * self.factor
-        return np.concatenate([on_h, on_x[:, -1:] - (on_h @ self.center)[:, None]], axis=1)
+        return np.concatenate([on_h, self.constant * on_x[:, -1:] - (on_h @ self.center)[:, None]], axis=1)
 
 
-def _with_bias(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+def _with_constant(x: np.ndarray, constant: float) -> np.ndarray:
+    return np.concatenate([x, np.full((len(x), 1), constant)], axis=1)
 
 
 def _row_space(x: np.ndarray) -> np.ndarray:

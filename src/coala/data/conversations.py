@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from coala.data.files import Source, records, sources
 from coala.data.findings import DataError, Fault, Finding, describe, listed
-from coala.data.turns import Row, digest, is_messages, merged, named_group, role, same_reply, sound_text, text, turns
+from coala.data.turns import Row, digest, is_messages, merged, named_group, same_reply, sound_text, text, turns
 from coala.values import CoalaError, Pair, Role, Turn
 
 _FLIPPED: Mapping[Role, Role] = {"user": "assistant", "assistant": "user", "system": "system"}
@@ -38,7 +39,7 @@ def alternate(conversation: Sequence[Turn], group: str, *, role: Role = "assista
     places = [k for k, turn in enumerate(said) if turn.role == "assistant"]
     return [
         Pair(tuple(said[:here]), said[here].text, said[after].text, group)
-        for here, after in zip(places, places[1:], strict=False)
+        for here, after in pairwise(places)
         if any(turn.role != "system" for turn in said[:here]) and not same_reply(said[here].text, said[after].text)
     ]
 
@@ -81,7 +82,9 @@ def conversation(row: Any, format: str = "auto") -> tuple[str, list[Turn]]:
     for name, (fields, make) in SHAPES.items():
         if format == name or (format == "auto" and fields <= set(row)):
             for field in sorted(fields - set(row)):
-                raise Fault(field, f"the field is missing (there are {listed(row) or 'none'})", "turns", "add or rename it")
+                raise Fault(
+                    field, f"the field is missing (there are {listed(row) or 'none'})", "turns", "add or rename it"
+                )
             said, group = make(row)
             if not said:
                 raise Fault(min(fields), "no turns", "a conversation", "delete the row")
@@ -117,8 +120,8 @@ def _messages(field: str) -> Callable[[Row], Shaped]:
 
 
 def _bridge(row: Row) -> Shaped:
-    """The chat ``c_h`` and the tutor's reply ``c_r``; several cuts of one session share its number, the group."""
-    said = [turn for field in ("c_h", "c_r") for turn in turns(row[field], field)]
+    """The chat ``c_h`` and the tutor's reply ``c_r``, empty lines left out; cuts of one session share its number."""
+    said = [turn for field in ("c_h", "c_r") for turn in turns(row[field], field, skip_empty=True)]
     return said, bridge_session(row)
 
 
@@ -133,7 +136,8 @@ def _cima(row: Row) -> Shaped:
     if not isinstance(value, list) or not value:
         raise Fault("past_convo", describe(value), "a list of texts", "fill it in or delete the row")
     said = [
-        Turn("user" if k % 2 else "assistant", sound_text(words, f"past_convo[{k}]").strip()) for k, words in enumerate(value)
+        Turn("user" if k % 2 else "assistant", sound_text(words, f"past_convo[{k}]").strip())
+        for k, words in enumerate(value)
     ]
     if all(isinstance(row.get(field), str) for field in ("engPrep", "engColor", "engObj")):
         said.insert(0, Turn("user", f'In Italian: "{row["engPrep"]} {row["engColor"]} {row["engObj"]}"'))
@@ -141,7 +145,7 @@ def _cima(row: Row) -> Shaped:
 
 
 def _mathdial(row: Row) -> Shaped:
-    """Turns joined by ``|EOM|``, the teacher's tagged with a move (taken off); student names differ.
+    """Turns joined by ``|EOM|``, the teacher's tagged with a move (taken off), empty ones left out.
 
     The question and the student's wrong solution, which the teacher answers, open as a user turn.
     """
@@ -152,7 +156,8 @@ def _mathdial(row: Row) -> Shaped:
             raise Fault(f"conversation[{k}]", describe(piece), "Teacher: ... or Student: ...", "name the speaker")
         teacher = speaker.strip() == "Teacher"
         words = _MOVE.sub("", words, count=1) if teacher and _MOVE.match(words) else words
-        said.append(Turn("assistant" if teacher else "user", sound_text(words, f"conversation[{k}]").strip()))
+        if words.strip():
+            said.append(Turn("assistant" if teacher else "user", sound_text(words, f"conversation[{k}]").strip()))
     asked = [row[field] for field in ("question", "student_incorrect_solution") if isinstance(row.get(field), str)]
     if asked:
         said.insert(0, Turn("user", "\n\n".join(asked)))

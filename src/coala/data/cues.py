@@ -38,9 +38,7 @@ def position_cues(pairs: Sequence[Pair]) -> dict[str, Estimate]:
     if not pairs:
         return {}
     fold = np.array([hashlib.sha256(pair.group.encode("utf-8", "replace")).digest()[0] % FOLDS for pair in pairs])
-    columns = {
-        name: np.array([cue(pair.chosen) - cue(pair.rejected) for pair in pairs]) for name, cue in _CUES.items()
-    }
+    columns = {name: np.array([cue(pair.chosen) - cue(pair.rejected) for pair in pairs]) for name, cue in _CUES.items()}
     columns["first word"] = _first_words(pairs, fold)
     groups = [pair.group for pair in pairs]
     result = {name: _estimate(_told(column[:, None], fold), groups) for name, column in columns.items()}

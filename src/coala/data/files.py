@@ -55,7 +55,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def source_digest(source: str | Path) -> str:
-    """SHA-256 of a file's bytes; of the name, for a hub data set. Raises :class:`DataError` when there is no such file."""
+    """SHA-256 of a file's bytes, or of a hub data set's name. Raises :class:`DataError` when there is no file."""
     name = str(source)
     if is_hub_name(name):
         return hashlib.sha256(f"hub {name}".encode()).hexdigest()
@@ -115,7 +115,9 @@ def _file(name: str) -> Iterator[Record | Finding]:
         kind = _kind(name)
         if kind is None:
             ending = "".join(Path(name).suffixes[-2:]) or "none"
-            raise Fault("", f"the ending {ending} is not known", f"one of {', '.join(KINDS)}, or these with .gz", "rename")
+            raise Fault(
+                "", f"the ending {ending} is not known", f"one of {', '.join(KINDS)}, or these with .gz", "rename"
+            )
         zipped = raw.peek(2)[:2] == b"\x1f\x8b"
         if name.lower().endswith(".gz") and not zipped and raw.peek(1):
             raise Fault("", "is not gzip although its name ends in .gz", "gzip data", "take .gz off the name")
@@ -192,7 +194,7 @@ def _lines(name: str, stream: BinaryIO) -> Iterator[Record | Finding]:
             try:
                 value = _parse(text)
             except json.JSONDecodeError as error:
-                if not raw.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
+                if (not raw.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1) or "Unterminated" in error.msg:
                     found = "the line breaks off in the middle"
                     raise Fault("", found, "a whole JSON object", "complete or delete the line") from None
                 found = f"not JSON at column {error.colno} ({error.msg})"
@@ -262,7 +264,9 @@ def _table(name: str, raw: bytes, delimiter: str) -> Iterator[Record | Finding]:
         if column and header.count(column) > 1:
             raise Fault(column, "the column is there twice", "each column once", "rename or drop one")
     if len(header) == 1 and delimiter == "," and any(mark in header[0] for mark in ";\t"):
-        raise Fault("", f"one column named {header[0]!r}", "columns parted by commas", "save with commas, or name it .tsv")
+        raise Fault(
+            "", f"one column named {header[0]!r}", "columns parted by commas", "save with commas, or name it .tsv"
+        )
     number = 0
     for row in rows[1:]:
         if not row:
@@ -284,7 +288,10 @@ def _cell(value: str) -> Any:
             turns = _parse(value)
         except (json.JSONDecodeError, Fault):
             return value
-        if all({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn) for turn in turns):
+        if all(
+            isinstance(turn, dict) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn))
+            for turn in turns
+        ):
             return turns
     return value
 

@@ -26,7 +26,8 @@ def split(pairs: Iterable[Pair], eval_fraction: float = 0.1, *, seed: int) -> tu
         mend = "give more pairs, a group column that tells them apart, or an evaluation file of its own"
         raise DataError([_whole(found, "at least two groups, as a group is never cut in two", mend)])
     order = sorted(sizes, key=lambda group: (_rank(seed, group), group))
-    wanted, taken, held_out = eval_fraction * len(pairs), 0, set()
+    wanted, taken = eval_fraction * len(pairs), 0
+    held_out: set[str] = set()
     for group in order:
         if abs(taken + sizes[group] - wanted) < abs(taken - wanted) and len(held_out) < len(sizes) - 1:
             held_out.add(group)

@@ -10,7 +10,6 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import commonprefix
 from typing import Any
 
 from coala.data.findings import Fault, NoPreference, describe, listed
@@ -23,7 +22,7 @@ ROLE_NAMES: Mapping[str, Role] = {
     **dict.fromkeys(("user", "human", "prompter", "student"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatbot", "ai", "chatgpt", "tutor", "teacher"), "assistant"),
 }
-GROUP_FIELDS = ("group", "conversation_id", "prompt_id", "c_id", "post_id", "movie")
+GROUP_FIELDS = ("group", "conversation_id", "prompt_id", "post_id", "movie")
 # Nothing a reader would see: white space proper, zero-width characters, a stray byte-order mark.
 INVISIBLE = "".join(map(chr, (*range(0x1C, 0x21), 0x85, 0xA0, *range(0x2000, 0x2010), 0x2028, 0x2029))) + (
     "\t\n\x0b\x0c\r\u1680\u202f\u205f\u2060\u3000\ufeff"
@@ -72,10 +71,10 @@ def role(value: Any, field: str) -> Role:
     raise Fault(field, f"a speaker that is {describe(value)}", f"one of {', '.join(ROLE_NAMES)}", "rename the speaker")
 
 
-def turns(value: Any, field: str) -> list[Turn]:
+def turns(value: Any, field: str, *, skip_empty: bool = False) -> list[Turn]:
     """Messages ``{role, content}``, ShareGPT's ``{from, value}`` or ``{role or user, text}``, in order.
 
-    An empty system message says nothing and is left out; any other empty turn is an error.
+    An empty system message says nothing and is left out; any other empty turn is an error unless ``skip_empty``.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise Fault(field, describe(value), "a list of messages {role, content}", "write it as such a list")
@@ -93,8 +92,9 @@ def turns(value: Any, field: str) -> list[Turn]:
         speaker, said = role(message[who], f"{place}.{who}"), message[what]
         if isinstance(said, list):
             said = _parts(said, f"{place}.{what}")
-        if speaker != "system" or said not in (None, ""):
-            made.append(Turn(speaker, sound_text(said, f"{place}.{what}")))
+        if said in (None, "") and (skip_empty or speaker == "system"):
+            continue
+        made.append(Turn(speaker, sound_text(said, f"{place}.{what}")))
     return made
 
 
@@ -108,8 +108,10 @@ def _parts(parts: list[Any], field: str) -> str:
 
 def is_messages(value: Any) -> bool:
     """Whether a value looks like a list of messages; says nothing of their soundness."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(one, Mapping) and ("content" in one or "value" in one or "text" in one) for one in value
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, Mapping) and ("content" in one or "value" in one or "text" in one) for one in value)
     )
 
 
@@ -148,12 +150,14 @@ def merged(conversation: Iterable[Turn], joint: str = "\n\n") -> list[Turn]:
 
 def shared_turns(first: Sequence[Turn], second: Sequence[Turn]) -> int:
     """How many turns two conversations share from their beginning."""
-    return next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def shared_text(first: str, second: str) -> int:
     """Length of the longest common beginning that ends before white space and leaves both something to say."""
-    end = len(commonprefix([first, second]))
+    end = next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
     for cut in range(end, 0, -1):
         if all(len(s) > cut and s[cut].isspace() and s[cut:].strip(INVISIBLE) for s in (first, second)) and (
             not first[cut - 1].isspace()
@@ -181,7 +185,11 @@ def label(row: Row, field: str, meanings: Mapping[str, Any]) -> Any:
 def number(value: Any, field: str) -> float:
     """A finite number, perhaps written as text."""
     try:
-        if isinstance(value, int | float | str) and not isinstance(value, bool) and math.isfinite(found := float(value)):
+        if (
+            isinstance(value, int | float | str)
+            and not isinstance(value, bool)
+            and math.isfinite(found := float(value))
+        ):
             return found
     except (ValueError, OverflowError):
         pass
@@ -194,28 +202,36 @@ def digest(said: str) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
-def group_of(row: Row, prompt: Sequence[Turn]) -> str:
-    """What must not straddle a split: the row's own group, or a digest of the first thing the user said.
-
-    Looked for in ``group``, ``conversation_id``, ``prompt_id``, ``c_id``, ``post_id``, ``movie``. A dialogue cut at
-    several depths thus stays in one group.
-    """
-    for name in GROUP_FIELDS:
+def named_group(row: Row, names: Iterable[str] = GROUP_FIELDS) -> str | None:
+    """The group a row names itself, in the first of ``names`` that says something."""
+    for name in names:
         value = row.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, str) and value.strip():
             unwritable(value, name)
             return value
-        if value is not None and value != "" and name == "group":
+        if value not in (None, "") and name == "group":
             raise Fault(name, describe(value), "a name or a number", "write it as text, or drop the field")
-    return digest(next((turn.text for turn in prompt if turn.role == "user"), prompt[0].text))
+    return None
+
+
+def group_of(row: Row, prompt: Sequence[Turn]) -> str:
+    """What must not straddle a split: the row's own group, or a digest of the first thing the user said.
+
+    Looked for in ``group``, ``conversation_id``, ``prompt_id``, ``post_id``, ``movie``. A dialogue cut at several
+    depths thus stays in one group.
+    """
+    named = named_group(row)
+    return named if named is not None else digest(next((t.text for t in prompt if t.role == "user"), prompt[0].text))
 
 
 def pair(row: Row, prompt: Sequence[Turn], chosen: str, rejected: str, group: str | None = None) -> Pair:
     """The pair, unless its prompt is empty or its replies are the same."""
     if not prompt:
-        raise Fault("prompt", "no prompt", "what the replies answer", "add it, or give both replies with what they share")
+        raise Fault(
+            "prompt", "no prompt", "what the replies answer", "add it, or give both replies with what they share"
+        )
     if same_reply(chosen, rejected):
         raise Fault("rejected", "the same text as chosen", "two different replies", "delete the row")
     return Pair(tuple(prompt), chosen, rejected, group if group is not None else group_of(row, prompt))
@@ -226,7 +242,9 @@ def same_reply(first: str, second: str) -> bool:
     return first.strip() == second.strip()
 
 
-def best_against_lower(row: Row, prompt: Sequence[Turn], replies: Sequence[tuple[tuple[float, ...], str]]) -> list[Pair]:
+def best_against_lower(
+    row: Row, prompt: Sequence[Turn], replies: Sequence[tuple[tuple[float, ...], str]]
+) -> list[Pair]:
     """The best-scored reply against every one that scores strictly lower, in the order given.
 
     All pairs hold the same preferred text, so each comparison is as clear as the scores allow; they share a group.

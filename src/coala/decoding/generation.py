@@ -16,3 +16,221 @@ head has no part in. Temperature 0 leaves the noise out.
 A stop token ends the reply and is not part of it: as a candidate it is worth what the reply is worth as it stands
 (with ``ends_with_eos`` features, which count the stop token, it is scored like any other).
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from coala.backbone import POOLINGS, LanguageModel, Prefix, RunningState
+from coala.decoding.guidance import Guidance, reweight
+from coala.decoding.replies import OnToken, Reply, Stream
+from coala.decoding.sampling import gumbel, restrict, stream_key
+from coala.values import CoalaError, ConvexHead, Generation, Turn
+
+
+def generate(
+    prompts: Sequence[Sequence[Turn]],
+    backbone: LanguageModel,
+    head: ConvexHead | None = None,
+    guidance: Guidance = Guidance(),  # noqa: B008 - frozen
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    stop: Sequence[str] = (),
+    prompt_ids: Sequence[str] | None = None,
+    batch_size: int = 16,
+    on_token: OnToken | None = None,
+) -> list[Generation]:
+    """One reply per prompt, in their order, guided by ``head`` if there is one.
+
+    A reply's random numbers depend on ``seed`` and its prompt's id (its place in ``prompts`` if ``prompt_ids`` is not
+    given) alone, so that batches change nothing beyond floating-point rounding; prompts of one id share their noise.
+    A reply ends at a stop token, before the first of the ``stop`` strings, after ``max_new_tokens`` or when the context
+    is full. A prompt longer than the context less ``max_new_tokens`` loses its beginning, but keeps at least half the
+    context. ``temperature`` 0 is greedy.
+
+    ``on_token(index, piece)`` is handed pieces of text that add up to the reply; in block mode a block at a time.
+
+    In each :class:`Generation`, ``score`` is the head's score of the reply's pooled feature and ``log_prob`` the sum of
+    the unrestricted log-probabilities, at temperature 1, of its ``n_tokens`` tokens; neither counts the stop token (but
+    the feature does if it ``ends_with_eos``) or what a stop string cut off.
+
+    Raises :class:`CoalaError` for settings that cannot be carried out and :class:`SpecMismatch` for a head that was
+    fitted on features of another model.
+    """
+    _check(max_new_tokens, temperature, stop, batch_size)
+    ids = [str(index) for index in range(len(prompts))] if prompt_ids is None else list(prompt_ids)
+    if len(ids) != len(prompts):
+        raise CoalaError(f"{len(prompts)} prompts need as many prompt ids; found {len(ids)}.")
+    if head is not None:
+        backbone.require(head.spec)
+    guided = head is not None and guidance.active
+    if guided and guidance.mode == "block" and temperature == 0:
+        raise CoalaError(
+            "Block guidance chooses among sampled blocks, which temperature 0 makes all the same. "
+            "Give a temperature above 0, or mode 'token'."
+        )
+    context = backbone.max_tokens
+    longest_prompt = max(context - max_new_tokens, context // 2)
+    rows = [backbone.render(prompt, max_tokens=longest_prompt).tokens for prompt in prompts]
+    replies = [
+        Reply(index, ids[index], room=min(max_new_tokens, context - len(row))) for index, row in enumerate(rows)
+    ]
+    decoder = _Decoder(
+        backbone,
+        head,
+        guidance if guided else Guidance("none", top_k=guidance.top_k, top_p=guidance.top_p),
+        seed=seed,
+        temperature=temperature,
+        stop=tuple(stop),
+        stream=None if on_token is None else Stream(on_token, backbone.decode, stop),
+    )
+    # Prompts of like length share a batch, which saves padding.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        decoder.decode([rows[index] for index in batch], [replies[index] for index in batch])
+    return [
+        Generation(
+            prompt_id=reply.prompt_id,
+            text=reply.text(backbone.decode),
+            method=str(decoder.guidance),
+            n_tokens=len(reply.tokens),
+            seed=seed,
+            score=math.nan if head is None else float(head.score(reply.features[-1].cpu().numpy())),
+            log_prob=float(sum(reply.log_probs)),
+        )
+        for reply in replies
+    ]
+
+
+def log_likelihood(
+    prompts: Sequence[Sequence[Turn]], texts: Sequence[str], backbone: LanguageModel, *, batch_size: int = 16
+) -> list[tuple[float, int]]:
+    """Log-probability of each text as a reply to its prompt under the base model, and how many tokens it has.
+
+    The text is tokenised as the backbone renders it; the end of the reply is not counted, and prompt and text are cut
+    to the context as features are. Perplexity is ``exp(-sum of log-probabilities / sum of tokens)``.
+    """
+    if len(texts) != len(prompts):
+        raise CoalaError(f"{len(prompts)} prompts need as many texts; found {len(texts)}.")
+    if batch_size < 1:
+        raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
+    rows = [backbone.render(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    replies = [row.tokens[row.start :] for row in rows]
+    totals = [0.0] * len(rows)
+    # Texts of like length share a batch, so that few rows wait for the longest.
+    order = sorted((index for index, reply in enumerate(replies) if reply), key=lambda index: len(replies[index]))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        prefix = backbone.start([rows[index].tokens[: rows[index].start] for index in batch])
+        step = 0
+        while True:
+            tokens = torch.tensor([replies[index][step] for index in batch], device=backbone.device)
+            for index, value in zip(batch, _pick(prefix.log_probs(), tokens), strict=True):
+                totals[index] += value
+            step += 1
+            going = [row for row, index in enumerate(batch) if len(replies[index]) > step]
+            if not going:
+                break
+            if len(going) < len(batch):
+                batch, prefix, tokens = [batch[row] for row in going], prefix.select(going), tokens[going]
+            prefix.push(tokens)
+    return [(total, len(reply)) for total, reply in zip(totals, replies, strict=True)]
+
+
+def _pick(log_probs: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    return [float(value) for value in log_probs.gather(1, tokens[:, None])[:, 0].cpu()]
+
+
+def _check(max_new_tokens: int, temperature: float, stop: Sequence[str], batch_size: int) -> None:
+    if max_new_tokens < 1:
+        raise CoalaError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise CoalaError(f"temperature is {temperature}; expected a finite number of at least 0 (0 is greedy).")
+    if batch_size < 1:
+        raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
+    if isinstance(stop, str):
+        raise CoalaError(f"stop is the string {stop!r}; expected a list of strings, such as stop=[{stop!r}].")
+    if not all(stop):
+        raise CoalaError("One of the stop strings is empty, which would end every reply at once. Leave it out.")
+
+
+class _Batch:
+    """Rows that have not ended, all with the same number of generated tokens."""
+
+    def __init__(self, prefix: Prefix, pooled: RunningState | None, replies: list[Reply]) -> None:
+        self.prefix, self.pooled, self.replies = prefix, pooled, replies
+
+    def select(self, rows: list[int], replies: list[Reply] | None = None) -> _Batch:
+        """These rows, each as often as it is named; ``replies`` takes the place of theirs."""
+        chosen = [self.replies[row] for row in rows] if replies is None else replies
+        pooled = None if self.pooled is None else self.pooled.select(rows)
+        return _Batch(self.prefix.select(rows), pooled, chosen)
+
+    def value(self) -> torch.Tensor | None:
+        return None if self.pooled is None else self.pooled.value
+
+
+class _Decoder:
+    def __init__(
+        self,
+        backbone: LanguageModel,
+        head: ConvexHead | None,
+        guidance: Guidance,
+        *,
+        seed: int,
+        temperature: float,
+        stop: tuple[str, ...],
+        stream: Stream | None,
+    ) -> None:
+        self.backbone, self.head, self.guidance = backbone, head, guidance
+        self.seed, self.temperature, self.stop, self.stream = seed, temperature, stop, stream
+        self.score = None if head is None else _score_on(head, backbone.device)
+        self.counts_stop = head is not None and head.spec.ends_with_eos
+
+    def decode(self, rows: list[list[int]], replies: list[Reply]) -> None:
+        """Complete ``replies`` to the prompts ``rows``."""
+        layer = -1 if self.head is None else self.head.spec.layer
+        prefix = self.backbone.start(rows, layer)
+        pooled = None if self.head is None else POOLINGS[self.head.spec.pooling].begin(prefix)
+        batch = _Batch(prefix, pooled, replies)
+        self._note(batch.value(), replies)
+        while batch.replies:
+            batch = self._best_block(batch) if self.guidance.mode == "block" else self._step(batch)
+
+    # --- one token ---------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: _Batch, *, silent: bool = False) -> _Batch:
+        """Let every row grow by one token; the rows that have not ended by it."""
+        chosen, log_probs = self._choose(batch)
+        stops = [token in self.backbone.stop_tokens for token in chosen]
+        before = batch.value()
+        if not all(stops) or self.counts_stop:
+            tokens = torch.tensor(chosen, device=self.backbone.device)
+            batch.prefix.push(tokens)
+            if batch.pooled is not None:
+                batch.pooled.push(batch.prefix.state())
+        after = batch.value()
+        going = []
+        for row, reply in enumerate(batch.replies):
+            if stops[row]:
+                ended = True
+                self._note_row(after if self.counts_stop else before, row, reply, grown=self.counts_stop)
+            else:
+                reply.tokens.append(chosen[row])
+                reply.log_probs.append(log_probs[row])
+                self._note_row(after, row, reply, grown=True)
+                ended = bool(self.stop) and reply.cut_at(self.stop, self.backbone.decode)
+                ended = ended or len(reply.tokens) >= reply.room
+            if not ended:
+                going.append(row)
+            if self.stream is not None and not silent:
+                self.stream.send(reply, last=ended)
+        return batch if len(going) == len(batch.replies) else batch.select(going)

@@ -227,8 +227,9 @@ class LengthBin:
 def by_length_difference(
     margins: ArrayLike,
     length_differences: ArrayLike,
-    bins: int | Sequence[float] = 5,
     group: Sequence[Any] | NDArray[Any] | None = None,
+    *,
+    bins: int | Sequence[float] = 5,
 ) -> list[LengthBin]:
     """Ranking accuracy by length(chosen) - length(rejected): a head that only likes length fails on the left.
 

@@ -95,12 +95,14 @@ class WordJudge:
 class HeadJudge:
     """A judge that prefers the higher ``scorer(prompt, reply)``: a convex head, or any reward model.
 
+    ``lambda prompt, reply: reply.score`` judges by the scores that the guiding head left, without any model.
+
     As the head that guided the text it tells whether guidance reached its goal, not whether the text is better.
     """
 
     name: str
-    scorer: Callable[[Sequence[Turn], str], float]
+    scorer: Callable[[Sequence[Turn], Generation], float]
 
     def compare(self, prompt: Sequence[Turn], first: Generation, second: Generation) -> Judgement:
-        value = preference(float(self.scorer(prompt, first.text)), float(self.scorer(prompt, second.text)))
+        value = preference(float(self.scorer(prompt, first)), float(self.scorer(prompt, second)))
         return Judgement(first.prompt_id, first.method, second.method, value, self.name)

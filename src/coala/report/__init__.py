@@ -3,7 +3,7 @@
 This package words, tabulates and draws; it computes no statistic and reads no model. ``report.json`` holds the content,
 a plain dictionary; ``report.html`` is a function of it alone. All keys are optional: what is missing is said to be
 missing. An ESTIMATE is a :class:`coala.values.Estimate` or the same fields as a dictionary; ``null`` bounds mean that
-no interval is known. Gaps are relative: (objective - lower bound) / objective.
+no interval is known.
 
     title           str
     command         str, the exact command that makes the run again
@@ -14,13 +14,15 @@ no interval is known. Gaps are relative: (objective - lower bound) / objective.
                     linear_accuracy_eval                     ESTIMATE of a linear probe on the same pairs
                     gain_over_linear                         ESTIMATE, paired difference of the two accuracies
                     nll_eval, auc_eval, margin_eval          ESTIMATE
-                    certified_gap        relative duality gap that was proved, or null
+                    certified_gap        proved gap as a share of the objective, or null
                     statement            str, the certificate in one sentence
                     seconds, gflops      whole run
     data_findings   [{severity: "error" | "warning" | "note", text}]
     head            {certificate: {...}, n_neurons, spec: {...}}; of the certificate these are put into words:
-                    program, objective, lower_bound, gap (relative), tolerance, proved, estimated; others are listed
-    curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}
+                    statement, objective, lower_bound, relative_gap, tolerance, separable,
+                    gates_estimate {largest_violation, starts}, cv {signal_found}; all are listed
+    curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}: mean margins divided by their
+                    standard deviation (margins of two heads have no common scale), gap = objective - lower bound
     path            [{tau, beta_rel, cv_nll, cv_se, cv_accuracy, n_neurons, selected}]; beta_rel null: the linear head
     scores          {chosen: [float], rejected: [float]}, held-out pairs
     by_length       [{low, high, accuracy: ESTIMATE}], length difference chosen - rejected

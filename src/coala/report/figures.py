@@ -59,7 +59,7 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
             if len(steps):
                 few = "o" if len(steps) < 12 else None
                 axes.plot(steps, values, label=label, **({"color": BLUE, "marker": few, "ms": 4} | look))
-        axes.set(xlabel="solver step", ylabel="mean reward margin")
+        axes.set(xlabel="solver step", ylabel="mean margin / its deviation")
         axes.legend()
 
     ends = "; ".join(
@@ -68,28 +68,35 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         if len(steps)
     )
     caption = (
-        "Mean of score(chosen) minus score(rejected). When held-out pairs part from training pairs, the head has begun "
-        "to learn the training set by heart."
+        "Mean of score(chosen) minus score(rejected), in units of its standard deviation. Where held-out pairs part "
+        "from training pairs, the head learns its training set by heart."
     )
     return _drawing("margin", f"Reward margin by solver step: {ends}.", caption, draw)
 
 
 def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
-    """Relative duality gap by solver step, logarithmic."""
-    steps, gaps = _series(rows, "gap")
+    """Duality gap as a share of the objective by solver step, logarithmic."""
+    shares = [
+        {"step": row.get("step", i), "gap": row["gap"] / row["objective"]}
+        for i, row in enumerate(rows)
+        if row.get("gap") is not None and (row.get("objective") or 0) > 0
+    ]
+    steps, gaps = _series(shares, "gap")
     steps, gaps = steps[gaps > 0], gaps[gaps > 0]
     if not len(steps):
         return None
 
     def draw(axes: Any) -> None:
         axes.semilogy(steps, gaps, color=BLUE, marker="o" if len(steps) < 12 else None, ms=4)
-        axes.set(xlabel="solver step", ylabel="relative duality gap")
+        axes.set(xlabel="solver step", ylabel="gap / objective")
         axes.grid(which="minor", visible=False)
 
     title = f"Duality gap by solver step, from {number(gaps[0])} to {number(gaps[-1])}."
-    return _drawing(
-        "gap", title, "How far from the optimum the head can be at most, as a share of the objective.", draw
+    caption = (
+        "How far from the optimum the head can be at most, as a share of the objective. It jumps up where gates enter: "
+        "the program is then a larger one."
     )
+    return _drawing("gap", title, caption, draw)
 
 
 def objective_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -167,6 +174,13 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         return None
     linear = min((float(row["cv_nll"]) for row in known if row.get("beta_rel") is None), default=None)
     selected = next((row for row in gated if row.get("selected")), None)
+    best = min(gated, key=lambda row: float(row["cv_nll"]))
+    many = len({row.get("tau") for row in gated}) > 4
+    if many:  # a grid: at each sparsity the best ridge, or the lines would hide each other
+        lowest: dict[float, Mapping[str, Any]] = {}
+        for row in sorted(gated, key=lambda row: float(row["cv_nll"])):
+            lowest.setdefault(float(row["beta_rel"]), {**row, "tau": None})
+        gated = list(lowest.values())
     ridges = sorted({row.get("tau") for row in gated}, key=lambda tau: -1.0 if tau is None else float(tau))
     shades = np.linspace(1.0, 0.35, len(ridges))
 
@@ -174,7 +188,8 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         for tau, shade in zip(ridges, shades, strict=True):
             line = sorted((row for row in gated if row.get("tau") == tau), key=lambda row: float(row["beta_rel"]))
             x, y = ([float(row[name]) for row in line] for name in ("beta_rel", "cv_nll"))
-            label = "gated head" if len(ridges) == 1 else f"ridge {number(tau)}"
+            label = f"ridge {number(tau)}" if len(ridges) > 1 else "gated head"
+            label += " at its best ridge" if many else ""
             axes.plot(x, y, "o-", color=BLUE, alpha=float(shade), ms=4, label=label)
             errors = [float(row.get("cv_se") or 0) for row in line]
             axes.errorbar(x, y, errors, fmt="none", color=BLUE, alpha=float(shade), capsize=2.5, elinewidth=1)
@@ -193,7 +208,6 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         axes.set(xlabel="sparsity / its largest useful value (weaker →)", ylabel="cross-validated NLL")
         axes.legend(fontsize=9)
 
-    best = min(gated, key=lambda row: float(row["cv_nll"]))
     title = (
         f"Regularisation path: the lowest cross-validated NLL of gated heads is {number(float(best['cv_nll']))} at "
         f"relative sparsity {number(float(best['beta_rel']))}"
@@ -201,6 +215,31 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     )
     caption = "Negative log-likelihood per pair on held-out folds; log 2 = 0.693 is a coin. Bars are standard errors."
     return _drawing("path", title, caption, draw)
+
+
+def ridge_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Cross-validated NLL of the linear head by ridge."""
+    linear = [
+        (float(row["tau"]), float(row["cv_nll"]), float(row.get("cv_se") or 0))
+        for row in rows
+        if row.get("cv_nll") is not None and row.get("beta_rel") is None and (row.get("tau") or 0) > 0
+    ]
+    if len(linear) < 2:
+        return None
+    ridges, losses, errors = zip(*sorted(linear), strict=True)
+
+    def draw(axes: Any) -> None:
+        axes.errorbar(ridges, losses, errors, fmt="o-", color=ORANGE, ms=4, capsize=2.5, elinewidth=1)
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        axes.grid(which="minor", visible=False)
+        axes.set(xlabel="ridge (weaker →)", ylabel="cross-validated NLL")
+
+    best = min(linear, key=lambda point: point[1])
+    title = (
+        f"Cross-validated NLL of the linear head by ridge, lowest {number(best[1])} at a ridge of {number(best[0])}."
+    )
+    return _drawing("ridge", title, "The linear head alone: where the ridge of every head here was chosen.", draw)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Any, Any]:

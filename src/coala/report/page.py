@@ -14,8 +14,6 @@ from coala.report.content import Interval, flops, number, seconds, size
 from coala.report.figures import Drawing
 from coala.report.verdicts import certified_gap, verdicts
 
-_WORDED = {"program", "objective", "lower_bound", "gap", "tolerance", "proved", "estimated"}
-
 
 def render(content: Mapping[str, Any]) -> str:
     """The page of a plain content (:func:`coala.report.content.plain`)."""
@@ -35,8 +33,7 @@ def render(content: Mapping[str, Any]) -> str:
 def _view(content: Mapping[str, Any]) -> dict[str, Any]:
     summary, head, curves = (_mapping(content.get(name)) for name in ("summary", "head", "curves"))
     costs, win_rates, samples = (_rows(content.get(name)) for name in ("costs", "win_rates", "samples"))
-    certificate = _mapping(head.get("certificate"))
-    solver = _rows(curves.get("solver"))
+    solver, perplexity = _rows(curves.get("solver")), _mapping(content.get("perplexity"))
     unit = str(content.get("length_unit") or "characters")
     return {
         "title": str(content.get("title") or "COALA alignment report"),
@@ -44,17 +41,18 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "created": content.get("created"),
         "settings": list(_flat(content.get("settings"))),
         "summary": summary,
-        "verdicts": verdicts(content),
+        "verdicts": [sentence.replace(" %", "\u00a0%") for sentence in verdicts(content)],
         "tiles": _tiles(content, summary, head),
         "findings": _rows(content.get("data_findings")),
         "data_read": content.get("data_findings") is not None,
         "certificate": _certificate(summary, head),
-        "certificate_facts": [(k, v) for k, v in _flat(certificate) if k.split(".")[0] not in _WORDED],
+        "certificate_facts": list(_flat(head.get("certificate"))),
         "spec": list(_flat(head.get("spec"))),
         "fit_figures": _drawn(
             figures.margin_curve(_rows(curves.get("margin"))),
             figures.gap_curve(solver),
             figures.objective_curve(solver),
+            figures.ridge_chart(_rows(content.get("path"))),
             figures.path_chart(_rows(content.get("path"))),
         ),
         "ranking_figures": _drawn(
@@ -70,9 +68,9 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "length_unit": unit,
         "win_rates": [_contest(row) for row in win_rates],
         "perplexity": [
-            (name, Interval(_mapping(content.get("perplexity")).get(name)))
-            for name in ("unguided", "guided")
-            if Interval(_mapping(content.get("perplexity")).get(name))
+            (name, "", estimate.plain(), _how(estimate))
+            for name, estimate in ((name, Interval(perplexity.get(name))) for name in ("unguided", "guided"))
+            if estimate
         ],
         "samples": [{**row, "scores": _mapping(row.get("scores"))} for row in samples],
         "costs": costs,
@@ -111,31 +109,27 @@ def _tiles(content: Mapping[str, Any], summary: Mapping[str, Any], head: Mapping
     return tiles
 
 
-def _ranking(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    shares = {
-        "accuracy_eval": "Held-out pairs ranked right",
-        "accuracy_train": "Training pairs ranked right",
-        "linear_accuracy_eval": "Linear head, held-out pairs ranked right",
-    }
-    others = {
-        "nll_eval": "Held-out NLL per pair (a coin: 0.693)",
-        "auc_eval": "Held-out AUC across prompts",
-        "margin_eval": "Held-out mean margin",
-    }
-    rows = [(label, Interval(summary.get(key)), "percent") for key, label in shares.items()]
-    gain = Interval(summary.get("gain_over_linear"))
-    rows += [(label, Interval(summary.get(key)), "plain") for key, label in others.items()]
-    worded = [
-        (label, estimate.percent() if kind == "percent" else estimate.plain(), f"n = {estimate.n:,}; {estimate.method}")
-        for label, estimate, kind in rows
-        if estimate
-    ]
-    if gain:
-        worded.insert(
-            sum(bool(Interval(summary.get(key))) for key in shares),
-            ("Gain over the linear head", gain.percent(points=True), f"n = {gain.n:,}; {gain.method}"),
-        )
-    return worded
+def _ranking(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows of label, comment, worded estimate, and how it was made."""
+    rows = []
+    for key, label, form in (
+        ("accuracy_eval", "Held-out pairs ranked right", "percent"),
+        ("accuracy_train", "Training pairs ranked right", "percent"),
+        ("linear_accuracy_eval", "Held-out pairs ranked right by a linear head", "percent"),
+        ("gain_over_linear", "Gain over the linear head", "points"),
+        ("nll_eval", "Held-out NLL per pair (a coin: 0.693)", "plain"),
+        ("auc_eval", "Held-out AUC across prompts", "plain"),
+        ("margin_eval", "Held-out mean margin", "plain"),
+    ):
+        estimate = Interval(summary.get(key))
+        if estimate:
+            worded = estimate.plain() if form == "plain" else estimate.percent(points=form == "points")
+            rows.append((label, "", worded, _how(estimate)))
+    return rows
+
+
+def _how(estimate: Interval) -> str:
+    return f"n = {estimate.n:,}{'; ' if estimate.method else ''}{estimate.method}"
 
 
 def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, str] | None:
@@ -144,19 +138,19 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[st
         return None
     certificate = _mapping(head.get("certificate"))
     gap, tolerance = certified_gap(summary, head)
-    proved = str(certificate.get("proved") or summary.get("statement") or "")
-    if gap is not None:
-        program = f" ({certificate['program']})" if certificate.get("program") else ""
-        proved += (
-            f" A dual solution shows that no weights of this convex program{program}, with these gates and penalties, "
-            f"have an objective lower by more than {100 * gap:.2g} % of it."
+    proved = str(certificate.get("statement") or summary.get("statement") or "")
+    if gap is not None and not proved:
+        proved = (
+            "A dual solution shows that no weights of this convex program, with these gates and penalties, have an "
+            f"objective lower by more than {100 * gap:.2g} % of it."
         )
-        if certificate.get("objective") is not None and certificate.get("lower_bound") is not None:
-            objective, bound = (_fine(certificate[key]) for key in ("objective", "lower_bound"))
-            proved += f" The objective is {objective}; the lower bound is {bound}."
-        if tolerance is not None:
-            proved += f" The tolerance asked for was {number(tolerance)}."
-    estimated = str(certificate.get("estimated") or "")
+    if certificate.get("objective") is not None and certificate.get("lower_bound") is not None:
+        objective, bound = (_fine(certificate[key]) for key in ("objective", "lower_bound"))
+        proved += f" The objective is {objective}; nothing below {bound} can be reached."
+    if tolerance is not None and gap is not None:
+        met = "met" if gap <= tolerance else "not met"
+        proved += f" The tolerance asked for, {number(tolerance)}, was {met}."
+    estimated = _search(_mapping(certificate.get("gates_estimate")))
     measured = (
         "Accuracies, win rates and perplexities are measured on samples, each with a 95 % interval; none of them is "
         "a part of the proof."
@@ -169,20 +163,32 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[st
     }
 
 
+def _search(found: Mapping[str, Any]) -> str:
+    """What the local search over all gates says, and whether that is good news."""
+    violation, starts = found.get("largest_violation"), found.get("starts")
+    if violation is None:
+        return ""
+    where = f"a local search{f' from {number(starts)} starts' if starts is not None else ''}"
+    if isinstance(violation, int | float) and violation > 1.1:
+        return (
+            f"Over all possible gates this head is not optimal: {where} found one that pulls at the objective with "
+            f"{number(violation)} times what the penalty holds back. Allowing more neurons would fit the training "
+            "pairs better."
+        )
+    return (
+        f"Over all possible gates: {where} found none that pulls at the objective with more than {number(violation)} "
+        "of what the penalty holds back (at most 1 at an optimum). A search may miss one."
+    )
+
+
 def _fine(value: Any) -> str:
     """Enough digits to tell an objective from a bound that is close to it."""
     return f"{value:.9g}" if isinstance(value, float) else number(value)
 
 
-def _contest(row: Mapping[str, Any]) -> dict[str, Any]:
+def _contest(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
     rate = Interval(row.get("estimate"))
-    return {
-        "judge": row.get("judge") or "judge",
-        "worded": rate.percent(),
-        "n": rate.n,
-        "method": rate.method,
-        "comment": row.get("comment") or "",
-    }
+    return str(row.get("judge") or "judge"), str(row.get("comment") or ""), rate.percent(), _how(rate)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
         *_ranking(summary),
         *_linear(summary, content.get("head") or {}),
         *_lengths(content.get("by_length") or []),
-        *_path(content.get("path") or []),
+        *_path(content.get("path") or [], content.get("head") or {}),
         *_certificate(summary, content.get("head") or {}),
         *(sentence for row in content.get("win_rates") or [] for sentence in _win_rate(row)),
         *_perplexity(content.get("perplexity") or {}),
@@ -76,7 +76,14 @@ def _lengths(rows: list[Any]) -> list[str]:
     return [f"The head ranks worse than chance {which}: it rewards length, in part."]
 
 
-def _path(rows: list[Any]) -> list[str]:
+def _path(rows: list[Any], head: Mapping[str, Any]) -> list[str]:
+    certificate = head.get("certificate") or {}
+    if (certificate.get("cv") or {}).get("signal_found") is False:
+        return ["Validation found no signal: on held-out pairs no head was better than a coin."]
+    if certificate.get("separable"):
+        return ["The head ranks every training pair right, so only the regularisation keeps its scores finite."]
+    if head.get("n_neurons") == 0:
+        return []
     known = [row for row in rows if row.get("cv_nll") is not None and row.get("beta_rel") is not None]
     if len(known) < 2:
         return []
@@ -91,7 +98,7 @@ def _path(rows: list[Any]) -> list[str]:
 def certified_gap(summary: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """The proved relative gap and the tolerance that was asked for."""
     certificate = head.get("certificate") or {}
-    found = (summary.get("certified_gap"), certificate.get("gap"))
+    found = (summary.get("certified_gap"), certificate.get("relative_gap"))
     gap = next((float(g) for g in found if isinstance(g, int | float)), None)
     tolerance = certificate.get("tolerance")
     return gap, float(tolerance) if isinstance(tolerance, int | float) else None

@@ -1,0 +1,29 @@
+"""One alignment from pairs to report: the stages in their order, and what a finished run holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coala.align.results import load_run, make_report, summary_rows
+from coala.align.stages import OnProgress, carry_out
+from coala.recipe import Recipe
+from coala.store import Run
+
+__all__ = ["OnProgress", "align", "load_run", "make_report", "summary_rows"]
+
+
+def align(
+    recipe: Recipe, run: Run, *, on_progress: OnProgress | None = None, separate: bool | None = None
+) -> dict[str, Any]:
+    """Carry out ``recipe`` in ``run`` and return the report's content; finished stages are skipped.
+
+    ``separate`` runs every stage in a process of its own (default: when the machine has an NVIDIA GPU). Raises
+    :class:`~coala.values.CoalaError` for input that cannot be used and for a run started with other settings.
+    """
+    recipe = recipe.located()
+    run.start(recipe.model_dump(mode="json"))
+    if on_progress is None:
+        carry_out(recipe, run, separate=separate)
+    else:
+        carry_out(recipe, run, on_progress, separate)
+    return make_report(run)

@@ -1,0 +1,163 @@
+"""What a finished run holds, put together: its model and head for decoding, its values for the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coala import evaluation
+from coala.align.stages import guidance_of, open_backbone, prompt_id
+from coala.recipe import Recipe
+from coala.report import write_report
+from coala.store import (
+    Run,
+    load_features,
+    load_generations,
+    load_head,
+    load_json,
+    load_judgements,
+    load_pairs,
+)
+from coala.values import conversation_text
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.decoding import Guidance
+    from coala.values import ConvexHead
+
+
+def load_run(path: Path | str) -> tuple[LanguageModel, ConvexHead, Guidance]:
+    """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on."""
+    from coala.backbone import load_backbone
+
+    run = Run.open(path)
+    recipe = Recipe.model_validate(run.settings)
+    head = load_head(run.path / "head")
+    backbone = open_backbone(recipe)
+    backbone.require(head.spec)
+    return backbone, head, guidance_of(recipe)
+
+
+def make_report(run: Run) -> dict[str, Any]:
+    """Put the run's saved values together as a report, write it, and return its content (see ``coala.report``)."""
+    from coala.report import write_report
+
+    recipe = Recipe.model_validate(run.settings)
+    train, held_out = load_features(run.path / "features/train"), load_features(run.path / "features/eval")
+    head, fitted = load_head(run.path / "head"), load_json(run.path / "head/fit.json")
+    pairs = load_pairs(run.path / "pairs-eval.jsonl")
+    margins = head.score(held_out.chosen) - head.score(held_out.rejected)
+    linear = np.asarray(fitted["linear"], np.float32)
+    linear_margins = (held_out.chosen - held_out.rejected) @ linear[:-1]
+    facts = {stage: run.facts(stage) for stage in _recorded(run)}
+    lengths = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
+    accuracy = evaluation.accuracy_of_margins
+    seconds = sum(fact["seconds"] for fact in facts.values())
+    summary: dict[str, Any] = {
+        "n_train": len(train),
+        "n_eval": len(held_out),
+        "accuracy_eval": accuracy(margins, held_out.group),
+        "accuracy_train": accuracy(head.score(train.chosen) - head.score(train.rejected), train.group),
+        "linear_accuracy_eval": accuracy(linear_margins, held_out.group),
+        "gain_over_linear": evaluation.accuracy_difference(margins, linear_margins, held_out.group),
+        "nll_eval": evaluation.pairwise_nll(margins, held_out.group),
+        "certified_gap": head.certificate.get("relative_gap"),
+        "statement": head.certificate.get("statement"),
+        "seconds": seconds,
+        "gflops": sum(fact.get("flops", 0) for fact in facts.values()) / 1e9,
+    }
+    content: dict[str, Any] = {
+        "title": f"{Path(recipe.model.name).name}: {len(train)} pairs",
+        "command": f"coala align --recipe {run.path / 'run.json'} --out NEW",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": run.settings,
+        "summary": summary,
+        "data_findings": facts["pairs"]["findings"],
+        "head": {"certificate": head.certificate, "n_neurons": head.n_neurons, "spec": asdict(head.spec)},
+        "curves": _curves(fitted["history"]),
+        "path": fitted["path"],
+        "scores": {"chosen": head.score(held_out.chosen), "rejected": head.score(held_out.rejected)},
+        "by_length": evaluation.by_length_difference(margins, lengths, held_out.group),
+        "costs": [
+            {"stage": stage, **{k: fact[k] for k in ("seconds", "flops", "peak_bytes") if k in fact}}
+            for stage, fact in facts.items()
+        ],
+    }
+    replies = {name: run.path / f"generations-{name}.jsonl" for name in ("unguided", "guided")}
+    if all(path.exists() for path in replies.values()):
+        texts = {name: load_generations(path) for name, path in replies.items()}
+        content["perplexity"] = {
+            name: evaluation.perplexity([g.log_prob for g in some], [g.n_tokens for g in some])
+            for name, some in texts.items()
+            if some
+        }
+        prompts = {prompt_id(pair): conversation_text(pair.prompt) for pair in pairs}
+        content["samples"] = [
+            {
+                "prompt": prompts[plain.prompt_id],
+                "unguided": plain.text,
+                "guided": guided.text,
+                "scores": {"unguided": plain.score, "guided": guided.score},
+            }
+            for plain, guided in zip(texts["unguided"], texts["guided"], strict=True)
+        ][:10]
+    rates = []
+    for name, comment in JUDGES.items():
+        if (path := run.path / f"judgements-{name}.jsonl").exists():
+            judgements = load_judgements(path)
+            rate = evaluation.win_rate(judgements)
+            rates.append({"judge": judgements[0].judge if judgements else name, "estimate": rate, "comment": comment})
+    content["win_rates"] = rates
+    write_report(run, content)
+    return content
+
+
+JUDGES = {
+    "judge": "an independent judge, named before any guided text was seen",
+    "labeller": "the scorer that labelled the training pairs: tells whether guidance reached its goal, not more",
+    "head": "the head itself: tells whether guidance reached its goal, not whether the text is better",
+}
+
+
+def _curves(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Reward margins in units of their own standard deviation, and the gap, by solver step."""
+    margins = [
+        {"step": row["step"], "train": row["margin_ratio_train"], "eval": row["margin_ratio_held_out"]}
+        for row in history
+        if "margin_ratio_train" in row
+    ]
+    solver = [{"step": i, "gap": row["gap"], "objective": row["objective"]} for i, row in enumerate(history)]
+    return {"margin": margins, "solver": solver}
+
+
+def summary_rows(content: dict[str, Any]) -> list[list[str]]:
+    """The short table a command prints."""
+    summary = content["summary"]
+
+    def percent(estimate: Any) -> str:
+        value, low, high = (100 * getattr(estimate, name) for name in ("value", "low", "high"))
+        return f"{value:.1f} % [{low:.1f}, {high:.1f}], n = {estimate.n}"
+
+    rows = [
+        ["pairs", f"{summary['n_train']} to fit, {summary['n_eval']} held out"],
+        ["ranking accuracy", percent(summary["accuracy_eval"])],
+        ["a linear head", percent(summary["linear_accuracy_eval"])],
+        ["neurons", str(content["head"]["n_neurons"])],
+        ["certified gap", f"{summary['certified_gap']:.1e} of the objective"],
+        ["seconds", f"{summary['seconds']:.1f}"],
+        ["GFLOPs", f"{summary['gflops']:,.1f}"],
+    ]
+    for rate in content.get("win_rates", []):
+        rows.append([f"guided wins ({rate['judge']})", percent(rate["estimate"])])
+    for name, value in content.get("perplexity", {}).items():
+        rows.append([f"perplexity, {name}", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}], n = {value.n}"])
+    return rows
+
+
+def _recorded(run: Run) -> list[str]:
+    order = ("pairs", "features-train", "features-eval", "head", "replies-unguided", "replies-guided")
+    return [stage for stage in order if (run.path / "stages" / f"{stage}.json").exists()]

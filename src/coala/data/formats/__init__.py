@@ -1,0 +1,218 @@
+"""The formats preference data come in: how each is recognised, and how its rows become pairs.
+
+A format is one :class:`Reader` in :data:`READERS`; adding one takes a function from a row to pairs and a line there.
+Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain, islice
+
+from coala.data.conversations import alternate, conversation, is_conversation
+from coala.data.files import Record, Source, records, sources
+from coala.data.findings import DataError, Fault, Finding, describe, listed
+from coala.data.formats.labelled import autoj, bridge, llmbar, read_helpsteer, shp, ultrafeedback
+from coala.data.formats.reader import Located, Reader, Reading, by_row
+from coala.data.formats.replies import (
+    CHOSEN,
+    PROMPTS,
+    REJECTED,
+    alpaca,
+    hh_rlhf,
+    is_columns,
+    is_hh,
+    is_preference,
+    is_texts,
+    read_columns,
+    read_preference,
+    rewardbench,
+    sharegpt,
+    strings,
+)
+from coala.data.formats.reviews import read_imdb
+from coala.data.turns import Row, is_messages
+from coala.values import Pair, Role
+
+__all__ = ["READERS", "Located", "Reader", "read"]
+
+LOOKED_AT = 50  # rows that decide which format a file has
+
+
+def read_alternating(records: Iterable[Record], speaker: Role = "assistant") -> Reading:
+    """Conversations as alternating pairs (see :func:`~coala.data.conversations.alternate`)."""
+
+    def make(row: Row) -> list[Pair]:
+        group, said = conversation(row)
+        return alternate(said, group, role=speaker)
+
+    yield from by_row(make)(records)
+
+
+_ALL = (
+    Reader(
+        "sharegpt",
+        "conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}",
+        lambda row: is_messages(row.get("conversations")) and "chosen" in row and "rejected" in row,
+        by_row(sharegpt),
+    ),
+    Reader(
+        "bridge",
+        "c_h: chat, c_r: the tutor's reply, c_r_: an expert's better one",
+        lambda row: {"c_h", "c_r", "c_r_"} <= set(row),
+        by_row(bridge),
+    ),
+    Reader(
+        "hh-rlhf",
+        r"chosen, rejected: transcripts '\n\nHuman: ...\n\nAssistant: ...'; or prompt (a transcript) and two replies",
+        is_hh,
+        by_row(hh_rlhf),
+    ),
+    Reader(
+        "rewardbench",
+        "prompt, chosen: [texts], rejected: [texts] (version 2; version 1 is `preference`)",
+        lambda row: "prompt" in row and (is_texts(row.get("chosen")) or is_texts(row.get("rejected"))),
+        by_row(rewardbench),
+    ),
+    Reader(
+        "alpaca",
+        "instruction, input, output: [good, bad]; or instruction, input, chosen, rejected",
+        lambda row: (
+            "instruction" in row
+            and (isinstance(row.get("output"), list) or ("input" in row and strings(row, "chosen", "rejected")))
+        ),
+        by_row(alpaca),
+    ),
+    Reader(
+        "ultrafeedback",
+        "instruction, completions: [{response, overall_score}]; the best against each lower one",
+        lambda row: isinstance(row.get("completions"), list) and ("instruction" in row or "prompt" in row),
+        by_row(ultrafeedback),
+    ),
+    Reader(
+        "helpsteer",
+        "prompt, response, helpfulness, ...; the most helpful reply to a prompt against each less helpful one",
+        lambda row: {"prompt", "response", "helpfulness"} <= set(row),
+        read_helpsteer,
+    ),
+    Reader(
+        "shp",
+        "history, human_ref_A, human_ref_B, labels (1: A is better, 0: B)",
+        lambda row: {"history", "human_ref_A", "human_ref_B", "labels"} <= set(row),
+        by_row(shp),
+    ),
+    Reader(
+        "llmbar",
+        "input, output_1, output_2, label (1 or 2: the better one)",
+        lambda row: {"input", "output_1", "output_2", "label"} <= set(row),
+        by_row(llmbar),
+    ),
+    Reader(
+        "autoj",
+        "prompt, response 1, response 2, label (0: the first is better, 1: the second, 2: a tie)",
+        lambda row: {"prompt", "response 1", "response 2", "label"} <= set(row),
+        by_row(autoj),
+    ),
+    Reader(
+        "imdb",
+        "text, label (1 or pos, 0 or neg), movie; a positive review against a negative one",
+        lambda row: {"text", "label"} <= set(row) and not {"chosen", "rejected"} & set(row),
+        read_imdb,
+    ),
+    Reader(
+        "preference",
+        "prompt, chosen, rejected: texts or lists of {role, content}; the prompt may be what both begin with",
+        is_preference,
+        read_preference,
+    ),
+    Reader(
+        "columns",
+        f"other names: {listed(PROMPTS, 5)}; {listed(CHOSEN, 5)}; {listed(REJECTED, 5)}",
+        is_columns,
+        read_columns,
+    ),
+    Reader(
+        "conversations",
+        "messages, conversations, turns, ...: each reply against the same speaker's next one; only when asked for",
+        is_conversation,
+        read_alternating,
+    ),
+)
+
+READERS: Mapping[str, Reader] = {reader.name: reader for reader in _ALL}
+
+
+def read(source: Source, format: str = "auto", role: Role = "assistant") -> Iterator[Located | Finding]:
+    """Located pairs and findings of one or several sources, in order; each source is recognised by itself.
+
+    Raises :class:`DataError` only for a ``format`` that is not in :data:`READERS`.
+    """
+    if format != "auto" and format not in READERS:
+        raise DataError(
+            [Finding("format", None, "", repr(format), f"auto or one of {', '.join(READERS)}", "mend --format")]
+        )
+    for name in sources(source):
+        faults: list[Finding] = []
+        rows = _objects(records(name), faults)
+        if format == "auto":
+            head = list(islice(rows, LOOKED_AT))
+            rows = chain(head, rows)
+            reader = _recognise(name, head)
+            if isinstance(reader, Finding):
+                yield from faults
+                if head:
+                    yield reader
+                continue
+        else:
+            reader = READERS[format]
+        yield Finding(name, None, "", f"read as {reader.name}", "", "", severity="note")
+        make = partial(read_alternating, speaker=role) if reader.name == "conversations" else reader.pairs
+        for event in make(rows):
+            yield from faults
+            faults.clear()
+            yield event
+        yield from faults
+
+
+def _objects(events: Iterable[Record | Finding], faults: list[Finding]) -> Iterator[Record]:
+    """The records that are objects; findings, and those that are not, are set aside in ``faults``."""
+    for event in events:
+        if isinstance(event, Finding):
+            faults.append(event)
+        elif not isinstance(event.value, Mapping):
+            fault = Fault("", describe(event.value), "an object with named fields", "write each pair as an object")
+            faults.append(fault.at(event.file, event.row))
+        else:
+            yield event
+
+
+def _recognise(name: str, head: list[Record]) -> Reader | Finding:
+    """The format most of the first rows have; of equals, the one that stands first in :data:`READERS`."""
+    votes = Counter(next((reader.name for reader in _ALL if reader.matches(record.value)), "") for record in head)
+    votes.pop("", None)
+    if votes:
+        most = max(votes.values())
+        reader = next(reader for reader in _ALL if votes[reader.name] == most)
+        if reader.name != "conversations":
+            return reader
+        found = "these are conversations, not pairs"
+        mend = "make pairs of them with `coala data alternate`, or say --format conversations"
+        return Finding(name, None, "", found, "a chosen and a rejected reply per row", mend)
+    if not head:
+        return Finding(name, None, "", "no rows", "at least one", "")
+    keys = list(dict.fromkeys(str(key) for record in head for key in record.value))
+    sides = [
+        side
+        for side, names in (("chosen", CHOSEN), ("rejected", REJECTED))
+        if {k.strip().lower() for k in keys} & set(names)
+    ]
+    if len(sides) == 1:
+        missing = "rejected" if sides == ["chosen"] else "chosen"
+        found = f"the field is missing in every row (there are {listed(keys)})"
+        return Finding(name, None, missing, found, "both replies", "add it or rename its column")
+    mend = "rename the columns, or name the format (`coala data formats` lists them)"
+    return Finding(
+        name, None, "", f"the columns {listed(keys) or '(none)'}", "prompt, chosen, rejected, or a known format", mend
+    )
