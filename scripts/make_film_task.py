@@ -177,14 +177,16 @@ def prompts(seed: int) -> list[str]:
     return [f"{o.format(who=s, what=e)} {end}" for o, s, e, end in (everything[i] for i in order)]
 
 
-def make_pairs(train_prompts: int, test_prompts: int, samples: int, tokens: int, seed: int) -> None:
+def make_pairs(
+    model: Path, out: Path, train_prompts: int, test_prompts: int, samples: int, tokens: int, seed: int
+) -> None:
     from coala.backbone import load_backbone
     from coala.decoding import Guidance, generate
     from coala.evaluation import WordJudge
     from coala.store import save_pairs
     from coala.values import Pair, user
 
-    backbone = load_backbone(ASSETS / "film-lm")
+    backbone = load_backbone(str(model))
     labeller = WordJudge.load(ASSETS / "film-labeller.json")
     chosen_prompts = prompts(seed)[: train_prompts + test_prompts]
     replies: list[list[str]] = [[] for _ in chosen_prompts]
@@ -192,7 +194,7 @@ def make_pairs(train_prompts: int, test_prompts: int, samples: int, tokens: int,
         generated = generate(
             [user(p) for p in chosen_prompts],
             backbone,
-            guidance=Guidance(mode="none", top_k=0, top_p=1.0),
+            guidance=Guidance(mode="none"),
             max_new_tokens=tokens,
             seed=seed + sample,
             batch_size=64,
@@ -208,8 +210,8 @@ def make_pairs(train_prompts: int, test_prompts: int, samples: int, tokens: int,
             if labeller.score(better) > labeller.score(worse):
                 pairs.append(Pair(user(prompt), better, worse, group=f"film-{i:04d}"))
     train = {f"film-{i:04d}" for i in range(train_prompts)}
-    save_pairs(ASSETS / "film_pairs.jsonl", [p for p in pairs if p.group in train])
-    save_pairs(ASSETS / "film_pairs_test.jsonl", [p for p in pairs if p.group not in train])
+    save_pairs(out / "film_pairs.jsonl", [p for p in pairs if p.group in train])
+    save_pairs(out / "film_pairs_test.jsonl", [p for p in pairs if p.group not in train])
     print(len(pairs), "pairs")
 
 
@@ -220,6 +222,8 @@ def main() -> None:
     scorers.add_argument("reviews", type=Path)
     scorers.add_argument("--test", type=Path, required=True)
     pairs = commands.add_parser("pairs")
+    pairs.add_argument("--model", type=Path, default=ASSETS / "film-lm")
+    pairs.add_argument("--out", type=Path, default=ASSETS)
     pairs.add_argument("--train-prompts", type=int, default=300)
     pairs.add_argument("--test-prompts", type=int, default=200)
     pairs.add_argument("--samples", type=int, default=8)
@@ -229,7 +233,7 @@ def main() -> None:
     if args.command == "scorers":
         make_scorers(args.reviews, args.test)
     else:
-        make_pairs(args.train_prompts, args.test_prompts, args.samples, args.tokens, args.seed)
+        make_pairs(args.model, args.out, args.train_prompts, args.test_prompts, args.samples, args.tokens, args.seed)
 
 
 if __name__ == "__main__":

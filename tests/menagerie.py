@@ -98,7 +98,11 @@ def _llama_tokenizer() -> Any:
 
     backend = _sentencepiece(["<unk>", "<s>", "</s>"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -131,11 +135,23 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any], Callable[[], Any]]] = {
     "gpt-neo": (
         "GPTNeoConfig",
         "GPTNeoForCausalLM",
-        {**_WIDE, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5},
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 5,
+        },
         _gpt2_tokenizer,
     ),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 3, "n_head": 4}, _gpt2_tokenizer),
-    "mamba": ("MambaConfig", "MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, _gpt2_tokenizer),
+    "mamba": (
+        "MambaConfig",
+        "MambaForCausalLM",
+        {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        _gpt2_tokenizer,
+    ),
     "bert": ("BertConfig", "BertForMaskedLM", {**_WIDE, "intermediate_size": 48}, _bert_tokenizer),
 }
 DECODERS = [name for name in BACKBONES if name != "bert"]

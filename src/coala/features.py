@@ -1,4 +1,4 @@
-"""Pairs to features: render, batch by length, encode with the frozen model, pool; in shards, so that a kill costs little.
+"""Pairs to features: render, batch by length, encode with the frozen model, pool; shard by shard, a kill costs little.
 
 Knows which rows share a forward pass and a shard; nothing of models beyond ``hidden`` and of files beyond the store.
 """
@@ -128,6 +128,7 @@ def extract(
     *,
     batch_tokens: int = 4096,
     store: FeatureStore | None = None,
+    plan: Survey | None = None,
     on_batch: OnBatch | None = None,
 ) -> FeatureSet:
     """Features of ``pairs`` in their order; each distinct prompt with reply is encoded once.
@@ -135,6 +136,7 @@ def extract(
     ``batch_tokens`` bounds the tokens of one forward pass, padding counted. With a ``store``, shards are written as
     they come, and an extraction that was killed goes on from the last whole one; on the same machine the result is
     bit for bit that of an unbroken run. The store also receives ``facts.json``, the counts of :class:`Survey`.
+    ``plan`` is what :func:`survey` made of the same arguments, if the caller has it already.
     ``on_batch(done_pairs, total_pairs, tokens)`` is called after every batch. On a GPU without memory for
     ``batch_tokens`` batches are split, which may change the last bits.
 
@@ -142,7 +144,7 @@ def extract(
     """
     if batch_tokens < 1:
         raise CoalaError(f"batch_tokens is {batch_tokens}; expected at least 1 (4096 suits most machines).")
-    plan = survey(pairs, backbone, spec)
+    plan = survey(pairs, backbone, spec) if plan is None else plan
     shards = plan.shards(batch_tokens)
     finished: set[int] = set()
     if store is not None:
@@ -150,18 +152,20 @@ def extract(
         save_json(store.folder / "facts.json", plan.facts)
     progress = _Progress(plan, on_batch)
     encoder = _Encoder(plan, backbone, spec)
-    features = np.empty((len(plan.tokens), backbone.width), dtype=np.float32)
+    parts: list[Float32] = []
     for number, batches in enumerate(shards):
-        rows = slice(batches[0].start, batches[-1].stop)
         if store is not None and number in finished:
-            features[rows] = store.read(number)["features"]
-            progress(rows.stop)
+            parts.append(store.read(number)["features"])
+            progress(batches[-1].stop)
             continue
+        encoded: list[Float32] = []
         for batch in batches:
-            features[batch.start : batch.stop] = encoder(batch)
+            encoded.append(encoder(batch))
             progress(batch.stop)
+        parts.append(np.concatenate(encoded))
         if store is not None:
-            store.write(number, {"features": features[rows]})
+            store.write(number, {"features": parts[-1]})
+    features = np.concatenate(parts) if parts else np.empty((0, backbone.width), dtype=np.float32)
     group = np.array([pair.group for pair in pairs], dtype=str)
     return FeatureSet(features[plan.index[:, 0]], features[plan.index[:, 1]], group, spec)
 

@@ -87,6 +87,9 @@ class _Job:
         self.show(stage, 1, 1)
 
 
+PORTION = 32  # replies decoded together
+
+
 # --- the stages --------------------------------------------------------------------------------------------------
 
 
@@ -207,17 +210,23 @@ def _replies(job: _Job) -> None:
             from coala.decoding import generate
 
             backbone, head, guidance = job.backbone(), load_head(job.path("head")), guidance_of(job.recipe)
-            replies = generate(
-                [pair.prompt for pair in chosen],
-                backbone,
-                head,
-                replace(guidance, mode="none") if method == "unguided" else guidance,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                seed=job.recipe.seed,
-                prompt_ids=[prompt_id(pair) for pair in chosen],
-                on_progress=lambda done, total: job.show(stage, done, total),
-            )
+            rule = replace(guidance, mode="none") if method == "unguided" else guidance
+            replies = []
+            # In portions only so that progress shows: a reply does not depend on what is decoded beside it.
+            for first in range(0, len(chosen), PORTION):
+                job.show(stage, first, len(chosen))
+                some = chosen[first : first + PORTION]
+                replies += generate(
+                    [pair.prompt for pair in some],
+                    backbone,
+                    head,
+                    rule,
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    seed=job.recipe.seed,
+                    prompt_ids=[prompt_id(pair) for pair in some],
+                    batch_size=PORTION,
+                )
             save_generations(job.path(f"generations-{method}.jsonl"), replies)
             candidates = guidance.candidates if method == "guided" and guidance.mode in ("token", "prefix") else 0
             flops = sum(

@@ -37,11 +37,11 @@ class Memory(Protocol):
         """A cache of its own with these rows, any of them as often as named, with or without their candidates."""
 
 
-class _Columns(DynamicLayer):
+class _Columns(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values in a buffer with room to grow, so that a new column copies none of the old ones."""
 
     def __init__(self, columns: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.used = 0
         self._least = columns
 
@@ -205,8 +205,9 @@ class CopiedMemory:
         return self._run(tokens[:, None], layer, self.mask, lengths[:, None], self.cache)
 
     def _run(self, tokens: Tensor, layer: int, mask: Tensor, positions: Tensor, cache: Any) -> States:
-        # Unpadded rows need no mask, and some models are only right without one.
-        shown = None if bool(mask.all()) else mask
+        # Unpadded rows need no mask; a purely recurrent model has none left once it has read the prompt.
+        absorbed = tokens.shape[1] == 1 and not self.network.attends
+        shown = None if absorbed or bool(mask.all()) else mask
         at_layer, final = self.network.run(tokens, layer, mask=shown, positions=positions, cache=cache)
         assert final is not None
         return at_layer, final
@@ -224,8 +225,8 @@ class CopiedMemory:
 def _reordered(cache: Any, rows: Tensor) -> Any:
     """A cache of its own with these rows."""
     new = copy.copy(cache)
-    # Plain attention layers replace their tensors when they grow or are reordered, so a shallow copy shares nothing that
-    # is written. Recurrent states may be written in place.
+    # Plain attention layers replace their tensors when they grow or are reordered, so a shallow copy shares nothing
+    # that is written. Recurrent states may be written in place.
     new.layers = [
         copy.copy(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else copy.deepcopy(layer)
         for layer in cache.layers
@@ -260,9 +261,11 @@ def tree_obstacle(network: Network) -> str:
         try:
             memory.prefill(tokens, lengths, network.n_layers)
             found.append(memory.peek(candidates, lengths, network.n_layers)[1].float())
-        except Exception as error:  # noqa: BLE001 - whatever a foreign model's forward raises, it means the same
+        except Exception as error:  # whatever a foreign model's forward raises, it means the same
             if isinstance(memory, CopiedMemory):
-                raise BackboneError(f"{name} cannot be decoded from with a cache of keys and values: {error}") from error
+                raise BackboneError(
+                    f"{name} cannot be decoded from with a cache of keys and values: {error}"
+                ) from error
             return f"{name} refuses the mask ({type(error).__name__})"
     tree, copied = found
     # An unhidden token would move the states by far more than rounding does.

@@ -46,7 +46,7 @@ def load_backbone(
     stored = _check_files(folder)
     place = _device(device)
     precision = _dtype(dtype, place)
-    if "auto_map" in stored and not trust_remote_code and not _known(stored):
+    if stored.get("auto_map") and not trust_remote_code and not _known(stored):
         raise BackboneError(
             f"{name}: needs Python code of its own ({', '.join(sorted(stored['auto_map']))}). "
             "Read that code; then pass trust_remote_code=True, or use a model that transformers knows."
@@ -69,7 +69,9 @@ def weights_digest(folder: Path) -> str:
     Of the checkpoint as stored, so that the device and dtype it is run with do not enter.
     """
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        tensors = [tensor for found in pool.map(_tensor_digests, sorted(folder.glob("*.safetensors"))) for tensor in found]
+        tensors = [
+            tensor for found in pool.map(_tensor_digests, sorted(folder.glob("*.safetensors"))) for tensor in found
+        ]
     return hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()
 
 
@@ -99,14 +101,16 @@ def _find(model: str, revision: str | None) -> tuple[Path, str, str]:
     """Folder, the name to record, and the commit (empty for a folder)."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if revision is not None:
+        if revision:
             raise BackboneError(f"{model}: is a folder, which has no revisions. Leave revision out.")
         return folder, model, ""
     if folder.exists():
         raise BackboneError(f"{model}: is a file; expected a folder with {NEEDED}.")
     if not _HUB_NAME.fullmatch(model):
-        raise BackboneError(f"{model}: no such folder. Expected a folder with {NEEDED}, or a hub name like 'owner/model'.")
-    return _download(model, revision)
+        raise BackboneError(
+            f"{model}: no such folder. Expected a folder with {NEEDED}, or a hub name like 'owner/model'."
+        )
+    return _download(model, revision or None)
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
@@ -116,10 +120,10 @@ def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the client raises its own and its transport's errors alike
+        reason = next(iter(str(error).splitlines()), "")
         raise BackboneError(
-            f"{name}: there is no such folder here, and the hub model could not be fetched "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Check the name and the network, or give "
-            f"a local folder with {NEEDED}."
+            f"{name}: there is no such folder here, and the hub model could not be fetched ({type(error).__name__}: "
+            f"{reason}). Check the name and the network, or give a local folder with {NEEDED}."
         ) from error
     return folder, name, folder.name
 
@@ -133,8 +137,8 @@ def _check_files(folder: Path) -> dict[str, Any]:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         if pickled:
             raise BackboneError(
-                f"{folder}: its weights are pickled ({', '.join(pickled)}), and loading a pickle can run any code. Convert "
-                "them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+                f"{folder}: its weights are pickled ({', '.join(pickled)}), and loading a pickle can run any code. "
+                "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
             )
         missing.append("model.safetensors")
     if not any((folder / name).is_file() for name in _TOKENIZERS):
@@ -163,17 +167,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _known(stored: dict[str, Any]) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return stored["model_type"] in CONFIG_MAPPING_NAMES
+    return stored["model_type"] in CONFIG_MAPPING
 
 
 # --- what it is --------------------------------------------------------------------------------------------------
 
 
-def _load(
-    folder: Path, name: str, dtype: torch.dtype, *, trust_remote_code: bool, headless: bool
-) -> tuple[Any, bool]:
+def _load(folder: Path, name: str, dtype: torch.dtype, *, trust_remote_code: bool, headless: bool) -> tuple[Any, bool]:
     """The model and whether it is an encoder; refused unless every weight that is used was in the checkpoint."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -183,13 +185,17 @@ def _load(
     except Exception as error:
         raise BackboneError(f"{name}: transformers cannot read its config.json: {error}") from error
     if getattr(config, "is_encoder_decoder", False):
-        raise BackboneError(f"{name}: is an encoder-decoder ({config.model_type}); expected a decoder-only model or an encoder.")
+        raise BackboneError(
+            f"{name}: is an encoder-decoder ({config.model_type}); expected a decoder-only model or an encoder."
+        )
     encoder = _is_encoder(config)
     options |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         model, info = _from_pretrained(AutoModel if encoder else AutoModelForCausalLM, folder, options)
     except Exception as error:
-        raise BackboneError(f"{name}: cannot be loaded as {config.model_type} ({type(error).__name__}: {error}).") from error
+        raise BackboneError(
+            f"{name}: cannot be loaded as {config.model_type} ({type(error).__name__}: {error})."
+        ) from error
     unset = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     # An encoder's pooler is not read. Without generation neither is the LM head.
     unused = ("pooler.", "model.pooler.") if encoder else ("lm_head.", "embed_out.", "score.") if headless else ()
@@ -198,8 +204,9 @@ def _load(
         shown = ", ".join(sorted(unset)[:5]) + (", ..." if len(unset) > 5 else "")
         raise BackboneError(
             f"{name}: {len(unset)} weight(s) of {type(model).__name__} are not in the checkpoint or have another shape "
-            f"({shown or info['error_msgs']}) and would be random. Save the model again with save_pretrained() from the class "
-            "it was trained as" + (", or pass generation=False for features only." if "lm_head.weight" in unset else ".")
+            f"({shown or info['error_msgs']}) and would be random. Save the model again with save_pretrained() "
+            "from the class it was trained as"
+            + (", or pass generation=False for features only." if "lm_head.weight" in unset else ".")
         )
     return model, encoder
 
@@ -229,8 +236,8 @@ def _tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise BackboneError(
-            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Save it beside the weights with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Save it beside the weights "
+            "with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         ) from error
 
 
@@ -268,8 +275,9 @@ def _dtype(dtype: str, place: torch.device) -> torch.dtype:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars or load reports: what matters is checked and raised. The caller's settings are put back."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

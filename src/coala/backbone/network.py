@@ -60,10 +60,14 @@ class Network:
         self.config = cast(Any, model).config.get_text_config(decoder=not encoder)
         self.layers = self._find_layers()
         self.n_layers = len(self.layers)
-        self.width = int(self.config.hidden_size)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.arguments = set(inspect.signature(self.body.forward).parameters)
+        with torch.no_grad():
+            outputs = self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        self._outputs = type(outputs)
+        # Not the configured width: a few models project their final states.
+        self.width = int(outputs.last_hidden_state.shape[-1])
 
     def _find_layers(self) -> nn.ModuleList:
         n_layers = getattr(self.config, "num_hidden_layers", None)
@@ -103,7 +107,7 @@ class Network:
 
         products = sum(m.weight.numel() for m in self.layers.modules() if isinstance(m, nn.Linear | Conv1D))
         heads = int(getattr(self.config, "num_attention_heads", 1))
-        size = int(getattr(self.config, "head_dim", None) or self.width // heads)
+        size = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // heads)
         return Shape(self.n_layers, self.width, self.vocabulary, products, heads * size)
 
     @cached_property
@@ -114,6 +118,11 @@ class Network:
         if kinds is None:
             return {"all": window}
         return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+    @property
+    def attends(self) -> bool:
+        """Whether any layer looks back at single tokens; a purely recurrent model does not."""
+        return not set(self.windows) <= {"linear_attention", "conv"}
 
     # --- forward passes ------------------------------------------------------------------------------------------
 
@@ -179,12 +188,6 @@ class Network:
             del body.forward
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
 
-    @cached_property
-    def _outputs(self) -> type[Any]:
-        tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            return type(self.body(input_ids=tokens, use_cache=False))
-
     @property
     def _cache_argument(self) -> str:
         return "cache_params" if "cache_params" in self.arguments else "past_key_values"
@@ -206,7 +209,7 @@ class Network:
     def mask(self, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
         """The 4-D mask(s) this model reads, from ``visible`` and ``distance`` (query minus key position), (B, Q, K)."""
         masks = {kind: self._encode(visible, distance, window) for kind, window in self.windows.items()}
-        if len({window for window in self.windows.values()}) == 1:
+        if len(set(self.windows.values())) == 1:
             return next(iter(masks.values()))
         return masks
 

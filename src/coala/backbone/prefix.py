@@ -62,7 +62,7 @@ class Prefix:
         return self._prompt_sum / self._prompt_lengths[:, None]
 
     def peek(self, tokens: Tensor) -> Tensor:
-        """Hidden states (B, k, d) of each row extended by each of its k candidates ``tokens`` (B, k), in one forward."""
+        """Hidden states (B, k, d) of each row extended by each of k candidates ``tokens`` (B, k), in one forward."""
         tokens = tokens.to(self.lengths.device)
         if tokens.ndim != 2 or len(tokens) != len(self):
             raise BackboneError(f"Candidates of {len(self)} rows are a (B, k) array; found {tuple(tokens.shape)}.")

@@ -13,8 +13,6 @@ from coala.values import Turn, conversation_text
 
 Template = Literal["chat", "dialogue", "continuation"]
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-# What follows a reply is asked for with this in its place when the reply itself is not found in the rendering.
-_PLACE = "reply"
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class Renderer:
         self.before, self.after = whole[:at], whole[at + len(plain) :] if encoder else []
         if self.kind == "chat":
             self.before = self.after = []  # the template writes them out
-        self._sentinel: tuple[str, list[int]] | None = None
 
     def _choose(self, template: str, encoder: bool) -> Template:
         has_chat = bool(getattr(self.tokenizer, "chat_template", None))
@@ -95,7 +92,7 @@ class Renderer:
     def _chat(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            # `enable_thinking` is for templates that would open a thought; preference pairs hold none. Others ignore it.
+            # Templates of thinking models would open a thought; preference pairs hold none. Others ignore the word.
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
             )
@@ -127,9 +124,7 @@ class Renderer:
                 return whole[len(alone) :]
         return self._encode(text)
 
-    def render(
-        self, prompt: Sequence[Turn], reply: str | None, *, max_tokens: int, ends_with_eos: bool = False
-    ) -> Row:
+    def render(self, prompt: Sequence[Turn], reply: str | None, *, max_tokens: int, ends_with_eos: bool = False) -> Row:
         """See :meth:`coala.backbone.LanguageModel.render`."""
         text = self.prompt_text(prompt)
         body = self._encode(text)

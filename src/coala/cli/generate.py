@@ -34,7 +34,7 @@ def generate(
     from dataclasses import replace
 
     from coala.align import load_run
-    from coala.cli.screen import emit, progress, side_by_side
+    from coala.cli.screen import emit, side_by_side
     from coala.decoding import generate as generate_replies
     from coala.values import CoalaError, user
 
@@ -45,25 +45,28 @@ def generate(
     changes = {"mode": mode, "strength": strength, "candidates": candidates}
     guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
     rules = {"unguided": replace(guidance, mode="none"), "guided": guidance} if compare else {"guided": guidance}
-    with progress() as show:
-        replies = {
-            name: generate_replies(
-                [user(text) for text in texts],
-                backbone,
-                head,
-                rule,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                temperature=temperature,
-                stop=tuple(stop or ()),
-                on_progress=lambda done, total, name=name: show(name, done, total),
-            )
-            for name, rule in rules.items()
-        }
+    # One reply streams as it is made; several are printed whole, in order.
+    streams = len(texts) == 1 and not compare
+    replies = {
+        name: generate_replies(
+            [user(text) for text in texts],
+            backbone,
+            head,
+            rule,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            temperature=temperature,
+            stop=tuple(stop or ()),
+            on_token=(lambda _, piece: print(piece, end="", flush=True)) if streams else None,
+        )
+        for name, rule in rules.items()
+    }
+    if streams:
+        print()
     for i, text in enumerate(texts):
         if compare:
             print(f"{text}\n")
             side_by_side(replies["unguided"][i].text, replies["guided"][i].text, ("unguided", "guided"))
-        else:
+        elif not streams:
             print(replies["guided"][i].text)
     emit(replies)

@@ -28,8 +28,8 @@ class Fit:
     """A head, and how it came about.
 
     ``solutions`` by name ("pairwise", or "phase-one" and "phase-two"). ``path``: one row per setting validated: tau,
-    beta_rel (None = no gates), cv_nll, cv_se, cv_accuracy, n_neurons, gap. ``history``: one row per solver step of a run
-    that holds one fold out: objective, gap, and for the pairs fitted and held out the mean margin, its standard
+    beta_rel (None = no gates), cv_nll, cv_se, cv_accuracy, n_neurons, gap. ``history``: one row per solver step of a
+    run that holds one fold out: objective, gap, and for the pairs fitted and held out the mean margin, its standard
     deviation, their ratio and the accuracy (None where nothing is held out).
     """
 
@@ -102,15 +102,15 @@ def _validated(
         if bad.any():
             raise CoalaError(
                 f"The {name} features of {int(bad.sum())} of {n} pairs hold nan or infinity (first: pair "
-                f"{int(bad.argmax())}); expected finite numbers. Extract in a wider dtype (float32), or drop these pairs."
+                f"{int(bad.argmax())}); expected finite numbers. Extract in a wider dtype (float32) or drop the pairs."
             )
     margins = np.asarray(margin, np.float64)
     if margins.shape not in ((), (n,)) or not np.isfinite(margins).all():
         raise CoalaError(f"margin has shape {margins.shape}; expected one finite number or one per pair, ({n},).")
     if n_patterns < (1 if method == "two-phase" else 0) or n_folds < 2 or not 0 < tolerance < 1:
         raise CoalaError(
-            f"n_patterns={n_patterns}, n_folds={n_folds}, tolerance={tolerance}; expected n_patterns >= 1 (0 is allowed "
-            "for a linear pairwise head), n_folds >= 2 and a tolerance between 0 and 1."
+            f"n_patterns={n_patterns}, n_folds={n_folds}, tolerance={tolerance}; expected n_patterns >= 1 "
+            "(or 0 for a linear pairwise head), n_folds >= 2 and a tolerance between 0 and 1."
         )
     return np.broadcast_to(margins, (n,)).copy()
 
@@ -184,9 +184,9 @@ def _two_phase(
             "status": one.status.value,
         },
         "statement": (
-            f"Phase I: with the sampled gates, no other weights lower its objective by more than {one.relative_gap:.1e} of "
-            f"it. Phase II: no other second layer lowers its objective by more than {two.relative_gap:.1e} of it. Both are "
-            "proved in double precision, each for its own phase; nothing is said of other gates."
+            f"Phase I: with the sampled gates, no other weights lower its objective by more than "
+            f"{one.relative_gap:.1e} of it. Phase II: no other second layer lowers its objective by more than {two.relative_gap:.1e} of it. "
+            "Each is proved in double precision for its own phase; nothing is said of other gates."
         ),
         "gates_estimate": None,
         "ridge": result.ridge,
@@ -202,9 +202,7 @@ def _two_phase(
     return Fit(head, {"phase-one": one, "phase-two": two}, result.path, history)
 
 
-def _common(
-    features: FeatureSet, task: PairTask, method: str, solution: Solution, tolerance: float
-) -> dict[str, Any]:
+def _common(features: FeatureSet, task: PairTask, method: str, solution: Solution, tolerance: float) -> dict[str, Any]:
     return {
         "method": method,
         "objective": solution.objective,
@@ -235,7 +233,7 @@ def _gates_estimate(model: PairModel, settings: PathSettings) -> dict[str, Any] 
         return None
     return {
         "largest_violation": model.violation,
-        "meaning": "largest gradient norm found over all gates, as a multiple of the sparsity; at most 1 at an optimum",
+        "meaning": "largest gradient norm found over all ReLU neurons, as a multiple of the sparsity; 1 at an optimum",
         "starts": settings.search.n_starts,
         "proved": False,
     }

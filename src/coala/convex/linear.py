@@ -6,14 +6,16 @@ Knows nothing of programs, patterns or losses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Accelerators round float32 factors to 10 bits unless told otherwise, which conjugate gradients do not survive.
-matmul = partial(jnp.matmul, precision="highest")
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b at the precision of its factors."""
+    # Accelerators round float32 factors to 10 bits unless told otherwise, which conjugate gradients do not survive.
+    return jnp.matmul(a, b, precision="highest")
 
 
 class LinearSolve(NamedTuple):
@@ -48,7 +50,8 @@ def pcg(
         flat: jax.Array
 
     def unfinished(state: _State) -> jax.Array:
-        return (jnp.linalg.norm(state.residual) > bound) & (state.steps < max_steps) & ~state.flat
+        short = jnp.asarray(jnp.linalg.norm(state.residual) > bound)
+        return short & (state.steps < max_steps) & ~state.flat
 
     def advance(state: _State) -> _State:
         image = operator(state.direction)

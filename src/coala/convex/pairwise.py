@@ -126,9 +126,9 @@ class PairData:
     def program(self, gates: np.ndarray, *, sparsity: float, ridge: float) -> PairProgram:
         """The program with gates (d, m), closed columns added up to the next compiled width."""
         dtype = self.rows.dtype
-        number = lambda x: jnp.asarray(x, dtype)  # noqa: E731
-        patterns = _patterns(self.rows, jnp.asarray(_padded(gates), dtype), gates.shape[1])
-        return PairProgram(self.rows, patterns, self.margin, self.weight, number(sparsity), number(ridge))
+        patterns = _patterns(self.rows, jnp.asarray(_padded(gates), dtype), jnp.asarray(gates.shape[1]))
+        levels = jnp.asarray(sparsity, dtype), jnp.asarray(ridge, dtype)
+        return PairProgram(self.rows, patterns, self.margin, self.weight, *levels)
 
 
 def _padded(gates: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def _padded(gates: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _patterns(rows: jax.Array, gates: jax.Array, n_gates: int) -> jax.Array:
+def _patterns(rows: jax.Array, gates: jax.Array, n_gates: jax.Array) -> jax.Array:
     is_open = (matmul(rows, gates) >= 0) & (jnp.arange(gates.shape[1]) < n_gates)
     return jnp.concatenate([jnp.ones((rows.shape[0], 1), bool), is_open], axis=1)
 
@@ -228,7 +228,7 @@ def _ascend(
     rows: jax.Array, signed_dual: jax.Array, starts: jax.Array, signs: jax.Array, n_steps: int
 ) -> tuple[jax.Array, jax.Array]:
     def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        _, gates, _ = state
+        gates = state[1]
         q = gated_product_adjoint(rows, matmul(rows, gates) >= 0, signed_dual)
         norms = group_norms(q)
         # Halfway only: the full step gates <- q / ||q|| can cycle, as the objective is not convex in the gate.
@@ -283,7 +283,7 @@ def _margins(data: PairData, model: PairModel) -> np.ndarray:
 
 
 def _distinct(candidates: np.ndarray, existing: np.ndarray, limit: int) -> np.ndarray:
-    """The first ``limit`` columns of ``candidates`` whose cosine with each other and with ``existing`` is below 0.95."""
+    """The first ``limit`` columns of ``candidates`` at a cosine below 0.95 to each other and to ``existing``."""
     unit = existing / np.maximum(np.linalg.norm(existing, axis=0), 1e-30)
     chosen: list[np.ndarray] = []
     for column in (candidates / np.maximum(np.linalg.norm(candidates, axis=0), 1e-30)).T:

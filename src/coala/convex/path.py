@@ -135,7 +135,7 @@ def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice
     trail: list[tuple[float, list[PairModel], HeldOut]] = []
     models: list[PairModel] = []
     for number, relative in enumerate(settings.ridges):
-        starts = [model.stacked() for model in models] or [None] * task.n_folds
+        starts: list[np.ndarray | None] = [model.stacked() for model in models] or [None] * task.n_folds
         models = [
             solve_pairs(
                 data,
@@ -182,7 +182,10 @@ def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice
         gated.append((relative_sparsity, held_out))
         path.append(_row(ridge, relative_sparsity, held_out, models))
         progress("sparsity", number + 1, len(settings.sparsities), path[-1])
-        if rising_twice([linear.loss, *(entry.loss for _, entry in gated)]):
+        leader = min((linear, *(entry for _, entry in gated)), key=lambda entry: entry.loss)
+        if rising_twice([linear.loss, *(entry.loss for _, entry in gated)]) or _clearly_worse(
+            held_out, leader, task.group
+        ):
             break
     relative_sparsity, best = min(gated, key=lambda entry: entry[1].loss)
     change = best.losses - linear.losses
@@ -194,12 +197,15 @@ def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice
     return Choice(ridge, relative, sparsity, relative_sparsity, linear.row(), best.row(), difference, path)
 
 
+def _clearly_worse(held_out: HeldOut, best: HeldOut, group: np.ndarray) -> bool:
+    change = held_out.losses - best.losses
+    return bool(change.mean() > 2 * clustered_error(change, group))
+
+
 def _largest_sparsity(task: PairTask, settings: PathSettings, ridge: float) -> float:
     """The largest ||q(h)|| a search finds at the linear optimum: from there on, gates enter."""
     data, width = task.everything(), task.rows.shape[1]
-    model = solve_pairs(
-        data, _nothing(width), sparsity=1.0, ridge=ridge, tolerance=settings.tolerance, exact=False
-    )
+    model = solve_pairs(data, _nothing(width), sparsity=1.0, ridge=ridge, tolerance=settings.tolerance, exact=False)
     search = settings.search
     _, norms = search_gates(data, model, n_starts=search.n_starts, n_steps=search.n_steps, rng=task.rng(2))
     return float(norms[0])

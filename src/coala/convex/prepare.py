@@ -17,9 +17,9 @@ Scaling = Literal["feature", "global"]
 class Standardisation:
     """x = ((h - center) * factor, constant) @ rotation, with orthonormal columns of ``rotation`` (d + 1, r).
 
-    A feature that does not vary has factor 0. The features of a row have mean squared norm 1. The constant is that of one
-    feature's typical size, 1 / sqrt(varying features): a constant of 1 would be the largest feature by far, and the
-    cheapest neurons would be steps, of which it takes many to make a slope.
+    A feature that does not vary has factor 0. The features of a row have mean squared norm 1, and the constant the size
+    of one of them, 1 / sqrt(varying features): a constant of 1 would be the largest feature by far, and the cheapest
+    neurons would be steps, of which it takes many to make a slope.
     The rotation diagonalises the covariance of the differences, which preconditions the solver; it changes no norm
     and, when there are fewer rows than features, drops directions no row has.
     """
@@ -52,7 +52,9 @@ class Standardisation:
 
     def rows(self, h: np.ndarray) -> np.ndarray:
         """Feature vectors (n, d) in the coordinates of the fit, (n, r) float64."""
-        return np.asarray(_with_constant((h.astype(np.float64) - self.center) * self.factor, self.constant) @ self.rotation)
+        return np.asarray(
+            _with_constant((h.astype(np.float64) - self.center) * self.factor, self.constant) @ self.rotation
+        )
 
     def fold(self, weights: np.ndarray) -> np.ndarray:
         """Linear functions of x, the columns of (r, k), as rows (k, d + 1) that act on (h, 1)."""

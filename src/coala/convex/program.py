@@ -65,7 +65,7 @@ def gated_product_adjoint(X: jax.Array, patterns: jax.Array, z: jax.Array) -> ja
 
 def group_norms(u: jax.Array) -> jax.Array:
     """||u[..., :, i]|| over the patterns i, (..., P)."""
-    return jnp.linalg.norm(u, axis=-2)
+    return jnp.asarray(jnp.linalg.norm(u, axis=-2))
 
 
 def stationarity(gradient: jax.Array, u: jax.Array, levels: jax.Array) -> jax.Array:
@@ -211,7 +211,7 @@ class Program:
         multipliers = jnp.maximum(multipliers, 0.0)
         largest = group_norms(self.predict_adjoint(z) + self.cone_adjoint(multipliers)).max(initial=0.0)
         # A repaired point touches a constraint, where rounding may leave it a few units in the last place outside.
-        rounding = 64 * jnp.finfo(self.X.dtype).eps * jnp.abs(self.cone(u)).max(initial=0.0)
+        rounding = 64 * np.finfo(self.X.dtype).eps * jnp.abs(self.cone(u)).max(initial=0.0)
         objective = jnp.where(self.violation(u) <= rounding, self.objective(u), jnp.inf)
         return Bounds(objective, _scaled_dual_value(self.y, z, largest, self.sparsity, signed=False))
 
@@ -250,13 +250,14 @@ def sample_patterns(X: np.ndarray, n_patterns: int, key: jax.Array) -> tuple[np.
     return patterns[:, kept], gates[:, kept]
 
 
-P = TypeVar("P")
+T = TypeVar("T")
 
 
-def in_double(tree: P) -> P:
+def in_double(tree: T) -> T:
     """The same program or weights with float64 numbers; call under ``jax.enable_x64(True)``."""
 
     def widen(leaf: Any) -> Any:
         return jnp.asarray(np.asarray(leaf, np.float64)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(widen, tree)
+    wide: T = jax.tree.map(widen, tree)
+    return wide

@@ -37,9 +37,7 @@ def check_operators(n_rows: int, width: int, n_columns: int, dtype: str = "float
     u, v = rng.standard_normal((2, width, n_columns))
     bend = rng.random(n_rows // 2)
     one = jnp.ones((), dtype)
-    program = PairProgram(
-        jnp.asarray(rows, dtype), jnp.asarray(patterns), jnp.zeros(n_rows // 2, dtype), one, one, one
-    )
+    program = PairProgram(jnp.asarray(rows, dtype), jnp.asarray(patterns), jnp.zeros(n_rows // 2, dtype), one, one, one)
     found = _products(program, *(jnp.asarray(a, dtype) for a in (u, v, bend)))
 
     def predict(w: np.ndarray) -> np.ndarray:
@@ -54,7 +52,7 @@ def check_operators(n_rows: int, width: int, n_columns: int, dtype: str = "float
         float(np.abs(np.asarray(a) - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), 1e-30))
         for a, b in zip(found, expected, strict=True)
     )
-    limit = 1e3 * float(jnp.finfo(dtype).eps)
+    limit = 1e3 * float(np.finfo(dtype).eps)
     if not error <= limit:
         raise CoalaError(
             f"The compiled operators of the solver are wrong on this machine: relative error {error:.1e}, expected at "

@@ -38,20 +38,17 @@ class TwoPhase:
 
 def _subset(loss: PairLoss, used: np.ndarray) -> PairLoss:
     """The loss of the pairs ``used``, when it has a margin per pair."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[used] if np.ndim(leaf) else leaf, loss)
+    part: PairLoss = jax.tree.map(lambda leaf: np.asarray(leaf)[used] if np.ndim(leaf) else leaf, loss)
+    return part
 
 
-def fit_two_phase(
-    task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance: float, progress: Progress
-) -> TwoPhase:
+def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance: float, progress: Progress) -> TwoPhase:
     """Choose the sparsity of Phase I and the ridge of Phase II by held-out loss of the pairs, then fit on all."""
     rows = task.rows
     y = np.concatenate([np.ones(task.n_pairs), -np.ones(task.n_pairs)])
     patterns, gates = sample_patterns(rows, n_patterns, jax.random.key(task.seed))
     dtype = task.dtype
-    program = GatedProgram(
-        jnp.asarray(rows, dtype), jnp.asarray(y, dtype), jnp.asarray(patterns), jnp.ones((), dtype)
-    )
+    program = GatedProgram(jnp.asarray(rows, dtype), jnp.asarray(y, dtype), jnp.asarray(patterns), jnp.ones((), dtype))
     unit = float(largest_sparsity(program))
     pairs = slice(0, task.n_pairs), slice(task.n_pairs, None)
 

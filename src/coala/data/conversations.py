@@ -53,26 +53,33 @@ def read_conversations(source: Source, format: str = "auto") -> Iterator[tuple[s
     if format != "auto" and format not in SHAPES:
         raise CoalaError(f"There is no conversation format {format!r}; expected auto or one of {listed(SHAPES)}.")
     for name in sources(source):
-        found: list[tuple[str, list[Turn], int]] = []
-        begun: set[int] = set()
+        found: list[tuple[str, list[Turn]]] = []
         for event in records(name):
             if isinstance(event, Finding):
                 if event.severity == "error":
                     raise DataError([event])
                 continue
             try:
-                group, said = conversation(event.value, format)
+                found.append(conversation(event.value, format))
             except Fault as fault:
                 raise DataError([fault.at(event.file, event.row)]) from None
-            so_far = [0]
-            for turn in said:
-                so_far.append(hash((so_far[-1], turn.role, turn.text)))
-            begun.update(so_far[:-1])
-            found.append((group, said, so_far[-1]))
-        for group, said, whole in found:
-            if whole not in begun:
-                begun.add(whole)  # an exact copy comes once
-                yield group, said
+        for k in whole([said for _, said in found]):
+            yield found[k]
+
+
+def whole(conversations: Sequence[Sequence[Turn]]) -> list[int]:
+    """The places of the conversations that no other one continues; of exact copies the first."""
+    begun: set[int] = set()
+    ends: list[int] = []
+    for said in conversations:
+        # One number per beginning, each made from the one before, so a conversation costs its length once.
+        so_far = [0]
+        for turn in said:
+            so_far.append(hash((so_far[-1], turn.role, turn.text)))
+        begun.update(so_far[:-1])
+        ends.append(so_far[-1])
+    first = {end: k for k, end in reversed(list(enumerate(ends)))}
+    return [k for k, end in enumerate(ends) if end not in begun and first[end] == k]
 
 
 def conversation(row: Any, format: str = "auto") -> tuple[str, list[Turn]]:

@@ -20,7 +20,7 @@ A stop token ends the reply and is not part of it: as a candidate it is worth wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from coala.backbone import POOLINGS, LanguageModel, Prefix, RunningState
 from coala.decoding.guidance import Guidance, reweight
-from coala.decoding.replies import OnToken, Reply, Stream
+from coala.decoding.replies import Decode, OnToken, Reply, Stream
 from coala.decoding.sampling import gumbel, restrict, stream_key
 from coala.values import CoalaError, ConvexHead, Generation, Turn
 
@@ -80,7 +80,8 @@ def generate(
     longest_prompt = max(context - max_new_tokens, context // 2)
     rows = [backbone.render(prompt, max_tokens=longest_prompt).tokens for prompt in prompts]
     replies = [
-        Reply(index, ids[index], room=min(max_new_tokens, context - len(row))) for index, row in enumerate(rows)
+        Reply(index, ids[index], min(max_new_tokens, context - len(row)), _reader(backbone, row))
+        for index, row in enumerate(rows)
     ]
     decoder = _Decoder(
         backbone,
@@ -89,7 +90,7 @@ def generate(
         seed=seed,
         temperature=temperature,
         stop=tuple(stop),
-        stream=None if on_token is None else Stream(on_token, backbone.decode, stop),
+        stream=None if on_token is None else Stream(on_token, stop),
     )
     # Prompts of like length share a batch, which saves padding.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -99,7 +100,7 @@ def generate(
     return [
         Generation(
             prompt_id=reply.prompt_id,
-            text=reply.text(backbone.decode),
+            text=reply.text,
             method=str(decoder.guidance),
             n_tokens=len(reply.tokens),
             seed=seed,
@@ -149,6 +150,24 @@ def _pick(log_probs: torch.Tensor, tokens: torch.Tensor) -> list[float]:
     return [float(value) for value in log_probs.gather(1, tokens[:, None])[:, 0].cpu()]
 
 
+def _reader(backbone: LanguageModel, prompt: list[int]) -> Decode:
+    """Tokens of a reply to text: what rendering turns into those tokens behind this prompt."""
+    kind = backbone.template.partition(":")[0]
+    if kind == "dialogue":  # which puts a space before a reply
+        return lambda tokens: backbone.decode(tokens).removeprefix(" ")
+    if kind != "continuation":
+        return backbone.decode
+    # Many tokenizers drop the space a text begins with; here it is what parts the reply from the prompt.
+    context = prompt[-1:]
+    before = backbone.decode(context)
+
+    def read(tokens: list[int]) -> str:
+        whole = backbone.decode([*context, *tokens])
+        return whole[len(before) :] if whole.startswith(before) else backbone.decode(tokens)
+
+    return read
+
+
 def _check(max_new_tokens: int, temperature: float, stop: Sequence[str], batch_size: int) -> None:
     if max_new_tokens < 1:
         raise CoalaError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
@@ -168,17 +187,15 @@ class _Batch:
     def __init__(self, prefix: Prefix, pooled: RunningState | None, replies: list[Reply]) -> None:
         self.prefix, self.pooled, self.replies = prefix, pooled, replies
 
-    def select(self, rows: list[int], replies: list[Reply] | None = None) -> _Batch:
-        """These rows, each as often as it is named; ``replies`` takes the place of theirs."""
-        chosen = [self.replies[row] for row in rows] if replies is None else replies
+    def select(self, rows: list[int], replies: list[Reply]) -> _Batch:
+        """These rows, each as often as it is named, as ``replies``."""
         pooled = None if self.pooled is None else self.pooled.select(rows)
-        return _Batch(self.prefix.select(rows), pooled, chosen)
-
-    def value(self) -> torch.Tensor | None:
-        return None if self.pooled is None else self.pooled.value
+        return _Batch(self.prefix.select(rows), pooled, replies)
 
 
 class _Decoder:
+    """What all steps of a :func:`generate` call share."""
+
     def __init__(
         self,
         backbone: LanguageModel,
@@ -192,8 +209,9 @@ class _Decoder:
     ) -> None:
         self.backbone, self.head, self.guidance = backbone, head, guidance
         self.seed, self.temperature, self.stop, self.stream = seed, temperature, stop, stream
-        self.score = None if head is None else _score_on(head, backbone.device)
+        self.score = None if head is None else _scorer(head, backbone.device)
         self.counts_stop = head is not None and head.spec.ends_with_eos
+        self.stop_tokens = sorted(backbone.stop_tokens)
 
     def decode(self, rows: list[list[int]], replies: list[Reply]) -> None:
         """Complete ``replies`` to the prompts ``rows``."""
@@ -201,36 +219,120 @@ class _Decoder:
         prefix = self.backbone.start(rows, layer)
         pooled = None if self.head is None else POOLINGS[self.head.spec.pooling].begin(prefix)
         batch = _Batch(prefix, pooled, replies)
-        self._note(batch.value(), replies)
+        if pooled is not None:
+            for reply, feature in zip(replies, pooled.value, strict=True):
+                reply.features = [feature]
         while batch.replies:
-            batch = self._best_block(batch) if self.guidance.mode == "block" else self._step(batch)
+            batch = self._best_block(batch) if self.guidance.mode == "block" else self._step(batch, self.stream)
 
-    # --- one token ---------------------------------------------------------------------------------------------------
-
-    def _step(self, batch: _Batch, *, silent: bool = False) -> _Batch:
-        """Let every row grow by one token; the rows that have not ended by it."""
+    def _step(self, batch: _Batch, stream: Stream | None) -> _Batch:
+        """Let every row grow by one token; the rows that it has not ended are left."""
         chosen, log_probs = self._choose(batch)
         stops = [token in self.backbone.stop_tokens for token in chosen]
-        before = batch.value()
         if not all(stops) or self.counts_stop:
-            tokens = torch.tensor(chosen, device=self.backbone.device)
-            batch.prefix.push(tokens)
+            batch.prefix.push(torch.tensor(chosen, device=self.backbone.device))
             if batch.pooled is not None:
                 batch.pooled.push(batch.prefix.state())
-        after = batch.value()
+        features = None if batch.pooled is None else batch.pooled.value
         going = []
         for row, reply in enumerate(batch.replies):
-            if stops[row]:
-                ended = True
-                self._note_row(after if self.counts_stop else before, row, reply, grown=self.counts_stop)
-            else:
+            if features is not None and (self.counts_stop or not stops[row]):
+                if not self.stop:  # only a stop string may lead back to an earlier feature
+                    reply.features.clear()
+                reply.features.append(features[row])
+            ended = stops[row]
+            if not ended:
                 reply.tokens.append(chosen[row])
                 reply.log_probs.append(log_probs[row])
-                self._note_row(after, row, reply, grown=True)
-                ended = bool(self.stop) and reply.cut_at(self.stop, self.backbone.decode)
+                ended = bool(self.stop) and reply.cut_at(self.stop)
                 ended = ended or len(reply.tokens) >= reply.room
             if not ended:
                 going.append(row)
-            if self.stream is not None and not silent:
-                self.stream.send(reply, last=ended)
-        return batch if len(going) == len(batch.replies) else batch.select(going)
+            if stream is not None:
+                stream.send(reply, last=ended)
+        if len(going) == len(batch.replies):
+            return batch
+        return batch.select(going, [batch.replies[row] for row in going]) if going else _Batch(batch.prefix, None, [])
+
+    def _choose(self, batch: _Batch) -> tuple[list[int], list[float]]:
+        """The next token of every row and its log-probability under the base model."""
+        nucleus = restrict(
+            batch.prefix.log_probs(),
+            temperature=self.temperature,
+            top_k=self.guidance.top_k,
+            top_p=self.guidance.top_p,
+        )
+        step = len(batch.replies[0].tokens)
+        noise = np.zeros_like(nucleus.log_probs)
+        if self.temperature > 0:
+            keys = [stream_key(self.seed, reply.prompt_id, reply.branch, step) for reply in batch.replies]
+            noise = gumbel(keys, nucleus.tokens)
+        # Stable, so that greedy ties go to the same token in every mode.
+        order = np.argsort(-(nucleus.log_probs + noise), axis=1, kind="stable")
+        rank = order[:, 0]
+        # In a nucleus of one token there is nothing to choose.
+        wide = min(self.guidance.candidates, int(np.isfinite(nucleus.log_probs).sum(1).max()))
+        if self.guidance.mode in ("token", "prefix") and step % self.guidance.interval == 0 and wide > 1:
+            ranks = order[:, :wide]
+            log_probs = np.take_along_axis(nucleus.log_probs, ranks, 1)
+            tokens = np.take_along_axis(nucleus.tokens, ranks, 1)
+            tokens = np.where(np.isfinite(log_probs), tokens, tokens[:, :1])
+            weights = reweight(log_probs, self._preview(batch, tokens), self.guidance.strength, self.guidance.rule)
+            best = (weights + np.take_along_axis(noise, ranks, 1)).argmax(1)
+            rank = ranks[np.arange(len(ranks)), best]
+        rows = np.arange(len(rank))
+        return nucleus.tokens[rows, rank].tolist(), nucleus.base[rows, rank].tolist()
+
+    def _preview(self, batch: _Batch, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Head scores (B, k) of the replies extended by each candidate ``tokens`` (B, k)."""
+        assert batch.pooled is not None
+        assert self.score is not None
+        features = batch.pooled.peek(batch.prefix.peek(torch.from_numpy(tokens)))
+        if not self.counts_stop:
+            stops = torch.from_numpy(np.isin(tokens, self.stop_tokens)).to(features.device)
+            features = torch.where(stops[..., None], batch.pooled.value[:, None], features)
+        return self.score(features)
+
+    def _best_block(self, batch: _Batch) -> _Batch:
+        """Let every row grow by the best of several blocks, the first of which is the unguided one."""
+        assert self.score is not None
+        n = self.guidance.candidates
+        branches = [reply.branched(branch) for reply in batch.replies for branch in range(n)]
+        wide = batch.select([row for row in range(len(batch.replies)) for _ in range(n)], branches)
+        for _ in range(self.guidance.block_tokens):
+            if not wide.replies:
+                break
+            wide = self._step(wide, None)
+        scores = self.score(torch.stack([branch.features[-1] for branch in branches]))
+        best = scores.reshape(-1, n).argmax(1)
+        place = {id(branch): row for row, branch in enumerate(wide.replies)}
+        going, replies = [], []
+        for row, reply in enumerate(batch.replies):
+            winner = branches[row * n + int(best[row])]
+            reply.become(winner)
+            if id(winner) in place:
+                going.append(place[id(winner)])
+                replies.append(reply)
+            if self.stream is not None:
+                self.stream.send(reply, last=id(winner) not in place)
+        return wide.select(going, replies) if going else _Batch(batch.prefix, None, [])
+
+
+def _scorer(head: ConvexHead, device: torch.device) -> Callable[[torch.Tensor], NDArray[np.float32]]:
+    """``head.score`` on the model's device: only scores leave it, not hidden states."""
+    gates, weights, linear = (torch.from_numpy(part).to(device) for part in (head.gates, head.weights, head.linear))
+
+    def score(h: torch.Tensor) -> NDArray[np.float32]:
+        scores = h @ linear[:-1] + linear[-1]
+        if head.n_neurons:
+            is_open = h @ gates[:, :-1].T + gates[:, -1] >= 0
+            scores = scores + torch.where(is_open, h @ weights[:, :-1].T + weights[:, -1], 0.0).sum(-1)
+        found: NDArray[np.float32] = scores.cpu().numpy()
+        if not np.isfinite(found).all():
+            raise CoalaError(
+                "The head's scores are not finite (nan or inf): the model's hidden states overflow. "
+                "Load the model with dtype float32 or bfloat16."
+            )
+        return found
+
+    return score

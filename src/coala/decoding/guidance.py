@@ -56,7 +56,7 @@ class Guidance:
 
     @classmethod
     def paper(cls, strength: float = 2.0) -> Guidance:
-        """App. H.3: top-p 0.9, top-k 50, five candidates, min-max scores, every fifth token; it leaves strength open."""
+        """App. H.3: top-p 0.9, top-k 50, five candidates, min-max, every fifth token. It does not give a strength."""
         return cls("prefix", strength, every=PAPER_EVERY, candidates=5, top_k=50, top_p=0.9, rule="min-max")
 
     @classmethod

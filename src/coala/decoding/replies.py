@@ -15,7 +15,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass
 class Reply:
-    """One reply (or one branch of it).
+    """One reply (or one branch of it) that may grow to ``room`` tokens; ``decode`` makes text of its tokens.
 
     ``features[t]`` is the pooled feature (d,) after t tokens, kept while a cut back to t tokens is possible, else only
     the latest; ``cut`` is the text a stop string left.
@@ -24,6 +24,7 @@ class Reply:
     index: int
     prompt_id: str
     room: int
+    decode: Decode
     branch: int = 0
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -40,29 +41,38 @@ class Reply:
             features=self.features.copy(),
         )
 
-    def cut_at(self, stop: Sequence[str], decode: Decode) -> bool:
+    def become(self, branch: Reply) -> None:
+        """Take over what ``branch`` has grown to."""
+        self.tokens, self.log_probs = branch.tokens, branch.log_probs
+        self.features, self.cut = branch.features, branch.cut
+
+    def cut_at(self, stop: Sequence[str]) -> bool:
         """Cut the reply before the earliest stop string, if one is there; tokens wholly behind the cut are dropped."""
-        text = decode(self.tokens)
+        text = self.decode(self.tokens)
         places = [place for place in map(text.find, stop) if place >= 0]
         if not places:
             return False
         self.cut = text[: min(places)]
         kept = len(self.tokens)
-        while kept and decode(self.tokens[: kept - 1]).startswith(self.cut):
+        while kept and self.decode(self.tokens[: kept - 1]).startswith(self.cut):
             kept -= 1
         del self.tokens[kept:], self.log_probs[kept:], self.features[kept + 1 :]
         return True
 
-    def text(self, decode: Decode) -> str:
-        return decode(self.tokens) if self.cut is None else self.cut
+    @property
+    def text(self) -> str:
+        return self.decode(self.tokens) if self.cut is None else self.cut
 
 
 class Stream:
-    """Text handed on as it becomes certain: the pieces of a reply add up to exactly its final text."""
+    """Text handed on as it becomes certain: the pieces of a reply add up to its final text.
 
-    def __init__(self, on_token: OnToken, decode: Decode, stop: Sequence[str]) -> None:
+    Only where a tokenizer takes back text of its own (byte fallback does, if bytes turn out not to be UTF-8) do they
+    keep what had been certain.
+    """
+
+    def __init__(self, on_token: OnToken, stop: Sequence[str]) -> None:
         self._on_token = on_token
-        self._decode = decode
         self._beginnings = {s[:length] for s in stop for length in range(1, len(s))}
         self._longest = max(map(len, stop), default=1) - 1
         self._sent: dict[int, str] = {}
@@ -72,7 +82,7 @@ class Stream:
 
         Held back: an unfinished character, and an end that may be the beginning of a stop string.
         """
-        text = reply.text(self._decode)
+        text = reply.text
         sent = self._sent.get(reply.index, "")
         if not last:
             text = text.rstrip(REPLACEMENT)

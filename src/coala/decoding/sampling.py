@@ -36,7 +36,7 @@ def restrict(log_probs: torch.Tensor, *, temperature: float, top_k: int, top_p: 
     """
     kept = min(top_k or log_probs.shape[-1], log_probs.shape[-1])
     top, tokens = torch.topk(log_probs, kept, dim=-1)
-    base = top.double().cpu().numpy()
+    base = top.cpu().double().numpy()
     if not np.isfinite(base[:, 0]).all():
         raise CoalaError(
             "The model's next-token log-probabilities are not finite (nan or inf), so nothing can be chosen. "

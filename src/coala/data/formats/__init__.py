@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
+from math import inf
 
-from coala.data.conversations import alternate, conversation, is_conversation
+from coala.data.conversations import alternate, conversation, is_conversation, whole
 from coala.data.files import Record, Source, records, sources
 from coala.data.findings import DataError, Fault, Finding, describe, listed
 from coala.data.formats.labelled import autoj, bridge, llmbar, read_helpsteer, shp, ultrafeedback
@@ -33,8 +34,8 @@ from coala.data.formats.replies import (
     strings,
 )
 from coala.data.formats.reviews import read_imdb
-from coala.data.turns import Row, is_messages
-from coala.values import Pair, Role
+from coala.data.turns import is_messages
+from coala.values import Role, Turn
 
 __all__ = ["READERS", "Located", "Reader", "read"]
 
@@ -42,13 +43,17 @@ LOOKED_AT = 50  # rows that decide which format a file has
 
 
 def read_alternating(records: Iterable[Record], speaker: Role = "assistant") -> Reading:
-    """Conversations as alternating pairs (see :func:`~coala.data.conversations.alternate`)."""
-
-    def make(row: Row) -> list[Pair]:
-        group, said = conversation(row)
-        return alternate(said, group, role=speaker)
-
-    yield from by_row(make)(records)
+    """Conversations as alternating pairs (see :func:`~coala.data.conversations.alternate`), snapshots left out."""
+    found: list[tuple[Record, str, list[Turn]]] = []
+    for record in records:
+        try:
+            found.append((record, *conversation(record.value)))
+        except Fault as fault:
+            yield fault.at(record.file, record.row)
+    for k in whole([said for _, _, said in found]):
+        record, group, said = found[k]
+        for pair in alternate(said, group, role=speaker):
+            yield Located(record.file, record.row, pair)
 
 
 _ALL = (
@@ -170,10 +175,18 @@ def read(source: Source, format: str = "auto", role: Role = "assistant") -> Iter
         yield Finding(name, None, "", f"read as {reader.name}", "", "", severity="note")
         make = partial(read_alternating, speaker=role) if reader.name == "conversations" else reader.pairs
         for event in make(rows):
-            yield from faults
-            faults.clear()
+            # Rows were read ahead: what is wrong with a later row waits for its turn.
+            while faults and _order(faults[0]) < _order(event):
+                yield faults.pop(0)
             yield event
         yield from faults
+
+
+def _order(event: Located | Finding) -> float:
+    """Where an event stands in its file: notes on the whole file first, errors of the whole file last."""
+    if event.row is None:
+        return 0 if isinstance(event, Finding) and event.severity == "note" else inf
+    return event.row
 
 
 def _objects(events: Iterable[Record | Finding], faults: list[Finding]) -> Iterator[Record]:

@@ -52,7 +52,7 @@ def preference(row: Row) -> list[Pair]:
         if field not in row:
             text(row, field)
     given = row.get("prompt")
-    if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+    if not isinstance(row["chosen"], list) and not isinstance(row["rejected"], list):
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         if "prompt" not in row:
             if same_reply(chosen, rejected):

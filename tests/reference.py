@@ -1,0 +1,120 @@
+"""Independent oracles for the convex programs: dense NumPy operators, CVXPY optima, SciPy probes. Nothing of coala.
+
+Written for plainness; every matrix is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+
+def dense_gated(X: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    """[D_1 X ... D_P X], (n, P d): acts on u stacked pattern by pattern."""
+    return np.concatenate([patterns[:, i, None] * X for i in range(patterns.shape[1])], axis=1)
+
+
+def stack(u: np.ndarray) -> np.ndarray:
+    """(d, P) weights as one vector, pattern by pattern."""
+    return u.T.reshape(-1)
+
+
+def solve_gated(X: np.ndarray, y: np.ndarray, patterns: np.ndarray, sparsity: float) -> float:
+    """Optimal value of the gated program, by an interior-point method."""
+    import cvxpy as cp
+
+    d, P = X.shape[1], patterns.shape[1]
+    blocks = [cp.Variable(d) for _ in range(P)]
+    prediction = sum(cp.multiply(patterns[:, i].astype(float), X @ blocks[i]) for i in range(P))
+    objective = cp.sum_squares(prediction - y) / 2 + sparsity * sum(cp.norm(block) for block in blocks)
+    return _solve(cp.Problem(cp.Minimize(objective)))
+
+
+def solve_cone(X: np.ndarray, y: np.ndarray, patterns: np.ndarray, sparsity: float) -> tuple[float, np.ndarray]:
+    """Optimal value and weights (2, d, P) of the cone-constrained program."""
+    import cvxpy as cp
+
+    d, P = X.shape[1], patterns.shape[1]
+    v = [cp.Variable(d) for _ in range(P)]
+    w = [cp.Variable(d) for _ in range(P)]
+    signs = 2.0 * patterns - 1
+    prediction = sum(cp.multiply(patterns[:, i].astype(float), X @ (v[i] - w[i])) for i in range(P))
+    objective = cp.sum_squares(prediction - y) / 2 + sparsity * sum(cp.norm(block) for block in v + w)
+    constraints = [cp.multiply(signs[:, i], X @ block[i]) >= 0 for i in range(P) for block in (v, w)]
+    value = _solve(cp.Problem(cp.Minimize(objective), constraints))
+    return value, np.stack([np.stack([b.value for b in v], 1), np.stack([b.value for b in w], 1)])
+
+
+def solve_pairwise(
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    gates: np.ndarray,
+    margin: np.ndarray,
+    weight: np.ndarray,
+    sparsity: float,
+    ridge: float,
+) -> float:
+    """Optimal value of the pairwise program with gates (d, m)."""
+    import cvxpy as cp
+
+    d, m = gates.shape
+    b = cp.Variable(d)
+    u = [cp.Variable(d) for _ in range(m)]
+    margins = (chosen - rejected) @ b
+    for i in range(m):
+        opened = (chosen @ gates[:, i] >= 0)[:, None] * chosen - (rejected @ gates[:, i] >= 0)[:, None] * rejected
+        margins = margins + opened @ u[i]
+    loss = weight @ cp.logistic(margin - margins)
+    penalty = sparsity * sum(cp.norm(block) for block in u) + ridge / 2 * cp.sum_squares(b)
+    return _solve(cp.Problem(cp.Minimize(loss + penalty)))
+
+
+def _solve(problem: Any) -> float:
+    problem.solve(solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12, max_iter=500)
+    return float(problem.value)
+
+
+def ridge_bradley_terry(differences: np.ndarray, ridge: float, weight: np.ndarray | None = None) -> np.ndarray:
+    """argmin_b sum_j weight_j softplus(-z_j.b) + ridge/2 ||b||^2 for rows z_j, by L-BFGS; weight 1/n by default."""
+    n, d = differences.shape
+    share = np.full(n, 1 / n) if weight is None else weight
+
+    def value_and_gradient(b: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = differences @ b
+        slope = -share / (1 + np.exp(np.clip(margins, -500, 500)))
+        value = share @ np.logaddexp(0, -margins) + ridge / 2 * b @ b
+        return float(value), differences.T @ slope + ridge * b
+
+    options = {"maxiter": 10_000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-10}
+    return minimize(value_and_gradient, np.zeros(d), jac=True, method="L-BFGS-B", options=options).x
+
+
+def linear_probe(
+    train: Any, test: Any, ridges: Sequence[float] = tuple(10.0 ** (-k / 2) for k in range(13)), n_folds: int = 5
+) -> float:
+    """Accuracy on ``test`` of a linear Bradley-Terry probe whose ridge is chosen on grouped folds of ``train``.
+
+    ``train`` and ``test`` have ``chosen``, ``rejected`` (n, d) and ``train`` a ``group`` (n,), as a ``FeatureSet``.
+    """
+    rows = np.concatenate([train.chosen, train.rejected]).astype(float)
+    center, scale = rows.mean(axis=0), rows.std(axis=0)
+    factor = np.where(scale > 1e-9, 1 / np.where(scale > 1e-9, scale, 1), 0) / np.sqrt(rows.shape[1])
+    differences = (train.chosen.astype(float) - train.rejected) * factor
+    del center  # differences do not feel it
+    names = np.unique(train.group)
+    fold_of = dict(zip(names, np.random.default_rng(0).permutation(len(names)) % n_folds, strict=True))
+    fold = np.array([fold_of[name] for name in train.group])
+    losses = []
+    for ridge in ridges:
+        margins = np.zeros(len(differences))
+        for k in range(n_folds):
+            out = fold == k
+            if out.any() and not out.all():
+                margins[out] = differences[out] @ ridge_bradley_terry(differences[~out], ridge)
+        losses.append(np.logaddexp(0, -margins).mean())
+    weights = ridge_bradley_terry(differences, ridges[int(np.argmin(losses))]) * factor
+    margins = (test.chosen.astype(float) - test.rejected) @ weights
+    return float((margins > 0).mean() + (margins == 0).mean() / 2)

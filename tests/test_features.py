@@ -1,0 +1,308 @@
+"""Features: what one-row-at-a-time encoding gives, in any order and batch, and the same bytes after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import coala.features
+from coala.backbone import POOLINGS, LanguageModel, load_backbone
+from coala.features import extract, survey
+from coala.store import FeatureStore, StoreError
+from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, user
+from tests.menagerie import tiny_backbone
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "tells",
+    "good",
+    "story",
+    "to",
+    "little",
+    "girl",
+    "who",
+    "liked",
+    "it",
+]
+
+
+def some_pairs(n: int, seed: int = 0) -> list[Pair]:
+    """Prompts are shared by two pairs each; every fifth pair repeats an earlier reply."""
+    rng = np.random.default_rng(seed)
+
+    def words(most: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, most)))
+
+    pairs: list[Pair] = []
+    for i in range(n):
+        prompt = pairs[-1].prompt if i % 2 else user(words(20))
+        chosen = pairs[-1].chosen if i % 5 == 4 and i % 2 else words(30)
+        pairs.append(Pair(prompt, chosen, words(12), f"group {i // 2}"))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_backbone("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> LanguageModel:
+    return load_backbone(folder)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coala.features, "SHARD_ROWS", 8)
+
+
+def naive(pairs: list[Pair], backbone: LanguageModel, spec: Any) -> np.ndarray[Any, Any]:
+    """(n, 2, d): every reply rendered and encoded by itself."""
+    features = []
+    for pair in pairs:
+        for reply in (pair.chosen, pair.rejected):
+            row = backbone.render(pair.prompt, reply, max_tokens=spec.max_tokens, ends_with_eos=spec.ends_with_eos)
+            states = backbone.hidden([row.tokens], spec.layer)
+            pooled = POOLINGS[spec.pooling].pool(states, torch.tensor([row.start]), torch.tensor([row.stop]))
+            features.append(pooled[0].numpy())
+    return np.array(features).reshape(len(pairs), 2, -1)
+
+
+def same(a: FeatureSet, b: FeatureSet) -> bool:
+    return (
+        a.chosen.tobytes() == b.chosen.tobytes()
+        and a.rejected.tobytes() == b.rejected.tobytes()
+        and a.group.tolist() == b.group.tolist()
+        and a.spec == b.spec
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pooling": "last", "layer": 1}, {"pooling": "mean_all", "max_tokens": 20}, {"ends_with_eos": True}]
+)
+@pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
+def test_features_are_those_of_rows_by_themselves(
+    backbone: LanguageModel, options: dict[str, Any], batch_tokens: int
+) -> None:
+    pairs = some_pairs(12)
+    spec = backbone.spec(**options)
+    features = extract(pairs, backbone, spec, batch_tokens=batch_tokens)
+    expected = naive(pairs, backbone, spec)
+    np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=1e-5, atol=1e-5)
+    assert features.group.tolist() == [pair.group for pair in pairs]
+    assert features.spec == spec
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_other_backbones(tmp_path: Path, name: str) -> None:
+    backbone = load_backbone(tiny_backbone(name, tmp_path))
+    pairs = [*some_pairs(6), Pair(user("hello"), "", "fine", "g")]
+    spec = backbone.spec(max_tokens=40)
+    features = extract(pairs, backbone, spec, batch_tokens=120)
+    expected = naive(pairs, backbone, spec)
+    np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=1e-5, atol=1e-5)
+    assert survey(pairs, backbone, spec).facts["empty_replies"] == 1
+
+
+def test_order_and_duplicates_change_nothing(backbone: LanguageModel) -> None:
+    pairs, spec = some_pairs(10), backbone.spec()
+    features = extract(pairs, backbone, spec)
+    order = np.random.default_rng(0).permutation(10)
+    assert same(extract([pairs[i] for i in order], backbone, spec), features.take(order))
+    twice = extract([*pairs, *pairs], backbone, spec)
+    assert same(twice.take(np.arange(10)), features)
+    assert same(twice.take(np.arange(10, 20)), features)
+
+
+def test_the_survey_counts_what_is_encoded(backbone: LanguageModel) -> None:
+    pairs = [
+        Pair(user("dog"), "fox", "cat", "a"),
+        Pair(user("dog"), "fox", "", "b"),
+        Pair(user("dog " * 40), "fox", "cat " * 40, "c"),
+    ]
+    spec = backbone.spec(max_tokens=40)
+    plan = survey(pairs, backbone, spec)
+    rendered = [backbone.render(p.prompt, r, max_tokens=40) for p in pairs for r in (p.chosen, p.rejected)]
+    distinct = {tuple(row.tokens) for row in rendered}
+    assert plan.facts == {
+        "pairs": 3,
+        "replies": 6,
+        "rows": len(distinct),
+        "tokens": sum(map(len, distinct)),
+        "longest_row": 40,
+        "truncated_replies": 2,
+        "dropped_tokens": sum(row.dropped for row in rendered),
+        "empty_replies": 1,
+    }
+    seen: list[tuple[int, int, int]] = []
+    extract(pairs, backbone, spec, batch_tokens=1, on_batch=lambda *now: seen.append(now))
+    assert seen[-1] == (3, 3, plan.facts["tokens"])
+    assert seen == sorted(seen)
+    assert len(seen) == plan.facts["rows"]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 500])
+def test_batches_and_shards_partition_the_rows(backbone: LanguageModel, small_shards: None, batch_tokens: int) -> None:
+    plan = survey(some_pairs(30), backbone, backbone.spec())
+    shards = plan.shards(batch_tokens)
+    rows = [row for shard in shards for batch in shard for row in batch]
+    assert rows == list(range(len(plan.tokens)))
+    for shard in shards:
+        assert sum(map(len, shard[:-1])) < 8
+        for batch in shard:
+            assert len(batch) == 1 or len(batch) * max(len(plan.tokens[row]) for row in batch) <= batch_tokens
+
+
+def test_no_pairs_no_features(backbone: LanguageModel, tmp_path: Path) -> None:
+    features = extract([], backbone, backbone.spec(), store=FeatureStore(tmp_path / "none"))
+    assert features.chosen.shape == (0, backbone.width)
+
+
+# --- shards ------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_resumed_extraction_is_the_unbroken_one(backbone: LanguageModel, small_shards: None, tmp_path: Path) -> None:
+    pairs, spec = some_pairs(24), backbone.spec()
+    store = FeatureStore(tmp_path / "features")
+    unbroken = extract(pairs, backbone, spec, batch_tokens=200, store=store)
+    before = contents(store.folder)
+    assert json.loads(before["facts.json"]) == survey(pairs, backbone, spec).facts
+    shards = sorted(name for name in before if name.startswith("shard"))
+    assert len(shards) >= 4
+    (store.folder / shards[1]).unlink()
+    (store.folder / shards[2]).write_bytes(b"half")
+    kept = (store.folder / shards[0]).stat()
+    resumed = extract(pairs, backbone, spec, batch_tokens=200, store=store)
+    assert same(resumed, unbroken)
+    assert same(unbroken, extract(pairs, backbone, spec, batch_tokens=200))
+    assert contents(store.folder) == before
+    assert (store.folder / shards[0]).stat().st_mtime_ns == kept.st_mtime_ns
+
+
+def test_a_store_keeps_to_one_extraction(backbone: LanguageModel, tmp_path: Path) -> None:
+    pairs, spec = some_pairs(4), backbone.spec()
+    store = FeatureStore(tmp_path)
+    extract(pairs, backbone, spec, store=store)
+    with pytest.raises(StoreError, match="batch_tokens: 4096 there, 99 now"):
+        extract(pairs, backbone, spec, store=store, batch_tokens=99)
+    with pytest.raises(StoreError, match="rows"):
+        extract(some_pairs(4, seed=1), backbone, spec, store=store)
+    with pytest.raises(StoreError, match="spec"):
+        extract(pairs, backbone, backbone.spec(pooling="last"), store=store)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import coala.features
+from coala.backbone import load_backbone
+from coala.store import FeatureStore
+from tests.test_features import some_pairs
+coala.features.SHARD_ROWS = 8
+backbone = load_backbone(sys.argv[1])
+coala.features.extract(
+    some_pairs(40), backbone, backbone.spec(), batch_tokens=150, store=FeatureStore(Path(sys.argv[2])),
+    on_batch=lambda done, total, tokens: print(done, flush=True) or __import__("time").sleep(float(sys.argv[3])),
+)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_extraction_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    here = Path(__file__).resolve().parent.parent
+    paths = os.pathsep.join([str(here / "src"), str(here)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def start(store: Path, pause: float) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SCRIPT, str(folder), str(store), str(pause)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    other, victim = start(unbroken, 0.0), start(killed, 0.2)
+    until = time.monotonic() + 100
+    while len(list(killed.glob("shard-*.safetensors"))) < 2:
+        assert victim.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    left = len(list(killed.glob("shard-*.safetensors")))
+    resumed = start(killed, 0.0)
+    assert resumed.wait(timeout=100) == 0
+    assert other.wait(timeout=100) == 0
+    assert 2 <= left < len(list(unbroken.glob("shard-*.safetensors")))
+    # What a kill may leave beside them is a temporary file that nothing reads.
+    assert {n: c for n, c in contents(killed).items() if not n.endswith(".tmp")} == contents(unbroken)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_another_model_s_spec_is_refused(backbone: LanguageModel, tmp_path: Path) -> None:
+    spec = backbone.spec()
+    other = load_backbone(tiny_backbone("llama", tmp_path, seed=1))
+    with pytest.raises(SpecMismatch, match="features are those of"):
+        extract(some_pairs(2), other, spec)
+    with pytest.raises(SpecMismatch):
+        survey(some_pairs(2), backbone, replace(spec, template="chat:0"))
+    with pytest.raises(CoalaError, match="expected at least 1"):
+        extract(some_pairs(2), backbone, spec, batch_tokens=0)
+
+
+def test_hidden_states_that_are_not_finite_are_refused(folder: Path) -> None:
+    broken = load_backbone(folder)
+    with torch.no_grad():
+        broken._network.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    with pytest.raises(CoalaError, match="not finite in"):
+        extract(some_pairs(2), broken, broken.spec())
+
+
+def test_batches_are_split_when_memory_is_short(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, spec = some_pairs(10), backbone.spec()
+    expected = extract(pairs, backbone, spec)
+    hidden: Callable[..., torch.Tensor] = backbone.hidden
+    most, asked = 100, []
+
+    def small(rows: list[list[int]], layer: int) -> torch.Tensor:
+        asked.append(len(rows) * max(map(len, rows)))
+        if asked[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(rows, layer)
+
+    monkeypatch.setattr(backbone, "hidden", small)
+    features = extract(pairs, backbone, spec)
+    np.testing.assert_allclose(features.chosen, expected.chosen, rtol=1e-5, atol=1e-5)
+    failures = [tokens for tokens in asked if tokens > most]
+    assert failures == sorted(failures, reverse=True)  # never asked again for what did not fit
+    most = 5
+    with pytest.raises(CoalaError, match="does not fit the device's memory"):
+        extract(pairs, backbone, spec)

@@ -1,0 +1,243 @@
+"""Prefixes: cached decoding equals the uncached model, however rows are padded, peeked, selected and pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coala.backbone import POOLINGS, BackboneError, LanguageModel, load_backbone
+from tests.menagerie import CONTEXT, DECODERS, tiny_backbone
+
+TREELESS = {"gpt-neo", "bloom", "mamba"}
+# Longer than every sliding window of the menagerie, and of three lengths.
+LENGTHS = [19, 3, 11]
+Load = Callable[[str], LanguageModel]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    loaded: dict[str, LanguageModel] = {}
+
+    def get(name: str) -> LanguageModel:
+        if name not in loaded:
+            loaded[name] = load_backbone(tiny_backbone(name, tmp_path_factory.mktemp(name)))
+        return loaded[name]
+
+    return get
+
+
+def some_rows(backbone: LanguageModel, lengths: list[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, backbone.shape.vocabulary, length).tolist() for length in lengths]
+
+
+def naive(backbone: LanguageModel, row: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (T, d) at ``layer`` and next-token log-probabilities (V,): one row, no cache, no mask of ours."""
+    model: Any = backbone._network.causal
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([row]), output_hidden_states=True, use_cache=False)
+    # Mamba's list alone begins behind the first layer.
+    shift = model.config.model_type == "mamba" and 0 < layer < backbone.n_layers
+    return out.hidden_states[layer - shift][0], out.logits[0, -1].log_softmax(-1)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+def agrees(prefix: Any, backbone: LanguageModel, rows: list[list[int]], layer: int) -> None:
+    """The prefix knows of ``rows`` what the uncached model knows."""
+    assert prefix.lengths.tolist() == [len(row) for row in rows]
+    assert prefix.room == backbone.max_tokens - max(map(len, rows))
+    for b, row in enumerate(rows):
+        states, log_probs = naive(backbone, row, layer)
+        close(prefix.state()[b], states[-1])
+        close(prefix.log_probs()[b], log_probs)
+
+
+@pytest.mark.parametrize("tree", ["auto", "never"])
+@pytest.mark.parametrize("layer", [-1, 1])
+@pytest.mark.parametrize("name", DECODERS)
+def test_cached_decoding_equals_the_uncached_model(load: Load, name: str, layer: int, tree: Any) -> None:
+    backbone = load(name)
+    rows = some_rows(backbone)
+    prefix = backbone.start(rows, layer, tree=tree)
+    assert prefix.tree == (tree == "auto" and name not in TREELESS)
+    assert bool(prefix.note) != prefix.tree
+    agrees(prefix, backbone, rows, layer)
+    for b, row in enumerate(rows):
+        close(prefix.prompt_mean()[b], naive(backbone, row, layer)[0].mean(0))
+
+    rng = np.random.default_rng(1)
+    for step in range(8):
+        candidates = torch.from_numpy(rng.integers(3, backbone.shape.vocabulary, (len(rows), 4)))
+        if step % 3 == 0:  # a token nobody peeked
+            chosen = (candidates[:, 0] + 1) % backbone.shape.vocabulary
+        else:
+            peeked = prefix.peek(candidates)
+            for b, row in enumerate(rows):
+                for j, token in enumerate(candidates[b].tolist()):
+                    close(peeked[b, j], naive(backbone, [*row, token], layer)[0][-1])
+            chosen = candidates[torch.arange(len(rows)), torch.from_numpy(rng.integers(0, 4, len(rows)))]
+        if step == 5:  # one row peeked, the others not: all go through a plain forward
+            chosen = torch.where(torch.arange(len(rows)) == 0, chosen, (candidates.max(1).values + 1) % 300)
+        if step == 4:  # after a peek: drop the longest row, repeat and reorder the others
+            order = [2, 1, 2, 1]
+            prefix, rows, chosen = prefix.select(order), [list(rows[b]) for b in order], chosen[order]
+        prefix.push(chosen)
+        rows = [[*row, token] for row, token in zip(rows, chosen.tolist(), strict=True)]
+        agrees(prefix, backbone, rows, layer)
+
+
+@pytest.mark.parametrize("tree", ["auto", "never"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "mamba"])
+def test_branches_grow_on_their_own(load: Load, name: str, tree: Any) -> None:
+    backbone = load(name)
+    rows = some_rows(backbone, [9, 4])
+    prefix = backbone.start(rows, tree=tree)
+    branch = prefix.select([1, 0, 1])
+    branch.push(torch.tensor([5, 6, 7]))
+    branch.push(torch.tensor([8, 9, 10]))
+    agrees(prefix, backbone, rows, -1)
+    prefix.peek(torch.tensor([[11, 12], [13, 14]]))
+    other = prefix.select([0])
+    prefix.push(torch.tensor([12, 13]))
+    other.push(torch.tensor([11]))
+    agrees(prefix, backbone, [[*rows[0], 12], [*rows[1], 13]], -1)
+    agrees(other, backbone, [[*rows[0], 11]], -1)
+    agrees(branch, backbone, [[*rows[1], 5, 8], [*rows[0], 6, 9], [*rows[1], 7, 10]], -1)
+
+
+def test_a_peeked_token_costs_nothing_more(load: Load) -> None:
+    backbone = load("llama")
+    prefix = backbone.start(some_rows(backbone))
+    shapes: list[tuple[int, ...]] = []
+    layer = backbone._network.layers[0]
+    handle = layer.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    try:
+        prefix.peek(torch.tensor([[4, 5, 6]] * 3))
+        prefix.push(torch.tensor([6, 4, 5]))
+        prefix.log_probs()
+        assert shapes == [(3, 3)]
+        prefix.push(torch.tensor([6, 4, 5]))
+        assert shapes == [(3, 3), (3, 1)]
+    finally:
+        handle.remove()
+
+
+def test_a_tree_step_copies_no_cache(load: Load) -> None:
+    backbone = load("gpt2")
+    prefix = backbone.start(some_rows(backbone))
+    columns = prefix._memory.layers[0]  # type: ignore[attr-defined]
+    before = columns.keys.data_ptr()
+    for token in range(4, 20):
+        prefix.peek(torch.tensor([[token, token + 1]] * 3))
+        prefix.push(torch.tensor([token] * 3))
+    assert columns.keys.data_ptr() == before
+
+
+def test_a_full_context_is_an_error(load: Load) -> None:
+    backbone = load("gpt2")
+    rows = some_rows(backbone, [CONTEXT - 1, 4])
+    prefix = backbone.start(rows)
+    assert prefix.room == 1
+    prefix.push(torch.tensor([5, 5]))
+    for act in (lambda: prefix.push(torch.tensor([5, 5])), lambda: prefix.peek(torch.tensor([[5], [5]]))):
+        with pytest.raises(BackboneError, match=f"context of {CONTEXT} tokens is full"):
+            act()
+    short = prefix.select([1])
+    assert short.room == CONTEXT - 5
+    short.push(torch.tensor([6]))
+    agrees(short, backbone, [[*rows[1], 5, 6]], -1)
+
+
+def test_what_cannot_be_decoded_is_refused(load: Load) -> None:
+    with pytest.raises(BackboneError, match="cannot share a forward"):
+        load("bloom").start([[1, 2]], tree="always")
+    with pytest.raises(BackboneError, match="only makes features"):
+        load("bert").start([[1, 2]])
+    with pytest.raises(BackboneError, match="without tokens"):
+        load("gpt2").start([[1], []])
+    with pytest.raises(BackboneError, match="another model"):
+        load("gpt2").start([[100_000]])
+    prefix = load("gpt2").start([[1, 2], [3]])
+    with pytest.raises(BackboneError, match=r"\(B, k\)"):
+        prefix.peek(torch.tensor([1, 2]))
+    with pytest.raises(BackboneError, match="as many tokens"):
+        prefix.push(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_tree_in_every_attention_and_precision(tmp_path: Path, name: str, dtype: str, attention: str) -> None:
+    backbone = load_backbone(tiny_backbone(name, tmp_path), dtype=dtype)
+    backbone._network.config._attn_implementation = attention
+    rows = some_rows(backbone)
+    candidates = torch.tensor([[4, 5, 6]] * 3)
+    tree, copied = backbone.start(rows), backbone.start(rows, tree="never")
+    assert tree.tree
+    assert not copied.tree
+    scale = 1e-4 if dtype == "float32" else 0.1
+    found, expected = tree.peek(candidates), copied.peek(candidates)
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < scale
+
+
+# --- pooling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(POOLINGS))
+def test_pooling_ignores_padding(name: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 6, 4)
+    start, length = torch.tensor([2, 0, 3]), torch.tensor([5, 6, 3])
+    expected = POOLINGS[name].pool(hidden, start, length)
+    padded = torch.cat([hidden, torch.full((3, 5, 4), torch.nan)], dim=1)
+    for b in range(3):
+        padded[b, length[b] :] = torch.inf
+    torch.testing.assert_close(POOLINGS[name].pool(padded, start, length), expected)
+    for b in range(3):
+        s, n = int(start[b]), int(length[b])
+        reply = hidden[b, s:n] if n > s else hidden[b, n - 1 : n]
+        naive_value = {"mean": reply.mean(0), "mean_all": hidden[b, :n].mean(0), "last": hidden[b, n - 1]}[name]
+        torch.testing.assert_close(expected[b], naive_value)
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+@pytest.mark.parametrize("name", sorted(POOLINGS))
+def test_pooling_while_decoding_is_pooling_at_extraction(load: Load, name: str, layer: int) -> None:
+    backbone, pooling = load("llama"), POOLINGS[name]
+    rows = some_rows(backbone)
+    prefix = backbone.start(rows, layer)
+    state = pooling.begin(prefix)
+    starts = torch.tensor(LENGTHS)
+
+    def extracted(rows: list[list[int]]) -> torch.Tensor:
+        lengths = torch.tensor([len(row) for row in rows])
+        return pooling.pool(backbone.hidden(rows, layer), starts, lengths)
+
+    close(state.value, extracted(rows))
+    for step in range(5):
+        candidates = torch.tensor([[10, 20], [30, 40], [50, 60]]) + step
+        features = state.peek(prefix.peek(candidates))
+        for j in range(2):
+            close(features[:, j], extracted([[*row, int(c)] for row, c in zip(rows, candidates[:, j], strict=True)]))
+        prefix.push(candidates[:, 1])
+        state.push(prefix.state())
+        rows = [[*row, int(c)] for row, c in zip(rows, candidates[:, 1], strict=True)]
+        close(state.value, features[:, 1])
+        if step == 2:
+            order = [2, 0, 0]
+            prefix, state, rows, starts = (
+                prefix.select(order),
+                state.select(order),
+                [rows[b] for b in order],
+                starts[order],
+            )
+            close(state.value, extracted(rows))
