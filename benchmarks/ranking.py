@@ -19,10 +19,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.reference import linear_probe  # noqa: E402
-
 from coala.evaluation import accuracy_difference, ranking_accuracy  # noqa: E402
 from coala.store import load_features, load_head  # noqa: E402
+from tests.reference import linear_probe  # noqa: E402
 
 SETS = {
     "hh_rlhf_harmless": ("train", "test"),
@@ -50,7 +49,19 @@ def main() -> None:
     for name, model, (train, test) in jobs:
         run = args.out / f"{name}-{model.name}"
         files = [str(args.data / name / f"{part}.jsonl.gz") for part in (train, test)]
-        command = ["align", files[0], "--eval", files[1], "--model", str(model), "--out", str(run), "--prompts", "4"]
+        command = [
+            "align",
+            files[0],
+            "--eval",
+            files[1],
+            "--model",
+            str(model),
+            "--out",
+            str(run),
+            "--prompts",
+            "4",
+            "--skip-bad",
+        ]
         done = subprocess.run([sys.executable, "-m", "coala", *command], stdout=subprocess.PIPE, text=True, check=True)
         summary = json.loads(done.stdout.strip().split("\n")[-1])
         fit_on, held_out = load_features(run / "features/train"), load_features(run / "features/eval")
@@ -60,9 +71,15 @@ def main() -> None:
         ours, theirs = ranking_accuracy(margins, np.zeros_like(margins), held_out.group), float(np.mean(probe > 0))
         difference = accuracy_difference(margins, probe, held_out.group)
         row = {
-            **{"data": name, "model": model.name, "n_train": len(fit_on), "n_eval": len(held_out)},
-            **{"head": [ours.value, ours.low, ours.high], "probe": theirs, "n_neurons": head.n_neurons},
-            **{"difference": [difference.value, difference.low, difference.high], "seconds": summary["seconds"]},
+            "data": name,
+            "model": model.name,
+            "n_train": len(fit_on),
+            "n_eval": len(held_out),
+            "head": [ours.value, ours.low, ours.high],
+            "probe": theirs,
+            "n_neurons": head.n_neurons,
+            "difference": [difference.value, difference.low, difference.high],
+            "seconds": summary["seconds"],
         }
         rows.append(row)
         print(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from . import reference
 from coala.convex import GatedNewton, GatedProgram, Program, Status, certify, sample_patterns, solve
 from coala.convex.linear import pcg
 from coala.convex.pairwise import PairProgram
@@ -17,6 +16,8 @@ from coala.convex.program import in_double, largest_sparsity
 from coala.convex.prox import group_soft_threshold, project_orthant
 from coala.convex.recover import recover_gated, recover_network
 from coala.convex.selftest import check_operators
+
+from . import reference
 from .menagerie_convex import GATED, PAIRWISE, Instance, PairInstance
 
 adjoint_of = jax.jit(lambda program, u, z: (program.predict(u), program.predict_adjoint(z)))

@@ -13,10 +13,11 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "values": (set(), set()),
     "store": ({"values"}, set()),
+    "__main__": ({"cli"}, set()),
     "costs": ({"values"}, set()),
     "recipe": ({"values"}, {"pydantic", "yaml"}),
     "data": ({"values"}, set()),
-    "backbone": ({"values"}, {"torch", "transformers"}),
+    "backbone": ({"values", "costs"}, {"torch", "transformers"}),
     "convex": ({"values"}, {"jax"}),
     "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"values", "backbone"}, {"torch"}),

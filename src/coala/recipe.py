@@ -77,6 +77,7 @@ class Recipe(_Strict):
     eval_pairs: tuple[str, ...] = ()
     format: str = "auto"
     role: str = "assistant"
+    skip_bad: bool = Field(False, description="leave out rows with errors, and say so, instead of stopping")
     eval_fraction: float = Field(0.1, gt=0, lt=1)
     seed: int = Field(0, ge=0)
     model: ModelSettings

@@ -276,7 +276,8 @@ class FeatureStore:
         write_atomic(self._path(shard), save_tensors({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
 
     def read(self, shard: int) -> dict[str, NDArray[Any]]:
-        return cast(dict[str, NDArray[Any]], load_tensors(self._path(shard).read_bytes()))
+        arrays: dict[str, NDArray[Any]] = load_tensors(self._path(shard).read_bytes())
+        return arrays
 
     def discard(self) -> None:
         """Delete the folder, once the features are saved as one file."""

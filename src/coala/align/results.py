@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 def load_run(path: Path | str) -> tuple[LanguageModel, ConvexHead, Guidance]:
     """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on."""
-    from coala.backbone import load_backbone
-
     run = Run.open(path)
     recipe = Recipe.model_validate(run.settings)
     head = load_head(run.path / "head")
@@ -44,8 +42,6 @@ def load_run(path: Path | str) -> tuple[LanguageModel, ConvexHead, Guidance]:
 
 def make_report(run: Run) -> dict[str, Any]:
     """Put the run's saved values together as a report, write it, and return its content (see ``coala.report``)."""
-    from coala.report import write_report
-
     recipe = Recipe.model_validate(run.settings)
     train, held_out = load_features(run.path / "features/train"), load_features(run.path / "features/eval")
     head, fitted = load_head(run.path / "head"), load_json(run.path / "head/fit.json")
@@ -151,8 +147,7 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
         ["seconds", f"{summary['seconds']:.1f}"],
         ["GFLOPs", f"{summary['gflops']:,.1f}"],
     ]
-    for rate in content.get("win_rates", []):
-        rows.append([f"guided wins ({rate['judge']})", percent(rate["estimate"])])
+    rows += [[f"guided wins ({r['judge']})", percent(r["estimate"])] for r in content.get("win_rates", [])]
     for name, value in content.get("perplexity", {}).items():
         rows.append([f"perplexity, {name}", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}], n = {value.n}"])
     return rows

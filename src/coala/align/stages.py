@@ -100,26 +100,30 @@ def _pairs(job: _Job) -> None:
     inputs = {
         "pairs": [source_digest(s) for s in recipe.pairs],
         "eval_pairs": [source_digest(s) for s in recipe.eval_pairs],
-        "settings": [recipe.format, recipe.eval_fraction, recipe.seed],
+        "settings": [recipe.format, recipe.skip_bad, recipe.eval_fraction, recipe.seed],
     }
 
     def work() -> dict[str, Any]:
         job.show("pairs", 0, None)
-        findings = check(recipe.pairs, recipe.format, against=recipe.eval_pairs or None)
-        findings.raise_for_errors()
+        findings = [check(recipe.pairs, recipe.format, against=recipe.eval_pairs or None)]
         if recipe.eval_pairs:
-            held_out = check(recipe.eval_pairs, recipe.format)
-            held_out.raise_for_errors()
-            train, evaluation = list(findings.pairs), list(held_out.pairs)
+            findings.append(check(recipe.eval_pairs, recipe.format))
+        for found in findings:
+            if not (recipe.skip_bad and found.pairs):
+                found.raise_for_errors()
+        if recipe.eval_pairs:
+            train, evaluation = list(findings[0].pairs), list(findings[1].pairs)
         else:
-            train, evaluation = split(findings.pairs, recipe.eval_fraction, seed=recipe.seed)
+            train, evaluation = split(findings[0].pairs, recipe.eval_fraction, seed=recipe.seed)
         save_pairs(job.path("pairs-train.jsonl"), train)
         save_pairs(job.path("pairs-eval.jsonl"), evaluation)
         return {
             "n_train": len(train),
             "n_eval": len(evaluation),
             "findings": [
-                {"severity": finding.severity, "text": str(finding)} for finding in (*findings.warnings, *findings.notes)
+                {"severity": finding.severity, "text": str(finding)}
+                for found in findings
+                for finding in (*found.errors, *found.warnings, *found.notes)
             ],
         }
 
@@ -185,9 +189,7 @@ def _head(job: _Job) -> None:
         # Every head is shown beside the linear one, its own control (docs/departures.md).
         linear = result.head if not result.head.n_neurons else fitted(n_patterns=0).head
         save_head(job.path("head"), result.head)
-        save_json(
-            job.path("head/fit.json"), {"path": result.path, "history": result.history, "linear": linear.linear}
-        )
+        save_json(job.path("head/fit.json"), {"path": result.path, "history": result.history, "linear": linear.linear})
 
     job.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
 
@@ -229,7 +231,7 @@ def _replies(job: _Job) -> None:
                 )
             save_generations(job.path(f"generations-{method}.jsonl"), replies)
             candidates = guidance.candidates if method == "guided" and guidance.mode in ("token", "prefix") else 0
-            flops = sum(
+            flops: int = sum(
                 decoding_flops(
                     backbone.shape,
                     len(backbone.render(pair.prompt).tokens),

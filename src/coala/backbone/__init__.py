@@ -5,7 +5,7 @@ The only package that calls a model, a tokenizer, a chat template or a KV cache.
 
 from coala.backbone.load import load_backbone
 from coala.backbone.model import LanguageModel
-from coala.backbone.network import BackboneError, Shape
+from coala.backbone.network import BackboneError
 from coala.backbone.pooling import POOLINGS, Pooling, RunningState
 from coala.backbone.prefix import Prefix
 from coala.backbone.template import Row
@@ -18,6 +18,5 @@ __all__ = [
     "Prefix",
     "Row",
     "RunningState",
-    "Shape",
     "load_backbone",
 ]

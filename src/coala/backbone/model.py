@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from coala.backbone.cache import tree_obstacle
-from coala.backbone.network import BackboneError, Network, Shape
+from coala.backbone.network import BackboneError, Network
 from coala.backbone.pooling import POOLINGS
 from coala.backbone.prefix import Prefix
 from coala.backbone.template import Renderer, Row
+from coala.costs import Shape
 from coala.values import FeatureSpec, Pair, SpecMismatch, Turn
 
 Tree = Literal["auto", "always", "never"]
@@ -64,6 +65,11 @@ class LanguageModel:
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end a reply."""
         return self._renderer.stop_tokens
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Texts that end a reply: what a model without a chat template writes when it goes on as the other speaker."""
+        return ("\n\nHuman:",) if self._renderer.kind == "dialogue" else ()
 
     @property
     def shape(self) -> Shape:

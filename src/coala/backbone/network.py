@@ -8,13 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from coala.costs import Shape
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
 
 class BackboneError(CoalaError):
     """A model or tokenizer that cannot be used as asked."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What decides a transformer's FLOPs; the fields of :class:`coala.costs.Shape`, counted on the loaded model.
-
-    ``body_matmul_parameters`` counts the weights of all layers' matrix products (no embedding, LM head, norms or
-    biases); ``attention_width`` is query heads * head size.
-    """
-
-    n_layers: int
-    width: int
-    vocabulary: int
-    body_matmul_parameters: int
-    attention_width: int
 
 
 class _Reached(Exception):

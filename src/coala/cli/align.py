@@ -20,6 +20,9 @@ def align(
         list[str] | None, typer.Option("--eval", help="Held-out pairs; without it whole groups of PAIRS are held out.")
     ] = None,
     format: Annotated[str | None, typer.Option(help="Format of the pairs; recognised if not given.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows with errors (the report lists them) instead of stopping.")
+    ] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
     template: Annotated[str | None, typer.Option(help="auto, chat, dialogue or continuation.")] = None,
     layer: Annotated[int | None, typer.Option(help="Hidden state to read; -1 is the last.")] = None,
@@ -54,6 +57,7 @@ def align(
         "pairs": pairs or None,
         "eval_pairs": eval_pairs or None,
         "format": format,
+        "skip_bad": skip_bad or None,
         "eval_fraction": eval_fraction,
         "seed": seed,
         "model": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,9 +35,10 @@ def chat(
     from coala.values import CoalaError, Turn
 
     backbone, head, guidance = load_run(run)
-    changes = {"mode": mode, "strength": strength}
+    changes: dict[str, Any] = {"mode": mode, "strength": strength}
     guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
-    guided, turns, replies = guidance.mode != "none", [], 0
+    guided, replies = guidance.mode != "none", 0
+    turns: list[Turn] = []
     say("Type a message; /help lists commands, Ctrl-D ends.")
     while True:
         try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from coala.values import Pair
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check, convert and make preference pairs.")
 
@@ -47,7 +50,7 @@ def check(
         backbone = load_backbone(model)
         max_tokens = max_tokens or backbone.max_tokens
 
-        def count_tokens(pair: object) -> int:
+        def count_tokens(pair: Pair) -> int:
             return backbone.count_tokens(pair)
 
     findings = check_pairs(pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
+class Method(StrEnum):
+    """What is solved."""
+
+    pairwise = "pairwise"
+    two_phase = "two-phase"
+
+
 def fit(
     features: Annotated[Path, typer.Argument(help="Folder written by `coala extract` (or RUN/features/train).")],
     out: Annotated[Path, typer.Option(help="Folder for the head.")],
     method: Annotated[
-        str, typer.Option(help="`pairwise` (one convex program) or `two-phase` (the papers').")
-    ] = "pairwise",
+        Method, typer.Option(help="`pairwise` (one convex program) or `two-phase` (the papers').")
+    ] = Method.pairwise,
     loss: Annotated[str, typer.Option(help="Phase II loss: `pairwise` or `pointwise` (Eq. 9).")] = "pairwise",
     n_patterns: Annotated[int, typer.Option(min=1, help="Random gates of Phase I.")] = 32,
     tolerance: Annotated[float, typer.Option(help="Certified relative gap.")] = 1e-4,
@@ -36,7 +44,7 @@ def fit(
     with progress() as show:
         fitted = fit_head(
             data,
-            method=method,
+            method=method.value,
             loss=Pointwise() if loss == "pointwise" else Logistic(),
             n_patterns=n_patterns,
             tolerance=tolerance,

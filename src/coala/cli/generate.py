@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ def generate(
     if not texts or not all(text.strip() for text in texts):
         raise CoalaError('There is no prompt, or an empty one. Give it in quotes: coala generate RUN "prompt".')
     backbone, head, guidance = load_run(run)
-    changes = {"mode": mode, "strength": strength, "candidates": candidates}
+    changes: dict[str, Any] = {"mode": mode, "strength": strength, "candidates": candidates}
     guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
     rules = {"unguided": replace(guidance, mode="none"), "guided": guidance} if compare else {"guided": guidance}
     # One reply streams as it is made; several are printed whole, in order.

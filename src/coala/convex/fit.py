@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -115,6 +115,22 @@ def _validated(
     return np.broadcast_to(margins, (n,)).copy()
 
 
+def assemble(
+    features: FeatureSet, standardisation: Standardisation, linear: np.ndarray, gates: np.ndarray, weights: np.ndarray
+) -> ConvexHead:
+    """The head that scores feature vectors as ``linear`` (r,), ``gates`` and ``weights`` (r, m) score their rows."""
+    directions = standardisation.fold(gates)
+    # A gate's length means nothing; unit length keeps float32 scores well scaled.
+    length = np.linalg.norm(directions[:, :-1], axis=1, keepdims=True)
+    directions = directions / np.where(length > 0, length, 1.0)
+    return ConvexHead(
+        gates=directions.astype(np.float32),
+        weights=standardisation.fold(weights).astype(np.float32),
+        linear=standardisation.fold(linear[:, None])[0].astype(np.float32),
+        spec=features.spec,
+    )
+
+
 def _pairwise(
     features: FeatureSet,
     task: PairTask,
@@ -130,16 +146,7 @@ def _pairwise(
     refit(task, choice, settings, watched, final=False, on_step=recorder.on_step)
     data = task.everything()
     model = refit(task, choice, settings, data)
-    gates = standardisation.fold(model.gates)
-    # A gate's length means nothing; unit length keeps float32 scores well scaled.
-    gates /= np.maximum(np.linalg.norm(gates[:, :-1], axis=1, keepdims=True), 1e-30)
-    linear = standardisation.fold(model.linear[:, None])[0]
-    head = ConvexHead(
-        gates=gates.astype(np.float32),
-        weights=standardisation.fold(model.weights).astype(np.float32),
-        linear=linear.astype(np.float32),
-        spec=features.spec,
-    )
+    head = assemble(features, standardisation, model.linear, model.gates, model.weights)
     solution = model.solution
     certificate = {
         **_common(features, task, "pairwise", solution, tolerance),
@@ -153,7 +160,7 @@ def _pairwise(
         "cv": _validation(task, choice.linear, choice.chosen, choice.difference),
         "separable": _separates(head, features),
     }
-    head = ConvexHead(head.gates, head.weights, head.linear, head.spec, certificate)
+    head = replace(head, certificate=certificate)
     return Fit(head, {"pairwise": solution}, choice.path, recorder.history)
 
 
@@ -168,12 +175,9 @@ def _two_phase(
 ) -> Fit:
     result = fit_two_phase(task, loss, n_patterns=n_patterns, tolerance=tolerance, progress=report)
     network = result.network
-    gates = standardisation.fold(network.gates.T)
-    gates /= np.maximum(np.linalg.norm(gates[:, :-1], axis=1, keepdims=True), 1e-30)
-    weights = standardisation.fold((network.first_layer * network.second_layer[:, None]).T)
-    linear = np.zeros(features.width + 1)
+    u = (network.first_layer * network.second_layer[:, None]).T
+    head = assemble(features, standardisation, np.zeros(len(u)), network.gates.T, u)
     one, two = result.phase_one, result.phase_two
-    head = ConvexHead(gates.astype(np.float32), weights.astype(np.float32), linear.astype(np.float32), features.spec)
     certificate = {
         **_common(features, task, "two-phase", two, tolerance),
         "phase_one": {
@@ -185,18 +189,19 @@ def _two_phase(
         },
         "statement": (
             f"Phase I: with the sampled gates, no other weights lower its objective by more than "
-            f"{one.relative_gap:.1e} of it. Phase II: no other second layer lowers its objective by more than {two.relative_gap:.1e} of it. "
+            f"{one.relative_gap:.1e} of it. Phase II: no other second layer lowers its objective by more than "
+            f"{two.relative_gap:.1e} of it. "
             "Each is proved in double precision for its own phase; nothing is said of other gates."
         ),
         "gates_estimate": None,
         "ridge": result.ridge,
         "sparsity": result.sparsity,
         "sparsity_relative": result.sparsity_relative,
-        "n_neurons": len(gates),
+        "n_neurons": head.n_neurons,
         "cv": _validation(task, {}, result.chosen, None),
         "separable": _separates(head, features),
     }
-    head = ConvexHead(head.gates, head.weights, head.linear, head.spec, certificate)
+    head = replace(head, certificate=certificate)
     history = [{"stage": "phase-one", **row} for row in one.history]
     history += [{"stage": "phase-two", **row} for row in two.history]
     return Fit(head, {"phase-one": one, "phase-two": two}, result.path, history)

@@ -51,9 +51,9 @@ def generate(
 
     A reply's random numbers depend on ``seed`` and its prompt's id (its place in ``prompts`` if ``prompt_ids`` is not
     given) alone, so that batches change nothing beyond floating-point rounding; prompts of one id share their noise.
-    A reply ends at a stop token, before the first of the ``stop`` strings, after ``max_new_tokens`` or when the context
-    is full. A prompt longer than the context less ``max_new_tokens`` loses its beginning, but keeps at least half the
-    context. ``temperature`` 0 is greedy.
+    A reply ends at a stop token, before the first of the ``stop`` strings and the model's own ``stop_texts``,
+    after ``max_new_tokens`` or when the context is full. A prompt longer than the context less
+    ``max_new_tokens`` loses its beginning, but keeps at least half the context. ``temperature`` 0 is greedy.
 
     ``on_token(index, piece)`` is handed pieces of text that add up to the reply; in block mode a block at a time.
 
@@ -83,14 +83,15 @@ def generate(
         Reply(index, ids[index], min(max_new_tokens, context - len(row)), _reader(backbone, row))
         for index, row in enumerate(rows)
     ]
+    stops = (*stop, *backbone.stop_texts)
     decoder = _Decoder(
         backbone,
         head,
         guidance if guided else Guidance("none", top_k=guidance.top_k, top_p=guidance.top_p),
         seed=seed,
         temperature=temperature,
-        stop=tuple(stop),
-        stream=None if on_token is None else Stream(on_token, stop),
+        stop=stops,
+        stream=None if on_token is None else Stream(on_token, stops),
     )
     # Prompts of like length share a batch, which saves padding.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))

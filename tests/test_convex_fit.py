@@ -1,0 +1,328 @@
+"""``fit``: what it chooses, what it certifies, what it must not depend on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coala.convex import Logistic, fit
+from coala.convex.fit import assemble
+from coala.convex.pairwise import PairData, Search, learn_gates, search_gates, solve_pairs
+from coala.convex.prepare import Standardisation
+from coala.convex.validation import clustered_error, grouped_folds, rising_twice
+from coala.values import CoalaError, FeatureSet
+
+from . import reference
+from .menagerie_convex import SPEC, absolute_reward, pairs_of
+
+N, D = 160, 6
+
+
+@lru_cache
+def linear_features() -> FeatureSet:
+    rng = np.random.default_rng(0)
+    direction = rng.standard_normal(D)
+    return pairs_of(lambda x: 1.5 * x @ direction, N, D, rng, per_group=2, shift=3.0)
+
+
+@lru_cache
+def gated_features() -> tuple[FeatureSet, FeatureSet]:
+    rng = np.random.default_rng(1)
+    reward = absolute_reward(D, rng)
+    return pairs_of(reward, N, D, rng), pairs_of(reward, 2000, D, rng)
+
+
+def accuracy(head: object, features: FeatureSet) -> float:
+    return float((head.score(features.chosen) > head.score(features.rejected)).mean())  # type: ignore[attr-defined]
+
+
+def margins(head: object, features: FeatureSet) -> np.ndarray:
+    return head.score(features.chosen) - head.score(features.rejected)  # type: ignore[attr-defined]
+
+
+# --- the linear limit ----------------------------------------------------------------------------------------------
+
+
+def test_without_gates_it_is_ridge_bradley_terry() -> None:
+    features = linear_features()
+    head = fit(features, n_patterns=0, precision="float64", tolerance=1e-10).head
+    standard = Standardisation.of(features.chosen, features.rejected)
+    differences = standard.rows(features.chosen) - standard.rows(features.rejected)
+    expected = differences @ reference.ridge_bradley_terry(differences, head.certificate["ridge"])
+    np.testing.assert_allclose(margins(head, features), expected, atol=2e-6 * np.abs(expected).max())
+    assert head.n_neurons == 0
+    assert head.certificate["relative_gap"] <= 1e-10
+
+
+def test_solver_without_gates_is_ridge_bradley_terry() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2 * N, D)) / 2
+    with jax.enable_x64(True):
+        data = PairData(jnp.asarray(rows), jnp.zeros(N), jnp.full(N, 1 / N))
+        model = solve_pairs(data, np.zeros((D, 0)), sparsity=1.0, ridge=1e-2, tolerance=1e-13)
+    np.testing.assert_allclose(model.linear, reference.ridge_bradley_terry(rows[:N] - rows[N:], 1e-2), atol=1e-6)
+
+
+def test_linear_truth_keeps_a_linear_head_as_good_as_the_probe() -> None:
+    rng = np.random.default_rng(0)
+    direction = rng.standard_normal(D)
+    train, test = (pairs_of(lambda x: 1.5 * x @ direction, n, D, rng, per_group=2) for n in (N, 2000))
+    result = fit(train)
+    assert result.head.n_neurons == 0
+    assert result.head.certificate["gates_estimate"] is None
+    assert accuracy(result.head, test) >= reference.linear_probe(train, test) - 0.01
+
+
+# --- learnt gates --------------------------------------------------------------------------------------------------
+
+
+def test_gates_are_learnt_where_a_linear_head_fails() -> None:
+    train, test = gated_features()
+    result = fit(train)
+    linear = fit(train, n_patterns=0)
+    assert result.head.n_neurons > 0
+    assert accuracy(result.head, test) >= accuracy(linear.head, test) + 0.05
+    cv = result.head.certificate["cv"]
+    assert cv["chosen"]["cv_nll"] < cv["linear"]["cv_nll"]
+    assert result.head.certificate["relative_gap"] <= 1e-4
+    assert "estimated" in result.head.certificate["statement"]
+    assert result.head.certificate["gates_estimate"]["proved"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_positive_control(seed: int) -> None:
+    """Reward 4 |a.x| + 2 b.x, d = 32, 1500 pairs: a linear head reaches 0.70, learnt gates at least 0.81."""
+    rng = np.random.default_rng(seed)
+    reward = absolute_reward(32, rng)
+    train, test = pairs_of(reward, 1500, 32, rng), pairs_of(reward, 6000, 32, rng)
+    assert reference.linear_probe(train, test) < 0.74
+    assert accuracy(fit(train, seed=seed).head, test) >= 0.81
+
+
+def test_search_finds_the_gate_of_the_truth() -> None:
+    rng = np.random.default_rng(2)
+    a = np.eye(D)[0]
+    features = pairs_of(lambda x: 6 * np.abs(x @ a), 600, D, rng)
+    rows = np.concatenate([features.chosen, features.rejected]) / np.sqrt(D)
+    data = PairData(jnp.asarray(rows), jnp.zeros(600), jnp.full(600, 1 / 600))
+    model = solve_pairs(data, np.zeros((D, 0), np.float32), sparsity=1.0, ridge=1e-2)
+    gates, norms = search_gates(data, model, n_starts=64, n_steps=40, rng=np.random.default_rng(0))
+    assert abs(gates[0, 0]) >= 0.9
+    assert (np.diff(norms) <= 0).all()
+    level = 0.5 * float(norms[0])
+    learnt = learn_gates(data, model, sparsity=level, ridge=1e-2, search=Search(64, 40), rng=np.random.default_rng(0))
+    assert learnt.n_neurons >= 2
+    assert learnt.solution.objective < model.solution.objective
+    assert learnt.solution.relative_gap <= 1e-4
+    above = learn_gates(
+        data, model, sparsity=1.1 * float(norms[0]), ridge=1e-2, search=Search(64, 40), rng=np.random.default_rng(0)
+    )
+    assert above.n_neurons == 0
+
+
+# --- invariance ----------------------------------------------------------------------------------------------------
+
+
+def test_same_data_and_seed_give_the_same_bytes() -> None:
+    train, _ = gated_features()
+    first, second = fit(train, seed=3), fit(train, seed=3)
+    for name in ("gates", "weights", "linear"):
+        assert getattr(first.head, name).tobytes() == getattr(second.head, name).tobytes()
+    assert json.dumps(first.head.certificate, sort_keys=True) == json.dumps(second.head.certificate, sort_keys=True)
+    assert first.path == second.path
+    assert first.history == second.history
+
+
+def test_scaling_and_shifting_the_features_leaves_the_scores() -> None:
+    features = linear_features()
+    moved = replace(features, chosen=40 * features.chosen - 7, rejected=40 * features.rejected - 7)
+    a, b = margins(fit(features).head, features), margins(fit(moved).head, moved)
+    np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(a).max())
+    each = np.random.default_rng(0).uniform(0.1, 10, D)
+    stretched = replace(features, chosen=features.chosen * each, rejected=features.rejected * each)
+    c = margins(fit(stretched).head, stretched)
+    np.testing.assert_allclose(a, c, atol=2e-3 * np.abs(a).max())
+
+
+def test_row_order_does_not_matter_and_swapping_every_pair_turns_the_head_round() -> None:
+    features = linear_features()
+    order = np.random.default_rng(0).permutation(N)
+    a = fit(features).head
+    b = fit(features.take(order)).head
+    np.testing.assert_allclose(
+        margins(a, features), margins(b, features), atol=1e-3 * np.abs(margins(a, features)).max()
+    )
+    swapped = replace(features, chosen=features.rejected, rejected=features.chosen)
+    c = fit(swapped).head
+    np.testing.assert_allclose(
+        margins(a, features), margins(c, swapped), atol=1e-3 * np.abs(margins(a, features)).max()
+    )
+
+
+def test_the_head_scores_what_the_program_predicts() -> None:
+    train, _ = gated_features()
+    features = replace(train, chosen=train.chosen * 5 + 100, rejected=train.rejected * 5 + 100)
+    standard = Standardisation.of(features.chosen, features.rejected)
+    rows = np.concatenate([standard.rows(features.chosen), standard.rows(features.rejected)])
+    data = PairData(jnp.asarray(rows, jnp.float32), jnp.zeros(N), jnp.full(N, 1 / N))
+    gates = np.random.default_rng(0).standard_normal((rows.shape[1], 5))
+    model = solve_pairs(data, gates, sparsity=1e-3, ridge=1e-2)
+    assert model.n_neurons >= 2
+    program = data.program(model.gates, sparsity=1e-3, ridge=1e-2)
+    stacked = model.stacked()
+    padded = np.pad(stacked, ((0, 0), (0, program.zeros().shape[1] - stacked.shape[1])))
+    predicted = np.asarray(program.predict(jnp.asarray(padded)))
+    found = margins(assemble(features, standard, model.linear, model.gates, model.weights), features)
+    # Of float32 scores, those beside a gate's edge may fall to its other side.
+    assert np.quantile(np.abs(found - predicted), 0.97) <= 1e-3 * np.abs(predicted).max()
+
+
+def test_folding_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    for n, d in ((50, 6), (5, 20)):
+        chosen, rejected = 3 + rng.standard_normal((2, n, d)) * rng.uniform(0.1, 5, d)
+        chosen[:, 1] = rejected[:, 1] = 4.0
+        for scaling in ("feature", "global"):
+            standard = Standardisation.of(chosen, rejected, scaling)  # type: ignore[arg-type]
+            rows = np.concatenate([standard.rows(chosen), standard.rows(rejected)])
+            weights = rng.standard_normal((rows.shape[1], 3))
+            folded = standard.fold(weights)
+            h = np.concatenate([chosen, rejected])
+            np.testing.assert_allclose(h @ folded[:, :-1].T + folded[:, -1], rows @ weights, atol=1e-9)
+            np.testing.assert_allclose(standard.rotation.T @ standard.rotation, np.eye(rows.shape[1]), atol=1e-9)
+            np.testing.assert_allclose((rows**2).sum(1).mean(), 1 + 1 / (d - 1), rtol=1e-6)
+
+
+# --- edges ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pairwise", "two-phase"])
+@pytest.mark.parametrize("n_groups", [1, 2, 4])
+def test_few_pairs_and_more_features_than_pairs(method: str, n_groups: int) -> None:
+    rng = np.random.default_rng(0)
+    chosen = rng.standard_normal((4, 9)).astype(np.float32)
+    features = FeatureSet(chosen, chosen - 1 + rng.random((4, 9)), np.arange(4) % n_groups, SPEC)
+    head = fit(features, method=method).head  # type: ignore[arg-type]
+    assert accuracy(head, features) == 1.0
+    assert head.certificate["separable"] is True
+    if n_groups == 1:
+        assert head.certificate["cv"]["folds"] == 0
+    json.dumps(head.certificate, allow_nan=False)
+
+
+def test_one_pair() -> None:
+    features = FeatureSet(np.ones((1, 3)), np.zeros((1, 3)), np.array(["a"]), SPEC)
+    head = fit(features).head
+    assert accuracy(head, features) == 1.0
+    assert head.certificate["n_pairs"] == 1
+
+
+def test_equal_sides_give_a_zero_head() -> None:
+    chosen = np.random.default_rng(0).standard_normal((8, 3))
+    features = FeatureSet(chosen, chosen, np.arange(8), SPEC)
+    head = fit(features).head
+    assert not head.linear.any()
+    assert head.certificate["cv"]["signal_found"] is False
+    constant = FeatureSet(np.ones((8, 3)), np.ones((8, 3)), np.arange(8), SPEC)
+    assert not fit(constant).head.score(constant.chosen).any()
+
+
+def test_constant_features_and_repeated_pairs() -> None:
+    features = linear_features()
+    chosen, rejected = features.chosen.copy(), features.rejected.copy()
+    chosen[:, 2] = rejected[:, 2] = 1e4
+    chosen[1::2], rejected[1::2] = chosen[::2], rejected[::2]
+    head = fit(replace(features, chosen=chosen, rejected=rejected)).head
+    assert head.linear[2] == 0
+    assert head.certificate["status"] == "converged"
+
+
+def test_noise_is_reported_as_no_signal() -> None:
+    rng = np.random.default_rng(5)
+    features = pairs_of(lambda x: 0 * x[:, 0], N, D, rng)
+    certificate = fit(features).head.certificate
+    assert certificate["n_neurons"] == 0
+    assert certificate["cv"]["chosen"]["cv_nll"] >= np.log(2) - 0.01
+
+
+def test_mistakes_are_named() -> None:
+    features = linear_features()
+    broken = features.chosen.copy()
+    broken[7, 2] = np.nan
+    with pytest.raises(CoalaError, match=r"chosen features of 1 of .*pair 7"):
+        fit(replace(features, chosen=broken))
+    with pytest.raises(CoalaError, match="0 pairs"):
+        fit(features.take(np.zeros(N, bool)))
+    with pytest.raises(CoalaError, match="margin has shape"):
+        fit(features, margin=np.zeros(3))
+    with pytest.raises(CoalaError, match="method"):
+        fit(features, method="magic")  # type: ignore[arg-type]
+    with pytest.raises(CoalaError, match="n_folds=1"):
+        fit(features, n_folds=1)
+
+
+# --- what comes with the head --------------------------------------------------------------------------------------
+
+
+def test_path_history_and_progress() -> None:
+    seen: list[str] = []
+    train, _ = gated_features()
+    result = fit(train, on_step=lambda stage, step, total, info: seen.append(stage))
+    assert {"ridge", "sparsity", "solve"} <= set(seen)
+    keys = {"tau", "beta_rel", "cv_nll", "cv_se", "cv_accuracy", "n_neurons", "gap"}
+    assert all(set(row) == keys for row in result.path)
+    assert [row["step"] for row in result.history] == list(range(len(result.history)))
+    last = result.history[-1]
+    assert last["margin_ratio_train"] > result.history[0]["margin_ratio_train"]
+    assert 0.5 < last["accuracy_held_out"] <= 1
+    json.dumps([result.path, result.history, dict(result.head.certificate)], allow_nan=False)
+
+
+def test_a_margin_raises_the_differences() -> None:
+    features = linear_features()
+    plain, wide = (fit(features, margin=margin, n_patterns=0).head for margin in (0.0, 1.0))
+    assert margins(wide, features).mean() > margins(plain, features).mean()
+    each = fit(features, margin=np.ones(N), n_patterns=0).head
+    np.testing.assert_allclose(each.linear, wide.linear, rtol=1e-5)
+
+
+def test_two_phase_head() -> None:
+    features = linear_features()
+    result = fit(features, method="two-phase", n_patterns=8, loss=Logistic(margin=0.2))
+    assert set(result.solutions) == {"phase-one", "phase-two"}
+    assert 0 < result.head.n_neurons <= 8
+    assert accuracy(result.head, features) > 0.7
+    assert result.head.certificate["phase_one"]["relative_gap"] <= 1e-4
+    assert result.head.certificate["relative_gap"] <= 1e-9
+
+
+# --- validation ----------------------------------------------------------------------------------------------------
+
+
+def test_folds_keep_groups_whole_and_ignore_row_order() -> None:
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 23, 200).astype(str)
+    fold = grouped_folds(group, 4, 0)
+    assert fold is not None
+    for name in np.unique(group):
+        assert len(set(fold[group == name])) == 1
+    assert np.bincount(fold).max() - np.bincount(fold).min() <= np.unique(group, return_counts=True)[1].max()
+    order = rng.permutation(200)
+    np.testing.assert_array_equal(grouped_folds(group[order], 4, 0), fold[order])
+    assert grouped_folds(np.array(["a", "a"]), 4, 0) is None
+
+
+def test_clustered_error_is_the_plain_one_for_single_rows_and_grows_with_repetition() -> None:
+    values = np.random.default_rng(0).standard_normal(50)
+    assert clustered_error(values, np.arange(50)) == pytest.approx(values.std(ddof=1) / np.sqrt(50))
+    repeated = clustered_error(np.repeat(values, 3), np.repeat(np.arange(50), 3))
+    assert repeated == pytest.approx(values.std(ddof=1) / np.sqrt(50))
+    assert rising_twice([1.0, 0.9, 0.95, 0.91])
+    assert not rising_twice([1.0, 0.9, 0.95, 0.89])
