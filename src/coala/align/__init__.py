@@ -8,6 +8,7 @@ from coala.align.results import load_run, make_report, summary_rows
 from coala.align.stages import OnProgress, carry_out
 from coala.recipe import Recipe
 from coala.store import Run
+from coala.values import CoalaError
 
 __all__ = ["OnProgress", "align", "load_run", "make_report", "summary_rows"]
 
@@ -21,9 +22,16 @@ def align(
     :class:`~coala.values.CoalaError` for input that cannot be used and for a run started with other settings.
     """
     recipe = recipe.located()
+    new = not (run.path / "run.json").exists()
     run.start(recipe.model_dump(mode="json"))
-    if on_progress is None:
-        carry_out(recipe, run, separate=separate)
-    else:
-        carry_out(recipe, run, on_progress, separate)
+    try:
+        if on_progress is None:
+            carry_out(recipe, run, separate=separate)
+        else:
+            carry_out(recipe, run, on_progress, separate)
+    except CoalaError:
+        # Input that could not be used leaves nothing behind, so that the mended command starts afresh.
+        if new and not (run.path / "features").exists():
+            run.restart()
+        raise
     return make_report(run)

@@ -36,12 +36,6 @@ class TwoPhase:
     path: list[dict[str, Any]]
 
 
-def _subset(loss: PairLoss, used: np.ndarray) -> PairLoss:
-    """The loss of the pairs ``used``, when it has a margin per pair."""
-    part: PairLoss = jax.tree.map(lambda leaf: np.asarray(leaf)[used] if np.ndim(leaf) else leaf, loss)
-    return part
-
-
 def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance: float, progress: Progress) -> TwoPhase:
     """Choose the sparsity of Phase I and the ridge of Phase II by held-out loss of the pairs, then fit on all."""
     rows = task.rows
@@ -50,7 +44,6 @@ def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance:
     dtype = task.dtype
     program = GatedProgram(jnp.asarray(rows, dtype), jnp.asarray(y, dtype), jnp.asarray(patterns), jnp.ones((), dtype))
     unit = float(largest_sparsity(program))
-    pairs = slice(0, task.n_pairs), slice(task.n_pairs, None)
 
     def phase_one(used: np.ndarray, relative: float, start: np.ndarray | None, exact: bool) -> Solution:
         both = np.concatenate([used, used])
@@ -63,10 +56,15 @@ def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance:
         first = None if start is None else jnp.asarray(start)
         return solve(part, GatedNewton(), tolerance=tolerance if exact else 1e-3, start=first, exact=exact)
 
+    def hidden(network: GatedNetwork) -> tuple[np.ndarray, np.ndarray]:
+        # Columns of zeros stand for the neurons that are not there: one shape, one compilation.
+        active = network.hidden(rows)
+        chosen, rejected = np.split(np.pad(active, ((0, 0), (0, gates.shape[1] - active.shape[1]))), 2)
+        return chosen, rejected
+
     def phase_two(used: np.ndarray, network: GatedNetwork, ridge: float) -> Solution:
-        hidden = network.hidden(rows)
-        chosen, rejected = (hidden[side][used] for side in pairs)
-        return finetune(network.second_layer, chosen, rejected, _subset(loss, used), ridge=ridge)
+        first = np.pad(network.second_layer, (0, gates.shape[1] - len(network.second_layer)))
+        return finetune(first, *hidden(network), loss, ridge=ridge, weight=used / used.sum())
 
     everyone = np.ones(task.n_pairs, bool)
     path: list[dict[str, Any]] = []
@@ -85,8 +83,8 @@ def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance:
                 network = recover_gated(solution.value, gates)
                 widths.append(len(network.gates))
                 gaps.append(solution.relative_gap)
-                hidden = network.hidden(rows)
-                difference = hidden[pairs[0]] - hidden[pairs[1]]
+                chosen, rejected = hidden(network)
+                difference = chosen - rejected
                 for tau in RIDGES:
                     margins[tau][out] = difference[out] @ phase_two(~out, network, tau).value
             results = {tau: HeldOut.of(margins[tau], task.margin, task.group) for tau in RIDGES}
@@ -103,5 +101,5 @@ def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance:
     first = phase_one(everyone, relative, None, exact=True)
     network = recover_gated(first.value, gates)
     second = phase_two(everyone, network, ridge)
-    network = network._replace(second_layer=second.value)
+    network = network._replace(second_layer=second.value[: len(network.gates)])
     return TwoPhase(network, first, second, relative * unit, relative, ridge, chosen_row, path)

@@ -1,0 +1,326 @@
+"""The whole line on a tiny random model: what a run leaves, resuming, refusing, and the commands around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coala.align import align, load_run
+from coala.data import DataError
+from coala.recipe import Recipe, RecipeError, load_recipe, set_option
+from coala.store import Run, StoreError, file_digest, load_features, load_head
+from coala.values import CoalaError
+
+from .menagerie import tiny_backbone
+
+GOOD = "good fine lovely sharp warm bright".split()
+BAD = "dull weak tired cold flat grey".split()
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def pair_rows(n: int, groups: int, seed: int = 0) -> list[dict[str, Any]]:
+    draw = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        better = " ".join(draw.choice(GOOD, 5))
+        worse = " ".join(draw.choice(BAD, 5))
+        rows.append({"prompt": f"tell me story {i % groups}", "chosen": f"{better} {i}", "rejected": f"{worse} {i}"})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_backbone("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", pair_rows(60, 20))
+
+
+def recipe(pairs: Path, model: Path, **changes: Any) -> Recipe:
+    base = {
+        "pairs": [str(pairs)],
+        "eval_fraction": 0.25,
+        "model": {"name": str(model), "device": "cpu"},
+        "evaluation": {"prompts": 3, "max_new_tokens": 5},
+    }
+    return load_recipe(None, base, changes)
+
+
+@pytest.fixture(scope="session")
+def finished(pairs: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("runs") / "run")
+    align(recipe(pairs, model), run)
+    return run
+
+
+def values_of(run: Path) -> dict[str, str]:
+    """Digests of everything a run computes; timings are left out."""
+    names = ("pairs-train.jsonl", "pairs-eval.jsonl", "features", "head", "generations-guided.jsonl")
+    return {name: file_digest(run / name) for name in (*names, "generations-unguided.jsonl")}
+
+
+def command(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "coala", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=240,
+        check=False,
+        **options,
+    )
+
+
+def test_a_run_holds_every_value_and_learns(finished: Run) -> None:
+    content = json.loads((finished.path / "report.json").read_text())
+    assert content["summary"]["n_train"] + content["summary"]["n_eval"] == 60
+    # Chosen and rejected replies share no word: any sound head ranks nearly all of them right.
+    assert content["summary"]["accuracy_eval"]["value"] > 0.9
+    assert content["summary"]["certified_gap"] < 1e-4
+    assert content["summary"]["gflops"] > 0
+    assert len(content["samples"]) == 3
+    page = (finished.path / "report.html").read_text()
+    assert "coala align --recipe" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    train, held_out = (load_features(finished.path / f"features/{part}") for part in ("train", "eval"))
+    assert not set(train.group) & set(held_out.group)
+    assert load_head(finished.path / "head").spec == train.spec
+
+
+def test_a_second_run_skips_everything(finished: Run, pairs: Path, model: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and "report" not in p.name}
+    notes: list[str] = []
+    align(recipe(pairs, model), finished, on_progress=lambda stage, done, total, note="": notes.append(note))
+    assert set(notes) == {"already done"}
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_other_settings_are_refused(finished: Run, pairs: Path, model: Path) -> None:
+    with pytest.raises(StoreError, match=r"seed was 0, now 1.*--restart"):
+        align(recipe(pairs, model, seed=1), finished)
+
+
+def test_changed_pairs_are_noticed(pairs: Path, model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "pairs.jsonl"
+    mine.write_bytes(pairs.read_bytes())
+    run = Run(tmp_path / "run")
+    align(recipe(mine, model, evaluation={"prompts": 0}), run)
+    first = values_of(run.path)
+    write_rows(mine, pair_rows(60, 20, seed=1))
+    align(recipe(mine, model, evaluation={"prompts": 0}), run)
+    assert values_of(run.path)["head"] != first["head"]
+    assert values_of(run.path)["pairs-train.jsonl"] != first["pairs-train.jsonl"]
+
+
+def test_bad_pairs_leave_nothing_behind_and_can_be_skipped(pairs: Path, model: Path, tmp_path: Path) -> None:
+    rows = pair_rows(40, 10)
+    rows[6]["rejected"] = rows[6]["chosen"]
+    bad = write_rows(tmp_path / "bad.jsonl", rows)
+    run = Run(tmp_path / "run")
+    with pytest.raises(DataError, match=r"bad\.jsonl:7: "):
+        align(recipe(bad, model), run)
+    assert not run.path.exists()
+    content = align(recipe(bad, model, skip_bad=True, evaluation={"prompts": 0}), run)
+    assert content["summary"]["n_train"] + content["summary"]["n_eval"] == 39
+    assert any("bad.jsonl:7" in finding["text"] for finding in content["data_findings"])
+
+
+def test_a_model_that_is_not_there_leaves_nothing_behind(pairs: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(CoalaError, match="nowhere"):
+        align(recipe(pairs, tmp_path / "nowhere"), run)
+    assert not run.path.exists()
+
+
+def test_a_head_is_refused_on_another_model(finished: Run, tmp_path: Path) -> None:
+    other = tiny_backbone("llama", tmp_path / "other", seed=1)
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = json.loads((finished.path / "run.json").read_text())
+    settings["model"]["name"] = str(other)
+    (run / "run.json").write_text(json.dumps(settings))
+    (run / "head").symlink_to(finished.path / "head")
+    with pytest.raises(CoalaError, match="weights"):
+        load_run(run)
+
+
+@pytest.mark.slow
+def test_stages_in_processes_of_their_own_give_the_same_bytes(
+    finished: Run, pairs: Path, model: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    align(recipe(pairs, model), run, separate=True)
+    assert values_of(run.path) == values_of(finished.path)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_and_resume_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    # Enough rows for several shards, so that the kill falls between two of them.
+    source = write_rows(tmp_path / "pairs.jsonl", pair_rows(2600, 300))
+    words = ["align", source, "--model", model, "--prompts", "2", "--max-new-tokens", "4", "--out"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coala", *map(str, words), str(killed)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    began = time.monotonic()
+    shards = killed / "features/train/shards"
+    while process.poll() is None and not list(shards.glob("shard-*.safetensors")) and time.monotonic() - began < 120:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "report.html").exists(), "the run was over before it could be killed"
+    # Once more, while the head is fitted.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coala", *map(str, words), str(killed)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    began = time.monotonic()
+    while process.poll() is None and not (killed / "features/eval/features.json").exists():
+        assert time.monotonic() - began < 120
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "head/head.json").exists()
+    for run in (killed, whole):
+        done = command(*words, run)
+        assert done.returncode == 0, done.stderr
+    assert values_of(killed) == values_of(whole)
+
+
+class TestCommands:
+    def test_generate_prints_the_reply_and_json_last(self, finished: Run) -> None:
+        done = command("generate", finished.path, "tell me story", "--max-new-tokens", "6", "--compare")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.strip().split("\n")[-1])
+        assert len(result["guided"]) == len(result["unguided"]) == 1
+        assert result["guided"][0]["n_tokens"] <= 6
+
+    def test_chat_answers_and_obeys(self, finished: Run) -> None:
+        script = "/help\ntell me story\n/guide off\n/strength nonsense\n/new\nand another\n/quit\n"
+        done = command("chat", finished.path, "--max-new-tokens", "4", input=script)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.strip().split("\n")[-1]) == {"replies": 2}
+        assert "could not convert" in done.stderr
+
+    def test_report_is_made_again(self, finished: Run) -> None:
+        (finished.path / "report.html").unlink()
+        done = command("report", finished.path)
+        assert done.returncode == 0, done.stderr
+        assert (finished.path / "report.html").exists()
+        assert json.loads(done.stdout.strip().split("\n")[-1])["n_train"] > 0
+
+    def test_extract_and_fit_are_the_stages_of_align(self, finished: Run, model: Path, tmp_path: Path) -> None:
+        pairs = finished.path / "pairs-train.jsonl"
+        done = command("extract", pairs, "--model", model, "--out", tmp_path / "features")
+        assert done.returncode == 0, done.stderr
+        mine, theirs = load_features(tmp_path / "features"), load_features(finished.path / "features/train")
+        np.testing.assert_array_equal(mine.chosen, theirs.chosen)
+        done = command("fit", tmp_path / "features", "--out", tmp_path / "head")
+        assert done.returncode == 0, done.stderr
+        assert file_digest(tmp_path / "head/head.safetensors") == file_digest(finished.path / "head/head.safetensors")
+
+    def test_data_commands(self, pairs: Path, tmp_path: Path) -> None:
+        done = command("data", "check", pairs)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.strip().split("\n")[-1])["pairs"] == 60
+        done = command("data", "convert", pairs, "--out", tmp_path / "plain.jsonl")
+        assert done.returncode == 0, done.stderr
+        done = command("data", "show", tmp_path / "plain.jsonl", "--n", "1")
+        assert "rejected" in done.stdout
+        turns = [{"role": r, "text": f"{r} says {i}"} for i, r in enumerate(["user", "assistant"] * 3)]
+        write_rows(tmp_path / "talk.jsonl", [{"id": "a", "turns": turns}])
+        done = command("data", "alternate", tmp_path / "talk.jsonl", "--out", tmp_path / "made.jsonl")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.strip().split("\n")[-1])["pairs"] == 2
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["align", "nowhere.jsonl", "--model", "also-nowhere", "--out", "run"], "nowhere.jsonl"),
+            (["align", "--out", "run"], "pairs"),
+            (["align", "x.jsonl", "-m", "m", "--set", "guidance.strenght=3"], "guidance.strenght"),
+            (["align", "x.jsonl", "-m", "m", "--set", "nonsense"], "NAME=VALUE"),
+            (["align", "x.jsonl", "-m", "m", "--pooling", "max"], "pooling"),
+            (["generate", "nowhere", "hello"], "not a run folder"),
+            (["report", "nowhere"], "not a run folder"),
+            (["fit", "nowhere", "--out", "head"], "features.json"),
+            (["data", "check", "nowhere.jsonl"], "nowhere.jsonl"),
+        ],
+        ids=" ".join,
+    )
+    def test_wrong_input_ends_with_code_two_and_a_reason(
+        self, words: list[str], message: str, tmp_path: Path
+    ) -> None:
+        environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        done = subprocess.run(
+            [sys.executable, "-m", "coala", *words],
+            **{"capture_output": True, "text": True, "cwd": tmp_path, "env": environment, "check": False},
+        )
+        assert done.returncode == 2, done.stderr
+        assert message in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_every_command_helps_with_an_example() -> None:
+    from typer.testing import CliRunner
+
+    from coala.cli import app
+
+    names = [["align"], ["generate"], ["chat"], ["report"], ["extract"], ["fit"], ["demo"]]
+    for words in [*names, *(["data", name] for name in ("check", "convert", "alternate", "show"))]:
+        shown = CliRunner().invoke(app, [*words, "--help"])
+        assert shown.exit_code == 0
+        assert "Example" in shown.output, words
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv=['coala','--help']\nfrom coala.cli import app\ntry: app()\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('numpy','torch','jax','transformers','pydantic','matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+class TestRecipe:
+    def test_flags_win_over_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "r.yaml"
+        path.write_text("pairs: a.jsonl\nseed: 3\nmodel: {name: m, pooling: last}\n")
+        made = load_recipe(path, {"model": {"name": "other", "pooling": None}}, set_option("guidance.strength=5"))
+        assert (made.seed, made.model.name, made.model.pooling, made.guidance.strength) == (3, "other", "last", 5)
+        assert made.pairs == ("a.jsonl",)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("- a\n- b\n", "expected a mapping"),
+            ("pairs: [a\n", "is not YAML"),
+            ("pairs: [a]\nmodel: {name: m}\nseed: -1\n", "seed"),
+            ("pairs: [a]\nmodel: {name: m}\ncolour: red\n", "colour"),
+            ("pairs: [a]\n", "model"),
+        ],
+    )
+    def test_faults_are_named(self, tmp_path: Path, text: str, message: str) -> None:
+        path = tmp_path / "r.yaml"
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+
+    def test_bundled_recipes_are_valid(self) -> None:
+        folder = Path(__file__).resolve().parent.parent / "src/coala/recipes"
+        for path in folder.glob("*.yaml"):
+            load_recipe(path, {"pairs": ["p"], "model": {"name": "m"}})
