@@ -210,8 +210,12 @@ def make_pairs(
             if labeller.score(better) > labeller.score(worse):
                 pairs.append(Pair(user(prompt), better, worse, group=f"film-{i:04d}"))
     train = {f"film-{i:04d}" for i in range(train_prompts)}
-    save_pairs(out / "film_pairs.jsonl", [p for p in pairs if p.group in train])
-    save_pairs(out / "film_pairs_test.jsonl", [p for p in pairs if p.group not in train])
+    for name, wanted in (("film_pairs", True), ("film_pairs_test", False)):
+        plain = out / f"{name}.jsonl"
+        save_pairs(plain, [p for p in pairs if (p.group in train) == wanted])
+        # No time stamp in the archive: the same pairs give the same bytes.
+        plain.with_suffix(".jsonl.gz").write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+        plain.unlink()
     print(len(pairs), "pairs")
 
 

@@ -28,8 +28,8 @@ def demo(
     settings = load_recipe(
         Path(str(files("coala") / "recipes" / "demo.yaml")),
         {
-            "pairs": [str(assets / "film_pairs.jsonl")],
-            "eval_pairs": [str(assets / "film_pairs_test.jsonl")],
+            "pairs": [str(assets / "film_pairs.jsonl.gz")],
+            "eval_pairs": [str(assets / "film_pairs_test.jsonl.gz")],
             "model": {"name": str(assets / "film-lm")},
             "evaluation": {"judge": str(assets / "film-judge.json"), "labeller": str(assets / "film-labeller.json")},
         },

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from coala.convex.finetune import Logistic, PairLoss
-from coala.convex.pairwise import PairModel, Search
+from coala.convex.pairwise import WIDTHS, PairModel, Search
 from coala.convex.path import PairTask, PathSettings, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.selftest import check_operators
@@ -81,7 +81,7 @@ def fit(
         if method == "two-phase":
             chosen_loss = Logistic(margin=margins if np.ndim(margin) else float(margin)) if loss is None else loss
             return _two_phase(features, task, standardisation, chosen_loss, n_patterns, tolerance, report)
-        check_operators(len(rows), rows.shape[1], 2, np.dtype(dtype).name)
+        check_operators(len(rows), rows.shape[1], WIDTHS[0], np.dtype(dtype).name)
         return _pairwise(features, task, standardisation, n_patterns, tolerance, report)
 
 

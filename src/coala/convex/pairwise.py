@@ -22,8 +22,8 @@ from coala.convex.linear import matmul
 from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity
 from coala.convex.solvers import GatedNewton, Solution, solve
 
-# Programs have 8, 32, 128, ... columns for gates: few shapes, few compilations, each of which costs a second or two.
-NARROWEST = 8
+# Columns of a program, the linear block included: few shapes, few compilations, each of which costs a second or two.
+WIDTHS = (16, 40, 136, 520)
 NEW_GATES = 4
 
 
@@ -133,10 +133,9 @@ class PairData:
 
 def _padded(gates: np.ndarray) -> np.ndarray:
     """Gates with zero columns up to the next width that is compiled."""
-    width = NARROWEST
-    while width < gates.shape[1]:
-        width *= 4
-    return np.pad(gates, ((0, 0), (0, width - gates.shape[1])))
+    m = gates.shape[1]
+    width = next((width for width in WIDTHS if width > m), m + 1) - 1
+    return np.pad(gates, ((0, 0), (0, width - m)))
 
 
 @jax.jit
