@@ -23,8 +23,8 @@ help:  ## list the targets
 demo: .venv/core  ## align the bundled film model on the bundled pairs, offline, on a CPU
 	HF_HUB_OFFLINE=1 $(BIN)/coala demo --out runs/demo
 
-test: .venv/dev  ## run every test
-	$(BIN)/python -m pytest -q
+test: .venv/dev  ## run every test, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: .venv/dev  ## lint, format, types, layers
 	$(BIN)/ruff check .

@@ -94,8 +94,8 @@ def ridge_bradley_terry(differences: np.ndarray, ridge: float, weight: np.ndarra
 
 def linear_probe(
     train: Any, test: Any, ridges: Sequence[float] = tuple(10.0 ** (-k / 2) for k in range(13)), n_folds: int = 5
-) -> float:
-    """Accuracy on ``test`` of a linear Bradley-Terry probe whose ridge is chosen on grouped folds of ``train``.
+) -> np.ndarray:
+    """Score differences (n,) on ``test`` of a linear Bradley-Terry probe; its ridge is chosen on folds of ``train``.
 
     ``train`` and ``test`` have ``chosen``, ``rejected`` (n, d) and ``train`` a ``group`` (n,), as a ``FeatureSet``.
     """
@@ -116,5 +116,4 @@ def linear_probe(
                 margins[out] = differences[out] @ ridge_bradley_terry(differences[~out], ridge)
         losses.append(np.logaddexp(0, -margins).mean())
     weights = ridge_bradley_terry(differences, ridges[int(np.argmin(losses))]) * factor
-    margins = (test.chosen.astype(float) - test.rejected) @ weights
-    return float((margins > 0).mean() + (margins == 0).mean() / 2)
+    return np.asarray((test.chosen.astype(float) - test.rejected) @ weights)

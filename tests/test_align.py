@@ -22,8 +22,8 @@ from coala.values import CoalaError
 
 from .menagerie import tiny_backbone
 
-GOOD = "good fine lovely sharp warm bright".split()
-BAD = "dull weak tired cold flat grey".split()
+GOOD = ["good", "fine", "lovely", "sharp", "warm", "bright"]
+BAD = ["dull", "weak", "tired", "cold", "flat", "grey"]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
@@ -263,13 +263,15 @@ class TestCommands:
         ],
         ids=" ".join,
     )
-    def test_wrong_input_ends_with_code_two_and_a_reason(
-        self, words: list[str], message: str, tmp_path: Path
-    ) -> None:
+    def test_wrong_input_ends_with_code_two_and_a_reason(self, words: list[str], message: str, tmp_path: Path) -> None:
         environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         done = subprocess.run(
             [sys.executable, "-m", "coala", *words],
-            **{"capture_output": True, "text": True, "cwd": tmp_path, "env": environment, "check": False},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            check=False,
         )
         assert done.returncode == 2, done.stderr
         assert message in done.stdout + done.stderr

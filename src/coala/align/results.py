@@ -102,20 +102,21 @@ def make_report(run: Run) -> dict[str, Any]:
             for plain, guided in zip(texts["unguided"], texts["guided"], strict=True)
         ][:10]
     rates = []
-    for name, comment in JUDGES.items():
-        if (path := run.path / f"judgements-{name}.jsonl").exists():
-            judgements = load_judgements(path)
-            rate = evaluation.win_rate(judgements)
-            rates.append({"judge": judgements[0].judge if judgements else name, "estimate": rate, "comment": comment})
+    files = {"judge": recipe.evaluation.judge, "labeller": recipe.evaluation.labeller}
+    for name, file in files.items():
+        if file is not None and (path := run.path / f"judgements-{name}.jsonl").exists():
+            judge = evaluation.WordJudge.load(file)
+            comment = f"{ROLES[name]}. {judge.about}".strip()
+            rate = evaluation.win_rate(load_judgements(path))
+            rates.append({"judge": judge.name, "estimate": rate, "comment": comment})
     content["win_rates"] = rates
     write_report(run, content)
     return content
 
 
-JUDGES = {
-    "judge": "an independent judge, named before any guided text was seen",
-    "labeller": "the scorer that labelled the training pairs: tells whether guidance reached its goal, not more",
-    "head": "the head itself: tells whether guidance reached its goal, not whether the text is better",
+ROLES = {
+    "judge": "The judge named in the settings",
+    "labeller": "The scorer that labelled the training pairs: tells whether guidance reached its goal, not more",
 }
 
 
