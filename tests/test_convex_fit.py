@@ -14,8 +14,9 @@ import pytest
 from coala.convex import Logistic, fit
 from coala.convex.fit import assemble
 from coala.convex.pairwise import PairData, Search, learn_gates, search_gates, solve_pairs
+from coala.convex.path import sparsest_within_an_error
 from coala.convex.prepare import Standardisation
-from coala.convex.validation import clustered_error, grouped_folds, rising_twice
+from coala.convex.validation import HeldOut, clustered_error, grouped_folds, rising_twice
 from coala.values import CoalaError, FeatureSet
 
 from . import reference
@@ -325,3 +326,15 @@ def test_clustered_error_is_the_plain_one_for_single_rows_and_grows_with_repetit
     assert repeated == pytest.approx(values.std(ddof=1) / np.sqrt(50))
     assert rising_twice([1.0, 0.9, 0.95, 0.91])
     assert not rising_twice([1.0, 0.9, 0.95, 0.89])
+
+
+def test_the_sparsest_head_within_one_standard_error_is_taken() -> None:
+    draw = np.random.default_rng(0)
+    group = np.arange(400).astype(str)
+    lowest = draw.exponential(0.6, 400)
+    noise = draw.normal(0.0, 0.1, 400)
+    # A path from sparse to dense: clearly worse, as good but for noise, the lowest, then worse again.
+    losses = [lowest + 0.5, lowest + noise - noise.mean() + 0.002, lowest, lowest + 0.2]
+    path = [(level, HeldOut(np.zeros(400), x, 0.0)) for level, x in zip((0.65, 0.5, 0.35, 0.25), losses, strict=True)]
+    assert sparsest_within_an_error(path, group)[0] == 0.5
+    assert sparsest_within_an_error(path[2:], group)[0] == 0.35

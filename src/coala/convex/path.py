@@ -1,8 +1,8 @@
 """Ridge and sparsity of the pairwise head, chosen on held-out groups along warm-started paths, then the refit.
 
-First the linear block alone over a path of ridges; then, at the best ridge, gates over a path of sparsities. Gates stay
-only where they lower the held-out loss by more than one standard error of the difference: never worse than linear, as
-far as the data can tell.
+First the linear block alone over a path of ridges; then, at the best ridge, gates over a path of sparsities, of which
+the sparsest within one standard error of the best is taken. Gates stay only where they lower the held-out loss by more
+than one standard error of the difference: never worse than linear, as far as the data can tell.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice
             held_out, leader, task.group
         ):
             break
-    relative_sparsity, best = min(gated, key=lambda entry: entry[1].loss)
+    relative_sparsity, best = sparsest_within_an_error(gated, task.group)
     change = best.losses - linear.losses
     error = clustered_error(change, task.group)
     difference = (float(change.mean()), error)
@@ -195,6 +195,19 @@ def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice
         return Choice(ridge, relative, None, None, linear.row(), linear.row(), difference, path)
     sparsity = relative_sparsity * unit
     return Choice(ridge, relative, sparsity, relative_sparsity, linear.row(), best.row(), difference, path)
+
+
+def sparsest_within_an_error(gated: list[tuple[float, HeldOut]], group: np.ndarray) -> tuple[float, HeldOut]:
+    """The largest sparsity whose held-out loss is within one standard error of the lowest (the paired difference's).
+
+    The lowest loss of a flat path is mostly luck; the sparser head has fewer ways of being wrong on new pairs.
+    """
+    _, lowest = min(gated, key=lambda entry: entry[1].loss)
+    for entry in gated:
+        change = entry[1].losses - lowest.losses
+        if change.mean() <= clustered_error(change, group):
+            return entry
+    raise AssertionError("the lowest loss is within an error of itself")
 
 
 def _clearly_worse(held_out: HeldOut, best: HeldOut, group: np.ndarray) -> bool:
