@@ -144,6 +144,7 @@ def _features(job: _Job) -> None:
             pairs = load_pairs(source)
             spec = backbone.spec(model.layer, model.pooling, model.ends_with_eos, model.max_tokens)
             plan = survey(pairs, backbone, spec)
+            in_all = int(plan.lengths.sum())
             shards = FeatureStore(job.path(f"features/{part}/shards"))
             features = extract(
                 pairs,
@@ -152,7 +153,8 @@ def _features(job: _Job) -> None:
                 batch_tokens=model.batch_tokens,
                 store=shards,
                 plan=plan,
-                on_batch=lambda done, total, tokens: job.show(stage, done, total, f"{tokens:,} tokens"),
+                # Tokens, not pairs: rows go longest first, so the first pairs cost the most.
+                on_batch=lambda done, total, tokens: job.show(stage, tokens, in_all, f"{done:,} of {total:,} pairs"),
             )
             save_features(job.path(f"features/{part}"), features)
             shards.discard()

@@ -57,6 +57,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that spin while they wait make two runs on one machine many times slower than one after the other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A head needs little memory; JAX would otherwise take most of a GPU at its first array.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:

@@ -28,19 +28,25 @@ def extract(
     from coala.cli.screen import emit, progress
     from coala.data import read_pairs
     from coala.features import extract as extract_features
+    from coala.features import survey
     from coala.store import FeatureStore, save_features
 
     found = list(read_pairs(pairs, format))
     backbone = load_backbone(model, revision=revision, template=template)
     spec = backbone.spec(layer=layer, pooling=pooling, max_tokens=max_tokens)
+    shards = FeatureStore(out / "shards")
+    plan = survey(found, backbone, spec)
+    in_all = int(plan.lengths.sum())
     with progress() as show:
         features = extract_features(
             found,
             backbone,
             spec,
             batch_tokens=batch_tokens,
-            store=FeatureStore(out / "shards"),
-            on_batch=lambda done, total, tokens: show("extract", done, total, f"{tokens:,} tokens"),
+            store=shards,
+            plan=plan,
+            on_batch=lambda done, total, tokens: show("extract", tokens, in_all, f"{done:,} of {total:,} pairs"),
         )
     save_features(out, features)
-    emit({"out": out, "n_pairs": len(features), "width": features.width})
+    shards.discard()
+    emit({"out": out, "n_pairs": len(features), "width": features.width, **plan.facts})
