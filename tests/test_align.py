@@ -203,6 +203,21 @@ def test_kill_minus_nine_and_resume_gives_the_same_bytes(model: Path, tmp_path: 
 
 
 class TestCommands:
+    def test_ctrl_c_says_that_work_is_kept(self, pairs: Path, model: Path, tmp_path: Path) -> None:
+        words = ["align", str(pairs), "--model", str(model), "--out", str(tmp_path / "run")]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "coala", *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        began = time.monotonic()
+        while not (tmp_path / "run/stages/pairs.json").exists() and time.monotonic() - began < 60:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "finished work is kept" in said
+        assert "Traceback" not in said
+        assert (tmp_path / "run/pairs-train.jsonl").exists()
+
     def test_generate_prints_the_reply_and_json_last(self, finished: Run) -> None:
         done = command("generate", finished.path, "tell me story", "--max-new-tokens", "6", "--compare")
         assert done.returncode == 0, done.stderr

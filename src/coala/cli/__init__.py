@@ -13,6 +13,8 @@ import typer
 
 from coala.cli import align, chat, data, demo, extract, fit, generate, report
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="coala",
     no_args_is_help=True,
@@ -63,9 +65,11 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         app()
-    except KeyboardInterrupt:
-        typer.secho("interrupted: finished work is kept; run the same command again to go on.", fg="yellow", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        # typer turns Ctrl-C into this code and says nothing.
+        if end.code == INTERRUPTED:
+            typer.secho("interrupted: finished work is kept; run the same command again to go on.", err=True)
+        raise
     except BrokenPipeError:
         # The reader of our output has gone (`coala ... | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
