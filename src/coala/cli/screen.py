@@ -8,13 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-
-class OnProgress(Protocol):
-    """Progress of a stage: ``done`` of ``total`` units (``None``: unknown) and a short note."""
-
-    def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
+if TYPE_CHECKING:
+    from coala.align import OnProgress
 
 
 def emit(result: dict[str, Any]) -> None:
