@@ -67,20 +67,17 @@ class PairInstance:
 
     def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(self.seed)
-        rows = rng.standard_normal((2 * self.n, self.d)) / np.sqrt(self.d)
+        rows = rng.standard_normal((2, self.n, self.d)) / np.sqrt(self.d)
         direction = rng.standard_normal(self.d)
         reward = 4 * np.abs(rows @ direction) + 2 * rows @ rng.standard_normal(self.d)
-        swap = (reward[: self.n] < reward[self.n :])[:, None]
-        rows = np.concatenate(
-            [np.where(swap, rows[self.n :], rows[: self.n]), np.where(swap, rows[: self.n], rows[self.n :])]
-        )
+        rows = np.where((reward[0] < reward[1])[:, None], rows[::-1], rows)
         margin = rng.standard_normal(self.n) / 2 if self.margins else np.zeros(self.n)
         weight = rng.random(self.n)
         return rows, rng.standard_normal((self.d, self.m)), margin, weight / weight.sum(), direction
 
     def program(self, dtype: Any = np.float64) -> PairProgram:
         rows, gates, margin, weight, _ = self.data()
-        patterns = np.concatenate([np.ones((2 * self.n, 1), bool), rows @ gates >= 0], axis=1)
+        patterns = np.concatenate([np.ones((2, self.n, 1), bool), rows @ gates >= 0], axis=-1)
         numbers = (jnp.asarray(a, dtype) for a in (margin, weight, self.sparsity, self.ridge))
         return PairProgram(jnp.asarray(rows, dtype), jnp.asarray(patterns), *numbers)
 

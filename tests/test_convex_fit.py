@@ -63,11 +63,11 @@ def test_without_gates_it_is_ridge_bradley_terry() -> None:
 
 def test_solver_without_gates_is_ridge_bradley_terry() -> None:
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((2 * N, D)) / 2
+    rows = rng.standard_normal((2, N, D)) / 2
     with jax.enable_x64(True):
         data = PairData(jnp.asarray(rows), jnp.zeros(N), jnp.full(N, 1 / N))
         model = solve_pairs(data, np.zeros((D, 0)), sparsity=1.0, ridge=1e-2, tolerance=1e-13)
-    np.testing.assert_allclose(model.linear, reference.ridge_bradley_terry(rows[:N] - rows[N:], 1e-2), atol=1e-6)
+    np.testing.assert_allclose(model.linear, reference.ridge_bradley_terry(rows[0] - rows[1], 1e-2), atol=1e-6)
 
 
 def test_linear_truth_keeps_a_linear_head_as_good_as_the_probe() -> None:
@@ -111,7 +111,7 @@ def test_search_finds_the_gate_of_the_truth() -> None:
     rng = np.random.default_rng(2)
     a = np.eye(D)[0]
     features = pairs_of(lambda x: 6 * np.abs(x @ a), 600, D, rng)
-    rows = np.concatenate([features.chosen, features.rejected]) / np.sqrt(D)
+    rows = np.stack([features.chosen, features.rejected]) / np.sqrt(D)
     data = PairData(jnp.asarray(rows), jnp.zeros(600), jnp.full(600, 1 / 600))
     model = solve_pairs(data, np.zeros((D, 0), np.float32), sparsity=1.0, ridge=1e-2)
     gates, norms = search_gates(data, model, n_starts=64, n_steps=40, rng=np.random.default_rng(0))
@@ -171,9 +171,9 @@ def test_the_head_scores_what_the_program_predicts() -> None:
     train, _ = gated_features()
     features = replace(train, chosen=train.chosen * 5 + 100, rejected=train.rejected * 5 + 100)
     standard = Standardisation.of(features.chosen, features.rejected)
-    rows = np.concatenate([standard.rows(features.chosen), standard.rows(features.rejected)])
+    rows = np.stack([standard.rows(features.chosen), standard.rows(features.rejected)])
     data = PairData(jnp.asarray(rows, jnp.float32), jnp.zeros(N), jnp.full(N, 1 / N))
-    gates = np.random.default_rng(0).standard_normal((rows.shape[1], 5))
+    gates = np.random.default_rng(0).standard_normal((rows.shape[-1], 5))
     model = solve_pairs(data, gates, sparsity=1e-3, ridge=1e-2)
     assert model.n_neurons >= 2
     program = data.program(model.gates, sparsity=1e-3, ridge=1e-2)

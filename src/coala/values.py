@@ -74,12 +74,19 @@ class FeatureSpec:
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Pooled hidden states of n pairs: ``chosen`` and ``rejected`` (n, d) float32, ``group`` (n,) of str."""
+    """Pooled hidden states of n pairs: ``chosen`` and ``rejected`` (n, d) float32, ``group`` (n,) of str.
+
+    Optional: ``prompt`` (n, d), the pooled hidden states of the prompts alone, on which gates may act; and
+    ``log_ratio`` (n,), log pi(chosen | prompt) - log pi(rejected | prompt) under the frozen model, for losses with a
+    reference.
+    """
 
     chosen: Float32
     rejected: Float32
     group: NDArray[np.str_]
     spec: FeatureSpec
+    prompt: Float32 | None = None
+    log_ratio: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chosen", np.ascontiguousarray(self.chosen, dtype=np.float32))
@@ -91,6 +98,14 @@ class FeatureSet:
             )
         if self.group.shape != (len(self.chosen),):
             raise CoalaError(f"{len(self.chosen)} pairs need as many group names; found {self.group.shape}.")
+        if self.prompt is not None:
+            object.__setattr__(self, "prompt", np.ascontiguousarray(self.prompt, dtype=np.float32))
+            if self.prompt.shape != self.chosen.shape:
+                raise CoalaError(f"Prompt features must be {self.chosen.shape}; found {self.prompt.shape}.")
+        if self.log_ratio is not None:
+            object.__setattr__(self, "log_ratio", np.asarray(self.log_ratio, dtype=np.float64))
+            if self.log_ratio.shape != (len(self.chosen),):
+                raise CoalaError(f"{len(self.chosen)} pairs need as many log ratios; found {self.log_ratio.shape}.")
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -102,23 +117,73 @@ class FeatureSet:
 
     def take(self, rows: NDArray[Any]) -> FeatureSet:
         """The pairs selected by an index or boolean array."""
-        return replace(self, chosen=self.chosen[rows], rejected=self.rejected[rows], group=self.group[rows])
+        return replace(
+            self,
+            chosen=self.chosen[rows],
+            rejected=self.rejected[rows],
+            group=self.group[rows],
+            prompt=None if self.prompt is None else self.prompt[rows],
+            log_ratio=None if self.log_ratio is None else self.log_ratio[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proved of a head: the optimal value of ``program`` lies in [lower_bound, objective].
+
+    ``violation`` is the largest amount by which the returned weights leave the program's constraints (0 without any);
+    ``n_patterns`` counts the gates the program held. Both numbers are computed in float64 whatever the ``precision``
+    of the iterations. ``statement`` says all of it in words, and what is only estimated. ``facts`` holds what was
+    chosen and how: regularisation, validation, estimates.
+    """
+
+    program: str
+    statement: str
+    objective: float
+    lower_bound: float
+    violation: float
+    n_patterns: int
+    status: str
+    tolerance: float
+    precision: str
+    seed: int
+    versions: Mapping[str, str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        return self.objective - self.lower_bound
+
+    @property
+    def relative_gap(self) -> float:
+        """Gap over objective; 0 for an objective of 0."""
+        return self.gap / self.objective if self.objective > 0 else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.program}: objective {self.objective:.6g}, lower bound {self.lower_bound:.6g}, certified relative "
+            f"gap {self.relative_gap:.1e} ({self.status}; tolerance {self.tolerance:.0e})"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class ConvexHead:
     """A fitted reward head; one form for linear, gated and ReLU networks.
 
-    score(h) = linear . x + sum_i 1(gates_i . x >= 0) weights_i . x  with x = (h, 1); any feature scaling is folded in.
-    A ReLU neuron (Theta_1i, theta_2i) is gates_i = Theta_1i, weights_i = theta_2i Theta_1i; a linear probe has m = 0.
-    ``gates`` and ``weights`` are (m, d + 1), ``linear`` is (d + 1,). ``certificate`` says what was proved of it.
+    score(h) = linear . x + sum_i 1(gates_i . z >= 0) weights_i . x  with x = (h, 1); any feature scaling is folded in.
+    With ``gate_on`` "reply", z = x; with "prompt", z = (p, 1) for the features p of the prompt, and for any one prompt
+    the head is linear. A ReLU neuron (Theta_1i, theta_2i) is gates_i = Theta_1i, weights_i = theta_2i Theta_1i; a
+    linear probe has m = 0. ``gates`` and ``weights`` are (m, d + 1), ``linear`` is (d + 1,). ``temperature`` turns
+    score differences into probabilities. ``certificate`` says what was proved.
     """
 
     gates: Float32
     weights: Float32
     linear: Float32
     spec: FeatureSpec
-    certificate: Mapping[str, Any] = field(default_factory=dict)
+    gate_on: Literal["reply", "prompt"] = "reply"
+    temperature: float = 1.0
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         for name in ("gates", "weights", "linear"):
@@ -133,6 +198,10 @@ class ConvexHead:
         for name in ("gates", "weights", "linear"):
             if not np.isfinite(getattr(self, name)).all():
                 raise CoalaError(f"The head's {name} hold a value that is not finite: fit again.")
+        if self.gate_on not in ("reply", "prompt"):
+            raise CoalaError(f"A head's gates act on {self.gate_on!r}; expected 'reply' or 'prompt'.")
+        if not 0 < self.temperature < float("inf"):
+            raise CoalaError(f"The head's temperature is {self.temperature}; expected a positive number.")
 
     @property
     def width(self) -> int:
@@ -143,16 +212,53 @@ class ConvexHead:
     def n_neurons(self) -> int:
         return len(self.gates)
 
-    def score(self, h: NDArray[np.floating[Any]]) -> Float32:
-        """Scores (...,) of feature vectors h (..., d); higher is preferred."""
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether scores depend on the prompt's features."""
+        return self.gate_on == "prompt" and self.n_neurons > 0
+
+    def given(self, prompt: NDArray[np.floating[Any]]) -> ConvexHead:
+        """The head for one prompt with features (d,): linear if its gates act on the prompt, else itself."""
+        if not self.needs_prompt:
+            return self
+        is_open = self._gate_values(prompt) >= 0
+        none = self.gates[:0]
+        return replace(self, linear=self.linear + is_open @ self.weights, gates=none, weights=none, gate_on="reply")
+
+    def score(
+        self, h: NDArray[np.floating[Any]], prompt: NDArray[np.floating[Any]] | None = None
+    ) -> Float32:
+        """Scores (...,) of feature vectors h (..., d), higher is preferred; ``prompt`` (..., d) if gates act on it."""
         if h.shape[-1] != self.width:
             raise SpecMismatch(f"The head scores vectors of length {self.width}; these have {h.shape[-1]}.")
         linear = h @ self.linear[:-1] + self.linear[-1]
         if not self.n_neurons:
             return cast(Float32, linear.astype(np.float32))
-        open_gates = h @ self.gates[:, :-1].T + self.gates[:, -1] >= 0
+        if self.gate_on == "prompt" and prompt is None:
+            raise SpecMismatch(
+                "The head's gates act on the prompt, whose features are not there. Extract features with prompts "
+                "(`--prompt-features`), or fit with gates on the reply."
+            )
         values = h @ self.weights[:, :-1].T + self.weights[:, -1]
+        open_gates = self._gate_values(prompt if self.gate_on == "prompt" and prompt is not None else h) >= 0
         return cast(Float32, (linear + np.where(open_gates, values, 0).sum(-1)).astype(np.float32))
+
+    def margins(self, features: FeatureSet) -> Float32:
+        """Score differences chosen - rejected (n,)."""
+        return self.score(features.chosen, features.prompt) - self.score(features.rejected, features.prompt)
+
+    def preference(
+        self,
+        first: NDArray[np.floating[Any]],
+        second: NDArray[np.floating[Any]],
+        prompt: NDArray[np.floating[Any]] | None = None,
+    ) -> Float32:
+        """P(first is preferred) in [0, 1], calibrated by the temperature found on held-out pairs."""
+        difference = (self.score(first, prompt) - self.score(second, prompt)) / self.temperature
+        return cast(Float32, np.exp(-np.logaddexp(0, -difference.astype(np.float64))).astype(np.float32))
+
+    def _gate_values(self, z: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        return cast(NDArray[np.floating[Any]], z @ self.gates[:, :-1].T + self.gates[:, -1])
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,14 @@ def fit(
     double = precision == "float64"
     with jax.enable_x64(double):
         standardisation = Standardisation.of(features.chosen, features.rejected, scaling)
-        rows = np.concatenate([standardisation.rows(features.chosen), standardisation.rows(features.rejected)])
+        rows = np.stack([standardisation.rows(features.chosen), standardisation.rows(features.rejected)])
         fold = grouped_folds(features.group, n_folds, seed)
         dtype = np.float64 if double else np.float32
         task = PairTask(rows.astype(dtype), margins, features.group, fold, seed, dtype)
         if method == "two-phase":
             chosen_loss = Logistic(margin=margins if np.ndim(margin) else float(margin)) if loss is None else loss
             return _two_phase(features, task, standardisation, chosen_loss, n_patterns, tolerance, report)
-        check_operators(len(rows), rows.shape[1], WIDTHS[0], np.dtype(dtype).name)
+        check_operators(len(features), rows.shape[-1], WIDTHS[0], np.dtype(dtype).name)
         return _pairwise(features, task, standardisation, n_patterns, tolerance, report)
 
 

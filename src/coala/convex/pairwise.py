@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coala.convex.gates import ascend, distinct
 from coala.convex.linear import matmul
+from coala.convex.newton import GatedNewton
 from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity
-from coala.convex.solvers import GatedNewton, Solution, solve
+from coala.convex.solvers import Solution, solve
 
 # Columns of a program, the linear block included: few shapes, few compilations, each of which costs a second or two.
 WIDTHS = (16, 40, 136, 520)
@@ -32,7 +33,7 @@ NEW_GATES = 4
 class PairProgram:
     """The pairwise program for fixed gates; all fields dynamic.
 
-    ``rows`` (2n, d): the n chosen rows, then the n rejected. ``patterns`` (2n, 1 + m) bool: column 0, all open, is the
+    ``rows`` (2, n, d): the chosen rows and the rejected. ``patterns`` (2, n, 1 + m) bool: column 0, all open, is the
     linear block b; a closed column is padding. ``margin`` and ``weight`` (n,); a pair of weight 0 is held out.
     Weights are (d, 1 + m), column 0 = b.
     """
@@ -46,7 +47,7 @@ class PairProgram:
 
     @property
     def _is_linear(self) -> jax.Array:
-        return jnp.arange(self.patterns.shape[1]) == 0
+        return jnp.arange(self.patterns.shape[-1]) == 0
 
     @property
     def levels(self) -> jax.Array:
@@ -57,22 +58,20 @@ class PairProgram:
         return jnp.where(self._is_linear, self.ridge, 0.0).astype(self.rows.dtype)
 
     def zeros(self) -> jax.Array:
-        return jnp.zeros((self.rows.shape[1], self.patterns.shape[1]), self.rows.dtype)
+        return jnp.zeros((self.rows.shape[-1], self.patterns.shape[-1]), self.rows.dtype)
 
     def predict(self, u: jax.Array) -> jax.Array:
         """Score differences g(x_w) - g(x_l), (n,)."""
-        chosen, rejected = jnp.split(gated_product(self.rows, self.patterns, u), 2)
-        return chosen - rejected
+        scores = gated_product(self.rows, self.patterns, u)
+        return scores[0] - scores[1]
 
     def predict_adjoint(self, z: jax.Array) -> jax.Array:
-        return gated_product_adjoint(self.rows, self.patterns, jnp.concatenate([z, -z]))
+        return gated_product_adjoint(self.rows, self.patterns, jnp.stack([z, -z]))
 
     def diagonal(self, curvature: jax.Array) -> jax.Array:
         """Diagonal of F^T diag(curvature) F, (d, 1 + m)."""
-        chosen, rejected = jnp.split(self.rows, 2)
-        open_chosen, open_rejected = jnp.split(self.patterns, 2)
-        squares = gated_product_adjoint(self.rows**2, self.patterns, jnp.concatenate([curvature, curvature]))
-        crossed = gated_product_adjoint(chosen * rejected, open_chosen & open_rejected, curvature)
+        squares = gated_product_adjoint(self.rows**2, self.patterns, jnp.stack([curvature, curvature]))
+        crossed = gated_product_adjoint(self.rows[0] * self.rows[1], self.patterns[0] & self.patterns[1], curvature)
         return jnp.maximum(squares - 2 * crossed, 0.0)
 
     def loss(self, z: jax.Array) -> jax.Array:
@@ -117,7 +116,7 @@ class PairProgram:
 
 @dataclass(frozen=True)
 class PairData:
-    """What stays the same along a path: rows (2n, d), margin (n,) and weight (n,), on the device."""
+    """What stays the same along a path: rows (2, n, d), margin (n,) and weight (n,), on the device."""
 
     rows: jax.Array
     margin: jax.Array
@@ -141,7 +140,7 @@ def _padded(gates: np.ndarray) -> np.ndarray:
 @jax.jit
 def _patterns(rows: jax.Array, gates: jax.Array, n_gates: jax.Array) -> jax.Array:
     is_open = (matmul(rows, gates) >= 0) & (jnp.arange(gates.shape[1]) < n_gates)
-    return jnp.concatenate([jnp.ones((rows.shape[0], 1), bool), is_open], axis=1)
+    return jnp.concatenate([jnp.ones((*rows.shape[:-1], 1), bool), is_open], axis=-1)
 
 
 @jax.jit
@@ -169,10 +168,10 @@ class PairModel:
         return int(self.gates.shape[1])
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
-        """g(x) for rows (n, d)."""
+        """g(x) for rows (..., d)."""
         scores: np.ndarray = rows @ self.linear
         if self.n_neurons:
-            scores = scores + np.where(rows @ self.gates >= 0, rows @ self.weights, 0).sum(axis=1)
+            scores = scores + np.where(rows @ self.gates >= 0, rows @ self.weights, 0).sum(axis=-1)
         return scores
 
     def stacked(self) -> np.ndarray:
@@ -222,24 +221,6 @@ def solve_pairs(
 # --- gates ---------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=4)
-def _ascend(
-    rows: jax.Array, signed_dual: jax.Array, starts: jax.Array, signs: jax.Array, n_steps: int
-) -> tuple[jax.Array, jax.Array]:
-    def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        gates = state[1]
-        q = gated_product_adjoint(rows, matmul(rows, gates) >= 0, signed_dual)
-        norms = group_norms(q)
-        # Halfway only: the full step gates <- q / ||q|| can cycle, as the objective is not convex in the gate.
-        halfway = gates + signs * q / jnp.where(norms > 0, norms, 1.0)
-        length = group_norms(halfway)
-        return gates, jnp.where(length > 0, halfway / jnp.where(length > 0, length, 1.0), gates), norms
-
-    none = jnp.zeros(starts.shape[1], rows.dtype)
-    gates, _, norms = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
-    return gates, norms
-
-
 def search_gates(
     data: PairData,
     model: PairModel,
@@ -256,7 +237,7 @@ def search_gates(
     rows = np.asarray(data.rows)
     margins = _margins(data, model)
     dual = np.asarray(data.weight) / (1 + np.exp(np.clip(margins - np.asarray(data.margin), -60, 60)))
-    d = rows.shape[1]
+    d = rows.shape[-1]
     known = [model.weights, model.gates, -model.weights]
     if model.found is not None:
         known.append(model.found[:, : n_starts // 4])
@@ -265,9 +246,9 @@ def search_gates(
     starts /= np.maximum(np.linalg.norm(starts, axis=0), 1e-30)
     signs = np.where(np.arange(n_starts) % 2 == 0, 1.0, -1.0)
     dtype = data.rows.dtype
-    best, norms = _ascend(
+    best, norms = ascend(
         data.rows,
-        jnp.asarray(np.concatenate([dual, -dual]), dtype),
+        jnp.asarray(np.stack([dual, -dual]), dtype),
         jnp.asarray(starts, dtype),
         jnp.asarray(signs, dtype),
         n_steps,
@@ -277,21 +258,8 @@ def search_gates(
 
 
 def _margins(data: PairData, model: PairModel) -> np.ndarray:
-    chosen, rejected = np.split(model.scores(np.asarray(data.rows)), 2)
+    chosen, rejected = model.scores(np.asarray(data.rows))
     return np.asarray(chosen - rejected)
-
-
-def _distinct(candidates: np.ndarray, existing: np.ndarray, limit: int) -> np.ndarray:
-    """The first ``limit`` columns of ``candidates`` at a cosine below 0.95 to each other and to ``existing``."""
-    unit = existing / np.maximum(np.linalg.norm(existing, axis=0), 1e-30)
-    chosen: list[np.ndarray] = []
-    for column in (candidates / np.maximum(np.linalg.norm(candidates, axis=0), 1e-30)).T:
-        if len(chosen) == limit:
-            break
-        if (unit.T @ column < 0.95).all():
-            chosen.append(column)
-            unit = np.concatenate([unit, column[:, None]], axis=1)
-    return np.stack(chosen, axis=1) if chosen else candidates[:, :0]
 
 
 @dataclass(frozen=True)
@@ -335,7 +303,7 @@ def learn_gates(
         room = min(NEW_GATES, search.max_neurons - model.n_neurons)
         if violation <= 1 + search.slack or room <= 0 or turn == search.max_rounds:
             break
-        new = _distinct(candidates[:, norms > sparsity], model.gates, room)
+        new = distinct(candidates[:, norms > sparsity], model.gates, room)
         if not new.shape[1]:
             break
         gates = np.concatenate([model.gates, new], axis=1)

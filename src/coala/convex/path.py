@@ -27,7 +27,7 @@ Progress = Callable[[str, int, "int | None", dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class PairTask:
-    """Rows (2n, r) float64 in the coordinates of the fit, margin (n,), group (n,), fold (n,) or None."""
+    """Rows (2, n, r) in the coordinates of the fit, margin (n,), group (n,), fold (n,) or None."""
 
     rows: np.ndarray
     margin: np.ndarray
@@ -50,7 +50,7 @@ class PairTask:
     @property
     def curvature_scale(self) -> float:
         """Trace of the Hessian of the mean loss at zero: the unit of the relative ridge; 1 without any difference."""
-        chosen, rejected = np.split(self.rows, 2)
+        chosen, rejected = self.rows
         scale = float(((chosen - rejected) ** 2).sum()) / (4 * self.n_pairs)
         return scale if scale > 0 else 1.0
 
@@ -73,7 +73,7 @@ class PairTask:
         """Out-of-fold margins of one model per fold."""
         assert self.fold is not None
         margins = np.zeros(self.n_pairs)
-        chosen, rejected = np.split(self.rows, 2)
+        chosen, rejected = self.rows
         for number, model in enumerate(models):
             out = self.fold == number
             margins[out] = model.scores(chosen[out]) - model.scores(rejected[out])
@@ -126,7 +126,7 @@ def _nothing(width: int) -> np.ndarray:
 
 def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice:
     """Ridge, then sparsity, by the held-out loss; the default ridge and no gates when there is nothing to hold out."""
-    scale, width = task.curvature_scale, task.rows.shape[1]
+    scale, width = task.curvature_scale, task.rows.shape[-1]
     if task.fold is None:
         return Choice(settings.default_ridge * scale, settings.default_ridge)
     folds = [task.without(k) for k in range(task.n_folds)]
@@ -217,7 +217,7 @@ def _clearly_worse(held_out: HeldOut, best: HeldOut, group: np.ndarray) -> bool:
 
 def _largest_sparsity(task: PairTask, settings: PathSettings, ridge: float) -> float:
     """The largest ||q(h)|| a search finds at the linear optimum: from there on, gates enter."""
-    data, width = task.everything(), task.rows.shape[1]
+    data, width = task.everything(), task.rows.shape[-1]
     model = solve_pairs(data, _nothing(width), sparsity=1.0, ridge=ridge, tolerance=settings.tolerance, exact=False)
     search = settings.search
     _, norms = search_gates(data, model, n_starts=search.n_starts, n_steps=search.n_steps, rng=task.rng(2))
@@ -239,7 +239,7 @@ def refit(
     """
     model = solve_pairs(
         data,
-        _nothing(task.rows.shape[1]),
+        _nothing(task.rows.shape[-1]),
         sparsity=1.0,
         ridge=choice.ridge,
         tolerance=settings.tolerance,

@@ -53,14 +53,15 @@ class GroupProgram(Protocol):
 
 
 def gated_product(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
-    """sum_i D_i X u_i, (n,), for u (d, P)."""
-    return jnp.where(patterns, matmul(X, u), 0.0).sum(axis=1)
+    """sum_i D_i X u_i, (..., n), for X (..., n, d), patterns (..., n, P) and u (d, P)."""
+    return jnp.where(patterns, matmul(X, u), 0.0).sum(axis=-1)
 
 
 def gated_product_adjoint(X: jax.Array, patterns: jax.Array, z: jax.Array) -> jax.Array:
-    """(X^T D_i z)_i as the columns of a (d, P) array."""
+    """(X^T D_i z)_i as the columns of a (d, P) array, summed over all rows; shapes as in :func:`gated_product`."""
     # (masked z)^T X and not X^T (masked z): on CPUs the product with X on the right runs several times faster.
-    return matmul(jnp.where(patterns, z[:, None], 0.0).T, X).T
+    over_rows = tuple(range(X.ndim - 1))
+    return jnp.tensordot(jnp.where(patterns, z[..., None], 0.0), X, (over_rows, over_rows), precision="highest").T
 
 
 def group_norms(u: jax.Array) -> jax.Array:
@@ -235,19 +236,6 @@ class Program:
 def largest_sparsity(program: GatedProgram | Program) -> jax.Array:
     """max_i ||X^T D_i y||: at and above this sparsity the weights of the gated program are zero."""
     return group_norms(gated_product_adjoint(program.X, program.patterns, program.y)).max(initial=0.0)
-
-
-def sample_patterns(X: np.ndarray, n_patterns: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Patterns (n, P) bool of Gaussian gates, and the gates (d, P); P <= n_patterns.
-
-    Duplicate patterns and those that open no row are dropped: they add variables and no function.
-    """
-    gates = np.asarray(jax.random.normal(key, (X.shape[1], n_patterns), jnp.float32)).astype(X.dtype)
-    patterns = X @ gates >= 0
-    _, first = np.unique(np.packbits(patterns, axis=0), axis=1, return_index=True)
-    kept = np.sort(first)
-    kept = kept[patterns[:, kept].any(axis=0)]
-    return patterns[:, kept], gates[:, kept]
 
 
 T = TypeVar("T")

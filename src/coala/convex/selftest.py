@@ -25,27 +25,28 @@ def _products(
 
 
 @lru_cache(maxsize=64)
-def check_operators(n_rows: int, width: int, n_columns: int, dtype: str = "float32") -> float:
-    """Largest relative error of F, F^T and F^T diag F, compiled, against NumPy in float64; ``n_rows`` must be even.
+def check_operators(n_pairs: int, width: int, n_columns: int, dtype: str = "float32") -> float:
+    """Largest relative error of F, F^T and F^T diag F, compiled, against NumPy in float64.
 
     Raises:
         CoalaError: if it exceeds what rounding explains.
     """
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((n_rows, width)) / np.sqrt(max(width, 1))
-    patterns = rng.random((n_rows, n_columns)) < 0.5
+    rows = rng.standard_normal((2, n_pairs, width)) / np.sqrt(max(width, 1))
+    patterns = rng.random((2, n_pairs, n_columns)) < 0.5
     u, v = rng.standard_normal((2, width, n_columns))
-    bend = rng.random(n_rows // 2)
+    bend = rng.random(n_pairs)
     one = jnp.ones((), dtype)
-    program = PairProgram(jnp.asarray(rows, dtype), jnp.asarray(patterns), jnp.zeros(n_rows // 2, dtype), one, one, one)
+    program = PairProgram(jnp.asarray(rows, dtype), jnp.asarray(patterns), jnp.zeros(n_pairs, dtype), one, one, one)
     found = _products(program, *(jnp.asarray(a, dtype) for a in (u, v, bend)))
 
     def predict(w: np.ndarray) -> np.ndarray:
-        chosen, rejected = np.split(np.where(patterns, rows @ w, 0).sum(axis=1), 2)
+        chosen, rejected = np.where(patterns, rows @ w, 0).sum(axis=-1)
         return np.asarray(chosen - rejected)
 
     def adjoint(z: np.ndarray) -> np.ndarray:
-        return np.asarray(rows.T @ np.where(patterns, np.concatenate([z, -z])[:, None], 0))
+        back: np.ndarray = np.einsum("snd,snp->dp", rows, np.where(patterns, np.stack([z, -z])[..., None], 0))
+        return back
 
     expected = (predict(u), adjoint(bend), adjoint(bend * predict(v)))
     error = max(

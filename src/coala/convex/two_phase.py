@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from coala.convex.finetune import PairLoss, finetune
+from coala.convex.gates import sample_patterns
+from coala.convex.newton import GatedNewton
 from coala.convex.path import SPARSITIES, PairTask, Progress
-from coala.convex.program import GatedProgram, largest_sparsity, sample_patterns
+from coala.convex.program import GatedProgram, largest_sparsity
 from coala.convex.recover import GatedNetwork, recover_gated
-from coala.convex.solvers import GatedNewton, Solution, solve
+from coala.convex.solvers import Solution, solve
 from coala.convex.validation import HeldOut, rising_twice
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -38,7 +40,7 @@ class TwoPhase:
 
 def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance: float, progress: Progress) -> TwoPhase:
     """Choose the sparsity of Phase I and the ridge of Phase II by held-out loss of the pairs, then fit on all."""
-    rows = task.rows
+    rows = np.concatenate(list(task.rows))
     y = np.concatenate([np.ones(task.n_pairs), -np.ones(task.n_pairs)])
     patterns, gates = sample_patterns(rows, n_patterns, jax.random.key(task.seed))
     dtype = task.dtype

@@ -1,0 +1,75 @@
+"""Where gates come from: random ones, and the search for those whose optimality condition is violated most.
+
+Knows rows and dual variables, not programs: the squared and the pairwise loss search alike.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coala.convex.linear import matmul
+from coala.convex.program import gated_product_adjoint, group_norms
+
+
+def sample_patterns(
+    X: np.ndarray, n_patterns: int, key: jax.Array, *, whitened: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patterns (n, P) bool of Gaussian gates, and the gates (d, P); P <= n_patterns.
+
+    ``whitened`` draws them in coordinates in which the rows have equal second moments, so that strong directions of
+    the features do not decide every gate. Duplicate patterns and those that open no row are dropped: they add
+    variables and no function.
+    """
+    gates = np.asarray(jax.random.normal(key, (X.shape[1], n_patterns), jnp.float32)).astype(X.dtype)
+    if whitened:
+        values, vectors = np.linalg.eigh(X.T @ X)
+        seen = values > 1e-10 * values[-1]
+        gates = vectors[:, seen] @ (gates[: seen.sum()] / np.sqrt(values[seen, None]))
+        gates = gates / np.linalg.norm(gates, axis=0)
+    patterns = X @ gates >= 0
+    _, first = np.unique(np.packbits(patterns, axis=0), axis=1, return_index=True)
+    kept = np.sort(first)
+    kept = kept[patterns[:, kept].any(axis=0)]
+    return patterns[:, kept], gates[:, kept]
+
+
+@partial(jax.jit, static_argnames="n_steps")
+def ascend(
+    rows: jax.Array, dual: jax.Array, starts: jax.Array, signs: jax.Array, n_steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """Directions h (d, k) with large ||q(h)||, q(h) = sum_j dual_j 1(h.x_j >= 0) x_j, and those norms (k,).
+
+    ``n_steps`` of h <- h + sign q(h)/||q(h)||, normalised, from ``starts`` (d, k); rows (n, d), dual (n,), signs +-1
+    (k,). At a fixed point h is parallel to q(h), and ||q(h)|| = |sum_j dual_j (h.x_j)_+|: a stationary value of the
+    dual constraint of a ReLU neuron. A local search of a non-convex problem: it may miss the maximum.
+    """
+
+    def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        gates = state[1]
+        q = gated_product_adjoint(rows, matmul(rows, gates) >= 0, dual)
+        norms = group_norms(q)
+        # Halfway only: the full step gates <- q / ||q|| can cycle, as the objective is not convex in the gate.
+        halfway = gates + signs * q / jnp.where(norms > 0, norms, 1.0)
+        length = group_norms(halfway)
+        return gates, jnp.where(length > 0, halfway / jnp.where(length > 0, length, 1.0), gates), norms
+
+    none = jnp.zeros(starts.shape[1], rows.dtype)
+    gates, _, norms = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
+    return gates, norms
+
+
+def distinct(candidates: np.ndarray, existing: np.ndarray, limit: int, *, cosine: float = 0.95) -> np.ndarray:
+    """The first ``limit`` columns of ``candidates`` at a smaller cosine to each other and to ``existing``."""
+    unit = existing / np.maximum(np.linalg.norm(existing, axis=0), 1e-30)
+    chosen: list[np.ndarray] = []
+    for column in (candidates / np.maximum(np.linalg.norm(candidates, axis=0), 1e-30)).T:
+        if len(chosen) == limit:
+            break
+        if (unit.T @ column < cosine).all():
+            chosen.append(column)
+            unit = np.concatenate([unit, column[:, None]], axis=1)
+    return np.stack(chosen, axis=1) if chosen else candidates[:, :0]
