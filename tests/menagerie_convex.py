@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coala.convex import GatedProgram, Logistic, PairLoss, PairProgram, Pointwise, Program, sample_patterns
+from coala.convex.losses import TwoScores
 from coala.convex.program import largest_sparsity
 from coala.values import FeatureSet, FeatureSpec
 
@@ -98,7 +99,14 @@ PAIRWISE = [
     PairInstance(8, 12, 3, 0.01, 1e-2, 7),
     PairInstance(30, 4, 0, 1.0, 1e-2, 8, margins=True),
 ]
-LOSSES: list[PairLoss] = [Logistic(), Logistic(2.0, 0.5), Pointwise(), Pointwise(0.5, 1.0)]
+LOSSES: list[PairLoss] = [
+    Logistic(),
+    Logistic(2.0, 0.5),
+    Logistic.with_reference(0.7, 0.5),
+    Pointwise(),
+    Pointwise(0.5, 1.0),
+]
+NON_CONVEX_LOSSES: list[PairLoss] = [TwoScores(), TwoScores(2.0, 0.5)]
 
 Reward = Callable[[np.ndarray], np.ndarray]
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from coala.convex.calibration import calibration_error, fit_temperature
 from coala.convex.finetune import Logistic, PairLoss
-from coala.convex.pairwise import WIDTHS, PairModel, Search
-from coala.convex.path import PairTask, PathSettings, choose, refit
+from coala.convex.gates import sample_patterns
+from coala.convex.learn import Search
+from coala.convex.pairwise import WIDTHS, PairModel
+from coala.convex.path import Choice, Difference, GateOn, GateSource, Learnt, PairTask, Sampled, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.selftest import check_operators
 from coala.convex.solvers import Solution
-from coala.convex.two_phase import fit_two_phase
-from coala.convex.validation import grouped_folds
-from coala.values import CoalaError, ConvexHead, FeatureSet
+from coala.convex.two_phase import TwoPhase, fit_two_phase
+from coala.convex.validation import HeldOut, grouped_folds
+from coala.values import Certificate, CoalaError, ConvexHead, FeatureSet
 
-Method = Literal["pairwise", "two-phase"]
+Method = Literal["learnt", "direct", "two-phase", "linear"]
+# Gates at most (learnt) or sampled, unless the caller says otherwise.
+N_PATTERNS: dict[Method, int] = {"learnt": 16, "direct": 8, "two-phase": 32, "linear": 0}
 OnFitStep = Callable[[str, int, int | None, dict[str, Any]], None]
 
 
@@ -28,9 +34,9 @@ class Fit:
     """A head, and how it came about.
 
     ``solutions`` by name ("pairwise", or "phase-one" and "phase-two"). ``path``: one row per setting validated: tau,
-    beta_rel (None = no gates), cv_nll, cv_se, cv_accuracy, n_neurons, gap. ``history``: one row per solver step of a
-    run that holds one fold out: objective, gap, and for the pairs fitted and held out the mean margin, its standard
-    deviation, their ratio and the accuracy (None where nothing is held out).
+    gate_on and beta_rel (None = no gates), relaxation, cv_nll, cv_se, cv_accuracy, n_neurons, gap. ``history``: one
+    row per step of the last solve, repeated with one fold held out: objective, gap, and for the pairs fitted and held
+    out the mean margin, its standard deviation, their ratio and the accuracy (None where nothing is held out).
     """
 
     head: ConvexHead
@@ -42,10 +48,13 @@ class Fit:
 def fit(
     features: FeatureSet,
     *,
-    method: Method = "pairwise",
+    method: Method = "learnt",
+    gate_on: Literal["auto", "reply", "prompt"] = "auto",
     margin: float | np.ndarray = 0.0,
+    reference_scale: float | None = None,
     loss: PairLoss | None = None,
-    n_patterns: int = 32,
+    paper: bool = False,
+    n_patterns: int | None = None,
     n_folds: int = 4,
     scaling: Scaling = "feature",
     precision: Literal["float32", "float64"] = "float32",
@@ -53,14 +62,20 @@ def fit(
     seed: int = 0,
     on_step: OnFitStep | None = None,
 ) -> Fit:
-    """Fit a head to preference pairs; the same features and seed give the same bytes.
+    """Fit a head to preference pairs; the same features and seed give the same bytes. Nothing needs to be set.
 
     Args:
-        method: "pairwise", one convex program with a linear block and learnt gates; or "two-phase", the paper's.
+        method: "learnt", one convex program with a linear block and the gates that validation asks for, found by
+            pattern generation; "direct", the same program with sampled gates; "linear", the same without gates; or
+            "two-phase", the papers'.
+        gate_on: what gates look at: the reply's features, the prompt's, or whichever validates better of those the
+            features have.
         margin: offset the score difference is asked to exceed, one number or one per pair (n,).
-        loss: Phase II loss of the two-phase method; :class:`Logistic` with ``margin`` unless given.
-        n_patterns: gates at most (pairwise; 0 for a linear head) or sampled (two-phase).
-        n_folds: folds of whole groups on which ridge and sparsity are chosen.
+        reference_scale: adds the margin of CVX-DPO, this scale times ``features.log_ratio``.
+        loss: Phase II loss of the two-phase method; :class:`Logistic` with the margin unless given.
+        paper: of the two-phase method, the published settings instead of validated ones.
+        n_patterns: gates at most (learnt) or sampled (direct, two-phase); 16, 8 and 32 unless given.
+        n_folds: folds of whole groups on which everything is chosen.
         scaling: divide each feature by its own standard deviation, or all by one number.
         precision: of the iterations; certificates are always computed in float64.
         tolerance: relative duality gap at which a solve stops.
@@ -70,35 +85,75 @@ def fit(
         CoalaError: for no pairs, values that are not finite, or settings out of range.
     """
     report: OnFitStep = on_step if on_step is not None else lambda stage, step, total, info: None
-    margins = _validated(features, method, margin, n_patterns, n_folds, tolerance)
+    margins = _validated(features, method, gate_on, margin, reference_scale, n_patterns, n_folds, tolerance)
+    count = N_PATTERNS[method] if n_patterns is None else n_patterns
     double = precision == "float64"
     with jax.enable_x64(double):
         standardisation = Standardisation.of(features.chosen, features.rejected, scaling)
         rows = np.stack([standardisation.rows(features.chosen), standardisation.rows(features.rejected)])
-        fold = grouped_folds(features.group, n_folds, seed)
+        prompts = None
+        if features.prompt is not None and gate_on != "reply" and method in ("learnt", "direct"):
+            prompts = Standardisation.of(features.prompt, features.prompt, scaling)
         dtype = np.float64 if double else np.float32
-        task = PairTask(rows.astype(dtype), margins, features.group, fold, seed, dtype)
+        task = PairTask(
+            rows.astype(dtype),
+            margins,
+            features.group,
+            grouped_folds(features.group, n_folds, seed),
+            seed,
+            dtype,
+            None if prompts is None or features.prompt is None else prompts.rows(features.prompt).astype(dtype),
+        )
+        maker = _Maker(features, task, standardisation, prompts, precision, tolerance)
         if method == "two-phase":
-            chosen_loss = Logistic(margin=margins if np.ndim(margin) else float(margin)) if loss is None else loss
-            return _two_phase(features, task, standardisation, chosen_loss, n_patterns, tolerance, report)
-        check_operators(len(features), rows.shape[-1], WIDTHS[0], np.dtype(dtype).name)
-        return _pairwise(features, task, standardisation, n_patterns, tolerance, report)
+            if loss is None:
+                loss = Logistic(margin=margins if np.ndim(margin) or reference_scale else float(margin))
+            run = fit_two_phase
+            return maker.two_phase(run(task, loss, n_patterns=count, tolerance=tolerance, progress=report), paper)
+        check_operators(len(features), rows.shape[-1], WIDTHS[2], np.dtype(dtype).name)
+        kinds: list[GateOn] = ["reply", "prompt"] if gate_on == "auto" else [gate_on]
+        sources: list[GateSource] = []
+        for kind in kinds:
+            seen = task.prompt_rows if kind == "prompt" else np.concatenate(list(task.rows))
+            if seen is None or not count:
+                continue
+            if method == "learnt":
+                sources.append(Learnt(kind, Search(max_neurons=count)))
+            else:
+                _, gates = sample_patterns(seen, count, jax.random.key(seed))
+                sources.append(Sampled(gates, kind))
+        return maker.pairwise(method, choose(task, sources, report), report)
 
 
 def _validated(
-    features: FeatureSet, method: str, margin: float | np.ndarray, n_patterns: int, n_folds: int, tolerance: float
+    features: FeatureSet,
+    method: str,
+    gate_on: str,
+    margin: float | np.ndarray,
+    reference_scale: float | None,
+    n_patterns: int | None,
+    n_folds: int,
+    tolerance: float,
 ) -> np.ndarray:
     """The margin of every pair (n,), after the checks that need no mathematics."""
     n = len(features)
-    if method not in ("pairwise", "two-phase"):
-        raise CoalaError(f"method is {method!r}; expected 'pairwise' or 'two-phase'.")
+    if method not in N_PATTERNS:
+        raise CoalaError(f"method is {method!r}; expected one of {', '.join(map(repr, N_PATTERNS))}.")
+    if gate_on not in ("auto", "reply", "prompt"):
+        raise CoalaError(f"gate_on is {gate_on!r}; expected 'auto', 'reply' or 'prompt'.")
+    if gate_on == "prompt" and features.prompt is None:
+        raise CoalaError(
+            "gate_on is 'prompt', but the features hold no prompts. Extract them with prompt features "
+            "(`coala extract --prompt-features`), or use gates on the reply."
+        )
     if n == 0 or features.width == 0:
         raise CoalaError(
             f"There are {n} pairs with {features.width} features each; fitting needs at least one of both. "
             "Check that the input file has rows and that extraction finished."
         )
-    for name, array in (("chosen", features.chosen), ("rejected", features.rejected)):
-        bad = ~np.isfinite(array).all(axis=1)
+    arrays = {"chosen": features.chosen, "rejected": features.rejected, "prompt": features.prompt}
+    for name, array in arrays.items():
+        bad = np.zeros(n, bool) if array is None else ~np.isfinite(array).all(axis=1)
         if bad.any():
             raise CoalaError(
                 f"The {name} features of {int(bad.sum())} of {n} pairs hold nan or infinity (first: pair "
@@ -107,19 +162,39 @@ def _validated(
     margins = np.asarray(margin, np.float64)
     if margins.shape not in ((), (n,)) or not np.isfinite(margins).all():
         raise CoalaError(f"margin has shape {margins.shape}; expected one finite number or one per pair, ({n},).")
-    if n_patterns < (1 if method == "two-phase" else 0) or n_folds < 2 or not 0 < tolerance < 1:
+    margins = np.broadcast_to(margins, (n,)).copy()
+    if reference_scale is not None:
+        if features.log_ratio is None:
+            raise CoalaError(
+                "reference_scale is given, but the features hold no log ratios of the reference model. Extract them "
+                "(`coala extract --log-ratios`), or leave reference_scale out."
+            )
+        if not (np.isfinite(reference_scale) and np.isfinite(features.log_ratio).all()):
+            raise CoalaError("reference_scale and the log ratios of the features must be finite.")
+        margins += reference_scale * features.log_ratio
+    count = N_PATTERNS[method] if n_patterns is None else n_patterns
+    least = 1 if method in ("direct", "two-phase") else 0
+    if count < least or n_folds < 2 or not 0 < tolerance < 1:
         raise CoalaError(
-            f"n_patterns={n_patterns}, n_folds={n_folds}, tolerance={tolerance}; expected n_patterns >= 1 "
-            "(or 0 for a linear pairwise head), n_folds >= 2 and a tolerance between 0 and 1."
+            f"n_patterns={n_patterns}, n_folds={n_folds}, tolerance={tolerance}; expected n_patterns >= {least}, "
+            "n_folds >= 2 and a tolerance between 0 and 1."
         )
-    return np.broadcast_to(margins, (n,)).copy()
+    return margins
 
 
 def assemble(
-    features: FeatureSet, standardisation: Standardisation, linear: np.ndarray, gates: np.ndarray, weights: np.ndarray
+    features: FeatureSet,
+    standardisation: Standardisation,
+    linear: np.ndarray,
+    gates: np.ndarray,
+    weights: np.ndarray,
+    prompts: Standardisation | None = None,
 ) -> ConvexHead:
-    """The head that scores feature vectors as ``linear`` (r,), ``gates`` and ``weights`` (r, m) score their rows."""
-    directions = standardisation.fold(gates)
+    """The head that scores feature vectors as ``linear`` (r,), ``gates`` and ``weights`` (r, m) score their rows.
+
+    With ``prompts``, the gates are in its coordinates.
+    """
+    directions = (standardisation if prompts is None else prompts).fold(gates)
     # A gate's length means nothing; unit length keeps float32 scores well scaled.
     length = np.linalg.norm(directions[:, :-1], axis=1, keepdims=True)
     directions = directions / np.where(length > 0, length, 1.0)
@@ -128,140 +203,156 @@ def assemble(
         weights=standardisation.fold(weights).astype(np.float32),
         linear=standardisation.fold(linear[:, None])[0].astype(np.float32),
         spec=features.spec,
+        gate_on="reply" if prompts is None else "prompt",
     )
 
 
-def _pairwise(
-    features: FeatureSet,
-    task: PairTask,
-    standardisation: Standardisation,
-    n_patterns: int,
-    tolerance: float,
-    report: OnFitStep,
-) -> Fit:
-    settings = PathSettings(tolerance=tolerance, search=Search(max_neurons=n_patterns))
-    choice = choose(task, settings, report)
-    recorder = _Recorder(task, report)
-    watched = task.everything() if task.fold is None else task.without(0)
-    refit(task, choice, settings, watched, final=False, on_step=recorder.on_step)
-    data = task.everything()
-    model = refit(task, choice, settings, data)
-    head = assemble(features, standardisation, model.linear, model.gates, model.weights)
-    solution = model.solution
-    certificate = {
-        **_common(features, task, "pairwise", solution, tolerance),
-        "statement": _statement(model),
-        "gates_estimate": _gates_estimate(model, settings),
-        "ridge": choice.ridge,
-        "ridge_relative": choice.ridge_relative,
-        "sparsity": choice.sparsity,
-        "sparsity_relative": choice.sparsity_relative,
-        "n_neurons": model.n_neurons,
-        "cv": _validation(task, choice.linear, choice.chosen, choice.difference),
-        "separable": _separates(head, features),
-    }
-    head = replace(head, certificate=certificate)
-    return Fit(head, {"pairwise": solution}, choice.path, recorder.history)
+@dataclass(frozen=True)
+class _Maker:
+    """Turns what was chosen and solved into a head with its certificate."""
 
+    features: FeatureSet
+    task: PairTask
+    standardisation: Standardisation
+    prompts: Standardisation | None
+    precision: str
+    tolerance: float
 
-def _two_phase(
-    features: FeatureSet,
-    task: PairTask,
-    standardisation: Standardisation,
-    loss: PairLoss,
-    n_patterns: int,
-    tolerance: float,
-    report: OnFitStep,
-) -> Fit:
-    result = fit_two_phase(task, loss, n_patterns=n_patterns, tolerance=tolerance, progress=report)
-    network = result.network
-    u = (network.first_layer * network.second_layer[:, None]).T
-    head = assemble(features, standardisation, np.zeros(len(u)), network.gates.T, u)
-    one, two = result.phase_one, result.phase_two
-    certificate = {
-        **_common(features, task, "two-phase", two, tolerance),
-        "phase_one": {
-            "objective": one.objective,
-            "lower_bound": one.objective - one.gap,
-            "gap": one.gap,
-            "relative_gap": one.relative_gap,
-            "status": one.status.value,
-        },
-        "statement": (
-            f"Phase I: with the sampled gates, no other weights lower its objective by more than "
-            f"{one.relative_gap:.1e} of it. Phase II: no other second layer lowers its objective by more than "
-            f"{two.relative_gap:.1e} of it. "
+    def pairwise(self, method: Method, choice: Choice, report: OnFitStep) -> Fit:
+        task = self.task
+        gate_on = "reply" if choice.source is None else choice.source.gate_on
+        recorder = _Recorder(task, report)
+        watched = task.everything(gate_on) if task.fold is None else task.without(0, gate_on)
+        refit(task, choice, watched, tolerance=self.tolerance, on_step=recorder.on_step)
+        model = refit(task, choice, task.everything(gate_on), tolerance=self.tolerance)
+        prompts = self.prompts if gate_on == "prompt" else None
+        head = assemble(self.features, self.standardisation, model.linear, model.gates, model.weights, prompts)
+        kind = {"learnt": "learnt", "direct": "sampled", "linear": "no"}[method]
+        gates = f"{model.n_neurons} {kind} gates on the {gate_on}" if model.n_neurons else "no gates"
+        facts = {
+            "method": method,
+            "gate_on": gate_on if model.n_neurons else None,
+            "gates_estimate": _gates_estimate(model, choice),
+            "ridge": choice.ridge,
+            "ridge_relative": choice.ridge_relative,
+            "sparsity": None if choice.sparsity is None else choice.sparsity * choice.relaxation,
+            "sparsity_relative": choice.sparsity_relative,
+            "relaxation": choice.relaxation,
+            "cv": _validation(task, choice.linear, choice.chosen, choice.difference),
+        }
+        program = f"pairwise logistic loss, linear block and {gates}"
+        head = self._certified(head, program, _statement(model, choice), model.solution, facts, choice.chosen)
+        return Fit(head, {"pairwise": model.solution}, choice.path, recorder.history)
+
+    def two_phase(self, result: TwoPhase, paper: bool) -> Fit:
+        head = assemble(self.features, self.standardisation, *result.blocks())
+        one, two = result.phase_one, result.phase_two
+        facts = {
+            "method": "two-phase",
+            "paper": paper,
+            "gate_on": "reply",
+            "phase_one": {
+                "solver": result.solver,
+                "objective": one.objective,
+                "lower_bound": one.objective - one.gap,
+                "gap": one.gap,
+                "relative_gap": one.relative_gap,
+                "status": one.status.value,
+            },
+            "gates_estimate": None,
+            "ridge": result.ridge,
+            "sparsity": result.sparsity,
+            "sparsity_relative": result.sparsity_relative,
+            "cv": _validation(self.task, None, result.chosen, None),
+        }
+        far = "no other weights lower" if one.relative_gap < 1 else "other weights may lower"
+        statement = (
+            f"Phase I: with the sampled gates, {far} its objective by more than {one.relative_gap:.1e} of it. "
+            f"Phase II: no other second layer lowers its objective by more than {two.relative_gap:.1e} of it. "
             "Each is proved in double precision for its own phase; nothing is said of other gates."
-        ),
-        "gates_estimate": None,
-        "ridge": result.ridge,
-        "sparsity": result.sparsity,
-        "sparsity_relative": result.sparsity_relative,
-        "n_neurons": head.n_neurons,
-        "cv": _validation(task, {}, result.chosen, None),
-        "separable": _separates(head, features),
-    }
-    head = replace(head, certificate=certificate)
-    history = [{"stage": "phase-one", **row} for row in one.history]
-    history += [{"stage": "phase-two", **row} for row in two.history]
-    return Fit(head, {"phase-one": one, "phase-two": two}, result.path, history)
+        )
+        program = f"two phases ({result.solver} on {result.n_patterns} gates, then the second layer)"
+        head = self._certified(head, program, statement, two, facts, result.chosen)
+        history = [{"stage": "phase-one", **row} for row in one.history]
+        history += [{"stage": "phase-two", **row} for row in two.history]
+        return Fit(head, {"phase-one": one, "phase-two": two}, result.path, history)
+
+    def _certified(
+        self,
+        head: ConvexHead,
+        program: str,
+        statement: str,
+        solution: Solution,
+        facts: dict[str, Any],
+        held_out: HeldOut | None,
+    ) -> ConvexHead:
+        temperature = 1.0 if held_out is None else fit_temperature(held_out.margins)
+        calibration: dict[str, Any] = {"temperature": temperature, "held_out": held_out is not None}
+        if held_out is not None:
+            share = 1 / (1 + np.exp(-np.clip(held_out.margins / temperature, -60, 60)))
+            calibration["error"] = calibration_error(share).value
+        certificate = Certificate(
+            program=program,
+            statement=statement,
+            objective=solution.objective,
+            lower_bound=solution.objective - solution.gap,
+            violation=0.0,
+            n_patterns=head.n_neurons,
+            status=solution.status.value,
+            tolerance=self.tolerance,
+            precision=f"{self.precision} iterations, float64 certificate",
+            seed=self.task.seed,
+            versions={name: version(name) for name in ("jax", "jaxlib", "numpy")},
+            facts={
+                **facts,
+                "n_pairs": len(self.features),
+                "n_groups": len(np.unique(self.features.group)),
+                "n_neurons": head.n_neurons,
+                "calibration": calibration,
+                "separable": bool((head.margins(self.features) > 0).all()),
+            },
+        )
+        return replace(head, temperature=temperature, certificate=certificate)
 
 
-def _common(features: FeatureSet, task: PairTask, method: str, solution: Solution, tolerance: float) -> dict[str, Any]:
-    return {
-        "method": method,
-        "objective": solution.objective,
-        "lower_bound": solution.objective - solution.gap,
-        "gap": solution.gap,
-        "relative_gap": solution.relative_gap,
-        "status": solution.status.value,
-        "tolerance": tolerance,
-        "n_pairs": len(features),
-        "n_groups": len(np.unique(features.group)),
-        "seed": task.seed,
-    }
-
-
-def _statement(model: PairModel) -> str:
+def _statement(model: PairModel, choice: Choice) -> str:
     share = f"{model.solution.relative_gap:.1e} of it"
     proof = "proved by duality, in double precision, for the standardised features"
     if not model.n_neurons:
         return f"No other linear head lowers the ridge-regularised training objective by more than {share}: {proof}."
+    where = "sampled" if np.isnan(model.violation) else "found by local search, so that over all gates it is estimated"
     return (
         f"With the {model.n_neurons} gates of this head, no other weights lower the training objective by more than "
-        f"{share}: {proof}. Over all possible gates optimality is only estimated, by local search."
+        f"{share}: {proof}. The gates themselves were {where}."
     )
 
 
-def _gates_estimate(model: PairModel, settings: PathSettings) -> dict[str, Any] | None:
+def _gates_estimate(model: PairModel, choice: Choice) -> dict[str, Any] | None:
     if not np.isfinite(model.violation):
         return None
     return {
         "largest_violation": model.violation,
-        "meaning": "largest gradient norm found over all ReLU neurons, as a multiple of the sparsity; 1 at an optimum",
-        "starts": settings.search.n_starts,
+        "meaning": (
+            "largest gradient norm found over all neurons, as a multiple of the sparsity at which the gates were "
+            "picked; 1 at an optimum"
+        ),
+        "sparsity": choice.sparsity,
         "proved": False,
     }
 
 
 def _validation(
-    task: PairTask, linear: dict[str, float], chosen: dict[str, float], difference: tuple[float, float] | None
+    task: PairTask, linear: HeldOut | None, chosen: HeldOut | None, difference: Difference | None
 ) -> dict[str, Any]:
-    if task.fold is None:
-        return {"folds": 0, "note": "A single group leaves nothing to hold out: default regularisation, no gates."}
-    loss = chosen.get("cv_nll", np.inf)
+    if task.fold is None or chosen is None:
+        return {"folds": 0, "note": "Nothing was held out: a single group, or published settings."}
     return {
         "folds": task.n_folds,
-        "linear": linear or None,
-        "chosen": chosen,
-        "gated_minus_linear": None if difference is None else {"nll": difference[0], "se": difference[1]},
-        "signal_found": bool(loss < np.log(2)),
+        "linear": None if linear is None else linear.row(),
+        "chosen": chosen.row(),
+        "gated_minus_linear": None if difference is None else asdict(difference),
+        "signal_found": bool(chosen.loss < np.log(2)),
     }
-
-
-def _separates(head: ConvexHead, features: FeatureSet) -> bool:
-    """Whether the head ranks every pair right, so that without regularisation there would be no best head."""
-    return bool((head.score(features.chosen) > head.score(features.rejected)).all())
 
 
 class _Recorder:

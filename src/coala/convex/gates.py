@@ -41,11 +41,11 @@ def sample_patterns(
 def ascend(
     rows: jax.Array, dual: jax.Array, starts: jax.Array, signs: jax.Array, n_steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Directions h (d, k) with large ||q(h)||, q(h) = sum_j dual_j 1(h.x_j >= 0) x_j, and those norms (k,).
+    """Directions h (d, k) with large ||q(h)||, q(h) = sum_r dual_r 1(h.x_r >= 0) x_r, and those norms (k,).
 
-    ``n_steps`` of h <- h + sign q(h)/||q(h)||, normalised, from ``starts`` (d, k); rows (n, d), dual (n,), signs +-1
-    (k,). At a fixed point h is parallel to q(h), and ||q(h)|| = |sum_j dual_j (h.x_j)_+|: a stationary value of the
-    dual constraint of a ReLU neuron. A local search of a non-convex problem: it may miss the maximum.
+    ``n_steps`` of h <- h + sign q(h)/||q(h)||, normalised, from ``starts`` (d, k); rows (..., d), dual (...,), signs
+    +-1 (k,). At a fixed point h is parallel to q(h), and ||q(h)|| = |sum_r dual_r (h.x_r)_+|: a stationary value of
+    the dual constraint of a ReLU neuron. A local search of a non-convex problem: it may miss the maximum.
     """
 
     def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -53,13 +53,54 @@ def ascend(
         q = gated_product_adjoint(rows, matmul(rows, gates) >= 0, dual)
         norms = group_norms(q)
         # Halfway only: the full step gates <- q / ||q|| can cycle, as the objective is not convex in the gate.
-        halfway = gates + signs * q / jnp.where(norms > 0, norms, 1.0)
-        length = group_norms(halfway)
-        return gates, jnp.where(length > 0, halfway / jnp.where(length > 0, length, 1.0), gates), norms
+        return gates, _unit(gates + signs * _unit(q, 0 * q), gates), norms
 
     none = jnp.zeros(starts.shape[1], rows.dtype)
     gates, _, norms = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
     return gates, norms
+
+
+@partial(jax.jit, static_argnames="n_steps")
+def separate(
+    rows: jax.Array, gate_rows: jax.Array, dual: jax.Array, starts: jax.Array, n_steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """Gates h (e, k) on other vectors z_r than the rows, with large ||q(h)||, q(h) = sum_r dual_r 1(h.z_r >= 0) x_r.
+
+    Alternates between v = q(h)/||q(h)|| and the gate that should be open where dual_r x_r.v > 0: half way to the
+    least-squares fit of dual_r x_r.v by z_r. Returns the best gate each start came by; a local search.
+    """
+    over_rows = tuple(range(rows.ndim - 1))
+    metric = _inverse_moment(gate_rows)
+
+    def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        best, gates, largest = state
+        q = gated_product_adjoint(rows, matmul(gate_rows, gates) >= 0, dual)
+        norms = group_norms(q)
+        wanted = dual[..., None] * matmul(rows, _unit(q, 0 * q))
+        fit = matmul(metric, jnp.tensordot(gate_rows, wanted, (over_rows, over_rows), precision="highest"))
+        better = norms > largest
+        onward = _unit(gates + _unit(fit, 0 * fit), gates)
+        return jnp.where(better, gates, best), onward, jnp.where(better, norms, largest)
+
+    none = jnp.zeros(starts.shape[1], rows.dtype)
+    best, _, largest = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
+    return best, largest
+
+
+def _unit(columns: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """Columns of length 1; ``otherwise`` in place of those that are zero."""
+    length = group_norms(columns)
+    return jnp.where(length > 0, columns / jnp.where(length > 0, length, 1.0), otherwise)
+
+
+def _inverse_moment(rows: jax.Array) -> jax.Array:
+    """(Z^T Z / n + 1e-3 mean eigenvalue I)^-1, (e, e), for rows z (..., e)."""
+    over_rows = tuple(range(rows.ndim - 1))
+    width = rows.shape[-1]
+    moment = jnp.tensordot(rows, rows, (over_rows, over_rows), precision="highest") * (width / max(1, rows.size))
+    floor = 1e-3 * jnp.trace(moment) / width + jnp.finfo(moment.dtype).tiny
+    identity = jnp.eye(width, dtype=moment.dtype)
+    return jnp.asarray(jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(moment + floor * identity), identity))
 
 
 def distinct(candidates: np.ndarray, existing: np.ndarray, limit: int, *, cosine: float = 0.95) -> np.ndarray:

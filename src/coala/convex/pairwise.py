@@ -1,31 +1,31 @@
-"""The one-program pairwise head: a linear block, gated neurons, the logistic loss on pairs, and the gates learnt.
+"""The pairwise program: a linear block, gated neurons and the logistic loss on pairs, in one convex problem.
 
     min_{b,u} sum_j weight_j softplus(margin_j - (g(x_w,j) - g(x_l,j))) + sparsity sum_i ||u_i|| + ridge/2 ||b||^2
     g(x) = b.x + sum_i 1(h_i.x >= 0) u_i.x
 
-Convex for fixed gates h_i. Without neurons it is ridge-regularised linear Bradley-Terry. Gates are found by pattern
-generation: solve, search for gates whose optimality condition is most violated, add them, solve again.
+Convex for fixed gates h_i. Without neurons it is ridge-regularised linear Bradley-Terry. Gates may look at the reply's
+features x or at those of its prompt; in the difference of a pair a linear block cannot see the prompt, a gate can.
+Knows nothing of where gates come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coala.convex.gates import ascend, distinct
 from coala.convex.linear import matmul
 from coala.convex.newton import GatedNewton
-from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity
+from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity, widen
+from coala.convex.rows import moments, normal_product
 from coala.convex.solvers import Solution, solve
 
 # Columns of a program, the linear block included: few shapes, few compilations, each of which costs a second or two.
-WIDTHS = (16, 40, 136, 520)
-NEW_GATES = 4
+WIDTHS = (1, 9, 17, 33, 129, 513)
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +51,14 @@ class PairProgram:
 
     @property
     def levels(self) -> jax.Array:
-        return jnp.where(self._is_linear, 0.0, self.sparsity).astype(self.rows.dtype)
+        return jnp.where(self._is_linear, 0.0, self.sparsity).astype(self.margin.dtype)
 
     @property
     def ridges(self) -> jax.Array:
-        return jnp.where(self._is_linear, self.ridge, 0.0).astype(self.rows.dtype)
+        return jnp.where(self._is_linear, self.ridge, 0.0).astype(self.margin.dtype)
 
     def zeros(self) -> jax.Array:
-        return jnp.zeros((self.rows.shape[-1], self.patterns.shape[-1]), self.rows.dtype)
+        return jnp.zeros((self.rows.shape[-1], self.patterns.shape[-1]), self.margin.dtype)
 
     def predict(self, u: jax.Array) -> jax.Array:
         """Score differences g(x_w) - g(x_l), (n,)."""
@@ -68,11 +68,13 @@ class PairProgram:
     def predict_adjoint(self, z: jax.Array) -> jax.Array:
         return gated_product_adjoint(self.rows, self.patterns, jnp.stack([z, -z]))
 
-    def diagonal(self, curvature: jax.Array) -> jax.Array:
-        """Diagonal of F^T diag(curvature) F, (d, 1 + m)."""
-        squares = gated_product_adjoint(self.rows**2, self.patterns, jnp.stack([curvature, curvature]))
-        crossed = gated_product_adjoint(self.rows[0] * self.rows[1], self.patterns[0] & self.patterns[1], curvature)
-        return jnp.maximum(squares - 2 * crossed, 0.0)
+    def normal_product(self, curvature: jax.Array, u: jax.Array) -> jax.Array:
+        """F^T diag(curvature) F u, (d, 1 + m)."""
+        return normal_product(self.rows, self.patterns, (1.0, -1.0), curvature, u)
+
+    def moments(self, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """spectrum (d,) and overlap (1 + m, 1 + m): F^T diag(curvature) F is about their Kronecker product."""
+        return moments(self.rows, self.patterns, (1.0, -1.0), curvature)
 
     def loss(self, z: jax.Array) -> jax.Array:
         return jnp.sum(self.weight * jax.nn.softplus(self.margin - z))
@@ -96,13 +98,16 @@ class PairProgram:
         H the binary entropy. ``ridge`` must be positive.
         """
         z = self.predict(u)
+        return self.bounds_at(u, z, self.predict_adjoint(self.slope(z)))
+
+    def bounds_at(self, u: jax.Array, z: jax.Array, gradient: jax.Array) -> Bounds:
+        """:meth:`bounds` for z = F u and gradient = F^T slope(z), which a solver has at hand."""
         a = jax.nn.sigmoid(self.margin - z)
-        q = self.predict_adjoint(self.weight * a)
-        largest = group_norms(q[:, 1:]).max(initial=0.0)
+        largest = group_norms(gradient[:, 1:]).max(initial=0.0)
         c = jnp.minimum(1.0, self.sparsity / jnp.where(largest > 0, largest, 1.0))
         c = jnp.where(largest > 0, c, 1.0)
         entropy = jax.scipy.special.entr(c * a) + jax.scipy.special.entr(1 - c * a)
-        linear = c * c * jnp.sum(q[:, 0] ** 2) / (2 * self.ridge)
+        linear = c * c * jnp.sum(gradient[:, 0] ** 2) / (2 * self.ridge)
         return Bounds(self._value(u, z), jnp.sum(self.weight * (self.margin * c * a + entropy)) - linear)
 
     def duality_gap(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
@@ -113,19 +118,32 @@ class PairProgram:
         gradient = self.predict_adjoint(self.slope(self.predict(u))) + self.ridges * u
         return stationarity(gradient, u, self.levels).max(initial=0.0)
 
+    def in_double(self) -> PairProgram:
+        """Everything but the rows in float64; the products widen those block by block."""
+        numbers = map(widen, (self.margin, self.weight, self.sparsity, self.ridge))
+        return PairProgram(self.rows, self.patterns, *numbers)
+
 
 @dataclass(frozen=True)
 class PairData:
-    """What stays the same along a path: rows (2, n, d), margin (n,) and weight (n,), on the device."""
+    """What stays the same along a path, on the device: rows (2, n, d), margin (n,) and weight (n,).
+
+    ``gate_rows`` (2, n, e) are the vectors the gates look at: the rows themselves unless given.
+    """
 
     rows: jax.Array
     margin: jax.Array
     weight: jax.Array
+    gate_rows: jax.Array | None = None
+
+    @property
+    def seen_by_gates(self) -> jax.Array:
+        return self.rows if self.gate_rows is None else self.gate_rows
 
     def program(self, gates: np.ndarray, *, sparsity: float, ridge: float) -> PairProgram:
-        """The program with gates (d, m), closed columns added up to the next compiled width."""
+        """The program with gates (e, m), closed columns added up to the next compiled width."""
         dtype = self.rows.dtype
-        patterns = _patterns(self.rows, jnp.asarray(_padded(gates), dtype), jnp.asarray(gates.shape[1]))
+        patterns = _patterns(self.seen_by_gates, jnp.asarray(_padded(gates), dtype), jnp.asarray(gates.shape[1]))
         levels = jnp.asarray(sparsity, dtype), jnp.asarray(ridge, dtype)
         return PairProgram(self.rows, patterns, self.margin, self.weight, *levels)
 
@@ -150,10 +168,10 @@ def _predict(program: PairProgram, u: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class PairModel:
-    """Weights b (d,), gates and u (d, m) of a solved program, in the coordinates of its rows.
+    """Weights b (d,), gates (e, m) and u (d, m) of a solved program, in the coordinates of its rows.
 
     ``violation`` is max ||q(h)|| / sparsity over the gates a search found, at least 1 when there are neurons; ``found``
-    (d, k) are the best directions of that search, from which the next one starts.
+    (e, k) are the best directions of that search, from which the next one starts.
     """
 
     linear: np.ndarray
@@ -167,11 +185,12 @@ class PairModel:
     def n_neurons(self) -> int:
         return int(self.gates.shape[1])
 
-    def scores(self, rows: np.ndarray) -> np.ndarray:
-        """g(x) for rows (..., d)."""
+    def scores(self, rows: np.ndarray, gate_rows: np.ndarray | None = None) -> np.ndarray:
+        """g(x) for rows (..., d); ``gate_rows`` (..., e) if the gates look elsewhere."""
         scores: np.ndarray = rows @ self.linear
         if self.n_neurons:
-            scores = scores + np.where(rows @ self.gates >= 0, rows @ self.weights, 0).sum(axis=-1)
+            is_open = (rows if gate_rows is None else gate_rows) @ self.gates >= 0
+            scores = scores + np.where(is_open, rows @ self.weights, 0).sum(axis=-1)
         return scores
 
     def stacked(self) -> np.ndarray:
@@ -195,7 +214,7 @@ def solve_pairs(
     exact: bool = True,
     on_step: OnStep | None = None,
 ) -> PairModel:
-    """Solve the program for fixed gates (d, m) from ``start`` (d, 1 + m); neurons that end at zero are dropped."""
+    """Solve the program for fixed gates (e, m) from ``start`` (d, 1 + m); neurons that end at zero are dropped."""
     program = data.program(gates, sparsity=sparsity, ridge=ridge)
     first = np.zeros(program.zeros().shape)
     if start is not None:
@@ -216,96 +235,3 @@ def solve_pairs(
     neurons = solution.value[:, 1 : 1 + gates.shape[1]]
     kept = np.abs(neurons).max(axis=0, initial=0.0) > 0
     return PairModel(solution.value[:, 0], gates[:, kept], neurons[:, kept], solution)
-
-
-# --- gates ---------------------------------------------------------------------------------------------------------
-
-
-def search_gates(
-    data: PairData,
-    model: PairModel,
-    *,
-    n_starts: int,
-    n_steps: int,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gates h (d, k) with large ||q(h)||, q(h) = sum_j dual_j (1(h.x_w >= 0) x_w - 1(h.x_l >= 0) x_l), best first.
-
-    Iterates h <- +-q(h) / ||q(h)|| from random starts, from what the model's last search found, and from its own gates
-    and weights; keeps the best of each run. A local search of a non-convex problem: it may miss the maximum.
-    """
-    rows = np.asarray(data.rows)
-    margins = _margins(data, model)
-    dual = np.asarray(data.weight) / (1 + np.exp(np.clip(margins - np.asarray(data.margin), -60, 60)))
-    d = rows.shape[-1]
-    known = [model.weights, model.gates, -model.weights]
-    if model.found is not None:
-        known.append(model.found[:, : n_starts // 4])
-    warm = np.concatenate(known, axis=1)[:, : n_starts // 2]
-    starts = np.concatenate([warm, rng.standard_normal((d, n_starts - warm.shape[1]))], axis=1)
-    starts /= np.maximum(np.linalg.norm(starts, axis=0), 1e-30)
-    signs = np.where(np.arange(n_starts) % 2 == 0, 1.0, -1.0)
-    dtype = data.rows.dtype
-    best, norms = ascend(
-        data.rows,
-        jnp.asarray(np.stack([dual, -dual]), dtype),
-        jnp.asarray(starts, dtype),
-        jnp.asarray(signs, dtype),
-        n_steps,
-    )
-    order = np.argsort(-np.asarray(norms), kind="stable")
-    return np.asarray(best)[:, order], np.asarray(norms)[order]
-
-
-def _margins(data: PairData, model: PairModel) -> np.ndarray:
-    chosen, rejected = model.scores(np.asarray(data.rows))
-    return np.asarray(chosen - rejected)
-
-
-@dataclass(frozen=True)
-class Search:
-    """How hard to look for gates: random starts, iterations of each, rounds of adding, neurons at most."""
-
-    n_starts: int = 256
-    n_steps: int = 40
-    max_rounds: int = 8
-    max_neurons: int = 32
-    slack: float = 0.02
-
-
-def learn_gates(
-    data: PairData,
-    model: PairModel,
-    *,
-    sparsity: float,
-    ridge: float,
-    search: Search,
-    rng: np.random.Generator,
-    tolerance: float = 1e-4,
-    exact: bool = True,
-    on_step: OnStep | None = None,
-) -> PairModel:
-    """Pattern generation from ``model``: re-solve and add up to 4 violating gates until none is found.
-
-    Ends when the largest violation found is at most (1 + slack) sparsity, after ``max_rounds`` or at ``max_neurons``.
-    """
-    gates, start = model.gates, model.stacked()
-    for turn in range(search.max_rounds + 1):
-        found = model.found
-        model = solve_pairs(
-            data, gates, sparsity=sparsity, ridge=ridge, start=start, tolerance=tolerance, exact=exact, on_step=on_step
-        )
-        model = replace(model, found=found)
-        candidates, norms = search_gates(data, model, n_starts=search.n_starts, n_steps=search.n_steps, rng=rng)
-        # A search can miss the value 1 that the neurons of the model attain.
-        violation = max(float(norms[0]) / sparsity, 1.0 if model.n_neurons else 0.0)
-        model = replace(model, violation=violation, found=candidates[:, :64])
-        room = min(NEW_GATES, search.max_neurons - model.n_neurons)
-        if violation <= 1 + search.slack or room <= 0 or turn == search.max_rounds:
-            break
-        new = distinct(candidates[:, norms > sparsity], model.gates, room)
-        if not new.shape[1]:
-            break
-        gates = np.concatenate([model.gates, new], axis=1)
-        start = model.stacked()
-    return model

@@ -1,24 +1,30 @@
-"""Ridge and sparsity of the pairwise head, chosen on held-out groups along warm-started paths, then the refit.
+"""Ridge, gates, sparsity and relaxation of the pairwise head, chosen on held-out groups along warm-started paths.
 
-First the linear block alone over a path of ridges; then, at the best ridge, gates over a path of sparsities, of which
-the sparsest within one standard error of the best is taken. Gates stay only where they lower the held-out loss by more
-than one standard error of the difference: never worse than linear, as far as the data can tell.
+First the linear block alone over a path of ridges. Then, at the best ridge and for every source of gates, a path of
+sparsities, at each of which the gates found are kept and their weights relaxed: solved again at a lower sparsity, since
+the sparsity that picks few gates shrinks their weights too much. Of the settings within one standard error of the best
+the sparsest is taken, and gates stay only if they lower the held-out loss and raise the held-out ranking accuracy, each
+by more than one standard error of the difference: never worse than linear, as far as the data can tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
-from coala.convex.pairwise import OnStep, PairData, PairModel, Search, learn_gates, search_gates, solve_pairs
+from coala.convex.learn import Search, learn_gates, search_gates
+from coala.convex.pairwise import OnStep, PairData, PairModel, solve_pairs
 from coala.convex.validation import HeldOut, clustered_error, rising_twice
 
+GateOn = Literal["reply", "prompt"]
 RIDGES = tuple(10.0 ** (-k / 2) for k in range(13))
 SPARSITIES = (0.65, 0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.06, 0.04, 0.03, 0.02)
+RELAXATIONS = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
+DEFAULT_RIDGE = 0.1
 # Held-out losses do not feel the last digits, so the folds are solved and searched more coarsely than the final model.
 FOLD_TOLERANCE = 1e-3
 
@@ -27,7 +33,10 @@ Progress = Callable[[str, int, "int | None", dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class PairTask:
-    """Rows (2, n, r) in the coordinates of the fit, margin (n,), group (n,), fold (n,) or None."""
+    """Rows (2, n, r) in the coordinates of the fit, margin (n,), group (n,), fold (n,) or None.
+
+    ``prompt_rows`` (n, e), if there are any, are what gates on the prompt see.
+    """
 
     rows: np.ndarray
     margin: np.ndarray
@@ -35,6 +44,7 @@ class PairTask:
     fold: np.ndarray | None
     seed: int
     dtype: Any
+    prompt_rows: np.ndarray | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -54,92 +64,247 @@ class PairTask:
         scale = float(((chosen - rejected) ** 2).sum()) / (4 * self.n_pairs)
         return scale if scale > 0 else 1.0
 
-    def everything(self) -> PairData:
-        return self._weighted(np.ones(self.n_pairs, bool))
+    def gate_rows(self, gate_on: GateOn) -> np.ndarray | None:
+        """(2, n, e), or None where gates see the rows themselves."""
+        if gate_on == "reply":
+            return None
+        assert self.prompt_rows is not None
+        return np.broadcast_to(self.prompt_rows, (2, *self.prompt_rows.shape))
 
-    def without(self, fold: int) -> PairData:
+    def everything(self, gate_on: GateOn = "reply") -> PairData:
+        return self._weighted(np.ones(self.n_pairs, bool), gate_on)
+
+    def without(self, fold: int, gate_on: GateOn = "reply") -> PairData:
         """All rows, with weight 0 on the pairs of ``fold``: every fold has the same shape and compiles once."""
         assert self.fold is not None
-        return self._weighted(self.fold != fold)
+        return self._weighted(self.fold != fold, gate_on)
 
-    def _weighted(self, used: np.ndarray) -> PairData:
+    def _weighted(self, used: np.ndarray, gate_on: GateOn) -> PairData:
+        gate_rows = self.gate_rows(gate_on)
         return PairData(
             jnp.asarray(self.rows, self.dtype),
             jnp.asarray(self.margin, self.dtype),
             jnp.asarray(used / used.sum(), self.dtype),
+            None if gate_rows is None else jnp.asarray(gate_rows, self.dtype),
         )
 
-    def held_out(self, models: list[PairModel]) -> HeldOut:
+    def held_out(self, models: list[PairModel], gate_on: GateOn = "reply") -> HeldOut:
         """Out-of-fold margins of one model per fold."""
         assert self.fold is not None
+        gate_rows = self.gate_rows(gate_on)
         margins = np.zeros(self.n_pairs)
-        chosen, rejected = self.rows
         for number, model in enumerate(models):
             out = self.fold == number
-            margins[out] = model.scores(chosen[out]) - model.scores(rejected[out])
+            chosen, rejected = model.scores(self.rows[:, out], None if gate_rows is None else gate_rows[:, out])
+            margins[out] = chosen - rejected
         return HeldOut.of(margins, self.margin, self.group)
+
+
+class GateSource(Protocol):
+    """Where the gates of a path come from: the convex program is the same."""
+
+    gate_on: GateOn
+
+    def unit(self, data: PairData, linear: PairModel, rng: np.random.Generator) -> float:
+        """The sparsity from which on, going down, gates enter a linear model."""
+
+    def grow(
+        self, data: PairData, model: PairModel, sparsity: float, ridge: float, rng: np.random.Generator
+    ) -> PairModel:
+        """The model at a lower sparsity than ``model``'s."""
+
+    def violation(self, data: PairData, model: PairModel, sparsity: float, rng: np.random.Generator) -> float:
+        """What is left to gain outside the gates of the model; nan where nothing was searched."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Gates by pattern generation; see :mod:`coala.convex.learn`.
+
+    The final model searches just as the folds did: a more thorough search finds more gates, and the sparsity was chosen
+    for fewer.
+    """
+
+    gate_on: GateOn = "reply"
+    search: Search = field(default_factory=Search)
+
+    def unit(self, data: PairData, linear: PairModel, rng: np.random.Generator) -> float:
+        _, norms = search_gates(data, linear, n_starts=4 * self.search.n_starts, n_steps=40, rng=rng)
+        return float(norms[0])
+
+    def grow(
+        self, data: PairData, model: PairModel, sparsity: float, ridge: float, rng: np.random.Generator
+    ) -> PairModel:
+        return learn_gates(
+            data,
+            model,
+            sparsity=sparsity,
+            ridge=ridge,
+            search=self.search,
+            rng=rng,
+            tolerance=FOLD_TOLERANCE,
+            exact=False,
+        )
+
+    def violation(self, data: PairData, model: PairModel, sparsity: float, rng: np.random.Generator) -> float:
+        """The largest optimality violation a thorough search finds at the model, as a multiple of the sparsity."""
+        _, norms = search_gates(data, model, n_starts=4 * self.search.n_starts, n_steps=40, rng=rng)
+        # A search can miss the value 1 that the neurons of the model attain.
+        return max(float(norms[0]) / sparsity, 1.0 if model.n_neurons else 0.0)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Fixed gates (e, P): one convex program, nothing searched."""
+
+    gates: np.ndarray
+    gate_on: GateOn = "reply"
+
+    def unit(self, data: PairData, linear: PairModel, rng: np.random.Generator) -> float:
+        program = data.program(self.gates, sparsity=1.0, ridge=1.0)
+        alone = np.zeros(program.zeros().shape, data.rows.dtype)
+        alone[:, 0] = linear.linear
+        q = program.predict_adjoint(program.slope(program.predict(jnp.asarray(alone))))
+        return float(np.linalg.norm(np.asarray(q)[:, 1:], axis=0).max(initial=0.0))
+
+    def grow(
+        self, data: PairData, model: PairModel, sparsity: float, ridge: float, rng: np.random.Generator
+    ) -> PairModel:
+        return solve_pairs(
+            data,
+            self.gates,
+            sparsity=sparsity,
+            ridge=ridge,
+            start=self._placed(model),
+            tolerance=FOLD_TOLERANCE,
+            exact=False,
+        )
+
+    def violation(self, data: PairData, model: PairModel, sparsity: float, rng: np.random.Generator) -> float:
+        return float("nan")
+
+    def _placed(self, model: PairModel) -> np.ndarray:
+        """The model's weights at the places of their gates among all."""
+        start = np.zeros((len(model.linear), 1 + self.gates.shape[1]), model.linear.dtype)
+        start[:, 0] = model.linear
+        for gate, weight in zip(model.gates.T, model.weights.T, strict=True):
+            start[:, 1 + int(np.abs(self.gates - gate[:, None]).sum(axis=0).argmin())] = weight
+        return start
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Held-out loss and ranking accuracy of gates minus linear, with the standard error of each."""
+
+    nll: float
+    nll_se: float
+    accuracy: float
+    accuracy_se: float
+
+    @classmethod
+    def of(cls, gated: HeldOut, linear: HeldOut, group: np.ndarray) -> Difference:
+        loss, hits = gated.losses - linear.losses, gated.hits - linear.hits
+        return cls(float(loss.mean()), clustered_error(loss, group), float(hits.mean()), clustered_error(hits, group))
+
+    @property
+    def clear(self) -> bool:
+        """Both better by more than their standard error: some gates give better probabilities but rank no better."""
+        return self.nll < -self.nll_se and self.accuracy > self.accuracy_se
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What validation chose: ``sparsity`` None means no gates. Relative values are in the units of the path."""
+    """What validation chose; ``source`` None means no gates. Relative values are in the units of the path.
+
+    Gates were picked at ``sparsity`` and their weights solved for at ``relaxation`` times it.
+    """
 
     ridge: float
     ridge_relative: float
+    linear: HeldOut | None = None
+    chosen: HeldOut | None = None
+    source: GateSource | None = None
     sparsity: float | None = None
     sparsity_relative: float | None = None
-    linear: dict[str, float] = field(default_factory=dict)
-    chosen: dict[str, float] = field(default_factory=dict)
-    difference: tuple[float, float] | None = None
+    relaxation: float = 1.0
+    difference: Difference | None = None
     path: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class PathSettings:
-    """How far and how finely to look; see :func:`choose`."""
+class Candidate:
+    """One setting of one source, and how it did."""
 
-    ridges: tuple[float, ...] = RIDGES
-    sparsities: tuple[float, ...] = SPARSITIES
-    default_ridge: float = 0.1
-    tolerance: float = 1e-4
-    search: Search = field(default_factory=Search)
-
-    @property
-    def fold_search(self) -> Search:
-        full = self.search
-        return Search(min(64, full.n_starts), min(20, full.n_steps), min(3, full.max_rounds), full.max_neurons)
+    source: GateSource
+    unit: float
+    sparsity: float
+    relaxation: float
+    held_out: HeldOut
 
 
-def _row(tau: float, beta_rel: float | None, held_out: HeldOut, models: list[PairModel]) -> dict[str, Any]:
+def _row(ridge: float, held_out: HeldOut, models: list[PairModel], **where: Any) -> dict[str, Any]:
     return {
-        "tau": tau,
-        "beta_rel": beta_rel,
+        "tau": ridge,
+        "gate_on": None,
+        "beta_rel": None,
+        "relaxation": None,
+        **where,
         **held_out.row(),
         "n_neurons": float(np.mean([model.n_neurons for model in models])),
         "gap": max(model.solution.relative_gap for model in models),
     }
 
 
-def _nothing(width: int) -> np.ndarray:
-    return np.zeros((width, 0))
+def _nothing(data: PairData) -> np.ndarray:
+    return np.zeros((data.seen_by_gates.shape[-1], 0))
 
 
-def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice:
-    """Ridge, then sparsity, by the held-out loss; the default ridge and no gates when there is nothing to hold out."""
-    scale, width = task.curvature_scale, task.rows.shape[-1]
+def choose(task: PairTask, sources: list[GateSource], progress: Progress) -> Choice:
+    """Ridge, then source, sparsity and relaxation, by the held-out loss; a default ridge and no gates without folds."""
+    scale = task.curvature_scale
     if task.fold is None:
-        return Choice(settings.default_ridge * scale, settings.default_ridge)
-    folds = [task.without(k) for k in range(task.n_folds)]
+        return Choice(DEFAULT_RIDGE * scale, DEFAULT_RIDGE)
     path: list[dict[str, Any]] = []
+    relative, models, linear = _choose_ridge(task, scale, path, progress)
+    ridge = relative * scale
+    plain = Choice(ridge, relative, linear, linear, path=path)
+    best: list[Candidate] = []
+    for source in sources:
+        candidates = _walk(task, source, ridge, models, linear, path, progress)
+        if candidates:
+            best.append(sparsest_within_an_error(candidates, task.group))
+    if not best:
+        return plain
+    winner = min(best, key=lambda candidate: candidate.held_out.loss)
+    difference = Difference.of(winner.held_out, linear, task.group)
+    if not difference.clear:
+        return replace(plain, difference=difference)
+    return Choice(
+        ridge,
+        relative,
+        linear,
+        winner.held_out,
+        winner.source,
+        winner.sparsity * winner.unit,
+        winner.sparsity,
+        winner.relaxation,
+        difference,
+        path,
+    )
 
+
+def _choose_ridge(
+    task: PairTask, scale: float, path: list[dict[str, Any]], progress: Progress
+) -> tuple[float, list[PairModel], HeldOut]:
+    folds = [task.without(k) for k in range(task.n_folds)]
     trail: list[tuple[float, list[PairModel], HeldOut]] = []
     models: list[PairModel] = []
-    for number, relative in enumerate(settings.ridges):
+    for number, relative in enumerate(RIDGES):
         starts: list[np.ndarray | None] = [model.stacked() for model in models] or [None] * task.n_folds
         models = [
             solve_pairs(
                 data,
-                _nothing(width),
+                _nothing(data),
                 sparsity=1.0,
                 ridge=relative * scale,
                 start=start,
@@ -149,62 +314,80 @@ def choose(task: PairTask, settings: PathSettings, progress: Progress) -> Choice
             for data, start in zip(folds, starts, strict=True)
         ]
         trail.append((relative, models, task.held_out(models)))
-        path.append(_row(relative * scale, None, trail[-1][2], models))
-        progress("ridge", number + 1, len(settings.ridges), path[-1])
+        path.append(_row(relative * scale, trail[-1][2], models))
+        progress("ridge", number + 1, len(RIDGES), path[-1])
         if rising_twice([held_out.loss for _, _, held_out in trail]):
             break
-    relative, models, linear = min(trail, key=lambda entry: entry[2].loss)
-    ridge = relative * scale
-    plain = Choice(ridge, relative, linear=linear.row(), chosen=linear.row(), path=path)
-    if settings.search.max_neurons == 0 or not settings.sparsities:
-        return plain
+    return min(trail, key=lambda entry: entry[2].loss)
 
-    unit = _largest_sparsity(task, settings, ridge)
+
+def _walk(
+    task: PairTask,
+    source: GateSource,
+    ridge: float,
+    models: list[PairModel],
+    linear: HeldOut,
+    path: list[dict[str, Any]],
+    progress: Progress,
+) -> list[Candidate]:
+    """Down the path of sparsities from the linear models of the folds, and from each down the relaxations."""
+    gate_on = source.gate_on
+    everything = task.everything(gate_on)
+    start = solve_pairs(everything, _nothing(everything), sparsity=1.0, ridge=ridge, exact=False)
+    unit = source.unit(everything, start, task.rng(2))
     if not unit > 0:
-        return plain
-    gated: list[tuple[float, HeldOut]] = []
-    rngs = [task.rng(1, number) for number in range(task.n_folds)]
-    for number, relative_sparsity in enumerate(settings.sparsities):
+        return []
+    folds = [task.without(k, gate_on) for k in range(task.n_folds)]
+    rngs = [task.rng(1, k) for k in range(task.n_folds)]
+    models = [replace(model, gates=_nothing(data)) for model, data in zip(models, folds, strict=True)]
+    candidates: list[Candidate] = []
+    best_here: list[HeldOut] = []
+    for number, sparsity in enumerate(SPARSITIES):
         models = [
-            learn_gates(
-                data,
-                model,
-                sparsity=relative_sparsity * unit,
-                ridge=ridge,
-                search=settings.fold_search,
-                rng=rng,
-                tolerance=FOLD_TOLERANCE,
-                exact=False,
-            )
+            source.grow(data, model, sparsity * unit, ridge, rng)
             for data, model, rng in zip(folds, models, rngs, strict=True)
         ]
-        held_out = task.held_out(models)
-        gated.append((relative_sparsity, held_out))
-        path.append(_row(ridge, relative_sparsity, held_out, models))
-        progress("sparsity", number + 1, len(settings.sparsities), path[-1])
-        leader = min((linear, *(entry for _, entry in gated)), key=lambda entry: entry.loss)
-        if rising_twice([linear.loss, *(entry.loss for _, entry in gated)]) or _clearly_worse(
-            held_out, leader, task.group
-        ):
+        relaxed, tried = models, []
+        for relaxation in RELAXATIONS:
+            if relaxation < 1:
+                relaxed = [
+                    relax(data, model, relaxation * sparsity * unit, ridge, FOLD_TOLERANCE)
+                    for data, model in zip(folds, relaxed, strict=True)
+                ]
+            held_out = task.held_out(relaxed, gate_on)
+            tried.append(Candidate(source, unit, sparsity, relaxation, held_out))
+            path.append(_row(ridge, held_out, relaxed, gate_on=gate_on, beta_rel=sparsity, relaxation=relaxation))
+            no_gates = not any(model.n_neurons for model in models)
+            if no_gates or rising_twice([entry.held_out.loss for entry in tried]):
+                break
+        candidates += tried
+        best_here.append(min((entry.held_out for entry in tried), key=lambda held_out: held_out.loss))
+        progress("sparsity", number + 1, len(SPARSITIES), path[-1])
+        leader = min((linear, *best_here), key=lambda held_out: held_out.loss)
+        past = rising_twice([linear.loss, *(held_out.loss for held_out in best_here)])
+        if past or _clearly_worse(best_here[-1], leader, task.group):
             break
-    relative_sparsity, best = sparsest_within_an_error(gated, task.group)
-    change = best.losses - linear.losses
-    error = clustered_error(change, task.group)
-    difference = (float(change.mean()), error)
-    if not change.mean() + error < 0:
-        return Choice(ridge, relative, None, None, linear.row(), linear.row(), difference, path)
-    sparsity = relative_sparsity * unit
-    return Choice(ridge, relative, sparsity, relative_sparsity, linear.row(), best.row(), difference, path)
+    return candidates
 
 
-def sparsest_within_an_error(gated: list[tuple[float, HeldOut]], group: np.ndarray) -> tuple[float, HeldOut]:
-    """The largest sparsity whose held-out loss is within one standard error of the lowest (the paired difference's).
+def relax(data: PairData, model: PairModel, sparsity: float, ridge: float, tolerance: float) -> PairModel:
+    """The model's gates with their weights at another sparsity."""
+    if not model.n_neurons:
+        return model
+    solved = solve_pairs(
+        data, model.gates, sparsity=sparsity, ridge=ridge, start=model.stacked(), tolerance=tolerance, exact=False
+    )
+    return replace(solved, violation=model.violation)
+
+
+def sparsest_within_an_error(candidates: list[Candidate], group: np.ndarray) -> Candidate:
+    """The first candidate, sparsest and least relaxed first, whose loss is within one standard error of the lowest.
 
     The lowest loss of a flat path is mostly luck; the sparser head has fewer ways of being wrong on new pairs.
     """
-    _, lowest = min(gated, key=lambda entry: entry[1].loss)
-    for entry in gated:
-        change = entry[1].losses - lowest.losses
+    lowest = min(candidates, key=lambda entry: entry.held_out.loss)
+    for entry in candidates:
+        change = entry.held_out.losses - lowest.held_out.losses
         if change.mean() <= clustered_error(change, group):
             return entry
     raise AssertionError("the lowest loss is within an error of itself")
@@ -215,53 +398,25 @@ def _clearly_worse(held_out: HeldOut, best: HeldOut, group: np.ndarray) -> bool:
     return bool(change.mean() > 2 * clustered_error(change, group))
 
 
-def _largest_sparsity(task: PairTask, settings: PathSettings, ridge: float) -> float:
-    """The largest ||q(h)|| a search finds at the linear optimum: from there on, gates enter."""
-    data, width = task.everything(), task.rows.shape[-1]
-    model = solve_pairs(data, _nothing(width), sparsity=1.0, ridge=ridge, tolerance=settings.tolerance, exact=False)
-    search = settings.search
-    _, norms = search_gates(data, model, n_starts=search.n_starts, n_steps=search.n_steps, rng=task.rng(2))
-    return float(norms[0])
-
-
 def refit(
-    task: PairTask,
-    choice: Choice,
-    settings: PathSettings,
-    data: PairData,
-    *,
-    final: bool = True,
-    on_step: OnStep | None = None,
+    task: PairTask, choice: Choice, data: PairData, *, tolerance: float = 1e-4, on_step: OnStep | None = None
 ) -> PairModel:
-    """The chosen model on ``data``; gates are learnt down the path of sparsities, as they were in validation.
+    """The chosen model on ``data``: down the path as in validation, then one solve with a certificate in float64.
 
-    With ``final`` the last search is the thorough one and the result is certified in float64.
+    ``on_step`` sees that last solve, which starts from zero.
     """
-    model = solve_pairs(
-        data,
-        _nothing(task.rows.shape[-1]),
-        sparsity=1.0,
-        ridge=choice.ridge,
-        tolerance=settings.tolerance,
-        exact=final,
-        on_step=on_step,
+    model = solve_pairs(data, _nothing(data), sparsity=1.0, ridge=choice.ridge, tolerance=tolerance, exact=False)
+    sparsity, source = 1.0, choice.source
+    if source is not None and choice.sparsity is not None and choice.sparsity_relative is not None:
+        rng = task.rng(3)
+        for relative in SPARSITIES:
+            if relative < choice.sparsity_relative:
+                break
+            level = relative / choice.sparsity_relative * choice.sparsity
+            model = source.grow(data, model, level, choice.ridge, rng)
+        model = replace(model, violation=source.violation(data, model, choice.sparsity, rng))
+        sparsity = choice.relaxation * choice.sparsity
+    solved = solve_pairs(
+        data, model.gates, sparsity=sparsity, ridge=choice.ridge, tolerance=tolerance, exact=True, on_step=on_step
     )
-    if choice.sparsity is None or choice.sparsity_relative is None:
-        return model
-    rng = task.rng(3)
-    for relative in settings.sparsities:
-        if relative < choice.sparsity_relative:
-            break
-        last = final and relative == choice.sparsity_relative
-        model = learn_gates(
-            data,
-            model,
-            sparsity=relative / choice.sparsity_relative * choice.sparsity,
-            ridge=choice.ridge,
-            search=settings.search if last else settings.fold_search,
-            rng=rng,
-            tolerance=settings.tolerance if last else FOLD_TOLERANCE,
-            exact=last,
-            on_step=on_step,
-        )
-    return model
+    return replace(solved, violation=model.violation)

@@ -17,7 +17,7 @@ from coala.convex.gates import sample_patterns
 from coala.convex.newton import GatedNewton
 from coala.convex.path import SPARSITIES, PairTask, Progress
 from coala.convex.program import GatedProgram, largest_sparsity
-from coala.convex.recover import GatedNetwork, recover_gated
+from coala.convex.recover import GatedNetwork, Network, recover_gated
 from coala.convex.solvers import Solution, solve
 from coala.convex.validation import HeldOut, rising_twice
 
@@ -26,16 +26,28 @@ RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 @dataclass(frozen=True)
 class TwoPhase:
-    """The network with its second layer from Phase II, both solutions, what was chosen and the validation path."""
+    """The network with its second layer from Phase II, both solutions, what was chosen and the validation path.
 
-    network: GatedNetwork
+    ``solver`` names what solved Phase I, ``n_patterns`` counts the gates it was given.
+    """
+
+    network: Network | GatedNetwork
     phase_one: Solution
     phase_two: Solution
+    solver: str
+    n_patterns: int
     sparsity: float
-    sparsity_relative: float
+    sparsity_relative: float | None
     ridge: float
-    chosen: dict[str, float]
+    chosen: HeldOut | None
     path: list[dict[str, Any]]
+
+    def blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Linear block (r,), zero, and gates and weights (r, m) of the head in the coordinates of the fit."""
+        network = self.network
+        gates = network.gates if isinstance(network, GatedNetwork) else network.first_layer
+        weights = network.first_layer * network.second_layer[:, None]
+        return np.zeros(gates.shape[1]), gates.T, weights.T
 
 
 def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance: float, progress: Progress) -> TwoPhase:
@@ -70,11 +82,11 @@ def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance:
 
     everyone = np.ones(task.n_pairs, bool)
     path: list[dict[str, Any]] = []
-    relative, ridge, chosen_row = 0.1, RIDGES[-1], dict[str, float]()
+    relative, ridge = 0.1, RIDGES[-1]
+    chosen: HeldOut | None = None
     if task.fold is not None:
         starts: list[np.ndarray | None] = [None] * task.n_folds
         best_losses: list[float] = []
-        best = np.inf
         for number, candidate in enumerate(SPARSITIES):
             margins = {tau: np.zeros(task.n_pairs) for tau in RIDGES}
             widths, gaps = [], []
@@ -85,16 +97,16 @@ def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance:
                 network = recover_gated(solution.value, gates)
                 widths.append(len(network.gates))
                 gaps.append(solution.relative_gap)
-                chosen, rejected = hidden(network)
-                difference = chosen - rejected
+                active_chosen, active_rejected = hidden(network)
+                difference = active_chosen - active_rejected
                 for tau in RIDGES:
                     margins[tau][out] = difference[out] @ phase_two(~out, network, tau).value
             results = {tau: HeldOut.of(margins[tau], task.margin, task.group) for tau in RIDGES}
             for tau, held_out in results.items():
-                row = {"tau": tau, "beta_rel": candidate, **held_out.row()}
+                row = {"tau": tau, "gate_on": "reply", "beta_rel": candidate, "relaxation": 1.0, **held_out.row()}
                 path.append({**row, "n_neurons": float(np.mean(widths)), "gap": max(gaps)})
-                if held_out.loss < best:
-                    best, relative, ridge, chosen_row = held_out.loss, candidate, tau, held_out.row()
+                if chosen is None or held_out.loss < chosen.loss:
+                    relative, ridge, chosen = candidate, tau, held_out
             best_losses.append(min(held_out.loss for held_out in results.values()))
             progress("sparsity", number + 1, len(SPARSITIES), path[-1])
             if rising_twice(best_losses):
@@ -104,4 +116,5 @@ def fit_two_phase(task: PairTask, loss: PairLoss, *, n_patterns: int, tolerance:
     network = recover_gated(first.value, gates)
     second = phase_two(everyone, network, ridge)
     network = network._replace(second_layer=second.value[: len(network.gates)])
-    return TwoPhase(network, first, second, relative * unit, relative, ridge, chosen_row, path)
+    count = gates.shape[1]
+    return TwoPhase(network, first, second, "gated Newton", count, relative * unit, relative, ridge, chosen, path)

@@ -61,9 +61,14 @@ class HeldOut:
         return float(self.losses.mean())
 
     @property
+    def hits(self) -> np.ndarray:
+        """Per pair, 1 if ranked right, 0 if not, and a half for a tie."""
+        return (self.margins > 0) + (self.margins == 0) / 2
+
+    @property
     def accuracy(self) -> float:
         """Share of pairs ranked right; a tie counts half."""
-        return float((self.margins > 0).mean() + (self.margins == 0).mean() / 2)
+        return float(self.hits.mean())
 
     def row(self) -> dict[str, float]:
         return {"cv_nll": self.loss, "cv_se": self.error, "cv_accuracy": self.accuracy}
