@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coala.align import align, load_run
+from coala.align import align, load_run, make_report, summary_rows
 from coala.data import DataError
+from coala.decoding import generate
+from coala.evaluation import accuracy_of_margins
 from coala.recipe import Recipe, RecipeError, load_recipe, set_option
-from coala.store import Run, StoreError, file_digest, load_features, load_head
-from coala.values import CoalaError
+from coala.store import Run, StoreError, file_digest, load_features, load_head, load_pairs, save_head
+from coala.values import CoalaError, user
 
 from .menagerie import tiny_backbone
 
@@ -87,12 +90,31 @@ def command(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
     )
 
 
+def invoked(*words: str | Path) -> tuple[dict[str, Any], str]:
+    """A command in this process: its JSON and what it said on stderr."""
+    from typer.testing import CliRunner
+
+    from coala.cli import app
+
+    done = CliRunner().invoke(app, [*map(str, words)])
+    assert done.exit_code == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
+    return result, done.stderr
+
+
 def test_a_run_holds_every_value_and_learns(finished: Run) -> None:
     content = json.loads((finished.path / "report.json").read_text())
     assert content["summary"]["n_train"] + content["summary"]["n_eval"] == 60
     # Chosen and rejected replies share no word: any sound head ranks nearly all of them right.
     assert content["summary"]["accuracy_eval"]["value"] > 0.9
     assert content["summary"]["certified_gap"] < 1e-4
+    certificate = load_head(finished.path / "head").certificate
+    assert certificate is not None
+    assert content["summary"]["program"] == certificate.program
+    assert content["head"]["certificate"]["relative_gap"] == pytest.approx(certificate.relative_gap)
+    assert sum(row["observed"]["n"] for row in content["reliability"]["bins"]) == content["summary"]["n_eval"]
+    assert content["summary"]["calibration_error"] == content["reliability"]["error"]
+    assert sum(row["selected"] for row in content["path"]) == 1
     assert content["summary"]["gflops"] > 0
     assert len(content["samples"]) == 3
     page = (finished.path / "report.html").read_text()
@@ -109,6 +131,32 @@ def test_a_second_run_skips_everything(finished: Run, pairs: Path, model: Path) 
     align(recipe(pairs, model), finished, on_progress=lambda stage, done, total, note="": notes.append(note))
     assert set(notes) == {"already done"}
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_gates_on_the_prompt_from_pairs_to_report(finished: Run, pairs: Path, model: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    settings = {"gate_on": "prompt", "method": "direct", "n_patterns": 2, "reference_scale": 0.01}
+    content = align(recipe(pairs, model, head=settings, evaluation={"prompts": 2, "max_new_tokens": 4}), run)
+    assert len(content["samples"]) == 2
+    train, held_out = (load_features(run.path / f"features/{part}") for part in ("train", "eval"))
+    assert train.log_ratio is not None
+    counts = run.facts("features-train")
+    assert counts["prompts"] == len({pair.prompt for pair in load_pairs(run.path / "pairs-train.jsonl")})
+    # Log-probabilities cost the language-model head at every token of a reply.
+    assert counts["flops"] > 1.2 * finished.facts("features-train")["flops"]
+    # Validation may have kept no gate: put some in, so that all that follows has to ask the prompt.
+    fitted = load_head(run.path / "head")
+    draw = np.random.default_rng(0).normal(size=(2, 3, fitted.width + 1))
+    head = replace(fitted, gates=draw[0], weights=draw[1], gate_on="prompt")
+    save_head(run.path / "head", head)
+    content = make_report(run)
+    np.testing.assert_allclose(content["scores"]["chosen"], head.score(held_out.chosen, held_out.prompt))
+    expected = accuracy_of_margins(head.margins(held_out), held_out.group)
+    assert content["summary"]["accuracy_eval"] == expected
+    assert ["neurons", "3, gates on the prompt"] in summary_rows(content)
+    backbone, loaded, guidance = load_run(run.path)
+    reply = generate([user("tell me story 1")], backbone, loaded, guidance, max_new_tokens=4, seed=0)[0]
+    assert np.isfinite(reply.score)
 
 
 def test_other_settings_are_refused(finished: Run, pairs: Path, model: Path) -> None:
@@ -249,6 +297,35 @@ class TestCommands:
         assert done.returncode == 0, done.stderr
         assert file_digest(tmp_path / "head/head.safetensors") == file_digest(finished.path / "head/head.safetensors")
 
+    def test_fit_says_what_it_proved(self, finished: Run, model: Path, tmp_path: Path) -> None:
+        pairs = finished.path / "pairs-train.jsonl"
+        words = ["extract", pairs, "--model", model, "--out", tmp_path / "f", "--prompt-features", "--log-ratios"]
+        assert invoked(*words)[0]["prompts"] > 0
+        features = load_features(tmp_path / "f")
+        assert features.prompt is not None
+        assert features.log_ratio is not None
+        options = ["--method", "direct", "--gate-on", "prompt", "--reference-scale", "0.01", "--n-patterns", "2"]
+        result, said = invoked("fit", tmp_path / "f", "--eval", tmp_path / "f", "--out", tmp_path / "head", *options)
+        certificate = load_head(tmp_path / "head").certificate
+        assert certificate is not None
+        assert str(certificate) in said
+        assert result["program"] == certificate.program
+        assert result["relative_gap"] == pytest.approx(certificate.relative_gap) == pytest.approx(0, abs=1e-4)
+        assert result["facts"]["method"] == "direct"
+        assert result["accuracy"]["value"] > 0.9
+
+    @pytest.mark.parametrize(
+        ("options", "method", "neurons"),
+        [(["--method", "linear"], "linear", range(1)), (["--method", "two-phase", "--paper"], "two-phase", range(99))],
+    )
+    def test_fit_s_methods(
+        self, finished: Run, tmp_path: Path, options: list[str], method: str, neurons: range
+    ) -> None:
+        result, _ = invoked("fit", finished.path / "features/train", "--out", tmp_path / "head", *options)
+        assert result["facts"]["method"] == method
+        assert result["facts"].get("paper", False) == ("--paper" in options)
+        assert result["n_neurons"] in neurons
+
     def test_data_commands(self, pairs: Path, tmp_path: Path) -> None:
         done = command("data", "check", pairs)
         assert done.returncode == 0, done.stderr
@@ -274,6 +351,9 @@ class TestCommands:
             (["generate", "nowhere", "hello"], "not a run folder"),
             (["report", "nowhere"], "not a run folder"),
             (["fit", "nowhere", "--out", "head"], "features.json"),
+            (["fit", "nowhere", "--out", "head", "--paper"], "add --method two-phase"),
+            (["align", "x.jsonl", "-m", "m", "--method", "pairwise"], "head.method"),
+            (["align", "x.jsonl", "-m", "m", "--paper"], "head.paper"),
             (["data", "check", "nowhere.jsonl"], "nowhere.jsonl"),
         ],
         ids=" ".join,
@@ -336,6 +416,37 @@ class TestRecipe:
         path.write_text(text)
         with pytest.raises(RecipeError, match=message):
             load_recipe(path)
+
+    @pytest.mark.parametrize(
+        ("head", "model", "prompts", "log_ratios"),
+        [
+            ({}, {}, False, False),
+            ({"gate_on": "reply"}, {}, False, False),
+            ({"gate_on": "prompt"}, {}, True, False),
+            ({"gate_on": "auto"}, {}, True, False),
+            ({"gate_on": "auto"}, {"prompt_features": False}, False, False),
+            ({}, {"prompt_features": True, "log_ratios": True}, True, True),
+            ({"reference_scale": 0.1}, {}, False, True),
+        ],
+    )
+    def test_what_a_head_reads_is_extracted(
+        self, head: dict[str, Any], model: dict[str, Any], prompts: bool, log_ratios: bool
+    ) -> None:
+        made = load_recipe(None, {"pairs": ["p"], "model": {"name": "m", **model}, "head": head})
+        assert (made.prompt_features, made.log_ratios) == (prompts, log_ratios)
+
+    @pytest.mark.parametrize(
+        ("head", "model", "message"),
+        [
+            ({"paper": True}, {}, "head.paper is a setting of head.method two-phase; found learnt"),
+            ({"gate_on": "prompt", "method": "linear"}, {}, "needs head.method learnt or direct; found linear"),
+            ({"gate_on": "prompt"}, {"prompt_features": False}, "needs model.prompt_features, which is false"),
+            ({"reference_scale": 1.0}, {"log_ratios": False}, "needs model.log_ratios, which is false"),
+        ],
+    )
+    def test_settings_that_contradict(self, head: dict[str, Any], model: dict[str, Any], message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(None, {"pairs": ["p"], "model": {"name": "m", **model}, "head": head})
 
     def test_bundled_recipes_are_valid(self) -> None:
         folder = Path(__file__).resolve().parent.parent / "src/coala/recipes"

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coala.convex import GatedNewton, GatedProgram, Program, Status, certify, sample_patterns, solve
 from coala.convex.linear import pcg
@@ -70,11 +72,17 @@ def test_pair_operators(shape: tuple[int, int, int]) -> None:
     image, back = adjoint_of(program, u, z)
     assert relative_mismatch(image, z, u, back) <= 1e-6
     bend = rng.random(n).astype(np.float32)
+    v = rng.standard_normal((d, columns)).astype(np.float32)
+    twice = program.predict_adjoint(jnp.asarray(bend) * program.predict(jnp.asarray(v)))
+    once = program.normal_product(jnp.asarray(bend), jnp.asarray(v))
+    np.testing.assert_allclose(once, twice, atol=1e-5 * float(jnp.abs(twice).max()))
     if d * columns <= 200:
         basis = np.eye(d * columns, dtype=np.float32).reshape(-1, d, columns)
-        columns_of_F = np.stack([program.predict(e) for e in basis], axis=1)
-        expected = (columns_of_F**2 * bend[:, None]).sum(axis=0).reshape(d, columns)
-        np.testing.assert_allclose(program.diagonal(jnp.asarray(bend)), expected, rtol=1e-4, atol=1e-4)
+        F = np.stack([program.predict(e) for e in basis], axis=1).reshape(n, d, columns)
+        spectrum, overlap = program.moments(jnp.asarray(bend))
+        traces = np.einsum("n,nki,nkj->ij", bend, F, F) / bend.sum()
+        np.testing.assert_allclose(overlap, traces, rtol=1e-3, atol=1e-4)
+        assert float(spectrum.sum()) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("instance", GATED, ids=str)
@@ -90,6 +98,59 @@ def test_gated_optimum_is_the_interior_point_optimum(instance: Instance) -> None
         assert solution.objective - solution.gap <= expected + rounding
         assert expected <= solution.objective + rounding
         assert float(program.kkt(jnp.asarray(solution.value))) <= 1e-3
+
+
+def awkward(shape: tuple[int, int, int], seed: int, flaws: set[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Data (X, y, patterns) of float32 numbers with the flaws named."""
+    n, d, P = shape
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((n, d)).astype(np.float32)
+    y = np.where(rng.random(n) < 0.5, 1.0, -1.0)
+    if "duplicate rows" in flaws:
+        X[n // 2 :] = X[: n - n // 2]
+    if "zero features" in flaws:
+        X[:, : d // 2] = 0
+        X[0] = 0
+    if "constant columns" in flaws:
+        X[:, -2:] = 1
+    if "equal labels" in flaws:
+        y[:] = 1
+    patterns = X @ rng.standard_normal((d, P)) >= 0
+    if "one pattern" in flaws:
+        patterns[:, 1:] = False
+    return X.astype(float), y, patterns
+
+
+FLAWS = ("duplicate rows", "zero features", "constant columns", "equal labels", "one pattern")
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from([(8, 12, 3), (20, 4, 5)]),
+    seed=st.integers(0, 2**16),
+    flaws=st.sets(st.sampled_from(FLAWS)),
+    # Closer to the largest sparsity the reference itself is right to 1e-7 only.
+    relative=st.sampled_from([0.3, 0.1, 0.03, 0.01]),
+)
+def test_the_certificate_encloses_the_reference_whatever_the_data(
+    shape: tuple[int, int, int], seed: int, flaws: set[str], relative: float
+) -> None:
+    X, y, patterns = awkward(shape, seed, flaws)
+    largest = max(np.linalg.norm(X.T @ (patterns[:, i] * y)) for i in range(patterns.shape[1]))
+    level = float(np.float32(relative * largest)) or 1.0
+    expected = reference.solve_gated(X, y, patterns, level)
+    for dtype, tolerance, agreement in ((np.float64, 1e-9, 1e-8), (np.float32, 1e-4, 1e-4)):
+        with jax.enable_x64(dtype is np.float64):
+            program = GatedProgram(
+                jnp.asarray(X, dtype), jnp.asarray(y, dtype), jnp.asarray(patterns), jnp.asarray(level, dtype)
+            )
+            solution = solve(program, GatedNewton(), tolerance=tolerance)
+        assert solution.status is Status.CONVERGED
+        rounding = 1e-8 * abs(expected)
+        assert solution.objective - solution.gap <= expected + rounding
+        assert expected <= solution.objective + rounding
+        assert solution.objective == pytest.approx(expected, rel=agreement)
 
 
 @pytest.mark.parametrize("instance", PAIRWISE, ids=str)
@@ -209,7 +270,8 @@ def test_certify_leaves_process_options_alone() -> None:
     assert jax.config.jax_enable_x64 == before
     assert jnp.zeros(1).dtype == jnp.float32
     with jax.enable_x64(True):
-        assert in_double(program).X.dtype == jnp.float64
+        wide = in_double(program)
+        assert wide.predict(wide.zeros()).dtype == wide.bounds(wide.zeros()).lower.dtype == jnp.float64
 
 
 def test_solve_reports_when_it_stops_early() -> None:

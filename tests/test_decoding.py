@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.backbone import LanguageModel, load_backbone
+from coala.backbone import POOLINGS, LanguageModel, load_backbone
 from coala.decoding import Guidance, generate, log_likelihood, reweight
 from coala.decoding.guidance import RULES
 from coala.decoding.replies import Reply, Stream
 from coala.decoding.sampling import gumbel, restrict, stream_key
-from coala.values import CoalaError, ConvexHead, Generation, SpecMismatch, Turn, user
+from coala.features import extract
+from coala.values import CoalaError, ConvexHead, Generation, Pair, SpecMismatch, Turn, user
 from tests.menagerie import CONTEXT, tiny_backbone
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # Llama and Qwen2 share keys and values among query heads
@@ -67,12 +68,15 @@ class Naive:
 
     def score(self, prompt: list[int], reply: list[int]) -> float:
         states = self.encode(prompt + reply)[0]
+        before = self.encode(prompt)[0]
+        last = self.head.spec.pooling == "last"
+        about = before[-1] if last else before.mean(0)
         if self.head.spec.pooling == "mean_all":
-            return float(self.head.score(states.mean(0)))
+            return float(self.head.score(states.mean(0), about))
         if not reply:
-            return float(self.head.score(states[-1]))
+            return float(self.head.score(states[-1], about))
         own = states[len(prompt) :]
-        return float(self.head.score(own.mean(0) if self.head.spec.pooling == "mean" else own[-1]))
+        return float(self.head.score(own[-1] if last else own.mean(0), about))
 
     def nucleus(self, log_probs: np.ndarray) -> dict[int, float]:
         """By the warpers of transformers, which are another implementation of the same definition."""
@@ -176,12 +180,17 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 def make_head(
-    backbone: LanguageModel, pooling: str = "mean", layer: int = 2, seed: int = 0, ends_with_eos: bool = False
+    backbone: LanguageModel,
+    pooling: str = "mean",
+    layer: int = 2,
+    seed: int = 0,
+    ends_with_eos: bool = False,
+    gate_on: Any = "reply",
 ) -> ConvexHead:
     rng = np.random.default_rng(seed)
     d = backbone.width
     gates, weights, linear = rng.normal(size=(4, d + 1)), rng.normal(size=(4, d + 1)), rng.normal(size=d + 1)
-    return ConvexHead(gates, weights * 0.3, linear, backbone.spec(layer, pooling, ends_with_eos))
+    return ConvexHead(gates, weights * 0.3, linear, backbone.spec(layer, pooling, ends_with_eos), gate_on=gate_on)
 
 
 def texts(replies: list[Generation]) -> list[str]:
@@ -211,6 +220,45 @@ def test_equals_naive_for_other_features_and_temperatures(
     head = make_head(model.backbone, pooling, layer, ends_with_eos=ends_with_eos)
     guidance = Guidance(top_k=0, top_p=0.8) if temperature == 1.3 else Guidance(top_k=20, top_p=1.0)
     _compare(model, head, guidance, seed=5, temperature=temperature)
+
+
+@pytest.mark.parametrize("guidance", GUIDED, ids=str)
+@pytest.mark.parametrize("pooling", ["mean", "last", "mean_all"])
+def test_gates_on_the_prompt_equal_naive(models: dict[str, Model], pooling: str, guidance: Guidance) -> None:
+    head = make_head(models["llama"].backbone, pooling, gate_on="prompt")
+    _compare(models["llama"], head, guidance, seed=2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "mean_all"])
+def test_prompts_are_pooled_as_at_extraction(models: dict[str, Model], pooling: str) -> None:
+    backbone = models["qwen2"].backbone
+    spec = backbone.spec(1, pooling)
+    found = extract([Pair(p, "a", "b", "g") for p in PROMPTS], backbone, spec, prompt_features=True).prompt
+    prefix = backbone.start([backbone.render(prompt).tokens for prompt in PROMPTS], spec.layer)
+    assert found is not None
+    np.testing.assert_allclose(POOLINGS[pooling].prompt(prefix).numpy(), found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [*GUIDED, Guidance("none")], ids=str)
+def test_a_prompt_s_head_is_its_linear_head(models: dict[str, Model], guidance: Guidance) -> None:
+    """Also for a prompt that extraction cuts and decoding does not, and one whose beginning decoding cuts."""
+    backbone = models["llama"].backbone
+    head = make_head(backbone, gate_on="prompt")
+    head = replace(head, spec=replace(head.spec, max_tokens=24))
+    prompts = [*PROMPTS, user("the quick brown fox " * 8), user("tell me a story " * 40)]
+    lengths = [len(backbone.render(prompt).tokens) for prompt in prompts]
+    assert min(lengths) < 24 < lengths[3] < CONTEXT - 8 < lengths[4]
+    features = extract([Pair(p, "a", "b", "g") for p in prompts], backbone, head.spec, prompt_features=True)
+    assert features.prompt is not None
+    settings: dict[str, Any] = {"max_new_tokens": 8, "seed": 4}
+    together = generate(prompts, backbone, head, guidance, prompt_ids="abcde", **settings)
+    for prompt, name, about, found in zip(prompts, "abcde", features.prompt, together, strict=True):
+        own = head.given(about)
+        assert not own.n_neurons
+        assert not np.allclose(own.linear, head.linear)
+        alone = generate([prompt], backbone, own, guidance, prompt_ids=[name], **settings)[0]
+        assert alone.text == found.text
+        assert alone.score == pytest.approx(found.score, rel=1e-4, abs=1e-4)
 
 
 def _compare(model: Model, head: ConvexHead, guidance: Guidance, *, seed: int, temperature: float = 1.0) -> None:

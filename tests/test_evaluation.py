@@ -29,6 +29,7 @@ from coala.evaluation import (
     pairwise_nll,
     perplexity,
     ranking_accuracy,
+    reliability,
     share_estimate,
     tie_share,
     wilson,
@@ -243,6 +244,78 @@ def test_length_bins_partition_the_pairs() -> None:
 
 
 # --- win rates ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def preferences_and_groups(draw: Any) -> tuple[list[float], list[int]]:
+    p = draw(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+    return p, draw(st.lists(st.integers(0, 5), min_size=len(p), max_size=len(p)))
+
+
+@given(preferences_and_groups())
+def test_reliability_bins_partition_the_pairs(drawn: tuple[list[float], list[int]]) -> None:
+    p, group = np.array(drawn[0]), drawn[1]
+    found = reliability(p, group, draws=20)
+    assert sum(row.observed.n for row in found.bins) == len(p)
+    predicted = [row.predicted for row in found.bins]
+    assert predicted == sorted(predicted)
+    assert all(0.5 <= value <= 1 for value in predicted)
+    weights = np.array([row.observed.n for row in found.bins]) / len(p)
+    assert weights @ predicted == pytest.approx(found.confidence)
+    right = np.array([row.observed.value for row in found.bins])
+    # Over all bins: what ranking accuracy counts, and the calibration error.
+    assert weights @ right == pytest.approx(accuracy_of_margins(p - 0.5).value)
+    assert found.error.value == pytest.approx(weights @ np.abs(right - predicted), abs=1e-12)
+    assert 0 <= found.error.low <= found.error.value <= found.error.high <= 1
+
+
+def test_the_order_of_a_pair_is_arbitrary() -> None:
+    p = np.random.default_rng(0).random(200)
+    found, turned = reliability(p, draws=50), reliability(1 - p, draws=50)
+    for a, b in zip(found.bins, turned.bins, strict=True):
+        assert a.predicted == pytest.approx(b.predicted)
+        assert a.observed.value == pytest.approx(1 - b.observed.value)
+
+
+def test_reliability_tells_calibrated_from_overconfident() -> None:
+    draw = np.random.default_rng(0)
+    error, chance, covered = [], [], []
+    for _ in range(40):
+        logit = 1.5 * draw.normal(size=400)
+        p = 1 / (1 + np.exp(-logit))
+        right = draw.random(400) < p
+        honest = reliability(np.where(right, p, 1 - p), draws=100)
+        error.append(honest.error.value)
+        chance.append(honest.error_by_chance)
+        covered += [row.observed.low <= row.predicted <= row.observed.high for row in honest.bins]
+        sure = 1 / (1 + np.exp(-3 * logit))
+        boastful = reliability(np.where(right, sure, 1 - sure), draws=100)
+        assert boastful.error.low > 2 * boastful.error_by_chance
+        assert boastful.confidence > honest.confidence
+    # What chance alone does is foreseen, and the bins' intervals hold the truth about 95 times in 100.
+    assert np.mean(error) == pytest.approx(np.mean(chance), rel=0.1)
+    assert 0.9 < np.mean(covered) < 0.99
+
+
+def test_the_calibration_interval_counts_groups() -> None:
+    draw = np.random.default_rng(2)
+    p = 1 / (1 + np.exp(-2 * np.abs(draw.normal(size=60)) * np.where(draw.random(60) < 0.6, 1, -1)))
+    once = reliability(p, np.arange(60)).error
+    tenfold = reliability(np.repeat(p, 10), np.repeat(np.arange(60), 10)).error
+    assert tenfold.high - tenfold.low > 0.7 * (once.high - once.low)
+    assert "60 groups" in tenfold.method
+    assert reliability(p, np.arange(60)).error == once  # the same numbers for the same seed
+
+
+def test_reliability_edges() -> None:
+    assert reliability([]).bins == ()
+    assert reliability([]).error.n == 0
+    coin = reliability([0.5] * 10)
+    assert [(row.predicted, row.observed.value) for row in coin.bins] == [(0.5, 0.5)]
+    assert coin.error.value == 0
+    assert (reliability([0.9, 0.8], ["a", "a"]).error.low, reliability([0.9, 0.8], ["a", "a"]).error.high) == (0, 1)
+    with pytest.raises(CoalaError, match="is a probability"):
+        reliability([1.2])
 
 
 def game(prompt: str, value: float | None, swapped: float | str | None = "none") -> list[Judgement]:

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+import coala.backbone.network
 import coala.features
-from coala.backbone import POOLINGS, LanguageModel, load_backbone
+from coala.backbone import POOLINGS, BackboneError, LanguageModel, load_backbone
+from coala.backbone.network import Network
 from coala.features import extract, survey
 from coala.store import FeatureStore, StoreError
 from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, user
@@ -90,12 +92,11 @@ def naive(pairs: list[Pair], backbone: LanguageModel, spec: Any) -> np.ndarray[A
 
 
 def same(a: FeatureSet, b: FeatureSet) -> bool:
-    return (
-        a.chosen.tobytes() == b.chosen.tobytes()
-        and a.rejected.tobytes() == b.rejected.tobytes()
-        and a.group.tolist() == b.group.tolist()
-        and a.spec == b.spec
-    )
+    def bits(features: FeatureSet) -> list[bytes | None]:
+        arrays = (features.chosen, features.rejected, features.prompt, features.log_ratio)
+        return [None if array is None else array.tobytes() for array in arrays]
+
+    return bits(a) == bits(b) and a.group.tolist() == b.group.tolist() and a.spec == b.spec
 
 
 @pytest.mark.parametrize(
@@ -127,12 +128,97 @@ def test_other_backbones(tmp_path: Path, name: str) -> None:
     assert survey(pairs, backbone, spec).facts["empty_replies"] == 1
 
 
-def test_order_and_duplicates_change_nothing(backbone: LanguageModel) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"pooling": "last", "layer": 1}, {"pooling": "mean_all", "max_tokens": 20}, {"ends_with_eos": True}]
+)
+def test_prompts_are_pooled_as_rows_by_themselves(backbone: LanguageModel, options: dict[str, Any]) -> None:
+    pairs, spec = some_pairs(8), backbone.spec(**options)
+    features = extract(pairs, backbone, spec, prompt_features=True, batch_tokens=150)
+    plain = extract(pairs, backbone, spec, batch_tokens=150)
+    np.testing.assert_allclose(features.chosen, plain.chosen, rtol=1e-5, atol=1e-5)
+    assert features.prompt is not None
+    for pair, found in zip(pairs, features.prompt, strict=True):
+        tokens = backbone.render(pair.prompt, max_tokens=spec.max_tokens).tokens
+        states = backbone.hidden([tokens], spec.layer)[0].numpy()
+        expected = states[-1] if spec.pooling == "last" else states.mean(0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_prompt_is_encoded_once(backbone: LanguageModel) -> None:
+    pairs, spec = some_pairs(8), backbone.spec()
+    plain, plan = survey(pairs, backbone, spec), survey(pairs, backbone, spec, prompt_features=True)
+    assert plan.facts["prompts"] == len({pair.prompt for pair in pairs}) == 4
+    assert plan.facts["rows"] == plain.facts["rows"] + 4
+    assert {**plan.facts, **{n: plain.facts[n] for n in ("rows", "tokens")}} == {**plain.facts, "prompts": 4}
+    assert sorted(plan.reply_lengths) == sorted(plain.reply_lengths)
+    seen: list[tuple[int, int, int]] = []
+    extract(
+        pairs, backbone, spec, prompt_features=True, batch_tokens=1, plan=plan, on_batch=lambda *now: seen.append(now)
+    )
+    assert seen[-1] == (8, 8, plan.facts["tokens"])
+
+
+@pytest.mark.parametrize("options", [{}, {"layer": 1, "max_tokens": 20}, {"ends_with_eos": True}])
+def test_log_ratios_are_those_of_transformers(folder: Path, backbone: LanguageModel, options: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    pairs, spec = [*some_pairs(6), Pair(user("dog"), "fox", "", "g")], backbone.spec(**options)
+
+    def log_prob(pair: Pair, reply: str) -> float:
+        row = backbone.render(pair.prompt, reply, max_tokens=spec.max_tokens, ends_with_eos=spec.ends_with_eos)
+        with torch.no_grad():
+            logs = plain(input_ids=torch.tensor([row.tokens])).logits[0].double().log_softmax(-1)
+        return sum(float(logs[t - 1, row.tokens[t]]) for t in range(row.start, row.stop))
+
+    features = extract(pairs, backbone, spec, log_ratios=True, prompt_features=True, batch_tokens=150)
+    expected = [log_prob(pair, pair.chosen) - log_prob(pair, pair.rejected) for pair in pairs]
+    np.testing.assert_allclose(features.log_ratio, expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(features.chosen, naive(pairs, backbone, spec)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_computed_in_chunks(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, spec = some_pairs(6), backbone.spec()
+    whole = extract(pairs, backbone, spec, log_ratios=True)
+    asked: list[int] = []
+    log_probs = Network.log_probs
+
+    def counted(self: Network, final: torch.Tensor) -> torch.Tensor:
+        asked.append(len(final))
+        return log_probs(self, final)
+
+    monkeypatch.setattr(coala.backbone.network, "LOGITS", 5 * backbone.shape.vocabulary)
+    monkeypatch.setattr(Network, "log_probs", counted)
+    chunked = extract(pairs, backbone, spec, log_ratios=True)
+    np.testing.assert_allclose(chunked.log_ratio, whole.log_ratio, rtol=1e-5, atol=1e-5)
+    assert max(asked) == 5
+    assert sum(asked) == survey(pairs, backbone, spec).reply_lengths.sum()
+
+
+def test_log_ratios_need_a_language_model_head(tmp_path: Path, folder: Path) -> None:
+    for model in (load_backbone(tiny_backbone("bert", tmp_path)), load_backbone(folder, generation=False)):
+        with pytest.raises(BackboneError, match="Log ratios need a language-model head"):
+            extract(some_pairs(2), model, model.spec(max_tokens=40), log_ratios=True)
+
+
+def test_prompts_of_an_encoder_leave_its_closing_token_out(tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_backbone("bert", tmp_path))
+    spec = backbone.spec(pooling="last", max_tokens=40)
+    features = extract([Pair(user("hello there"), "fine", "no", "g")], backbone, spec, prompt_features=True)
+    row = backbone.render(user("hello there"), max_tokens=40)
+    assert features.prompt is not None
+    expected = backbone.hidden([row.tokens], spec.layer)[0, row.stop - 1].numpy()
+    assert row.stop == len(row.tokens) - 1
+    np.testing.assert_allclose(features.prompt[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt_features": True, "log_ratios": True}], ids=["plain", "all"])
+def test_order_and_duplicates_change_nothing(backbone: LanguageModel, more: dict[str, bool]) -> None:
     pairs, spec = some_pairs(10), backbone.spec()
-    features = extract(pairs, backbone, spec)
+    features = extract(pairs, backbone, spec, **more)
     order = np.random.default_rng(0).permutation(10)
-    assert same(extract([pairs[i] for i in order], backbone, spec), features.take(order))
-    twice = extract([*pairs, *pairs], backbone, spec)
+    assert same(extract([pairs[i] for i in order], backbone, spec, **more), features.take(order))
+    twice = extract([*pairs, *pairs], backbone, spec, **more)
     assert same(twice.take(np.arange(10)), features)
     assert same(twice.take(np.arange(10, 20)), features)
 
@@ -176,9 +262,11 @@ def test_batches_and_shards_partition_the_rows(backbone: LanguageModel, small_sh
             assert len(batch) == 1 or len(batch) * max(len(plan.tokens[row]) for row in batch) <= batch_tokens
 
 
-def test_no_pairs_no_features(backbone: LanguageModel, tmp_path: Path) -> None:
-    features = extract([], backbone, backbone.spec(), store=FeatureStore(tmp_path / "none"))
+@pytest.mark.parametrize("more", [{}, {"prompt_features": True, "log_ratios": True}], ids=["plain", "all"])
+def test_no_pairs_no_features(backbone: LanguageModel, tmp_path: Path, more: dict[str, bool]) -> None:
+    features = extract([], backbone, backbone.spec(), store=FeatureStore(tmp_path / "none"), **more)
     assert features.chosen.shape == (0, backbone.width)
+    assert (features.prompt is not None) == (features.log_ratio is not None) == bool(more)
 
 
 # --- shards ------------------------------------------------------------------------------------------------------
@@ -188,20 +276,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_resumed_extraction_is_the_unbroken_one(backbone: LanguageModel, small_shards: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"prompt_features": True, "log_ratios": True}], ids=["plain", "all"])
+def test_a_resumed_extraction_is_the_unbroken_one(
+    backbone: LanguageModel, small_shards: None, tmp_path: Path, more: dict[str, bool]
+) -> None:
     pairs, spec = some_pairs(24), backbone.spec()
     store = FeatureStore(tmp_path / "features")
-    unbroken = extract(pairs, backbone, spec, batch_tokens=200, store=store)
+    unbroken = extract(pairs, backbone, spec, batch_tokens=200, store=store, **more)
     before = contents(store.folder)
-    assert json.loads(before["facts.json"]) == survey(pairs, backbone, spec).facts
+    asked = survey(pairs, backbone, spec, prompt_features=bool(more))
+    assert json.loads(before["facts.json"]) == asked.facts
     shards = sorted(name for name in before if name.startswith("shard"))
     assert len(shards) >= 4
     (store.folder / shards[1]).unlink()
     (store.folder / shards[2]).write_bytes(b"half")
     kept = (store.folder / shards[0]).stat()
-    resumed = extract(pairs, backbone, spec, batch_tokens=200, store=store)
+    resumed = extract(pairs, backbone, spec, batch_tokens=200, store=store, **more)
     assert same(resumed, unbroken)
-    assert same(unbroken, extract(pairs, backbone, spec, batch_tokens=200))
+    assert same(unbroken, extract(pairs, backbone, spec, batch_tokens=200, **more))
     assert contents(store.folder) == before
     assert (store.folder / shards[0]).stat().st_mtime_ns == kept.st_mtime_ns
 
@@ -216,6 +308,10 @@ def test_a_store_keeps_to_one_extraction(backbone: LanguageModel, tmp_path: Path
         extract(some_pairs(4, seed=1), backbone, spec, store=store)
     with pytest.raises(StoreError, match="spec"):
         extract(pairs, backbone, backbone.spec(pooling="last"), store=store)
+    with pytest.raises(StoreError, match="log_ratios: None there, True now"):
+        extract(pairs, backbone, spec, store=store, log_ratios=True)
+    with pytest.raises(StoreError, match="rows"):
+        extract(pairs, backbone, spec, store=store, prompt_features=True)
 
 
 SCRIPT = """

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,39 @@ from coala.evaluation import (
     mean_estimate,
     pairwise_nll,
     perplexity,
+    reliability,
     share_estimate,
 )
 from coala.report import build_report, verdicts, write_report
 from coala.report.content import flops, number, seconds, size
 from coala.store import Run, load_json
-from coala.values import CoalaError, Estimate
+from coala.values import Certificate, CoalaError, Estimate
 
 HOSTILE = (
     '<script>alert("x")</script><img src=x onerror=alert(1)> & \' " {{ 7 * 7 }} {% raw %} $\\frac{a}{b}$ \u202e\u0000'
+)
+
+
+CERTIFICATE = Certificate(
+    program="pairwise logistic loss, linear block and 5 learnt gates on the reply",
+    statement="With the 5 gates of this head, no other weights lower the training objective by more than 8.2e-05 of "
+    "it: proved by duality. Over all possible gates optimality is only estimated.",
+    objective=0.582134,
+    lower_bound=0.582086,
+    violation=0.0,
+    n_patterns=5,
+    status="converged",
+    tolerance=1e-4,
+    precision="float32 iterations, float64 certificate",
+    seed=0,
+    versions={"jax": "0.10", "numpy": "2.3"},
+    facts={
+        "method": "learnt",
+        "gates_estimate": {"largest_violation": 1.014, "starts": 256, "proved": False},
+        "cv": {"folds": 5, "signal_found": True},
+        "calibration": {"temperature": 1.1, "reliability": [{"predicted": 0.6, "observed": 0.62}]},
+        "separable": False,
+    },
 )
 
 
@@ -45,6 +70,7 @@ def example(seed: int = 0) -> dict[str, Any]:
     chosen, rejected = level + rng.normal(0.9, 1, n), level + rng.normal(0, 1, n)
     linear = chosen - rejected + rng.normal(0, 0.3, n)
     lengths = rng.integers(-150, 150, n)
+    reliable = reliability(1 / (1 + np.exp(rejected - chosen)), group)
     steps = np.arange(0, 41)
     path = [
         *(
@@ -54,7 +80,9 @@ def example(seed: int = 0) -> dict[str, Any]:
         *(
             {
                 "tau": 0.1,
+                "gate_on": "reply",
                 "beta_rel": beta,
+                "relaxation": 0.5,
                 "cv_nll": nll,
                 "cv_se": 0.011,
                 "cv_accuracy": 0.7,
@@ -86,7 +114,9 @@ def example(seed: int = 0) -> dict[str, Any]:
             "nll_eval": pairwise_nll(chosen - rejected, group),
             "auc_eval": auc(chosen, rejected, group),
             "margin_eval": mean_estimate(chosen - rejected, group),
-            "certified_gap": 8.3e-5,
+            "calibration_error": reliable.error,
+            "program": CERTIFICATE.program,
+            "certified_gap": CERTIFICATE.relative_gap,
             "statement": "The fit solves its convex program to the tolerance.",
             "seconds": 171.0,
             "gflops": 1830.0,
@@ -96,20 +126,10 @@ def example(seed: int = 0) -> dict[str, Any]:
             {"severity": "note", "text": "The chosen reply is the longer one in 54 % of the pairs."},
         ],
         "head": {
-            "certificate": {
-                "method": "pairwise",
-                "objective": 0.582134,
-                "lower_bound": 0.582086,
-                "gap": 4.8e-5,
-                "relative_gap": 8.3e-5,
-                "tolerance": 1e-4,
-                "statement": "With the 5 gates of this head, no other weights lower the training objective by more "
-                "than 8.3e-05 of it: proved by duality. Over all possible gates optimality is only estimated.",
-                "gates_estimate": {"largest_violation": 1.014, "starts": 256, "proved": False},
-                "cv": {"folds": 5, "signal_found": True},
-                "separable": False,
-            },
+            "certificate": {**asdict(CERTIFICATE), "relative_gap": CERTIFICATE.relative_gap},
             "n_neurons": 5,
+            "gate_on": "reply",
+            "temperature": 1.1,
             "spec": {"backbone": "film-lm", "layer": 6, "pooling": "mean"},
         },
         "curves": {
@@ -124,6 +144,7 @@ def example(seed: int = 0) -> dict[str, Any]:
         },
         "path": path,
         "scores": {"chosen": chosen, "rejected": rejected},
+        "reliability": reliable,
         "by_length": by_length_difference(chosen - rejected, lengths, group),
         "costs": [
             {"stage": "pairs", "seconds": 0.4, "peak_bytes": {"host": 2.1e8}},
@@ -230,7 +251,7 @@ def test_page_is_well_formed_and_accessible(page: str) -> None:
     for target in re.findall(r"url\(#([^)]+)\)", page):
         assert target in ids
     pictures = [a for _, a in seen.tags if a.get("role") == "img"]
-    assert len(pictures) == sum(tag == "svg" for tag, _ in seen.tags) == 7
+    assert len(pictures) == sum(tag == "svg" for tag, _ in seen.tags) == 9
     assert all(len(a["aria-label"] or "") > 30 for a in pictures)
     tables = sum(tag == "table" for tag, _ in seen.tags)
     assert tables == sum(tag == "caption" for tag, _ in seen.tags) >= 7
@@ -250,10 +271,17 @@ def test_page_says_what_was_found(page: str) -> None:
         content["command"],
         content["created"],
         "1,200 training pairs",
-        "0.0083 %",
+        "0.0082 %",
         "film_pairs.jsonl:17",
         "no other weights lower the training objective",
         "The objective is 0.582134; nothing below 0.582086 can be reached.",
+        "at least 0.582086 (dual), at most 0.582134 (primal)",
+        "linear block and 5 learnt gates on the reply",
+        "no constraint is violated",
+        "float32 iterations, float64 certificate",
+        "jax 0.10, numpy 2.3",
+        "1 rows, in report.json",
+        "By chance alone: ",
         "from 256 starts found none that pulls at the objective with more than 1.014",
         "guidance.strength",
         "2 min 51 s",
@@ -302,9 +330,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     content["win_rates"][0] |= {"judge": HOSTILE, "comment": HOSTILE}
     content["costs"][0]["stage"] = HOSTILE
     content["head"]["certificate"] |= {
-        "statement": HOSTILE,
-        "gates_estimate": {"largest_violation": HOSTILE, "starts": HOSTILE},
-        HOSTILE: HOSTILE,
+        **dict.fromkeys(("program", "status", "statement", "precision", HOSTILE), HOSTILE),
+        "versions": {HOSTILE: HOSTILE},
+        "facts": {"gates_estimate": {"largest_violation": HOSTILE, "starts": HOSTILE}, HOSTILE: [{HOSTILE: HOSTILE}]},
     }
     content["head"]["spec"] = {HOSTILE: HOSTILE}
     content["summary"]["statement"] = HOSTILE
@@ -319,7 +347,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert seen.words.count("{{ 7 * 7 }}") >= 15  # never evaluated
 
 
-FIGURES = ("curves", "path", "scores", "by_length")
+FIGURES = ("curves", "path", "scores", "by_length", "head", "reliability")
 
 
 @pytest.mark.parametrize("part", sorted(set(example()) - set(FIGURES)))
@@ -363,6 +391,7 @@ def test_empty_and_null_values_are_borne() -> None:
         },
         "data_findings": [],
         "head": {"certificate": {}, "n_neurons": 0},
+        "reliability": {"bins": [{"predicted": None, "observed": None}], "confidence": math.nan, "error": None},
         "curves": {"margin": [], "solver": [{"step": 0, "gap": math.inf, "objective": None}]},
         "path": [{"tau": None, "beta_rel": 0.1, "cv_nll": math.nan}],
         "scores": {"chosen": [math.nan], "rejected": []},
@@ -411,7 +440,8 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8), "linear_accuracy_eval": estimate(0.7, 0.6, 0.8)}},
             "not better than a linear one",
         ),
-        ({"head": {"n_neurons": 0, "certificate": {"relative_gap": 1e-5}}}, "The head is linear"),
+        ({"head": {"n_neurons": 0, "certificate": {"relative_gap": 1e-5}}}, "linear: validation kept no neuron"),
+        ({"head": {"n_neurons": 0, "certificate": {"facts": {"method": "linear"}}}}, "linear, as was asked for"),
         (
             {"head": {"n_neurons": 3, "certificate": {"relative_gap": 1e-5, "tolerance": 1e-4}}},
             "proved optimal to within 0.001 %",
@@ -428,10 +458,32 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
             {"perplexity": {"unguided": estimate(10, 9, 11), "guided": estimate(11, 10, 12)}},
             "(+10 %); the two intervals",
         ),
+        (
+            {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.92}},
+            "gives the reply that it prefers 92.0 % on average and is right in 70.0 %: its probabilities are too sure",
+        ),
+        (
+            {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.55}},
+            "too timid",
+        ),
+        (
+            {
+                "summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)},
+                "reliability": {"confidence": 0.7, "error": estimate(0.2, 0.1, 0.3), "error_by_chance": 0.02},
+            },
+            "off by 20.0 points",
+        ),
+        (
+            {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.75}},
+            "probabilities hold on held-out pairs",
+        ),
         ({"data_findings": [{"severity": "error", "text": "x"}]}, "1 error: mend the data"),
         ({"by_length": [{"low": -90, "high": -10, "accuracy": estimate(0.3, 0.2, 0.4)}]}, "the shorter one"),
-        ({"head": {"n_neurons": 0, "certificate": {"cv": {"signal_found": False}}}}, "found no signal: on held-out"),
-        ({"head": {"n_neurons": 3, "certificate": {"separable": True}}}, "keeps its scores finite"),
+        (
+            {"head": {"n_neurons": 0, "certificate": {"facts": {"cv": {"signal_found": False}}}}},
+            "found no signal: on held-out",
+        ),
+        ({"head": {"n_neurons": 3, "certificate": {"facts": {"separable": True}}}}, "keeps its scores finite"),
         ({"path": [{"beta_rel": b, "cv_nll": 0.7 - b / 10, "n_neurons": 0} for b in (0.1, 0.6)]}, "no signal"),
         ({"path": [{"beta_rel": b, "cv_nll": 0.6 + b / 10, "n_neurons": 4} for b in (0.1, 0.6)]}, "longer path"),
     ],
@@ -475,7 +527,7 @@ def test_importing_the_report_is_light() -> None:
 
 def test_a_search_that_found_better_gates_is_told() -> None:
     content = example()["head"]
-    content["certificate"]["gates_estimate"]["largest_violation"] = 2.7
+    content["certificate"]["facts"]["gates_estimate"]["largest_violation"] = 2.7
     assert "Over all possible gates this head is not optimal" in Page(build_report({"head": content})).words
 
 
@@ -488,3 +540,39 @@ def test_a_grid_of_ridges_is_drawn_as_one_line() -> None:
     page = build_report({"path": grid})
     assert "gated head at its best ridge" in page
     assert "is 0.601 at relative sparsity 0.1" in page
+
+
+def test_kinds_of_gates_are_drawn_apart_and_relaxations_are_not() -> None:
+    path = [
+        {"tau": 0.1, "gate_on": kind, "beta_rel": beta, "relaxation": relaxation, "cv_nll": 0.5 + beta * relaxation}
+        for kind in ("reply", "prompt")
+        for beta in (0.02, 0.1, 0.5)
+        for relaxation in (1.0, 0.5)
+    ]
+    page = build_report({"path": path})
+    for label in ("gates on the reply", "gates on the prompt"):
+        assert page.count(f">{label}</text>") == 1
+    assert ">gated head</text>" not in page
+    # Two lines and their error bars, of three points each: the better relaxation of each sparsity.
+    assert "cross-validated NLL of gated heads is 0.51 at relative sparsity 0.02" in page
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.0, 0.5, 0.5, 1.0], "That of held-out pairs never falls."),
+        ([0.0, 0.5, 0.5 - 1e-6, 1.0], "That of held-out pairs never falls."),
+        ([0.0, 0.8, 0.5, 0.45], "not monotone: it falls at 2 of 3 steps, by 0.3 at most."),
+    ],
+)
+def test_a_margin_that_falls_is_said_to(values: list[float], said: str) -> None:
+    rows = [{"step": i, "eval": value} for i, value in enumerate(values)]
+    assert said in build_report({"curves": {"margin": rows}})
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.4999999999, 0.3])
+def test_the_gap_is_drawn_whatever_its_size(bound: float) -> None:
+    certificate = {"objective": 0.5, "lower_bound": bound, "tolerance": 1e-4}
+    page = build_report({"head": {"certificate": certificate}})
+    assert page.count("<svg") == 1
+    assert f"lower bound {bound:.8g}" in page

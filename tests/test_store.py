@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,23 @@ from coala.store import (
     save_pairs,
     write_atomic,
 )
-from coala.values import ConvexHead, FeatureSet, FeatureSpec, Generation, Judgement, Pair, Turn
+from coala.values import Certificate, ConvexHead, FeatureSet, FeatureSpec, Generation, Judgement, Pair, Turn
 
 SPEC = FeatureSpec("model", "", "weights", "chat:0", 3, "mean", False, 64)
+CERTIFICATE = Certificate(
+    program="pairwise",
+    statement="No other weights are better.",
+    objective=0.5,
+    lower_bound=0.4999,
+    violation=0.0,
+    n_patterns=2,
+    status="converged",
+    tolerance=1e-4,
+    precision="float32",
+    seed=3,
+    versions={"numpy": "2"},
+    facts={"method": "learnt", "cv": {"folds": 4, "linear": None}},
+)
 # Lone surrogates are refused by the readers, so they never reach the store.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 PAIRS = st.builds(
@@ -53,20 +69,83 @@ def test_pairs_round_trip(pairs: list[Pair], tmp_path_factory: pytest.TempPathFa
     assert load_pairs(path) == pairs
 
 
-def test_head_and_features_round_trip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gate_on", ["reply", "prompt"])
+def test_heads_round_trip(gate_on: Any, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
-    head = ConvexHead(draw.normal(size=(2, 5)), draw.normal(size=(2, 5)), draw.normal(size=5), SPEC, {"gap": 1e-9})
+    arrays = [draw.normal(size=shape) for shape in ((2, 5), (2, 5), 5)]
+    head = ConvexHead(*arrays, SPEC, gate_on=gate_on, temperature=0.7, certificate=CERTIFICATE)
     save_head(tmp_path / "head", head)
     loaded = load_head(tmp_path / "head")
-    assert loaded.spec == head.spec
-    assert loaded.certificate == head.certificate
+    assert (loaded.spec, loaded.gate_on, loaded.temperature) == (SPEC, gate_on, 0.7)
+    assert loaded.certificate == CERTIFICATE
     for name in ("gates", "weights", "linear"):
         assert getattr(loaded, name).tobytes() == getattr(head, name).tobytes()
-    features = FeatureSet(draw.normal(size=(3, 4)), draw.normal(size=(3, 4)), np.array(["a", "b", "ü"]), SPEC)
-    save_features(tmp_path / "features", features)
-    again = load_features(tmp_path / "features")
-    assert again.chosen.tobytes() == features.chosen.tobytes()
-    assert list(again.group) == ["a", "b", "ü"]
+    save_head(tmp_path / "bare", replace(head, certificate=None))
+    assert load_head(tmp_path / "bare").certificate is None
+
+
+def test_heads_of_before_still_load(tmp_path: Path) -> None:
+    save_head(tmp_path, ConvexHead(np.ones((2, 3)), np.ones((2, 3)), np.ones(3), SPEC))
+    about = json.loads((tmp_path / "head.json").read_text())
+    kept = {name: about[name] for name in ("spec", "sha256")}
+    known = {"objective": 0.5, "lower_bound": 0.4, "status": "converged", "tolerance": 1e-4, "seed": 0}
+    old = {**known, "method": "two-phase", "n_neurons": 2, "statement": "S", "gap": 0.1, "cv": {"folds": 4}}
+    (tmp_path / "head.json").write_text(json.dumps({**kept, "certificate": old}))
+    loaded = load_head(tmp_path)
+    assert (loaded.gate_on, loaded.temperature) == ("reply", 1.0)
+    found = loaded.certificate
+    assert found is not None
+    assert (found.program, found.n_patterns, found.gap, found.precision) == ("two-phase", 2, 0.5 - 0.4, "unknown")
+    assert found.facts == {"method": "two-phase", "n_neurons": 2, "gap": 0.1, "cv": {"folds": 4}}
+    (tmp_path / "head.json").write_text(json.dumps({**kept, "certificate": {}}))
+    assert load_head(tmp_path).certificate is None
+    (tmp_path / "head.json").write_text(json.dumps({**kept, "certificate": {"method": "two-phase"}}))
+    with pytest.raises(StoreError, match=r"certificate of the head is not whole.*objective"):
+        load_head(tmp_path)
+
+
+def some_features(n: int, *, whole: bool) -> FeatureSet:
+    draw = np.random.default_rng(0)
+    extra = {"prompt": draw.normal(size=(n, 4)), "log_ratio": draw.normal(size=n)} if whole else {}
+    group = np.array([f"ü{i}" for i in range(n)])
+    return FeatureSet(draw.normal(size=(n, 4)), draw.normal(size=(n, 4)), group, SPEC, **extra)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_features_round_trip(n: int, whole: bool, mmap: bool, tmp_path: Path) -> None:
+    features = some_features(n, whole=whole)
+    save_features(tmp_path, features)
+    again = load_features(tmp_path, mmap=mmap)
+    assert again.spec == SPEC
+    assert again.group.tolist() == features.group.tolist()
+    for name in ("chosen", "rejected", "prompt", "log_ratio"):
+        mine, theirs = getattr(again, name), getattr(features, name)
+        assert (mine is None) == (theirs is None) == (not whole and name in ("prompt", "log_ratio"))
+        if mine is not None:
+            assert mine.dtype == theirs.dtype
+            assert mine.tobytes() == theirs.tobytes()
+            assert lies_on_disk(mine) == (mmap and n > 0)
+
+
+def lies_on_disk(array: Any) -> bool:
+    while array is not None and not isinstance(array, np.memmap):
+        array = getattr(array, "base", None)
+    return array is not None
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_damaged_features_are_refused(mmap: bool, tmp_path: Path) -> None:
+    save_features(tmp_path, some_features(3, whole=True))
+    path = tmp_path / "features.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(StoreError, match=r"not the file features\.json describes"):
+        load_features(tmp_path, mmap=mmap)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"features\.safetensors is missing"):
+        load_features(tmp_path, mmap=mmap)
 
 
 def test_generations_and_judgements_round_trip(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coala.features import extract
     from coala.store import Run, load_features, load_head, load_pairs, save_features, save_head, save_pairs
     from coala.values import (
+        Certificate,
         CoalaError,
         ConvexHead,
         Estimate,
@@ -37,13 +38,24 @@ _HOMES = {
     "coala.features": ("extract",),
     "coala.store": ("Run", "load_features", "load_head", "load_pairs", "save_features", "save_head", "save_pairs"),
     "coala.values": (
-        *("CoalaError", "ConvexHead", "Estimate", "FeatureSet", "FeatureSpec", "Generation", "Judgement", "Pair"),
+        *(
+            "Certificate",
+            "CoalaError",
+            "ConvexHead",
+            "Estimate",
+            "FeatureSet",
+            "FeatureSpec",
+            "Generation",
+            "Judgement",
+            "Pair",
+        ),
         "Turn",
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Certificate",
     "CoalaError",
     "ConvexHead",
     "Estimate",

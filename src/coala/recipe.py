@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coala.values import CoalaError
 
@@ -36,14 +36,26 @@ class ModelSettings(_Strict):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    prompt_features: bool | None = Field(
+        None, description="encode prompts too, for gates on them; on where head.gate_on asks for it"
+    )
+    log_ratios: bool | None = Field(
+        None, description="log-probability differences of the replies; on where head.reference_scale needs them"
+    )
 
 
 class HeadSettings(_Strict):
-    """How the head is fitted."""
+    """How the head is fitted; see ``coala.convex.fit``."""
 
-    method: Literal["pairwise", "two-phase"] = "pairwise"
+    method: Literal["learnt", "direct", "two-phase", "linear"] = "learnt"
+    gate_on: Literal["auto", "reply", "prompt"] | None = Field(
+        None, description="what gates look at; auto lets the two compete; without a word auto over what there is"
+    )
+    reference_scale: float | None = Field(None, description="CVX-DPO: margin, this times the reference's log ratio")
     loss: Literal["pairwise", "pointwise"] = Field("pairwise", description="Phase II loss of the two-phase method")
-    n_patterns: int = Field(32, ge=1, description="random gates of Phase I")
+    phase_one: Literal["gated", "cronos", "network"] = Field("gated", description="what solves Phase I")
+    paper: bool = Field(False, description="the two-phase method with its published settings, nothing searched")
+    n_patterns: int | None = Field(None, ge=1, description="gates at most (learnt) or sampled; the method's own if not")
     tolerance: float = Field(1e-4, gt=0, lt=1, description="certified relative gap")
 
 
@@ -84,6 +96,31 @@ class Recipe(_Strict):
     head: HeadSettings = HeadSettings()
     guidance: GuidanceSettings = GuidanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Recipe:
+        head, model = self.head, self.model
+        if head.paper and head.method != "two-phase":
+            raise ValueError(f"head.paper is a setting of head.method two-phase; found {head.method}")
+        if head.gate_on == "prompt" and head.method in ("two-phase", "linear"):
+            raise ValueError(f"head.gate_on prompt needs head.method learnt or direct; found {head.method}")
+        if head.gate_on == "prompt" and model.prompt_features is False:
+            raise ValueError("head.gate_on prompt needs model.prompt_features, which is false")
+        if head.reference_scale is not None and model.log_ratios is False:
+            raise ValueError("head.reference_scale needs model.log_ratios, which is false")
+        return self
+
+    @property
+    def prompt_features(self) -> bool:
+        """Whether prompts are encoded too: as the model's settings say, else where gates are asked to look at them."""
+        asked = self.model.prompt_features
+        return self.head.gate_on in ("auto", "prompt") if asked is None else asked
+
+    @property
+    def log_ratios(self) -> bool:
+        """Whether log ratios are computed: as the model's settings say, else where the head's loss needs them."""
+        asked = self.model.log_ratios
+        return self.head.reference_scale is not None if asked is None else asked
 
     def located(self) -> Recipe:
         """The same recipe with local paths made absolute, so that it means the same from any folder."""
@@ -126,7 +163,7 @@ def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
         for problem in error.errors():
             where = ".".join(str(part) for part in problem["loc"])
             found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
-            lines.append(f"{where}: {problem['msg']}{found}")
+            lines.append(f"{where}: {problem['msg']}{found}" if where else problem["msg"])
         source = f"{path}: " if path else ""
         raise RecipeError(f"{source}the settings do not fit: {'; '.join(lines)}.") from None
 

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from coala.values import (
+    Certificate,
     CoalaError,
     ConvexHead,
     FeatureSet,
@@ -199,18 +200,25 @@ def load_pairs(path: Path) -> list[Pair]:
 
 
 def save_head(folder: Path, head: ConvexHead) -> None:
-    """``head.safetensors`` (gates, weights, linear) and ``head.json`` (spec, certificate, digest of the arrays)."""
+    """``head.safetensors`` (gates, weights, linear) and ``head.json`` (all else, and the digest of the arrays)."""
     arrays = {"gates": head.gates, "weights": head.weights, "linear": head.linear}
     data = save_tensors(arrays)
     write_atomic(Path(folder) / "head.safetensors", data)
-    save_json(
-        Path(folder) / "head.json",
-        {"spec": head.spec, "certificate": head.certificate, "sha256": hashlib.sha256(data).hexdigest()},
-    )
+    about = {
+        "spec": head.spec,
+        "gate_on": head.gate_on,
+        "temperature": head.temperature,
+        "certificate": head.certificate,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    save_json(Path(folder) / "head.json", about)
 
 
 def load_head(folder: Path) -> ConvexHead:
-    """Read a head; a folder whose two files do not belong together is refused."""
+    """Read a head; a folder whose two files do not belong together is refused.
+
+    Heads written before gates could act on prompts have gates on the reply and temperature 1.
+    """
     folder = Path(folder)
     about = load_json(folder / "head.json")
     try:
@@ -219,7 +227,13 @@ def load_head(folder: Path) -> ConvexHead:
         raise StoreError(f"{folder}: head.json is there but head.safetensors is missing. Fit the head again.") from None
     if hashlib.sha256(data).hexdigest() != about.get("sha256"):
         raise StoreError(f"{folder}: head.safetensors is not the file head.json describes. Fit the head again.")
-    return ConvexHead(**load_tensors(data), spec=_spec(about["spec"]), certificate=about["certificate"])
+    return ConvexHead(
+        **load_tensors(data),
+        spec=_spec(about["spec"]),
+        gate_on=about.get("gate_on", "reply"),
+        temperature=about.get("temperature", 1.0),
+        certificate=_certificate(about["certificate"]),
+    )
 
 
 def _spec(row: Mapping[str, Any]) -> FeatureSpec:
@@ -227,6 +241,20 @@ def _spec(row: Mapping[str, Any]) -> FeatureSpec:
     if set(row) != names:
         raise StoreError(f"A feature spec has the fields {sorted(names)}; found {sorted(row)}. Extract features again.")
     return FeatureSpec(**row)
+
+
+def _certificate(row: Mapping[str, Any] | None) -> Certificate | None:
+    if not row:
+        return None
+    names = {f.name for f in fields(Certificate)}
+    facts = {**row.get("facts", {}), **{name: value for name, value in row.items() if name not in names}}
+    # Certificates were plain mappings once: what those did not record stays unknown, what has no field is a fact.
+    unknown = {"program": facts.get("method"), "n_patterns": facts.get("n_neurons"), "precision": "unknown"}
+    known = {name: row[name] for name in names & set(row)}
+    try:
+        return Certificate(**{**unknown, "violation": 0.0, "versions": {}, **known, "facts": facts})
+    except TypeError as error:
+        raise StoreError(f"The certificate of the head is not whole ({error}). Fit the head again.") from None
 
 
 def save_generations(path: Path, generations: Iterable[Generation]) -> None:
@@ -300,8 +328,9 @@ class FeatureStore:
 
 
 def save_features(folder: Path, features: FeatureSet) -> None:
-    """One shard and a manifest; what :func:`load_features` reads."""
-    data = save_tensors({"chosen": features.chosen, "rejected": features.rejected})
+    """``features.safetensors`` (the arrays there are) and ``features.json``: what :func:`load_features` reads."""
+    arrays = {name: getattr(features, name) for name in ("chosen", "rejected", "prompt", "log_ratio")}
+    data = save_tensors({name: array for name, array in arrays.items() if array is not None})
     write_atomic(Path(folder) / "features.safetensors", data)
     save_json(
         Path(folder) / "features.json",
@@ -309,16 +338,56 @@ def save_features(folder: Path, features: FeatureSet) -> None:
     )
 
 
-def load_features(folder: Path) -> FeatureSet:
+def load_features(folder: Path, *, mmap: bool = False) -> FeatureSet:
+    """Read features; with ``mmap`` their arrays stay on disk, read-only, and are paged in as they are used."""
     folder = Path(folder)
     about = load_json(folder / "features.json")
-    data = (folder / "features.safetensors").read_bytes()
-    if hashlib.sha256(data).hexdigest() != about["sha256"]:
+    path = folder / "features.safetensors"
+    if not path.exists():
+        raise StoreError(f"{folder}: features.json is there but features.safetensors is missing. Extract again.")
+    # The digest is of a stream, so that checking the file takes no memory either.
+    if file_digest(path) != about["sha256"]:
         raise StoreError(f"{folder}: features.safetensors is not the file features.json describes. Extract again.")
-    return FeatureSet(**load_tensors(data), group=np.asarray(about["group"], dtype=str), spec=_spec(about["spec"]))
+    arrays = _mapped(path) if mmap else load_tensors(path.read_bytes())
+    return FeatureSet(**arrays, group=np.asarray(about["group"], dtype=str), spec=_spec(about["spec"]))
+
+
+def _mapped(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file where they lie in it: a JSON header behind its length, then the bytes."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    kinds = {"F32": "<f4", "F64": "<f8"}
+    return {
+        name: np.memmap(path, kinds[about["dtype"]], "r", 8 + size + about["data_offsets"][0], tuple(about["shape"]))
+        if all(about["shape"])
+        else np.empty(about["shape"], kinds[about["dtype"]])  # of nothing there is no map
+        for name, about in header.items()
+    }
 
 
 # --- the run folder ----------------------------------------------------------------------------------------------
+
+
+def scratch(folder: Path) -> Callable[[tuple[int, ...], type[Any]], NDArray[Any]]:
+    """A function that gives writable arrays mapped from files in ``folder``; they vanish when no longer used.
+
+    The system writes their pages out when memory is short. The files have no name, so that a kill leaves nothing.
+    """
+
+    def allocate(shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  the map keeps the file
+            # Taken now, a full disk is an error here; found later, it would be a bus error in the middle of a solve.
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+        except OSError as error:
+            raise _write_error(folder / f"scratch file of {size / 2**30:.1f} GiB", error) from error
+        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+
+    return allocate
 
 
 class Run:

@@ -223,11 +223,10 @@ class ConvexHead:
             return self
         is_open = self._gate_values(prompt) >= 0
         none = self.gates[:0]
-        return replace(self, linear=self.linear + is_open @ self.weights, gates=none, weights=none, gate_on="reply")
+        linear = cast(Float32, self.linear + is_open @ self.weights)
+        return replace(self, linear=linear, gates=none, weights=none, gate_on="reply")
 
-    def score(
-        self, h: NDArray[np.floating[Any]], prompt: NDArray[np.floating[Any]] | None = None
-    ) -> Float32:
+    def score(self, h: NDArray[np.floating[Any]], prompt: NDArray[np.floating[Any]] | None = None) -> Float32:
         """Scores (...,) of feature vectors h (..., d), higher is preferred; ``prompt`` (..., d) if gates act on it."""
         if h.shape[-1] != self.width:
             raise SpecMismatch(f"The head scores vectors of length {self.width}; these have {h.shape[-1]}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +47,10 @@ def make_report(run: Run) -> dict[str, Any]:
     train, held_out = load_features(run.path / "features/train"), load_features(run.path / "features/eval")
     head, fitted = load_head(run.path / "head"), load_json(run.path / "head/fit.json")
     pairs = load_pairs(run.path / "pairs-eval.jsonl")
-    margins = head.score(held_out.chosen) - head.score(held_out.rejected)
+    certificate = head.certificate
+    margins = head.margins(held_out)
+    preferences = head.preference(held_out.chosen, held_out.rejected, held_out.prompt)
+    reliable = evaluation.reliability(preferences, held_out.group, seed=recipe.seed)
     linear = np.asarray(fitted["linear"], np.float32)
     linear_margins = (held_out.chosen - held_out.rejected) @ linear[:-1]
     facts = {stage: run.facts(stage) for stage in _recorded(run)}
@@ -57,12 +61,14 @@ def make_report(run: Run) -> dict[str, Any]:
         "n_train": len(train),
         "n_eval": len(held_out),
         "accuracy_eval": accuracy(margins, held_out.group),
-        "accuracy_train": accuracy(head.score(train.chosen) - head.score(train.rejected), train.group),
+        "accuracy_train": accuracy(head.margins(train), train.group),
         "linear_accuracy_eval": accuracy(linear_margins, held_out.group),
         "gain_over_linear": evaluation.accuracy_difference(margins, linear_margins, held_out.group),
-        "nll_eval": evaluation.pairwise_nll(margins, held_out.group),
-        "certified_gap": head.certificate.get("relative_gap"),
-        "statement": head.certificate.get("statement"),
+        "nll_eval": evaluation.pairwise_nll(margins / head.temperature, held_out.group),
+        "calibration_error": reliable.error,
+        "program": None if certificate is None else certificate.program,
+        "certified_gap": None if certificate is None else certificate.relative_gap,
+        "statement": None if certificate is None else certificate.statement,
         "seconds": seconds,
         "gflops": sum(fact.get("flops", 0) for fact in facts.values()) / 1e9,
     }
@@ -73,10 +79,19 @@ def make_report(run: Run) -> dict[str, Any]:
         "settings": run.settings,
         "summary": summary,
         "data_findings": facts["pairs"]["findings"],
-        "head": {"certificate": head.certificate, "n_neurons": head.n_neurons, "spec": asdict(head.spec)},
+        "head": {
+            "certificate": None
+            if certificate is None
+            else {**asdict(certificate), "gap": certificate.gap, "relative_gap": certificate.relative_gap},
+            "n_neurons": head.n_neurons,
+            "gate_on": head.gate_on,
+            "temperature": head.temperature,
+            "spec": asdict(head.spec),
+        },
         "curves": _curves(fitted["history"]),
-        "path": fitted["path"],
-        "scores": {"chosen": head.score(held_out.chosen), "rejected": head.score(held_out.rejected)},
+        "path": _marked(fitted["path"], {} if certificate is None else certificate.facts),
+        "scores": {name: head.score(getattr(held_out, name), held_out.prompt) for name in ("chosen", "rejected")},
+        "reliability": reliable,
         "by_length": evaluation.by_length_difference(margins, lengths, held_out.group),
         "costs": [
             {"stage": stage, **{k: fact[k] for k in ("seconds", "flops", "peak_bytes") if k in fact}}
@@ -120,6 +135,17 @@ ROLES = {
 }
 
 
+def _marked(path: list[dict[str, Any]], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The path with the row that the head was fitted with ``selected``; a linear row speaks of no gates."""
+    names = {"tau": "ridge", "gate_on": "gate_on", "relaxation": "relaxation"}
+
+    def selected(row: Mapping[str, Any]) -> bool:
+        same = row.get("beta_rel") == facts.get("sparsity_relative")
+        return same and all(row[key] == facts.get(fact) for key, fact in names.items() if row.get(key) is not None)
+
+    return [{**row, "selected": selected(row)} for row in path]
+
+
 def _curves(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Reward margins in units of their own standard deviation, and the gap, by solver step."""
     margins = [
@@ -143,8 +169,9 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
         ["pairs", f"{summary['n_train']} to fit, {summary['n_eval']} held out"],
         ["ranking accuracy", percent(summary["accuracy_eval"])],
         ["a linear head", percent(summary["linear_accuracy_eval"])],
-        ["neurons", str(content["head"]["n_neurons"])],
-        ["certified gap", f"{summary['certified_gap']:.1e} of the objective"],
+        ["calibration error", percent(summary["calibration_error"])],
+        ["neurons", f"{content['head']['n_neurons']}{_gates(content['head'])}"],
+        ["certified gap", _gap(summary["certified_gap"])],
         ["seconds", f"{summary['seconds']:.1f}"],
         ["GFLOPs", f"{summary['gflops']:,.1f}"],
     ]
@@ -152,6 +179,14 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
     for name, value in content.get("perplexity", {}).items():
         rows.append([f"perplexity, {name}", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}], n = {value.n}"])
     return rows
+
+
+def _gates(head: Mapping[str, Any]) -> str:
+    return f", gates on the {head['gate_on']}" if head["n_neurons"] else " (linear)"
+
+
+def _gap(gap: float | None) -> str:
+    return "none" if gap is None else f"{gap:.1e} of the objective"
 
 
 def _recorded(run: Run) -> list[str]:

@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from coala.costs import Stopwatch, decoding_flops, extraction_flops, peak_memory
-from coala.recipe import Recipe
+from coala.costs import Stopwatch, decoding_flops, extraction_flops, head_flops, peak_memory
+from coala.recipe import HeadSettings, Recipe
 from coala.store import (
     FeatureStore,
     Run,
@@ -33,6 +33,7 @@ from coala.store import (
     save_json,
     save_judgements,
     save_pairs,
+    scratch,
 )
 from coala.values import CoalaError, Pair, conversation_text
 
@@ -134,16 +135,17 @@ def _features(job: _Job) -> None:
     from coala.features import extract, survey
 
     model = job.recipe.model
+    extras = {"prompt_features": job.recipe.prompt_features, "log_ratios": job.recipe.log_ratios}
     for part in ("train", "eval"):
         stage = f"features-{part}"
         source = job.path(f"pairs-{part}.jsonl")
-        inputs = {"pairs": file_digest(source), "model": job.model_stamp()}
+        inputs = {"pairs": file_digest(source), "model": job.model_stamp(), **extras}
 
         def work(part: str = part, stage: str = stage, source: Path = source) -> dict[str, Any]:
             backbone = job.backbone()
             pairs = load_pairs(source)
             spec = backbone.spec(model.layer, model.pooling, model.ends_with_eos, model.max_tokens)
-            plan = survey(pairs, backbone, spec)
+            plan = survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
             in_all = int(plan.lengths.sum())
             shards = FeatureStore(job.path(f"features/{part}/shards"))
             features = extract(
@@ -153,18 +155,22 @@ def _features(job: _Job) -> None:
                 batch_tokens=model.batch_tokens,
                 store=shards,
                 plan=plan,
+                **extras,
                 # Tokens, not pairs: rows go longest first, so the first pairs cost the most.
                 on_batch=lambda done, total, tokens: job.show(stage, tokens, in_all, f"{done:,} of {total:,} pairs"),
             )
             save_features(job.path(f"features/{part}"), features)
             shards.discard()
-            return {**plan.facts, "flops": extraction_flops(backbone.shape, plan.lengths, layer=spec.layer)}
+            shape, layer = backbone.shape, None if extras["log_ratios"] else spec.layer
+            flops = extraction_flops(shape, plan.lengths, layer=layer)
+            flops += head_flops(shape, plan.reply_lengths) if extras["log_ratios"] else 0
+            return {**plan.facts, "flops": flops}
 
         job.once(stage, inputs, [f"features/{part}/features.safetensors", f"features/{part}/features.json"], work)
 
 
 def _head(job: _Job) -> None:
-    from coala.convex import Fit, Logistic, Pointwise, fit
+    from coala.convex import Fit, fit
 
     settings = job.recipe.head
     inputs = {
@@ -174,26 +180,40 @@ def _head(job: _Job) -> None:
     }
 
     def work() -> None:
-        features = load_features(job.path("features/train"))
+        features = load_features(job.path("features/train"), mmap=True)
 
         def fitted(**options: Any) -> Fit:
             return fit(
                 features,
+                reference_scale=settings.reference_scale,
                 tolerance=settings.tolerance,
                 seed=job.recipe.seed,
+                scratch=scratch(job.path("features")),
                 on_step=lambda stage, step, total, info: job.show("head", step, total, stage),
                 **options,
             )
 
-        loss = Pointwise() if settings.loss == "pointwise" else Logistic()
-        options = {"loss": loss} if settings.method == "two-phase" else {}
-        result = fitted(method=settings.method, n_patterns=settings.n_patterns, **options)
+        result = fitted(**fit_options(settings))
         # Every head is shown beside the linear one, its own control (docs/departures.md).
-        linear = result.head if not result.head.n_neurons else fitted(n_patterns=0).head
+        linear = result.head if not result.head.n_neurons else fitted(method="linear").head
         save_head(job.path("head"), result.head)
         save_json(job.path("head/fit.json"), {"path": result.path, "history": result.history, "linear": linear.linear})
 
     job.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
+
+
+def fit_options(settings: HeadSettings) -> dict[str, Any]:
+    """The head's settings as arguments of ``coala.convex.fit``, but for those that a linear control shares."""
+    from coala.convex import Pointwise
+
+    return {
+        "method": settings.method,
+        "gate_on": settings.gate_on or "auto",
+        "phase_one": settings.phase_one,
+        "paper": settings.paper,
+        "loss": Pointwise() if settings.method == "two-phase" and settings.loss == "pointwise" else None,
+        "n_patterns": settings.n_patterns,
+    }
 
 
 def _replies(job: _Job) -> None:
@@ -240,7 +260,7 @@ def _replies(job: _Job) -> None:
                     reply.n_tokens,
                     candidates=candidates,
                     every=guidance.interval,
-                    n_neurons=head.n_neurons,
+                    n_neurons=0 if head.needs_prompt else head.n_neurons,  # for one prompt such a head is linear
                 )
                 for pair, reply in zip(chosen, replies, strict=True)
             )

@@ -155,6 +155,29 @@ class LanguageModel:
         # A causal model's rows never see the padding on their right; without a mask its fast kernel is used.
         return self._network.run(tokens, self._layer(layer), mask=mask)[0]
 
+    def hidden_and_log_probs(
+        self, rows: Sequence[Sequence[int]], start: Tensor, stop: Tensor, layer: int = -1
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`hidden`, and from the same forward the log-probability (B,) of tokens start <= t < stop of each row.
+
+        Sums in float64 of next-token log-probabilities at temperature 1; ``start`` is at least 1 wherever a token is
+        counted, for a row's first token has none. Raises :class:`BackboneError` without a language-model head.
+        """
+        self.require_head("Log-probabilities")
+        tokens, _ = self._network.pad(rows)
+        hidden, final = self._network.run(tokens, self._layer(layer), to_end=True)
+        assert final is not None
+        at = torch.arange(tokens.shape[1], device=self.device)
+        return hidden, self._network.log_likelihood(final, tokens, (at >= start[:, None]) & (at < stop[:, None]))
+
+    def require_head(self, what: str) -> None:
+        """Raise :class:`BackboneError` unless the model has a language-model head, which ``what`` needs."""
+        if not self.generates:
+            raise BackboneError(
+                f"{what} need a language-model head, and {self.name} only makes features. "
+                "Use a decoder-only model loaded with generation=True, or do without."
+            )
+
     def start(self, rows: Sequence[Sequence[int]], layer: int = -1, *, tree: Tree = "auto") -> Prefix:
         """Read B prompts of any lengths in one forward and keep their cache.
 

@@ -31,6 +31,8 @@ class _Reached(Exception):
 
 # Position schemes whose frequencies depend on the longest row of a batch once it passes the trained context.
 _LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
+# Logits computed at once: 128 MB of them in float32.
+LOGITS = 1 << 25
 # These build part of their attention pattern themselves, whatever mask they are given.
 OWN_PATTERN = {"gpt_neo"}
 
@@ -120,10 +122,11 @@ class Network:
         mask: Tensor | dict[str, Tensor] | None = None,
         positions: Tensor | None = None,
         cache: Any = None,
+        to_end: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states (B, T, d) of ``tokens`` (B, T) at ``layer`` and at the end, in the model's dtype.
 
-        Without a cache the layers above ``layer`` are not run and the second value is ``None`` unless it is the end.
+        Without a cache, unless ``to_end``, the layers above ``layer`` are not run and the second value is ``None``.
         """
         arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
         if not self.encoder:
@@ -135,7 +138,7 @@ class Network:
         if layer == self.n_layers:
             final = self.body(**arguments).last_hidden_state
             return final, final
-        with self._catch(layer, stop=cache is None) as caught:
+        with self._catch(layer, stop=cache is None and not to_end) as caught:
             try:
                 final = self.body(**arguments).last_hidden_state
             except _Reached:
@@ -172,6 +175,20 @@ class Network:
         finally:
             del body.forward
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
+
+    def log_likelihood(self, final: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
+        """Sum (B,) float64 of the log-probabilities of the ``counted`` (B, T) of ``tokens`` (B, T), never a first one.
+
+        ``final`` (B, T, d) are the final hidden states of the same forward: position t is predicted from t - 1.
+        """
+        rows, columns = counted.nonzero(as_tuple=True)
+        found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+        # The logits of whole rows would take more memory than all the rest of a forward.
+        size = max(1, LOGITS // self.vocabulary)
+        for first in range(0, len(rows), size):
+            at = rows[first : first + size], columns[first : first + size]
+            found[at] = self.log_probs(final[at[0], at[1] - 1]).gather(1, tokens[at][:, None])[:, 0].double()
+        return found.sum(1)
 
     @property
     def _cache_argument(self) -> str:

@@ -34,13 +34,19 @@ class RunningState(Protocol):
 
 
 class Pooling(Protocol):
-    """``pool`` and the value of a running state agree on every prefix of a reply."""
+    """``pool`` and the value of a running state agree on every prefix of a reply, ``pool`` and ``prompt`` on a prompt.
+
+    A prompt by itself is pooled like a reply whose first token is the prompt's.
+    """
 
     def pool(self, hidden: Tensor, start: Tensor, length: Tensor) -> Tensor:
         """Features (B, d) float32 of ``hidden`` (B, T, d); row b's reply is tokens start[b] <= t < length[b]."""
 
     def begin(self, prefix: Prefix) -> RunningState:
         """The state of B empty replies to the prompts of ``prefix``."""
+
+    def prompt(self, prefix: Prefix) -> Tensor:
+        """Features (B, d) of the prompts of ``prefix`` by themselves, before it has grown."""
 
 
 @dataclass
@@ -102,6 +108,9 @@ class Mean:
         mean, count = prefix.prompt_mean(), prefix.prompt_lengths[:, None].float()
         return _Running(mean * count, count, mean)
 
+    def prompt(self, prefix: Prefix) -> Tensor:
+        return prefix.prompt_mean()
+
 
 @dataclass(frozen=True)
 class Last:
@@ -112,6 +121,9 @@ class Last:
 
     def begin(self, prefix: Prefix) -> RunningState:
         return _Latest(prefix.state())
+
+    def prompt(self, prefix: Prefix) -> Tensor:
+        return prefix.state()
 
 
 POOLINGS: Mapping[str, Pooling] = MappingProxyType({"mean": Mean(), "mean_all": Mean(whole=True), "last": Last()})

@@ -28,7 +28,14 @@ def align(
     layer: Annotated[int | None, typer.Option(help="Hidden state to read; -1 is the last.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean (over the reply), mean_all or last.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
-    method: Annotated[str | None, typer.Option(help="pairwise or two-phase.")] = None,
+    method: Annotated[str | None, typer.Option(help="learnt, direct, two-phase or linear.")] = None,
+    gate_on: Annotated[
+        str | None, typer.Option(help="What gates look at: reply, prompt, or auto (both compete; encodes prompts too).")
+    ] = None,
+    reference_scale: Annotated[
+        float | None, typer.Option(help="CVX-DPO: margin of this times the model's log ratio (computes those too).")
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Two-phase with the published settings.")] = False,
     mode: Annotated[str | None, typer.Option(help="Guidance: token, block, prefix or none.")] = None,
     strength: Annotated[float | None, typer.Option(help="Guidance strength.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Held-out prompts to answer for the report.")] = None,
@@ -67,7 +74,12 @@ def align(
             "pooling": pooling,
             "max_tokens": max_tokens,
         },
-        "head": {"method": method},
+        "head": {
+            "method": method,
+            "gate_on": gate_on,
+            "reference_scale": reference_scale,
+            "paper": paper or None,
+        },
         "guidance": {"mode": mode, "strength": strength},
         "evaluation": {"prompts": prompts, "max_new_tokens": max_new_tokens, "judge": judge},
     }

@@ -18,6 +18,13 @@ def extract(
     layer: Annotated[int, typer.Option(help="Hidden state to read; -1 is the last.")] = -1,
     pooling: Annotated[str, typer.Option(help="mean, mean_all or last.")] = "mean",
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
+    prompt_features: Annotated[
+        bool, typer.Option("--prompt-features", help="Encode prompts by themselves too: what gates on the prompt read.")
+    ] = False,
+    log_ratios: Annotated[
+        bool,
+        typer.Option("--log-ratios", help="Also log p(chosen) - log p(rejected) under the model, for a reference."),
+    ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 4096,
 ) -> None:
     """Encode chosen and rejected replies with the frozen model; written shard by shard, a killed run goes on.
@@ -35,7 +42,7 @@ def extract(
     backbone = load_backbone(model, revision=revision, template=template)
     spec = backbone.spec(layer=layer, pooling=pooling, max_tokens=max_tokens)
     shards = FeatureStore(out / "shards")
-    plan = survey(found, backbone, spec)
+    plan = survey(found, backbone, spec, prompt_features=prompt_features)
     in_all = int(plan.lengths.sum())
     with progress() as show:
         features = extract_features(
@@ -43,6 +50,8 @@ def extract(
             backbone,
             spec,
             batch_tokens=batch_tokens,
+            prompt_features=prompt_features,
+            log_ratios=log_ratios,
             store=shards,
             plan=plan,
             on_batch=lambda done, total, tokens: show("extract", tokens, in_all, f"{done:,} of {total:,} pairs"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +13,62 @@ import typer
 class Method(StrEnum):
     """What is solved."""
 
-    pairwise = "pairwise"
+    learnt = "learnt"
+    direct = "direct"
     two_phase = "two-phase"
+    linear = "linear"
+
+
+class GateOn(StrEnum):
+    """What gates look at."""
+
+    auto = "auto"
+    reply = "reply"
+    prompt = "prompt"
+
+
+class Loss(StrEnum):
+    """Phase II losses."""
+
+    pairwise = "pairwise"
+    pointwise = "pointwise"
+
+
+class PhaseOne(StrEnum):
+    """What solves Phase I."""
+
+    gated = "gated"
+    cronos = "cronos"
+    network = "network"
 
 
 def fit(
     features: Annotated[Path, typer.Argument(help="Folder written by `coala extract` (or RUN/features/train).")],
     out: Annotated[Path, typer.Option(help="Folder for the head.")],
     method: Annotated[
-        Method, typer.Option(help="`pairwise` (one convex program) or `two-phase` (the papers').")
-    ] = Method.pairwise,
-    loss: Annotated[str, typer.Option(help="Phase II loss: `pairwise` or `pointwise` (Eq. 9).")] = "pairwise",
-    n_patterns: Annotated[int, typer.Option(min=1, help="Random gates of Phase I.")] = 32,
+        Method,
+        typer.Option(
+            help="`learnt` gates (one convex program), `direct` (the same, sampled gates), `linear` (none), or "
+            "`two-phase` (the papers')."
+        ),
+    ] = Method.learnt,
+    gate_on: Annotated[
+        GateOn, typer.Option(help="What gates look at; `auto`: both compete where features hold prompts.")
+    ] = GateOn.auto,
+    reference_scale: Annotated[
+        float | None, typer.Option(help="CVX-DPO: ask for a margin of this times the features' log ratio.")
+    ] = None,
+    phase_one: Annotated[
+        PhaseOne,
+        typer.Option(help="Two-phase: Phase I by Newton's method (`gated`), ADMM (`cronos`) or as a ReLU `network`."),
+    ] = PhaseOne.gated,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Two-phase with the published settings, nothing searched.")
+    ] = False,
+    loss: Annotated[Loss, typer.Option(help="Phase II loss: `pairwise` or `pointwise` (Eq. 9).")] = Loss.pairwise,
+    n_patterns: Annotated[
+        int | None, typer.Option(min=1, help="Gates at most (learnt) or sampled; the method's own if not given.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Certified relative gap.")] = 1e-4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     eval_features: Annotated[
@@ -34,32 +79,51 @@ def fit(
 
     Example: `coala fit RUN/features/train --eval RUN/features/eval --out head`
     """
-    from coala.cli.screen import emit, progress, table
-    from coala.convex import Logistic, Pointwise
+    from coala.align.stages import fit_options
+    from coala.cli.screen import emit, progress, say, table
     from coala.convex import fit as fit_head
-    from coala.evaluation import ranking_accuracy
-    from coala.store import load_features, save_head
+    from coala.evaluation import accuracy_of_margins
+    from coala.recipe import HeadSettings
+    from coala.store import load_features, save_head, scratch
+    from coala.values import CoalaError
 
-    data = load_features(features)
+    if paper and method is not Method.two_phase:
+        raise CoalaError("--paper stands for the published settings of the two-phase method: add --method two-phase.")
+    data = load_features(features, mmap=True)
+    settings = HeadSettings(
+        method=method.value,
+        gate_on=gate_on.value,
+        paper=paper,
+        loss=loss.value,
+        n_patterns=n_patterns,
+        phase_one=phase_one.value,
+    )
     with progress() as show:
         fitted = fit_head(
             data,
-            method=method.value,
-            loss=Pointwise() if loss == "pointwise" else Logistic(),
-            n_patterns=n_patterns,
+            reference_scale=reference_scale,
             tolerance=tolerance,
             seed=seed,
+            scratch=scratch(out),
             on_step=lambda stage, step, total, info: show("fit", step, total, stage),
+            **fit_options(settings),
         )
-    save_head(out, fitted.head)
-    result = {"out": out, "n_pairs": len(data), "n_neurons": fitted.head.n_neurons, **fitted.head.certificate}
+    head, certificate = fitted.head, fitted.head.certificate
+    save_head(out, head)
+    say(str(certificate))
+    result: dict[str, Any] = {
+        "out": out,
+        "n_pairs": len(data),
+        "n_neurons": head.n_neurons,
+        "gate_on": head.gate_on,
+        "temperature": head.temperature,
+    }
+    if certificate is not None:
+        result |= {**asdict(certificate), "gap": certificate.gap, "relative_gap": certificate.relative_gap}
     rows = [[key, str(value)] for key, value in result.items() if isinstance(value, str | int | float)]
     if eval_features is not None:
-        held_out = load_features(eval_features)
-        accuracy = ranking_accuracy(
-            fitted.head.score(held_out.chosen), fitted.head.score(held_out.rejected), held_out.group
-        )
-        result["accuracy"] = accuracy
-        rows.append(["ranking accuracy", str(accuracy)])
+        held_out = load_features(eval_features, mmap=True)
+        result["accuracy"] = accuracy_of_margins(head.margins(held_out), held_out.group)
+        rows.append(["ranking accuracy", str(result["accuracy"])])
     table(rows)
     emit(result)

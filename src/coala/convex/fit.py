@@ -11,21 +11,23 @@ import jax
 import numpy as np
 
 from coala.convex.calibration import calibration_error, fit_temperature
-from coala.convex.finetune import Logistic, PairLoss
+from coala.convex.finetune import Logistic, PairLoss, Pointwise
 from coala.convex.gates import sample_patterns
 from coala.convex.learn import Search
 from coala.convex.pairwise import WIDTHS, PairModel
 from coala.convex.path import Choice, Difference, GateOn, GateSource, Learnt, PairTask, Sampled, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
+from coala.convex.rows import available_bytes, check_memory, solve_bytes
 from coala.convex.selftest import check_operators
 from coala.convex.solvers import Solution
-from coala.convex.two_phase import TwoPhase, fit_two_phase
+from coala.convex.two_phase import PhaseOne, TwoPhase, fit_paper, fit_two_phase
 from coala.convex.validation import HeldOut, grouped_folds
 from coala.values import Certificate, CoalaError, ConvexHead, FeatureSet
 
 Method = Literal["learnt", "direct", "two-phase", "linear"]
 # Gates at most (learnt) or sampled, unless the caller says otherwise.
 N_PATTERNS: dict[Method, int] = {"learnt": 16, "direct": 8, "two-phase": 32, "linear": 0}
+Allocate = Callable[[tuple[int, ...], type[Any]], np.ndarray]
 OnFitStep = Callable[[str, int, int | None, dict[str, Any]], None]
 
 
@@ -53,6 +55,7 @@ def fit(
     margin: float | np.ndarray = 0.0,
     reference_scale: float | None = None,
     loss: PairLoss | None = None,
+    phase_one: PhaseOne = "gated",
     paper: bool = False,
     n_patterns: int | None = None,
     n_folds: int = 4,
@@ -60,6 +63,7 @@ def fit(
     precision: Literal["float32", "float64"] = "float32",
     tolerance: float = 1e-4,
     seed: int = 0,
+    scratch: Allocate | None = None,
     on_step: OnFitStep | None = None,
 ) -> Fit:
     """Fit a head to preference pairs; the same features and seed give the same bytes. Nothing needs to be set.
@@ -72,31 +76,41 @@ def fit(
             features have.
         margin: offset the score difference is asked to exceed, one number or one per pair (n,).
         reference_scale: adds the margin of CVX-DPO, this scale times ``features.log_ratio``.
-        loss: Phase II loss of the two-phase method; :class:`Logistic` with the margin unless given.
+        loss: Phase II loss of the two-phase method; :class:`Logistic` with the margin unless given, :class:`Pointwise`
+            with ``paper``.
+        phase_one: what solves Phase I: the gated relaxation by Newton's method, the cone-constrained program by ADMM
+            ("cronos"), or the ReLU network itself by pattern generation ("network").
         paper: of the two-phase method, the published settings instead of validated ones.
         n_patterns: gates at most (learnt) or sampled (direct, two-phase); 16, 8 and 32 unless given.
         n_folds: folds of whole groups on which everything is chosen.
         scaling: divide each feature by its own standard deviation, or all by one number.
         precision: of the iterations; certificates are always computed in float64.
         tolerance: relative duality gap at which a solve stops.
+        scratch: gives arrays mapped from files (:func:`coala.store.scratch`). Where memory cannot hold the rows, they
+            are laid there and read block by block; features that are mapped too may then be larger than memory.
         on_step: called with a stage name, a step, the number of steps or None, and facts about the step.
 
     Raises:
-        CoalaError: for no pairs, values that are not finite, or settings out of range.
+        CoalaError: for no pairs, values that are not finite, settings out of range, or a fit that memory cannot hold.
     """
     report: OnFitStep = on_step if on_step is not None else lambda stage, step, total, info: None
+    if paper and method != "two-phase":
+        raise CoalaError(f"paper=True is the published two-phase setting; method is {method!r}, use 'two-phase'.")
     margins = _validated(features, method, gate_on, margin, reference_scale, n_patterns, n_folds, tolerance)
     count = N_PATTERNS[method] if n_patterns is None else n_patterns
     double = precision == "float64"
     with jax.enable_x64(double):
         standardisation = Standardisation.of(features.chosen, features.rejected, scaling)
-        rows = np.stack([standardisation.rows(features.chosen), standardisation.rows(features.rejected)])
+        dtype = np.float64 if double else np.float32
+        shape = (2, len(features), standardisation.rotation.shape[1])
+        rows = _room(shape, dtype, max(1, count), scratch)
+        standardisation.write_rows(features.chosen, rows[0])
+        standardisation.write_rows(features.rejected, rows[1])
         prompts = None
         if features.prompt is not None and gate_on != "reply" and method in ("learnt", "direct"):
             prompts = Standardisation.of(features.prompt, features.prompt, scaling)
-        dtype = np.float64 if double else np.float32
         task = PairTask(
-            rows.astype(dtype),
+            rows,
             margins,
             features.group,
             grouped_folds(features.group, n_folds, seed),
@@ -107,14 +121,19 @@ def fit(
         maker = _Maker(features, task, standardisation, prompts, precision, tolerance)
         if method == "two-phase":
             if loss is None:
-                loss = Logistic(margin=margins if np.ndim(margin) or reference_scale else float(margin))
-            run = fit_two_phase
-            return maker.two_phase(run(task, loss, n_patterns=count, tolerance=tolerance, progress=report), paper)
-        check_operators(len(features), rows.shape[-1], WIDTHS[2], np.dtype(dtype).name)
+                offset = margins if np.ndim(margin) or reference_scale else float(margin)
+                loss = Pointwise(margin=offset) if paper else Logistic(margin=offset)
+            if paper:
+                return maker.two_phase(fit_paper(task, loss, n_patterns=count), paper)
+            return maker.two_phase(
+                fit_two_phase(task, loss, n_patterns=count, tolerance=tolerance, progress=report, phase_one=phase_one),
+                paper,
+            )
+        check_operators(len(features), shape[-1], WIDTHS[2], np.dtype(dtype).name)
         kinds: list[GateOn] = ["reply", "prompt"] if gate_on == "auto" else [gate_on]
         sources: list[GateSource] = []
         for kind in kinds:
-            seen = task.prompt_rows if kind == "prompt" else np.concatenate(list(task.rows))
+            seen = task.prompt_rows if kind == "prompt" else rows.reshape(-1, shape[-1])
             if seen is None or not count:
                 continue
             if method == "learnt":
@@ -123,6 +142,21 @@ def fit(
                 _, gates = sample_patterns(seen, count, jax.random.key(seed))
                 sources.append(Sampled(gates, kind))
         return maker.pairwise(method, choose(task, sources, report), report)
+
+
+def _room(shape: tuple[int, int, int], dtype: type[Any], n_patterns: int, scratch: Allocate | None) -> np.ndarray:
+    """An empty array for the rows, (2, n, r): in memory if a solve then fits, else from ``scratch``.
+
+    Raises:
+        CoalaError: if it fits neither way.
+    """
+    available = available_bytes()
+    needed = solve_bytes(*shape[1:], n_patterns, sides=2, dtype=dtype)
+    if scratch is None or available is None or needed <= available:
+        check_memory(needed, available)
+        return np.empty(shape, dtype)
+    check_memory(solve_bytes(*shape[1:], n_patterns, sides=2, dtype=dtype, mapped=True), available)
+    return scratch(shape, dtype)
 
 
 def _validated(
@@ -141,6 +175,8 @@ def _validated(
         raise CoalaError(f"method is {method!r}; expected one of {', '.join(map(repr, N_PATTERNS))}.")
     if gate_on not in ("auto", "reply", "prompt"):
         raise CoalaError(f"gate_on is {gate_on!r}; expected 'auto', 'reply' or 'prompt'.")
+    if gate_on == "prompt" and method in ("two-phase", "linear"):
+        raise CoalaError(f"gate_on is 'prompt', which method {method!r} does not know; use 'learnt' or 'direct'.")
     if gate_on == "prompt" and features.prompt is None:
         raise CoalaError(
             "gate_on is 'prompt', but the features hold no prompts. Extract them with prompt features "
@@ -153,7 +189,7 @@ def _validated(
         )
     arrays = {"chosen": features.chosen, "rejected": features.rejected, "prompt": features.prompt}
     for name, array in arrays.items():
-        bad = np.zeros(n, bool) if array is None else ~np.isfinite(array).all(axis=1)
+        bad = np.zeros(n, bool) if array is None else ~np.isfinite(array.sum(axis=1, dtype=np.float64))
         if bad.any():
             raise CoalaError(
                 f"The {name} features of {int(bad.sum())} of {n} pairs hold nan or infinity (first: pair "
@@ -265,13 +301,13 @@ class _Maker:
             "sparsity_relative": result.sparsity_relative,
             "cv": _validation(self.task, None, result.chosen, None),
         }
-        far = "no other weights lower" if one.relative_gap < 1 else "other weights may lower"
+        gates = "gates of its neurons" if result.solver == "network" else "sampled gates"
         statement = (
-            f"Phase I: with the sampled gates, {far} its objective by more than {one.relative_gap:.1e} of it. "
-            f"Phase II: no other second layer lowers its objective by more than {two.relative_gap:.1e} of it. "
+            f"Phase I: with the {gates}, no other weights lower its objective by more than {one.relative_gap:.1e} of "
+            f"it. Phase II: no other second layer lowers its objective by more than {two.relative_gap:.1e} of it. "
             "Each is proved in double precision for its own phase; nothing is said of other gates."
         )
-        program = f"two phases ({result.solver} on {result.n_patterns} gates, then the second layer)"
+        program = f"two phases ({result.solver}, {result.n_patterns} sampled gates; then the second layer)"
         head = self._certified(head, program, statement, two, facts, result.chosen)
         history = [{"stage": "phase-one", **row} for row in one.history]
         history += [{"stage": "phase-two", **row} for row in two.history]

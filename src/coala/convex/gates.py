@@ -98,7 +98,7 @@ def _inverse_moment(rows: jax.Array) -> jax.Array:
     over_rows = tuple(range(rows.ndim - 1))
     width = rows.shape[-1]
     moment = jnp.tensordot(rows, rows, (over_rows, over_rows), precision="highest") * (width / max(1, rows.size))
-    floor = 1e-3 * jnp.trace(moment) / width + jnp.finfo(moment.dtype).tiny
+    floor = 1e-3 * jnp.trace(moment) / width + float(np.finfo(moment.dtype).tiny)
     identity = jnp.eye(width, dtype=moment.dtype)
     return jnp.asarray(jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(moment + floor * identity), identity))
 

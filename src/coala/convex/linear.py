@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -69,3 +70,49 @@ def pcg(
     end = jax.lax.while_loop(unfinished, advance, start)
     size = jnp.linalg.norm(target)
     return LinearSolve(end.x, jnp.linalg.norm(end.residual) / jnp.where(size > 0, size, 1.0), end.steps)
+
+
+def weighted_grams(X: jax.Array, weights: jax.Array) -> jax.Array:
+    """X^T diag(weights_k) X for every column k of ``weights`` (n, K), as (K, d, d); X is (n, d)."""
+    # One at a time: n d numbers of scratch memory rather than n d K.
+    return jnp.asarray(jax.lax.map(lambda column: matmul((column[:, None] * X).T, X), weights.T))
+
+
+class NystromSketch(NamedTuple):
+    """A positive semi-definite H, nearly ``basis diag(values) basis^T``: basis (..., k) orthonormal, values falling."""
+
+    basis: jax.Array
+    values: jax.Array
+
+
+def nystrom(operator: Callable[[jax.Array], jax.Array], probes: jax.Array) -> NystromSketch:
+    """Randomised Nystrom approximation of a positive semi-definite operator from its products with k random ``probes``.
+
+    ``probes`` is (k, ...) with the shape of the operator's arguments behind; Gaussian ones suit any spectrum. The
+    stabilising shift follows the precision of the numbers, without which float32 gives nan (Frangella et al., 2023).
+    """
+    shape = probes.shape[1:]
+    orthonormal, _ = jnp.linalg.qr(probes.reshape(len(probes), -1).T)
+    image = jax.lax.map(lambda column: operator(column.reshape(shape)).reshape(-1), orthonormal.T).T
+    epsilon = float(np.finfo(probes.dtype).eps)
+    shift = epsilon * (jnp.sqrt(1.0 * len(image)) * jnp.linalg.norm(image) + float(np.finfo(probes.dtype).tiny) ** 0.5)
+    image = image + shift * orthonormal
+    core = matmul(orthonormal.T, image)
+    values, vectors = jnp.linalg.eigh((core + core.T) / 2)
+    # The square root of the pseudo-inverse of the core; its smallest eigenvalues are rounding.
+    kept = values > epsilon * len(values) * values[-1]
+    root = vectors * jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
+    basis, singular, _ = jnp.linalg.svd(matmul(image, root), full_matrices=False)
+    return NystromSketch(basis.reshape(*shape, -1), jnp.maximum(singular**2 - shift, 0.0))
+
+
+def nystrom_preconditioner(sketch: NystromSketch, shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """An approximate inverse of H + shift I, up to a factor, from a sketch of H; exact on the sketched directions."""
+    axes = tuple(range(sketch.basis.ndim - 1))
+    gain = (sketch.values[-1] + shift) / (sketch.values + shift) - 1
+
+    def apply(r: jax.Array) -> jax.Array:
+        coordinates = jnp.tensordot(sketch.basis, r, (axes, axes), precision="highest")
+        return r + jnp.tensordot(sketch.basis, gain * coordinates, 1, precision="highest")
+
+    return apply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -10,117 +11,182 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coala.convex.linear import pcg
-from coala.convex.program import GroupProgram, group_norms
+from coala.convex.linear import matmul, pcg
+from coala.convex.program import Bounds, GroupProgram, group_norms
 from coala.convex.prox import group_soft_threshold
 
 
 class NewtonState(NamedTuple):
-    """Weights (d, P) and their predictions."""
+    """Weights (d, P), their predictions, the gradient of the loss (d, P), and the bounds that follow from them.
+
+    ``crossed`` says that groups were to pass through zero in the last step; ``spectrum`` and ``overlap`` are the
+    moments at the start, for the preconditioner.
+    """
 
     weights: jax.Array
     z: jax.Array
+    gradient: jax.Array
+    bounds: Bounds
+    crossed: jax.Array
+    spectrum: jax.Array
+    overlap: jax.Array
 
 
 @dataclass(frozen=True)
 class GatedNewton:
     """Newton's method on the groups that are not zero, for any :class:`~coala.convex.program.GroupProgram`.
 
-    Each step solves Newton's equations on the groups that are not zero, where the objective is smooth, by conjugate
-    gradients,
+    A step begins with a proximal gradient step if that lets groups enter or leave, or if the last step was to take
+    groups through zero, where the objective has a kink that can hold Newton's method up. It then solves Newton's equations on
+    the groups that are not zero, where the objective is smooth, by conjugate gradients,
 
         (F^T diag(curvature) F + blockdiag(levels_i (I - uu^T/||u||^2)/||u|| + ridges_i I)) p = -gradient,
 
-    searches exactly along p, which costs no product with the data, and ends with a proximal gradient step, through
-    which groups enter and leave. A full Newton step on which groups that would pass through zero stay there is tried
-    as well, and the better of the two is kept. The objective never rises.
+    and searches exactly along p, which costs no product with the data. If groups would pass through zero on the way,
+    the full step on which they stay there is tried as well, and the better of the two is kept. But for rounding, the
+    objective never rises.
     """
 
     max_cg_steps: int = 150
     forcing: float = 0.1
 
     def init(self, program: GroupProgram, start: jax.Array | None = None) -> NewtonState:
-        weights = program.zeros() if start is None else start
-        return NewtonState(weights, _predict(program, weights))
+        return _first(program, program.zeros() if start is None else start)
 
     def solution(self, program: GroupProgram, state: NewtonState) -> tuple[jax.Array, None]:
         return state.weights, None
 
+    def bounds(self, program: GroupProgram, state: NewtonState) -> Bounds:
+        return state.bounds
+
     @partial(jax.jit, static_argnums=0)
     def step(self, program: GroupProgram, state: NewtonState) -> NewtonState:
-        weights, z = state
-        diagonal = program.diagonal(program.curvature(z))
-        direction = self._direction(program, weights, z, diagonal)
+        weights, z, slopes = _proximal_step(program, state)
+        curvature = program.curvature(z)
+        overlap = state.overlap * curvature.sum()
+        direction = self._direction(program, weights, curvature, slopes, state.spectrum, overlap)
         dz = program.predict(direction)
         t = _exact_step(program, weights, direction, z, dz)
-        passes = ((weights * (weights + direction)).sum(axis=0) <= 0) & (program.levels > 0)
-        stopped = jnp.where(passes, 0.0, weights + direction)
-        trials = jnp.stack([weights, weights + t * direction, stopped])
-        images = jnp.stack([z, z + t * dz, program.predict(stopped)])
-        values = jnp.stack([program.loss(image) for image in images]) + _penalty(program, trials)
-        best = jnp.nanargmin(values)
-        return _proximal_step(program, trials[best], images[best], diagonal.max(initial=0.0))
+        ahead, image = weights + t * direction, z + t * dz
+        passes = ((weights * (weights + direction)).sum(axis=0) <= 0) & (group_norms(weights) > 0)
+        passes = passes & (program.levels > 0)
 
-    def _direction(self, program: GroupProgram, weights: jax.Array, z: jax.Array, diagonal: jax.Array) -> jax.Array:
+        def stop_at_zero() -> tuple[jax.Array, jax.Array]:
+            stopped = jnp.where(passes, 0.0, weights + direction)
+            stopped_image = program.predict(stopped)
+            better = _value(program, stopped, stopped_image) < _value(program, ahead, image)
+            return jnp.where(better, stopped, ahead), jnp.where(better, stopped_image, image)
+
+        ahead, image = jax.lax.cond(passes.any(), stop_at_zero, lambda: (ahead, image))
+        failed = ~jnp.isfinite(_value(program, ahead, image))
+        weights, z = jnp.where(failed, weights, ahead), jnp.where(failed, z, image)
+        slopes = program.predict_adjoint(program.slope(z))
+        bounds = program.bounds_at(weights, z, slopes)
+        return NewtonState(weights, z, slopes, bounds, passes.any(), state.spectrum, state.overlap)
+
+    def _direction(
+        self,
+        program: GroupProgram,
+        weights: jax.Array,
+        curvature: jax.Array,
+        slopes: jax.Array,
+        spectrum: jax.Array,
+        overlap: jax.Array,
+    ) -> jax.Array:
         """Newton's direction on the groups that are not zero; 0 on the others."""
         norms = group_norms(weights)
         alive = (norms > 0) | (program.levels == 0)
         bending = jnp.where(norms > 0, program.levels / jnp.where(norms > 0, norms, 1.0), 0.0)
         unit = weights / jnp.where(norms > 0, norms, 1.0)
-        gradient = program.predict_adjoint(program.slope(z)) + program.levels * unit + program.ridges * weights
-        gradient = jnp.where(alive, gradient, 0.0)
-        curvature = program.curvature(z)
-        diagonal = diagonal + bending + program.ridges
+        gradient = jnp.where(alive, slopes + program.levels * unit + program.ridges * weights, 0.0)
+        diagonal = spectrum[:, None] * jnp.diagonal(overlap) + bending + program.ridges
         # A trace of damping keeps directions that no row sees from wandering in finite precision.
         damping = 10 * np.finfo(weights.dtype).eps * diagonal.max(initial=0.0)
-        diagonal = jnp.where(diagonal + damping > 0, diagonal + damping, 1.0)
 
         def hessian(p: jax.Array) -> jax.Array:
-            curved = program.predict_adjoint(curvature * program.predict(p))
             around = bending * (p - unit * (unit * p).sum(axis=0))
-            return jnp.where(alive, curved + around + (program.ridges + damping) * p, 0.0)
+            return jnp.where(alive, program.normal_product(curvature, p) + around + (program.ridges + damping) * p, 0.0)
 
         # Inexact Newton: the closer to the optimum, the more exact the linear solve.
         scale = jnp.linalg.norm(program.levels) + jnp.linalg.norm(diagonal * weights)
         size = jnp.linalg.norm(gradient) / jnp.where(scale > 0, scale, 1.0)
         tolerance = jnp.minimum(self.forcing, jnp.sqrt(size))
-        newton = pcg(hessian, -gradient, lambda r: r / diagonal, tolerance=tolerance, max_steps=self.max_cg_steps)
-        return newton.value
+        precondition = _kronecker_inverse(spectrum, overlap, bending + program.ridges + damping, alive)
+        return pcg(hessian, -gradient, precondition, tolerance=tolerance, max_steps=self.max_cg_steps).value
+
+
+def _kronecker_inverse(
+    spectrum: jax.Array, overlap: jax.Array, shift: jax.Array, alive: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """r -> (diag(spectrum) x overlap + I x diag(shift))^-1 r on the groups alive, for r (d, P).
+
+    One eigenvalue problem of size P diagonalises all d blocks: with S = diag(shift)^(-1/2) and S overlap S =
+    Q diag(values) Q^T, the block of feature k is S^-1 Q (spectrum_k diag(values) + I) Q^T S^-1.
+    """
+    root = jax.lax.rsqrt(jnp.where(alive & (shift > 0), shift, 1.0))
+    inside = jnp.where(alive[:, None] & alive, overlap, 0.0)
+    values, vectors = jnp.linalg.eigh(root[:, None] * inside * root)
+    strength = 1 + spectrum[:, None] * jnp.maximum(values, 0.0)
+
+    def apply(r: jax.Array) -> jax.Array:
+        return jnp.where(alive, matmul(matmul(r * root, vectors) / strength, vectors.T) * root, 0.0)
+
+    return apply
 
 
 @jax.jit
-def _predict(program: GroupProgram, weights: jax.Array) -> jax.Array:
-    return program.predict(weights)
+def _first(program: GroupProgram, weights: jax.Array) -> NewtonState:
+    z = program.predict(weights)
+    slopes = program.predict_adjoint(program.slope(z))
+    bounds = program.bounds_at(weights, z, slopes)
+    return NewtonState(weights, z, slopes, bounds, jnp.asarray(False), *program.moments(program.curvature(z)))
 
 
-def _penalty(program: GroupProgram, weights: jax.Array) -> jax.Array:
+def _value(program: GroupProgram, weights: jax.Array, z: jax.Array) -> jax.Array:
     norms = group_norms(weights)
-    return (program.levels * norms + program.ridges / 2 * norms**2).sum(axis=-1)
+    return program.loss(z) + (program.levels * norms + program.ridges / 2 * norms**2).sum()
 
 
-def _proximal_step(program: GroupProgram, weights: jax.Array, z: jax.Array, steepness: jax.Array) -> NewtonState:
-    """One proximal gradient step, its inverse length doubled from ``steepness`` until the model majorises."""
-    gradient = program.predict_adjoint(program.slope(z)) + program.ridges * weights
+def _proximal_step(program: GroupProgram, state: NewtonState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights, predictions and gradient after a proximal gradient step, if one is called for: see :class:`GatedNewton`.
+
+    The inverse length of the step starts at an estimate of the largest curvature and doubles until the model
+    majorises.
+    """
+    weights, z, slopes = state.weights, state.z, state.gradient
+    gradient = slopes + program.ridges * weights
     loss = program.loss(z) + jnp.sum(program.ridges * weights**2) / 2
     rounding = 10 * np.finfo(weights.dtype).eps * jnp.abs(loss)
     shortest = float(np.finfo(weights.dtype).tiny) ** 0.5
+    # Row sums bound the largest eigenvalue of the overlap, closely where gates overlap evenly.
+    largest = state.spectrum.max(initial=0.0) * jnp.abs(state.overlap).sum(axis=0).max(initial=0.0)
+    largest = largest * program.curvature(z).sum()
+    steepness = jnp.maximum(largest + program.ridges.max(initial=0.0), shortest)
+
+    def moved(steepness: jax.Array) -> jax.Array:
+        return group_soft_threshold(weights - gradient / steepness, program.levels / steepness)
 
     class _Trial(NamedTuple):
-        state: NewtonState
+        weights: jax.Array
+        z: jax.Array
         steepness: jax.Array
         too_long: jax.Array
 
     def attempt(trial: _Trial) -> _Trial:
-        new = group_soft_threshold(weights - gradient / trial.steepness, program.levels / trial.steepness)
+        new = moved(trial.steepness)
         image = program.predict(new)
         change = new - weights
         model = loss + jnp.vdot(gradient, change) + trial.steepness / 2 * jnp.vdot(change, change)
         value = program.loss(image) + jnp.sum(program.ridges * new**2) / 2
-        return _Trial(NewtonState(new, image), 2 * trial.steepness, value > model + rounding)
+        return _Trial(new, image, 2 * trial.steepness, value > model + rounding)
 
-    first = _Trial(NewtonState(weights, z), jnp.maximum(steepness, shortest), jnp.asarray(True))
-    end = jax.lax.while_loop(lambda trial: trial.too_long & (trial.steepness < 1 / shortest), attempt, first)
-    return end.state
+    def change() -> tuple[jax.Array, jax.Array, jax.Array]:
+        first = _Trial(weights, z, steepness, jnp.asarray(True))
+        end = jax.lax.while_loop(lambda trial: trial.too_long & (trial.steepness < 1 / shortest), attempt, first)
+        return end.weights, end.z, program.predict_adjoint(program.slope(end.z))
+
+    changes = (group_norms(moved(steepness)) > 0) != (group_norms(weights) > 0)
+    return jax.lax.cond(changes.any() | state.crossed, change, lambda: (weights, z, slopes))
 
 
 def _exact_step(

@@ -9,10 +9,12 @@ by more than one standard error of the difference: never worse than linear, as f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,6 +31,10 @@ DEFAULT_RIDGE = 0.1
 FOLD_TOLERANCE = 1e-3
 
 Progress = Callable[[str, int, "int | None", dict[str, Any]], None]
+
+
+def _blocks(n: int, size: int = 8192) -> Iterator[slice]:
+    return (slice(start, min(n, start + size)) for start in range(0, n, size))
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,15 @@ class PairTask:
     @property
     def curvature_scale(self) -> float:
         """Trace of the Hessian of the mean loss at zero: the unit of the relative ridge; 1 without any difference."""
-        chosen, rejected = self.rows
-        scale = float(((chosen - rejected) ** 2).sum()) / (4 * self.n_pairs)
-        return scale if scale > 0 else 1.0
+        total = 0.0
+        for part in _blocks(self.n_pairs):
+            total += float(((self.rows[0, part] - self.rows[1, part]) ** 2).sum())
+        return total / (4 * self.n_pairs) if total > 0 else 1.0
+
+    @cached_property
+    def placed(self) -> jax.Array:
+        """The rows on the device; on a CPU, and mapped from a file, without a copy."""
+        return jax.device_put(self.rows, may_alias=True)
 
     def gate_rows(self, gate_on: GateOn) -> np.ndarray | None:
         """(2, n, e), or None where gates see the rows themselves."""
@@ -82,7 +94,7 @@ class PairTask:
     def _weighted(self, used: np.ndarray, gate_on: GateOn) -> PairData:
         gate_rows = self.gate_rows(gate_on)
         return PairData(
-            jnp.asarray(self.rows, self.dtype),
+            self.placed,
             jnp.asarray(self.margin, self.dtype),
             jnp.asarray(used / used.sum(), self.dtype),
             None if gate_rows is None else jnp.asarray(gate_rows, self.dtype),
@@ -94,16 +106,18 @@ class PairTask:
         gate_rows = self.gate_rows(gate_on)
         margins = np.zeros(self.n_pairs)
         for number, model in enumerate(models):
-            out = self.fold == number
-            chosen, rejected = model.scores(self.rows[:, out], None if gate_rows is None else gate_rows[:, out])
-            margins[out] = chosen - rejected
+            for part in _blocks(self.n_pairs):
+                out = np.arange(self.n_pairs)[part][self.fold[part] == number]
+                chosen, rejected = model.scores(self.rows[:, out], None if gate_rows is None else gate_rows[:, out])
+                margins[out] = chosen - rejected
         return HeldOut.of(margins, self.margin, self.group)
 
 
 class GateSource(Protocol):
     """Where the gates of a path come from: the convex program is the same."""
 
-    gate_on: GateOn
+    @property
+    def gate_on(self) -> GateOn: ...
 
     def unit(self, data: PairData, linear: PairModel, rng: np.random.Generator) -> float:
         """The sparsity from which on, going down, gates enter a linear model."""

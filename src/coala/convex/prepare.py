@@ -5,12 +5,14 @@ NumPy in float64. Knows pairs of feature vectors, not programs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 Scaling = Literal["feature", "global"]
+BLOCK = 8192  # rows in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -31,30 +33,47 @@ class Standardisation:
 
     @classmethod
     def of(cls, chosen: np.ndarray, rejected: np.ndarray, scaling: Scaling = "feature") -> Standardisation:
-        """From the feature vectors (n, d) of both sides, which are treated alike."""
-        h = np.concatenate([chosen, rejected]).astype(np.float64)
-        center = h.mean(axis=0)
-        spread = (h - center).std(axis=0)
+        """From the feature vectors (n, d) of both sides, which are treated alike; read in blocks, three times."""
+        sides = (chosen, rejected)
+        n, d = 2 * len(chosen), chosen.shape[1]
+        center, largest = np.zeros(d), np.zeros(d)
+        for h in _blocks(*sides):
+            center += h.sum(axis=0) / n
+            largest = np.maximum(largest, np.abs(h).max(axis=0, initial=0.0))
+        square = np.zeros(d)
+        for h in _blocks(*sides):
+            square += ((h - center) ** 2).sum(axis=0) / n
+        spread = np.sqrt(square)
         # Below this, a feature's variation is the rounding of its float32 storage.
-        varies = spread > 1e-6 * np.abs(h).max(axis=0, initial=0.0)
+        varies = spread > 1e-6 * largest
         if scaling == "feature":
             factor = np.where(varies, 1 / np.where(varies, spread, 1.0), 0.0) / np.sqrt(max(1, varies.sum()))
         else:
             size = np.sqrt((spread[varies] ** 2).sum())
             factor = np.where(varies, 1 / (size if size > 0 else 1.0), 0.0)
         constant = 1 / np.sqrt(max(1, varies.sum()))
-        x = _with_constant((h - center) * factor, constant)
-        basis = _row_space(x)
-        chosen_x, rejected_x = np.split(x @ basis, 2)
-        difference = chosen_x - rejected_x
-        _, turn = np.linalg.eigh(difference.T @ difference)
-        return cls(center, factor, float(constant), basis @ turn[:, ::-1])
+        plain = cls(center, factor, float(constant), np.eye(d + 1))
+        if n < d + 1:
+            plain = replace(plain, rotation=_row_space(np.concatenate([plain.rows(side) for side in sides])))
+        basis = plain.rotation
+        moment = np.zeros((basis.shape[1], basis.shape[1]))
+        for start in range(0, len(chosen), BLOCK):
+            part = slice(start, start + BLOCK)
+            difference = plain.rows(chosen[part]) - plain.rows(rejected[part])
+            moment += difference.T @ difference
+        _, turn = np.linalg.eigh(moment)
+        return replace(plain, rotation=basis @ turn[:, ::-1])
 
     def rows(self, h: np.ndarray) -> np.ndarray:
         """Feature vectors (n, d) in the coordinates of the fit, (n, r) float64."""
-        return np.asarray(
-            _with_constant((h.astype(np.float64) - self.center) * self.factor, self.constant) @ self.rotation
-        )
+        scaled = (h.astype(np.float64) - self.center) * self.factor
+        constant = np.full((len(h), 1), self.constant)
+        return np.asarray(np.concatenate([scaled, constant], axis=1) @ self.rotation)
+
+    def write_rows(self, h: np.ndarray, out: np.ndarray) -> None:
+        """:meth:`rows` into ``out`` (n, r), block by block."""
+        for start in range(0, len(h), BLOCK):
+            out[start : start + BLOCK] = self.rows(h[start : start + BLOCK])
 
     def fold(self, weights: np.ndarray) -> np.ndarray:
         """Linear functions of x, the columns of (r, k), as rows (k, d + 1) that act on (h, 1)."""
@@ -63,15 +82,14 @@ class Standardisation:
         return np.concatenate([on_h, self.constant * on_x[:, -1:] - (on_h @ self.center)[:, None]], axis=1)
 
 
-def _with_constant(x: np.ndarray, constant: float) -> np.ndarray:
-    return np.concatenate([x, np.full((len(x), 1), constant)], axis=1)
+def _blocks(*sides: np.ndarray) -> Iterator[np.ndarray]:
+    for side in sides:
+        for start in range(0, len(side), BLOCK):
+            yield side[start : start + BLOCK].astype(np.float64)
 
 
 def _row_space(x: np.ndarray) -> np.ndarray:
-    """An orthonormal basis (d, r) that spans the rows of x (n, d); the identity unless n < d."""
-    n, d = x.shape
-    if n >= d:
-        return np.eye(d)
+    """An orthonormal basis (d, r) that spans the rows of x (n, d), n < d."""
     values, vectors = np.linalg.eigh(x @ x.T)
     kept = values > 1e-12 * values[-1]
     basis, _ = np.linalg.qr(x.T @ (vectors[:, kept] / np.sqrt(values[kept])))

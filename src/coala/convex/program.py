@@ -6,12 +6,13 @@ Data X (n, d), labels y (n,), gates h_i with activation patterns D_i = diag(1(X 
                   subject to E_i X v_i >= 0, E_i X w_i >= 0                             (Eq. 4, with the factor 1/2)
     GatedProgram  the same without the cones; then only u_i = v_i - w_i matters, one block per pattern
 
-Every operator is two matrix products and a mask. Nothing here is vectorised with ``vmap``: see ``selftest.py``.
+Every operator is two matrix products and a mask (``rows.py``). Nothing here is vectorised with ``vmap``: see
+``selftest.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -19,6 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from coala.convex.linear import matmul
+from coala.convex.rows import gated_product as gated_product
+from coala.convex.rows import gated_product_adjoint as gated_product_adjoint
+from coala.convex.rows import moments, normal_product
 
 
 class Bounds(NamedTuple):
@@ -35,7 +39,8 @@ class Bounds(NamedTuple):
 class GroupProgram(Protocol):
     """min_u loss(predict(u)) + sum_i levels_i ||u_i|| + 1/2 sum_i ridges_i ||u_i||^2, u (d, P); ``loss`` separable.
 
-    What a solver for group-sparse programs may ask of one. ``predict`` is linear.
+    What a solver for group-sparse programs may ask of one. ``predict`` is linear; ``normal_product`` and ``moments``
+    are F^T diag(curvature) F u and its summary, as in ``rows.py``; ``bounds_at`` are the bounds from products known.
     """
 
     @property
@@ -45,23 +50,12 @@ class GroupProgram(Protocol):
     def zeros(self) -> jax.Array: ...
     def predict(self, u: jax.Array) -> jax.Array: ...
     def predict_adjoint(self, z: jax.Array) -> jax.Array: ...
-    def diagonal(self, curvature: jax.Array) -> jax.Array: ...
+    def normal_product(self, curvature: jax.Array, u: jax.Array) -> jax.Array: ...
+    def moments(self, curvature: jax.Array) -> tuple[jax.Array, jax.Array]: ...
     def loss(self, z: jax.Array) -> jax.Array: ...
     def slope(self, z: jax.Array) -> jax.Array: ...
     def curvature(self, z: jax.Array) -> jax.Array: ...
-    def objective(self, u: jax.Array) -> jax.Array: ...
-
-
-def gated_product(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
-    """sum_i D_i X u_i, (..., n), for X (..., n, d), patterns (..., n, P) and u (d, P)."""
-    return jnp.where(patterns, matmul(X, u), 0.0).sum(axis=-1)
-
-
-def gated_product_adjoint(X: jax.Array, patterns: jax.Array, z: jax.Array) -> jax.Array:
-    """(X^T D_i z)_i as the columns of a (d, P) array, summed over all rows; shapes as in :func:`gated_product`."""
-    # (masked z)^T X and not X^T (masked z): on CPUs the product with X on the right runs several times faster.
-    over_rows = tuple(range(X.ndim - 1))
-    return jnp.tensordot(jnp.where(patterns, z[..., None], 0.0), X, (over_rows, over_rows), precision="highest").T
+    def bounds_at(self, u: jax.Array, z: jax.Array, gradient: jax.Array) -> Bounds: ...
 
 
 def group_norms(u: jax.Array) -> jax.Array:
@@ -105,14 +99,14 @@ class GatedProgram:
 
     @property
     def levels(self) -> jax.Array:
-        return jnp.full(self.patterns.shape[1], self.sparsity, self.X.dtype)
+        return jnp.full(self.patterns.shape[1], self.sparsity, self.y.dtype)
 
     @property
     def ridges(self) -> jax.Array:
-        return jnp.zeros(self.patterns.shape[1], self.X.dtype)
+        return jnp.zeros(self.patterns.shape[1], self.y.dtype)
 
     def zeros(self) -> jax.Array:
-        return jnp.zeros((self.X.shape[1], self.patterns.shape[1]), self.X.dtype)
+        return jnp.zeros((self.X.shape[1], self.patterns.shape[1]), self.y.dtype)
 
     def predict(self, u: jax.Array) -> jax.Array:
         return gated_product(self.X, self.patterns, u)
@@ -120,9 +114,13 @@ class GatedProgram:
     def predict_adjoint(self, z: jax.Array) -> jax.Array:
         return gated_product_adjoint(self.X, self.patterns, z)
 
-    def diagonal(self, curvature: jax.Array) -> jax.Array:
-        """Diagonal of F^T diag(curvature) F, (d, P)."""
-        return gated_product_adjoint(self.X**2, self.patterns, curvature)
+    def normal_product(self, curvature: jax.Array, u: jax.Array) -> jax.Array:
+        """F^T diag(curvature) F u, (d, P)."""
+        return normal_product(self.X[None], self.patterns[None], (1.0,), curvature, u)
+
+    def moments(self, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """spectrum (d,) and overlap (P, P): F^T diag(curvature) F is about their Kronecker product."""
+        return moments(self.X[None], self.patterns[None], (1.0,), curvature)
 
     def loss(self, z: jax.Array) -> jax.Array:
         return jnp.sum((z - self.y) ** 2) / 2
@@ -138,10 +136,14 @@ class GatedProgram:
 
     def bounds(self, u: jax.Array, multipliers: jax.Array | None = None) -> Bounds:
         """Objective, and the dual value of the scaled residual: y^T z - 1/2 ||z||^2 with ||X^T D_i z|| <= sparsity."""
-        z = self.y - self.predict(u)
-        largest = group_norms(self.predict_adjoint(z)).max(initial=0.0)
-        objective = jnp.vdot(z, z) / 2 + self.sparsity * group_norms(u).sum()
-        return Bounds(objective, _scaled_dual_value(self.y, z, largest, self.sparsity, signed=True))
+        z = self.predict(u)
+        return self.bounds_at(u, z, self.predict_adjoint(self.slope(z)))
+
+    def bounds_at(self, u: jax.Array, z: jax.Array, gradient: jax.Array) -> Bounds:
+        """:meth:`bounds` for z = F u and gradient = F^T slope(z), which a solver has at hand."""
+        largest = group_norms(gradient).max(initial=0.0)
+        objective = self.loss(z) + self.sparsity * group_norms(u).sum()
+        return Bounds(objective, _scaled_dual_value(self.y, self.y - z, largest, self.sparsity, signed=True))
 
     def duality_gap(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
         return self.bounds(u, multipliers).gap
@@ -150,6 +152,10 @@ class GatedProgram:
         """Largest violation of the optimality conditions, relative to the sparsity."""
         gradient = self.predict_adjoint(self.predict(u) - self.y)
         return stationarity(gradient, u, self.levels).max(initial=0.0) / self.sparsity
+
+    def in_double(self) -> GatedProgram:
+        """Everything but the rows in float64; the products widen those block by block."""
+        return replace(self, y=widen(self.y), sparsity=widen(self.sparsity))
 
 
 @jax.tree_util.register_dataclass
@@ -241,11 +247,19 @@ def largest_sparsity(program: GatedProgram | Program) -> jax.Array:
 T = TypeVar("T")
 
 
+def widen(a: Any) -> Any:
+    """The array in float64 if it holds numbers of another precision."""
+    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+
 def in_double(tree: T) -> T:
-    """The same program or weights with float64 numbers; call under ``jax.enable_x64(True)``."""
+    """The same program or weights computing in float64; call under ``jax.enable_x64(True)``.
 
-    def widen(leaf: Any) -> Any:
-        return jnp.asarray(np.asarray(leaf, np.float64)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    Rows may stay as they are stored: a program with an ``in_double`` of its own knows which arrays to widen.
+    """
 
-    wide: T = jax.tree.map(widen, tree)
+    def widened(part: Any) -> Any:
+        return part.in_double() if hasattr(part, "in_double") else widen(part)
+
+    wide: T = jax.tree.map(widened, tree, is_leaf=lambda part: hasattr(part, "in_double"))
     return wide

@@ -12,7 +12,6 @@ from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from coala.convex.program import Bounds, in_double
@@ -31,7 +30,10 @@ class Status(Enum):
 
 
 class Solver(Protocol[P_contra, S]):
-    """What ``solve`` drives. States are pytrees; ``solution`` gives primal weights and dual multipliers (or None)."""
+    """What ``solve`` drives. States are pytrees; ``solution`` gives primal weights and dual multipliers (or None).
+
+    A solver whose state holds the products that a certificate needs may offer ``bounds(program, state) -> Bounds``.
+    """
 
     def init(self, program: P_contra, start: jax.Array | None = None) -> S: ...
     def step(self, program: P_contra, state: S) -> S: ...
@@ -84,27 +86,33 @@ def solve(
 
     The gap is looked at every ``check_every`` steps; each look makes a row of the history. A gap that ``patience``
     looks have not lowered by a thousandth ends the solve as stalled; None never gives up before ``max_steps``.
-    With ``exact`` the last word is a certificate in float64; without it, the program's own precision is trusted.
+    With ``exact`` the last word is a certificate in float64; without it, the program's own precision is trusted. The
+    lower bound is the best one seen.
     ``on_step`` gets the step, the weights and that step's history row. Never raises for want of convergence: see
     ``Solution.status``.
     """
     state = solver.init(program, start)
+    look = getattr(solver, "bounds", None) or (
+        lambda program, state: _bounds(program, *solver.solution(program, state))
+    )
     history: list[dict[str, Any]] = []
     status, lower, stale, best = Status.MAX_STEPS, -np.inf, 0, np.inf
+    witness: tuple[Any, Any] = (None, None)  # what the lower bound was computed from
+    proven = -np.inf  # the best lower bound in float64
     for step in range(max_steps + 1):
         if step % check_every == 0 or step == max_steps:
             value, multipliers = solver.solution(program, state)
-            objective, dual = map(float, _bounds(program, value, multipliers))
-            lower = max(lower, dual)
+            objective, dual = map(float, jax.device_get(tuple(look(program, state))))
+            if dual > lower:
+                lower, witness = dual, (value, multipliers)
             row: dict[str, Any] = {"step": step, "objective": objective, "gap": objective - lower}
             history.append(row)
             if on_step is not None:
                 on_step(step, np.asarray(value), row)
             if objective - lower <= tolerance * abs(objective):
-                if not exact:
-                    status = Status.CONVERGED
-                    break
-                objective, lower = certify(program, value, multipliers)
+                if exact:
+                    objective, dual = certify(program, value, multipliers)
+                    proven = lower = max(proven, dual)
                 if objective - lower <= tolerance * abs(objective):
                     status = Status.CONVERGED
                     break
@@ -116,5 +124,8 @@ def solve(
         if step < max_steps:
             state = solver.step(program, state)
     if exact and status is not Status.CONVERGED:
-        objective, lower = certify(program, value, multipliers)
+        objective, dual = certify(program, value, multipliers)
+        lower = max(proven, dual)
+        if witness[0] is not None and witness[0] is not value:
+            lower = max(lower, certify(program, *witness)[1])
     return Solution(np.asarray(value), status, step, objective, objective - lower, history)

@@ -63,7 +63,7 @@ class HeldOut:
     @property
     def hits(self) -> np.ndarray:
         """Per pair, 1 if ranked right, 0 if not, and a half for a tie."""
-        return (self.margins > 0) + (self.margins == 0) / 2
+        return np.asarray((self.margins > 0) + (self.margins == 0) / 2)
 
     @property
     def accuracy(self) -> float:

@@ -61,6 +61,9 @@ def generate(
     the unrestricted log-probabilities, at temperature 1, of its ``n_tokens`` tokens; neither counts the stop token (but
     the feature does if it ``ends_with_eos``) or what a stop string cut off.
 
+    A head with gates on the prompt is, for each prompt, the linear head of the gates that its features open; they are
+    pooled once, from the prompt as extraction reads it.
+
     Raises :class:`CoalaError` for settings that cannot be carried out and :class:`SpecMismatch` for a head that was
     fitted on features of another model.
     """
@@ -79,6 +82,10 @@ def generate(
     context = backbone.max_tokens
     longest_prompt = max(context - max_new_tokens, context // 2)
     rows = [backbone.render(prompt, max_tokens=longest_prompt).tokens for prompt in prompts]
+    # A long prompt may be cut elsewhere at extraction, which leaves no room for a reply.
+    read = rows
+    if head is not None and head.needs_prompt:
+        read = [backbone.render(prompt, max_tokens=head.spec.max_tokens).tokens for prompt in prompts]
     replies = [
         Reply(index, ids[index], min(max_new_tokens, context - len(row)), _reader(backbone, row))
         for index, row in enumerate(rows)
@@ -97,7 +104,9 @@ def generate(
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        decoder.decode([rows[index] for index in batch], [replies[index] for index in batch])
+        decoder.decode(
+            [rows[index] for index in batch], [read[index] for index in batch], [replies[index] for index in batch]
+        )
     return [
         Generation(
             prompt_id=reply.prompt_id,
@@ -105,11 +114,16 @@ def generate(
             method=str(decoder.guidance),
             n_tokens=len(reply.tokens),
             seed=seed,
-            score=math.nan if head is None else float(head.score(reply.features[-1].cpu().numpy())),
+            score=math.nan if head is None else _final_score(head, reply),
             log_prob=float(sum(reply.log_probs)),
         )
         for reply in replies
     ]
+
+
+def _final_score(head: ConvexHead, reply: Reply) -> float:
+    prompt = None if reply.prompt is None else reply.prompt.cpu().numpy()
+    return float(head.score(reply.features[-1].cpu().numpy(), prompt))
 
 
 def log_likelihood(
@@ -183,15 +197,25 @@ def _check(max_new_tokens: int, temperature: float, stop: Sequence[str], batch_s
 
 
 class _Batch:
-    """Rows that have not ended, all with the same number of generated tokens."""
+    """Rows that have not ended, all with the same number of generated tokens.
 
-    def __init__(self, prefix: Prefix, pooled: RunningState | None, replies: list[Reply]) -> None:
-        self.prefix, self.pooled, self.replies = prefix, pooled, replies
+    With a head, ``pooled`` are their features so far and ``linear`` (B, d + 1) the linear block of each row's head.
+    """
+
+    def __init__(
+        self, prefix: Prefix, pooled: RunningState | None, linear: torch.Tensor | None, replies: list[Reply]
+    ) -> None:
+        self.prefix, self.pooled, self.linear, self.replies = prefix, pooled, linear, replies
 
     def select(self, rows: list[int], replies: list[Reply]) -> _Batch:
         """These rows, each as often as it is named, as ``replies``."""
         pooled = None if self.pooled is None else self.pooled.select(rows)
-        return _Batch(self.prefix.select(rows), pooled, replies)
+        linear = None if self.linear is None else self.linear[rows]
+        return _Batch(self.prefix.select(rows), pooled, linear, replies)
+
+    def ended(self) -> _Batch:
+        """No rows at all."""
+        return _Batch(self.prefix, None, None, [])
 
 
 class _Decoder:
@@ -214,17 +238,39 @@ class _Decoder:
         self.counts_stop = head is not None and head.spec.ends_with_eos
         self.stop_tokens = sorted(backbone.stop_tokens)
 
-    def decode(self, rows: list[list[int]], replies: list[Reply]) -> None:
-        """Complete ``replies`` to the prompts ``rows``."""
-        layer = -1 if self.head is None else self.head.spec.layer
-        prefix = self.backbone.start(rows, layer)
-        pooled = None if self.head is None else POOLINGS[self.head.spec.pooling].begin(prefix)
-        batch = _Batch(prefix, pooled, replies)
-        if pooled is not None:
-            for reply, feature in zip(replies, pooled.value, strict=True):
+    def decode(self, rows: list[list[int]], read: list[list[int]], replies: list[Reply]) -> None:
+        """Complete ``replies`` to the prompts ``rows``, which features are extracted from as ``read``."""
+        head = self.head
+        prefix = self.backbone.start(rows, -1 if head is None else head.spec.layer)
+        batch = _Batch(prefix, None, None, replies)
+        if head is not None:
+            batch.pooled = POOLINGS[head.spec.pooling].begin(prefix)
+            for reply, feature in zip(replies, batch.pooled.value, strict=True):
                 reply.features = [feature]
+            linear = np.broadcast_to(head.linear, (len(rows), len(head.linear)))
+            if head.needs_prompt:
+                prompts = self._prompt_features(head, prefix, rows, read)
+                for reply, feature in zip(replies, prompts, strict=True):
+                    reply.prompt = feature
+                linear = np.stack([head.given(feature).linear for feature in prompts.cpu().numpy()])
+            batch.linear = torch.tensor(linear, device=self.backbone.device)
         while batch.replies:
             batch = self._best_block(batch) if self.guidance.mode == "block" else self._step(batch, self.stream)
+
+    def _prompt_features(
+        self, head: ConvexHead, prefix: Prefix, rows: list[list[int]], read: list[list[int]]
+    ) -> torch.Tensor:
+        """Features (B, d) of the prompts: those of ``prefix``, but for the prompts that are read another way."""
+        pooling = POOLINGS[head.spec.pooling]
+        features = pooling.prompt(prefix)
+        other = [row for row in range(len(rows)) if rows[row] != read[row]]
+        if other:
+            hidden = self.backbone.hidden([read[row] for row in other], head.spec.layer)
+            length = torch.tensor([len(read[row]) for row in other], device=hidden.device)
+            features = features.index_copy(
+                0, torch.tensor(other, device=hidden.device), pooling.pool(hidden, torch.zeros_like(length), length)
+            )
+        return features
 
     def _step(self, batch: _Batch, stream: Stream | None) -> _Batch:
         """Let every row grow by one token; the rows that it has not ended are left."""
@@ -253,7 +299,7 @@ class _Decoder:
                 stream.send(reply, last=ended)
         if len(going) == len(batch.replies):
             return batch
-        return batch.select(going, [batch.replies[row] for row in going]) if going else _Batch(batch.prefix, None, [])
+        return batch.select(going, [batch.replies[row] for row in going]) if going else batch.ended()
 
     def _choose(self, batch: _Batch) -> tuple[list[int], list[float]]:
         """The next token of every row and its log-probability under the base model."""
@@ -287,15 +333,17 @@ class _Decoder:
     def _preview(self, batch: _Batch, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Head scores (B, k) of the replies extended by each candidate ``tokens`` (B, k)."""
         assert batch.pooled is not None
+        assert batch.linear is not None
         assert self.score is not None
         features = batch.pooled.peek(batch.prefix.peek(torch.from_numpy(tokens)))
         if not self.counts_stop:
             stops = torch.from_numpy(np.isin(tokens, self.stop_tokens)).to(features.device)
             features = torch.where(stops[..., None], batch.pooled.value[:, None], features)
-        return self.score(features)
+        return self.score(features, batch.linear)
 
     def _best_block(self, batch: _Batch) -> _Batch:
         """Let every row grow by the best of several blocks, the first of which is the unguided one."""
+        assert batch.linear is not None
         assert self.score is not None
         n = self.guidance.candidates
         branches = [reply.branched(branch) for reply in batch.replies for branch in range(n)]
@@ -304,8 +352,8 @@ class _Decoder:
             if not wide.replies:
                 break
             wide = self._step(wide, None)
-        scores = self.score(torch.stack([branch.features[-1] for branch in branches]))
-        best = scores.reshape(-1, n).argmax(1)
+        features = torch.stack([branch.features[-1] for branch in branches])
+        best = self.score(features.reshape(-1, n, features.shape[-1]), batch.linear).argmax(1)
         place = {id(branch): row for row, branch in enumerate(wide.replies)}
         going, replies = [], []
         for row, reply in enumerate(batch.replies):
@@ -316,16 +364,17 @@ class _Decoder:
                 replies.append(reply)
             if self.stream is not None:
                 self.stream.send(reply, last=id(winner) not in place)
-        return wide.select(going, replies) if going else _Batch(batch.prefix, None, [])
+        return wide.select(going, replies) if going else batch.ended()
 
 
-def _scorer(head: ConvexHead, device: torch.device) -> Callable[[torch.Tensor], NDArray[np.float32]]:
+def _scorer(head: ConvexHead, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], NDArray[np.float32]]:
     """``head.score`` on the model's device: only scores leave it, not hidden states."""
-    gates, weights, linear = (torch.from_numpy(part).to(device) for part in (head.gates, head.weights, head.linear))
+    gates, weights = (torch.from_numpy(part).to(device) for part in (head.gates, head.weights))
 
-    def score(h: torch.Tensor) -> NDArray[np.float32]:
-        scores = h @ linear[:-1] + linear[-1]
-        if head.n_neurons:
+    def score(h: torch.Tensor, linear: torch.Tensor) -> NDArray[np.float32]:
+        """Scores (B, k) of features h (B, k, d), row b by the head with the linear block ``linear[b]`` (d + 1,)."""
+        scores = torch.einsum("bkd,bd->bk", h, linear[:, :-1]) + linear[:, -1:]
+        if head.n_neurons and not head.needs_prompt:  # gates on the prompt are in the linear block
             is_open = h @ gates[:, :-1].T + gates[:, -1] >= 0
             scores = scores + torch.where(is_open, h @ weights[:, :-1].T + weights[:, -1], 0.0).sum(-1)
         found: NDArray[np.float32] = scores.cpu().numpy()

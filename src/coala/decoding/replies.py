@@ -18,7 +18,8 @@ class Reply:
     """One reply (or one branch of it) that may grow to ``room`` tokens; ``decode`` makes text of its tokens.
 
     ``features[t]`` is the pooled feature (d,) after t tokens, kept while a cut back to t tokens is possible, else only
-    the latest; ``cut`` is the text a stop string left.
+    the latest; ``cut`` is the text a stop string left. ``prompt`` is the prompt's own feature (d,), where the head's
+    gates act on it.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Reply:
     log_probs: list[float] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
     cut: str | None = None
+    prompt: torch.Tensor | None = None
 
     def branched(self, branch: int) -> Reply:
         """A copy that grows on its own."""

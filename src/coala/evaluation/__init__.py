@@ -2,6 +2,8 @@
 
 from coala.evaluation.estimates import (
     LengthBin,
+    Reliability,
+    ReliabilityBin,
     accuracy_difference,
     accuracy_of_margins,
     auc,
@@ -12,6 +14,7 @@ from coala.evaluation.estimates import (
     pairwise_nll,
     perplexity,
     ranking_accuracy,
+    reliability,
     share_estimate,
     tie_share,
     wilson,
@@ -24,6 +27,8 @@ __all__ = [
     "HeadJudge",
     "Judge",
     "LengthBin",
+    "Reliability",
+    "ReliabilityBin",
     "WordJudge",
     "accuracy_difference",
     "accuracy_of_margins",
@@ -36,6 +41,7 @@ __all__ = [
     "pairwise_nll",
     "perplexity",
     "ranking_accuracy",
+    "reliability",
     "share_estimate",
     "tie_share",
     "wilson",

@@ -257,6 +257,86 @@ def by_length_difference(
     return rows
 
 
+# --- calibration -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Pairs of like confidence: its mean ``predicted``, and the share of them ranked right, ``observed``."""
+
+    predicted: float
+    observed: Estimate
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What probabilities are worth, bin by bin and in one number.
+
+    ``confidence`` is the mean probability given to the reply held to be the better one; ``error`` the expected
+    calibration error, and ``error_by_chance`` the mean one that probabilities without fault have on as many pairs.
+    """
+
+    bins: tuple[ReliabilityBin, ...]
+    confidence: float
+    error: Estimate
+    error_by_chance: float
+
+
+def reliability(
+    preferences: ArrayLike,
+    group: Sequence[Any] | NDArray[Any] | None = None,
+    *,
+    bins: int = 8,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Reliability:
+    """Do pairs with P(chosen is preferred) = p, ``preferences`` (n,), turn out so in a share p of cases?
+
+    Which reply of a pair comes first is arbitrary, so p is folded: the confidence max(p, 1 - p) in [0.5, 1] is held
+    against whether the reply it speaks for is the chosen one (p = 0.5: one half). ``bins`` hold about as many pairs
+    each; pairs of one confidence stay together. The expected calibration error (Naeini et al. 2015) is
+    sum_b n_b/n |observed_b - predicted_b|; its interval is a percentile bootstrap over groups, with these bins.
+    """
+    p = _vector(preferences, "preferences")
+    if len(p) and (p.min() < 0 or p.max() > 1):
+        raise CoalaError(f"A preference is a probability; found values from {p.min():g} to {p.max():g}.")
+    labels, n = _labels(group, len(p)), len(p)
+    if not n:
+        return Reliability((), math.nan, Estimate(math.nan, 0.0, 1.0, 0, "calibration error; no pairs"), math.nan)
+    confidence = np.maximum(p, 1 - p)
+    right = (p > 0.5) + 0.5 * (p == 0.5)
+    edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1], method="nearest"))
+    place = np.searchsorted(edges, confidence, "right")
+    place = np.unique(place, return_inverse=True)[1]
+    rows = [
+        ReliabilityBin(
+            float(confidence[place == b].mean()),
+            share_estimate(right[place == b], labels[place == b], "share of pairs ranked right, a tie one half"),
+        )
+        for b in range(int(place.max()) + 1)
+    ]
+
+    def error(right: Float) -> float:
+        return float(np.abs(np.bincount(place, right - confidence)).sum()) / n
+
+    value = error(right)
+    rng = np.random.default_rng(seed)
+    by_chance = [error((rng.random(n) < confidence).astype(float)) for _ in range(200)]
+    groups = int(labels.max()) + 1
+    low, high, about = 0.0, 1.0, "; one group, so no interval"
+    if groups > 1:
+        excess = np.zeros((groups, len(rows)))
+        np.add.at(excess, (labels, place), right - confidence)
+        sizes = np.bincount(labels)
+        drawn = rng.integers(groups, size=(draws, groups))
+        errors = [np.abs(excess[some].sum(0)).sum() / sizes[some].sum() for some in drawn]
+        low, high = (float(end) for end in np.quantile(errors, [0.025, 0.975]))
+        about = f", percentile bootstrap 95 % ({draws} draws, seed {seed}){_over(groups, n)}"
+    # Resampling adds noise to noise, so the bootstrap can lie above the value it is an interval of.
+    estimate = Estimate(value, min(low, value), max(high, value), n, f"calibration error, {len(rows)} bins{about}")
+    return Reliability(tuple(rows), float(confidence.mean()), estimate, float(np.mean(by_chance)))
+
+
 # --- generated text ----------------------------------------------------------------------------------------------
 
 

@@ -14,17 +14,22 @@ no interval is known.
                     linear_accuracy_eval                     ESTIMATE of a linear probe on the same pairs
                     gain_over_linear                         ESTIMATE, paired difference of the two accuracies
                     nll_eval, auc_eval, margin_eval          ESTIMATE
+                    calibration_error                        ESTIMATE, of the probabilities of held-out pairs
                     certified_gap        proved gap as a share of the objective, or null
-                    statement            str, the certificate in one sentence
+                    program, statement   str, what was solved and what is proved of it
                     seconds, gflops      whole run
     data_findings   [{severity: "error" | "warning" | "note", text}]
-    head            {certificate: {...}, n_neurons, spec: {...}}; of the certificate these are put into words:
-                    statement, objective, lower_bound, relative_gap, tolerance, separable,
-                    gates_estimate {largest_violation, starts}, cv {signal_found}; all are listed
+    head            {certificate: {...}, n_neurons, gate_on, temperature, spec: {...}}; the certificate has the fields
+                    of :class:`coala.values.Certificate` and relative_gap; of its facts these are put into words:
+                    method, separable, gates_estimate {largest_violation, starts}, cv {signal_found},
+                    phase_one {relative_gap}; all are listed
     curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}: mean margins divided by their
                     standard deviation (margins of two heads have no common scale), gap = objective - lower bound
-    path            [{tau, beta_rel, cv_nll, cv_se, cv_accuracy, n_neurons, selected}]; beta_rel null: the linear head
+    path            [{tau, gate_on, beta_rel, relaxation, cv_nll, cv_se, cv_accuracy, n_neurons, selected}];
+                    beta_rel null: the linear head
     scores          {chosen: [float], rejected: [float]}, held-out pairs
+    reliability     {bins: [{predicted, observed: ESTIMATE}], confidence, error: ESTIMATE, error_by_chance}, the fields
+                    of :class:`coala.evaluation.Reliability`, held-out pairs
     by_length       [{low, high, accuracy: ESTIMATE}], length difference chosen - rejected
     length_unit     str, what lengths count ("characters" if not given)
     costs           [{stage, seconds, flops, flops_counted, peak_bytes}]; peak_bytes a number or {host, device}

@@ -15,7 +15,7 @@ from coala.values import CoalaError
 UNKNOWN = "\N{EN DASH}"
 KEYS = (
     *("title", "command", "created", "settings", "summary", "data_findings", "head", "curves", "path", "scores"),
-    *("by_length", "length_unit", "costs", "win_rates", "perplexity", "samples"),
+    *("reliability", "by_length", "length_unit", "costs", "win_rates", "perplexity", "samples"),
 )
 
 

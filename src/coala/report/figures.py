@@ -15,7 +15,7 @@ import numpy as np
 
 from coala.report.content import Interval, number
 
-BLUE, ORANGE, GREY, INK = "#1f6f8b", "#d1603d", "#8a929c", "#2b3138"
+BLUE, ORANGE, GREEN, GREY, INK = "#1f6f8b", "#d1603d", "#5b8a3c", "#8a929c", "#2b3138"
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -67,11 +67,54 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         for name, (steps, values) in series.items()
         if len(steps)
     )
+    watched = "eval" if len(series["eval"][0]) else "train"
     caption = (
-        "Mean of score(chosen) minus score(rejected), in units of its standard deviation. Where held-out pairs part "
+        "Mean of score(chosen) minus score(rejected), in units of its standard deviation. "
+        f"{_steadiness('held-out' if watched == 'eval' else 'training', series[watched][1])} Where held-out pairs part "
         "from training pairs, the head learns its training set by heart."
     )
     return _drawing("margin", f"Reward margin by solver step: {ends}.", caption, draw)
+
+
+def _steadiness(name: str, values: Any) -> str:
+    """Whether the line only rises; what rounding to four digits hides is not called a fall."""
+    falls = -np.diff(values)
+    falls = falls[falls > 1e-4 * float(np.abs(values).max(initial=0.0))]
+    if not len(falls):
+        return f"That of {name} pairs never falls."
+    steps = f"{len(falls)} of {len(values) - 1} steps"
+    return f"That of {name} pairs is not monotone: it falls at {steps}, by {number(float(falls.max()))} at most."
+
+
+def gap_bar(certificate: Mapping[str, Any]) -> Drawing | None:
+    """Primal objective, dual bound and the gap between them, beside the gap that was asked for."""
+    objective, bound = (certificate.get(name) for name in ("objective", "lower_bound"))
+    if not isinstance(objective, int | float) or not isinstance(bound, int | float) or objective <= 0:
+        return None
+    gap, tolerance = max(0.0, (objective - bound) / objective), certificate.get("tolerance")
+    asked = float(tolerance) if isinstance(tolerance, int | float) else None
+    reach = max(gap, asked or 0.0) or 1.0
+
+    def draw(axes: Any) -> None:
+        if asked is not None:
+            axes.barh(0, asked, height=0.5, color=GREY, alpha=0.25, label=f"asked for: {number(asked)}")
+        axes.barh(0, gap, height=0.5, color=BLUE, label=f"certified: {gap:.2g}")
+        # A gap far below the tolerance is a line; its ends are drawn whatever its width.
+        axes.plot([gap, 0], [0, 0], "|", color=INK, ms=42, mew=1.5)
+        axes.annotate(f"objective {objective:.8g}", (0, 0.34), ha="right", va="bottom")
+        near = gap < reach / 2
+        axes.annotate(f"lower bound {bound:.8g}", (gap, -0.34), ha="right" if near else "left", va="top")
+        axes.set(xlim=(1.06 * reach, -0.06 * reach), ylim=(-0.8, 1.0), yticks=[])
+        axes.set_xlabel("below the objective, as a share of it")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.2g}")
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="upper left", ncols=2, fontsize=9)
+
+    asked_for = "" if asked is None else f", of {number(asked)} asked for"
+    title = f"Objective {objective:.8g} and lower bound {bound:.8g}: a gap of {gap:.2g} of the objective{asked_for}."
+    caption = "The optimal value of the head's convex program lies between the two marks."
+    return _drawing("bounds", title, caption, draw, height=2.1)
 
 
 def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -139,6 +182,35 @@ def histograms(scores: Mapping[str, Any]) -> Drawing | None:
     return _drawing("scores", title, caption, draw)
 
 
+def reliability_curve(found: Mapping[str, Any]) -> Drawing | None:
+    """Share of held-out pairs ranked right by the probability that the head gave, with Wilson intervals."""
+    bins = [
+        (float(row["predicted"]), Interval(row.get("observed")))
+        for row in found.get("bins") or []
+        if row.get("predicted") is not None
+    ]
+    bins = [(predicted, observed) for predicted, observed in bins if observed]
+    if not bins:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.plot([50, 100], [50, 100], color=GREY, linewidth=1.2, linestyle=":", label="as predicted")
+        axes.axhline(50, color=GREY, linewidth=0.8)
+        x, y = ([100 * value for value in column] for column in zip(*((p, o.value) for p, o in bins), strict=True))
+        ends = [[100 * (o.value - o.low) for _, o in bins], [100 * (o.high - o.value) for _, o in bins]]
+        axes.errorbar(x, y, ends, fmt="o", color=BLUE, ms=5, capsize=3, elinewidth=1.3, label="held-out pairs")
+        axes.set(xlim=(48, 102), ylim=(min(38, min(o.low for _, o in bins) * 100 - 2), 102))
+        axes.set(xlabel="probability given to the reply it prefers, %", ylabel="ranked right, %")
+        axes.legend(loc="lower right")
+
+    parts = "; ".join(f"at {100 * predicted:.0f} %: {o.percent()}, n={o.n}" for predicted, o in bins)
+    caption = (
+        "Reliability: of the pairs to which the head gives 80 %, 80 % should be ranked right. Above the dotted line it "
+        "is too timid, below it too sure. Bars are 95 % intervals."
+    )
+    return _drawing("reliability", f"Pairs ranked right by predicted probability. {parts}.", caption, draw)
+
+
 def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None:
     """Ranking accuracy with its interval by length difference."""
     kept = [(row, Interval(row.get("accuracy"))) for row in rows]
@@ -167,7 +239,10 @@ def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None
 
 
 def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
-    """Cross-validated NLL by regularisation, one line per ridge, against the linear head."""
+    """Cross-validated NLL by regularisation, one line per ridge and kind of gates, against the linear head.
+
+    Of the settings that differ in nothing else (how far weights were relaxed), the best is drawn.
+    """
     known = [row for row in rows if row.get("cv_nll") is not None]
     gated = [row for row in known if (row.get("beta_rel") or 0) > 0]
     if not gated:
@@ -175,24 +250,25 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     linear = min((float(row["cv_nll"]) for row in known if row.get("beta_rel") is None), default=None)
     selected = next((row for row in gated if row.get("selected")), None)
     best = min(gated, key=lambda row: float(row["cv_nll"]))
-    many = len({row.get("tau") for row in gated}) > 4
-    if many:  # a grid: at each sparsity the best ridge, or the lines would hide each other
-        lowest: dict[float, Mapping[str, Any]] = {}
-        for row in sorted(gated, key=lambda row: float(row["cv_nll"])):
-            lowest.setdefault(float(row["beta_rel"]), {**row, "tau": None})
-        gated = list(lowest.values())
-    ridges = sorted({row.get("tau") for row in gated}, key=lambda tau: -1.0 if tau is None else float(tau))
-    shades = np.linspace(1.0, 0.35, len(ridges))
+    many = len({row.get("tau") for row in gated}) > 4  # a grid: the best ridge, or the lines would hide each other
+    lines: dict[tuple[float, str], dict[float, Mapping[str, Any]]] = {}
+    for row in sorted(gated, key=lambda row: float(row["cv_nll"])):
+        name = (0.0 if many else float(row.get("tau") or 0), str(row.get("gate_on") or ""))
+        lines.setdefault(name, {}).setdefault(float(row["beta_rel"]), row)
+    ridges, kinds = (sorted({name[part] for name in lines}) for part in (0, 1))
+    shades = dict(zip(ridges, np.linspace(0.35, 1.0, len(ridges)) if len(ridges) > 1 else [1.0], strict=True))
 
     def draw(axes: Any) -> None:
-        for tau, shade in zip(ridges, shades, strict=True):
-            line = sorted((row for row in gated if row.get("tau") == tau), key=lambda row: float(row["beta_rel"]))
+        for (ridge, kind), points in sorted(lines.items()):
+            line = [points[sparsity] for sparsity in sorted(points)]
             x, y = ([float(row[name]) for row in line] for name in ("beta_rel", "cv_nll"))
-            label = f"ridge {number(tau)}" if len(ridges) > 1 else "gated head"
+            label = f"gates on the {kind}" if len(kinds) > 1 else "gated head"
+            label = f"ridge {number(ridge)}" if len(ridges) > 1 else label
             label += " at its best ridge" if many else ""
-            axes.plot(x, y, "o-", color=BLUE, alpha=float(shade), ms=4, label=label)
+            look = {"color": GREEN if kind == "prompt" else BLUE, "alpha": float(shades[ridge])}
+            axes.plot(x, y, "o-", ms=4, label=label, **look)
             errors = [float(row.get("cv_se") or 0) for row in line]
-            axes.errorbar(x, y, errors, fmt="none", color=BLUE, alpha=float(shade), capsize=2.5, elinewidth=1)
+            axes.errorbar(x, y, errors, fmt="none", capsize=2.5, elinewidth=1, **look)
         if linear is not None:
             axes.axhline(linear, color=ORANGE, linestyle="--", linewidth=1.5, label="linear head")
         if selected is not None:
@@ -253,13 +329,13 @@ def _finite(values: Sequence[Any]) -> Any:
     return np.array([float(value) for value in values if value is not None])
 
 
-def _drawing(name: str, title: str, caption: str, draw: Callable[[Any], None]) -> Drawing:
+def _drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], height: float = 3.1) -> Drawing:
     import matplotlib.style
     from matplotlib.figure import Figure
 
     # "default" first: the reader's own matplotlib settings must not change the page.
     with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": f"coala-{name}"}]):
-        figure = Figure(figsize=(5.4, 3.1), layout="constrained", facecolor="none")
+        figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
         axes = figure.subplots()
         axes.set_facecolor("none")
         draw(axes)

@@ -46,6 +46,8 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "findings": _rows(content.get("data_findings")),
         "data_read": content.get("data_findings") is not None,
         "certificate": _certificate(summary, head),
+        "certificate_table": list(_solved(_mapping(head.get("certificate")))),
+        "certificate_figures": _drawn(figures.gap_bar(_mapping(head.get("certificate")))),
         "certificate_facts": list(_flat(head.get("certificate"))),
         "spec": list(_flat(head.get("spec"))),
         "fit_figures": _drawn(
@@ -57,10 +59,11 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "ranking_figures": _drawn(
             figures.histograms(_mapping(content.get("scores"))),
+            figures.reliability_curve(_mapping(content.get("reliability"))),
             figures.length_chart(_rows(content.get("by_length")), unit),
         ),
         "path": _rows(content.get("path")),
-        "ranking": _ranking(summary),
+        "ranking": _ranking(summary, _mapping(content.get("reliability"))),
         "by_length": [
             {**row, "worded": Interval(row.get("accuracy")).percent(), "n": Interval(row.get("accuracy")).n}
             for row in _rows(content.get("by_length"))
@@ -109,7 +112,7 @@ def _tiles(content: Mapping[str, Any], summary: Mapping[str, Any], head: Mapping
     return tiles
 
 
-def _ranking(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def _ranking(summary: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows of label, comment, worded estimate, and how it was made."""
     rows = []
     for key, label, form in (
@@ -125,7 +128,43 @@ def _ranking(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         if estimate:
             worded = estimate.plain() if form == "plain" else estimate.percent(points=form == "points")
             rows.append((label, "", worded, _how(estimate)))
+    error = Interval(summary.get("calibration_error"))
+    if error:
+        chance = found.get("error_by_chance")
+        comment = "" if chance is None else f"By chance alone: {100 * chance:.1f} points"
+        rows.append(("Held-out calibration error", comment, _points(error), _how(error)))
     return rows
+
+
+def _points(error: Interval) -> str:
+    ends = f"({100 * error.low:.1f} to {100 * error.high:.1f})" if error.bounded else "(no interval)"
+    return f"{100 * error.value:.1f} points {ends}"
+
+
+def _solved(certificate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The certificate as a table: what was solved, how well, and with what."""
+    for key, label in (("program", "Convex program"), ("status", "Status")):
+        if certificate.get(key):
+            yield label, str(certificate[key])
+    objective, bound, gap = (certificate.get(key) for key in ("objective", "lower_bound", "relative_gap"))
+    if objective is not None and bound is not None:
+        yield "Optimal value", f"at least {_fine(bound)} (dual), at most {_fine(objective)} (primal)"
+    if gap is not None:
+        asked = certificate.get("tolerance")
+        yield "Relative gap", number(gap) if asked is None else f"{number(gap)}, of {number(asked)} asked for"
+    first = _mapping(_mapping(certificate.get("facts")).get("phase_one")).get("relative_gap")
+    if first is not None:
+        yield "Relative gap of Phase I", number(first)
+    violation = certificate.get("violation")
+    if violation is not None:
+        worded = "no constraint is violated" if violation == 0 else f"constraints are violated by {number(violation)}"
+        yield "Feasibility", worded
+    for key, label in (("n_patterns", "Gates"), ("precision", "Precision"), ("seed", "Seed")):
+        if certificate.get(key) is not None:
+            yield label, number(certificate[key])
+    versions = _mapping(certificate.get("versions"))
+    if versions:
+        yield "Versions", ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
 
 
 def _how(estimate: Interval) -> str:
@@ -150,7 +189,7 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[st
     if tolerance is not None and gap is not None:
         met = "met" if gap <= tolerance else "not met"
         proved += f" The tolerance asked for, {number(tolerance)}, was {met}."
-    estimated = _search(_mapping(certificate.get("gates_estimate")))
+    estimated = _search(_mapping(_mapping(certificate.get("facts")).get("gates_estimate")))
     measured = (
         "Accuracies, win rates and perplexities are measured on samples, each with a 95 % interval; none of them is "
         "a part of the proof."
@@ -197,6 +236,8 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         name = f"{prefix}{key}"
         if isinstance(inner, Mapping) and inner:
             yield from _flat(inner, f"{name}.")
+        elif isinstance(inner, list) and any(isinstance(row, Mapping) for row in inner):
+            yield name, f"{len(inner)} rows, in report.json"
         elif isinstance(inner, list):
             yield name, ", ".join(map(number, inner)) or "none"
         else:

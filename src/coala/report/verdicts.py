@@ -16,6 +16,7 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
         *_data(content.get("data_findings") or []),
         *_ranking(summary),
         *_linear(summary, content.get("head") or {}),
+        *_calibration(content.get("reliability") or {}, summary),
         *_lengths(content.get("by_length") or []),
         *_path(content.get("path") or [], content.get("head") or {}),
         *_certificate(summary, content.get("head") or {}),
@@ -53,6 +54,8 @@ def _ranking(summary: Mapping[str, Any]) -> list[str]:
 def _linear(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[str]:
     gain, linear = Interval(summary.get("gain_over_linear")), Interval(summary.get("linear_accuracy_eval"))
     if head.get("n_neurons") == 0:
+        if ((head.get("certificate") or {}).get("facts") or {}).get("method") == "linear":
+            return ["The head is linear, as was asked for: whether neurons would help was not tried."]
         return ["The head is linear: validation kept no neuron, so the gates bring nothing on this data."]
     if gain:
         start = f"Against a linear head on the same pairs the difference in accuracy is {gain.percent(points=True)}"
@@ -67,6 +70,22 @@ def _linear(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def _calibration(found: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+    confidence, accuracy = found.get("confidence"), Interval(summary.get("accuracy_eval"))
+    error, chance = Interval(found.get("error")), found.get("error_by_chance")
+    if confidence is None or not accuracy:
+        return []
+    start = f"It gives the reply that it prefers {100 * confidence:.1f} % on average and is right in "
+    start += f"{100 * accuracy.value:.1f} %"
+    if accuracy.below(confidence):
+        return [f"{start}: its probabilities are too sure, as they stand."]
+    if accuracy.above(confidence):
+        return [f"{start}: its probabilities are too timid."]
+    if error and chance is not None and error.above(2 * chance):
+        return [f"{start}, but its probabilities are off by {100 * error.value:.1f} points: see the reliability curve."]
+    return [f"{start}: its probabilities hold on held-out pairs, as far as one can tell."]
+
+
 def _lengths(rows: list[Any]) -> list[str]:
     bad = [row for row in rows if Interval(row.get("accuracy")).below(0.5)]
     if not bad:
@@ -77,10 +96,10 @@ def _lengths(rows: list[Any]) -> list[str]:
 
 
 def _path(rows: list[Any], head: Mapping[str, Any]) -> list[str]:
-    certificate = head.get("certificate") or {}
-    if (certificate.get("cv") or {}).get("signal_found") is False:
+    facts = (head.get("certificate") or {}).get("facts") or {}
+    if (facts.get("cv") or {}).get("signal_found") is False:
         return ["Validation found no signal: on held-out pairs no head was better than a coin."]
-    if certificate.get("separable"):
+    if facts.get("separable"):
         return ["The head ranks every training pair right, so only the regularisation keeps its scores finite."]
     if head.get("n_neurons") == 0:
         return []

@@ -1,0 +1,254 @@
+"""Rows and the products that walk over them: gated sums, block by block; rows mapped from a file; the memory of a solve.
+
+A product reads every row once, in blocks that stay in cache, and widens a block, never the whole, where the weights
+are of a wider type than the rows. Rows spread over the devices of a mesh (``sharding.py``) are walked where they lie.
+Knows no loss, no penalty and no solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from coala.convex.linear import matmul
+from coala.values import CoalaError
+
+BLOCK = 256  # rows; between 128 and 2048 the time hardly depends on it
+AXIS = "rows"  # the name of the mesh axis over which rows are spread
+
+
+@jax.jit
+def gated_product(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
+    """sum_i D_i X u_i, (..., n), for X (..., n, d), patterns (..., n, P) and u (d, P); of the type of u."""
+
+    def kernel(x: jax.Array, is_open: jax.Array, u: jax.Array) -> jax.Array:
+        return jnp.where(is_open, matmul(x.astype(u.dtype), u), 0.0).sum(axis=-1)
+
+    def in_blocks(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
+        def advance(i: jax.Array, z: jax.Array) -> jax.Array:
+            start = _start(i, X.shape[-2])
+            return jax.lax.dynamic_update_slice_in_dim(
+                z, kernel(_block(X, start), _block(patterns, start), u), start, -1
+            )
+
+        return jax.lax.fori_loop(0, _n_blocks(X), advance, jnp.zeros(X.shape[:-1], u.dtype))
+
+    # Of one type, a single product is as fast as one by blocks.
+    product = in_blocks if X.dtype != u.dtype and X.shape[-2] > BLOCK else kernel
+    return _where_rows_lie(product, (_spec(X), _spec(patterns), PartitionSpec()), _spec(X, last=False))(X, patterns, u)
+
+
+@jax.jit
+def gated_product_adjoint(X: jax.Array, patterns: jax.Array, z: jax.Array) -> jax.Array:
+    """(X^T D_i z)_i as the columns of a (d, P) array, summed over all rows; shapes as in :func:`gated_product`."""
+    return _sum_over_rows(_masked_rows, X, patterns, z).T
+
+
+@partial(jax.jit, static_argnames="signs")
+def normal_product(
+    X: jax.Array, patterns: jax.Array, signs: tuple[float, ...], curvature: jax.Array, u: jax.Array
+) -> jax.Array:
+    """F^T diag(curvature) F u, (d, P), in one pass, for F u = sum_s signs_s gated_product(X_s, patterns_s, u).
+
+    X (S, n, d), patterns (S, n, P), curvature (n,), u (d, P).
+    """
+
+    def kernel(x: jax.Array, is_open: jax.Array, curvature: jax.Array, u: jax.Array) -> jax.Array:
+        side = jnp.asarray(signs, x.dtype)[:, None]
+        scores = jnp.where(is_open, matmul(x, u), 0.0).sum(axis=-1)
+        return _masked_rows(x, is_open, side * (curvature * (side * scores).sum(axis=0)))
+
+    return _sum_over_rows(kernel, X, patterns, curvature, u).T
+
+
+@partial(jax.jit, static_argnames="signs")
+def moments(
+    X: jax.Array, patterns: jax.Array, signs: tuple[float, ...], curvature: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """spectrum (d,) of sum 1 and overlap (P, P) with F^T diag(curvature) F ~ spectrum_k overlap_ij sum_j curvature_j.
+
+    overlap_ij is exactly the trace of the block (i, j); that each block is diagonal, and in proportion to the second
+    moments of the features, holds as far as gates do not depend on the rows, in rotated coordinates. Shapes as in
+    :func:`normal_product`.
+    """
+
+    def kernel(x: jax.Array, is_open: jax.Array, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        spectrum = matmul(curvature, (x * x).sum(axis=0))
+        openings = is_open.astype(x.dtype)
+        overlap = jnp.zeros((is_open.shape[-1],) * 2, x.dtype)
+        for s, sign in enumerate(signs):
+            for t, other in enumerate(signs):
+                shared = sign * other * curvature * (x[s] * x[t]).sum(axis=-1)
+                overlap += matmul((openings[s] * shared[:, None]).T, openings[t])
+        return spectrum, overlap
+
+    spectrum, overlap = _sum_over_rows(kernel, X, patterns, curvature)
+    total, weight = spectrum.sum(), curvature.sum()
+    return spectrum / jnp.where(total > 0, total, 1.0), overlap / jnp.where(weight > 0, weight, 1.0)
+
+
+def _masked_rows(x: jax.Array, is_open: jax.Array, z: jax.Array) -> jax.Array:
+    """The adjoint transposed, (P, d)."""
+    # (masked z)^T x and not x^T (masked z), nor a sum of transposes: on CPUs either takes several times as long.
+    over_rows = tuple(range(x.ndim - 1))
+    return jnp.tensordot(jnp.where(is_open, z[..., None], 0.0), x, (over_rows, over_rows), precision="highest")
+
+
+def _sum_over_rows(kernel: Callable[..., Any], X: jax.Array, patterns: jax.Array, weight: jax.Array, *rest: Any) -> Any:
+    """kernel(X, patterns, weight, *rest), a sum over rows and linear in ``weight`` (..., n), by blocks of rows."""
+    dtype = weight.dtype
+
+    def whole(X: jax.Array, patterns: jax.Array, weight: jax.Array, *rest: jax.Array) -> Any:
+        return kernel(X.astype(dtype), patterns, weight, *rest)
+
+    def in_blocks(X: jax.Array, patterns: jax.Array, weight: jax.Array, *rest: jax.Array) -> Any:
+        def at(i: jax.Array) -> Any:
+            start = _start(i, X.shape[-2])
+            # The last block reaches back over rows that the one before it has counted.
+            new = start + jnp.arange(BLOCK) >= i * BLOCK
+            part = jnp.where(new, _block(weight, start, axis=-1), 0)
+            return whole(_block(X, start), _block(patterns, start), part, *rest)
+
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(at, jnp.asarray(0)))
+        return jax.lax.fori_loop(0, _n_blocks(X), lambda i, total: jax.tree.map(jnp.add, total, at(i)), none)
+
+    def local(X: jax.Array, *others: jax.Array) -> Any:
+        if X.shape[-2] <= BLOCK:
+            return whole(X, *others)
+        if X.dtype != dtype:
+            return in_blocks(X, *others)
+        # An accelerator has no cache to stay in, and starts kernels slowly.
+        return jax.lax.platform_dependent(X, *others, cpu=in_blocks, default=whole)
+
+    def summed(*arrays: jax.Array) -> Any:
+        return jax.lax.psum(local(*arrays), AXIS)
+
+    if not _on_mesh():
+        return local(X, patterns, weight, *rest)
+    specs = (
+        _spec(X),
+        _spec(patterns),
+        PartitionSpec(*[None] * (weight.ndim - 1), AXIS),
+        *[PartitionSpec()] * len(rest),
+    )
+    return _where_rows_lie(summed, specs, PartitionSpec())(X, patterns, weight, *rest)
+
+
+def _start(i: jax.Array, n: int) -> jax.Array:
+    return jnp.minimum(i * BLOCK, n - BLOCK)
+
+
+def _n_blocks(X: jax.Array) -> int:
+    return -(-X.shape[-2] // BLOCK)
+
+
+def _block(a: jax.Array, start: jax.Array, axis: int = -2) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, BLOCK, axis)
+
+
+def _on_mesh() -> bool:
+    return AXIS in jax.sharding.get_abstract_mesh().axis_names
+
+
+def _where_rows_lie(product: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The product on every device's own rows, if rows are spread over a mesh; otherwise the product itself."""
+    if not _on_mesh():
+        return product
+    return jax.shard_map(product, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _spec(a: jax.Array, *, last: bool = True) -> PartitionSpec:
+    return PartitionSpec(*[None] * (a.ndim - 2), AXIS, *([None] if last else []))
+
+
+def write_rows(path: str | Path, blocks: Iterable[np.ndarray], n_rows: int) -> None:
+    """Write blocks (..., m, d) of rows, ``n_rows`` in all, to one ``.npy`` file without holding more than a block.
+
+    Raises:
+        CoalaError: if the blocks do not make ``n_rows`` rows; the file is then removed.
+    """
+    target: np.ndarray | None = None
+    done = 0
+    for block in blocks:
+        if target is None:
+            shape = (*block.shape[:-2], n_rows, block.shape[-1])
+            target = np.lib.format.open_memmap(path, mode="w+", dtype=block.dtype, shape=shape)
+        if done + block.shape[-2] <= n_rows:
+            target[..., done : done + block.shape[-2], :] = block
+        done += block.shape[-2]
+    if target is None or done != n_rows:
+        Path(path).unlink(missing_ok=True)
+        raise CoalaError(f"The blocks hold {done} rows; {n_rows} were announced. Give the number that is written.")
+    target.flush()  # type: ignore[attr-defined]
+
+
+def open_rows(path: str | Path) -> jax.Array:
+    """The array of a ``.npy`` file on the CPU, without reading it: the system brings pages in and drops them again.
+
+    An ordinary array to every program and solver, though larger than memory. Do not change the file while it is used.
+
+    Raises:
+        CoalaError: if the file holds numbers other than float32 or float64, or not in rows (..., n, d) of C order.
+    """
+    mapped = np.load(path, mmap_mode="r")
+    if mapped.dtype not in (np.float32, np.float64) or mapped.ndim < 2 or not mapped.flags.c_contiguous:
+        raise CoalaError(
+            f"{path} holds {mapped.dtype} of shape {mapped.shape}; expected rows (..., n, d) of float32 or float64 in "
+            "C order. Write it with `write_rows`."
+        )
+    return jax.device_put(mapped, jax.devices("cpu")[0], may_alias=True)
+
+
+def solve_bytes(
+    n: int, d: int, n_patterns: int, *, sides: int = 1, dtype: Any = np.float32, mapped: bool = False
+) -> int:
+    """Bytes at the peak of a certified solve by Newton's method: rows (sides, n, d) and P patterns.
+
+    ``mapped`` rows take none: the system may drop their pages. The rest is masks, scores of all patterns, vectors
+    over rows, and some weights, in float64 while the certificate is computed.
+    """
+    size = np.dtype(dtype).itemsize
+    rows = 0 if mapped else sides * n * d * size
+    over_rows = n * (sides * n_patterns * (1 + 2 * size) + 24 * size)
+    weights = d * n_patterns * (24 * size + 6 * 8)
+    blocks = 4 * sides * BLOCK * (d + n_patterns) * 8
+    return rows + over_rows + weights + blocks
+
+
+def available_bytes() -> int | None:
+    """Bytes of memory this process may still take: what the system says is free, or less if its group is limited."""
+    free: list[int] = []
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            free.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    return min(free, default=None)
+
+
+def check_memory(needed: int, available: int | None = None) -> None:
+    """Refuse a solve of ``needed`` bytes (:func:`solve_bytes`) that cannot fit; silent where nothing is known.
+
+    Raises:
+        CoalaError: with both numbers and the way out.
+    """
+    available = available_bytes() if available is None else available
+    if available is not None and needed > available:
+        raise CoalaError(
+            f"The solve needs about {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available. Map the "
+            "rows from a file (`write_rows`, `open_rows`), spread them over machines, or use fewer patterns or rows."
+        )
