@@ -224,7 +224,7 @@ def shown(values: list[float], digits: int = 3) -> str:
 
 def real(args: argparse.Namespace) -> dict[str, Any]:
     cells: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for model in MODELS:
+    for model in args.models:
         for name in SETS:
             features, n_train = cell(args.features, name, model)
             for seed in range(args.seeds):
@@ -266,7 +266,7 @@ def real(args: argparse.Namespace) -> dict[str, Any]:
         for m, d in differences.items()
     }
     print(
-        f"\n| points against linear, three models together | " + " | ".join(SETS) + " |\n|" + "---|" * (len(SETS) + 1)
+        "\n| points against linear, models together | " + " | ".join(SETS) + " |\n|" + "---|" * (len(SETS) + 1)
     )
     for m, sets in by_set.items():
         print(f"| {m} | " + " | ".join(f"{mean:+.2f} ± {half:.2f}" for mean, half in sets.values()) + " |")
@@ -317,6 +317,7 @@ def main() -> None:
     parser.add_argument("--features", type=Path, default=ROOT / "runs" / "ranking")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "methods")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     args = parser.parse_args()
     if args.part == "real" and not (args.features / f"{SETS[0]}-{MODELS[0]}").exists():

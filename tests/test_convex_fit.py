@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from dataclasses import asdict, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,13 +22,17 @@ from coala.convex.learn import Search, learn_gates, search_gates
 from coala.convex.pairwise import PairData, solve_pairs
 from coala.convex.path import Candidate, Learnt, sparsest_within_an_error
 from coala.convex.prepare import Standardisation
+from coala.convex.rows import solve_bytes
 from coala.convex.validation import HeldOut, clustered_error, grouped_folds, rising_twice
+from coala.store import scratch
 from coala.values import CoalaError, ConvexHead, FeatureSet
 
 from . import reference
 from .menagerie_convex import SPEC, absolute_reward, pairs_of
 
 N, D = 160, 6
+# The name `coala.convex.fit` is the function; its module is needed too.
+fit_module = sys.modules["coala.convex.fit"]
 
 
 @lru_cache
@@ -429,6 +435,42 @@ def test_two_phase_head() -> None:
     assert accuracy(result.head, features) > 0.7
     assert facts(result.head)["phase_one"]["relative_gap"] <= 1e-4
     assert relative_gap(result.head) <= 1e-9
+
+
+@pytest.mark.parametrize("phase_one", ["cronos", "network"])
+def test_two_phase_with_other_solvers_of_phase_one(phase_one: Any) -> None:
+    features = linear_features()
+    result = fit(features, method="two-phase", n_patterns=8, phase_one=phase_one)
+    assert accuracy(result.head, features) > 0.7
+    first = facts(result.head)["phase_one"]
+    assert first["solver"] == phase_one
+    assert 0 <= first["relative_gap"] <= 0.02
+    assert result.solutions["phase-one"].objective > 0
+
+
+def test_the_published_settings_say_how_far_from_the_optimum_they_stop() -> None:
+    features = linear_features()
+    result = fit(features, method="two-phase", paper=True, n_patterns=8)
+    assert facts(result.head)["phase_one"]["relative_gap"] > 0.1
+    assert relative_gap(result.head) > 1e-4
+    assert not result.path
+    with pytest.raises(CoalaError, match="two-phase"):
+        fit(features, paper=True)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_in_a_scratch_file_is_the_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = gated_features()
+    needed = solve_bytes(N, D + 1, 16, sides=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "available_bytes", lambda: needed - 1)
+        with pytest.raises(CoalaError, match="GiB"):
+            fit(train)
+        mapped = fit(train, scratch=scratch(tmp_path)).head
+    np.testing.assert_array_equal(mapped.weights, fit(train).head.weights)
+    assert not list(tmp_path.iterdir())
 
 
 # --- validation ----------------------------------------------------------------------------------------------------

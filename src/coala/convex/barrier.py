@@ -121,9 +121,11 @@ class Barrier:
             return 1 / linear.max(initial=float(np.finfo(mu.dtype).tiny))
 
         aim = towards(jnp.zeros_like(mu), jnp.zeros_like(slack))
+        reach = jnp.minimum(longest(aim), 1.0)
         # Never to 0 at once, where a norm of 0 has no smoothing left.
-        goal = mu * jnp.maximum((1 - jnp.minimum(longest(aim), 1.0)) ** 3, 1e-4)
-        step = towards(goal, aim.slack * aim.multipliers)
+        goal = mu * jnp.maximum((1 - reach) ** 3, 1e-4)
+        # The second-order terms are those of a full step; a shorter one calls for less (Colombo & Gondzio, 2008).
+        step = towards(goal, reach * aim.slack * aim.multipliers)
         length = jnp.minimum(0.995 * longest(step), 1.0)
         weights = weights + length * step.weights
         multipliers = multipliers + length * step.multipliers

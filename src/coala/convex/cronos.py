@@ -238,7 +238,7 @@ def exact_u_step(
             return matmul(inverse, r.T.reshape(-1)).reshape(P, d).T
         first = r / diagonal
         inner = matmul(inverse, gated_product(program.X, program.patterns, first))
-        return first - gated_product_adjoint(program.X, program.patterns, inner) / diagonal
+        return jnp.asarray(first - gated_product_adjoint(program.X, program.patterns, inner) / diagonal)
 
     return _by_sum_and_difference(target, lambda b: b / diagonal, invert_difference)
 

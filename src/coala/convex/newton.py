@@ -37,8 +37,8 @@ class GatedNewton:
     """Newton's method on the groups that are not zero, for any :class:`~coala.convex.program.GroupProgram`.
 
     A step begins with a proximal gradient step if that lets groups enter or leave, or if the last step was to take
-    groups through zero, where the objective has a kink that can hold Newton's method up. It then solves Newton's equations on
-    the groups that are not zero, where the objective is smooth, by conjugate gradients,
+    groups through zero, where the objective has a kink that can hold Newton's method up. It then solves Newton's
+    equations on the groups that are not zero, where the objective is smooth, by conjugate gradients,
 
         (F^T diag(curvature) F + blockdiag(levels_i (I - uu^T/||u||^2)/||u|| + ridges_i I)) p = -gradient,
 
@@ -51,7 +51,8 @@ class GatedNewton:
     forcing: float = 0.1
 
     def init(self, program: GroupProgram, start: jax.Array | None = None) -> NewtonState:
-        return _first(program, program.zeros() if start is None else start)
+        first: NewtonState = _first(program, program.zeros() if start is None else start)
+        return first
 
     def solution(self, program: GroupProgram, state: NewtonState) -> tuple[jax.Array, None]:
         return state.weights, None
@@ -186,7 +187,9 @@ def _proximal_step(program: GroupProgram, state: NewtonState) -> tuple[jax.Array
         return end.weights, end.z, program.predict_adjoint(program.slope(end.z))
 
     changes = (group_norms(moved(steepness)) > 0) != (group_norms(weights) > 0)
-    return jax.lax.cond(changes.any() | state.crossed, change, lambda: (weights, z, slopes))
+    after: tuple[jax.Array, jax.Array, jax.Array]
+    after = jax.lax.cond(changes.any() | state.crossed, change, lambda: (weights, z, slopes))
+    return after
 
 
 def _exact_step(

@@ -387,9 +387,9 @@ class PatternGeneration:
         start: np.ndarray | None = None,
         on_round: OnRound | None = None,
     ) -> NetworkSolution:
-        """Train on rows X (n, d) and labels y (n,), in float64, from weights ``start`` (2, d, P) or from no neuron.
+        """Train on rows X (n, d) and labels y (n,) from weights ``start`` (2, d, P), or from no neuron.
 
-        J never rises from round to round. ``on_round`` gets the round's number and its row of the history.
+        Iterations are in ``dtype``; J, the bounds and the weights are in float64. J never rises from round to round. ``on_round`` gets the round's number and its row of the history.
         """
         X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
         n, d = X.shape

@@ -1,4 +1,4 @@
-"""Rows and the products that walk over them: gated sums, block by block; rows mapped from a file; the memory of a solve.
+"""Rows and the products that walk over them, block by block; rows mapped from a file; the memory a solve takes.
 
 A product reads every row once, in blocks that stay in cache, and widens a block, never the whole, where the weights
 are of a wider type than the rows. Rows spread over the devices of a mesh (``sharding.py``) are walked where they lie.
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,17 @@ from coala.values import CoalaError
 
 BLOCK = 256  # rows; between 128 and 2048 the time hardly depends on it
 AXIS = "rows"  # the name of the mesh axis over which rows are spread
+EVERYWHERE = PartitionSpec()
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
-@jax.jit
+def _compiled(**options: Any) -> Callable[[FunctionT], FunctionT]:
+    """``jax.jit`` that keeps the signature."""
+    return cast(Callable[[FunctionT], FunctionT], partial(jax.jit, **options))
+
+
+@_compiled()
 def gated_product(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
     """sum_i D_i X u_i, (..., n), for X (..., n, d), patterns (..., n, P) and u (d, P); of the type of u."""
 
@@ -40,18 +48,23 @@ def gated_product(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
 
         return jax.lax.fori_loop(0, _n_blocks(X), advance, jnp.zeros(X.shape[:-1], u.dtype))
 
-    # Of one type, a single product is as fast as one by blocks.
-    product = in_blocks if X.dtype != u.dtype and X.shape[-2] > BLOCK else kernel
-    return _where_rows_lie(product, (_spec(X), _spec(patterns), PartitionSpec()), _spec(X, last=False))(X, patterns, u)
+    def local(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
+        # Of one type, a single product is as fast as one by blocks.
+        return (in_blocks if X.dtype != u.dtype and X.shape[-2] > BLOCK else kernel)(X, patterns, u)
+
+    specs = (row_spec(X.ndim, -2), row_spec(patterns.ndim, -2), EVERYWHERE)
+    z: jax.Array = _where_rows_lie(local, specs, row_spec(X.ndim - 1, -1))(X, patterns, u)
+    return z
 
 
-@jax.jit
+@_compiled()
 def gated_product_adjoint(X: jax.Array, patterns: jax.Array, z: jax.Array) -> jax.Array:
     """(X^T D_i z)_i as the columns of a (d, P) array, summed over all rows; shapes as in :func:`gated_product`."""
-    return _sum_over_rows(_masked_rows, X, patterns, z).T
+    back: jax.Array = _sum_over_rows(_masked_rows, X, patterns, z).T
+    return back
 
 
-@partial(jax.jit, static_argnames="signs")
+@_compiled(static_argnames="signs")
 def normal_product(
     X: jax.Array, patterns: jax.Array, signs: tuple[float, ...], curvature: jax.Array, u: jax.Array
 ) -> jax.Array:
@@ -65,10 +78,11 @@ def normal_product(
         scores = jnp.where(is_open, matmul(x, u), 0.0).sum(axis=-1)
         return _masked_rows(x, is_open, side * (curvature * (side * scores).sum(axis=0)))
 
-    return _sum_over_rows(kernel, X, patterns, curvature, u).T
+    curved: jax.Array = _sum_over_rows(kernel, X, patterns, curvature, u).T
+    return curved
 
 
-@partial(jax.jit, static_argnames="signs")
+@_compiled(static_argnames="signs")
 def moments(
     X: jax.Array, patterns: jax.Array, signs: tuple[float, ...], curvature: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -132,13 +146,8 @@ def _sum_over_rows(kernel: Callable[..., Any], X: jax.Array, patterns: jax.Array
 
     if not _on_mesh():
         return local(X, patterns, weight, *rest)
-    specs = (
-        _spec(X),
-        _spec(patterns),
-        PartitionSpec(*[None] * (weight.ndim - 1), AXIS),
-        *[PartitionSpec()] * len(rest),
-    )
-    return _where_rows_lie(summed, specs, PartitionSpec())(X, patterns, weight, *rest)
+    along = (row_spec(X.ndim, -2), row_spec(patterns.ndim, -2), row_spec(weight.ndim, -1))
+    return _where_rows_lie(summed, (*along, *[EVERYWHERE] * len(rest)), EVERYWHERE)(X, patterns, weight, *rest)
 
 
 def _start(i: jax.Array, n: int) -> jax.Array:
@@ -164,8 +173,10 @@ def _where_rows_lie(product: Callable[..., Any], in_specs: Any, out_specs: Any) 
     return jax.shard_map(product, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _spec(a: jax.Array, *, last: bool = True) -> PartitionSpec:
-    return PartitionSpec(*[None] * (a.ndim - 2), AXIS, *([None] if last else []))
+def row_spec(ndim: int, axis: int) -> PartitionSpec:
+    """How an array lies on a mesh of rows: spread along ``axis``."""
+    names = [AXIS if k == axis % ndim else None for k in range(ndim)]
+    return PartitionSpec(*names)
 
 
 def write_rows(path: str | Path, blocks: Iterable[np.ndarray], n_rows: int) -> None:
@@ -203,7 +214,8 @@ def open_rows(path: str | Path) -> jax.Array:
             f"{path} holds {mapped.dtype} of shape {mapped.shape}; expected rows (..., n, d) of float32 or float64 in "
             "C order. Write it with `write_rows`."
         )
-    return jax.device_put(mapped, jax.devices("cpu")[0], may_alias=True)
+    rows: jax.Array = jax.device_put(mapped, jax.devices("cpu")[0], may_alias=True)
+    return rows
 
 
 def solve_bytes(
@@ -219,7 +231,7 @@ def solve_bytes(
     over_rows = n * (sides * n_patterns * (1 + 2 * size) + 24 * size)
     weights = d * n_patterns * (24 * size + 6 * 8)
     blocks = 4 * sides * BLOCK * (d + n_patterns) * 8
-    return rows + over_rows + weights + blocks
+    return int(rows + over_rows + weights + blocks)
 
 
 def available_bytes() -> int | None:

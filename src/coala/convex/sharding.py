@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from coala.convex.pairwise import PairProgram
 from coala.convex.program import GatedProgram
-from coala.convex.rows import AXIS
+from coala.convex.rows import AXIS, row_spec
 from coala.values import CoalaError
 
 ProgramT = TypeVar("ProgramT", GatedProgram, PairProgram)
@@ -45,7 +45,7 @@ def spread(program: ProgramT) -> ProgramT:
     mesh = jax.sharding.get_mesh()
     if AXIS not in mesh.axis_names:
         raise CoalaError("No mesh is in force; call this inside `with jax.set_mesh(row_mesh()):`.")
-    placed = {}
+    placed: dict[str, Any] = {}
     for field in fields(program):
         whole = np.asarray(getattr(program, field.name))
         placed[field.name] = _deal(whole, mesh, ROW_AXES[field.name]) if field.name in ROW_AXES else whole
@@ -57,9 +57,10 @@ def _deal(whole: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
     axis %= whole.ndim
     n = whole.shape[axis]
     shape = tuple(n + -n % mesh.size if k == axis else size for k, size in enumerate(whole.shape))
-    sharding = NamedSharding(mesh, PartitionSpec(*[AXIS if k == axis else None for k in range(whole.ndim)]))
+    sharding = NamedSharding(mesh, row_spec(whole.ndim, axis))
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = (slice(None),) * whole.ndim if index is None else index
         held = whole[index]
         first, last, _ = index[axis].indices(shape[axis])
         missing = (last - first) - held.shape[axis]

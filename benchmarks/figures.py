@@ -1,0 +1,178 @@
+"""The figures of docs/guarantees.md: margins over iterations, and the rates of ADMM and of Nesterov's method.
+
+    python benchmarks/figures.py --out docs/figures
+
+All on data drawn here, one seed; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from coala.convex import GatedNewton, Program, largest_sparsity, sample_patterns, solve
+from coala.convex.barrier import Barrier
+from coala.convex.cronos import Cronos, CronosState
+from coala.convex.losses import Logistic, SecondLayer
+from coala.convex.minimisers import DampedNewton, Nesterov
+
+
+def preferences(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (2, n, d), chosen and rejected, of mean norm 1 with a constant; the reward is 4 |a.x| + 2 b.x."""
+    x = rng.standard_normal((2, n, d))
+    a, b = (v / np.linalg.norm(v) for v in rng.standard_normal((2, d)))
+    reward = 4 * np.abs(x @ a) + 2 * x @ b
+    better = rng.random(n) < 1 / (1 + np.exp(-(reward[0] - reward[1])))
+    x = np.where(better[:, None], x, x[::-1]) / np.sqrt(d)
+    rows = np.concatenate([x, np.full((2, n, 1), 1 / np.sqrt(d))], axis=-1)
+    return rows, np.concatenate([np.ones(n), -np.ones(n)])
+
+
+def ratio(scores: np.ndarray) -> float:
+    """Mean over standard deviation of the margins chosen - rejected, from scores of all rows (2n,)."""
+    margins = np.subtract(*np.split(scores, 2))
+    return float(margins.mean() / margins.std()) if margins.std() > 0 else 0.0
+
+
+def margins(out: Path) -> dict[str, Any]:
+    """Phase I on one data set by three methods: the ratio of mean margin to its deviation, per iteration."""
+    rows, y = preferences(600, 16, np.random.default_rng(0))
+    X = rows.reshape(-1, rows.shape[-1])
+    patterns, _ = sample_patterns(X, 16, jax.random.key(0))
+    traces: dict[str, list[float]] = {}
+    with jax.enable_x64(True):
+        program = Program(jnp.asarray(X), jnp.asarray(y), jnp.asarray(patterns), jnp.ones(()))
+        level = 0.03 * largest_sparsity(program)
+        program = Program(program.X, program.y, program.patterns, level)
+        relaxed = program.relaxation
+        for name, target, solver, steps in (
+            ("Newton, gated program", relaxed, GatedNewton(), 20),
+            ("CRONOS, cone program", program, Cronos(), 400),
+        ):
+            trace: list[float] = []
+
+            def watch(step: int, u: np.ndarray, row: Any, target: Any = target, trace: list[float] = trace) -> None:
+                trace.append(ratio(np.asarray(target.predict(jnp.asarray(u)))))
+
+            solve(target, solver, tolerance=1e-8, max_steps=steps, patience=None, on_step=watch)
+            traces[name] = trace
+    torch.manual_seed(0)
+    for rate in (1e-3, 3e-2):
+        network = torch.nn.Sequential(torch.nn.Linear(X.shape[1], 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+        optimiser = torch.optim.AdamW(network.parameters(), lr=rate)
+        inputs, labels = torch.tensor(X, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        trace = []
+        for _ in range(400):
+            with torch.no_grad():
+                trace.append(ratio(network(inputs).squeeze(1).numpy()))
+            batch = torch.randint(len(X), (64,), generator=generator)
+            loss = ((network(inputs[batch]).squeeze(1) - labels[batch]) ** 2).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        traces[f"AdamW, rate {rate:g}, ReLU network"] = trace
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, trace in traces.items():
+        axes.plot(np.arange(1, len(trace) + 1), trace, label=name)
+    axes.set(xscale="log", xlabel="iteration", ylabel="mean margin / deviation")
+    axes.legend(frameon=False)
+    save(figure, out / "margins.svg")
+    falls = {name: float(-np.minimum(np.diff(trace), 0).sum()) for name, trace in traces.items()}
+    return {"last": {name: trace[-1] for name, trace in traces.items()}, "total_fall": falls}
+
+
+def rates(out: Path) -> dict[str, Any]:
+    """ADMM's ergodic averages against 1/k, and Nesterov's method against 2 L ||theta*||^2 / (k + 1)^2."""
+    rows, y = preferences(60, 5, np.random.default_rng(1))
+    X = rows.reshape(-1, rows.shape[-1])
+    patterns, _ = sample_patterns(X, 5, jax.random.key(0))
+    with jax.enable_x64(True):
+        program = Program(jnp.asarray(X), jnp.asarray(y), jnp.asarray(patterns), jnp.ones(()))
+        program = Program(program.X, program.y, program.patterns, 0.05 * largest_sparsity(program))
+        best = solve(program, Barrier(), tolerance=1e-9).objective
+        solver = Cronos(relaxation=1.0, balance=False)
+        state: CronosState = solver.init(program)
+        total = jnp.zeros_like(state.iterate.v)
+        gaps, last = [], []
+        for k in range(1, 1001):
+            state = solver.step(program, state)
+            total = total + state.iterate.v
+            for trace, v in ((gaps, total / k), (last, state.iterate.v)):
+                value = float(state.rotated.objective(v)) + float(
+                    np.linalg.norm(np.minimum(np.asarray(state.rotated.cone(v)), 0))
+                )
+                trace.append(abs(value - best) / best)
+        rng = np.random.default_rng(2)
+        # Features of very unequal size: what makes first-order methods slow.
+        hidden = rng.standard_normal((2, 400, 30)) * np.logspace(0, -2, 30)
+        theta = 10 * rng.standard_normal(30)
+        swap = ((hidden[0] - hidden[1]) @ theta < 0)[:, None]
+        chosen, rejected = np.where(swap, hidden[::-1], hidden)
+        second = SecondLayer.of(jnp.asarray(chosen), jnp.asarray(rejected), Logistic(), ridge=1e-6)
+        exact = solve(second, DampedNewton(), tolerance=1e-13, exact=False)
+        trace = []
+        solve(
+            second,
+            Nesterov(restart=False),
+            tolerance=1e-14,
+            max_steps=1000,
+            patience=None,
+            exact=False,
+            on_step=lambda step, u, row: trace.append(row["objective"] - exact.objective),
+        )
+        bound = 2 * float(second.smoothness()) * float((exact.value**2).sum())
+    steps = np.arange(1, 1001)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.loglog(steps, gaps, label="average of the iterates")
+    left.loglog(steps, last, label="last iterate")
+    constant = float((steps * gaps)[9:].max())
+    left.loglog(steps, constant / steps, "k--", label=f"{constant:.1f} / k")
+    left.set(xlabel="ADMM step k", ylabel="|penalised value - optimum| / optimum")
+    right.loglog(np.arange(1, len(trace)), np.maximum(trace[1:], 1e-16), label="Nesterov")
+    right.loglog(
+        np.arange(1, len(trace)),
+        bound / (np.arange(1, len(trace)) + 1) ** 2,
+        "k--",
+        label="2 L ||theta*||^2 / (k + 1)^2",
+    )
+    right.set(xlabel="step k", ylabel="objective - optimum")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    save(figure, out / "rates.svg")
+    worst = float(max(np.array(trace[1:]) * (np.arange(1, len(trace)) + 1) ** 2) / bound)
+    return {
+        "admm_k_times_gap": {"at_10": 10 * gaps[9], "largest_after_10": constant},
+        "nesterov_largest_share_of_bound": worst,
+    }
+
+
+def save(figure: Figure, path: Path) -> None:
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "coala", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "figures")
+    out = parser.parse_args().out
+    print(json.dumps({"margins": margins(out), "rates": rates(out)}))
+
+
+if __name__ == "__main__":
+    main()

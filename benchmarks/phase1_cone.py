@@ -1,0 +1,95 @@
+"""Seconds to a certified gap on the cone-constrained program: interior point, our ADMM, and ADMM as published.
+
+    python benchmarks/phase1_cone.py [--seeds 0 1 2] [--quick]
+
+Synthetic correlated features, 2000 x 129 with 8 patterns and sparsity 0.01 of the largest. Every solver is run once
+for its compilation and once for the clock, setting up included; all on one instance in one process, so that ratios
+mean something on a busy machine too. Prints a table; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coala.convex import Program, largest_sparsity, sample_patterns, solve
+from coala.convex.barrier import Barrier
+from coala.convex.cronos import Cronos
+
+# Name, solver, tolerance, most steps, steps between looks.
+RUNS: list[tuple[str, Any, float, int, int]] = [
+    ("interior point to 1e-3", Barrier(), 1e-3, 60, 1),
+    ("interior point to 1e-6", Barrier(), 1e-6, 60, 1),
+    ("ADMM, exact u-step, to 1e-3", Cronos(), 1e-3, 4000, 50),
+    ("ADMM as published, 7 steps", Cronos.paper(), 1e-3, 7, 7),
+    ("ADMM as published, 200 steps", Cronos.paper(), 1e-3, 200, 100),
+    ("the same, 500 inner steps", Cronos.paper(max_cg_steps=500), 1e-3, 200, 100),
+]
+
+
+def instance(seed: int, n: int = 2000, d: int = 128, n_patterns: int = 8, relative: float = 0.01) -> Program:
+    """Centred rows of mean squared norm 1 with a decaying spectrum and a bias column; labels of a small network."""
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((n, d)) @ (rng.standard_normal((d, d)) / np.sqrt(np.arange(1, d + 1)))
+    X -= X.mean(axis=0)
+    X /= np.sqrt((X**2).sum(axis=1).mean())
+    a, b, c = rng.standard_normal((3, d))
+    score = np.abs(X @ a) - np.abs(X @ b) + 0.3 * X @ c + 0.1 * rng.standard_normal(n)
+    X = np.concatenate([X, np.full((n, 1), 0.1)], axis=1).astype(np.float32)
+    patterns, _ = sample_patterns(X, n_patterns, jax.random.key(seed))
+    labels = jnp.asarray(np.where(score > np.median(score), 1, -1), jnp.float32)
+    unit = Program(jnp.asarray(X), labels, jnp.asarray(patterns), jnp.ones(()))
+    return Program(unit.X, unit.y, unit.patterns, relative * largest_sparsity(unit))
+
+
+def run(seeds: list[int], quick: bool) -> list[dict[str, Any]]:
+    """A row per seed and solver; ``quick`` takes a tenth of the rows and a quarter of the features."""
+    rows = []
+    for seed in seeds:
+        program = instance(seed, 200, 32, 4) if quick else instance(seed)
+        for name, solver, tolerance, most, every in RUNS:
+            for _ in range(2):
+                start = time.perf_counter()
+                options: dict[str, Any] = {"max_steps": most, "check_every": every, "patience": None}
+                found = solve(program, solver, tolerance=tolerance, **options)
+                seconds = time.perf_counter() - start
+            rows.append(
+                {
+                    "seed": seed,
+                    "solver": name,
+                    "seconds": seconds,
+                    "steps": found.steps,
+                    "objective": found.objective,
+                    "relative_gap": found.relative_gap,
+                    "status": found.status.value,
+                }
+            )
+        best = min(row["objective"] for row in rows if row["seed"] == seed)
+        for row in rows[-len(RUNS) :]:
+            row["above_best"] = row["objective"] / best - 1
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    rows = run(args.seeds, args.quick)
+    print(f"{'seed':>4}  {'solver':<30}{'seconds':>9}{'steps':>7}{'objective':>12}{'above best':>12}{'proved gap':>12}")
+    for row in rows:
+        print(
+            f"{row['seed']:>4}  {row['solver']:<30}{row['seconds']:>9.3f}{row['steps']:>7}{row['objective']:>12.4f}"
+            f"{row['above_best']:>12.1e}{row['relative_gap']:>12.1e}"
+        )
+    print(json.dumps({"benchmark": "phase1_cone", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
