@@ -370,6 +370,26 @@ def _mapped(path: Path) -> dict[str, NDArray[Any]]:
 # --- the run folder ----------------------------------------------------------------------------------------------
 
 
+def write_rows(path: Path, blocks: Iterable[NDArray[Any]], n_rows: int) -> None:
+    """Write blocks (..., m, d) of rows, ``n_rows`` in all, to one ``.npy`` file without holding more than a block.
+
+    Raises:
+        StoreError: if the blocks do not make ``n_rows`` rows; the file is then of no use.
+    """
+    target: NDArray[Any] | None = None
+    done = 0
+    for block in blocks:
+        if target is None:
+            shape = (*block.shape[:-2], n_rows, block.shape[-1])
+            target = np.lib.format.open_memmap(path, mode="w+", dtype=block.dtype, shape=shape)
+        if done + block.shape[-2] <= n_rows:
+            target[..., done : done + block.shape[-2], :] = block
+        done += block.shape[-2]
+    if target is None or done != n_rows:
+        raise StoreError(f"The blocks hold {done} rows; {n_rows} were announced. Give the number that is written.")
+    target.flush()  # type: ignore[attr-defined]
+
+
 def scratch(folder: Path) -> Callable[[tuple[int, ...], type[Any]], NDArray[Any]]:
     """A function that gives writable arrays mapped from files in ``folder``; they vanish when no longer used.
 

@@ -120,7 +120,11 @@ def fit(
     }
     if certificate is not None:
         result |= {**asdict(certificate), "gap": certificate.gap, "relative_gap": certificate.relative_gap}
-    rows = [[key, str(value)] for key, value in result.items() if isinstance(value, str | int | float)]
+    rows = [
+        [key, f"{value:.6g}" if isinstance(value, float) else str(value)]
+        for key, value in result.items()
+        if isinstance(value, str | int | float)
+    ]
     if eval_features is not None:
         held_out = load_features(eval_features, mmap=True)
         result["accuracy"] = accuracy_of_margins(head.margins(held_out), held_out.group)

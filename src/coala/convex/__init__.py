@@ -3,33 +3,57 @@
 Arrays in, arrays out; pure JAX. Knows no files, models or devices, and changes no process-wide option.
 """
 
-from coala.convex.finetune import Logistic, PairLoss, Pointwise, finetune
+from coala.convex.barrier import Barrier
+from coala.convex.calibration import calibration_error, fit_temperature, reliability
+from coala.convex.cronos import Cronos
+from coala.convex.finetune import finetune
 from coala.convex.fit import Fit, fit
 from coala.convex.gates import sample_patterns
+from coala.convex.losses import Logistic, PairLoss, Pointwise, SecondLayer, TwoScores
+from coala.convex.minimisers import LBFGS, AdamW, DampedNewton, Nesterov
 from coala.convex.newton import GatedNewton
 from coala.convex.pairwise import PairProgram
+from coala.convex.patterns import NetworkSolution, PatternGeneration
 from coala.convex.program import GatedProgram, Program, largest_sparsity
 from coala.convex.recover import recover_gated, recover_network
+from coala.convex.rows import open_rows
+from coala.convex.sharding import row_mesh, spread
 from coala.convex.solvers import Solution, Solver, Status, certify, solve
 
 __all__ = [
+    "LBFGS",
+    "AdamW",
+    "Barrier",
+    "Cronos",
+    "DampedNewton",
     "Fit",
     "GatedNewton",
     "GatedProgram",
     "Logistic",
+    "Nesterov",
+    "NetworkSolution",
     "PairLoss",
     "PairProgram",
+    "PatternGeneration",
     "Pointwise",
     "Program",
+    "SecondLayer",
     "Solution",
     "Solver",
     "Status",
+    "TwoScores",
+    "calibration_error",
     "certify",
     "finetune",
     "fit",
+    "fit_temperature",
     "largest_sparsity",
+    "open_rows",
     "recover_gated",
     "recover_network",
+    "reliability",
+    "row_mesh",
     "sample_patterns",
     "solve",
+    "spread",
 ]

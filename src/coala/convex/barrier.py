@@ -47,7 +47,7 @@ class Barrier:
     v_i - w_i with F_d^T F_d, F_d = [D_1 X ... D_P X]. It is factored whole up to ``direct_width`` unknowns and by
     patterns above; conjugate gradients, preconditioned with that factor, remove what this or rounding leaves. A step
     costs about 4 n d^2 P + (P d)^3 / 3 flop; some 15 reach a relative gap of 1e-6. All in float64, whatever the
-    program's type.
+    program's type; but ``solve`` looks at gaps in that type, so pose a program in float64 for a gap below 1e-5.
     """
 
     direct_width: int = 4096

@@ -104,8 +104,8 @@ def fit(
         dtype = np.float64 if double else np.float32
         shape = (2, len(features), standardisation.rotation.shape[1])
         rows = _room(shape, dtype, max(1, count), scratch)
-        standardisation.write_rows(features.chosen, rows[0])
-        standardisation.write_rows(features.rejected, rows[1])
+        standardisation.fill(features.chosen, rows[0])
+        standardisation.fill(features.rejected, rows[1])
         prompts = None
         if features.prompt is not None and gate_on != "reply" and method in ("learnt", "direct"):
             prompts = Standardisation.of(features.prompt, features.prompt, scaling)

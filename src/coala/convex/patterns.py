@@ -356,15 +356,50 @@ class _Model:
         return u, patterns, objective, lower
 
 
+def descended(X: np.ndarray, y: np.ndarray, sparsity: float, key: jax.Array, width: int, n_steps: int) -> np.ndarray:
+    """Weights (2, d, width) to which L-BFGS takes a random network with weight decay: a local optimum, or near one.
+
+    From there pattern generation goes on; it never ends above what descent alone would reach.
+    """
+    from scipy.optimize import minimize
+
+    with jax.enable_x64(True):
+        draw = np.asarray(jax.random.normal(jax.random.fold_in(key, 2**31), (width, X.shape[1] + 1)))
+    draw = draw.copy()
+    draw[:, :-1] /= np.sqrt(X.shape[1])
+    split = width * X.shape[1]
+
+    def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        first, second = flat[:split].reshape(width, -1), flat[split:]
+        active = np.maximum(X @ first.T, 0)
+        residual = active @ second - y
+        onto_first = ((active > 0) * residual[:, None] * second).T @ X
+        gradient = np.concatenate([onto_first.ravel(), active.T @ residual]) + sparsity * flat
+        return float(residual @ residual / 2 + sparsity / 2 * flat @ flat), gradient
+
+    options = {"maxiter": n_steps, "maxfun": 2 * n_steps, "maxcor": 20}
+    flat = np.concatenate([draw[:, :-1].ravel(), draw[:, -1]])
+    end = minimize(value_and_gradient, flat, jac=True, method="L-BFGS-B", options=options).x
+    first, second = end[:split].reshape(width, -1), end[split:]
+    blocks = (first * np.abs(second)[:, None]).T
+    # Weight decay shrinks dead neurons only slowly; what no row feels is no neuron.
+    norms = np.linalg.norm(blocks, axis=0)
+    blocks = np.where(norms > 1e-6 * norms.max(initial=0.0), blocks, 0.0)
+    return np.stack([np.where(second > 0, blocks, 0.0), np.where(second < 0, blocks, 0.0)])
+
+
 @dataclass(frozen=True)
 class PatternGeneration:
-    """How to train. A round makes Newton steps, searches for violating neurons and adds some of them.
+    """How to train: from where L-BFGS takes a random network, or from weights given, in rounds.
 
-    Training ends when no neuron found violates its optimality condition by more than ``slack`` and Newton's method
-    promises less than ``tolerance`` of J. ``softness`` is the width of the smoothing at a kink, relative to a neuron's
-    activations: it decides the path, not the optimum.
+    A round makes Newton steps, searches for violating neurons and adds some of them. Training ends when no neuron found
+    violates its optimality condition by more than ``slack`` and Newton's method promises less than ``tolerance`` of J.
+    ``softness`` is the width of the smoothing at a kink, relative to a neuron's activations: it decides the path, not
+    the optimum.
     """
 
+    first_neurons: int = 64
+    first_steps: int = 400
     new_neurons: int = 24
     max_neurons: int = 256
     max_rounds: int = 20
@@ -387,15 +422,18 @@ class PatternGeneration:
         start: np.ndarray | None = None,
         on_round: OnRound | None = None,
     ) -> NetworkSolution:
-        """Train on rows X (n, d) and labels y (n,) from weights ``start`` (2, d, P), or from no neuron.
+        """Train on rows X (n, d) and labels y (n,) from weights ``start`` (2, d, P), or from where descent gets alone.
 
-        Iterations are in ``dtype``; J, the bounds and the weights are in float64. J never rises from round to round. ``on_round`` gets the round's number and its row of the history.
+        Iterations are in ``dtype``; J, the bounds and the weights are in float64. J never rises from round to round.
+        ``on_round`` gets the round's number and its row of the history.
         """
         X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
         n, d = X.shape
         # With fewer rows than features, neurons live in the span of the rows.
         basis = np.linalg.qr(X.T)[0] if n < d else np.eye(d)
         first = np.zeros((2, d, 0)) if start is None else np.asarray(start, np.float64)
+        if start is None and self.first_neurons:
+            first = descended(X, y, float(sparsity), key, self.first_neurons, self.first_steps)
         weights, signs = np.concatenate([first[0], first[1]], axis=1), np.repeat([1.0, -1.0], first.shape[2])
         with jax.enable_x64(True):
             model = _Model.of(X @ basis, y, float(sparsity), basis.T @ weights, signs)

@@ -70,7 +70,7 @@ class Standardisation:
         constant = np.full((len(h), 1), self.constant)
         return np.asarray(np.concatenate([scaled, constant], axis=1) @ self.rotation)
 
-    def write_rows(self, h: np.ndarray, out: np.ndarray) -> None:
+    def fill(self, h: np.ndarray, out: np.ndarray) -> None:
         """:meth:`rows` into ``out`` (n, r), block by block."""
         for start in range(0, len(h), BLOCK):
             out[start : start + BLOCK] = self.rows(h[start : start + BLOCK])

@@ -80,7 +80,8 @@ def _scaled_dual_value(y: jax.Array, z: jax.Array, largest: jax.Array, level: ja
     size = jnp.vdot(z, z)
     best = jnp.where(size > 0, jnp.vdot(y, z) / jnp.where(size > 0, size, 1.0), 0.0)
     a = jnp.clip(best, -limit if signed else 0.0, limit)
-    return a * jnp.vdot(y, z) - a * a / 2 * size
+    # Of norms that overflowed nothing is known, and -inf is the bound that is always true.
+    return jnp.where(jnp.isfinite(largest), a * jnp.vdot(y, z) - a * a / 2 * size, -jnp.inf)
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ Knows no loss, no penalty and no solver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -179,27 +179,6 @@ def row_spec(ndim: int, axis: int) -> PartitionSpec:
     return PartitionSpec(*names)
 
 
-def write_rows(path: str | Path, blocks: Iterable[np.ndarray], n_rows: int) -> None:
-    """Write blocks (..., m, d) of rows, ``n_rows`` in all, to one ``.npy`` file without holding more than a block.
-
-    Raises:
-        CoalaError: if the blocks do not make ``n_rows`` rows; the file is then removed.
-    """
-    target: np.ndarray | None = None
-    done = 0
-    for block in blocks:
-        if target is None:
-            shape = (*block.shape[:-2], n_rows, block.shape[-1])
-            target = np.lib.format.open_memmap(path, mode="w+", dtype=block.dtype, shape=shape)
-        if done + block.shape[-2] <= n_rows:
-            target[..., done : done + block.shape[-2], :] = block
-        done += block.shape[-2]
-    if target is None or done != n_rows:
-        Path(path).unlink(missing_ok=True)
-        raise CoalaError(f"The blocks hold {done} rows; {n_rows} were announced. Give the number that is written.")
-    target.flush()  # type: ignore[attr-defined]
-
-
 def open_rows(path: str | Path) -> jax.Array:
     """The array of a ``.npy`` file on the CPU, without reading it: the system brings pages in and drops them again.
 
@@ -212,7 +191,7 @@ def open_rows(path: str | Path) -> jax.Array:
     if mapped.dtype not in (np.float32, np.float64) or mapped.ndim < 2 or not mapped.flags.c_contiguous:
         raise CoalaError(
             f"{path} holds {mapped.dtype} of shape {mapped.shape}; expected rows (..., n, d) of float32 or float64 in "
-            "C order. Write it with `write_rows`."
+            "C order. Write it with `coala.store.write_rows`."
         )
     rows: jax.Array = jax.device_put(mapped, jax.devices("cpu")[0], may_alias=True)
     return rows

@@ -30,14 +30,15 @@ class Status(Enum):
 
 
 class Solver(Protocol[P_contra, S]):
-    """What ``solve`` drives. States are pytrees; ``solution`` gives primal weights and dual multipliers (or None).
+    """What ``solve`` drives. States are pytrees; ``solution`` gives primal weights and dual
+    multipliers (or None), JAX or NumPy arrays.
 
     A solver whose state holds the products that a certificate needs may offer ``bounds(program, state) -> Bounds``.
     """
 
     def init(self, program: P_contra, start: jax.Array | None = None) -> S: ...
     def step(self, program: P_contra, state: S) -> S: ...
-    def solution(self, program: P_contra, state: S) -> tuple[jax.Array, jax.Array | None]: ...
+    def solution(self, program: P_contra, state: S) -> tuple[Any, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ def solve(
     ``Solution.status``.
     """
     state = solver.init(program, start)
-    look = getattr(solver, "bounds", None) or (
-        lambda program, state: _bounds(program, *solver.solution(program, state))
-    )
+    own_bounds = getattr(solver, "bounds", None)
     history: list[dict[str, Any]] = []
     status, lower, stale, best = Status.MAX_STEPS, -np.inf, 0, np.inf
     witness: tuple[Any, Any] = (None, None)  # what the lower bound was computed from
@@ -102,7 +101,13 @@ def solve(
     for step in range(max_steps + 1):
         if step % check_every == 0 or step == max_steps:
             value, multipliers = solver.solution(program, state)
-            objective, dual = map(float, jax.device_get(tuple(look(program, state))))
+            if own_bounds is not None:
+                objective, dual = map(float, jax.device_get(tuple(own_bounds(program, state))))
+            elif value.dtype == np.float64:
+                # A solver that works in float64 whatever the program's type is looked at in float64.
+                objective, dual = certify(program, value, multipliers)
+            else:
+                objective, dual = map(float, jax.device_get(tuple(_bounds(program, value, multipliers))))
             if dual > lower:
                 lower, witness = dual, (value, multipliers)
             row: dict[str, Any] = {"step": step, "objective": objective, "gap": objective - lower}
