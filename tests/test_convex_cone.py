@@ -129,7 +129,7 @@ SOLVERS = {
     "barrier by patterns": (Barrier(direct_width=1), 40, 1),
     "exact": (Cronos(), 6000, 100),
     "block": (Cronos("block"), 6000, 100),
-    "nystrom": (Cronos("nystrom"), 6000, 100),
+    "nystrom": (Cronos("nystrom"), 15000, 100),
 }
 
 

@@ -210,7 +210,8 @@ def _multipliers(program: Program, u: jax.Array, start: jax.Array, n_steps: int)
     Accelerated projected gradients from ``start``; z is the residual at u. Any L >= 0 makes a valid bound.
     """
     fixed = program.predict_adjoint(program.y - program.predict(u))
-    steepness = jnp.linalg.norm(matmul(program.X.T, program.X), 2)
+    steepest = jnp.linalg.norm(matmul(program.X.T, program.X), 2)
+    steepness = jnp.where(steepest > 0, steepest, 1.0)
 
     def advance(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         last, ahead = state
@@ -390,7 +391,7 @@ def descended(X: np.ndarray, y: np.ndarray, sparsity: float, key: jax.Array, wid
 
 @dataclass(frozen=True)
 class PatternGeneration:
-    """How to train: from where L-BFGS takes a random network, or from weights given, in rounds.
+    """How to train, in rounds: from weights given, from where L-BFGS takes ``first_neurons`` at random, or from none.
 
     A round makes Newton steps, searches for violating neurons and adds some of them. Training ends when no neuron found
     violates its optimality condition by more than ``slack`` and Newton's method promises less than ``tolerance`` of J.
@@ -398,7 +399,7 @@ class PatternGeneration:
     the optimum.
     """
 
-    first_neurons: int = 64
+    first_neurons: int = 0
     first_steps: int = 400
     new_neurons: int = 24
     max_neurons: int = 256
@@ -422,7 +423,7 @@ class PatternGeneration:
         start: np.ndarray | None = None,
         on_round: OnRound | None = None,
     ) -> NetworkSolution:
-        """Train on rows X (n, d) and labels y (n,) from weights ``start`` (2, d, P), or from where descent gets alone.
+        """Train on rows X (n, d) and labels y (n,) from weights ``start`` (2, d, P), or as set.
 
         Iterations are in ``dtype``; J, the bounds and the weights are in float64. J never rises from round to round.
         ``on_round`` gets the round's number and its row of the history.
