@@ -159,6 +159,9 @@ def rewards(d: int, rng: np.random.Generator) -> dict[str, Reward]:
     }
 
 
+REWARDS = tuple(rewards(4, np.random.default_rng(0)))
+
+
 def constructed(name: str, n: int, seed: int, d: int = 32, n_test: int = 6000) -> tuple[FeatureSet, FeatureSet, float]:
     """Training pairs, test pairs, and the share of test pairs that the truth itself ranks right."""
     rng = np.random.default_rng(seed)
@@ -276,7 +279,7 @@ def real(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def constructed_part(args: argparse.Namespace) -> dict[str, Any]:
-    names = list(rewards(4, np.random.default_rng(0)))
+    names = [name for name in REWARDS if not args.rewards or any(part in name for part in args.rewards)]
     sizes = {250: 5, 500: 5, 1000: 5, 2000: 5, 20000: 2}  # pairs, and seeds at most
     methods = {"linear": METHODS["linear"], "learnt": convex(method="learnt"), "mlp": mlp}
     out: dict[str, Any] = {}
@@ -319,6 +322,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "methods")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rewards", nargs="+", help="of the constructed part, those whose name has one of these words")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     args = parser.parse_args()
     if args.part == "real" and not (args.features / f"{SETS[0]}-{MODELS[0]}").exists():

@@ -128,7 +128,7 @@ SOLVERS = {
     "barrier": (Barrier(), 40, 1),
     "barrier by patterns": (Barrier(direct_width=1), 40, 1),
     "exact": (Cronos(), 6000, 100),
-    "block": (Cronos("block"), 6000, 100),
+    "block": (Cronos("block"), 15000, 100),
     "nystrom": (Cronos("nystrom"), 15000, 100),
 }
 

@@ -492,8 +492,9 @@ def test_the_best_block_beats_the_first(endless: LanguageModel) -> None:
     # One block: the reply with the best score of five, the first of which is the unguided one.
     best = generate(PROMPTS, endless, head, Guidance("block"), max_new_tokens=10, seed=0)
     plain = generate(PROMPTS, endless, head, Guidance("none"), max_new_tokens=10, seed=0)
-    assert all(b.score >= p.score for b, p in zip(best, plain, strict=True))
-    assert any(b.score > p.score for b, p in zip(best, plain, strict=True))
+    # Where the first is the best of the five, the scores differ by rounding: the batches had different shapes.
+    assert all(b.score >= p.score - 1e-5 * abs(p.score) for b, p in zip(best, plain, strict=True))
+    assert any(b.score > p.score + 1e-3 for b, p in zip(best, plain, strict=True))
 
 
 # --- where a reply ends ---------------------------------------------------------------------------------------------

@@ -130,12 +130,12 @@ class Barrier:
         weights = weights + length * step.weights
         multipliers = multipliers + length * step.multipliers
         smooth = _smooth(weights, mu + length * (goal - mu), program.sparsity)
-        # A pull that would come too near its limit starts anew from the weights: far from the optimum, shortening the
-        # step of all for the sake of a few norms takes several times the steps.
-        fresh = -program.sparsity * weights / smooth[:, None, :]
+        # A pull that would come too near its limit, or pass it, is shortened to a tenth of the room its weights would
+        # give it: shortening the step of all for the sake of a few norms takes several times the steps, and the pull
+        # of the weights themselves has forgotten what the dual variables agreed on.
+        room = program.sparsity * (1 - group_norms(weights) / smooth)
         moved = pull + length * step.pull
-        room, fresh_room = (program.sparsity - group_norms(a) for a in (moved, fresh))
-        pull = jnp.where((room > 0.1 * fresh_room)[:, None, :], moved, fresh)
+        pull = moved * jnp.minimum(1.0, (program.sparsity - 0.1 * room) / group_norms(moved))[:, None, :]
         # What the step has made of mu, the norms counted as they are smoothed where it aimed.
         pairing = program.sparsity * smooth + (pull * weights).sum(axis=1)
         total = jnp.where(bound, program.cone(weights) * multipliers, 0.0).sum() + pairing.sum()
