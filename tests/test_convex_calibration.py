@@ -1,4 +1,4 @@
-"""Temperature, reliability tables and calibration error: optima, limits, invariances, and a simulation of chance."""
+"""The temperature: optimum, limits, invariances, and what it does to probabilities that are too sure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from coala.convex.calibration import WIDEST, calibration_error, fit_temperature, reliability
-from coala.evaluation import wilson
+from coala.convex.calibration import WIDEST, fit_temperature
+from coala.evaluation import reliability
 from coala.values import CoalaError
 
 
@@ -99,66 +99,12 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit_temperature(np.ones(2), weight=np.array([1.0, -1.0]))
 
 
-# --- tables ------------------------------------------------------------------------------------------------------
-
-
-def test_rows_add_up_and_carry_wilson_intervals() -> None:
-    probability = np.random.default_rng(0).random(500)
-    rows = reliability(probability, 7)
-    assert sum(row.observed.n for row in rows) == 500
-    for row in rows:
-        assert row.low - 1e-12 <= row.predicted <= row.high + 1e-12
-        assert (row.observed.low, row.observed.high) == pytest.approx(wilson(row.observed.value, row.observed.n))
-    right = sum(row.observed.value * row.observed.n for row in rows)
-    assert right == pytest.approx((probability > 0.5).sum())
-    assert sum(row.predicted * row.observed.n for row in rows) == pytest.approx(
-        np.maximum(probability, 1 - probability).sum()
-    )
-
-
-def test_one_bin_by_hand() -> None:
-    (row,) = reliability(np.array([0.8, 0.3, 0.5, 0.9]), 1)
-    assert row.predicted == pytest.approx((0.8 + 0.7 + 0.5 + 0.9) / 4)
-    assert row.observed.value == pytest.approx(2.5 / 4)
-    assert calibration_error(np.array([0.8, 0.3, 0.5, 0.9]), 1).value == pytest.approx(abs(2.9 - 2.5) / 4)
-
-
-def test_the_ends_of_the_unit_interval_have_a_bin() -> None:
-    assert [row.observed.value for row in reliability(np.array([0.0, 1.0, 0.5]), 4)] == [0.5, 0.5]
-    assert reliability(np.zeros(0)) == []
-    assert calibration_error(np.zeros(0)) == (0.0, 0.0)
-
-
-def test_sure_and_wrong_is_the_worst() -> None:
-    assert calibration_error(np.zeros(10)) == (1.0, 0.0)
-    assert calibration_error(np.ones(10)) == (0.0, 0.0)
-
-
-def test_calibrated_probabilities_have_the_error_of_chance() -> None:
-    """The mean error of 400 calibrated tables is what ``by_chance`` says, and an overconfident one is far above."""
-    rng = np.random.default_rng(1)
-    values, expected, over = [], [], []
-    for _ in range(400):
-        confidence = 0.5 + rng.random(300) / 2
-        right = rng.random(300) < confidence
-        found = calibration_error(np.where(right, confidence, 1 - confidence))
-        sure = confidence ** (1 / 4)
-        values.append(found.value)
-        expected.append(found.by_chance)
-        over.append(calibration_error(np.where(right, sure, 1 - sure)).value)
-    assert np.mean(values) == pytest.approx(np.mean(expected), rel=0.05)
-    assert np.mean(over) > 3 * np.mean(expected)
+# --- what it is for ---------------------------------------------------------------------------------------------
 
 
 def test_fitting_the_temperature_mends_overconfidence() -> None:
     margins = held_out(4.0, 4000, 2)
-    before = calibration_error(sigmoid(margins))
-    after = calibration_error(sigmoid(margins / fit_temperature(held_out(4.0, 4000, 3))))
-    assert before.value > 5 * before.by_chance
-    assert after.value < 2 * after.by_chance + 0.01
-
-
-@pytest.mark.parametrize(("probability", "bins"), [([1.5], 10), ([np.nan], 10), ([0.5], 0)])
-def test_tables_refuse_what_is_no_probability(probability: list[float], bins: int) -> None:
-    with pytest.raises(CoalaError):
-        reliability(np.array(probability), bins)
+    before = reliability(sigmoid(margins))
+    after = reliability(sigmoid(margins / fit_temperature(held_out(4.0, 4000, 3))))
+    assert before.error.value > 5 * before.error_by_chance
+    assert after.error.value < 2 * after.error_by_chance + 0.01

@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"values", "backbone"}, {"torch"}),
     "evaluation": ({"values"}, {"scipy"}),
+    "nash": ({"values"}, {"scipy"}),
     "report": ({"values", "store", "costs", "evaluation"}, set()),
     "align": (
         {
@@ -42,7 +43,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {
             *("values", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "report", "align"),
+            *("evaluation", "nash", "report", "align"),
         },
         {"typer"},
     ),

@@ -4,7 +4,7 @@ Arrays in, arrays out; pure JAX. Knows no files, models or devices, and changes 
 """
 
 from coala.convex.barrier import Barrier
-from coala.convex.calibration import calibration_error, fit_temperature, reliability
+from coala.convex.calibration import fit_temperature
 from coala.convex.cronos import Cronos
 from coala.convex.finetune import finetune
 from coala.convex.fit import Fit, fit
@@ -42,7 +42,6 @@ __all__ = [
     "Solver",
     "Status",
     "TwoScores",
-    "calibration_error",
     "certify",
     "finetune",
     "fit",
@@ -51,7 +50,6 @@ __all__ = [
     "open_rows",
     "recover_gated",
     "recover_network",
-    "reliability",
     "row_mesh",
     "sample_patterns",
     "solve",

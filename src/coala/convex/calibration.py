@@ -1,21 +1,18 @@
-"""Probabilities that mean what they say: one temperature fitted on held-out pairs, and the tables that check it.
+"""Probabilities that mean what they say: one temperature fitted on held-out pairs.
 
-NumPy only; knows margins and probabilities, not where they came from.
+NumPy only; knows margins, not where they came from. What checks the probabilities is in ``coala.evaluation``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from coala.values import CoalaError, Estimate
+from coala.values import CoalaError
 
 # The temperature lies within this factor of the margins' root mean square.
 WIDEST = 1e3
-Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 
 def fit_temperature(
@@ -83,83 +80,3 @@ def _root(rising: Callable[[float], tuple[float, float]], low: float, high: floa
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(-np.logaddexp(0.0, -x)))
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """One bin of a reliability diagram: the mean confidence of its pairs and the share that was ranked right."""
-
-    low: float
-    high: float
-    predicted: float
-    observed: Estimate
-
-
-class CalibrationError(NamedTuple):
-    """Expected calibration error, and the value that perfectly calibrated probabilities would have on average.
-
-    The error is biased upwards: chance alone separates shares from probabilities, the more the fewer pairs in a bin.
-    Only an error well above ``by_chance`` speaks against the probabilities.
-    """
-
-    value: float
-    by_chance: float
-
-
-def reliability(probability: np.ndarray, bins: int = 10) -> list[Reliability]:
-    """Bins of equal width over the confidences max(p, 1 - p), for the probabilities p (n,) of the preferred replies.
-
-    Which reply comes first is a matter of naming, so a pair at p says the same as its mirror image at 1 - p: pairs are
-    folded to [0.5, 1], and one is right if p > 0.5; a tie is half right. Empty bins are left out. Wilson intervals.
-
-    Raises:
-        CoalaError: for probabilities outside [0, 1] or no bin.
-    """
-    return [
-        Reliability(low, high, float(confidence.mean()), _share(right))
-        for low, high, confidence, right in _folded(probability, bins)
-    ]
-
-
-def calibration_error(probability: np.ndarray, bins: int = 10) -> CalibrationError:
-    """sum_bins n_bin / n |mean confidence - share right|, with the same folding and bins as :func:`reliability`.
-
-    ``by_chance`` takes the difference in each bin for normal, with the variance that the confidences imply.
-
-    Raises:
-        CoalaError: as :func:`reliability`.
-    """
-    parts = [(confidence, right) for _, _, confidence, right in _folded(probability, bins)]
-    n = max(sum(len(right) for _, right in parts), 1)
-    value = sum(abs(float(confidence.sum() - right.sum())) for confidence, right in parts) / n
-    spread = sum(float(np.sqrt((confidence * (1 - confidence)).sum())) for confidence, _ in parts) / n
-    return CalibrationError(value, float(np.sqrt(2 / np.pi)) * spread)
-
-
-def _folded(probability: np.ndarray, bins: int) -> list[tuple[float, float, np.ndarray, np.ndarray]]:
-    """Ends, confidences and rightness of every bin that is not empty."""
-    p = np.asarray(probability, np.float64)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise CoalaError("A probability of a preference is not a number in [0, 1].")
-    if bins < 1:
-        raise CoalaError(f"bins is {bins}; expected at least 1.")
-    confidence = np.maximum(p, 1 - p)
-    right = (p > 0.5) + (p == 0.5) / 2
-    edges = np.linspace(0.5, 1, bins + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
-    members = [place == b for b in range(bins)]
-    return [
-        (float(edges[b]), float(edges[b + 1]), confidence[member], right[member])
-        for b, member in enumerate(members)
-        if member.any()
-    ]
-
-
-def _share(right: np.ndarray) -> Estimate:
-    """The mean with Wilson's score interval."""
-    n, share = len(right), float(right.mean())
-    spread = Z95**2 / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = float(np.sqrt(spread * (share * (1 - share) + spread / 4))) / (1 + spread)
-    low, high = min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
-    return Estimate(share, low, high, n, "share of pairs ranked right, Wilson 95 %")

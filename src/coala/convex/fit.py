@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from coala.convex.calibration import calibration_error, fit_temperature
+from coala.convex.calibration import fit_temperature
 from coala.convex.finetune import Logistic, PairLoss, Pointwise
 from coala.convex.gates import sample_patterns
 from coala.convex.learn import Search
@@ -323,10 +323,7 @@ class _Maker:
         held_out: HeldOut | None,
     ) -> ConvexHead:
         temperature = 1.0 if held_out is None else fit_temperature(held_out.margins)
-        calibration: dict[str, Any] = {"temperature": temperature, "held_out": held_out is not None}
-        if held_out is not None:
-            share = 1 / (1 + np.exp(-np.clip(held_out.margins / temperature, -60, 60)))
-            calibration["error"] = calibration_error(share).value
+        calibration = {"temperature": temperature, "held_out": held_out is not None}
         certificate = Certificate(
             program=program,
             statement=statement,
