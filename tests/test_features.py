@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import coala.backbone.network
-import coala.features
+import coala.features.plan
 from coala.backbone import POOLINGS, BackboneError, LanguageModel, load_backbone
 from coala.backbone.network import Network
-from coala.features import extract, survey
+from coala.features import distinct_tokens, extract, extract_many, survey
+from coala.features.plan import _forest
 from coala.store import FeatureStore, StoreError
-from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, user
-from tests.menagerie import tiny_backbone
+from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, Turn, user
+from tests.menagerie import BACKBONES, tiny_backbone
 
 WORDS = [
     "the",
@@ -76,7 +78,7 @@ def backbone(folder: Path) -> LanguageModel:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coala.features, "SHARD_ROWS", 8)
+    monkeypatch.setattr(coala.features.plan, "SHARD_ROWS", 8)
 
 
 def naive(pairs: list[Pair], backbone: LanguageModel, spec: Any) -> np.ndarray[Any, Any]:
@@ -232,12 +234,15 @@ def test_the_survey_counts_what_is_encoded(backbone: LanguageModel) -> None:
     spec = backbone.spec(max_tokens=40)
     plan = survey(pairs, backbone, spec)
     rendered = [backbone.render(p.prompt, r, max_tokens=40) for p in pairs for r in (p.chosen, p.rejected)]
-    distinct = {tuple(row.tokens) for row in rendered}
+    rows = {tuple(row.tokens) for row in rendered}
+    prefixes = {row[:length] for row in rows for length in range(1, len(row) + 1)}
     assert plan.facts == {
         "pairs": 3,
         "replies": 6,
-        "rows": len(distinct),
-        "tokens": sum(map(len, distinct)),
+        "rows": len(rows),
+        "tokens": int(plan.own_lengths.sum()),
+        "distinct_tokens": len(prefixes),
+        "reply_tokens": sum(len(row.tokens) for row in rendered),
         "longest_row": 40,
         "truncated_replies": 2,
         "dropped_tokens": sum(row.dropped for row in rendered),
@@ -247,7 +252,7 @@ def test_the_survey_counts_what_is_encoded(backbone: LanguageModel) -> None:
     extract(pairs, backbone, spec, batch_tokens=1, on_batch=lambda *now: seen.append(now))
     assert seen[-1] == (3, 3, plan.facts["tokens"])
     assert seen == sorted(seen)
-    assert len(seen) == plan.facts["rows"]
+    assert len(seen) == len(plan.trees())
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 500])
@@ -256,10 +261,122 @@ def test_batches_and_shards_partition_the_rows(backbone: LanguageModel, small_sh
     shards = plan.shards(batch_tokens)
     rows = [row for shard in shards for batch in shard for row in batch]
     assert rows == list(range(len(plan.tokens)))
+    heads = {tree.start for tree in plan.trees()}
     for shard in shards:
         assert sum(map(len, shard[:-1])) < 8
         for batch in shard:
-            assert len(batch) == 1 or len(batch) * max(len(plan.tokens[row]) for row in batch) <= batch_tokens
+            trunks = [row for row in batch if row in heads]
+            branched = sum(plan.own_lengths[row] for row in batch if row not in heads)
+            assert batch.start in heads
+            assert len(trunks) == 1 or branched <= batch_tokens
+            assert len(trunks) == 1 or len(trunks) * max(len(plan.tokens[row]) for row in trunks) <= batch_tokens
+
+
+# --- sharing -----------------------------------------------------------------------------------------------------
+
+
+def conversation_pairs(turns: int = 3) -> list[Pair]:
+    """Every reply of a conversation against another: prompts are prefixes of one another."""
+    rng = np.random.default_rng(3)
+    said: tuple[Turn, ...] = ()
+    pairs = []
+    for i in range(turns):
+        said = (*said, Turn("user", " ".join(rng.choice(WORDS, 2))))
+        chosen, rejected = (" ".join(rng.choice(WORDS, 2)) for _ in range(2))
+        pairs.append(Pair(said, chosen, rejected, f"turn {i}"))
+        said = (*said, Turn("assistant", chosen))
+    return pairs
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_sharing_changes_nothing(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = load_backbone(tiny_backbone(name, tmp_path_factory.mktemp("tiny")))
+    pairs = [*some_pairs(5), *conversation_pairs()]
+    spec = model.spec(layer=1, max_tokens=90)
+    last = model.spec(pooling="last", max_tokens=90)
+    plan = survey(pairs, model, spec, prompt_features=True)
+    found = extract_many(pairs, model, [spec, last], prompt_features=True, batch_tokens=200)
+    for features, asked in zip(found, (spec, last), strict=True):
+        expected = naive(pairs, model, asked)
+        np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=1e-4, atol=1e-4)
+    assert model.shares == (plan.facts["tokens"] < plan.facts["reply_tokens"] - 50)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=9), st.integers(1, 4))
+def test_a_forest_holds_every_row_and_never_costs_more_than_no_sharing(rows: list[list[int]], least: int) -> None:
+    ordered = [np.array(row, dtype=np.int32) for row in sorted(rows)]
+    trees = _forest(ordered, least=least)
+    assert sorted(row for tree in trees for row, _ in tree) == list(range(len(rows)))
+    cost = 0
+    for tree in trees:
+        trunk = ordered[tree[0][0]]
+        assert tree[0][1] == 0
+        for row, shared in tree:
+            assert len(trunk) >= len(ordered[row])
+            assert trunk[:shared].tolist() == ordered[row][:shared].tolist()
+            cost += len(ordered[row]) - shared
+            assert shared >= least or row == tree[0][0]
+    prefixes = {tuple(row[:length]) for row in rows for length in range(1, len(row) + 1)}
+    assert distinct_tokens(ordered) == len(prefixes)
+    assert len(prefixes) <= cost <= sum(map(len, rows))
+    assert [[(row, 0)] for row in range(len(rows))] == _forest(ordered, least=None)
+
+
+def test_what_one_level_of_branches_can_share_is_shared(backbone: LanguageModel) -> None:
+    """A conversation is one trunk with a branch for every reply that was not given, and computes each token once."""
+    plan = survey(conversation_pairs(), backbone, backbone.spec())
+    assert len(plan.trees()) == 1
+    # Two replies that begin with the same word compute it twice: the branches know of the trunk alone.
+    assert plan.facts["distinct_tokens"] == plan.facts["tokens"]
+
+
+def test_a_large_tree_is_cut_into_shards(backbone: LanguageModel, small_shards: None) -> None:
+    pairs = [Pair(user("tell me a good story " * 3), f"{a} {b}", "no", "g") for a in WORDS for b in WORDS[:3]]
+    plan = survey(pairs, backbone, backbone.spec())
+    assert max(map(len, plan.trees())) <= 8
+    assert plan.facts["tokens"] < plan.facts["reply_tokens"] / 2
+
+
+@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+def test_features_at_prefixes_are_those_of_shorter_replies(backbone: LanguageModel, pooling: str) -> None:
+    pairs, spec, k = [*some_pairs(5), Pair(user("dog"), "fox", "", "g")], backbone.spec(pooling=pooling), 3
+    features = extract(pairs, backbone, spec, prefixes=k, prompt_features=True)
+    plain = extract(pairs, backbone, spec, prompt_features=True)
+    assert features.group.tolist() == [group for group in plain.group.tolist() for _ in range(k)]
+    assert plain.prompt is not None
+    np.testing.assert_array_equal(features.prompt, np.repeat(plain.prompt, k, axis=0))
+    np.testing.assert_array_equal(features.chosen[k - 1 :: k], plain.chosen)
+    for i, pair in enumerate(pairs):
+        for side, reply in ((features.chosen, pair.chosen), (features.rejected, pair.rejected)):
+            row = backbone.render(pair.prompt, reply)
+            for j in range(1, k + 1):
+                end = row.start + -(-(row.stop - row.start) * j // k)
+                states = backbone.hidden([row.tokens[:end]], spec.layer)
+                expected = POOLINGS[pooling].pool(states, torch.tensor([row.start]), torch.tensor([end]))
+                np.testing.assert_allclose(side[i * k + j - 1], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_several_layers_come_from_one_pass(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = some_pairs(6)
+    specs = [backbone.spec(layer=layer, pooling=p) for layer in (1, 2) for p in ("mean", "last")]
+    asked: list[int] = []
+    run = Network.run
+
+    def counted(self: Network, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked.append(tokens.numel())
+        return run(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Network, "run", counted)
+    many = extract_many(pairs, backbone, specs)
+    once = sum(asked)
+    for features, spec in zip(many, specs, strict=True):
+        alone = extract(pairs, backbone, spec)
+        np.testing.assert_allclose(features.chosen, alone.chosen, rtol=1e-6, atol=1e-6)
+        assert features.spec == spec
+    assert sum(asked) == 5 * once
+    with pytest.raises(CoalaError, match="differ in more than layer and pooling"):
+        extract_many(pairs, backbone, [specs[0], replace(specs[0], max_tokens=20)])
 
 
 @pytest.mark.parametrize("more", [{}, {"prompt_features": True, "log_ratios": True}], ids=["plain", "all"])
@@ -319,11 +436,11 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import coala.features
+import coala.features.plan
 from coala.backbone import load_backbone
 from coala.store import FeatureStore
 from tests.test_features import some_pairs
-coala.features.SHARD_ROWS = 8
+coala.features.plan.SHARD_ROWS = 8
 backbone = load_backbone(sys.argv[1])
 coala.features.extract(
     some_pairs(40), backbone, backbone.spec(), batch_tokens=150, store=FeatureStore(Path(sys.argv[2])),
@@ -382,23 +499,27 @@ def test_hidden_states_that_are_not_finite_are_refused(folder: Path) -> None:
         extract(some_pairs(2), broken, broken.spec())
 
 
-def test_batches_are_split_when_memory_is_short(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_are_halved_when_memory_is_short(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, spec = some_pairs(10), backbone.spec()
     expected = extract(pairs, backbone, spec)
-    hidden: Callable[..., torch.Tensor] = backbone.hidden
+    run = Network.run
     most, asked = 100, []
 
-    def small(rows: list[list[int]], layer: int) -> torch.Tensor:
-        asked.append(len(rows) * max(map(len, rows)))
+    def small(self: Network, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked.append(tokens.numel())
         if asked[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return hidden(rows, layer)
+        return run(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(backbone, "hidden", small)
-    features = extract(pairs, backbone, spec)
+    monkeypatch.setattr(Network, "run", small)
+    notes: list[str] = []
+    features = extract(pairs, backbone, spec, on_note=notes.append)
     np.testing.assert_allclose(features.chosen, expected.chosen, rtol=1e-5, atol=1e-5)
     failures = [tokens for tokens in asked if tokens > most]
+    assert failures
     assert failures == sorted(failures, reverse=True)  # never asked again for what did not fit
+    assert len(notes) == len(failures)
+    assert f"a pass of {failures[0]} tokens: passes now have {failures[0] // 2}" in notes[0]
     most = 5
     with pytest.raises(CoalaError, match="does not fit the device's memory"):
         extract(pairs, backbone, spec)

@@ -63,10 +63,13 @@ def transformer_shape(
     return Shape(n_layers, width, vocabulary, n_layers * layer, n_heads * size)
 
 
-def body_flops(shape: Shape, lengths: Lengths, *, layer: int | None = None) -> int:
-    """Forward pass without the LM head over rows of these many tokens, up to hidden state ``layer`` (default: all)."""
-    tokens, squares = _sums(lengths)
-    everything = 2 * shape.body_matmul_parameters * tokens + 4 * shape.attention_width * shape.n_layers * squares
+def body_flops(shape: Shape, lengths: Lengths, *, own: Lengths | None = None, layer: int | None = None) -> int:
+    """Forward pass without the LM head over rows of these many tokens, up to hidden state ``layer`` (default: all).
+
+    Of each row the last ``own`` tokens are computed (default: all of them), which attend to the whole row.
+    """
+    computed, products = _sums(lengths, own)
+    everything = 2 * shape.body_matmul_parameters * computed + 4 * shape.attention_width * shape.n_layers * products
     if layer is None:
         return everything
     if not -shape.n_layers - 1 <= layer <= shape.n_layers:
@@ -87,12 +90,13 @@ def full_flops(shape: Shape, lengths: Lengths) -> int:
     return body_flops(shape, lengths) + head_flops(shape, lengths)
 
 
-def extraction_flops(shape: Shape, lengths: Lengths, *, layer: int | None = None) -> int:
+def extraction_flops(shape: Shape, lengths: Lengths, *, own: Lengths | None = None, layer: int | None = None) -> int:
     """Feature extraction over rows of ``lengths`` tokens, chosen and rejected alike: body only, no gradients.
 
-    Exact for unpadded rows; give padded lengths to count padding.
+    Of each row ``own`` tokens are computed, the others shared with another row (default: none is). Exact for unpadded
+    rows; give padded lengths to count padding.
     """
-    return body_flops(shape, lengths, layer=layer)
+    return body_flops(shape, lengths, own=own, layer=layer)
 
 
 def training_flops(
@@ -167,12 +171,15 @@ def _column(shape: Shape, context: int) -> int:
     return 2 * shape.body_matmul_parameters + 4 * context * shape.attention_width * shape.n_layers
 
 
-def _sums(lengths: Lengths) -> tuple[int, int]:
-    """Sum and sum of squares as Python integers, which do not overflow."""
+def _sums(lengths: Lengths, own: Lengths | None = None) -> tuple[int, int]:
+    """Sums of the computed tokens and of their products with the rows' lengths, as integers that do not overflow."""
     values = [int(length) for length in lengths]
+    computed = values if own is None else [int(length) for length in own]
     if any(value < 0 for value in values):
         raise CoalaError(f"A row of {min(values)} tokens; lengths must be 0 or more.")
-    return sum(values), sum(value * value for value in values)
+    if len(computed) != len(values) or any(not 0 <= a <= b for a, b in zip(computed, values, strict=False)):
+        raise CoalaError("The tokens computed of a row must be 0 to its length, one number for each row.")
+    return sum(computed), sum(a * b for a, b in zip(computed, values, strict=True))
 
 
 # --- measured ----------------------------------------------------------------------------------------------------

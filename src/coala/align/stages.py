@@ -135,7 +135,7 @@ def _features(job: _Job) -> None:
     from coala.features import extract, survey
 
     model = job.recipe.model
-    extras = {"prompt_features": job.recipe.prompt_features, "log_ratios": job.recipe.log_ratios}
+    extras: dict[str, Any] = {"prompt_features": job.recipe.prompt_features, "log_ratios": job.recipe.log_ratios}
     for part in ("train", "eval"):
         stage = f"features-{part}"
         source = job.path(f"pairs-{part}.jsonl")
@@ -146,7 +146,7 @@ def _features(job: _Job) -> None:
             pairs = load_pairs(source)
             spec = backbone.spec(model.layer, model.pooling, model.ends_with_eos, model.max_tokens)
             plan = survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
-            in_all = int(plan.lengths.sum())
+            in_all = plan.facts["tokens"]
             shards = FeatureStore(job.path(f"features/{part}/shards"))
             features = extract(
                 pairs,
@@ -162,7 +162,7 @@ def _features(job: _Job) -> None:
             save_features(job.path(f"features/{part}"), features)
             shards.discard()
             shape, layer = backbone.shape, None if extras["log_ratios"] else spec.layer
-            flops = extraction_flops(shape, plan.lengths, layer=layer)
+            flops = extraction_flops(shape, plan.lengths, own=plan.own_lengths, layer=layer)
             flops += head_flops(shape, plan.reply_lengths) if extras["log_ratios"] else 0
             return {**plan.facts, "flops": flops}
 

@@ -8,6 +8,7 @@ from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError
 from coala.backbone.pooling import POOLINGS, Pooling, RunningState
 from coala.backbone.prefix import Prefix
+from coala.backbone.reading import Reading
 from coala.backbone.template import Row
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LanguageModel",
     "Pooling",
     "Prefix",
+    "Reading",
     "Row",
     "RunningState",
     "load_backbone",

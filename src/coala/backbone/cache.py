@@ -138,7 +138,9 @@ class TreeMemory:
         return self._run(tokens, layer, mask, lengths[:, None].expand(-1, k))
 
     def _run(self, tokens: Tensor, layer: int, mask: Any, positions: Tensor) -> States:
-        at_layer, final = self.network.run(tokens, layer, mask=mask, positions=positions, cache=self.cache)
+        (at_layer,), final = self.network.run(
+            tokens, (layer,), mask=mask, positions=positions, cache=self.cache, to_end=True
+        )
         assert final is not None
         return at_layer, final
 
@@ -208,7 +210,9 @@ class CopiedMemory:
         # Unpadded rows need no mask; a purely recurrent model has none left once it has read the prompt.
         absorbed = tokens.shape[1] == 1 and not self.network.attends
         shown = None if absorbed or bool(mask.all()) else mask
-        at_layer, final = self.network.run(tokens, layer, mask=shown, positions=positions, cache=cache)
+        (at_layer,), final = self.network.run(
+            tokens, (layer,), mask=shown, positions=positions, cache=cache, to_end=True
+        )
         assert final is not None
         return at_layer, final
 

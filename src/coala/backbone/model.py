@@ -13,6 +13,7 @@ from coala.backbone.cache import tree_obstacle
 from coala.backbone.network import BackboneError, Network
 from coala.backbone.pooling import POOLINGS
 from coala.backbone.prefix import Prefix
+from coala.backbone.reading import Reading
 from coala.backbone.template import Renderer, Row
 from coala.costs import Shape
 from coala.values import FeatureSpec, Pair, SpecMismatch, Turn
@@ -148,27 +149,34 @@ class LanguageModel:
 
         Layers above ``layer`` and the LM head are not computed.
         """
-        tokens, lengths = self._network.pad(rows)
-        mask = None
-        if self._network.encoder:
-            mask = (torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]).long()
-        # A causal model's rows never see the padding on their right; without a mask its fast kernel is used.
-        return self._network.run(tokens, self._layer(layer), mask=mask)[0]
+        return self.read(rows, (layer,)).states[0]
 
-    def hidden_and_log_probs(
-        self, rows: Sequence[Sequence[int]], start: Tensor, stop: Tensor, layer: int = -1
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`hidden`, and from the same forward the log-probability (B,) of tokens start <= t < stop of each row.
+    def read(
+        self, rows: Sequence[Sequence[int]], layers: Sequence[int], *, to_end: bool = False, keep: bool = False
+    ) -> Reading:
+        """Hidden states of right-padded ``rows`` at each of ``layers`` (and at the end), from one forward pass.
+
+        With ``keep``, which needs :attr:`shares`, rows that begin alike can branch off what was read.
+        """
+        if keep and not self.shares:
+            raise BackboneError(f"Rows of {self.name} cannot share what they begin with: {self._obstacle}.")
+        places = [self._layer(layer) for layer in layers]
+        return Reading(self._network, rows, places, to_end=to_end, keep=keep)
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows that begin alike can share the forward pass of their beginning: the model follows masks."""
+        return not self._obstacle
+
+    def log_likelihood(self, final: Tensor, tokens: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """Log-probability (B,) of tokens start <= t < stop of each row of ``tokens`` (B, T), given ``final`` (B, T, d).
 
         Sums in float64 of next-token log-probabilities at temperature 1; ``start`` is at least 1 wherever a token is
         counted, for a row's first token has none. Raises :class:`BackboneError` without a language-model head.
         """
         self.require_head("Log-probabilities")
-        tokens, _ = self._network.pad(rows)
-        hidden, final = self._network.run(tokens, self._layer(layer), to_end=True)
-        assert final is not None
         at = torch.arange(tokens.shape[1], device=self.device)
-        return hidden, self._network.log_likelihood(final, tokens, (at >= start[:, None]) & (at < stop[:, None]))
+        return self._network.log_likelihood(final, tokens, (at >= start[:, None]) & (at < stop[:, None]))
 
     def require_head(self, what: str) -> None:
         """Raise :class:`BackboneError` unless the model has a language-model head, which ``what`` needs."""

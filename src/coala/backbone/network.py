@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -117,16 +117,16 @@ class Network:
     def run(
         self,
         tokens: Tensor,
-        layer: int,
+        layers: Sequence[int],
         *,
         mask: Tensor | dict[str, Tensor] | None = None,
         positions: Tensor | None = None,
         cache: Any = None,
         to_end: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (B, T, d) of ``tokens`` (B, T) at ``layer`` and at the end, in the model's dtype.
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Hidden states (B, T, d) of ``tokens`` (B, T) at each of ``layers`` and at the end, in the model's dtype.
 
-        Without a cache, unless ``to_end``, the layers above ``layer`` are not run and the second value is ``None``.
+        Unless ``to_end``, nothing above the highest of ``layers`` is run, and the second value is ``None``.
         """
         arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
         if not self.encoder:
@@ -135,31 +135,34 @@ class Network:
             arguments["position_ids"] = positions
         if cache is not None:
             arguments[self._cache_argument] = cache
-        if layer == self.n_layers:
-            final = self.body(**arguments).last_hidden_state
-            return final, final
-        with self._catch(layer, stop=cache is None and not to_end) as caught:
+        inner = sorted({layer for layer in layers if layer < self.n_layers})
+        whole = to_end or self.n_layers in layers
+        with self._catch(inner, stop=not whole) as caught:
             try:
                 final = self.body(**arguments).last_hidden_state
             except _Reached:
                 final = None
-        return caught[0], final
+        states = tuple(final if layer == self.n_layers else caught[layer] for layer in layers)
+        return states, final if to_end else None
 
     @contextmanager
-    def _catch(self, layer: int, *, stop: bool) -> Iterator[list[Tensor]]:
-        caught: list[Tensor] = []
+    def _catch(self, layers: Sequence[int], *, stop: bool) -> Iterator[dict[int, Tensor]]:
+        caught: dict[int, Tensor] = {}
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            if stop:
+        def hook(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught[layer] = args[0] if args else kwargs["hidden_states"]
+            if stop and layer == layers[-1]:
                 raise _Reached
 
         # Hidden state l is what layer l reads: the embedding for 0, the output of layer l - 1 otherwise.
-        handle = self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+        handles = [
+            self.layers[layer].register_forward_pre_hook(partial(hook, layer), with_kwargs=True) for layer in layers
+        ]
         try:
             yield caught
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def log_probs(self, final: Tensor) -> Tensor:
@@ -199,7 +202,8 @@ class Network:
         tokens = torch.arange(1, 4, device=self.device)[None] % self.vocabulary
         with torch.no_grad():
             whole = cast(Any, self.causal)(input_ids=tokens, use_cache=False).logits[:, -1].float()
-        final = self.run(tokens, self.n_layers)[0][:, -1]
+        (states,), _ = self.run(tokens, (self.n_layers,))
+        final = states[:, -1]
         if not torch.allclose(self.log_probs(final), whole.log_softmax(-1), atol=1e-2, rtol=1e-2):
             raise BackboneError(
                 f"{type(self.causal).__name__} computes its logits from more than its final hidden states, so it "

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from coala.cli import align, chat, data, demo, extract, fit, generate, report
+from coala.cli import align, chat, comal, data, demo, evaluate, extract, fit, generate, report
 
 INTERRUPTED = 130
 
@@ -32,6 +32,8 @@ app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(comal.app, name="comal")
 
 
 def _version(wanted: bool) -> None:

@@ -43,7 +43,7 @@ def extract(
     spec = backbone.spec(layer=layer, pooling=pooling, max_tokens=max_tokens)
     shards = FeatureStore(out / "shards")
     plan = survey(found, backbone, spec, prompt_features=prompt_features)
-    in_all = int(plan.lengths.sum())
+    in_all = plan.facts["tokens"]
     with progress() as show:
         features = extract_features(
             found,

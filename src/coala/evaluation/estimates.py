@@ -1,10 +1,8 @@
-"""Estimates from saved scores and judgements: a value, its 95 % interval, its sample size and how it was made.
+"""Estimates from saved scores and judgements: ranking, calibration, win rates of judged replies, perplexity.
 
-Pure NumPy and SciPy on arrays; knows nothing of models, judges or files. Two rules hold throughout. Rows of one
-``group`` (a prompt, a conversation) are not independent, so every interval counts groups: standard errors are
-cluster-robust, with Student's t on (groups - 1) degrees of freedom. And a share never gets an interval of no width:
-it is a Wilson interval whose sample size is the one that clustering leaves (`effective sample size`, Kish 1965; for
-binomial data see Korn and Graubard 1998).
+Pure NumPy on arrays; knows nothing of models, judges or files. How a value gets its interval is the business of
+:mod:`coala.evaluation.statistics`: rows of one ``group`` (a prompt, a conversation) are not independent and every
+interval counts groups.
 """
 
 from __future__ import annotations
@@ -18,114 +16,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from coala.evaluation.statistics import (
+    Float,
+    clustered,
+    group_numbers,
+    mean_estimate,
+    over,
+    share_estimate,
+    student,
+    vector,
+    wilson_estimate,
+)
 from coala.values import CoalaError, Estimate, Judgement
-
-Float = NDArray[np.float64]
-Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
-
-
-# --- building blocks ---------------------------------------------------------------------------------------------
-
-
-def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share in [0, 1] seen in ``n`` trials; ``n`` need not be whole. (0, 1) for n = 0."""
-    if n <= 0:
-        return 0.0, 1.0
-    spread = z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    # The ends are exact at 0 and 1; rounding must not move the value itself out of its interval.
-    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
-
-
-def clustered(values: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None) -> tuple[float, float, int]:
-    """Mean of ``values`` (n,), its cluster-robust standard error, and the number G of groups.
-
-    se^2 = G/(G-1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2, which is the usual se of a mean when every group has
-    one row (``group=None``). nan for one group: what does not vary cannot be judged.
-    """
-    x = _vector(values, "values")
-    labels = _labels(group, len(x))
-    if not len(x):
-        return math.nan, math.nan, 0
-    mean = float(x.mean())
-    groups = int(labels.max()) + 1
-    if groups < 2:
-        return mean, math.nan, groups
-    totals = np.bincount(labels, weights=x - mean, minlength=groups)
-    return mean, math.sqrt(groups / (groups - 1) * float(totals @ totals)) / len(x), groups
-
-
-def mean_estimate(
-    values: ArrayLike,
-    group: Sequence[Any] | NDArray[Any] | None = None,
-    *,
-    how: Literal["t", "bootstrap"] = "t",
-    draws: int = 2000,
-    seed: int = 0,
-) -> Estimate:
-    """Mean of ``values`` (n,) with a t interval, or a percentile bootstrap over groups (``draws``, ``seed``).
-
-    With a single group (or row) nothing is known of the spread and the interval is the whole line.
-    """
-    x = _vector(values, "values")
-    mean, error, groups = clustered(x, group)
-    if groups < 2:
-        return Estimate(mean, -math.inf, math.inf, len(x), "mean; one group, so no interval")
-    if how == "t":
-        half = _student(groups - 1) * error
-        return Estimate(mean, mean - half, mean + half, len(x), f"mean, t interval 95 %{_over(groups, len(x))}")
-    labels = _labels(group, len(x))
-    totals, sizes = np.bincount(labels, weights=x), np.bincount(labels).astype(float)
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for i in range(draws):
-        drawn = rng.integers(groups, size=groups)
-        means[i] = totals[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
-    about = f"mean, percentile bootstrap 95 % ({draws} draws, seed {seed}){_over(groups, len(x))}"
-    return Estimate(mean, float(low), float(high), len(x), about)
-
-
-def share_estimate(
-    values: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None, name: str = "share"
-) -> Estimate:
-    """Mean of ``values`` (n,) in [0, 1] with a Wilson interval for clustered rows; see :func:`_share`."""
-    x = _vector(values, "values")
-    if len(x) and (x.min() < 0 or x.max() > 1):
-        raise CoalaError(f"A share is a mean of values in [0, 1]; found values from {x.min():g} to {x.max():g}.")
-    mean, error, _ = clustered(x, group)
-    return _share(mean, error, _labels(group, len(x)), name)
-
-
-def _share(value: float, error: float, labels: NDArray[np.intp], name: str, *, counted: bool = True) -> Estimate:
-    """Wilson's interval at the sample size that gives the standard error ``error``.
-
-    Groups of one row each: n itself. Otherwise n_eff = value(1 - value)/error^2, at most n, with Student's t in place
-    of z. When every row agrees the error is 0 and says nothing of clustering; then whole groups count as one trial
-    each, n_eff = n^2 / sum n_g^2, which is the most that correlated rows can cost. A share that is not a mean over n
-    trials (``counted=False``) takes n_eff from its error alone.
-    """
-    n = len(labels)
-    if not n:
-        return Estimate(math.nan, 0.0, 1.0, 0, f"{name}; no rows")
-    sizes = np.bincount(labels).astype(float)
-    groups = len(sizes)
-    if counted and groups == n:
-        low, high = wilson(value, n)
-        return Estimate(value, low, high, n, f"{name}, Wilson 95 %")
-    if groups == 1:
-        low, high = wilson(value, 1)
-        return Estimate(value, low, high, n, f"{name}, Wilson 95 %; all rows are of one group, which counts as one")
-    if not 0 < value < 1:
-        effective = n**2 / float(sizes @ sizes)
-        low, high = wilson(value, effective)
-    else:
-        effective = value * (1 - value) / error**2 if error > 0 else float(n)
-        effective = min(effective, float(n)) if counted else effective
-        low, high = wilson(value, effective, _student(groups - 1))
-    return Estimate(value, low, high, n, f"{name}, Wilson 95 % at n_eff = {effective:.1f}{_over(groups, n)}")
-
 
 # --- ranking -----------------------------------------------------------------------------------------------------
 
@@ -149,14 +51,14 @@ def accuracy_of_margins(
     margins: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None, *, ties: Literal["half", "wrong"] = "half"
 ) -> Estimate:
     """:func:`ranking_accuracy` from margins score(chosen) - score(rejected), (n,)."""
-    margin = _vector(margins, "margins")
+    margin = vector(margins, "margins")
     wins = (margin > 0) + (0.5 * (margin == 0) if ties == "half" else 0.0)
     return share_estimate(wins, group, "share of pairs ranked right" + (", a tie one half" if ties == "half" else ""))
 
 
 def margins_of(chosen: ArrayLike, rejected: ArrayLike) -> Float:
     """score(chosen) - score(rejected) in float64, (n,)."""
-    a, b = _vector(chosen, "chosen scores"), _vector(rejected, "rejected scores")
+    a, b = vector(chosen, "chosen scores"), vector(rejected, "rejected scores")
     if a.shape != b.shape:
         raise CoalaError(f"Found {len(a)} chosen and {len(b)} rejected scores; every pair needs one of each.")
     return a - b
@@ -164,7 +66,7 @@ def margins_of(chosen: ArrayLike, rejected: ArrayLike) -> Float:
 
 def tie_share(margins: ArrayLike) -> float:
     """Share of margins that are exactly 0; nan of none."""
-    margin = _vector(margins, "margins")
+    margin = vector(margins, "margins")
     return float((margin == 0).mean()) if len(margin) else math.nan
 
 
@@ -175,7 +77,7 @@ def accuracy_difference(
 
     When the two agree on every pair the interval reaches to Wilson's bound on the share of pairs where they may not.
     """
-    a, b = _vector(margins, "margins"), _vector(other, "margins")
+    a, b = vector(margins, "margins"), vector(other, "margins")
     if a.shape != b.shape:
         raise CoalaError(
             f"Found {len(a)} and {len(b)} margins; a paired comparison needs the same pairs on both sides."
@@ -191,7 +93,7 @@ def accuracy_difference(
 
 def pairwise_nll(margins: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None) -> Estimate:
     """Mean of log(1 + exp(-margin)) in nats per pair (Bradley-Terry, Eq. 6); a head without a signal has log 2."""
-    margin = _vector(margins, "margins")
+    margin = vector(margins, "margins")
     return mean_estimate(np.logaddexp(0.0, -margin), group)
 
 
@@ -201,18 +103,18 @@ def auc(chosen: ArrayLike, rejected: ArrayLike, group: Sequence[Any] | NDArray[A
     Scores (n,) each. The error is DeLong's (1988) with the two components of a pair, and then of a group, summed
     before squaring, as pairs share a prompt.
     """
-    a, b = _vector(chosen, "chosen scores"), _vector(rejected, "rejected scores")
+    a, b = vector(chosen, "chosen scores"), vector(rejected, "rejected scores")
     margins_of(a, b)
     n = len(a)
-    labels = _labels(group, n)
+    labels = group_numbers(group, n)
     if not n:
-        return _share(math.nan, math.nan, labels, "AUC")
+        return wilson_estimate(math.nan, math.nan, labels, "AUC")
     ordered_a, ordered_b = np.sort(a), np.sort(b)
     above = (np.searchsorted(ordered_b, a, "left") + np.searchsorted(ordered_b, a, "right")) / (2 * n)
     below = 1 - (np.searchsorted(ordered_a, b, "left") + np.searchsorted(ordered_a, b, "right")) / (2 * n)
     value = float(above.mean())
     _, error, _ = clustered(above + below, labels)
-    return _share(value, error, labels, "AUC of chosen against rejected, DeLong error", counted=False)
+    return wilson_estimate(value, error, labels, "AUC of chosen against rejected, DeLong error", counted=False)
 
 
 @dataclass(frozen=True)
@@ -236,7 +138,7 @@ def by_length_difference(
     ``bins`` is a number of bins of about equal size, or their edges (ascending; pairs outside are left out). Bins
     without a pair are left out.
     """
-    margin, difference = _vector(margins, "margins"), _vector(length_differences, "length differences")
+    margin, difference = vector(margins, "margins"), vector(length_differences, "length differences")
     if margin.shape != difference.shape:
         raise CoalaError(f"Found {len(margin)} margins and {len(difference)} length differences; expected as many.")
     if not len(margin):
@@ -247,7 +149,7 @@ def by_length_difference(
         edges = np.unique(np.asarray(bins, dtype=float))
     if len(edges) == 1:
         edges = np.repeat(edges, 2)
-    labels = _labels(group, len(margin))
+    labels = group_numbers(group, len(margin))
     rows = []
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
         last = i == len(edges) - 2
@@ -297,10 +199,10 @@ def reliability(
     each; pairs of one confidence stay together. The expected calibration error (Naeini et al. 2015) is
     sum_b n_b/n |observed_b - predicted_b|; its interval is a percentile bootstrap over groups, with these bins.
     """
-    p = _vector(preferences, "preferences")
+    p = vector(preferences, "preferences")
     if len(p) and (p.min() < 0 or p.max() > 1):
         raise CoalaError(f"A preference is a probability; found values from {p.min():g} to {p.max():g}.")
-    labels, n = _labels(group, len(p)), len(p)
+    labels, n = group_numbers(group, len(p)), len(p)
     if not n:
         return Reliability((), math.nan, Estimate(math.nan, 0.0, 1.0, 0, "calibration error; no pairs"), math.nan)
     confidence = np.maximum(p, 1 - p)
@@ -331,7 +233,7 @@ def reliability(
         drawn = rng.integers(groups, size=(draws, groups))
         errors = [np.abs(excess[some].sum(0)).sum() / sizes[some].sum() for some in drawn]
         low, high = (float(end) for end in np.quantile(errors, [0.025, 0.975]))
-        about = f", percentile bootstrap 95 % ({draws} draws, seed {seed}){_over(groups, n)}"
+        about = f", percentile bootstrap 95 % ({draws} draws, seed {seed}){over(groups, n)}"
     # Resampling adds noise to noise, so the bootstrap can lie above the value it is an interval of.
     estimate = Estimate(value, min(low, value), max(high, value), n, f"calibration error, {len(rows)} bins{about}")
     return Reliability(tuple(rows), float(confidence.mean()), estimate, float(np.mean(by_chance)))
@@ -398,7 +300,7 @@ def perplexity(
 
     The interval is that of the ratio's logarithm (linearised, cluster-robust, t), so it is never negative.
     """
-    logs, tokens = _vector(log_probs, "log-probabilities"), _vector(n_tokens, "token counts")
+    logs, tokens = vector(log_probs, "log-probabilities"), vector(n_tokens, "token counts")
     if logs.shape != tokens.shape:
         raise CoalaError(f"Found {len(logs)} log-probabilities and {len(tokens)} token counts; expected as many.")
     total = float(tokens.sum())
@@ -408,42 +310,9 @@ def perplexity(
     _, error, groups = clustered((-logs - nll * tokens) * len(logs) / total, group)
     if groups < 2:
         return Estimate(_exp(nll), 0.0, math.inf, len(logs), "perplexity per token; one group, so no interval")
-    half = _student(groups - 1) * error
-    about = f"perplexity per token, t interval 95 % of its logarithm{_over(groups, len(logs))}"
+    half = student(groups - 1) * error
+    about = f"perplexity per token, t interval 95 % of its logarithm{over(groups, len(logs))}"
     return Estimate(_exp(nll), _exp(nll - half), _exp(nll + half), len(logs), about)
-
-
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-def _vector(values: ArrayLike, name: str) -> Float:
-    x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1:
-        raise CoalaError(f"Expected {name} of shape (n,); found {x.shape}.")
-    if not np.isfinite(x).all():
-        row = int(np.flatnonzero(~np.isfinite(x))[0])
-        raise CoalaError(f"Row {row} of the {name} is {x[row]}; expected finite numbers. Leave such rows out first.")
-    return x
-
-
-def _labels(group: Sequence[Any] | NDArray[Any] | None, n: int) -> NDArray[np.intp]:
-    """Groups as numbers 0..G-1; every row its own group without any."""
-    if group is None:
-        return np.arange(n)
-    names = np.asarray(group)
-    if names.shape != (n,):
-        raise CoalaError(f"{n} rows need as many group names; found {names.shape}.")
-    return np.unique(names, return_inverse=True)[1].astype(np.intp)
-
-
-def _student(freedom: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, 0.975))
-
-
-def _over(groups: int, n: int) -> str:
-    return "" if groups == n else f", {groups} groups"
 
 
 def _exp(x: float) -> float:

@@ -1,0 +1,277 @@
+"""The length-controlled win rate of AlpacaEval 2: a logistic model of the preference, read at no length difference.
+
+logit P(model better) = w_length tanh((len_1 - len_2) / sd) + w_difficulty difficulty_i + w_bias. It is fitted on the
+model's rows and on calibration rows of two baselines that were told to be concise and verbose, which tie down the first
+two weights. Calibration rows and difficulties come from files that the caller names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coala.evaluation.alpaca import FEW_ROWS, Annotations, instruction_key, standard_error
+from coala.evaluation.logistic import Float, fit_logistic, log_loss, sigmoid
+from coala.evaluation.rows import read_rows
+from coala.values import CoalaError, Estimate
+
+# Both calibration files together weigh 0.2 of a row of the model per row, each of the two half of it.
+CALIBRATION_WEIGHT = 0.2 / 2
+PENALTIES = tuple(float(c) for c in np.logspace(-4, 4, 10))  # the C among which cross-validation chooses
+FOLDS = 5
+BY_POSITION, BY_INSTRUCTION = "position", "instruction"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model's three coefficients, in nats, in the published order."""
+
+    length: float
+    difficulty: float
+    bias: float
+
+
+@dataclass(frozen=True, eq=False)
+class Difficulty:
+    """A difficulty per instruction (n,) in the benchmark's order, and the place of each instruction by its key."""
+
+    values: Float
+    places: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Rows of the two baselines: standardised length difference before the tanh, difficulty, bias column, preference
+    in [0, 1], all (n,)."""
+
+    length_difference: Float
+    difficulty: Float
+    bias: Float
+    preference: Float
+
+
+@dataclass(frozen=True, eq=False)
+class LengthControlled:
+    """The length-controlled win rate in percent and all that it hangs on.
+
+    ``win_rate`` carries a bootstrap interval over instructions. ``standard_error`` is the published one, which only
+    measures how ``predictions`` (n,) in [0, 1] differ between instructions. ``penalty`` is the C of the L1 fit, None
+    for maximum likelihood. ``baseline_length`` is the mean of the baseline's characters.
+    """
+
+    model: str
+    baseline: str
+    baseline_length: float
+    win_rate: Estimate
+    standard_error: float
+    weights: Weights
+    penalty: float | None
+    predictions: Float
+    remarks: tuple[str, ...]
+
+
+def read_difficulty(path: Path | str) -> Difficulty:
+    """A CSV (or JSON Lines) with ``instruction_difficulty``, one row per instruction in the benchmark's order.
+
+    ``index``, if there, must count from 0. ``instruction_sha256_16`` or ``instruction`` allow look-up by instruction.
+    """
+    values: list[float] = []
+    places: dict[str, int] = {}
+    for i, row in enumerate(read_rows(path)):
+        values.append(row.value("instruction_difficulty"))
+        if row.get("index") is not None and row.value("index") != i:
+            raise row.fault("index", str(row.get("index"))[:40], f"{i}, the row's place", "Sort the file by index.")
+        key = row.get("instruction_sha256_16")
+        if key is not None:
+            places.setdefault(row.label("instruction_sha256_16"), i)
+        elif row.get("instruction") is not None:
+            places.setdefault(instruction_key(row.text("instruction")), i)
+    return Difficulty(np.array(values), places)
+
+
+def read_calibration(path: Path | str) -> Calibration:
+    """The authors' ``df_gamed.csv`` or a stand-in: ``preference``, ``std_delta_len``, ``instruction_difficulty``.
+
+    Preferences may be on either published scale, [0, 1] or [1, 2] with 0 for a tie; one above 1 tells the second.
+    ``not_gamed_baseline`` is the bias column, false where it is missing.
+    """
+    rows = read_rows(path)
+    y = np.array([row.value("preference", low=0, high=2) for row in rows])
+    if y.max() > 1:
+        if bad := next((i for i in range(len(y)) if 0 < y[i] < 1), None):
+            mend = "Write all of them on one scale."
+            raise rows[bad].fault("preference", f"{y[bad]:g} in a file with values above 1", "one from 1 to 2", mend)
+        y = np.where(y == 0, 0.5, y - 1)
+    return Calibration(
+        length_difference=np.array([row.value("std_delta_len") for row in rows]),
+        difficulty=np.array([row.value("instruction_difficulty") for row in rows]),
+        bias=np.array(
+            [row.get("not_gamed_baseline") is not None and row.flag("not_gamed_baseline") for row in rows], float
+        ),
+        preference=y,
+    )
+
+
+def read_weights(path: Path | str) -> dict[str, Weights]:
+    """Published weights by model: ``model``, ``w_tanh_std_delta_len``, ``w_instruction_difficulty``, ``w_bias``."""
+    found: dict[str, Weights] = {}
+    for row in read_rows(path):
+        model = row.label("model")
+        if model in found:
+            raise row.fault("model", f"{model} a second time", "each model once", "Delete one of the two.")
+        found[model] = Weights(
+            row.value("w_tanh_std_delta_len"), row.value("w_instruction_difficulty"), row.value("w_bias")
+        )
+    return found
+
+
+def predict_winrate(weights: Weights, difficulty: Float, against: Weights | None = None) -> Float:
+    """P(model better) (n,) at no length difference: sigmoid(w_difficulty difficulty_i + w_bias).
+
+    ``against`` another model the weights are subtracted, so that any model against itself is at one half. The win rate
+    is 100 times the mean.
+    """
+    other = against or Weights(0.0, 0.0, 0.0)
+    return sigmoid((weights.difficulty - other.difficulty) * difficulty + weights.bias - other.bias)
+
+
+def length_controlled(
+    annotations: Annotations,
+    difficulty: Difficulty,
+    calibration: Calibration,
+    *,
+    penalty: float | Literal["cv"] | None = "cv",
+    difficulty_by: Literal["position", "instruction"] = "position",
+    draws: int = 200,
+    seed: int = 0,
+) -> LengthControlled:
+    """Fit the model and read it at equal lengths.
+
+    Weighted cross-entropy with soft targets: the model's rows weigh 1, calibration rows 0.1. ``penalty`` is the C of
+    C loss + |w|_1; "cv" chooses one of ten by five-fold cross-validation of the log loss; None is plain maximum
+    likelihood. ``difficulty_by`` "position" gives row i of the file the i-th difficulty, which is what the published
+    figures do even where rows are missing and everything after the gap is shifted; "instruction" looks each one up.
+
+    Rows without a preference are left out of the fit but are predicted. The interval is a percentile bootstrap over the
+    model's rows (``draws``, ``seed``) at the C that was found, calibration rows held fixed.
+    """
+    remarks: list[str] = []
+    hard = _difficulties(annotations, difficulty, difficulty_by, remarks)
+    mean_length = float(annotations.baseline_length.mean()) if len(annotations) else math.nan
+    common = annotations.model, annotations.baseline, mean_length
+    if annotations.model == annotations.baseline:
+        half = np.full(len(hard), 0.5)
+        itself = Estimate(50.0, 50.0, 50.0, len(hard), "the baseline against itself is 50 by construction")
+        return LengthControlled(*common, itself, 0.0, Weights(0, 0, 0), None, half, ("nothing was fitted",))
+    if penalty not in ("cv", None) and not (isinstance(penalty, int | float) and 0 < penalty < math.inf):
+        raise CoalaError(f"The penalty C is {penalty!r}; expected a positive number, 'cv' or None.")
+    known = np.isfinite(annotations.preference)
+    if not known.any():
+        raise CoalaError(
+            f"None of the {len(annotations)} rows of {annotations.model!r} has a preference; expected at least one to "
+            "fit the length-controlled win rate. Judge the outputs first."
+        )
+    own = np.column_stack([_squashed_difference(annotations, remarks), hard, np.ones(len(hard))])[known]
+    others = np.column_stack([np.tanh(calibration.length_difference), calibration.difficulty, calibration.bias])
+    X, n = np.vstack([own, others]), len(own)
+    y = np.concatenate([annotations.preference[known] - 1, calibration.preference])
+    weight = np.concatenate([np.ones(n), np.full(len(others), CALIBRATION_WEIGHT)])
+    c = cross_validated(X, y, weight, seed=seed) if penalty == "cv" else penalty
+    l1 = 0.0 if c is None else 1 / float(c)
+    fit = fit_logistic(X, y, weight, l1=l1)
+    if not fit.converged:
+        remarks.append("no finite weights fit best (all rows won or lost): the value is the limit")
+    weights = Weights(*(float(w) for w in fit.coefficients))
+    predictions = predict_winrate(weights, hard)
+    value = 100 * float(predictions.mean())
+    if annotations.repeated:
+        remarks.append(f"{annotations.repeated} rows repeat an instruction: all are kept")
+    if n < FEW_ROWS:
+        remarks.append(
+            f"{n} rows beside {len(others)} calibration rows, which decide the length and difficulty weights"
+        )
+
+    def drawn(rng: np.random.Generator) -> float:
+        picked = np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
+        again = fit_logistic(X, y, np.concatenate([picked, weight[n:]]), l1=l1, start=fit.coefficients, tolerance=1e-8)
+        found = predict_winrate(Weights(*again.coefficients), own[:, 1])
+        return 100 * float(picked @ found) / n
+
+    rng = np.random.default_rng(seed)
+    low, high, about = -math.inf, math.inf, "no interval"
+    if draws > 0 and n > 1:
+        low, high = (float(end) for end in np.quantile([drawn(rng) for _ in range(draws)], [0.025, 0.975]))
+        about = f"percentile bootstrap 95 % over instructions ({draws} draws, seed {seed})"
+    fitted = "maximum likelihood" if c is None else f"L1 at C = {c:.6g}"
+    estimate = Estimate(
+        value,
+        min(low, value),
+        max(high, value),
+        n,
+        f"length-controlled, {fitted}, difficulty by {difficulty_by}; {about}",
+    )
+    error = standard_error(predictions)
+    return LengthControlled(
+        *common, estimate, error, weights, None if c is None else float(c), predictions, tuple(remarks)
+    )
+
+
+def cross_validated(
+    X: Float, y: Float, weight: Float, *, penalties: tuple[float, ...] = PENALTIES, seed: int = 0
+) -> float:
+    """The C with the smallest weighted log loss on five held-out folds; both labels of a row are in one fold.
+
+    The likelihood is flat in C: at usual sizes neighbouring values differ by less than the folds do.
+    """
+    fold: NDArray[np.intp] = np.random.default_rng(seed).permutation(len(y)) % FOLDS
+    losses = np.zeros(len(penalties))
+    for part in range(FOLDS):
+        held = fold == part
+        if not weight[held].sum() > 0 or not weight[~held].sum() > 0:
+            continue
+        start = None
+        for i, c in enumerate(penalties):
+            start = fit_logistic(X[~held], y[~held], weight[~held], l1=1 / c, start=start, tolerance=1e-9).coefficients
+            losses[i] += log_loss(X[held] @ start, y[held], weight[held]) / float(weight[held].sum())
+    return penalties[int(np.argmin(losses))]
+
+
+def _difficulties(annotations: Annotations, difficulty: Difficulty, by: str, remarks: list[str]) -> Float:
+    n = len(annotations)
+    if n < len(difficulty.values):
+        remarks.append(f"{n} rows for {len(difficulty.values)} instructions with a difficulty")
+    if by == BY_POSITION:
+        if n > len(difficulty.values):
+            raise CoalaError(
+                f"{n} annotated rows but {len(difficulty.values)} difficulties; expected at most as many rows. Look "
+                "difficulties up by instruction, or leave repeated rows out."
+            )
+        own = [difficulty.places.get(instruction_key(name), i) for i, name in enumerate(annotations.instruction)]
+        if shifted := sum(place != i for i, place in enumerate(own)):
+            remarks.append(f"{shifted} rows take another instruction's difficulty, as they would on the leaderboard")
+        return difficulty.values[:n]
+    if by != BY_INSTRUCTION:
+        raise CoalaError(f"Difficulty by {by!r}; expected {BY_POSITION!r} or {BY_INSTRUCTION!r}.")
+    missing = [i for i, name in enumerate(annotations.instruction) if instruction_key(name) not in difficulty.places]
+    if missing:
+        raise CoalaError(
+            f"{len(missing)} of {n} instructions have no difficulty (the first is row {missing[0] + 1}); the file "
+            f"names {len(difficulty.places)} instructions. Use the file of this benchmark, or difficulty by position."
+        )
+    return difficulty.values[[difficulty.places[instruction_key(name)] for name in annotations.instruction]]
+
+
+def _squashed_difference(annotations: Annotations, remarks: list[str]) -> Float:
+    """tanh of (len_1 - len_2) over its standard deviation (n - 1); its limit, the sign, where nothing varies."""
+    difference = annotations.baseline_length - annotations.model_length
+    spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
+    if spread > 0:
+        return np.asarray(np.tanh(difference / spread))
+    remarks.append("the length differences are all the same, so the length weight is the calibration rows' alone")
+    return np.sign(difference)

@@ -1,0 +1,6 @@
+"""Pairs to features: what is read and what it shares, the passes that read it, the shards that keep it."""
+
+from coala.features.extraction import extract, extract_many
+from coala.features.plan import Survey, distinct_tokens, survey
+
+__all__ = ["Survey", "distinct_tokens", "extract", "extract_many", "survey"]

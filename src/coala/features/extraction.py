@@ -1,0 +1,344 @@
+"""Encode what was planned with the frozen model, and pool; shard by shard, so that a kill costs little.
+
+Knows which rows share a forward pass; nothing of models beyond ``read`` and of files beyond the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coala.backbone import POOLINGS, LanguageModel, Reading
+from coala.features.plan import Survey, survey
+from coala.store import FeatureStore, save_json
+from coala.values import CoalaError, FeatureSet, FeatureSpec, Pair
+
+OnBatch = Callable[[int, int, int], None]
+# By name, one entry per row: "features" (rows, k, d) float32, one array for every spec ("features-1", ...), and where
+# asked for "log_probs" (rows,) float64.
+_Encoded = dict[str, NDArray[Any]]
+
+# A pass of rows of different lengths is closed when padding would be more than this share of it ...
+PADDING = 0.05
+# ... unless it has fewer tokens than this, which do not fill a processor.
+SMALL_PASS = 128
+# Keys and values gathered for a pass of branches, in multiples of the tokens of a pass.
+MOST_GATHERED = 8
+
+
+def extract(
+    pairs: Sequence[Pair],
+    backbone: LanguageModel,
+    spec: FeatureSpec,
+    *,
+    prefixes: int = 1,
+    prompt_features: bool = False,
+    log_ratios: bool = False,
+    batch_tokens: int = 4096,
+    store: FeatureStore | None = None,
+    plan: Survey | None = None,
+    on_batch: OnBatch | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> FeatureSet:
+    """Features of ``pairs`` in their order; what prompts with their replies have in common is encoded once.
+
+    With ``prefixes`` k > 1 the replies are pooled at k prefixes too, of 1/k, 2/k, ... of their tokens (rounded up),
+    from the same forward passes: a pair then gives k rows in this order, the last of them the whole replies.
+    With ``prompt_features`` each distinct prompt is encoded by itself too, and its states pooled in the same way: what
+    gates on the prompt act on. With ``log_ratios`` the same forward passes also give log pi(chosen | prompt)
+    - log pi(rejected | prompt) under the model: the sum over the tokens that are pooled, at temperature 1. It needs the
+    layers above ``spec.layer`` and the language-model head, at every token of a reply.
+
+    ``batch_tokens`` bounds the tokens of one forward pass, padding counted, but for a longer row. With a ``store``,
+    shards are written as they come, and an extraction that was killed goes on from the last whole one; on the same
+    machine the result is bit for bit that of an unbroken run. The store also receives ``facts.json``, the counts of
+    :class:`Survey`. ``plan`` is what :func:`survey` made of the same arguments, if the caller has it already.
+    ``on_batch(done_pairs, total_pairs, tokens)`` is called after every batch. Where memory is short for
+    ``batch_tokens`` passes are halved, which may change the last bits; ``on_note`` is told.
+
+    Raises ``SpecMismatch`` if ``spec`` is not of ``backbone``, ``StoreError`` if the store holds another extraction,
+    ``BackboneError`` for ``log_ratios`` of a model without a language-model head.
+    """
+    return extract_many(
+        pairs,
+        backbone,
+        [spec],
+        prefixes=prefixes,
+        prompt_features=prompt_features,
+        log_ratios=log_ratios,
+        batch_tokens=batch_tokens,
+        store=store,
+        plan=plan,
+        on_batch=on_batch,
+        on_note=on_note,
+    )[0]
+
+
+def extract_many(
+    pairs: Sequence[Pair],
+    backbone: LanguageModel,
+    specs: Sequence[FeatureSpec],
+    *,
+    prefixes: int = 1,
+    prompt_features: bool = False,
+    log_ratios: bool = False,
+    batch_tokens: int = 4096,
+    store: FeatureStore | None = None,
+    plan: Survey | None = None,
+    on_batch: OnBatch | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> list[FeatureSet]:
+    """:func:`extract` for several layers and poolings from one pass over the data, which goes up to the highest layer.
+
+    ``specs`` may differ in ``layer`` and ``pooling`` only.
+    """
+    _check(specs, backbone, prefixes, log_ratios, batch_tokens)
+    for spec in specs[1:]:
+        backbone.require(spec)
+    plan = survey(pairs, backbone, specs[0], prompt_features=prompt_features) if plan is None else plan
+    shards = plan.shards(batch_tokens)
+    finished: set[int] = set()
+    if store is not None:
+        finished = store.begin(_plan(plan, backbone, specs, batch_tokens, shards, log_ratios, prefixes))
+        save_json(store.folder / "facts.json", plan.facts)
+    progress = _Progress(plan, on_batch)
+    encoder = _Encoder(plan, backbone, specs, prefixes, log_ratios, batch_tokens, on_note)
+    parts: list[_Encoded] = []
+    for number, batches in enumerate(shards):
+        if store is not None and number in finished:
+            parts.append(store.read(number))
+            progress(batches[-1].stop)
+            continue
+        encoded: list[_Encoded] = []
+        for batch in batches:
+            encoded.append(encoder(batch))
+            progress(batch.stop)
+        parts.append(_joined(encoded))
+        if store is not None:
+            store.write(number, parts[-1])
+    rows = _joined(parts) if parts else encoder.nothing()
+    chosen, rejected = plan.index.T
+    groups = np.repeat(np.array([pair.group for pair in pairs], dtype=str), prefixes)
+    log_ratio = rows["log_probs"][chosen] - rows["log_probs"][rejected] if log_ratios else None
+
+    def features(name: str, which: NDArray[np.int64]) -> NDArray[np.float32]:
+        return rows[name][which].reshape(len(which) * prefixes, rows[name].shape[-1])
+
+    return [
+        FeatureSet(
+            features(name, chosen),
+            features(name, rejected),
+            groups,
+            spec,
+            prompt=None if plan.prompt is None else features(name, plan.prompt),
+            log_ratio=log_ratio,
+        )
+        for name, spec in zip(_names(specs), specs, strict=True)
+    ]
+
+
+def _check(
+    specs: Sequence[FeatureSpec], backbone: LanguageModel, prefixes: int, log_ratios: bool, batch_tokens: int
+) -> None:
+    if batch_tokens < 1:
+        raise CoalaError(f"batch_tokens is {batch_tokens}; expected at least 1 (4096 suits most machines).")
+    if prefixes < 1:
+        raise CoalaError(f"prefixes is {prefixes}; expected at least 1, the whole reply alone.")
+    if log_ratios:
+        backbone.require_head("Log ratios")
+        if prefixes > 1:
+            raise CoalaError(
+                f"Log ratios belong to whole replies; with features at {prefixes} prefixes they have no place. "
+                "Leave one of them out."
+            )
+    if not specs:
+        raise CoalaError("No spec was given; expected at least one.")
+    differing = [spec for spec in specs if replace(spec, layer=specs[0].layer, pooling=specs[0].pooling) != specs[0]]
+    if differing:
+        raise CoalaError(
+            f"{differing[0]} and {specs[0]} differ in more than layer and pooling; extract them one after the other."
+        )
+
+
+def _names(specs: Sequence[FeatureSpec]) -> list[str]:
+    return ["features", *(f"features-{i}" for i in range(1, len(specs)))]
+
+
+def _joined(parts: Sequence[_Encoded]) -> _Encoded:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _plan(
+    plan: Survey,
+    backbone: LanguageModel,
+    specs: Sequence[FeatureSpec],
+    batch_tokens: int,
+    shards: list[list[range]],
+    log_ratios: bool,
+    prefixes: int,
+) -> dict[str, Any]:
+    """All that decides the bits of every shard."""
+    return {
+        "spec": specs[0],
+        "rows": plan.digest,
+        "batch_tokens": batch_tokens,
+        "shards": [sum(map(len, batches)) for batches in shards],
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "device": backbone.device.type,
+        **({"further": [[spec.layer, spec.pooling] for spec in specs[1:]]} if len(specs) > 1 else {}),
+        **({"log_ratios": True} if log_ratios else {}),
+        **({"prefixes": prefixes} if prefixes > 1 else {}),
+    }
+
+
+class _Progress:
+    """Turns rows done into pairs done: a pair is done when all its rows are."""
+
+    def __init__(self, plan: Survey, on_batch: OnBatch | None) -> None:
+        self._on_batch = on_batch
+        last = plan.index.max(1, initial=0)
+        self._last_rows = np.sort(last if plan.prompt is None else np.maximum(last, plan.prompt))
+        self._tokens = np.concatenate([[0], np.cumsum(plan.own_lengths)])
+
+    def __call__(self, rows_done: int) -> None:
+        if self._on_batch is not None:
+            done = int(np.searchsorted(self._last_rows, rows_done))
+            self._on_batch(done, len(self._last_rows), int(self._tokens[rows_done]))
+
+
+class _Encoder:
+    """Encodes batches of whole trees, in smaller passes once the device has run out of memory."""
+
+    def __init__(
+        self,
+        plan: Survey,
+        backbone: LanguageModel,
+        specs: Sequence[FeatureSpec],
+        prefixes: int,
+        log_probs: bool,
+        most_tokens: int,
+        on_note: Callable[[str], None] | None,
+    ) -> None:
+        self._plan, self._backbone, self._log_probs = plan, backbone, log_probs
+        self._specs, self._prefixes, self._on_note = specs, prefixes, on_note
+        self._layers = sorted({spec.layer for spec in specs})
+        self._lengths, self._own = plan.lengths, plan.own_lengths
+        self._most_tokens = most_tokens
+        # Of the pass that was tried last: its tokens, and whether it was of one row.
+        self._asked, self._single = 0, False
+
+    def __call__(self, batch: range) -> _Encoded:
+        while True:
+            try:
+                return self._encode(batch)
+            except torch.OutOfMemoryError as error:
+                if self._single:
+                    raise CoalaError(
+                        f"A single row of {self._asked} tokens does not fit the device's memory. "
+                        "Lower max_tokens, use a smaller model, or run on a CPU."
+                    ) from error
+                self._most_tokens = min(self._most_tokens, self._asked) // 2
+                note = f"Memory was short for a pass of {self._asked} tokens: passes now have {self._most_tokens}."
+            if self._on_note is not None:
+                self._on_note(note)
+            # Outside the handler, whose traceback would keep the failed pass's tensors alive.
+            torch.cuda.empty_cache()
+
+    def nothing(self) -> _Encoded:
+        """The arrays of no rows."""
+        empty = np.empty((0, self._prefixes, self._backbone.width), dtype=np.float32)
+        return {**dict.fromkeys(_names(self._specs), empty), **({"log_probs": np.empty(0)} if self._log_probs else {})}
+
+    def _encode(self, batch: range) -> _Encoded:
+        out: _Encoded = {}
+
+        def keep(rows: Sequence[int], states: Sequence[Tensor], final: Tensor | None) -> None:
+            for name, array in self._pooled(rows, states, final).items():
+                # Not of the backbone's width everywhere: a few models project between their layers and their ends.
+                found = out.setdefault(name, np.empty((len(batch), *array.shape[1:]), array.dtype))
+                found[np.asarray(rows) - batch.start] = array
+
+        trunk = self._plan.trunk
+        trunks = [row for row in batch if trunk[row] == row]
+        for group in self._passes(trunks, self._lengths):
+            members = set(group)
+            branches = [row for row in batch if trunk[row] != row and trunk[row] in members]
+            self._note_pass(group, self._lengths)
+            reading = self._backbone.read(
+                [self._plan.tokens[row].tolist() for row in group],
+                self._layers,
+                to_end=self._log_probs,
+                keep=bool(branches),
+            )
+            keep(group, reading.states, reading.final)
+            for part in self._passes(sorted(branches, key=lambda row: -self._own[row]), self._own):
+                self._note_pass(part, self._own)
+                keep(part, *self._branch(reading, group, part))
+        return out
+
+    def _branch(self, reading: Reading, group: Sequence[int], rows: Sequence[int]) -> tuple[Any, Any]:
+        place = {row: i for i, row in enumerate(group)}
+        shared = [int(self._plan.shared[row]) for row in rows]
+        own = [self._plan.tokens[row][s:].tolist() for row, s in zip(rows, shared, strict=True)]
+        return reading.branch([place[int(self._plan.trunk[row])] for row in rows], shared, own)
+
+    def _note_pass(self, rows: Sequence[int], lengths: NDArray[np.int64]) -> None:
+        self._asked, self._single = len(rows) * int(max(lengths[row] for row in rows)), len(rows) == 1
+
+    def _passes(self, rows: Sequence[int], lengths: NDArray[np.int64]) -> list[list[int]]:
+        """Consecutive rows, cut where a pass would grow too large or be padded too much.
+
+        ``lengths`` is what is computed for a row; rows with nothing to compute come in passes of their own.
+        """
+        passes: list[list[int]] = []
+        real = longest = begun = 0
+        for row in rows:
+            length, shared = int(lengths[row]), int(self._plan.shared[row])
+            if passes and (length > 0) == (longest > 0):
+                count, wide, deep = len(passes[-1]) + 1, max(longest, length), max(begun, shared)
+                padding = count * wide - real - length
+                fits = max(count * wide, count * deep / MOST_GATHERED) <= self._most_tokens
+                if fits and (padding <= PADDING * count * wide or count * wide <= SMALL_PASS):
+                    passes[-1].append(row)
+                    real, longest, begun = real + length, wide, deep
+                    continue
+            passes.append([row])
+            real, longest, begun = length, length, shared
+        return passes
+
+    def _pooled(self, rows: Sequence[int], states: Sequence[Tensor], final: Tensor | None) -> _Encoded:
+        plan, device = self._plan, self._backbone.device
+        which = np.asarray(rows)
+        start, stop = (torch.as_tensor(a[which], device=device) for a in (plan.start, plan.stop))
+        by_layer = dict(zip(self._layers, states, strict=True))
+        pooled: _Encoded = {}
+        for name, spec in zip(_names(self._specs), self._specs, strict=True):
+            pooling, hidden = POOLINGS[spec.pooling], by_layer[spec.layer]
+            # A prompt by itself has no prefixes: it begins at token 0.
+            ends = [
+                torch.where(start > 0, start - ((start - stop) * j).div(self._prefixes, rounding_mode="floor"), stop)
+                for j in range(1, self._prefixes + 1)
+            ]
+            features = torch.stack([pooling.pool(hidden, start, end) for end in ends], dim=1).cpu().numpy()
+            if not np.isfinite(features).all():
+                raise CoalaError(
+                    f"{self._backbone.name} gives hidden states that are not finite in {self._backbone.dtype}. "
+                    "Load it with dtype='float32' or 'bfloat16', or check its weights."
+                )
+            pooled[name] = features
+        if final is not None:
+            longest = max(len(plan.tokens[row]) for row in rows)
+            tokens = np.zeros((len(rows), longest), dtype=np.int64)
+            for i, row in enumerate(rows):
+                tokens[i, : len(plan.tokens[row])] = plan.tokens[row]
+            # Of a prompt by itself no token is counted.
+            first = torch.where(start > 0, start, stop)
+            found = self._backbone.log_likelihood(final, torch.as_tensor(tokens, device=device), first, stop)
+            pooled["log_probs"] = found.cpu().numpy()
+        return pooled
