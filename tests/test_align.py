@@ -452,3 +452,16 @@ class TestRecipe:
         folder = Path(__file__).resolve().parent.parent / "src/coala/recipes"
         for path in folder.glob("*.yaml"):
             load_recipe(path, {"pairs": ["p"], "model": {"name": "m"}})
+
+
+def test_the_layer_can_be_chosen_and_the_head_fitted_on_prefixes(pairs: Path, model: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    settings = recipe(pairs, model)
+    asked = {**settings.model.model_dump(), "layer": "auto", "prefixes": 3}
+    content = align(settings.model_copy(update={"model": type(settings.model)(**asked)}), run)
+    chosen = [row["layer"] for row in content["layers"] if row["chosen"]]
+    assert [load_features(run.path / "features" / part).spec.layer for part in ("train", "eval")] == chosen * 2
+    train = load_features(run.path / "features" / "train")
+    assert len(train) == 3 * content["summary"]["n_train"] == 3 * len(load_pairs(run.path / "pairs-train.jsonl"))
+    assert load_head(run.path / "head").spec.layer == chosen[0]
+    assert "what the others would have been worth" in (run.path / "report.html").read_text()

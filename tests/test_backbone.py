@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coala.backbone import BackboneError, LanguageModel, load_backbone
-from coala.backbone.load import weights_digest
+from coala.backbone.files import weights_digest
 from coala.backbone.template import Renderer
 from coala.values import CoalaError, Pair, SpecMismatch, Turn, user
 from tests.menagerie import BACKBONES, CONTEXT, tiny_backbone

@@ -6,7 +6,7 @@ Knows names, types and limits; knows nothing of how a setting is carried out.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,12 +28,17 @@ class ModelSettings(_Strict):
     name: str = Field(description="local model folder or hub name")
     revision: str | None = None
     template: Literal["auto", "chat", "dialogue", "continuation"] = "auto"
-    layer: int = Field(-1, ge=-1, description="hidden state to read; -1 is the last")
+    layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = Field(
+        -1, description="hidden state to read; -1 is the last, auto the cheapest within the noise of the best"
+    )
     pooling: Literal["mean", "mean_all", "last"] = "mean"
     ends_with_eos: bool = False
     max_tokens: int | None = Field(None, ge=2, description="prompt plus reply; the model's context if not given")
+    prefixes: int = Field(1, ge=1, description="fit the head on this many prefixes of every reply; 1 is the whole")
     batch_tokens: int = Field(4096, ge=1)
-    device: str = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, ... or offload: layers that do not fit wait in memory")
+    adapter: str | None = Field(None, description="folder or hub name of a LoRA adapter of the model")
+    quantise: Literal["8bit", "4bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     prompt_features: bool | None = Field(
@@ -133,7 +138,12 @@ class Recipe(_Strict):
             update={
                 "pairs": tuple(map(absolute, self.pairs)),
                 "eval_pairs": tuple(map(absolute, self.eval_pairs)),
-                "model": self.model.model_copy(update={"name": absolute(self.model.name)}),
+                "model": self.model.model_copy(
+                    update={
+                        "name": absolute(self.model.name),
+                        "adapter": self.model.adapter and absolute(self.model.adapter),
+                    }
+                ),
                 "evaluation": self.evaluation.model_copy(update=judges),
             }
         )

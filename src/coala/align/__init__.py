@@ -19,19 +19,21 @@ def align(
     """Carry out ``recipe`` in ``run`` and return the report's content; finished stages are skipped.
 
     ``separate`` runs every stage in a process of its own (default: when the machine has an NVIDIA GPU). Raises
-    :class:`~coala.values.CoalaError` for input that cannot be used and for a run started with other settings.
+    :class:`~coala.values.CoalaError` for input that cannot be used, for a run started with other settings, and for
+    one that another process is at work in.
     """
     recipe = recipe.located()
-    new = not (run.path / "run.json").exists()
-    run.start(recipe.model_dump(mode="json"))
-    try:
-        if on_progress is None:
-            carry_out(recipe, run, separate=separate)
-        else:
-            carry_out(recipe, run, on_progress, separate)
-    except CoalaError:
-        # Input that could not be used leaves nothing behind, so that the mended command starts afresh.
-        if new and not (run.path / "features").exists():
-            run.restart()
-        raise
-    return make_report(run)
+    with run.held():
+        new = not (run.path / "run.json").exists()
+        run.start(recipe.model_dump(mode="json"))
+        try:
+            if on_progress is None:
+                carry_out(recipe, run, separate=separate)
+            else:
+                carry_out(recipe, run, on_progress, separate)
+        except CoalaError:
+            # Input that could not be used leaves nothing behind, so that the mended command starts afresh.
+            if new and not (run.path / "features").exists():
+                run.restart()
+            raise
+        return make_report(run)

@@ -58,7 +58,7 @@ def make_report(run: Run) -> dict[str, Any]:
     accuracy = evaluation.accuracy_of_margins
     seconds = sum(fact["seconds"] for fact in facts.values())
     summary: dict[str, Any] = {
-        "n_train": len(train),
+        "n_train": len(train) // recipe.model.prefixes,
         "n_eval": len(held_out),
         "accuracy_eval": accuracy(margins, held_out.group),
         "accuracy_train": accuracy(head.margins(train), train.group),
@@ -89,6 +89,7 @@ def make_report(run: Run) -> dict[str, Any]:
             "spec": asdict(head.spec),
         },
         "curves": _curves(fitted["history"]),
+        "layers": load_json(run.path / "layer.json") if (run.path / "layer.json").exists() else [],
         "path": _marked(fitted["path"], {} if certificate is None else certificate.facts),
         "scores": {name: head.score(getattr(held_out, name), held_out.prompt) for name in ("chosen", "rejected")},
         "reliability": reliable,
@@ -190,5 +191,5 @@ def _gap(gap: float | None) -> str:
 
 
 def _recorded(run: Run) -> list[str]:
-    order = ("pairs", "features-train", "features-eval", "head", "replies-unguided", "replies-guided")
+    order = ("pairs", "layer", "features-train", "features-eval", "head", "replies-unguided", "replies-guided")
     return [stage for stage in order if (run.path / "stages" / f"{stage}.json").exists()]

@@ -26,6 +26,7 @@ from coala.store import (
     load_features,
     load_generations,
     load_head,
+    load_json,
     load_pairs,
     save_features,
     save_generations,
@@ -72,8 +73,8 @@ class _Job:
 
     def model_stamp(self) -> Any:
         """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""
-        folder = Path(self.recipe.model.name)
-        files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+        folders = [Path(name) for name in (self.recipe.model.name, self.recipe.model.adapter) if name]
+        files = [p for folder in folders if folder.is_dir() for p in sorted(folder.iterdir()) if p.is_file()]
         return [self.recipe.model.model_dump(), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
 
     def once(self, stage: str, inputs: dict[str, Any], outputs: list[str], work: Callable[[], Any]) -> None:
@@ -135,16 +136,21 @@ def _features(job: _Job) -> None:
     from coala.features import extract, survey
 
     model = job.recipe.model
+    layer = _layer(job)
     extras: dict[str, Any] = {"prompt_features": job.recipe.prompt_features, "log_ratios": job.recipe.log_ratios}
     for part in ("train", "eval"):
         stage = f"features-{part}"
         source = job.path(f"pairs-{part}.jsonl")
-        inputs = {"pairs": file_digest(source), "model": job.model_stamp(), **extras}
+        # A head is fitted on prefixes if asked for; what is held out is always whole replies.
+        prefixes = model.prefixes if part == "train" else 1
+        inputs = {"pairs": file_digest(source), "model": job.model_stamp(), "layer": layer, **extras}
 
-        def work(part: str = part, stage: str = stage, source: Path = source) -> dict[str, Any]:
+        def work(
+            part: str = part, stage: str = stage, source: Path = source, prefixes: int = prefixes
+        ) -> dict[str, Any]:
             backbone = job.backbone()
             pairs = load_pairs(source)
-            spec = backbone.spec(model.layer, model.pooling, model.ends_with_eos, model.max_tokens)
+            spec = backbone.spec(layer, model.pooling, model.ends_with_eos, model.max_tokens)
             plan = survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
             in_all = plan.facts["tokens"]
             shards = FeatureStore(job.path(f"features/{part}/shards"))
@@ -155,18 +161,46 @@ def _features(job: _Job) -> None:
                 batch_tokens=model.batch_tokens,
                 store=shards,
                 plan=plan,
+                prefixes=prefixes,
                 **extras,
                 # Tokens, not pairs: rows go longest first, so the first pairs cost the most.
                 on_batch=lambda done, total, tokens: job.show(stage, tokens, in_all, f"{done:,} of {total:,} pairs"),
             )
             save_features(job.path(f"features/{part}"), features)
             shards.discard()
-            shape, layer = backbone.shape, None if extras["log_ratios"] else spec.layer
-            flops = extraction_flops(shape, plan.lengths, own=plan.own_lengths, layer=layer)
+            shape, top = backbone.shape, None if extras["log_ratios"] else spec.layer
+            flops = extraction_flops(shape, plan.lengths, own=plan.own_lengths, layer=top)
             flops += head_flops(shape, plan.reply_lengths) if extras["log_ratios"] else 0
             return {**plan.facts, "flops": flops}
 
         job.once(stage, inputs, [f"features/{part}/features.safetensors", f"features/{part}/features.json"], work)
+
+
+def _layer(job: _Job) -> int:
+    """The layer asked for, or the one that a sample of the training pairs speaks for."""
+    from coala.align.depth import choose_layer, layer_table
+
+    model = job.recipe.model
+    if model.layer != "auto":
+        return model.layer
+    source = job.path("pairs-train.jsonl")
+
+    def work() -> None:
+        backbone, pairs = job.backbone(), load_pairs(source)
+        spec = backbone.spec(-1, model.pooling, model.ends_with_eos, model.max_tokens)
+        scores = choose_layer(
+            pairs,
+            backbone,
+            spec,
+            batch_tokens=model.batch_tokens,
+            seed=job.recipe.seed,
+            on_batch=lambda done, total, tokens: job.show("layer", done, total, "pairs of a sample, all layers"),
+        )
+        save_json(job.path("layer.json"), layer_table(scores))
+
+    job.once("layer", {"pairs": file_digest(source), "model": job.model_stamp()}, ["layer.json"], work)
+    chosen: int = next(row["layer"] for row in load_json(job.path("layer.json")) if row["chosen"])
+    return chosen
 
 
 def _head(job: _Job) -> None:
@@ -303,6 +337,8 @@ def open_backbone(recipe: Recipe) -> LanguageModel:
         device=model.device,
         dtype=model.dtype,
         trust_remote_code=model.trust_remote_code,
+        adapter=model.adapter,
+        quantise=model.quantise,
     )
 
 

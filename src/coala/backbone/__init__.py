@@ -6,6 +6,7 @@ The only package that calls a model, a tokenizer, a chat template or a KV cache.
 from coala.backbone.load import load_backbone
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError
+from coala.backbone.outline import Outline, outline
 from coala.backbone.pooling import POOLINGS, Pooling, RunningState
 from coala.backbone.prefix import Prefix
 from coala.backbone.reading import Reading
@@ -15,10 +16,12 @@ __all__ = [
     "POOLINGS",
     "BackboneError",
     "LanguageModel",
+    "Outline",
     "Pooling",
     "Prefix",
     "Reading",
     "Row",
     "RunningState",
     "load_backbone",
+    "outline",
 ]

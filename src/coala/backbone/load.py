@@ -1,27 +1,21 @@
-"""Find, check and load a model folder or hub model. The only module of the package that reads files or the network."""
+"""Load a model folder or hub model: its checkpoint checked, an adapter put in, its tokenizer read, its parts joined."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+import inspect
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from coala.backbone.adapters import apply, check_base, find_adapter
+from coala.backbone.checks import check_cache, check_states
+from coala.backbone.files import check_files, find, weights_digest
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError, Network
+from coala.backbone.placement import Limits, Placement, place
 from coala.backbone.template import Renderer
-
-NEEDED = "config.json, model.safetensors (or its shards with model.safetensors.index.json) and tokenizer.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_backbone(
@@ -33,163 +27,73 @@ def load_backbone(
     template: str = "auto",
     trust_remote_code: bool = False,
     generation: bool = True,
+    adapter: str | Path | None = None,
+    quantise: str | None = None,
+    max_memory: Limits | None = None,
 ) -> LanguageModel:
     """Load a frozen model from a folder, or by its hub name at ``revision``.
 
-    Decoder-only models and encoders (for features only) are supported. ``device``: ``auto``, ``cpu``, ``cuda``, ...;
-    ``dtype``: ``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``. ``template``:
-    ``auto`` (``chat`` if the tokenizer has a chat template, else ``dialogue``; ``continuation`` for encoders).
-    ``generation=False`` does without a language-model head: features only. Raises :class:`BackboneError` for
-    anything that would make hidden states other than those of the trained model, and for pickled weights.
+    Decoder-only models and encoders (for features only) are supported. ``device``: ``auto``, ``cpu``, ``cuda``, ...,
+    or ``offload``, which fills the first GPU, then memory, then reads from disk whatever is left (by accelerate; slow,
+    for models larger than the card; ``max_memory`` limits each, as in ``{0: "20GiB", "cpu": "60GiB"}``). ``dtype``:
+    ``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``. ``template``: ``auto``
+    (``chat`` if the tokenizer has a chat template, else ``dialogue``; ``continuation`` for encoders).
+    ``generation=False`` does without a language-model head: features only.
+
+    ``adapter``: folder or hub name of an adapter that peft saved, merged into the weights; a tokenizer saved with it
+    is used. ``quantise``: ``8bit`` or ``4bit`` (by bitsandbytes; an adapter then stays beside the weights). In 8 bits
+    the columns kept in full depend on the whole batch, and so do hidden states, within the error of quantising; in 4
+    bits they do not. Both enter the digest of the weights: features of base, adapted and quantised model differ.
+
+    Raises :class:`BackboneError` for anything that would make hidden states other than those of the trained model,
+    for pickled weights, and for a package that is missing.
     """
-    folder, name, commit = _find(str(model), revision)
-    stored = _check_files(folder)
-    place = _device(device)
-    precision = _dtype(dtype, place)
-    if stored.get("auto_map") and not trust_remote_code and not _known(stored):
+    folder, name, commit = find(str(model), revision)
+    stored = check_files(folder)
+    placement = place(device, dtype, quantise, max_memory)
+    adapted = None if adapter is None else find_adapter(str(adapter))
+    if adapted and placement.device is None:
         raise BackboneError(
-            f"{name}: needs Python code of its own ({', '.join(sorted(stored['auto_map']))}). "
-            "Read that code; then pass trust_remote_code=True, or use a model that transformers knows."
+            f"{adapted.name}: an adapter cannot be put into weights spread over memory and disk (device={device!r}). "
+            "Merge it and save the whole: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)."
         )
-    with _quiet():
-        loaded, encoder = _load(folder, name, precision, trust_remote_code=trust_remote_code, headless=not generation)
-        tokenizer = _tokenizer(folder, name, trust_remote_code)
-        network = Network(loaded.to(place).eval().requires_grad_(False), encoder=encoder)
+    refuse_foreign_code(stored, name, trust_remote_code)
+    weights = weights_digest(folder)
+    if adapted:
+        check_base(adapted, name, commit, weights)
+    with quiet():
+        loaded, encoder = _load(folder, name, placement, trust_remote_code=trust_remote_code, headless=not generation)
+        if adapted:
+            loaded = apply(loaded, adapted, name, merge=not getattr(loaded, "is_quantized", False))
+        own_tokenizer = adapted is not None and adapted.has_tokenizer
+        tokenizer = _tokenizer(adapted.folder if adapted and own_tokenizer else folder, name, trust_remote_code)
+        network = _network(placement.settle(loaded), name, encoder)
         generates = generation and not encoder
         if generates:
             network.check_head()
+            check_cache(network)
         renderer = Renderer(tokenizer, template, stop_tokens=_stop_tokens(loaded, tokenizer), encoder=encoder)
-    weights = weights_digest(folder)
+    changes = [f"adapter {adapted.digest}"] if adapted else []
+    changes += [f"quantised to {quantise}"] if quantise else []
+    if changes:
+        weights = hashlib.sha256("\n".join([weights, *changes]).encode()).hexdigest()
+    name = f"{name}+{adapted.name}" if adapted else name
     return LanguageModel(network, renderer, name=name, revision=commit, weights=weights, generates=generates)
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a folder's tensors, whatever files they are spread over.
-
-    Of the checkpoint as stored, so that the device and dtype it is run with do not enter.
-    """
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        tensors = [
-            tensor for found in pool.map(_tensor_digests, sorted(folder.glob("*.safetensors"))) for tensor in found
-        ]
-    return hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()
-
-
-def _tensor_digests(path: Path) -> list[str]:
-    """One line per tensor. The file begins with the length of a JSON header; offsets count from the header's end."""
-    lines = []
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            first, last = about["data_offsets"]
-            file.seek(8 + size + first)
-            digest = hashlib.sha256()
-            left = last - first
-            while left and (block := file.read(min(left, 1 << 22))):
-                digest.update(block)
-                left -= len(block)
-            lines.append(f"{name} {about['dtype']} {about['shape']} {digest.hexdigest()}")
-    return lines
-
-
-# --- where it is -------------------------------------------------------------------------------------------------
-
-
-def _find(model: str, revision: str | None) -> tuple[Path, str, str]:
-    """Folder, the name to record, and the commit (empty for a folder)."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if revision:
-            raise BackboneError(f"{model}: is a folder, which has no revisions. Leave revision out.")
-        return folder, model, ""
-    if folder.exists():
-        raise BackboneError(f"{model}: is a file; expected a folder with {NEEDED}.")
-    if not _HUB_NAME.fullmatch(model):
-        raise BackboneError(
-            f"{model}: no such folder. Expected a folder with {NEEDED}, or a hub name like 'owner/model'."
-        )
-    return _download(model, revision or None)
-
-
-def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the client raises its own and its transport's errors alike
-        reason = next(iter(str(error).splitlines()), "")
-        raise BackboneError(
-            f"{name}: there is no such folder here, and the hub model could not be fetched ({type(error).__name__}: "
-            f"{reason}). Check the name and the network, or give a local folder with {NEEDED}."
-        ) from error
-    return folder, name, folder.name
-
-
-def _check_files(folder: Path) -> dict[str, Any]:
-    """The stored configuration of a folder that has every file it needs."""
-    missing = []
-    if not (folder / "config.json").is_file():
-        missing.append("config.json")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-        if pickled:
-            raise BackboneError(
-                f"{folder}: its weights are pickled ({', '.join(pickled)}), and loading a pickle can run any code. "
-                "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
-            )
-        missing.append("model.safetensors")
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        missing.append("tokenizer.json")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(_json(index).get("weight_map", {}).values())
-        missing += sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        what = "is not a model folder" if "config.json" in missing else "is not complete"
-        raise BackboneError(f"{folder}: {what}; missing {', '.join(missing)}. A model folder has {NEEDED}.")
-    config = _json(folder / "config.json")
-    if "model_type" not in config:
-        raise BackboneError(f"{folder}: config.json names no model_type. Save the model with save_pretrained().")
-    return config
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"{path}: cannot be read as JSON ({error}). Save the model again.") from error
-    if not isinstance(content, dict):
-        raise BackboneError(f"{path}: is not a JSON object. Save the model again.")
-    return content
-
-
-def _known(stored: dict[str, Any]) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return stored["model_type"] in CONFIG_MAPPING
 
 
 # --- what it is --------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, name: str, dtype: torch.dtype, *, trust_remote_code: bool, headless: bool) -> tuple[Any, bool]:
+def _load(
+    folder: Path, name: str, placement: Placement, *, trust_remote_code: bool, headless: bool
+) -> tuple[Any, bool]:
     """The model and whether it is an encoder; refused unless every weight that is used was in the checkpoint."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-    except Exception as error:
-        raise BackboneError(f"{name}: transformers cannot read its config.json: {error}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise BackboneError(
-            f"{name}: is an encoder-decoder ({config.model_type}); expected a decoder-only model or an encoder."
-        )
-    encoder = _is_encoder(config)
-    options |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    config, encoder = read_config(folder, name, trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True, "config": config}
+    options |= {"use_safetensors": True, "output_loading_info": True, **placement.options()}
+    options |= encoder_options(config) if encoder else {}
     try:
         model, info = _from_pretrained(AutoModel if encoder else AutoModelForCausalLM, folder, options)
     except Exception as error:
@@ -222,6 +126,56 @@ def _from_pretrained(kind: Any, folder: Path, options: dict[str, Any]) -> tuple[
     return model, info
 
 
+def _network(model: Any, name: str, encoder: bool) -> Network:
+    """The network of a loaded model, seen to make one state per token that no padding changes."""
+    try:
+        network = Network(model.eval().requires_grad_(False), encoder=encoder)
+        check_states(network)
+    except BackboneError:
+        raise
+    except Exception as error:  # whatever a foreign model's forward raises
+        raise BackboneError(
+            f"{name}: {type(model).__name__} cannot be read ({type(error).__name__}: {error}); expected a transformer "
+            "with one stack of layers over token embeddings. Use another model."
+        ) from error
+    return network
+
+
+def read_config(where: Path, name: str, trust_remote_code: bool = False) -> tuple[Any, bool]:
+    """The configuration in a folder or config.json, and whether it is an encoder's."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise BackboneError(f"{name}: transformers cannot read its config.json: {error}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BackboneError(
+            f"{name}: is an encoder-decoder ({config.model_type}); expected a decoder-only model or an encoder."
+        )
+    return config, _is_encoder(config)
+
+
+def encoder_options(config: Any) -> dict[str, Any]:
+    """What to build an encoder with: without the pooler, which is not read and often not in the checkpoint."""
+    from transformers import MODEL_MAPPING
+
+    kind: Any = MODEL_MAPPING.get(type(config), None)
+    takes = isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
+    return {"add_pooling_layer": False} if takes else {}
+
+
+def refuse_foreign_code(stored: dict[str, Any], name: str, trust_remote_code: bool = False) -> None:
+    """Refuse a configuration whose model is Python code beside its weights, unless that code is trusted."""
+    from transformers import CONFIG_MAPPING
+
+    if stored.get("auto_map") and not trust_remote_code and stored["model_type"] not in CONFIG_MAPPING:
+        raise BackboneError(
+            f"{name}: needs Python code of its own ({', '.join(sorted(stored['auto_map']))}). "
+            "Read that code; then pass trust_remote_code=True, or use a model that transformers knows."
+        )
+
+
 def _is_encoder(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -249,31 +203,8 @@ def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-# --- where and how it runs ---------------------------------------------------------------------------------------
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise BackboneError(f"Device {device!r}; expected auto, cpu, cuda, cuda:0, ...") from error
-    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
-        raise BackboneError(f"Device {device!r}: torch finds {torch.cuda.device_count()} GPU(s). Use device='cpu'.")
-    return place
-
-
-def _dtype(dtype: str, place: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if place.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise BackboneError(f"dtype {dtype!r}; expected auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars or load reports: what matters is checked and raised. The caller's settings are put back."""
     from transformers import utils
 

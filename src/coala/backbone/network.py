@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from coala.backbone.shape import shape_of
 from coala.costs import Shape
 from coala.values import CoalaError
 
@@ -43,12 +44,13 @@ class Network:
     def __init__(self, model: nn.Module, *, encoder: bool) -> None:
         self.causal = model
         self.encoder = encoder
-        self.body: nn.Module = model if encoder else cast(Any, model).get_decoder()
+        self.body: nn.Module = model if encoder else _decoder(model)
         self.config = cast(Any, model).config.get_text_config(decoder=not encoder)
         self.layers = self._find_layers()
         self.n_layers = len(self.layers)
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        embedding = cast(Any, model).get_input_embeddings()
+        self.dtype: torch.dtype = embedding.weight.dtype
+        self.device = _runs_on(embedding)
         self.arguments = set(inspect.signature(self.body.forward).parameters)
         with torch.no_grad():
             outputs = self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
@@ -90,12 +92,7 @@ class Network:
 
     @cached_property
     def shape(self) -> Shape:
-        from transformers.pytorch_utils import Conv1D
-
-        products = sum(m.weight.numel() for m in self.layers.modules() if isinstance(m, nn.Linear | Conv1D))
-        heads = int(getattr(self.config, "num_attention_heads", 1))
-        size = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // heads)
-        return Shape(self.n_layers, self.width, self.vocabulary, products, heads * size)
+        return shape_of(self.config, self.layers, self.width, self.vocabulary)
 
     @cached_property
     def windows(self) -> dict[str, int | None]:
@@ -171,12 +168,15 @@ class Network:
         outputs = self._outputs(last_hidden_state=states)
         body = cast(Any, self.body)
         # The model's own head code runs on given states, so soft-capping and scaling are whatever the model does.
+        own = vars(body).get("forward")  # accelerate puts its hooks there
         body.forward = lambda *args, **kwargs: outputs
         try:
             ids = torch.zeros(len(final), 1, dtype=torch.long, device=self.device)
             logits = cast(Any, self.causal)(input_ids=ids, use_cache=False).logits
         finally:
             del body.forward
+            if own is not None:
+                body.forward = own
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
 
     def log_likelihood(self, final: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
@@ -246,3 +246,20 @@ class Network:
         padded = [[*b, *row] if left else [*row, *b] for row, b in zip(rows, blank, strict=True)]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         return torch.tensor(padded, device=self.device), lengths
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """What makes the hidden states of a model with a head."""
+    body = cast(Any, model).get_decoder()
+    # A few heads give themselves: their decoder stands under the usual name all the same.
+    return cast(nn.Module, body if body is not model else model.model)
+
+
+def _runs_on(module: Any) -> torch.device:
+    """Where a module's product is made. Offloaded weights stay elsewhere until accelerate's hook fetches them."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device: Any = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return cast(torch.device, module.weight.device)

@@ -25,8 +25,15 @@ def align(
     ] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
     template: Annotated[str | None, typer.Option(help="auto, chat, dialogue or continuation.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Hidden state to read; -1 is the last.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or offload (what does not fit waits).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter of the model: a folder or hub name.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Hidden state to read; -1 is the last, auto the cheapest that is as good.")
+    ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean (over the reply), mean_all or last.")] = None,
+    prefixes: Annotated[int | None, typer.Option(help="Fit on this many prefixes of every reply.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
     method: Annotated[str | None, typer.Option(help="learnt, direct, two-phase or linear.")] = None,
     gate_on: Annotated[
@@ -58,6 +65,7 @@ def align(
 
     `coala align train.jsonl.gz --eval test.jsonl.gz -m ./my-model -o runs/mine --mode block --set head.tolerance=1e-6`
     """
+    from coala.cli.screen import whole_number
     from coala.recipe import load_recipe, set_option
 
     overrides: dict[str, Any] = {
@@ -70,8 +78,13 @@ def align(
         "model": {
             "name": model,
             "template": template,
-            "layer": layer,
+            "layer": layer if layer is None or layer == "auto" else whole_number(layer),
             "pooling": pooling,
+            "prefixes": prefixes,
+            "device": device,
+            "dtype": dtype,
+            "adapter": adapter,
+            "quantise": quantise,
             "max_tokens": max_tokens,
         },
         "head": {

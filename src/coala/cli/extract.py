@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+class Engine(StrEnum):
+    """Where the workers of an extraction run."""
+
+    processes = "processes"
+    ray = "ray"
 
 
 def extract(
@@ -15,9 +24,16 @@ def extract(
     format: Annotated[str, typer.Option(help="Format of the pairs.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
     template: Annotated[str, typer.Option(help="auto, chat, dialogue or continuation.")] = "auto",
-    layer: Annotated[int, typer.Option(help="Hidden state to read; -1 is the last.")] = -1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or offload (what does not fit waits).")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter of the model: a folder or hub name.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
+    layer: Annotated[
+        str, typer.Option(help="Hidden state to read; -1 is the last, auto the cheapest that is as good.")
+    ] = "-1",
     pooling: Annotated[str, typer.Option(help="mean, mean_all or last.")] = "mean",
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
+    prefixes: Annotated[int, typer.Option(min=1, help="Pool at this many prefixes of every reply.")] = 1,
     prompt_features: Annotated[
         bool, typer.Option("--prompt-features", help="Encode prompts by themselves too: what gates on the prompt read.")
     ] = False,
@@ -26,36 +42,90 @@ def extract(
         typer.Option("--log-ratios", help="Also log p(chosen) - log p(rejected) under the model, for a reference."),
     ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 4096,
+    n_workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the work.")] = 1,
+    engine: Annotated[Engine, typer.Option(help="Where workers run: processes of this machine, or Ray tasks.")] = (
+        Engine.processes
+    ),
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster; without it one is started here.")] = None,
 ) -> None:
     """Encode chosen and rejected replies with the frozen model; written shard by shard, a killed run goes on.
 
     Example: `coala extract pairs.jsonl --model ./my-model --out features`
     """
+    from coala.align.depth import choose_layer, layer_table
     from coala.backbone import load_backbone
-    from coala.cli.screen import emit, progress
+    from coala.cli.screen import emit, progress, say, table, whole_number
     from coala.data import read_pairs
+    from coala.features import Job, survey, workers
     from coala.features import extract as extract_features
-    from coala.features import survey
-    from coala.store import FeatureStore, save_features
+    from coala.store import FeatureStore, Run, load_json, save_features, save_json
 
-    found = list(read_pairs(pairs, format))
-    backbone = load_backbone(model, revision=revision, template=template)
-    spec = backbone.spec(layer=layer, pooling=pooling, max_tokens=max_tokens)
-    shards = FeatureStore(out / "shards")
-    plan = survey(found, backbone, spec, prompt_features=prompt_features)
-    in_all = plan.facts["tokens"]
-    with progress() as show:
-        features = extract_features(
-            found,
-            backbone,
-            spec,
-            batch_tokens=batch_tokens,
-            prompt_features=prompt_features,
-            log_ratios=log_ratios,
-            store=shards,
-            plan=plan,
-            on_batch=lambda done, total, tokens: show("extract", tokens, in_all, f"{done:,} of {total:,} pairs"),
-        )
-    save_features(out, features)
-    shards.discard()
-    emit({"out": out, "n_pairs": len(features), "width": features.width, **plan.facts})
+    with Run(out).held(), progress() as show:
+        found = list(read_pairs(pairs, format))
+        loading: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "template": template,
+            "device": device,
+            "dtype": dtype,
+            "adapter": adapter,
+            "quantise": quantise,
+        }
+        backbone = load_backbone(**loading)
+
+        def shown(stage: str, in_all: int) -> Callable[[int, int, int], None]:
+            return lambda done, total, tokens: show(stage, tokens, in_all, f"{done:,} of {total:,} pairs")
+
+        spec = backbone.spec(pooling=pooling, max_tokens=max_tokens)
+        if layer == "auto":
+            # Chosen once: what continues a killed run reads the same layer.
+            if not (out / "layer.json").exists():
+                scores = choose_layer(
+                    found,
+                    backbone,
+                    spec,
+                    batch_tokens=batch_tokens,
+                    on_batch=lambda done, total, tokens: show("layer", done, total, "pairs of a sample, all layers"),
+                )
+                save_json(out / "layer.json", layer_table(scores))
+            rows = load_json(out / "layer.json")
+            spec = backbone.spec(next(row["layer"] for row in rows if row["chosen"]), pooling, max_tokens=max_tokens)
+        else:
+            rows = []
+            spec = backbone.spec(whole_number(layer), pooling, max_tokens=max_tokens)
+        shards = FeatureStore(out / "shards")
+        plan = survey(found, backbone, spec, prompt_features=prompt_features)
+        options: dict[str, Any] = {
+            "prefixes": prefixes,
+            "batch_tokens": batch_tokens,
+            "prompt_features": prompt_features,
+            "log_ratios": log_ratios,
+        }
+        job = Job(loading, found, spec, options, shards.folder)
+        with workers(job, n_workers, engine=engine.value, address=ray_address, on_note=say):
+            features = extract_features(
+                found,
+                backbone,
+                spec,
+                **options,
+                store=shards,
+                plan=plan,
+                on_batch=shown("extract", plan.facts["tokens"]),
+                on_note=say,
+            )
+        save_features(out, features)
+        shards.discard()
+    if rows:
+        head = ["layer", "of a forward", "held-out NLL", "above the best ± s.e.", "accuracy"]
+        table([_worded(row) for row in rows], head)
+    emit({"out": out, "layer": spec.layer, "n_pairs": len(features), "width": features.width, **plan.facts})
+
+
+def _worded(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['layer']}{' (chosen)' if row['chosen'] else ''}",
+        f"{100 * row['cost']:.0f} %",
+        f"{row['nll']:.4f}",
+        f"{row['excess']:+.4f} ± {row['excess_error']:.4f}",
+        f"{100 * row['accuracy']:.1f} %",
+    ]

@@ -109,3 +109,13 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 10
     )
     for a, b in pairs:
         print(f"{a:<{column}} | {b}".rstrip())
+
+
+def whole_number(text: str) -> int:
+    """The number an option names that also takes a word."""
+    from coala.values import CoalaError
+
+    try:
+        return int(text)
+    except ValueError:
+        raise CoalaError(f"--layer is {text!r}; expected a number (-1 is the last layer) or auto.") from None

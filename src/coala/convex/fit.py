@@ -45,6 +45,7 @@ class Fit:
     solutions: dict[str, Solution]
     path: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    held_out: HeldOut | None = None
 
 
 def fit(
@@ -278,7 +279,7 @@ class _Maker:
         }
         program = f"pairwise logistic loss, linear block and {gates}"
         head = self._certified(head, program, _statement(model, choice), model.solution, facts, choice.chosen)
-        return Fit(head, {"pairwise": model.solution}, choice.path, recorder.history)
+        return Fit(head, {"pairwise": model.solution}, choice.path, recorder.history, choice.chosen)
 
     def two_phase(self, result: TwoPhase, paper: bool) -> Fit:
         head = assemble(self.features, self.standardisation, *result.blocks())
@@ -311,7 +312,7 @@ class _Maker:
         head = self._certified(head, program, statement, two, facts, result.chosen)
         history = [{"stage": "phase-one", **row} for row in one.history]
         history += [{"stage": "phase-two", **row} for row in two.history]
-        return Fit(head, {"phase-one": one, "phase-two": two}, result.path, history)
+        return Fit(head, {"phase-one": one, "phase-two": two}, result.path, history, result.chosen)
 
     def _certified(
         self,

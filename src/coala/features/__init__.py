@@ -2,5 +2,6 @@
 
 from coala.features.extraction import extract, extract_many
 from coala.features.plan import Survey, distinct_tokens, survey
+from coala.features.workers import Job, workers
 
-__all__ = ["Survey", "distinct_tokens", "extract", "extract_many", "survey"]
+__all__ = ["Job", "Survey", "distinct_tokens", "extract", "extract_many", "survey", "workers"]

@@ -41,6 +41,7 @@ def extract(
     prompt_features: bool = False,
     log_ratios: bool = False,
     batch_tokens: int = 4096,
+    shard_rows: int | None = None,
     store: FeatureStore | None = None,
     plan: Survey | None = None,
     on_batch: OnBatch | None = None,
@@ -56,11 +57,14 @@ def extract(
     layers above ``spec.layer`` and the language-model head, at every token of a reply.
 
     ``batch_tokens`` bounds the tokens of one forward pass, padding counted, but for a longer row. With a ``store``,
-    shards are written as they come, and an extraction that was killed goes on from the last whole one; on the same
-    machine the result is bit for bit that of an unbroken run. The store also receives ``facts.json``, the counts of
-    :class:`Survey`. ``plan`` is what :func:`survey` made of the same arguments, if the caller has it already.
+    shards (of ``shard_rows`` rows, 2,048 unless given, or fewer long ones) are written as they come, and an extraction
+    that was killed goes on from the last whole one; on the same machine the result is bit for bit that of an unbroken
+    run. Several processes may extract into one store at the same time: they share the shards between them and end with
+    the same features. The store also receives ``facts.json``, the counts of :class:`Survey`. ``plan`` is what
+    :func:`survey` made of the same arguments, if the caller has it already.
     ``on_batch(done_pairs, total_pairs, tokens)`` is called after every batch. Where memory is short for
-    ``batch_tokens`` passes are halved, which may change the last bits; ``on_note`` is told.
+    ``batch_tokens`` passes are halved, which may change the last bits; ``on_note`` is told, as it is of a shard whose
+    bytes are not those that were written, which is made again.
 
     Raises ``SpecMismatch`` if ``spec`` is not of ``backbone``, ``StoreError`` if the store holds another extraction,
     ``BackboneError`` for ``log_ratios`` of a model without a language-model head.
@@ -73,6 +77,7 @@ def extract(
         prompt_features=prompt_features,
         log_ratios=log_ratios,
         batch_tokens=batch_tokens,
+        shard_rows=shard_rows,
         store=store,
         plan=plan,
         on_batch=on_batch,
@@ -89,6 +94,7 @@ def extract_many(
     prompt_features: bool = False,
     log_ratios: bool = False,
     batch_tokens: int = 4096,
+    shard_rows: int | None = None,
     store: FeatureStore | None = None,
     plan: Survey | None = None,
     on_batch: OnBatch | None = None,
@@ -102,26 +108,26 @@ def extract_many(
     for spec in specs[1:]:
         backbone.require(spec)
     plan = survey(pairs, backbone, specs[0], prompt_features=prompt_features) if plan is None else plan
-    shards = plan.shards(batch_tokens)
-    finished: set[int] = set()
-    if store is not None:
-        finished = store.begin(_plan(plan, backbone, specs, batch_tokens, shards, log_ratios, prefixes))
-        save_json(store.folder / "facts.json", plan.facts)
+    shards = plan.shards(batch_tokens, shard_rows)
     progress = _Progress(plan, on_batch)
     encoder = _Encoder(plan, backbone, specs, prefixes, log_ratios, batch_tokens, on_note)
-    parts: list[_Encoded] = []
-    for number, batches in enumerate(shards):
-        if store is not None and number in finished:
-            parts.append(store.read(number))
-            progress(batches[-1].stop)
-            continue
+
+    def made(number: int) -> _Encoded:
         encoded: list[_Encoded] = []
-        for batch in batches:
+        for batch in shards[number]:
             encoded.append(encoder(batch))
-            progress(batch.stop)
-        parts.append(_joined(encoded))
-        if store is not None:
-            store.write(number, parts[-1])
+            progress(batch)
+        return _joined(encoded)
+
+    if store is None:
+        parts = [made(number) for number in range(len(shards))]
+    else:
+        about = _plan(plan, backbone, specs, batch_tokens, shards, log_ratios, prefixes)
+        finished = store.begin(about, on_note)
+        save_json(store.folder / "facts.json", plan.facts)
+        for number in sorted(finished):
+            progress(_span(shards[number]))
+        parts = _filled(store, len(shards), finished, made, lambda n: progress(_span(shards[n])))
     rows = _joined(parts) if parts else encoder.nothing()
     chosen, rejected = plan.index.T
     groups = np.repeat(np.array([pair.group for pair in pairs], dtype=str), prefixes)
@@ -141,6 +147,41 @@ def extract_many(
         )
         for name, spec in zip(_names(specs), specs, strict=True)
     ]
+
+
+def _span(shard: list[range]) -> range:
+    return range(shard[0].start, shard[-1].stop)
+
+
+def _filled(
+    store: FeatureStore,
+    n_shards: int,
+    finished: set[int],
+    made: Callable[[int], _Encoded],
+    on_other: Callable[[int], None],
+) -> list[_Encoded]:
+    """All shards of the store: those missing are made here, or by other processes that fill it at the same time.
+
+    A shard that another process is at work on is left to it; if that process dies, its claim is free and the shard is
+    made here.
+    """
+    parts: dict[int, _Encoded] = {}
+    waiting = [number for number in range(n_shards) if number not in finished]
+    patient = False
+    while waiting:
+        left: list[int] = []
+        for number in waiting:
+            with store.claim(number, wait=patient) as mine:
+                if not mine:
+                    left.append(number)
+                elif store.has(number):
+                    on_other(number)
+                else:
+                    parts[number] = made(number)
+                    store.write(number, parts[number])
+        # What is left is in the hands of others: wait for each of them.
+        waiting, patient = left, True
+    return [parts[number] if number in parts else store.read(number) for number in range(n_shards)]
 
 
 def _check(
@@ -198,18 +239,19 @@ def _plan(
 
 
 class _Progress:
-    """Turns rows done into pairs done: a pair is done when all its rows are."""
+    """Turns rows done, in whatever order, into pairs done: a pair is done when all its rows are."""
 
     def __init__(self, plan: Survey, on_batch: OnBatch | None) -> None:
         self._on_batch = on_batch
-        last = plan.index.max(1, initial=0)
-        self._last_rows = np.sort(last if plan.prompt is None else np.maximum(last, plan.prompt))
-        self._tokens = np.concatenate([[0], np.cumsum(plan.own_lengths)])
+        self._rows = plan.index if plan.prompt is None else np.concatenate([plan.index, plan.prompt[:, None]], axis=1)
+        self._own = plan.own_lengths
+        self._done = np.zeros(len(plan.tokens), dtype=bool)
 
-    def __call__(self, rows_done: int) -> None:
+    def __call__(self, rows: range) -> None:
         if self._on_batch is not None:
-            done = int(np.searchsorted(self._last_rows, rows_done))
-            self._on_batch(done, len(self._last_rows), int(self._tokens[rows_done]))
+            self._done[rows.start : rows.stop] = True
+            pairs = int(self._done[self._rows].all(axis=1).sum())
+            self._on_batch(pairs, len(self._rows), int(self._own[self._done].sum()))
 
 
 class _Encoder:

@@ -117,13 +117,14 @@ class Survey:
             longest, trunks, branched = max(longest, length), trunks + 1, branched + more
         return [*batches, range(first, len(self.tokens))] if self.tokens else []
 
-    def shards(self, batch_tokens: int) -> list[list[range]]:
-        """Whole batches, grouped as they are written."""
+    def shards(self, batch_tokens: int, shard_rows: int | None = None) -> list[list[range]]:
+        """Whole batches, grouped as they are written: until a shard has ``shard_rows`` rows or many tokens."""
+        most = SHARD_ROWS if shard_rows is None else shard_rows
         shards: list[list[range]] = []
         rows = tokens = 0
         own = self.own_lengths
         for batch in self.batches(batch_tokens):
-            if not shards or rows >= SHARD_ROWS or tokens >= SHARD_TOKENS:
+            if not shards or rows >= most or tokens >= SHARD_TOKENS:
                 shards.append([])
                 rows = tokens = 0
             shards[-1].append(batch)

@@ -25,6 +25,8 @@ no interval is known.
                     phase_one {relative_gap}; all are listed
     curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}: mean margins divided by their
                     standard deviation (margins of two heads have no common scale), gap = objective - lower bound
+    layers          [{layer, cost, nll, excess, excess_error, accuracy, chosen}], where the layer was chosen: the fields
+                    of :class:`coala.align.depth.LayerScore`
     path            [{tau, gate_on, beta_rel, relaxation, cv_nll, cv_se, cv_accuracy, n_neurons, selected}];
                     beta_rel null: the linear head
     scores          {chosen: [float], rejected: [float]}, held-out pairs

@@ -14,7 +14,19 @@ from coala.values import CoalaError
 
 UNKNOWN = "\N{EN DASH}"
 KEYS = (
-    *("title", "command", "created", "settings", "summary", "data_findings", "head", "curves", "path", "scores"),
+    *(
+        "title",
+        "command",
+        "created",
+        "settings",
+        "summary",
+        "data_findings",
+        "head",
+        "curves",
+        "layers",
+        "path",
+        "scores",
+    ),
     *("reliability", "by_length", "length_unit", "costs", "win_rates", "perplexity", "samples"),
 )
 

@@ -62,6 +62,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
             figures.reliability_curve(_mapping(content.get("reliability"))),
             figures.length_chart(_rows(content.get("by_length")), unit),
         ),
+        "layers": _rows(content.get("layers")),
         "path": _rows(content.get("path")),
         "ranking": _ranking(summary, _mapping(content.get("reliability"))),
         "by_length": [

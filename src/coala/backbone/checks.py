@@ -1,0 +1,85 @@
+"""What has to be true of a loaded network before its states are used, tried on a few tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coala.backbone.cache import CopiedMemory
+from coala.backbone.network import BackboneError, Network
+
+
+def check_states(network: Network) -> None:
+    """Refuse a model whose states between layers are not one vector per token, or that the padding of a batch changes.
+
+    An encoder is told of padding by a mask, which a few kinds of mixing do not follow. A decoder is told nothing, for
+    padding stands on the right; that is right only if no token sees a later one.
+    """
+    name, layer, read = type(network.body).__name__, min(1, network.n_layers), 3
+    tokens = torch.arange(1, 6, device=network.device)[None] % network.vocabulary
+    mask = (torch.arange(5, device=network.device)[None] < read).long() if network.encoder else None
+    (states,), _ = network.run(tokens, (layer,), mask=mask)
+    if states.ndim != 3 or states.shape[:2] != tokens.shape:
+        raise BackboneError(
+            f"{name} keeps states of shape {tuple(states.shape)} between its layers; expected (1, 5, d), one vector "
+            "per token. Use another model."
+        )
+    (alone,), _ = network.run(tokens[:, :read], (layer,), mask=None if mask is None else mask[:, :read])
+    # The median, for rounding may send a single token to another expert.
+    if _distances(states[0, :read], alone[0]).median() <= _tolerance(network):
+        return
+    if network.encoder:
+        raise BackboneError(
+            f"{name} mixes the padding behind a row into its states, so that they change with the other rows of a "
+            "batch. Use an encoder whose attention leaves padding out."
+        )
+    raise BackboneError(
+        f"{name} was taken for a decoder, but its tokens see later ones. If it is an encoder, its config.json should "
+        'say so: "architectures" with the name of its masked model, as in BertForMaskedLM. If it was trained as a '
+        'decoder, "is_decoder": true is missing there.'
+    )
+
+
+def check_cache(network: Network) -> None:
+    """Refuse to decode with a model whose cached states, batched with padding, are not those of each row alone.
+
+    Only tried where :func:`coala.backbone.cache.tree_obstacle` never compares two ways of decoding: models with other
+    layers than attention, or that take no positions.
+    """
+    attention = set(network.windows) <= {"all", "full_attention", "sliding_attention"}
+    if attention and {"position_ids", "past_key_values"} <= network.arguments:
+        return
+    name, last = type(network.body).__name__, network.n_layers
+    rows = [[token % network.vocabulary for token in row] for row in ([1, 2, 3, 4, 5, 6], [7, 8, 9])]
+    added = [10 % network.vocabulary, 11 % network.vocabulary]
+    try:
+        tokens, lengths = network.pad(rows, left=True)
+        memory = CopiedMemory(network)
+        memory.prefill(tokens, lengths, last)
+        found = memory.push(torch.tensor(added, device=network.device), lengths, last)[1][:, -1]
+    except Exception as error:  # whatever a foreign model's forward raises, it means the same
+        raise BackboneError(
+            f"{name} cannot be decoded from with a cache ({type(error).__name__}: {error}). "
+            "Load it with generation=False for features only."
+        ) from error
+    longer = [[*row, token] for row, token in zip(rows, added, strict=True)]
+    expected = torch.stack([network.run(network.pad([row])[0], (last,))[0][0][0, -1] for row in longer])
+    if found.shape != expected.shape or not (_distances(found, expected) <= _tolerance(network)).all():
+        raise BackboneError(
+            f"{name} does not leave out the padding in front of a shorter row, so a batch of rows cannot be decoded. "
+            "Load it with generation=False for features only."
+        )
+
+
+def _distances(found: Tensor, expected: Tensor) -> Tensor:
+    """Relative distance of each vector (n, d) from what it should be."""
+    found, expected = found.float(), expected.float()
+    distances: Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return distances
+
+
+def _tolerance(network: Network) -> float:
+    """Rounding; what these checks look for moves states by far more."""
+    if getattr(network.causal, "is_quantized", False):
+        return 0.2  # 8 bits round the states as well, by a scale that depends on the whole batch
+    return 1e-3 if network.dtype == torch.float32 else 5e-2

@@ -1,0 +1,46 @@
+"""The run folder and the file form of every value: safetensors and JSON, written atomically, stamped with digests.
+
+The only package that writes files. It knows the values and nothing of how they are made.
+
+    RUN/run.json                    the settings the run was started with
+    RUN/stages/<stage>.json         digest of what each stage read and of what it wrote
+    RUN/pairs-train.jsonl, ...      one file or folder per value
+"""
+
+from coala.store.features import FeatureStore, load_features, save_features, scratch, write_rows
+from coala.store.files import StoreError, claim, digest, file_digest, load_json, save_json, write_atomic
+from coala.store.run import Run
+from coala.store.values import (
+    load_generations,
+    load_head,
+    load_judgements,
+    load_pairs,
+    save_generations,
+    save_head,
+    save_judgements,
+    save_pairs,
+)
+
+__all__ = [
+    "FeatureStore",
+    "Run",
+    "StoreError",
+    "claim",
+    "digest",
+    "file_digest",
+    "load_features",
+    "load_generations",
+    "load_head",
+    "load_json",
+    "load_judgements",
+    "load_pairs",
+    "save_features",
+    "save_generations",
+    "save_head",
+    "save_json",
+    "save_judgements",
+    "save_pairs",
+    "scratch",
+    "write_atomic",
+    "write_rows",
+]

@@ -1,0 +1,185 @@
+"""Bytes on disk: written whole or not at all, stamped with digests, locked against a second process.
+
+Knows nothing of what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coala.values import CoalaError
+
+try:
+    import fcntl
+except ImportError:  # no such module on Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+
+class StoreError(CoalaError):
+    """A file that cannot be read or written as asked."""
+
+
+# --- bytes and digests -------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write all of ``data`` or nothing: temporary file beside ``path``, fsync, rename, fsync of the folder."""
+    path = Path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp gives 0600; the run folder follows the user's umask like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise write_error(path, error) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_error(path: Path, error: OSError) -> StoreError:
+    hint = {
+        errno.ENOSPC: "The disk is full: free some space and run the same command again; finished work is kept.",
+        errno.EACCES: "You may not write there: choose another folder with --out.",
+        errno.EROFS: "That file system is read-only: choose another folder with --out.",
+        errno.ENOTDIR: "A part of that path is a file, not a folder: choose another folder with --out.",
+        errno.EEXIST: "A file has the name of a folder that is needed: choose another folder with --out.",
+    }.get(error.errno or 0, "Run the same command again once that is mended; finished work is kept.")
+    return StoreError(f"{path}: could not be written ({error.strerror}). {hint}")
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over arrays, bytes, dataclasses and anything JSON can hold; equal values give equal digests."""
+    state = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            raw = np.ascontiguousarray(part)
+            state.update(f"array {raw.dtype.str} {raw.shape} ".encode())
+            state.update(raw.tobytes())
+        elif isinstance(part, bytes):
+            state.update(b"bytes ")
+            state.update(part)
+        else:
+            state.update(b"json ")
+            state.update(to_json(part).encode("utf-8", "surrogatepass"))
+        state.update(b"\0")
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's file names and bytes in name order."""
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        return digest({name: file_digest(path / name) for name in names})
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, default=_plain, sort_keys=True, ensure_ascii=False, **options)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people and programs: sorted keys, two-space indent."""
+    write_atomic(path, to_json(value, indent=2) + "\n")
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path}: there is no such file. Check the path of the run folder.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StoreError(f"{path}: is not JSON ({error}). Delete it and run the command that makes it again.") from None
+
+
+def save_lines(path: Path, values: Iterable[Any]) -> None:
+    # surrogatepass is not used: the readers refuse lone surrogates, so that every line is valid UTF-8.
+    write_atomic(path, "".join(to_json(value) + "\n" for value in values))
+
+
+def load_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StoreError(f"{path}: there is no such file. Run the stage that makes it first.") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise StoreError(f"{path}:{number}: is not JSON ({error}). Delete the file and run again.") from None
+
+
+# --- locks -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claim(path: Path, place: int = 0, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process holds ``place`` of the lock file ``path``; a place is held by one process at a time.
+
+    With ``wait``, not before that is so. The system frees the places of a process that ends, however it ends. Of two
+    claims of one process to one place the second is granted too: this keeps processes apart, not threads.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
+        held = True
+        if fcntl is not None:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise write_error(path, error) from error
+                held = False
+        yield held
+    finally:
+        os.close(handle)

@@ -1,0 +1,116 @@
+"""The file form of pairs, heads, replies and judgements: JSON lines for people, safetensors for arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from coala.store.files import StoreError, load_json, load_lines, save_json, save_lines, write_atomic
+from coala.values import Certificate, ConvexHead, FeatureSpec, Generation, Judgement, Pair, Turn
+
+
+def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
+    """One JSON object per line, in the conversational preference format that TRL reads, plus ``group``."""
+
+    def row(pair: Pair) -> dict[str, Any]:
+        return {
+            "prompt": [{"role": turn.role, "content": turn.text} for turn in pair.prompt],
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "group": pair.group,
+        }
+
+    save_lines(path, map(row, pairs))
+
+
+def load_pairs(path: Path) -> list[Pair]:
+    """Read back what :func:`save_pairs` wrote; anything else goes through ``coala.data.read_pairs``."""
+    return [
+        Pair(
+            prompt=tuple(Turn(turn["role"], turn["content"]) for turn in row["prompt"]),
+            chosen=row["chosen"][0]["content"],
+            rejected=row["rejected"][0]["content"],
+            group=row["group"],
+        )
+        for row in load_lines(path)
+    ]
+
+
+def save_head(folder: Path, head: ConvexHead) -> None:
+    """``head.safetensors`` (gates, weights, linear) and ``head.json`` (all else, and the digest of the arrays)."""
+    arrays = {"gates": head.gates, "weights": head.weights, "linear": head.linear}
+    data = save_tensors(arrays)
+    write_atomic(Path(folder) / "head.safetensors", data)
+    about = {
+        "spec": head.spec,
+        "gate_on": head.gate_on,
+        "temperature": head.temperature,
+        "certificate": head.certificate,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    save_json(Path(folder) / "head.json", about)
+
+
+def load_head(folder: Path) -> ConvexHead:
+    """Read a head; a folder whose two files do not belong together is refused.
+
+    Heads written before gates could act on prompts have gates on the reply and temperature 1.
+    """
+    folder = Path(folder)
+    about = load_json(folder / "head.json")
+    try:
+        data = (folder / "head.safetensors").read_bytes()
+    except FileNotFoundError:
+        raise StoreError(f"{folder}: head.json is there but head.safetensors is missing. Fit the head again.") from None
+    if hashlib.sha256(data).hexdigest() != about.get("sha256"):
+        raise StoreError(f"{folder}: head.safetensors is not the file head.json describes. Fit the head again.")
+    return ConvexHead(
+        **load_tensors(data),
+        spec=read_spec(about["spec"]),
+        gate_on=about.get("gate_on", "reply"),
+        temperature=about.get("temperature", 1.0),
+        certificate=_certificate(about["certificate"]),
+    )
+
+
+def read_spec(row: Mapping[str, Any]) -> FeatureSpec:
+    names = {f.name for f in fields(FeatureSpec)}
+    if set(row) != names:
+        raise StoreError(f"A feature spec has the fields {sorted(names)}; found {sorted(row)}. Extract features again.")
+    return FeatureSpec(**row)
+
+
+def _certificate(row: Mapping[str, Any] | None) -> Certificate | None:
+    if not row:
+        return None
+    names = {f.name for f in fields(Certificate)}
+    facts = {**row.get("facts", {}), **{name: value for name, value in row.items() if name not in names}}
+    # Certificates were plain mappings once: what those did not record stays unknown, what has no field is a fact.
+    unknown = {"program": facts.get("method"), "n_patterns": facts.get("n_neurons"), "precision": "unknown"}
+    known = {name: row[name] for name in names & set(row)}
+    try:
+        return Certificate(**{**unknown, "violation": 0.0, "versions": {}, **known, "facts": facts})
+    except TypeError as error:
+        raise StoreError(f"The certificate of the head is not whole ({error}). Fit the head again.") from None
+
+
+def save_generations(path: Path, generations: Iterable[Generation]) -> None:
+    save_lines(path, generations)
+
+
+def load_generations(path: Path) -> list[Generation]:
+    return [Generation(**row) for row in load_lines(path)]
+
+
+def save_judgements(path: Path, judgements: Iterable[Judgement]) -> None:
+    save_lines(path, judgements)
+
+
+def load_judgements(path: Path) -> list[Judgement]:
+    return [Judgement(**row) for row in load_lines(path)]

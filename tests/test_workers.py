@@ -1,0 +1,207 @@
+"""Faults: killed, cut short, damaged, run twice at once; what comes out is what an unbroken run gives, bit by bit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import coala.features.plan
+import coala.store.files
+from coala.backbone import LanguageModel, load_backbone
+from coala.cli import app
+from coala.features import Job, extract, workers
+from coala.store import FeatureStore, Run, StoreError, claim, load_features
+from coala.values import CoalaError
+
+from .menagerie import tiny_backbone
+from .test_align import pair_rows, write_rows
+from .test_features import contents, same, some_pairs
+
+HERE = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(HERE / "src"), str(HERE)]),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_backbone("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> LanguageModel:
+    return load_backbone(folder)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coala.features.plan, "SHARD_ROWS", 8)
+
+
+# --- locks -------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from coala.store import claim
+with claim(Path(sys.argv[1]), int(sys.argv[2])) as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_place_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(lock), "3"], stdout=subprocess.PIPE, env=ENVIRONMENT)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"True\n"
+    with claim(lock, 3) as mine, claim(lock, 4) as another:
+        assert (mine, another) == (False, True)
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with claim(lock, 3, wait=True) as mine:
+        assert mine
+
+
+def test_a_run_folder_is_refused_to_a_second_process(folder: Path, tmp_path: Path) -> None:
+    pairs, out = write_rows(tmp_path / "pairs.jsonl", pair_rows(10, 5)), tmp_path / "out"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out / ".lock"), "0"], stdout=subprocess.PIPE, env=ENVIRONMENT
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    for command in (["extract", str(pairs)], ["align", str(pairs)]):
+        refused = CliRunner().invoke(app, [*command, "--model", str(folder), "--out", str(out)])
+        assert isinstance(refused.exception, StoreError)
+        assert "another process is at work" in str(refused.exception)
+    other.kill()
+    other.wait()
+    done = CliRunner().invoke(app, ["extract", str(pairs), "--model", str(folder), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in out.iterdir()) == ["features.json", "features.safetensors"]
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
+    with Run(tmp_path / "run").held():
+        assert (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
+
+
+# --- damaged and full --------------------------------------------------------------------------------------------
+
+
+def test_a_changed_byte_is_found_told_and_mended(backbone: LanguageModel, tmp_path: Path) -> None:
+    pairs, spec, store = some_pairs(24), backbone.spec(), FeatureStore(tmp_path / "shards")
+    whole = extract(pairs, backbone, spec, batch_tokens=200, store=store)
+    before = contents(store.folder)
+    victim = sorted(store.folder.glob("shard-*"))[1]
+    raw = bytearray(victim.read_bytes())
+    raw[-5] ^= 1
+    victim.write_bytes(raw)
+    with pytest.raises(StoreError, match="not those that were written"):
+        store.read(1)
+    notes: list[str] = []
+    again = extract(pairs, backbone, spec, batch_tokens=200, store=store, on_note=notes.append)
+    assert same(again, whole)
+    assert contents(store.folder) == before
+    assert len(notes) == 1
+    assert victim.name in notes[0]
+
+
+def test_a_full_disk_is_an_error_and_what_was_done_is_kept(
+    backbone: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, spec, store = some_pairs(24), backbone.spec(), FeatureStore(tmp_path / "shards")
+    whole = extract(pairs, backbone, spec, batch_tokens=200)
+    fsync, left = os.fsync, [6]
+
+    def full(handle: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(coala.store.files.os, "fsync", full)
+    with pytest.raises(StoreError, match="disk is full"):
+        extract(pairs, backbone, spec, batch_tokens=200, store=store)
+    kept = sorted(store.folder.glob("shard-*"))
+    assert kept
+    assert not list(store.folder.glob("*.tmp"))
+    monkeypatch.setattr(coala.store.files.os, "fsync", fsync)
+    assert same(extract(pairs, backbone, spec, batch_tokens=200, store=store), whole)
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def job_of(folder: Path, backbone: LanguageModel, store: Path, n: int = 40) -> Job:
+    return Job({"model": str(folder)}, some_pairs(n), backbone.spec(), {"batch_tokens": 200, "shard_rows": 8}, store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["in peace", "one killed"])
+def test_workers_share_and_change_nothing(
+    folder: Path, backbone: LanguageModel, tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(folder, backbone, tmp_path / "shards")
+    alone = extract(job.pairs, backbone, job.spec, batch_tokens=200)
+    notes: list[str] = []
+    store = FeatureStore(job.store)
+    write = FeatureStore.write
+
+    def slowly(self: FeatureStore, shard: int, arrays: Any) -> None:
+        time.sleep(1.0)  # so that the others find something to do
+        write(self, shard, arrays)
+
+    monkeypatch.setattr(FeatureStore, "write", slowly)
+    with workers(job, 3, on_note=notes.append):
+        if killed:
+            import multiprocessing
+
+            victim = multiprocessing.active_children()[0]
+            time.sleep(1.0)
+            os.kill(victim.pid or 0, signal.SIGKILL)
+        features = extract(job.pairs, backbone, job.spec, **job.options, store=store)
+    assert same(features, alone)
+    assert notes == (["A worker ended with code -9; the others did its work."] if killed else [])
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same(folder: Path, backbone: LanguageModel, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra 'ray'")
+    job = job_of(folder, backbone, tmp_path / "shards")
+    with workers(job, 2, engine="ray"):
+        features = extract(job.pairs, backbone, job.spec, **job.options, store=FeatureStore(job.store))
+    assert same(features, extract(job.pairs, backbone, job.spec, batch_tokens=200))
+
+
+def test_no_workers_are_refused(folder: Path, backbone: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(CoalaError, match="expected at least 1"), workers(job_of(folder, backbone, tmp_path), 0):
+        pass
+
+
+@pytest.mark.slow
+def test_the_command_with_workers(folder: Path, tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(30, 10))
+    for name, more in (("one", []), ("two", ["--workers", "2"])):
+        command = ["extract", str(pairs), "--model", str(folder), "--out", str(tmp_path / name), *more]
+        done = subprocess.run(
+            [sys.executable, "-m", "coala", *command], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (load_features(tmp_path / name) for name in ("one", "two"))
+    assert same(one, two)
+    assert np.isfinite(one.chosen).all()
