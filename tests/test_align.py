@@ -465,3 +465,19 @@ def test_the_layer_can_be_chosen_and_the_head_fitted_on_prefixes(pairs: Path, mo
     assert len(train) == 3 * content["summary"]["n_train"] == 3 * len(load_pairs(run.path / "pairs-train.jsonl"))
     assert load_head(run.path / "head").spec.layer == chosen[0]
     assert "what the others would have been worth" in (run.path / "report.html").read_text()
+
+
+def test_features_are_reused_across_runs(pairs: Path, model: Path, tmp_path: Path) -> None:
+    first, second = Run(tmp_path / "one"), Run(tmp_path / "two")
+    cache = tmp_path / "cache"
+    align(recipe(pairs, model), first, cache=cache)
+    assert "reused" not in first.facts("features-train")
+    again = align(recipe(pairs, model, head={"method": "linear"}), second, cache=cache)
+    assert second.facts("features-train")["reused"].startswith(str(cache))
+    for part in ("train", "eval"):
+        one, two = (run.path / "features" / part / "features.safetensors" for run in (first, second))
+        assert file_digest(one) == file_digest(two)
+    assert again["head"]["n_neurons"] == 0
+    bound = [row for row in make_report(first)["costs"] if "flops_bound" in row]
+    assert [row["stage"] for row in bound] == ["features-train", "features-eval"]
+    assert all(1 <= row["flops"] / row["flops_bound"] < 2 for row in bound)

@@ -148,7 +148,7 @@ def example(seed: int = 0) -> dict[str, Any]:
         "by_length": by_length_difference(chosen - rejected, lengths, group),
         "costs": [
             {"stage": "pairs", "seconds": 0.4, "peak_bytes": {"host": 2.1e8}},
-            {"stage": "features", "seconds": 48.2, "flops": 1.1e12, "flops_counted": 1.1e12, "peak_bytes": 9.1e8},
+            {"stage": "features", "seconds": 48.2, "flops": 1.1e12, "flops_bound": 1.1e12, "peak_bytes": 9.1e8},
             {"stage": "head", "seconds": 6.1, "flops": 3.1e10, "peak_bytes": {"host": 8.2e8, "device": 3e9}},
             {"stage": "replies, guided", "seconds": 71.0, "flops": 6.9e11, "peak_bytes": 9.3e8},
         ],

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,65 @@ def test_a_ray_cluster_gives_the_same(folder: Path, backbone: LanguageModel, tmp
     with workers(job, 2, engine="ray"):
         features = extract(job.pairs, backbone, job.spec, **job.options, store=FeatureStore(job.store))
     assert same(features, extract(job.pairs, backbone, job.spec, batch_tokens=200))
+
+
+@pytest.mark.slow
+def test_a_ray_worker_killed_mid_run_changes_nothing(folder: Path, backbone: LanguageModel, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra 'ray'")
+    job = job_of(folder, backbone, tmp_path / "shards", 200)
+    killed: list[int] = []
+
+    def kill() -> None:
+        until = time.monotonic() + 60
+        while not killed and time.monotonic() < until:
+            if len(list(job.store.glob("shard-*"))) >= 2:
+                found = subprocess.run(["pgrep", "-f", "^ray::"], capture_output=True, text=True, check=False)
+                for pid in map(int, found.stdout.split()):
+                    if b"work" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+                        return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with workers(job, 2, engine="ray"):
+        features = extract(job.pairs, backbone, job.spec, **job.options, store=FeatureStore(job.store))
+    thread.join()
+    assert killed
+    assert same(features, extract(job.pairs, backbone, job.spec, batch_tokens=200))
+
+
+KILLS = int(os.environ.get("COALA_KILLS", "3"))
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(folder: Path, backbone: LanguageModel, tmp_path: Path) -> None:
+    """COALA_KILLS: how often (20 were survived by hand)."""
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(2000, 100))
+    command = [sys.executable, "-m", "coala", "extract", str(pairs), "--model", str(folder), "--batch-tokens", "300"]
+    whole = [*command, "--out", str(tmp_path / "whole")]
+    begun = time.monotonic()
+    subprocess.run(whole, env=ENVIRONMENT, check=True, capture_output=True)
+    spent = time.monotonic() - begun
+    draw = np.random.default_rng()
+    out = tmp_path / "killed"
+    survived = 0
+    for _ in range(KILLS):
+        process = subprocess.Popen([*command, "--out", str(out)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=draw.uniform(0.2, 1.0) * spent)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            survived += 1
+        else:
+            for path in out.iterdir():
+                path.unlink()
+    subprocess.run([*command, "--out", str(out)], env=ENVIRONMENT, check=True, capture_output=True)
+    assert survived
+    assert same(load_features(out), load_features(tmp_path / "whole"))
+    assert sorted(p.name for p in out.iterdir()) == ["features.json", "features.safetensors"]
 
 
 def test_no_workers_are_refused(folder: Path, backbone: LanguageModel, tmp_path: Path) -> None:

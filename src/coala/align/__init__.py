@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from coala.align.results import load_run, make_report, summary_rows
@@ -14,11 +15,17 @@ __all__ = ["OnProgress", "align", "load_run", "make_report", "summary_rows"]
 
 
 def align(
-    recipe: Recipe, run: Run, *, on_progress: OnProgress | None = None, separate: bool | None = None
+    recipe: Recipe,
+    run: Run,
+    *,
+    on_progress: OnProgress | None = None,
+    separate: bool | None = None,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Carry out ``recipe`` in ``run`` and return the report's content; finished stages are skipped.
 
-    ``separate`` runs every stage in a process of its own (default: when the machine has an NVIDIA GPU). Raises
+    ``separate`` runs every stage in a process of its own (default: when the machine has an NVIDIA GPU). Features are
+    taken from the folder ``cache`` if it has them, and added to it: by model, settings and pairs, for any head. Raises
     :class:`~coala.values.CoalaError` for input that cannot be used, for a run started with other settings, and for
     one that another process is at work in.
     """
@@ -28,9 +35,9 @@ def align(
         run.start(recipe.model_dump(mode="json"))
         try:
             if on_progress is None:
-                carry_out(recipe, run, separate=separate)
+                carry_out(recipe, run, separate=separate, cache=cache)
             else:
-                carry_out(recipe, run, on_progress, separate)
+                carry_out(recipe, run, on_progress, separate, cache)
         except CoalaError:
             # Input that could not be used leaves nothing behind, so that the mended command starts afresh.
             if new and not (run.path / "features").exists():

@@ -95,7 +95,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "reliability": reliable,
         "by_length": evaluation.by_length_difference(margins, lengths, held_out.group),
         "costs": [
-            {"stage": stage, **{k: fact[k] for k in ("seconds", "flops", "peak_bytes") if k in fact}}
+            {"stage": stage, **{k: fact[k] for k in ("seconds", "flops", "flops_bound", "peak_bytes") if k in fact}}
             for stage, fact in facts.items()
         ],
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,8 +22,10 @@ from coala.recipe import HeadSettings, Recipe
 from coala.store import (
     FeatureStore,
     Run,
+    claim,
     digest,
     file_digest,
+    link_features,
     load_features,
     load_generations,
     load_head,
@@ -60,6 +63,7 @@ class _Job:
     recipe: Recipe
     run: Run
     show: OnProgress = _silent
+    cache: Path | None = None
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
@@ -133,7 +137,7 @@ def _pairs(job: _Job) -> None:
 
 
 def _features(job: _Job) -> None:
-    from coala.features import extract, survey
+    from coala.features import distinct_lengths, extract, survey
 
     model = job.recipe.model
     layer = _layer(job)
@@ -145,33 +149,56 @@ def _features(job: _Job) -> None:
         prefixes = model.prefixes if part == "train" else 1
         inputs = {"pairs": file_digest(source), "model": job.model_stamp(), "layer": layer, **extras}
 
-        def work(
-            part: str = part, stage: str = stage, source: Path = source, prefixes: int = prefixes
-        ) -> dict[str, Any]:
+        def work(part: str = part, stage: str = stage, source: Path = source, prefixes: int = prefixes) -> Any:
             backbone = job.backbone()
             pairs = load_pairs(source)
             spec = backbone.spec(layer, model.pooling, model.ends_with_eos, model.max_tokens)
             plan = survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
             in_all = plan.facts["tokens"]
-            shards = FeatureStore(job.path(f"features/{part}/shards"))
-            features = extract(
-                pairs,
-                backbone,
+            target = job.path(f"features/{part}")
+            # All that decides the bits of the features, and so the same for every head, seed and sweep.
+            decides = [
                 spec,
-                batch_tokens=model.batch_tokens,
-                store=shards,
-                plan=plan,
-                prefixes=prefixes,
-                **extras,
-                # Tokens, not pairs: rows go longest first, so the first pairs cost the most.
-                on_batch=lambda done, total, tokens: job.show(stage, tokens, in_all, f"{done:,} of {total:,} pairs"),
-            )
-            save_features(job.path(f"features/{part}"), features)
-            shards.discard()
+                file_digest(source),
+                prefixes,
+                extras,
+                model.batch_tokens,
+                backbone.dtype,
+                backbone.device.type,
+            ]
+            folder = target if job.cache is None else job.cache / digest(*map(str, decides))
+            with nullcontext(True) if job.cache is None else claim(folder / "extraction.lock", wait=True):
+                reused = job.cache is not None and (folder / "features.json").exists()
+                if not reused:
+                    shards = FeatureStore(folder / "shards")
+                    features = extract(
+                        pairs,
+                        backbone,
+                        spec,
+                        batch_tokens=model.batch_tokens,
+                        store=shards,
+                        plan=plan,
+                        prefixes=prefixes,
+                        **extras,
+                        # Tokens, not pairs: long rows go first, so the first pairs cost the most.
+                        on_batch=lambda done, total, n: job.show(stage, n, in_all, f"{done:,} of {total:,} pairs"),
+                        on_note=lambda note: job.show(stage, 0, in_all, note),
+                    )
+                    save_features(folder, features)
+                    shards.discard()
+                if job.cache is not None:
+                    link_features(folder, target)
+            if reused:
+                return {**plan.facts, "reused": str(folder)}
             shape, top = backbone.shape, None if extras["log_ratios"] else spec.layer
-            flops = extraction_flops(shape, plan.lengths, own=plan.own_lengths, layer=top)
-            flops += head_flops(shape, plan.reply_lengths) if extras["log_ratios"] else 0
-            return {**plan.facts, "flops": flops}
+            head = head_flops(shape, plan.reply_lengths) if extras["log_ratios"] else 0
+            flops = extraction_flops(shape, plan.lengths, own=plan.own_lengths, layer=top) + head
+            lengths, own = distinct_lengths(plan.tokens)
+            return {
+                **plan.facts,
+                "flops": flops,
+                "flops_bound": extraction_flops(shape, lengths, own=own, layer=top) + head,
+            }
 
         job.once(stage, inputs, [f"features/{part}/features.safetensors", f"features/{part}/features.json"], work)
 
@@ -362,8 +389,10 @@ STAGES: dict[str, Callable[[_Job], None]] = {
 }
 
 
-def carry_out(recipe: Recipe, run: Run, show: OnProgress = _silent, separate: bool | None = None) -> None:
-    """Bring every stage of ``recipe`` up to date in ``run``.
+def carry_out(
+    recipe: Recipe, run: Run, show: OnProgress = _silent, separate: bool | None = None, cache: Path | None = None
+) -> None:
+    """Bring every stage of ``recipe`` up to date in ``run``; features are looked up in and added to ``cache``.
 
     ``separate`` runs each stage in a process of its own (default: when the machine has an NVIDIA GPU).
     """
@@ -371,17 +400,17 @@ def carry_out(recipe: Recipe, run: Run, show: OnProgress = _silent, separate: bo
         separate = Path("/proc/driver/nvidia/version").exists()
     if separate:
         for stage in STAGES:
-            _in_a_process(stage, recipe, run, show)
+            _in_a_process(stage, recipe, run, show, cache)
     else:
-        job = _Job(recipe, run, show)
+        job = _Job(recipe, run, show, cache)
         for work in STAGES.values():
             work(job)
 
 
-def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress) -> None:
+def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress, cache: Path | None) -> None:
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work_and_tell, args=(stage, recipe, run.path, theirs))
+    process = context.Process(target=_work_and_tell, args=(stage, recipe, run.path, theirs, cache))
     process.start()
     theirs.close()
     try:
@@ -404,12 +433,12 @@ def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress) -> Non
         )
 
 
-def _work_and_tell(stage: str, recipe: Recipe, path: Path, pipe: Connection) -> None:
+def _work_and_tell(stage: str, recipe: Recipe, path: Path, pipe: Connection, cache: Path | None) -> None:
     def show(stage: str, done: float, total: float | None, note: str = "") -> None:
         pipe.send((stage, done, total, note))
 
     try:
-        STAGES[stage](_Job(recipe, Run(path), show))
+        STAGES[stage](_Job(recipe, Run(path), show, cache))
     except CoalaError as error:
         pipe.send(CoalaError(str(error)))
     finally:

@@ -53,6 +53,9 @@ def align(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the recipe.")
     ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(envvar="COALA_CACHE", help="Folder of features shared by runs: reused, added to.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
 ) -> None:
     """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
@@ -97,10 +100,10 @@ def align(
         "evaluation": {"prompts": prompts, "max_new_tokens": max_new_tokens, "judge": judge},
     }
     settings = load_recipe(recipe, overrides, *map(set_option, set_ or []))
-    run_and_show(settings, out, restart)
+    run_and_show(settings, out, restart, cache=cache)
 
 
-def run_and_show(settings: Any, out: Path, restart: bool = False, samples: int = 0) -> None:
+def run_and_show(settings: Any, out: Path, restart: bool = False, samples: int = 0, cache: Path | None = None) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
     from coala.align import summary_rows
@@ -111,7 +114,7 @@ def run_and_show(settings: Any, out: Path, restart: bool = False, samples: int =
     if restart:
         run.restart()
     with progress() as show:
-        content = run_align(settings, run, on_progress=show)
+        content = run_align(settings, run, on_progress=show, cache=cache)
     table(summary_rows(content))
     for sample in content.get("samples", [])[:samples]:
         print(f"\n{sample['prompt']}\n")

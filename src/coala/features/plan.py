@@ -167,8 +167,17 @@ def survey(
 
 def distinct_tokens(rows: Sequence[Tokens]) -> int:
     """Tokens of a set of rows when what they have in common is counted once: the size of their prefix tree."""
+    return int(distinct_lengths(rows)[1].sum())
+
+
+def distinct_lengths(rows: Sequence[Tokens]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each row, in lexicographic order, its tokens and those it does not have in common with the row before it.
+
+    No way to read the rows computes fewer tokens than the second sum to.
+    """
     ordered = sorted(rows, key=lambda row: row.astype(">i4").tobytes())
-    return sum(map(len, ordered)) - int(_common(ordered).sum())
+    lengths = np.array([len(row) for row in ordered], dtype=np.int64)
+    return lengths, lengths - np.concatenate([np.zeros(min(1, len(rows)), dtype=np.int64), _common(ordered)])
 
 
 # A tree: its rows and the tokens each shares with the first of them, its trunk, for which that number is 0.

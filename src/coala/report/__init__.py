@@ -34,7 +34,7 @@ no interval is known.
                     of :class:`coala.evaluation.Reliability`, held-out pairs
     by_length       [{low, high, accuracy: ESTIMATE}], length difference chosen - rejected
     length_unit     str, what lengths count ("characters" if not given)
-    costs           [{stage, seconds, flops, flops_counted, peak_bytes}]; peak_bytes a number or {host, device}
+    costs           [{stage, seconds, flops, flops_bound, peak_bytes}]; peak_bytes a number or {host, device}
     win_rates       [{judge, estimate: ESTIMATE, comment}], guided against unguided
     perplexity      {unguided: ESTIMATE, guided: ESTIMATE}, of the text under the base model
     samples         [{prompt, unguided, guided, scores: {unguided, guided}}]

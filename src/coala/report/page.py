@@ -77,9 +77,17 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
             if estimate
         ],
         "samples": [{**row, "scores": _mapping(row.get("scores"))} for row in samples],
-        "costs": costs,
-        "costs_counted": any(row.get("flops_counted") is not None for row in costs),
+        "costs": [{**row, "over_bound": _over_bound(row)} for row in costs],
+        "costs_bounded": any(_over_bound(row) is not None for row in costs),
     }
+
+
+def _over_bound(row: Mapping[str, Any]) -> float | None:
+    """Work done over the least that could be, where both are known."""
+    done, least = row.get("flops"), row.get("flops_bound")
+    if isinstance(done, int | float) and isinstance(least, int | float) and least > 0:
+        return done / least
+    return None
 
 
 def _tiles(content: Mapping[str, Any], summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:

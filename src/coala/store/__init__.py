@@ -7,7 +7,7 @@ The only package that writes files. It knows the values and nothing of how they 
     RUN/pairs-train.jsonl, ...      one file or folder per value
 """
 
-from coala.store.features import FeatureStore, load_features, save_features, scratch, write_rows
+from coala.store.features import FeatureStore, link_features, load_features, save_features, scratch, write_rows
 from coala.store.files import StoreError, claim, digest, file_digest, load_json, save_json, write_atomic
 from coala.store.run import Run
 from coala.store.values import (
@@ -28,6 +28,7 @@ __all__ = [
     "claim",
     "digest",
     "file_digest",
+    "link_features",
     "load_features",
     "load_generations",
     "load_head",

@@ -128,6 +128,19 @@ def save_features(folder: Path, features: FeatureSet) -> None:
     )
 
 
+def link_features(source: Path, folder: Path) -> None:
+    """Put the features saved in ``source`` into ``folder`` too, sharing their bytes where the file system can."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # The description last: features.json is what says that the features are there.
+    for name in ("features.safetensors", "features.json"):
+        target = folder / name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source / name, target)
+        except OSError:
+            write_atomic(target, (source / name).read_bytes())
+
+
 def load_features(folder: Path, *, mmap: bool = False) -> FeatureSet:
     """Read features; with ``mmap`` their arrays stay on disk, read-only, and are paged in as they are used."""
     folder = Path(folder)

@@ -1,0 +1,106 @@
+"""How fast conversations are held when the endpoint answers at once, and what is lost to faults and kills.
+
+    python benchmarks/synthesis.py                    # both transports, journal on the disk, fsync and all
+    python benchmarks/synthesis.py --kills 10         # 1,000 conversations, faults, the command killed ten times
+
+Two figures: over HTTP on loopback, client and server on the same machine; and with the network taken out (the scripted
+answers are computed in the process), which is the overhead of everything else. Prints a table; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from coala.cli.data import _Appender  # noqa: E402
+from coala.data.endpoint import Post  # noqa: E402
+from coala.data.http import Answer  # noqa: E402
+from coala.data.journal import Journal  # noqa: E402
+from coala.data.synthesis import Summary, synthesize  # noqa: E402
+from tests.test_data_synthesis import (  # noqa: E402
+    House,
+    billed,
+    expected_rows,
+    killed_runs,
+    recipe_for,
+    rows,
+    scripted,
+)
+
+
+async def at_once(address: object, headers: object, body: bytes, timeout: float) -> Answer:
+    """The scripted answer without a network."""
+    request = json.loads(body)
+    text, finish = scripted({**request, "faulty": False})
+    prompt, completion = billed(request, text)
+    content = {
+        "model": "m",
+        "choices": [{"message": {"content": text}, "finish_reason": finish}],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": completion},
+    }
+    return Answer(200, {}, json.dumps(content).encode())
+
+
+def serve(ready: multiprocessing.Queue[int]) -> None:
+    asyncio.run(House(faults=False).serve(ready.put))
+
+
+def hold(url: str, n: int, post: Post | None, folder: Path) -> Summary:
+    """The conversations of the tests' recipe, 64 at a time, journal written as the command writes it."""
+    recipe = recipe_for(url, n, limits={"concurrency": 64, "timeout": 30.0})
+    file = os.open(folder / "journal", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC)
+    try:
+        return asyncio.run(synthesize(recipe, Journal(), _Appender(file).append, post=post))
+    finally:
+        os.close(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=2000)
+    parser.add_argument("--kills", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=ROOT) as name:
+        if args.kills:
+            began = time.perf_counter()
+            recipe, house, out, kills = killed_runs(Path(name), 1000, args.kills)
+            made, expected = rows(out), expected_rows(recipe)
+            events = [json.loads(line)["kind"] for line in (out.parent / "talk.jsonl.journal").open()]
+            result = {
+                "conversations": len(made),
+                "kills": kills,
+                "as_expected": made == expected,
+                "given_up": events.count("given up"),
+                "faults": dict(house.answers),
+                "seconds": time.perf_counter() - began,
+            }
+            print(json.dumps(result))
+            return
+        ready: multiprocessing.Queue[int] = multiprocessing.Queue()
+        server = multiprocessing.Process(target=serve, args=(ready,), daemon=True)
+        server.start()
+        found = {}
+        for label, url, post in (
+            ("HTTP on loopback", f"http://127.0.0.1:{ready.get()}/v1", None),
+            ("in process", "http://127.0.0.1/v1", at_once),
+        ):
+            summary = hold(url, args.conversations, post, Path(name))
+            rate = summary.kept / summary.seconds
+            found[label] = {"per_second": rate, "requests_per_second": summary.requests / summary.seconds}
+            print(f"{label:<18} {rate:7.0f} conversations/s  {summary.requests / summary.seconds:7.0f} requests/s")
+        server.terminate()
+    print(json.dumps({"conversations": args.conversations, **found}))
+
+
+if __name__ == "__main__":
+    main()
