@@ -7,7 +7,7 @@ matplotlib escapes, are marked as safe.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Picture:
     svg: str
     words: str
     caption: str = ""
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,11 @@ def _triangles(rows: Sequence[Row]) -> list[Picture]:
     pictures = []
     for row in rows:
         policies = np.exp(row.first.history.log_policy[0])
-        # The two figures of a method share a page: their ids differ by the kind of run.
+        # The two figures of a method share a page: their ids must differ.
         kind = "sampled" if row.tail_gap else "noiseless"
         pictures.append(
             Picture(
-                plots.simplex_plot({row.entry.name: policies}, names, strategy, title=f"{row.entry.name}, {kind}"),
+                plots.simplex_plot({row.entry.name: policies}, names, strategy, title=row.entry.name, key=kind),
                 f"{row.entry.name}, {kind}: from {_worded(names, policies[0])} to {_worded(names, policies[-1])}, "
                 f"gap {row.first.gap:.3g}.",
             )
@@ -199,7 +200,7 @@ def _lines(rows: Sequence[Row]) -> list[Picture]:
         longest = max(map(len, series.values()))
         spread = {label: _spread(values, longest) for label, values in series.items()}
         drawn = plots.curves(spread, f"{name}, {kind}", xlabel="proximal step (exact inner games: 25 per update)")
-        pictures.append(Picture(drawn, f"{name} by update, {kind}, at the end: {ends}."))
+        pictures.append(Picture(drawn, f"{name} by update, {kind}, at the end: {ends}.", wide=True))
     return pictures
 
 
@@ -270,7 +271,7 @@ def _render(title: str, parts: Sequence[Part], width: int) -> str:
         Part(
             part.title,
             part.sentences,
-            [Picture(Markup(p.svg), p.words, p.caption) for p in part.figures],
+            [replace(p, svg=Markup(p.svg)) for p in part.figures],
             part.tables,
             part.notes,
         )

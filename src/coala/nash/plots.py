@@ -43,7 +43,9 @@ CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])
 MOST_POINTS = 1500  # of a path; a longer one is thinned
 
 
-def simplex_plot(paths: Mapping[str, Float], labels: Sequence[str], nash: Float | None = None, title: str = "") -> str:
+def simplex_plot(
+    paths: Mapping[str, Float], labels: Sequence[str], nash: Float | None = None, title: str = "", key: str = ""
+) -> str:
     """Policies (T, 3) of each named path over the triangle of three answers; a cross marks ``nash`` (3,).
 
     A hollow dot is the start, a full one the end.
@@ -71,7 +73,7 @@ def simplex_plot(paths: Mapping[str, Float], labels: Sequence[str], nash: Float 
         if title:
             axes.set_title(_short(title))
 
-    return _svg("simplex" + title + "".join(paths), draw, (3.4, 3.2))
+    return _svg("simplex" + key + title + "".join(paths), draw, (3.4, 3.2))
 
 
 def curves(series: Mapping[str, Float], ylabel: str, *, floor: float = 1e-16, xlabel: str = "outer update") -> str:
@@ -119,7 +121,7 @@ def _short(text: str) -> str:
     clean = "".join(" " if unicodedata.category(sign).startswith("C") else sign for sign in text)
     # A leading underscore would hide the line from the legend.
     clean = clean.strip().lstrip("_")
-    return clean if len(clean) <= 24 else clean[:23] + "…"
+    return clean if len(clean) <= 28 else clean[:27] + "…"
 
 
 def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float]) -> str:
