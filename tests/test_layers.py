@@ -14,6 +14,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "values": (set(), set()),
     "store": ({"values"}, set()),
     "__main__": ({"cli"}, set()),
+    "cache": ({"values"}, set()),
     "costs": ({"values"}, set()),
     "recipe": ({"values"}, {"pydantic", "yaml"}),
     "data": ({"values"}, set()),
@@ -24,6 +25,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "evaluation": ({"values"}, {"scipy"}),
     "nash": ({"values"}, {"scipy"}),
     "report": ({"values", "store", "costs", "evaluation"}, set()),
+    "survey": ({"values", "store", "evaluation"}, {"fastapi"}),
     "align": (
         {
             "values",
@@ -42,8 +44,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         {
-            *("values", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "nash", "report", "align"),
+            *("values", "store", "cache", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("evaluation", "nash", "report", "align", "survey"),
         },
         {"typer"},
     ),

@@ -1,4 +1,4 @@
-"""`coala eval`: figures of published benchmarks from saved judgements; nothing is generated or judged here."""
+"""`coala eval`: figures of published benchmarks from saved judgements; `judge` and `grade` make judgements."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from coala.cli import judge
+
 if TYPE_CHECKING:
     from coala.evaluation.arena import Battles
     from coala.evaluation.arena_style import StyleControlled
     from coala.values import Estimate
 
-app = typer.Typer(no_args_is_help=True, help="Compute benchmark figures from saved annotations and judgements.")
+app = typer.Typer(no_args_is_help=True, help="Have replies judged; compute benchmark figures from saved judgements.")
+app.command("judge")(judge.judge)
+app.command("grade")(judge.grade)
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap, and of the folds of cross-validation.")]
 
@@ -115,7 +119,7 @@ def alpaca(
         result["length_controlled"] = {k: v for k, v in vars(controlled).items() if k != "predictions"}
         remarks += tuple(remark for remark in controlled.remarks if remark not in remarks)
     table(shown, [raw.model, "percent"])
-    _finish(result, remarks)
+    finish(result, remarks)
 
 
 @app.command(epilog="Example: `coala eval mtbench gpt-4_single.jsonl --questions question.jsonl`")
@@ -145,7 +149,7 @@ def mtbench(
             ],
             ["model", "win / loss / tie", "win rate", "loss rate", "adjusted", "excluding ties", "errors"],
         )
-        _finish({"matches": contests}, remarks + _said(contests))
+        finish({"matches": contests}, remarks + _said(contests))
         return
     categories = None if questions is None else bench.read_categories(questions)
     ratings, remarks = bench.read_ratings(judgements, categories)
@@ -154,7 +158,7 @@ def mtbench(
         parts = {"overall": one.overall}
         parts |= {f"turn {turn}": value for turn, value in one.by_turn.items()} | dict(one.by_category)
         table([[name, _interval(value), str(value.n)] for name, value in parts.items()], [one.model, "score", "n"])
-    _finish({"scores": scores}, remarks + _said(scores))
+    finish({"scores": scores}, remarks + _said(scores))
 
 
 @app.command(epilog="Example: `coala eval arena judgements.jsonl --model MODEL --baseline gpt-4-0314`")
@@ -200,7 +204,7 @@ def arena(
     result: dict[str, Any] = {"baseline": baseline, "scores": scores, "failed_games": battles.n_failed}
     if controlled:
         result["style_controlled"] = controlled
-    _finish(result, battles.remarks)
+    finish(result, battles.remarks)
 
 
 @app.command(epilog="Example: `coala eval rewardbench scores.jsonl`")
@@ -223,7 +227,7 @@ def rewardbench(
         + [["mean of sections", f"{found.overall:.4f}", ""], ["share of ties", f"{found.ties:.4f}", ""]],
         ["subset or section", "accuracy", "n"],
     )
-    _finish(asdict(found), found.remarks)
+    finish(asdict(found), found.remarks)
 
 
 def _styled(
@@ -280,7 +284,7 @@ def _said(parts: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{name}: {remark}" for name, part in parts.items() for remark in part.remarks)
 
 
-def _finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
+def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
     """Remarks on stderr, then the JSON line, in which a number that is not finite is null."""
     from coala.cli.screen import emit, say
 

@@ -20,8 +20,20 @@ from coala.evaluation.estimates import (
     tie_share,
     win_rate,
 )
-from coala.evaluation.harness import judge
-from coala.evaluation.judges import HeadJudge, Judge, WordJudge
+from coala.evaluation.harness import Judged, judge, judge_many
+from coala.evaluation.judges import (
+    HeadJudge,
+    Judge,
+    JudgeFailure,
+    JudgeStopped,
+    LanguageModelJudge,
+    OpenAIJudge,
+    ReplayJudge,
+    RuleJudge,
+    WordJudge,
+    read_instructions,
+)
+from coala.evaluation.order_effects import Consistency, consistency
 from coala.evaluation.statistics import (
     bootstrap,
     bounded_mean,
@@ -35,11 +47,19 @@ from coala.evaluation.statistics import (
 )
 
 __all__ = [
+    "Consistency",
     "HeadJudge",
     "Judge",
+    "JudgeFailure",
+    "JudgeStopped",
+    "Judged",
+    "LanguageModelJudge",
     "LengthBin",
+    "OpenAIJudge",
     "Reliability",
     "ReliabilityBin",
+    "ReplayJudge",
+    "RuleJudge",
     "WordJudge",
     "accuracy_difference",
     "accuracy_of_margins",
@@ -49,13 +69,16 @@ __all__ = [
     "by_length_difference",
     "clopper_pearson",
     "clustered",
+    "consistency",
     "judge",
+    "judge_many",
     "margins_of",
     "mean_estimate",
     "paired_difference",
     "pairwise_nll",
     "perplexity",
     "ranking_accuracy",
+    "read_instructions",
     "reliability",
     "share_estimate",
     "tie_share",

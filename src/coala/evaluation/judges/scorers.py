@@ -1,38 +1,17 @@
-"""Judges: which of two replies is better. A judge sees texts; it knows nothing of how they were made.
-
-A judge is any object with a ``name`` and ``compare``. Failing is allowed: raise, or return a preference of ``None``;
-a failure is counted (:func:`coala.evaluation.win_rate`), never replaced by a coin.
-"""
+"""Judges that score each reply by itself and prefer the higher score: fitted word weights, a head, a plain rule."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from coala.evaluation.judges.protocol import preference
 from coala.values import CoalaError, Generation, Judgement, Turn
-
-
-class Judge(Protocol):
-    """Compares two replies to one prompt."""
-
-    @property
-    def name(self) -> str: ...
-
-    def compare(self, prompt: Sequence[Turn], first: Generation, second: Generation) -> Judgement:
-        """P(``first`` is the better reply). ``prompt`` is empty when the caller does not know it."""
-        ...
-
-
-def preference(first: float, second: float) -> float | None:
-    """1, 0 or (for equal scores) 1/2, so that a win rate is a share of wins; None when a score is nan."""
-    if math.isnan(first) or math.isnan(second):
-        return None
-    return 1.0 if first > second else 0.0 if first < second else 0.5
 
 
 @dataclass(frozen=True)
@@ -105,4 +84,76 @@ class HeadJudge:
 
     def compare(self, prompt: Sequence[Turn], first: Generation, second: Generation) -> Judgement:
         value = preference(float(self.scorer(prompt, first)), float(self.scorer(prompt, second)))
+        return Judgement(first.prompt_id, first.method, second.method, value, self.name)
+
+
+def _is_json(text: str) -> bool:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _repetition(text: str) -> float:
+    """Share of three-word runs that were there before; 0 for a text of fewer than four words."""
+    words = text.lower().split()
+    runs = Counter(zip(words, words[1:], words[2:], strict=False))
+    total = sum(runs.values())
+    return 1 - len(runs) / total if total > 1 else 0.0
+
+
+# What each rule prefers more of, from a reply's text and the rule's argument.
+RULES: Mapping[str, Callable[[str, str], float]] = {
+    "longer": lambda text, _: float(len(text)),
+    "shorter": lambda text, _: -float(len(text)),
+    "contains": lambda text, wanted: float(wanted.lower() in text.lower()),
+    "regex": lambda text, pattern: float(re.search(pattern, text) is not None),
+    "json": lambda text, _: float(_is_json(text)),
+    "varied": lambda text, _: -_repetition(text),
+}
+_WITH_ARGUMENT = ("contains", "regex")
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """Prefers the reply of which ``rule`` has more; replies alike are a tie.
+
+    ``longer`` and ``shorter`` count characters; ``contains`` (any case) and ``regex`` look for ``argument``; ``json``
+    wants a text that is one JSON value; ``varied`` wants the smaller share of three-word runs that repeat.
+    """
+
+    rule: str
+    argument: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise CoalaError(f"There is no rule {self.rule!r}; expected one of {', '.join(RULES)}.")
+        if bool(self.argument) != (self.rule in _WITH_ARGUMENT):
+            wants = "needs an argument, as in contains:please" if not self.argument else "takes no argument"
+            raise CoalaError(f"The rule {self.rule!r} {wants}; found {self.argument!r}.")
+        if self.rule == "regex":
+            try:
+                re.compile(self.argument)
+            except re.error as error:
+                raise CoalaError(f"{self.argument!r} is not a regular expression ({error}). Mend it.") from None
+
+    @classmethod
+    def parse(cls, text: str) -> RuleJudge:
+        """``longer``, or ``contains:ARGUMENT``."""
+        rule, _, argument = text.partition(":")
+        return cls(rule, argument)
+
+    @property
+    def name(self) -> str:
+        return f"rule {self.rule}" + (f" {self.argument}" if self.argument else "")
+
+    def score(self, text: str) -> float:
+        return RULES[self.rule](text, self.argument)
+
+    def compare(self, prompt: Sequence[Turn], first: Generation, second: Generation) -> Judgement:
+        value = preference(self.score(first.text), self.score(second.text))
         return Judgement(first.prompt_id, first.method, second.method, value, self.name)

@@ -1,0 +1,48 @@
+"""Judges: which of two replies is better, or how good one is. A judge sees texts, never how they were made.
+
+A judge is any object with a ``name`` and ``compare``. Failing is allowed: raise, or return a preference of ``None``;
+a failure is counted (:func:`coala.evaluation.win_rate`), never replaced by a coin. The folders beside this file are
+the shipped instructions.
+"""
+
+from coala.evaluation.judges.chat import ChatJudge, Keeper, Memory, OpenAIJudge
+from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint, Patience
+from coala.evaluation.judges.instructions import SHIPPED, Exchange, Instructions, Prompt, asked, read_instructions
+from coala.evaluation.judges.language_model import LanguageModelJudge
+from coala.evaluation.judges.protocol import Cost, Judge, JudgeFailure, JudgeStopped, Paid, preference
+from coala.evaluation.judges.replay import ReplayJudge
+from coala.evaluation.judges.scorers import RULES, HeadJudge, RuleJudge, WordJudge
+from coala.evaluation.judges.verdicts import Answer, Verdict, read_rating, read_verdict
+
+__all__ = [
+    "RULES",
+    "SHIPPED",
+    "Answer",
+    "Budget",
+    "ChatJudge",
+    "Cost",
+    "Endpoint",
+    "Exchange",
+    "HeadJudge",
+    "Instructions",
+    "Judge",
+    "JudgeFailure",
+    "JudgeStopped",
+    "Keeper",
+    "LanguageModelJudge",
+    "Memory",
+    "OpenAIEndpoint",
+    "OpenAIJudge",
+    "Paid",
+    "Patience",
+    "Prompt",
+    "ReplayJudge",
+    "RuleJudge",
+    "Verdict",
+    "WordJudge",
+    "asked",
+    "preference",
+    "read_instructions",
+    "read_rating",
+    "read_verdict",
+]

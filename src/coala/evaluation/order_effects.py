@@ -1,0 +1,63 @@
+"""Does a judge contradict itself when the order of the replies is swapped, and which place does it favour?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from coala.evaluation.statistics import Float, share_estimate
+from coala.values import CoalaError, Estimate, Judgement
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Over comparisons judged in both orders (n of each estimate), comparisons of a prompt being one group.
+
+    ``inconsistency``: share whose two verdicts do not name the same reply, or a tie both times. ``position_bias``:
+    share that preferred the same *place* both times, so that the order alone decided; of these ``n_first`` the first
+    place and ``n_second`` the second. ``first_place``: mean preference for the reply shown first, 1/2 without bias.
+    """
+
+    inconsistency: Estimate
+    position_bias: Estimate
+    first_place: Estimate
+    n_first: int
+    n_second: int
+
+
+def consistency(judgements: Sequence[Judgement]) -> Consistency:
+    """Pairs the k-th judgement of a prompt, judge and pair of sides in one order with the k-th in the other.
+
+    Comparisons with a failure, or without a counterpart, are left out. A preference within 1e-9 of 1/2 is a tie.
+    """
+    orders: dict[tuple[str, str, str, str], tuple[list[float | None], list[float | None]]]
+    orders = defaultdict(lambda: ([], []))
+    for judgement in judgements:
+        if judgement.first == judgement.second:
+            raise CoalaError(
+                f"The judgement of prompt {judgement.prompt_id!r} has {judgement.first!r} on both sides; expected two "
+                "names. Name the sides apart."
+            )
+        one, other = sorted((judgement.first, judgement.second))
+        games = orders[judgement.prompt_id, one, other, judgement.judge]
+        games[judgement.first != one].append(judgement.preference)
+    both = [
+        (prompt_id, straight, swapped)
+        for (prompt_id, *_), games in orders.items()
+        for straight, swapped in zip(*games, strict=False)
+        if straight is not None and swapped is not None
+    ]
+    prompts = [prompt_id for prompt_id, _, _ in both]
+    games_won: Float = np.array([row[1:] for row in both], dtype=np.float64).reshape(-1, 2)
+    leaning = np.where(np.abs(games_won - 0.5) < 1e-9, 0.0, np.sign(games_won - 0.5))
+    first, second = (leaning == 1).all(1), (leaning == -1).all(1)
+    return Consistency(
+        inconsistency=share_estimate(leaning[:, 0] != -leaning[:, 1], prompts, "verdicts that the order changed"),
+        position_bias=share_estimate(first | second, prompts, "the same place preferred in both orders"),
+        first_place=share_estimate(games_won.mean(1), prompts, "preference for the reply shown first"),
+        n_first=int(first.sum()),
+        n_second=int(second.sum()),
+    )
