@@ -90,6 +90,71 @@ def test_only_speakers_have_replies() -> None:
         alternate([], "g", role="system")
 
 
+@given(said=chats, role=st.sampled_from(["user", "assistant"]), n=st.integers(1, 5))
+def test_a_window_is_the_end_of_the_whole_prompt(said: list[Turn], role: Any, n: int) -> None:
+    whole, windows = alternate(said, "g", role=role), alternate(said, "g", role=role, context=n)
+    assert [(p.chosen, p.rejected) for p in windows] == [(p.chosen, p.rejected) for p in whole]
+    for full, cut in zip(whole, windows, strict=True):
+        spoken = [turn for turn in full.prompt if turn.role != "system"]
+        kept = [turn for turn in cut.prompt if turn.role != "system"]
+        assert kept == spoken[len(spoken) - len(kept) :]
+        assert [t for t in cut.prompt if t.role == "system"] == [t for t in full.prompt if t.role == "system"]
+        asked = sum(turn.role == "user" for turn in spoken)
+        assert sum(turn.role == "user" for turn in kept) == min(n, asked)
+        if n < asked:
+            assert kept[0].role == "user"
+    assert alternate(said, "g", role=role, context=99) == whole
+
+
+@given(said=chats, role=st.sampled_from(["user", "assistant"]))
+def test_the_first_utterance_makes_one_pair(said: list[Turn], role: Any) -> None:
+    pairs = alternate(said, "g", role=role, context="first")
+    assert len(pairs) <= 1
+    for pair in pairs:
+        # It is one of the whole prompt's pairs: the first reply to something said, against the one after it.
+        same = [p for p in alternate(said, "g", role=role) if (p.chosen, p.rejected) == (pair.chosen, pair.rejected)]
+        assert same
+        assert sum(turn.role == "user" for turn in pair.prompt) == 1
+    talk = [t for k in range(4) for t in (Turn("user", f"q{k}"), Turn("assistant", f"a{k}"))]
+    assert alternate(talk, "g", context="first") == [Pair(user("q0"), "a0", "a1", "g")]
+
+
+def test_a_context_that_is_none_is_refused() -> None:
+    for context in ("last", 0, -1):
+        with pytest.raises(CoalaError, match="expected 'all', 'first' or a number of turns from 1 up"):
+            alternate([], "g", context=context)  # type: ignore[arg-type]
+
+
+def test_the_published_counts_follow_from_three_and_four_replies(tmp_path: Path) -> None:
+    # "A conversation of 3-4 turns will populate 2-3 triplets": k replies give k - 1 pairs. Two unknowns, two equations:
+    # n3 + n4 = 26,621 and 2 n3 + 3 n4 = 65,606.
+    n_conversations, n_pairs = 26_621, 65_606
+    n4 = n_pairs - 2 * n_conversations
+    n3 = n_conversations - n4
+    assert (n3, n4) == (14_257, 12_364)
+    path = tmp_path / "talk.jsonl"
+    with path.open("w") as file:
+        for k in range(n_conversations):
+            replies = 4 if k < n4 else 3
+            turns = [{"role": who, "text": f"{who} {k} {i}"} for i in range(replies) for who in ("user", "assistant")]
+            file.write(json.dumps({"group": str(k), "turns": turns}) + "\n")
+    assert sum(1 for _ in read_pairs(path, "conversations")) == n_pairs
+    assert sum(1 for _ in read_pairs(path, "conversations", context="first")) == n_conversations
+
+
+def test_a_file_that_cannot_be_read_twice_is_held(tmp_path: Path) -> None:
+    import os
+    import threading
+
+    path = tmp_path / "pipe.jsonl"
+    os.mkfifo(path)
+    row = json.dumps({"group": "g", "turns": [{"role": w, "text": f"{w} {k}"} for k in "ab" for w in ("user", "bot")]})
+    writer = threading.Thread(target=lambda: path.write_text(row + "\n"))
+    writer.start()
+    assert [(p.chosen, p.rejected) for p in read_pairs(path, "conversations")] == [("bot a", "bot b")]
+    writer.join()
+
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 TALK = [Turn("user", "q"), Turn("assistant", "a"), Turn("user", "r")]

@@ -6,6 +6,11 @@
     position_cues(pairs)        how far length, punctuation and first words alone give the preference away
     split(pairs, seed=...)      training and evaluation by whole groups
 
+and in modules of their own, for what they import:
+
+    audit.audit(pairs), audit.balance(pairs, cue)           is it a preference or a position; taking a cue out
+    synthesis.synthesize(recipe, journal, record)           conversations of two agents over a chat endpoint
+
 Knows nothing of models, features or stores. The canonical file is what ``coala.store.save_pairs`` writes.
 """
 
@@ -13,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coala.data.conversations import alternate, read_conversations
+from coala.data.conversations import Context, alternate, read_conversations
 from coala.data.cues import position_cues
 from coala.data.doctor import check
 from coala.data.files import Source, source_digest
@@ -38,14 +43,17 @@ __all__ = [
 ]
 
 
-def read_pairs(source: Source, format: str = "auto", *, role: Role = "assistant") -> Iterator[Pair]:
+def read_pairs(
+    source: Source, format: str = "auto", *, role: Role = "assistant", context: Context = "all"
+) -> Iterator[Pair]:
     """Pairs of a file, several files, or a hub data set (``owner/name`` or ``owner/name:split``), in reading order.
 
     jsonl, json, csv, tsv and parquet, plain or gzipped. ``format`` is a name in :data:`READERS`, or ``auto``: each
-    source is recognised by its first rows. ``role`` says whose replies are compared when the rows are conversations
-    (``format="conversations"``). Raises :class:`DataError` at the first bad row; :func:`check` lists all of them.
+    source is recognised by its first rows. Where the rows are conversations (``format="conversations"``), ``role``
+    says whose replies are compared and ``context`` how much of what came before is the prompt (see :func:`alternate`);
+    they are read twice, and never held. Raises :class:`DataError` at the first bad row; :func:`check` lists them all.
     """
-    for event in read(source, format, role):
+    for event in read(source, format, role, context):
         if isinstance(event, Located):
             yield event.pair
         elif event.severity == "error":

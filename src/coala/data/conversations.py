@@ -7,9 +7,9 @@ Knows nothing of preference formats. Whether what the pairs teach is more than a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from coala.data.files import Source, records, sources
 from coala.data.findings import DataError, Fault, Finding, describe, listed
@@ -17,31 +17,57 @@ from coala.data.turns import Row, digest, is_messages, merged, named_group, same
 from coala.values import CoalaError, Pair, Role, Turn
 
 _FLIPPED: Mapping[Role, Role] = {"user": "assistant", "assistant": "user", "system": "system"}
+Context = Literal["all", "first"] | int
 
 
-def alternate(conversation: Sequence[Turn], group: str, *, role: Role = "assistant") -> list[Pair]:
+def alternate(
+    conversation: Sequence[Turn], group: str, *, role: Role = "assistant", context: Context = "all"
+) -> list[Pair]:
     """Pairs of one conversation: chosen is a reply of ``role``, rejected the same speaker's next reply.
 
-    The prompt is everything before the chosen reply. Consecutive turns of one speaker count as one reply (joined by a
-    line break): what follows such a turn is no answer to what the other said. k replies give k - 1 pairs, except that
+    ``context`` says how much of what came before is the prompt:
+
+    - ``"all"``: everything (COALA, section 6.3);
+    - ``"first"``: the first utterance only (CVX-DPO, section 5.1). It is what the first reply answers, so the first
+      and the second reply make the one pair;
+    - a number n: the other's last n turns and the replies between them. System turns always stay.
+
+    Consecutive turns of one speaker count as one reply (joined by a line break): what follows such a turn is no answer
+    to what the other said. k replies give k - 1 pairs (one, for ``"first"``), except that
 
     - a reply with nothing before it but system turns gives none, since there is nothing it could be an answer to;
     - two replies of the same text give none.
 
     With ``role="user"`` the two speakers change places, so that the one who replies is the assistant of the pair.
-    Raises :class:`~coala.values.CoalaError` for any other role.
+    Raises :class:`~coala.values.CoalaError` for any other role or context.
     """
+    if context not in ("all", "first") and (not isinstance(context, int) or context < 1):
+        raise CoalaError(f"The context {context!r} is none; expected 'all', 'first' or a number of turns from 1 up.")
     if role not in ("assistant", "user"):
         raise CoalaError(f"Replies of role {role!r} cannot be compared; expected 'assistant' or 'user'.")
     said = merged(conversation, "\n")
     if role == "user":
         said = [Turn(_FLIPPED[turn.role], turn.text) for turn in said]
     places = [k for k, turn in enumerate(said) if turn.role == "assistant"]
+    asked = next((k for k, turn in enumerate(said) if turn.role == "user"), len(said))
     return [
-        Pair(tuple(said[:here]), said[here].text, said[after].text, group)
+        Pair(_context(said[:here], context), said[here].text, said[after].text, group)
         for here, after in pairwise(places)
-        if any(turn.role != "system" for turn in said[:here]) and not same_reply(said[here].text, said[after].text)
+        if any(turn.role != "system" for turn in said[:here])
+        and (context != "first" or here == next((k for k in places if k > asked), None))
+        and not same_reply(said[here].text, said[after].text)
     ]
+
+
+def _context(before: Sequence[Turn], context: Context) -> tuple[Turn, ...]:
+    """The part of ``before`` that the prompt keeps."""
+    if context == "all":
+        return tuple(before)
+    asked = [k for k, turn in enumerate(before) if turn.role == "user"]
+    if context == "first":
+        return tuple(turn for k, turn in enumerate(before) if turn.role == "system" or k == asked[0])
+    start = asked[-context] if context <= len(asked) else 0
+    return tuple(turn for k, turn in enumerate(before) if turn.role == "system" or k >= start)
 
 
 def read_conversations(source: Source, format: str = "auto") -> Iterator[tuple[str, list[Turn]]]:
@@ -67,8 +93,11 @@ def read_conversations(source: Source, format: str = "auto") -> Iterator[tuple[s
             yield found[k]
 
 
-def whole(conversations: Sequence[Sequence[Turn]]) -> list[int]:
-    """The places of the conversations that no other one continues; of exact copies the first."""
+def whole(conversations: Iterable[Sequence[Turn]]) -> list[int]:
+    """The places of the conversations that no other one continues; of exact copies the first.
+
+    Keeps a number per turn and none of the words, so that a first pass over a file can ask it.
+    """
     begun: set[int] = set()
     ends: list[int] = []
     for said in conversations:

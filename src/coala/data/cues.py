@@ -41,8 +41,9 @@ def position_cues(pairs: Sequence[Pair]) -> dict[str, Estimate]:
     columns = {name: np.array([cue(pair.chosen) - cue(pair.rejected) for pair in pairs]) for name, cue in _CUES.items()}
     columns["first word"] = _first_words(pairs, fold)
     groups = [pair.group for pair in pairs]
-    result = {name: _estimate(_told(column[:, None], fold), groups) for name, column in columns.items()}
-    result["all together"] = _estimate(_told(np.stack(list(columns.values()), axis=1), fold), groups)
+    how = "two-fold accuracy, a tie one half, clustered by group"
+    result = {name: clustered_share(_told(column[:, None], fold), groups, how) for name, column in columns.items()}
+    result["all together"] = clustered_share(_told(np.stack(list(columns.values()), axis=1), fold), groups, how)
     return result
 
 
@@ -100,12 +101,14 @@ def _logistic(x: Float, ridge: float = 1.0, steps: int = 12) -> Float:
     return w
 
 
-def _estimate(told: Float, groups: Sequence[str]) -> Estimate:
-    """The mean with a Wilson interval at the sample size that clustering by group leaves."""
+def clustered_share(told: Float, groups: Sequence[str], method: str) -> Estimate:
+    """The mean of ``told`` (n,) in [0, 1] with a Wilson interval at the sample size that clustering by group leaves."""
+    if not len(told):
+        return share(0, 0, method)
     n, p = len(told), float(told.mean())
     sums: dict[str, float] = defaultdict(float)
     for value, group in zip(told, groups, strict=True):
         sums[group] += value - p
     variance = sum(s * s for s in sums.values()) / n**2
     effective = min(float(n), p * (1 - p) / variance) if variance > 0 else float(len(sums))
-    return share(n * p, n, "two-fold accuracy, a tie one half, clustered by group", max(1.0, effective))
+    return share(n * p, n, method, max(1.0, effective))

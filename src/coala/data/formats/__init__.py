@@ -7,12 +7,13 @@ Knows nothing of files.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from math import inf
+from pathlib import Path
 
-from coala.data.conversations import alternate, conversation, is_conversation, whole
+from coala.data.conversations import Context, alternate, conversation, is_conversation, whole
 from coala.data.files import Record, Source, records, sources
 from coala.data.findings import DataError, Fault, Finding, describe, listed
 from coala.data.formats.labelled import autoj, bridge, llmbar, read_helpsteer, shp, ultrafeedback
@@ -42,18 +43,40 @@ __all__ = ["READERS", "Located", "Reader", "read"]
 LOOKED_AT = 50  # rows that decide which format a file has
 
 
-def read_alternating(records: Iterable[Record], speaker: Role = "assistant") -> Reading:
-    """Conversations as alternating pairs (see :func:`~coala.data.conversations.alternate`), snapshots left out."""
-    found: list[tuple[Record, str, list[Turn]]] = []
+def read_alternating(
+    records: Iterable[Record],
+    speaker: Role = "assistant",
+    context: Context = "all",
+    again: Callable[[], Iterable[Record]] | None = None,
+) -> Reading:
+    """Conversations as alternating pairs (see :func:`~coala.data.conversations.alternate`), snapshots left out.
+
+    Whether a conversation is a snapshot of another is known only at the end. ``again`` reads the records once more for
+    that, and then none is held; without it all of them are.
+    """
+    if again is None:
+        records = list(records)
+    first: Iterable[Record] = records if again is None else again()
+    stay = iter(whole(said for _, _, said in _conversations(first, [])))
+    wanted = next(stay, None)
+    faults: list[Finding] = []
+    for place, (record, group, said) in enumerate(_conversations(records, faults)):
+        yield from faults
+        faults.clear()
+        if place == wanted:
+            wanted = next(stay, None)
+            for pair in alternate(said, group, role=speaker, context=context):
+                yield Located(record.file, record.row, pair)
+    yield from faults
+
+
+def _conversations(records: Iterable[Record], faults: list[Finding]) -> Iterator[tuple[Record, str, list[Turn]]]:
+    """The conversations among the records; what is wrong with the others goes to ``faults``."""
     for record in records:
         try:
-            found.append((record, *conversation(record.value)))
+            yield (record, *conversation(record.value))
         except Fault as fault:
-            yield fault.at(record.file, record.row)
-    for k in whole([said for _, _, said in found]):
-        record, group, said = found[k]
-        for pair in alternate(said, group, role=speaker):
-            yield Located(record.file, record.row, pair)
+            faults.append(fault.at(record.file, record.row))
 
 
 _ALL = (
@@ -149,7 +172,9 @@ _ALL = (
 READERS: Mapping[str, Reader] = {reader.name: reader for reader in _ALL}
 
 
-def read(source: Source, format: str = "auto", role: Role = "assistant") -> Iterator[Located | Finding]:
+def read(
+    source: Source, format: str = "auto", role: Role = "assistant", context: Context = "all"
+) -> Iterator[Located | Finding]:
     """Located pairs and findings of one or several sources, in order; each source is recognised by itself.
 
     Raises :class:`DataError` only for a ``format`` that is not in :data:`READERS`.
@@ -173,13 +198,21 @@ def read(source: Source, format: str = "auto", role: Role = "assistant") -> Iter
         else:
             reader = READERS[format]
         yield Finding(name, None, "", f"read as {reader.name}", "", "", severity="note")
-        make = partial(read_alternating, speaker=role) if reader.name == "conversations" else reader.pairs
+        make = reader.pairs
+        if reader.name == "conversations":
+            # A hub data set is not fetched twice, and a pipe flows once: they are held instead.
+            again = partial(_again, name) if Path(name).is_file() else None
+            make = partial(read_alternating, speaker=role, context=context, again=again)
         for event in make(rows):
             # Rows were read ahead: what is wrong with a later row waits for its turn.
             while faults and _order(faults[0]) < _order(event):
                 yield faults.pop(0)
             yield event
         yield from faults
+
+
+def _again(name: str) -> Iterator[Record]:
+    return _objects(records(name), [])
 
 
 def _order(event: Located | Finding) -> float:

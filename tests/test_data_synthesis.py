@@ -1,0 +1,604 @@
+"""Synthesis against a real HTTP server on loopback that fails in every way: nothing lost, doubled or overspent."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from coala.cli import app
+from coala.data import read_pairs
+from coala.data.agents import Agent, Draw, Limits, SynthesisError, SynthesisRecipe, draw, instructions
+from coala.data.endpoint import TOKENS_PER_MESSAGE, TOKENS_PER_REQUEST
+from coala.data.http import Address, Answer, Connections, Unanswered
+from coala.data.journal import Journal, Usage, read_journal
+from coala.data.screening import cleaned, fault
+from coala.data.synthesis import Summary, synthesize
+
+# --- the endpoint ------------------------------------------------------------------------------------------------
+
+SENTENCE = "the sum of two angles is found when you draw a line from one corner and count what is left on each side"
+WORDS = SENTENCE.split()
+
+
+def scripted(request: dict[str, Any]) -> tuple[str, str]:
+    """Words and finish reason: a function of the request alone. A few are empty, refused, cut or out of role."""
+    raw = json.dumps([request["model"], request["messages"], request["temperature"], request["seed"]]).encode()
+    key = hashlib.sha256(raw).digest()
+    words = " ".join(WORDS[byte % len(WORDS)] for byte in key[:20]) + f" ({key[:6].hex()})"
+    match key[30] if request.get("faulty", True) else 255:
+        case 0 | 1:
+            return "", "stop"
+        case 2 | 3:
+            return "I'm sorry, but I can't assist with that.", "stop"
+        case 4 | 5:
+            return f"{words}\nStudent: yes\nTutor: {words}", "stop"
+        case 6 | 7:
+            return words, "length"
+    return words, "stop"
+
+
+def billed(request: dict[str, Any], text: str) -> tuple[int, int]:
+    prompt = sum(len(m["content"]) // 4 + 5 for m in request["messages"]) + 7
+    return prompt, min(request["max_tokens"], len(text) // 4 + 1)
+
+
+class Scripted(asyncio.Protocol):
+    """HTTP/1.1 with keep-alive; ``house`` holds what is counted and decides which first requests fail, and how."""
+
+    def __init__(self, house: House) -> None:
+        self.house, self.buffer = house, b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            head = self.buffer[:end].lower()
+            size = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+            if len(self.buffer) < end + 4 + size:
+                return
+            body, self.buffer = self.buffer[end + 4 : end + 4 + size], self.buffer[end + 4 + size :]
+            self.house.answer(self, body)
+
+    def send(self, status: int, body: bytes, *headers: str, announced: int | None = None, close: bool = False) -> None:
+        lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(body) if announced is None else announced}", *headers]
+        if not self.transport.is_closing():
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            if close:
+                self.transport.close()
+
+
+class House:
+    """What all connections share: the bill, the arrivals, and the faults still to come."""
+
+    def __init__(self, faults: bool = True, delay: float = 0.0) -> None:
+        self.faults, self.delay = faults, delay
+        self.bill = [0, 0]
+        self.arrivals: list[float] = []
+        self.seen: Counter[bytes] = Counter()
+        self.answers: Counter[str] = Counter()
+        self.first: list[tuple[int, str]] = []  # statuses and Retry-After of the very first answers
+        self.port = 0
+
+    def answer(self, connection: Scripted, body: bytes) -> None:
+        self.arrivals.append(time.monotonic())
+        key = hashlib.sha256(body).digest()
+        self.seen[key] += 1
+        if self.first:
+            status, wait = self.first.pop(0)
+            connection.send(status, b'{"error": "scripted"}', *([f"Retry-After: {wait}"] if wait else []))
+            return
+        kind = key[0] % 24 if self.faults and self.seen[key] == 1 else 99
+        if kind == 0:
+            self.answers["429"] += 1
+            connection.send(429, b'{"error": "slow down"}', "Retry-After: 0.02")
+        elif kind == 1:
+            self.answers["500"] += 1
+            connection.send(500, b"oops")
+        elif kind == 2:
+            self.answers["never"] += 1
+        else:
+            request = json.loads(body)
+            text, finish = scripted(request)
+            prompt, completion = billed(request, text)
+            self.bill[0] += prompt
+            self.bill[1] += completion
+            message = {"role": "assistant", "content": text}
+            answer = {
+                "model": request["model"] + "-1",
+                "choices": [{"message": message, "finish_reason": finish}],
+                "usage": {"prompt_tokens": prompt, "completion_tokens": completion},
+            }
+            raw = json.dumps(answer).encode()
+            if kind == 3:
+                self.answers["torn JSON"] += 1
+                connection.send(200, raw[: len(raw) // 2])
+            elif kind == 4:
+                self.answers["torn stream"] += 1
+                connection.send(200, raw[: len(raw) // 2], announced=len(raw), close=True)
+            elif self.delay:
+                asyncio.get_running_loop().call_later(self.delay * key[1] / 128, connection.send, 200, raw)
+            else:
+                connection.send(200, raw)
+
+    async def serve(self, ready: Callable[[int], None], port: int = 0) -> None:
+        server = await asyncio.get_running_loop().create_server(lambda: Scripted(self), "127.0.0.1", port)
+        ready(server.sockets[0].getsockname()[1])
+        async with server:
+            await server.serve_forever()
+
+
+@contextmanager
+def running(house: House) -> Iterator[str]:
+    """The base URL of a server in a thread of its own."""
+    ready = threading.Event()
+    loop = asyncio.new_event_loop()
+
+    def opened(port: int) -> None:
+        house.port = port
+        ready.set()
+
+    async def main() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await house.serve(opened)
+
+    task: list[asyncio.Task[None]] = []
+
+    def work() -> None:
+        task.append(loop.create_task(main()))
+        loop.run_until_complete(task[0])
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    yield f"http://127.0.0.1:{house.port}/v1"
+    loop.call_soon_threadsafe(task[0].cancel)
+    thread.join(10)
+    loop.close()
+
+
+def recipe_for(url: str, n: int = 20, **changes: Any) -> SynthesisRecipe:
+    def agent(system: str) -> Agent:
+        return Agent(
+            system=system,
+            model=f"model-of-{system[:7]}",
+            base_url=url,
+            key="",
+            max_tokens=60,
+            input_price=2.5,
+            output_price=10.0,
+        )
+
+    limits = Limits(**{"backoff": 0.005, "timeout": 0.5, "concurrency": 32, **changes.pop("limits", {})})
+    return SynthesisRecipe(
+        student=agent("Student of {field}, {mood}, {language}"),
+        tutor=agent("Tutor of {field}"),
+        fields=("algebra", "chess", "music"),
+        moods=("calm", "cross"),
+        conversations=n,
+        limits=limits,
+        **changes,
+    )
+
+
+async def no_record(line: bytes) -> None:
+    """A run that nobody continues."""
+
+
+def hold(recipe: SynthesisRecipe, journal: Journal | None = None, lines: list[bytes] | None = None) -> Summary:
+    async def record(line: bytes) -> None:
+        if lines is not None:
+            lines.append(line)
+
+    return asyncio.run(synthesize(recipe, journal or Journal(), record))
+
+
+def kept(lines: list[bytes]) -> dict[int, dict[str, Any]]:
+    found = [json.loads(line) for line in lines]
+    made = [event for event in found if event["kind"] == "kept"]
+    assert len({event["index"] for event in made}) == len(made)
+    return {event["index"]: event["conversation"] for event in made}
+
+
+def by_hand(recipe: SynthesisRecipe, index: int) -> tuple[list[str], Draw] | None:
+    """What two agents would say with no network between them, attempt after attempt: the definition, in a loop."""
+    for number in range(recipe.limits.attempts):
+        drawn = draw(recipe, index, number)
+        said: list[str] = []
+        for place in range(drawn.turns):
+            me = "tutor" if place % 2 else "student"
+            agent = recipe.tutor if place % 2 else recipe.student
+            system, opening = instructions(recipe, drawn, me)  # type: ignore[arg-type]
+            chat = [("system", system)] + ([] if place % 2 else [("user", opening)])
+            chat += [("assistant" if k % 2 == place % 2 else "user", text) for k, text in enumerate(said)]
+            request = {
+                "model": agent.model,
+                "messages": [{"role": role, "content": text} for role, text in chat],
+                "temperature": drawn.temperature,
+                "seed": (drawn.seed + place) % 2**31,
+            }
+            text, finish = scripted(request)
+            if finish != "stop" or not text or "sorry" in text or "Student:" in text:
+                break
+            said.append(text)
+        else:
+            return said, drawn
+    return None
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_conversations_through_every_fault() -> None:
+    house = House(delay=0.01)
+    lines: list[bytes] = []
+    with running(house) as url:
+        recipe = recipe_for(url, 200)
+        summary = hold(recipe, lines=lines)
+    found = kept(lines)
+    assert summary.kept + summary.given_up == 200
+    assert summary.kept == len(found) > 190
+    assert min(house.answers[kind] for kind in ("429", "500", "never", "torn JSON", "torn stream")) > 5
+    assert {"student: refusal", "tutor: role", "tutor: empty", "tutor: cut"} <= set(summary.dropped)
+    for index in range(200):
+        expected = by_hand(recipe, index)
+        if expected is None:
+            assert index not in found
+        else:
+            said, drawn = expected
+            assert [turn["text"] for turn in found[index]["turns"]] == said
+            assert [turn["role"] for turn in found[index]["turns"]] == (["user", "assistant"] * 4)[: len(said)]
+            about = found[index]["provenance"]
+            assert (about["attempt"], about["temperature"], about["seed"]) == (
+                drawn.attempt,
+                drawn.temperature,
+                drawn.seed,
+            )
+            assert about["answered"] == {"student": "model-of-Student-1", "tutor": "model-of-Tutor o-1"}
+    # What came back torn was billed, and is counted for at least what it cost.
+    assert summary.spent.tokens >= sum(house.bill)
+    assert summary.retries == sum(house.answers.values())
+    assert read_journal(b"".join(lines)).spent == summary.spent
+
+
+def test_without_torn_answers_the_bill_is_exact() -> None:
+    house = House(faults=False)
+    lines: list[bytes] = []
+    with running(house) as url:
+        summary = hold(recipe_for(url, 40), lines=lines)
+    assert (summary.spent.prompt, summary.spent.completion, summary.spent.uncertain) == (*house.bill, 0)
+    assert summary.spent.nanodollars == house.bill[0] * 2500 + house.bill[1] * 10_000
+    total = Counter[str]()
+    for line in lines:
+        total.update(json.loads(line).get("usage", {}))
+    assert dict(total) == asdict(summary.spent)
+
+
+@pytest.mark.parametrize("faults", [False, True])
+@pytest.mark.parametrize("limit", [{"tokens": 30_000}, {"dollars": 0.1}, {"tokens": 700}], ids=str)
+def test_a_budget_is_never_passed(limit: dict[str, Any], faults: bool) -> None:
+    house = House(faults=faults)
+    lines: list[bytes] = []
+    with running(house) as url:
+        recipe = recipe_for(url, 400, limits=limit)
+        first = hold(recipe, lines=lines)
+        dear = house.bill[0] * 2500 + house.bill[1] * 10_000
+        assert first.stopped == "the budget is spent"
+        if "tokens" in limit:
+            assert sum(house.bill) <= first.spent.tokens <= limit["tokens"]
+            used = first.spent.tokens / limit["tokens"]
+        else:
+            assert dear <= first.spent.nanodollars <= limit["dollars"] * 1e9
+            used = first.spent.nanodollars / (limit["dollars"] * 1e9)
+        if not faults:
+            assert (sum(house.bill), dear) == (first.spent.tokens, first.spent.nanodollars)
+        if not faults and first.kept:
+            # Little is left over, and little went into conversations that could not be finished.
+            assert used > 0.8
+            events = [json.loads(line) for line in lines]
+            wasted = [Usage(**event["usage"]).tokens for event in events if event.get("reason") == "budget"]
+            assert sum(wasted) < 0.15 * first.spent.tokens
+        # Continued without a limit, it becomes what it would have been at once.
+        journal = read_journal(b"".join(lines))
+        assert journal.lost().tokens == 0
+        hold(replace(recipe, conversations=40, limits=Limits(backoff=0.005, timeout=0.5)), journal, lines)
+    found = kept(lines)
+    for index in range(40):
+        expected = by_hand(recipe, index)
+        assert ([turn["text"] for turn in found[index]["turns"]] if index in found else None) == (
+            expected and expected[0]
+        )
+
+
+def test_no_tokenizer_of_bytes_passes_what_is_set_aside(shared: Path) -> None:
+    from tokenizers import Tokenizer
+
+    text = "".join(chr(k) for k in range(32, 0x3000, 7)) + "\U0001f600" * 20
+    for path in sorted((shared / "data" / "models").glob("*/tokenizer.json")):
+        n = len(Tokenizer.from_file(str(path)).encode(text).ids)
+        assert n <= len(text.encode()) + TOKENS_PER_MESSAGE + TOKENS_PER_REQUEST, path
+
+
+def test_retry_after_holds_all_requests_back() -> None:
+    house = House(faults=False)
+    house.first = [(429, "0.4")]
+    with running(house) as url:
+        hold(recipe_for(url, 6, limits={"concurrency": 1}))
+    assert house.arrivals[1] - house.arrivals[0] >= 0.4
+
+
+def test_a_rate_is_kept() -> None:
+    house = House(faults=False)
+    with running(house) as url:
+        summary = hold(recipe_for(url, 10, limits={"requests_per_minute": 6000}))
+    assert summary.requests == len(house.arrivals)
+    # n requests at 100 per second take (n - 1) / 100 s at least; the clock of the server may lag by a moment.
+    assert house.arrivals[-1] - house.arrivals[0] >= (summary.requests - 1) / 100 - 0.05
+
+
+def test_refused_and_silent_endpoints_are_explained() -> None:
+    house = House(faults=False)
+    house.first = [(401, "")]
+    with running(house) as url:
+        keyed = recipe_for(url, 3)
+        keyed = replace(keyed, student=replace(keyed.student, key="MY_KEY"))
+        with pytest.raises(SynthesisError, match=r"status 401.*Set the environment variable MY_KEY"):
+            hold(keyed)
+    with pytest.raises(
+        SynthesisError, match=r"no usable answer after 3 requests \(last: .*\)\. Finished conversations"
+    ):
+        hold(recipe_for("http://127.0.0.1:9/v1", 3, limits={"retries": 2}))
+    with pytest.raises(SynthesisError, match="is no address"):
+        hold(recipe_for("http:///v1", 1))
+
+
+def test_equal_conversations_come_once() -> None:
+    async def parrot(address: Address, headers: Any, body: bytes, timeout: float) -> Answer:
+        request = json.loads(body)
+        text = f"Words {request['seed'] % 3} after {len(request['messages'])} messages."
+        message = {"message": {"content": text}, "finish_reason": "stop"}
+        return Answer(200, {}, json.dumps({"choices": [message]}).encode())
+
+    recipe = recipe_for("http://127.0.0.1/v1", 40, turns=(2, 2), distinct="opening")
+    lines: list[bytes] = []
+
+    async def record(line: bytes) -> None:
+        lines.append(line)
+
+    summary = asyncio.run(synthesize(recipe, Journal(), record, post=parrot))
+    openings = [one["turns"][0]["text"] for one in kept(lines).values()]
+    assert sorted(openings) == [f"Words {k} after 2 messages." for k in range(3)]
+    assert summary.given_up == 37
+    assert summary.dropped["duplicate"] == 37 * recipe.limits.attempts + sum(
+        one["provenance"]["attempt"] for one in kept(lines).values()
+    )
+    # An endpoint that names no usage is counted for the most it can have used.
+    assert summary.spent.prompt == summary.spent.completion == 0 < summary.spent.uncertain
+
+
+def test_a_journal_of_another_recipe_is_refused() -> None:
+    recipe = recipe_for("http://127.0.0.1/v1")
+    journal = Journal(identity=recipe.identity)
+    with pytest.raises(SynthesisError, match=r"another recipe \(seed was 0, now 1\)"):
+        asyncio.run(synthesize(replace(recipe, seed=1), journal, no_record))
+
+
+# --- HTTP --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
+        (
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"2\r\nab\r\n1;x\r\nc\r\n0\r\nt: 1\r\n\r\n",
+            b"abc",
+        ),
+        (b"HTTP/1.0 200 OK\r\n\r\nabc", b"abc"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+        (b"SSH-2.0\r\n\r\n", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -3\r\n\r\nabc", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\nabc", None),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nabc", None),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", None),
+        (b"", None),
+        (b"\xff" * 3_000_000, None),
+    ],
+)  # fmt: skip
+def test_answers_as_servers_write_them(raw: bytes, body: bytes | None) -> None:
+    async def main() -> Answer:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(raw)
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        connections = Connections()
+        try:
+            port = server.sockets[0].getsockname()[1]
+            return await connections.post(Address.of(f"http://127.0.0.1:{port}/x"), {}, b"{}", 2.0)
+        finally:
+            await connections.close()
+            server.close()
+
+    if body is None:
+        with pytest.raises(Unanswered) as raised:
+            asyncio.run(main())
+        assert raised.value.sent
+    else:
+        assert asyncio.run(main()).body == body
+
+
+# --- screening ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("speaker", "text", "why"),
+    [
+        ("student", "I'm sorry, I can't see why the sign flips.", None),
+        ("student", "I'm sorry, but I can\u2019t help with that.", "refusal"),
+        ("tutor", "As an AI language model, I have no feelings.", "refusal"),
+        ("tutor", "You cannot divide by zero, but I can't help smiling.", None),
+        ("tutor", "It is 4.\n\nStudent: Thanks!", "role"),
+        ("tutor", "**Student**: Thanks!", "role"),
+        ("tutor", "In this role-play I will be the tutor.", "role"),
+        ("student", "Hello! How can I help you today?", "role"),
+        ("tutor", "Hello! How can I help you today?", None),
+        ("student", "Thanks. I have a quiz tomorrow!", None),
+        ("tutor", "...", "empty"),
+        ("tutor", "Fine: three things follow.", None),
+    ],
+)
+def test_screening(speaker: Any, text: str, why: str | None) -> None:
+    assert fault(cleaned(text, speaker), "stop", speaker, []) == why
+
+
+def test_own_labels_are_taken_off_and_repeats_seen() -> None:
+    assert cleaned(" **Tutor:** Yes. \n", "tutor") == "Yes."
+    assert cleaned("Student: Why?", "student") == "Why?"
+    assert fault("Why  so?", "stop", "student", ["why so?", "Because."]) == "repeat"
+    assert fault("Why so?", "stop", "tutor", ["Why so?"]) is None
+    assert fault("Why so", "length", "tutor", ["x"]) == "cut"
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path: Path, recipe: SynthesisRecipe) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(asdict(recipe)))
+    return path
+
+
+def expected_rows(recipe: SynthesisRecipe) -> list[list[str]]:
+    return [made[0] for k in range(recipe.conversations) if (made := by_hand(recipe, k))]
+
+
+def rows(path: Path) -> list[list[str]]:
+    return [[turn["text"] for turn in json.loads(line)["turns"]] for line in path.read_text().splitlines()]
+
+
+def test_the_command_writes_stops_goes_on_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, out = CliRunner(), tmp_path / "talk.jsonl"
+    with running(House()) as url:
+        recipe = recipe_for(url, 30)
+        path = written(tmp_path, recipe)
+        stopped = runner.invoke(app, ["data", "synthesize", str(path), "--out", str(out), "--tokens", "20000"])
+        assert stopped.exit_code == 3, stopped.output
+        assert json.loads(stopped.stdout.splitlines()[-1])["spent"]["prompt"] < 20_000
+        assert 0 < len(rows(out)) < 30
+        # A torn last line, as a kill leaves it.
+        with (tmp_path / "talk.jsonl.journal").open("ab") as journal:
+            journal.write(b'{"kind":"kept","index":29,"conv')
+        done = runner.invoke(app, ["data", "synthesize", str(path), "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        assert rows(out) == expected_rows(recipe)
+        pairs = list(read_pairs(out, "conversations"))
+        assert len(pairs) == sum(max(0, len(said) // 2 - 1) for said in rows(out))
+        other = runner.invoke(
+            app, ["data", "synthesize", str(written(tmp_path, replace(recipe, seed=5))), "--out", str(out)]
+        )
+        assert "begun with another recipe (seed was 0, now 5)" in str(other.exception)
+        keyed = replace(recipe, tutor=replace(recipe.tutor, key="NO_SUCH_KEY"))
+        monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+        unset = runner.invoke(app, ["data", "synthesize", str(written(tmp_path, keyed)), "--out", str(out)])
+        assert "environment variable NO_SUCH_KEY, which is not set" in str(unset.exception)
+
+
+def test_two_runs_never_share_a_journal(tmp_path: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "talk.jsonl"
+    with (tmp_path / "talk.jsonl.journal").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        path = written(tmp_path, recipe_for("http://127.0.0.1:9/v1"))
+        result = CliRunner().invoke(app, ["data", "synthesize", str(path), "--out", str(out)])
+    assert "another run is writing there" in str(result.exception)
+
+
+def killed_runs(
+    folder: Path, n: int, kills: int, tokens: int | None = None
+) -> tuple[SynthesisRecipe, House, Path, int]:
+    """A run of the command that is killed ``kills`` times on its way; ends when it is finished."""
+    house, out = House(delay=0.02), folder / "talk.jsonl"
+    with running(house) as url:
+        recipe = recipe_for(url, n, limits={"concurrency": 16})
+        command = [sys.executable, "-m", "coala", "data", "synthesize", str(written(folder, recipe)), "--out", str(out)]
+        command += [] if tokens is None else ["--tokens", str(tokens)]
+        done = 0
+        for k in range(kills):
+            before = len(house.arrivals)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # Killed after so many more requests: in the middle of things whatever the machine's speed.
+            while process.poll() is None and len(house.arrivals) < before + n * 5 // (kills + 1) + 7 * k:
+                time.sleep(0.002)
+            assert process.poll() is None, "it finished before it was killed"
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            done += 1
+        subprocess.run(command, check=tokens is None, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return recipe, house, out, done
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_is_as_if_it_never_was(tmp_path: Path) -> None:
+    recipe, _, out, kills = killed_runs(tmp_path, 150, 3)
+    assert kills == 3
+    assert rows(out) == expected_rows(recipe)
+    events = [json.loads(line) for line in (tmp_path / "talk.jsonl.journal").read_text().splitlines()]
+    finished = [event["index"] for event in events if event["kind"] in ("kept", "given up")]
+    assert sorted(finished) == list(range(150))
+
+
+def test_an_interrupt_leaves_what_is_finished(tmp_path: Path) -> None:
+    house, out = House(faults=False, delay=0.05), tmp_path / "talk.jsonl"
+    with running(house) as url:
+        recipe = recipe_for(url, 400, limits={"concurrency": 8})
+        command = [
+            sys.executable,
+            "-m",
+            "coala",
+            "data",
+            "synthesize",
+            str(written(tmp_path, recipe)),
+            "--out",
+            str(out),
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and len(house.arrivals) < 200:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert "finished work is kept" in said
+    journal = read_journal((tmp_path / "talk.jsonl.journal").read_bytes())
+    assert 0 < len(rows(out)) == len(journal.kept) < 400
+
+
+@pytest.mark.slow
+def test_kills_do_not_loosen_the_budget(tmp_path: Path) -> None:
+    _, house, _, _ = killed_runs(tmp_path, 150, 2, tokens=100_000)
+    assert sum(house.bill) <= 100_000
+    events = [json.loads(line) for line in (tmp_path / "talk.jsonl.journal").read_text().splitlines()]
+    assert [event for event in events if event["kind"] == "resumed"]
+    assert events[-1]["kind"] == "ended"
+    assert sum(sum(v for k, v in event.get("usage", {}).items() if k != "nanodollars") for event in events) <= 100_000
