@@ -25,7 +25,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "evaluation": ({"values"}, {"scipy"}),
     "nash": ({"values"}, {"scipy"}),
     "report": ({"values", "store", "costs", "evaluation"}, set()),
-    "survey": ({"values", "store", "evaluation"}, {"fastapi"}),
+    "survey": ({"values", "store", "evaluation"}, {"fastapi", "uvicorn"}),
     "align": (
         {
             "values",
@@ -62,6 +62,8 @@ HEAVY = {
     "datasets",
     "pyarrow",
     "trl",
+    "fastapi",
+    "uvicorn",
 }
 
 

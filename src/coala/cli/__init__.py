@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from coala.cli import align, chat, comal, data, demo, evaluate, extract, fit, generate, report
+from coala.cli import align, chat, comal, data, demo, evaluate, extract, fit, generate, report, survey
 
 INTERRUPTED = 130
 
@@ -33,6 +33,7 @@ app.command("fit")(fit.fit)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(survey.app, name="survey")
 app.add_typer(comal.app, name="comal")
 
 

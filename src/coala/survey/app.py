@@ -1,0 +1,315 @@
+"""The pages of the survey: plain HTML from the server, one form per page, nothing that a method could show through.
+
+Every page is a function of the rater's token and the page's number; the answers of a question travel together in one
+document of one size whatever their order. A choice is on disk before the browser is sent on. Needs the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import sqlite3
+import string
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coala.survey.form import Survey
+from coala.survey.page import environment
+from coala.survey.records import Rater, Records, new_token
+
+LARGEST_BODY = 16 * 1024
+LONGEST_FIELD = 200
+MOST_INVITATIONS = 1000
+NOT_YET = "Please answer the pages before this one first."
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "X-Robots-Tag": "noindex",
+    # A page from a cache could show an answer that was replaced since, or one rater's page to another.
+    "Cache-Control": "no-store",
+}
+Fields = Mapping[str, list[str]]
+
+
+async def form_fields(request: Request) -> Fields:
+    """The fields of a form; HTTPException for a body that is too large, of another type, or not text."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "This address takes the form of its page, nothing else.")
+    body = b""
+    # Counted as it comes: a declared length may be absent or wrong.
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > LARGEST_BODY:
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "That is more than this form can hold.")
+    except ClientDisconnect:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "The form did not arrive whole.") from None
+    try:
+        return parse_qs(body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=50)
+    except (UnicodeDecodeError, ValueError):
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "The form could not be read.") from None
+
+
+Form = Annotated[Fields, Depends(form_fields)]
+
+
+def create_app(survey: Survey, records: Records, *, admin_token: str, invited_only: bool = False) -> FastAPI:
+    """The application. Pages for the organiser ask for ``admin_token`` as the password of HTTP Basic authentication."""
+    # No generated documentation: its pages fetch scripts from elsewhere. No redirects made of a request's Host.
+    app = FastAPI(title=survey.title, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(_Headers)
+    pages = environment()
+    here = Path(__file__).parent
+    look = (here.parent / "report" / "page.css").read_text("utf-8") + (here / "pages" / "survey.css").read_text("utf-8")
+    keys = (here / "pages" / "keys.js").read_text("utf-8")
+
+    def page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
+        shown = {"language": "en", "problem": "", "link": "", "link_text": "", "alarm": False} | values
+        return HTMLResponse(pages.get_template(name).render(shown), status)
+
+    def message(heading: str, *paragraphs: str, status: int = 200, link: str = "", link_text: str = "") -> HTMLResponse:
+        values = {"heading": heading, "paragraphs": paragraphs, "link": link, "link_text": link_text}
+        return page("message.html", status, alarm=status >= 400, **values)
+
+    def taking_part(token: str) -> Rater:
+        rater = records.rater(token)
+        if rater is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is not known. Check that it was copied whole.")
+        if rater.withdrawn:
+            raise HTTPException(HTTPStatus.GONE, "You have withdrawn; everything you entered was deleted.")
+        return rater
+
+    def welcome(token: str, status: int = 200, problem: str = "", entered: list[str] | None = None) -> HTMLResponse:
+        return page(
+            "welcome.html",
+            status,
+            heading=survey.title,
+            n_pages=len(survey.questions) + survey.repeats * len(survey.categories) + len(survey.checks),
+            consent=[part for part in survey.consent.split("\n\n") if part.strip()],
+            fields=survey.fields,
+            entered=entered or [""] * len(survey.fields),
+            token=token,
+            problem=problem,
+        )
+
+    def question(rater: Rater, number: int, status: int = 200, problem: str = "") -> HTMLResponse:
+        item = rater.pages[number - 1]
+        asked = survey.checks[item.index] if item.kind == "check" else survey.questions[item.index]
+        ask = "Choose one answer." if item.kind == "check" else survey.asks[survey.questions[item.index].category]
+        chosen = rater.choices.get(number - 1)
+        letters = string.ascii_uppercase
+        return page(
+            "question.html",
+            status,
+            number=number,
+            n_pages=len(rater.pages),
+            prompt=asked.prompt,
+            ask=ask,
+            answers=[(letters[place], asked.answers[i]) for place, i in enumerate(item.order)],
+            chosen=None if chosen is None else letters[chosen],
+            token=rater.token,
+            problem=problem,
+        )
+
+    def onward(rater: Rater) -> RedirectResponse:
+        following = rater.next_page
+        return _to(f"/s/{rater.token}/" + ("done" if following is None else str(following + 1)))
+
+    @app.get("/")
+    def first() -> Response:
+        if invited_only:
+            return message(survey.title, "This survey is by invitation: open the personal link you were given.")
+        return welcome(new_token())
+
+    @app.get("/page.css")
+    def style() -> Response:
+        return Response(look, media_type="text/css")
+
+    @app.get("/keys.js")
+    def script() -> Response:
+        return Response(keys, media_type="text/javascript")
+
+    @app.get("/s/{token}")
+    @app.get("/s/{token}/")
+    def resume(token: str) -> Response:
+        rater = taking_part(token)
+        return onward(rater) if rater.began else welcome(token)
+
+    @app.post("/s/{token}/begin")
+    def begin(token: str, fields: Form) -> Response:
+        entered = [_one(fields, f"field{i + 1}")[:LONGEST_FIELD] for i in range(len(survey.fields))]
+        if _one(fields, "agree") != "yes":
+            return welcome(token, HTTPStatus.UNPROCESSABLE_ENTITY, "Please tick the box if you take part.", entered)
+        if not records.begin(token, dict(zip(survey.fields, entered, strict=True)), invited_only=invited_only):
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is not known. Check that it was copied whole.")
+        return onward(taking_part(token))
+
+    @app.get("/s/{token}/done")
+    def done(token: str) -> Response:
+        rater = taking_part(token)
+        if not rater.began or rater.next_page is not None:
+            return _to(f"/s/{token}")
+        last = f"/s/{token}/{len(rater.pages)}"
+        words = f"All {len(rater.pages)} answers are kept. You can close this page."
+        return message("Thank you", words, link=last, link_text="Look at the last page again")
+
+    @app.get("/s/{token}/withdraw")
+    def leave(token: str) -> Response:
+        rater = taking_part(token)
+        return page("withdraw.html", heading="Withdraw", token=rater.token)
+
+    @app.post("/s/{token}/withdraw")
+    def withdraw(token: str, fields: Form) -> Response:
+        rater = taking_part(token)
+        if _one(fields, "sure") != "yes":
+            problem = "Nothing was deleted: please tick the box if you want that."
+            status = HTTPStatus.UNPROCESSABLE_ENTITY
+            return page("withdraw.html", status, heading="Withdraw", token=token, problem=problem)
+        records.withdraw(rater)
+        return message("You have withdrawn", "Everything you entered was deleted. Thank you for your time.")
+
+    @app.get("/s/{token}/{number}")
+    def show(token: str, number: int) -> Response:
+        rater = taking_part(token)
+        reached = len(rater.choices) + 1
+        if not rater.began or not 1 <= number <= min(reached, len(rater.pages)):
+            if number < 1 or (rater.began and number > len(rater.pages)):
+                raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such page.")
+            return _to(f"/s/{token}")
+        records.view(rater, number - 1)
+        return question(rater, number)
+
+    @app.post("/s/{token}/{number}")
+    def submit(token: str, number: int, fields: Form) -> Response:
+        rater = taking_part(token)
+        if not rater.began or not 1 <= number <= len(rater.pages):
+            raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such page.")
+        if number > len(rater.choices) + 1:
+            raise HTTPException(HTTPStatus.CONFLICT, NOT_YET)
+        letter = _one(fields, "choice")
+        options = string.ascii_uppercase[: len(rater.pages[number - 1].order)]
+        if len(letter) != 1 or letter not in options:
+            problem = "Please choose one of the answers."
+            return question(rater, number, HTTPStatus.UNPROCESSABLE_ENTITY, problem)
+        try:
+            records.answer(rater, number - 1, options.index(letter))
+        except LookupError:
+            raise HTTPException(HTTPStatus.CONFLICT, NOT_YET) from None
+        return _to(f"/s/{token}/" + (str(number + 1) if number < len(rater.pages) else "done"))
+
+    def organiser(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        try:
+            password = base64.b64decode(given, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            password = b""
+        if scheme.lower() != "basic" or not hmac.compare_digest(password, admin_token.encode()):
+            raise HTTPException(
+                HTTPStatus.UNAUTHORIZED,
+                "This page is for the organiser of the survey.",
+                headers={"WWW-Authenticate": 'Basic realm="survey", charset="UTF-8"'},
+            )
+        # A browser sends a password it knows along with requests that other sites begin.
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise HTTPException(HTTPStatus.FORBIDDEN, "Open this page by its own address.")
+
+    def overview(links: list[str]) -> HTMLResponse:
+        raters = records.raters()
+        begun = [rater for rater in raters if rater.began and not rater.withdrawn]
+        rows = [
+            ("Questions", len(survey.questions)),
+            ("Invited who have not begun", sum(not r.began and not r.withdrawn for r in raters)),
+            ("Taking part", len(begun)),
+            ("Finished", sum(r.next_page is None for r in begun)),
+            ("Withdrawn", sum(r.withdrawn for r in raters)),
+            ("Answers", records.n_answers),
+            ("Answers that were changed", records.n_changed),
+        ]
+        return page("admin.html", heading=survey.title, rows=rows, links=links, invited_only=invited_only)
+
+    @app.get("/admin", dependencies=[Depends(organiser)])
+    def admin() -> Response:
+        return overview([])
+
+    @app.post("/admin/invitations", dependencies=[Depends(organiser)])
+    def invitations(request: Request, fields: Form) -> Response:
+        wanted = _one(fields, "n")
+        if not wanted.isascii() or not wanted.isdigit() or not 1 <= int(wanted[:9]) <= MOST_INVITATIONS:
+            raise HTTPException(
+                HTTPStatus.UNPROCESSABLE_ENTITY, f"Give a number of links from 1 to {MOST_INVITATIONS}."
+            )
+        return overview([f"{request.base_url}s/{token}" for token in records.invite(int(wanted))])
+
+    @app.exception_handler(AnyHTTPException)
+    def refused(_: Request, error: AnyHTTPException) -> Response:
+        known = {404: "Not found", 405: "Not allowed", 401: "Organiser only", 410: "Withdrawn", 409: "Not yet"}
+        plain = error.detail if isinstance(error, HTTPException) else "There is nothing at this address."
+        answer = message(known.get(error.status_code, "That did not work"), plain, status=error.status_code)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(RequestValidationError)
+    def unreadable(_: Request, __: RequestValidationError) -> Response:
+        return message("Not found", "There is nothing at this address.", status=HTTPStatus.NOT_FOUND)
+
+    @app.exception_handler(sqlite3.Error)
+    def unsaved(_: Request, __: sqlite3.Error) -> Response:
+        words = (
+            "Your last answer could not be kept. Earlier ones are safe. Please go back and send it again in a minute."
+        )
+        return message("Not saved", words, status=HTTPStatus.SERVICE_UNAVAILABLE)
+
+    @app.exception_handler(Exception)
+    def broken(_: Request, __: Exception) -> Response:
+        words = "Something went wrong on our side. Earlier answers are safe. Please go back and try again."
+        answer = message("Not saved", words, status=HTTPStatus.INTERNAL_SERVER_ERROR)
+        answer.headers.update(HEADERS)  # made outside of the layer that adds them
+        return answer
+
+    return app
+
+
+class _Headers:
+    """Adds the security headers to every response, those of errors among them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        await self._app(scope, receive, sending)
+
+
+def _one(fields: Fields, name: str) -> str:
+    """The field's only value; nothing for a field that is absent or sent twice."""
+    values = fields.get(name, [])
+    return values[0].strip() if len(values) == 1 else ""
+
+
+def _to(path: str) -> RedirectResponse:
+    return RedirectResponse(path, HTTPStatus.SEE_OTHER)
