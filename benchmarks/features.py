@@ -177,7 +177,7 @@ def one(method: str, name: str, model: str, n: int, data: Path, out: Path | None
     import numpy as np
 
     from coala.costs import body_flops, peak_memory
-    from coala.features import extract, survey
+    from coala.features import distinct_lengths, extract, survey
 
     backbone, folder = load(model, data)
     pairs, spec = some_pairs(data, name, n, backbone), backbone.spec()
@@ -195,14 +195,7 @@ def one(method: str, name: str, model: str, n: int, data: Path, out: Path | None
         seconds, total, features = trl(pairs, folder, spec, backbone.shape)
     if out is not None and features is not None:
         np.save(out, features)
-    # Rows in lexicographic order share the most with the row before them.
-    ordered = sorted(row.astype(">i4").tobytes() for row in plan.tokens)
-    rows = [np.frombuffer(row, dtype=">i4") for row in ordered]
-    own = [len(rows[0])] if rows else []
-    for a, b in zip(rows, rows[1:], strict=False):
-        short = min(len(a), len(b))
-        differs = np.flatnonzero(a[:short] != b[:short])
-        own.append(len(b) - int(differs[0] if len(differs) else short))
+    lengths, own = distinct_lengths(plan.tokens)
     return {
         "data": name,
         "model": model,
@@ -210,7 +203,7 @@ def one(method: str, name: str, model: str, n: int, data: Path, out: Path | None
         "pairs": len(pairs),
         "seconds": seconds,
         "flops": int(total),
-        "bound": int(body_flops(backbone.shape, [len(row) for row in rows], own=own, layer=spec.layer)),
+        "bound": int(body_flops(backbone.shape, lengths, own=own, layer=spec.layer)),
         "reply_tokens": plan.facts["reply_tokens"],
         "distinct_tokens": plan.facts["distinct_tokens"],
         "tokens": plan.facts["tokens"],

@@ -37,7 +37,7 @@ def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
     from coala.backbone import load_backbone
     from coala.convex import fit
     from coala.data import check
-    from coala.evaluation import accuracy_difference, ranking_accuracy
+    from coala.evaluation import accuracy_difference, accuracy_of_margins
     from coala.features import extract_many
 
     folder = ROOT / "src" / "coala" / "assets" / model if model == "film-lm" else data / "models" / model
@@ -64,7 +64,7 @@ def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
         "layers": layer_table(scores),
         "layer": chosen,
         "of": backbone.n_layers,
-        "accuracy": {label: vars(ranking_accuracy(m, group)) for label, m in margins.items()},
+        "accuracy": {label: vars(accuracy_of_margins(m, group)) for label, m in margins.items()},
         "against_mean": {
             label: vars(accuracy_difference(margins[label], margins[labels[0]], group)) for label in labels[1:]
         },

@@ -9,25 +9,34 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coala.costs import (
+    Load,
+    Meter,
     Shape,
     Stopwatch,
+    ask_driver,
     body_flops,
     cronos_flops,
+    decoding_bytes,
     decoding_flops,
     extraction_flops,
     full_flops,
     guided_token_flops,
     head_flops,
+    pairwise_flops,
+    pass_bytes,
     score_flops,
     second_phase_flops,
     token_flops,
     training_flops,
     transformer_shape,
+    work_over_bound,
 )
 from coala.values import CoalaError
+from tests.menagerie import tiny_backbone
 
 SHAPES = {
     "DistilGPT2": transformer_shape(
@@ -216,3 +225,174 @@ def test_costs_load_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- an extraction that shares -------------------------------------------------------------------------------------
+
+
+def _without_rotary(work: Any) -> int:
+    """FLOPs of ``work()`` by PyTorch's counter, without those of the rotary angles."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        work()
+    rotary = sum(sum(n.values()) for name, n in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    return int(counter.get_total_flops() - rotary)
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_shared_extraction_costs_what_the_counter_counts(family: str, layer: int, tmp_path: Path) -> None:
+    """Trees of equal rows, so that no pass is padded: the trunks' pass, the branches' pass, and all of ``extract``."""
+    from coala.backbone import load_backbone
+    from coala.features import extract
+    from coala.features.plan import Survey
+    from coala.values import Pair, user
+
+    backbone = load_backbone(tiny_backbone(family, tmp_path))
+    backbone._network.causal.set_attn_implementation("eager")  # type: ignore[operator]
+    assert backbone.shares
+    draw = np.random.default_rng(0)
+    trees, long, shared = 3, 20, 12
+    tokens, trunk = [], []
+    for tree in range(trees):
+        whole = draw.integers(5, 300, long, dtype=np.int32)
+        tokens += [whole, np.concatenate([whole[:shared], draw.integers(5, 300, long - shared, dtype=np.int32)])]
+        trunk += [2 * tree, 2 * tree]
+    rows = np.arange(2 * trees)
+    plan = Survey(
+        tokens,
+        start=np.full(2 * trees, shared),
+        stop=np.full(2 * trees, long),
+        dropped=np.zeros(2 * trees, dtype=np.int64),
+        trunk=np.array(trunk),
+        shared=np.array([0, shared] * trees),
+        index=rows.reshape(-1, 2),
+    )
+    spec = backbone.spec(layer)
+    shape = backbone.shape
+
+    def formula(**of: Any) -> int:
+        return extraction_flops(shape, layer=spec.layer, **of)
+
+    readings = []
+    trunks = _without_rotary(
+        lambda: readings.append(backbone.read([list(map(int, t)) for t in tokens[::2]], [spec.layer], keep=True))
+    )
+    branches = _without_rotary(
+        lambda: readings[0].branch([0, 1, 2], [shared] * trees, [list(map(int, t[shared:])) for t in tokens[1::2]])
+    )
+    assert trunks == formula(lengths=[long] * trees)
+    assert branches == formula(lengths=[long] * trees, own=[long - shared] * trees)
+    pairs = [Pair(user("p"), "a", "b", str(i)) for i in range(trees)]
+    whole = _without_rotary(lambda: extract(pairs, backbone, spec, plan=plan))
+    assert whole == trunks + branches == formula(lengths=plan.lengths, own=plan.own_lengths)
+    assert whole < formula(lengths=plan.lengths)
+
+
+def test_work_is_over_its_bound_by_what_is_computed_twice() -> None:
+    from coala.features import distinct_lengths
+
+    draw = np.random.default_rng(3)
+    begin = draw.integers(0, 9, 6, dtype=np.int32)
+    rows = [np.concatenate([begin, np.full(4, last, dtype=np.int32)]) for last in (10, 11, 12)]
+    lengths, own = distinct_lengths(rows)
+    least = extraction_flops(SMALL, lengths, own=own)
+    alone = extraction_flops(SMALL, [10, 10, 10])
+    # All rows are of one length, so that work is in proportion to tokens: 30 of them against 6 + 3 * 4.
+    assert work_over_bound(alone, least) == pytest.approx(30 / 18)
+    assert work_over_bound(least, least) == 1
+    assert work_over_bound(1, 0) != work_over_bound(1, 0)
+
+
+def test_a_newton_step_is_what_the_compiler_counts() -> None:
+    """One product of conjugate gradients, in one block so that the compiler counts no loop body once."""
+    import jax.numpy as jnp
+
+    from coala.convex.rows import normal_product
+
+    n, width, gates = 200, 48, 6
+    rows, is_open = jnp.ones((2, n, width)), jnp.ones((2, n, gates), bool)
+    compiled = normal_product.lower(rows, is_open, (1.0, -1.0), jnp.ones(n), jnp.ones((width, gates))).compile()  # type: ignore[attr-defined]
+    counted = compiled.cost_analysis()["flops"]
+    # The compiler counts masks and sums too.
+    ours = pairwise_flops(n, width, gates, newton_steps=1, pcg_steps=1) / 2
+    assert ours == 8 * n * width * gates
+    assert ours <= counted <= 1.1 * ours
+
+
+# --- energy --------------------------------------------------------------------------------------------------------
+
+
+def _zone(folder: Path, number: int, name: str, micro_joules: int, full: int = 1_000_000_000) -> Path:
+    zone = folder / f"intel-rapl:{number}"
+    zone.mkdir(parents=True)
+    (zone / "name").write_text(f"{name}\n")
+    (zone / "energy_uj").write_text(f"{micro_joules}\n")
+    (zone / "max_energy_range_uj").write_text(f"{full}\n")
+    return zone / "energy_uj"
+
+
+def test_energy_is_what_the_counters_rose_by(tmp_path: Path) -> None:
+    package, core, memory = (
+        _zone(tmp_path, 0, "package-0", 5_000_000),
+        _zone(tmp_path, 1, "core", 1_000_000),
+        _zone(tmp_path, 2, "dram", 999_000_000),
+    )
+    meter = Meter(tmp_path)
+    with meter:
+        package.write_text("8500000")
+        core.write_text("4000000")  # lies inside the package
+        memory.write_text("1000000")  # began again behind its range: 2 J
+    assert meter.joules is not None
+    assert meter.joules["host"] == pytest.approx(5.5)
+    with meter:
+        package.write_text("9000000")
+    assert meter.joules["host"] == pytest.approx(6.0)
+    facts = meter.facts(tokens=100)
+    assert facts["tokens_per_second"] == 100 / meter.seconds
+    assert facts["joules"] == meter.joules
+    assert facts["peak_bytes"]["host"] > 0
+    package.unlink()
+    with meter:
+        pass
+    assert meter.joules["host"] == pytest.approx(6.0)  # a counter that went away takes nothing with it
+
+
+def test_energy_nobody_reports_is_none(tmp_path: Path) -> None:
+    with Meter(tmp_path) as meter:
+        pass
+    # A machine with an NVIDIA driver reports its GPUs whatever the processor does.
+    assert "host" not in (meter.joules or {})
+    assert meter.joules is None or meter.joules["device"] >= 0
+    if not ask_driver("power.draw"):
+        assert meter.joules is None
+        assert meter.facts()["joules"] is None
+
+
+def test_power_that_stands_still_is_energy_by_time() -> None:
+    from coala.costs import _Sampler
+
+    began = time.perf_counter()
+    sampler = _Sampler(lambda: 50.0, 50.0, every=0.02)
+    time.sleep(0.1)
+    used = sampler.used()
+    assert used is not None
+    assert 50 * 0.1 <= used <= 50 * (time.perf_counter() - began)
+
+
+def test_bytes_of_a_pass_grow_with_all_they_hold() -> None:
+    shape = SHAPES["Llama-3.1-8B"]
+
+    def total(load: Load, **of: Any) -> int:
+        return sum(pass_bytes(shape, 65_536, load, **{"size": 2, **of}).values())
+
+    plain, shared = Load(4096), Load(4096, 4096, 8192, 1024)
+    assert total(plain) < total(shared) < total(Load(8192, 8192, 16384, 1024))
+    assert total(shared, layer=16) < total(shared) < total(shared, size=4)
+    assert total(shared) < total(shared, to_end=True) == total(shared, pooled=2)
+    assert pass_bytes(shape, 65_536, shared, size=2)["kept keys and values"] == 4096 * 131_072
+    assert pass_bytes(shape, 65_536, plain, size=2)["kept keys and values"] == 0
+    assert decoding_bytes(shape, 65_536, 2, 100, 10, size=2) < decoding_bytes(shape, 65_536, 2, 200, 10, size=2)

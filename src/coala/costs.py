@@ -1,4 +1,4 @@
-"""FLOPs, seconds and bytes of each stage: counted by formula, and measured.
+"""FLOPs, bytes, seconds and joules of each stage: counted by formula, and measured.
 
 FLOPs are 2 per multiply-add of matrix products only; normalisation, activations and softmax are left out. For a row of
 T tokens, with P_mm weights in the layers' matrix products, attention width A = heads * head size and L layers,
@@ -10,10 +10,15 @@ T tokens, with P_mm weights in the layers' matrix products, attention width A = 
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -99,6 +104,15 @@ def extraction_flops(shape: Shape, lengths: Lengths, *, own: Lengths | None = No
     return body_flops(shape, lengths, own=own, layer=layer)
 
 
+def work_over_bound(flops: int, least: int) -> float:
+    """How many times the least possible work was done; nan for a bound of 0.
+
+    The bound of an extraction is :func:`extraction_flops` of ``coala.features.distinct_lengths``, every token that rows
+    have in common computed once.
+    """
+    return flops / least if least else float("nan")
+
+
 def training_flops(
     shape: Shape,
     chosen: Lengths,
@@ -134,6 +148,19 @@ def cronos_flops(rows: int, width: int, n_patterns: int, *, admm_steps: int, pcg
 def second_phase_flops(rows: int, width: int, n_neurons: int, *, epochs: int) -> int:
     """Fitting the second layer (Eq. 9): hidden layer once, then forward and backward over it each epoch."""
     return 2 * rows * width * n_neurons + epochs * 4 * rows * n_neurons
+
+
+def pairwise_flops(pairs: int, width: int, n_patterns: int, *, newton_steps: int, pcg_steps: int) -> int:
+    """One solve of the pairwise program by Newton's method: 8 n d P (k + 1) a step with k conjugate-gradient steps.
+
+    Two products with the data of two sides each in a conjugate-gradient step, and as many for the gradient.
+    """
+    return newton_steps * 8 * pairs * width * n_patterns * (pcg_steps + 1)
+
+
+def search_flops(pairs: int, width: int, *, starts: int, steps: int) -> int:
+    """One search for violated gates: two products with the data of two sides for every start and step."""
+    return 8 * pairs * width * starts * steps
 
 
 def score_flops(width: int, n_neurons: int) -> int:
@@ -182,6 +209,73 @@ def _sums(lengths: Lengths, own: Lengths | None = None) -> tuple[int, int]:
     return sum(computed), sum(a * b for a, b in zip(computed, values, strict=True))
 
 
+# --- bytes by formula ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """The largest forward passes of an extraction, in tokens.
+
+    ``trunk`` are those of a pass over whole rows, ``branch`` those computed in a pass over rows that go on from kept
+    ones, ``gathered`` what is gathered in front of them, ``across`` the most that one of them attends to.
+    """
+
+    trunk: int
+    branch: int = 0
+    gathered: int = 0
+    across: int = 0
+
+
+def pass_bytes(
+    shape: Shape,
+    cached: int,
+    load: Load,
+    *,
+    size: int,
+    layer: int | None = None,
+    to_end: bool = False,
+    pooled: int = 1,
+) -> dict[str, int]:
+    """Upper bounds in bytes, by part, of what an extraction holds on its device besides the weights.
+
+    With T, B, G and K the four numbers of ``load``, s bytes a number, l of L layers read, c numbers ``cached`` a token
+    over all layers, A = attention width and w = P_mm / (L d), all widths a layer makes taken together:
+
+        kept keys and values   T c s l / L                                    (if rows branch off)
+        activations            M (s (w + 2 A + 4 d) + 8 d),  M = max(T, B), and of a pass of branches
+                               (2 G + B) c s / L + 2 A (G + B) s + 24 B K     (gathered, repeated per head, masks)
+        hidden states          f (T d s + (G + 2 B) d s) + max(T, G + B) 8 d  (f ``pooled`` layers, the end one more)
+
+    Holds for fused attention; of eager attention the scores, heads * T * K * (s + 4), come on top.
+    """
+    n_layers, width, attention = shape.n_layers, shape.width, shape.attention_width
+    read = n_layers if layer is None or to_end else layer % (n_layers + 1)
+    made = -(-shape.body_matmul_parameters // (n_layers * width))
+    trunk, branch, gathered = load.trunk, load.branch, load.gathered
+    activations = max(trunk, branch) * (size * (made + 2 * attention + 4 * width) + 8 * width)
+    if branch:
+        activations += (2 * gathered + branch) * cached * size // n_layers
+        activations += 2 * attention * (gathered + branch) * size + 24 * branch * load.across
+    kinds = pooled + to_end
+    states = kinds * (trunk + gathered + 2 * branch) * width * size + max(trunk, gathered + branch) * 8 * width
+    return {
+        "kept keys and values": -(-trunk * cached * size * read // n_layers) if branch else 0,
+        "activations of a pass": activations,
+        "hidden states to pool": states,
+    }
+
+
+def decoding_bytes(shape: Shape, cached: int, rows: int, prompt_tokens: int, new_tokens: int, *, size: int) -> int:
+    """Upper bound in bytes of decoding ``rows`` replies side by side, besides the weights.
+
+    Keys and values of R rows of T + N tokens, with half as much room to grow in and one layer copied; the pass over
+    the prompts as in :func:`pass_bytes`, with masks of 4 bytes; three rows of float32 logits each.
+    """
+    kept = rows * (prompt_tokens + new_tokens + 64) * cached * size
+    read = sum(pass_bytes(shape, cached, Load(rows * prompt_tokens), size=size).values())
+    return 3 * kept // 2 + kept // shape.n_layers + read + 4 * rows * prompt_tokens**2 + 12 * rows * shape.vocabulary
+
+
 # --- measured ----------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +299,137 @@ class Stopwatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._spent, self._since = self.seconds, None
+
+
+class Meter(Stopwatch):
+    """A stopwatch that also reads what energy the block took, where the machine tells.
+
+    Of each NVIDIA GPU the driver's own counter (pynvml, if it is installed), else the power that ``nvidia-smi`` tells
+    every second, times the time; of the processor the counters under ``powercap``, which often only root may read.
+    Everything the machine does counts, not this process alone.
+    """
+
+    def __init__(self, powercap: Path = Path("/sys/class/powercap")) -> None:
+        super().__init__()
+        self._powercap = powercap
+        self._meters: dict[str, _Counter | _Sampler] = {}
+        self._spent_joules: dict[str, float] = {}
+
+    @property
+    def joules(self) -> dict[str, float] | None:
+        """Energy of the finished blocks by part, ``device`` and ``host``; None when nothing reports it."""
+        return dict(self._spent_joules) or None
+
+    def facts(self, tokens: int | None = None) -> dict[str, Any]:
+        """Seconds, peak bytes, joules, and ``tokens`` a second where their number is given."""
+        rate = {} if tokens is None or not self.seconds else {"tokens_per_second": tokens / self.seconds}
+        return {"seconds": self.seconds, "peak_bytes": peak_memory(), "joules": self.joules, **rate}
+
+    def __enter__(self) -> Meter:
+        device, host = _gpu_energy(), _processor_energy(self._powercap)
+        self._meters = {name: found for name, found in (("device", device), ("host", host)) if found is not None}
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        for name, meter in self._meters.items():
+            used = meter.used()
+            if used is not None:
+                self._spent_joules[name] = self._spent_joules.get(name, 0.0) + used
+        self._meters = {}
+
+
+class _Counter:
+    """Joules since it was made, by counters that only rise but begin again behind their range."""
+
+    def __init__(self, read: Callable[[], list[float]], ranges: Sequence[float]) -> None:
+        self._read, self._ranges, self._first = read, ranges, read()
+
+    def used(self) -> float | None:
+        try:
+            now = self._read()
+        except Exception:  # noqa: BLE001  a driver raises its own; a reading lost is no reason to lose the work
+            return None
+        steps = zip(now, self._first, self._ranges, strict=True)
+        return sum(b - a if b >= a else b - a + full for b, a, full in steps)
+
+
+class _Sampler:
+    """Joules since it was made, from watts asked for every second in a thread of its own."""
+
+    def __init__(self, watts: Callable[[], float | None], first: float, every: float = 1.0) -> None:
+        self._watts, self._every = watts, every
+        self._joules, self._at, self._power = 0.0, time.perf_counter(), first
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end.wait(self._every):
+            self._advance()
+
+    def _advance(self) -> None:
+        # Trapezes: the power between two readings is taken to be their mean.
+        power, now = self._watts(), time.perf_counter()
+        power = self._power if power is None else power
+        self._joules += (now - self._at) * (power + self._power) / 2
+        self._at, self._power = now, power
+
+    def used(self) -> float | None:
+        self._end.set()
+        self._thread.join()
+        self._advance()
+        return self._joules
+
+
+def _processor_energy(powercap: Path) -> _Counter | None:
+    """The packages' and memory's counters. Cores and graphics lie inside a package and are not counted again."""
+    zones = []
+    try:
+        for zone in sorted(powercap.glob("*/energy_uj")):
+            name = (zone.parent / "name").read_text().strip()
+            if name.startswith(("package", "dram")):
+                zones.append((zone, float((zone.parent / "max_energy_range_uj").read_text()) / 1e6))
+        if not zones:
+            return None
+        return _Counter(lambda: [float(zone.read_text()) / 1e6 for zone, _ in zones], [full for _, full in zones])
+    except (OSError, ValueError):
+        return None
+
+
+def _gpu_energy() -> _Counter | _Sampler | None:
+    if find_spec("pynvml") is not None:
+        try:
+            nvml = import_module("pynvml")
+            nvml.nvmlInit()
+            cards = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            if cards:
+                return _Counter(
+                    lambda: [nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1e3 for card in cards],
+                    [0.0] * len(cards),
+                )
+        except Exception:  # noqa: BLE001  NVML's own error class, known only where it is installed
+            pass
+    first = _gpu_watts()
+    return None if first is None else _Sampler(_gpu_watts, first)
+
+
+def _gpu_watts() -> float | None:
+    found = ask_driver("power.draw")
+    return sum(found) if found else None
+
+
+def ask_driver(field: str) -> list[float]:
+    """What ``nvidia-smi`` tells of ``field``, one number a GPU in its own unit; nothing without a driver or answer."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return [float(line) for line in done.stdout.split("\n") if line.strip()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
 
 
 def peak_memory() -> dict[str, int]:

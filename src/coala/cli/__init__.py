@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from coala.cli import align, chat, comal, data, demo, evaluate, extract, fit, generate, report, survey
+from coala.cli import align, chat, comal, data, demo, evaluate, extract, fit, generate, plan, report, survey
 
 INTERRUPTED = 130
 
@@ -28,6 +28,7 @@ app.command("align")(align.align)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)
+app.command("plan")(plan.plan)
 app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.command("demo")(demo.demo)

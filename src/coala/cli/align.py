@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ def align(
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean (over the reply), mean_all or last.")] = None,
     prefixes: Annotated[int | None, typer.Option(help="Fit on this many prefixes of every reply.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward pass.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
     method: Annotated[str | None, typer.Option(help="learnt, direct, two-phase or linear.")] = None,
     gate_on: Annotated[
@@ -84,6 +86,7 @@ def align(
             "layer": layer if layer is None or layer == "auto" else whole_number(layer),
             "pooling": pooling,
             "prefixes": prefixes,
+            "batch_tokens": batch_tokens,
             "device": device,
             "dtype": dtype,
             "adapter": adapter,
@@ -107,12 +110,24 @@ def run_and_show(settings: Any, out: Path, restart: bool = False, samples: int =
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
     from coala.align import summary_rows
-    from coala.cli.screen import emit, progress, side_by_side, table
+    from coala.align.plan import first_lines, make_plan
+    from coala.cli.screen import emit, progress, say, side_by_side, table
     from coala.store import Run
+    from coala.values import CoalaError
 
     run = Run(out)
     if restart:
         run.restart()
+    planned = None
+    if not (run.path / "run.json").exists():
+        # What cannot fit is refused now, with the flag that would make it fit, not after hours.
+        # Input that cannot be read is for the stages to name, in their order.
+        with suppress(CoalaError):
+            planned = make_plan(settings, probe_seconds=0)
+            for line in first_lines(planned):
+                say(line)
+        if planned is not None:
+            planned.require(certain=True)
     with progress() as show:
         content = run_align(settings, run, on_progress=show, cache=cache)
     table(summary_rows(content))

@@ -1,0 +1,122 @@
+"""`coala plan`: what a run will cost, before it runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+
+
+def plan(
+    pairs: Annotated[
+        list[str] | None, typer.Argument(metavar="PAIRS...", help="Training pairs: file(s) or a hub dataset.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Local model folder or hub name; weights are not needed.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json to take the model's sizes from.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Plan for so many pairs like those given.")] = None,
+    tokens_per_prompt: Annotated[int | None, typer.Option(help="Tokens of every prompt, instead of counting.")] = None,
+    tokens_per_reply: Annotated[int | None, typer.Option(help="Tokens of every reply, instead of counting.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Plan for a GPU with this much, such as 24GiB; default: what is free here.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory there will be; default: what is free here.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Disk there will be; default: what is free here.")] = None,
+    probe: Annotated[float, typer.Option(min=0, help="Seconds to encode rows for, to tell the time; 0: none.")] = 5.0,
+    eval_pairs: Annotated[
+        list[str] | None, typer.Option("--eval", help="Held-out pairs; without it whole groups of PAIRS are held out.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Format of the pairs; recognised if not given.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, chat, dialogue or continuation.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or offload (what does not fit waits).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Hidden state to read; -1 is the last, or auto.")] = None,
+    prefixes: Annotated[int | None, typer.Option(help="Fit on this many prefixes of every reply.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass.")] = None,
+    method: Annotated[str | None, typer.Option(help="learnt, direct, two-phase or linear.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Held-out prompts to answer for the report.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the recipe.")
+    ] = None,
+) -> None:
+    """Tokens, FLOPs, memory, disk and time of `coala align`, told before anything is done; refuses what cannot fit.
+
+    Without weights a model is planned from its config.json. Where something is short, the flags that make it fit are
+    named, and the exit code is 2. No weights are fetched; those that are here are loaded to tell the time.
+
+    Examples:
+
+    `coala plan pairs.jsonl --model ./my-model`
+
+    `coala plan pairs.jsonl --config llama/config.json --gpu-memory 24GiB --rows 65606`
+
+    `coala plan --config llama/config.json --rows 65606 --tokens-per-prompt 200 --tokens-per-reply 150`
+    """
+    from dataclasses import asdict
+
+    from coala.align.counting import Guess
+    from coala.align.plan import make_plan, table_rows
+    from coala.cli.screen import emit, table, whole_number
+    from coala.recipe import load_recipe, set_option
+    from coala.values import CoalaError
+
+    if (tokens_per_prompt is None) != (tokens_per_reply is None):
+        raise CoalaError("One of --tokens-per-prompt and --tokens-per-reply was given; expected both or neither.")
+    guess = None
+    if tokens_per_prompt is not None and tokens_per_reply is not None:
+        guess = Guess(tokens_per_prompt, tokens_per_reply)
+    overrides: dict[str, Any] = {
+        # None would leave the recipe without pairs, which a plan may do.
+        "pairs": pairs or (None if recipe else []),
+        "eval_pairs": eval_pairs or None,
+        "format": format,
+        "skip_bad": skip_bad or None,
+        "model": {
+            "name": model or (None if config is None else str(config)),
+            "template": template,
+            "layer": layer if layer is None or layer == "auto" else whole_number(layer),
+            "prefixes": prefixes,
+            "device": device,
+            "dtype": dtype,
+            "quantise": quantise,
+            "max_tokens": max_tokens,
+            "batch_tokens": batch_tokens,
+        },
+        "head": {"method": method},
+        "evaluation": {"prompts": prompts},
+    }
+    found = make_plan(
+        load_recipe(recipe, overrides, *map(set_option, set_ or [])),
+        probe_seconds=probe,
+        memory=_bytes(memory),
+        device_memory=_bytes(gpu_memory),
+        disk=_bytes(disk),
+        config=config,
+        rows=rows,
+        guess=guess,
+    )
+    table(table_rows(found))
+    emit(asdict(found))
+    found.require()
+
+
+def _bytes(text: str | None) -> int | None:
+    """``24GiB``, ``24GB`` or ``24g``, all in powers of 1024 as cards are sold, or a plain number of bytes."""
+    from coala.values import CoalaError
+
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise CoalaError(f"{text!r} is no size; expected one such as 24GiB or 800MiB.")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
