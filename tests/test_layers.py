@@ -23,8 +23,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"values", "backbone"}, {"torch"}),
     "evaluation": ({"values"}, {"scipy"}),
-    "nash": ({"values"}, {"scipy"}),
+    "baselines": ({"values", "store", "costs", "backbone"}, {"torch"}),
+    "nash": ({"values", "store", "backbone", "decoding"}, {"scipy"}),
     "report": ({"values", "store", "costs", "evaluation"}, set()),
+    "export": (
+        {"values", "store", "costs", "backbone", "evaluation", "align"},
+        {"torch", "transformers"},
+    ),
     "survey": ({"values", "store", "evaluation"}, {"fastapi", "uvicorn"}),
     "align": (
         {
@@ -45,7 +50,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {
             *("values", "store", "cache", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "nash", "report", "align", "survey"),
+            *("evaluation", "nash", "report", "align", "survey", "export", "baselines"),
         },
         {"typer"},
     ),

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from coala.cli import align, chat, comal, data, demo, evaluate, extract, fit, generate, plan, report, survey
+from coala.cli import align, chat, comal, data, demo, evaluate, export, extract, fit, generate, plan, report, survey
 
 INTERRUPTED = 130
 
@@ -36,6 +36,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(survey.app, name="survey")
 app.add_typer(comal.app, name="comal")
+app.command("export")(export.export)
+app.add_typer(export.app, name="bench")
 
 
 def _version(wanted: bool) -> None:
