@@ -1,56 +1,322 @@
-"""Guidance modes on the bundled film task: win rate against unguided text by the independent judge, and perplexity.
+"""Does guidance align? Every mode on the bundled film task, and on stories: win rate, perplexity, repetition, cost.
 
-    coala demo --out runs/demo && python benchmarks/guidance.py --run runs/demo
+    python benchmarks/guidance.py film
+    python benchmarks/guidance.py stories --model STORIES    # a folder with the 260K-parameter story model
 
-Uses the head and the held-out prompts of a finished demo. Prints a table; the last line is JSON.
+Linear heads are fitted on samples of the model itself, ranked by a labeller, either on whole replies or on eight
+prefixes of each. The judge of the table shares no word and no training data with the labeller: the film task's own, and
+for stories glad minus sad words, dealt to labeller and judge by the parity of their SHA-256. Every reply is compared
+with ``--references`` unguided ones to the same prompt that are independent of it; intervals are over prompts. `control`
+draws five candidates and samples once more among them, without a head. Cost is in forwards of one token (by
+`coala.costs`), from the columns and logits that were computed. Prints a table; the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from coala.align import load_run
-from coala.align.stages import prompt_id
+import numpy as np
+import torch
+
+from coala.backbone import LanguageModel, load_backbone
+from coala.convex import fit
+from coala.costs import body_flops, head_flops, token_flops
+from coala.data import read_pairs
 from coala.decoding import Guidance, generate
-from coala.evaluation import WordJudge, judge, perplexity, win_rate
-from coala.store import load_pairs
-from coala.values import Generation
+from coala.decoding.sampling import gumbel, restrict, stream_key
+from coala.evaluation import WordJudge, mean_estimate, paired_difference, perplexity, win_rate
+from coala.features import extract
+from coala.values import ConvexHead, Estimate, Generation, Pair, Turn, conversation_text, user
 
-ROOT = Path(__file__).resolve().parent.parent
-RULES = (Guidance("token"), Guidance("token", strength=4), Guidance("block"), Guidance.paper())
+ASSETS = Path(__file__).resolve().parent.parent / "src" / "coala" / "assets"
+PREFIXES = 8
+OPENINGS = (
+    "Once upon a time",
+    "One day",
+    "The dog was",
+    "Lily and Ben",
+    "The little boy",
+    "Mom said",
+    "In the park",
+    "There was a bird",
+    "Tom had a ball",
+    "It was raining",
+)
+GLAD = """
+    happy happily glad joy smile smiled smiling laugh laughed laughing love loved loves loving fun play played playing
+    friend friends hug hugged kind nice good great best wonderful beautiful pretty proud thank thanks excited safe share
+    shared help helped giggled cheered delicious favorite sweet warm bright special brave
+"""
+SAD = """
+    sad sadly cry cried crying tears hurt pain angry mad scared afraid fear lonely alone lost bad mean sorry broken
+    broke sick tired worried upset danger dangerous dark cold fell fall hit yelled shouted screamed wrong ugly naughty
+    hate hated monster
+"""
+Prompt = tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, what labelled the pairs, who judges, and the prompts of the table with their names."""
+
+    backbone: LanguageModel
+    layer: int
+    judge: WordJudge
+    labeller: WordJudge
+    pairs: list[Pair]
+    prompts: list[Prompt]
+    ids: list[str]
+    new_tokens: int
+
+
+def film(n: int) -> Task:
+    """The bundled pairs and held-out prompts."""
+    test = {conversation_text(p.prompt): p.prompt for p in read_pairs(ASSETS / "film_pairs_test.jsonl.gz")}
+    names, prompts = list(test)[:n], list(test.values())[:n]
+    return Task(
+        load_backbone(str(ASSETS / "film-lm"), device="cpu"),
+        -1,
+        WordJudge.load(ASSETS / "film-judge.json"),
+        WordJudge.load(ASSETS / "film-labeller.json"),
+        list(read_pairs(ASSETS / "film_pairs.jsonl.gz")),
+        prompts,
+        [hashlib.sha256(name.encode()).hexdigest()[:12] for name in names],
+        48,
+    )
+
+
+def words(mine: bool) -> dict[str, float]:
+    """The words of the judge, or of the labeller; a weight of 100 is one point for each per cent of the text."""
+    weights = {**dict.fromkeys(GLAD.split(), 100.0), **dict.fromkeys(SAD.split(), -100.0)}
+    return {word: w for word, w in weights.items() if (hashlib.sha256(word.encode()).digest()[0] % 2 == 1) == mine}
+
+
+def stories(n: int, model: Path) -> Task:
+    """800 samples of the model for training, ranked within their opening; n stories of ten openings for the table."""
+    backbone = load_backbone(model, device="cpu", template="continuation")
+    labeller, judged_by = WordJudge("labeller", words(mine=False)), WordJudge("judge", words(mine=True))
+    openings = [user(OPENINGS[i % len(OPENINGS)]) for i in range(max(n, 800))]
+    samples = generate(openings[:800], backbone, max_new_tokens=100, seed=99, batch_size=100)
+    pairs = []
+    for which, opening in enumerate(OPENINGS):
+        texts = {g.text for g in samples[which :: len(OPENINGS)] if g.text.strip()}
+        ranked = sorted(texts, key=labeller.score, reverse=True)
+        half = len(ranked) // 2
+        for i, better in enumerate(ranked[:half]):  # each of the upper half against five of the lower
+            for k in range(5):
+                worse = ranked[half + (i + 4 * k) % half]
+                if labeller.score(better) > labeller.score(worse):
+                    pairs.append(Pair(user(opening), better, worse, f"{which}-{i}"))
+    ids = [f"story-{i}" for i in range(n)]
+    return Task(backbone, 3, judged_by, labeller, pairs, openings[:n], ids, 100)
+
+
+def heads(task: Task) -> dict[str, ConvexHead]:
+    """Linear heads on whole replies and on prefixes of them."""
+    spec = task.backbone.spec(task.layer, "mean")
+    return {
+        "full": fit(extract(task.pairs, task.backbone, spec), method="linear").head,
+        "prefixes": fit(extract(task.pairs, task.backbone, spec, prefixes=PREFIXES), method="linear").head,
+    }
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted(backbone: LanguageModel) -> Iterator[dict[str, int]]:
+    """Columns that went through the layers, and rows of logits, inside the block."""
+    network = backbone._network
+    seen = {"columns": 0, "logits": 0}
+    run, log_probs = network.run, network.log_probs
+
+    def counting_run(tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        seen["columns"] += tokens.numel()
+        return run(tokens, *args, **kwargs)
+
+    def counting_log_probs(final: Any) -> Any:
+        seen["logits"] += len(final)
+        return log_probs(final)
+
+    network.run, network.log_probs = counting_run, counting_log_probs  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del network.run, network.log_probs
+
+
+def distinct(texts: Sequence[str]) -> Estimate:
+    """Mean share of a text's word triples that are different."""
+    shares = []
+    for text in texts:
+        found = text.lower().split()
+        triples = list(zip(found, found[1:], found[2:], strict=False))
+        if triples:
+            shares.append(len(set(triples)) / len(triples))
+    return mean_estimate(shares)
+
+
+def control(task: Task, seed: int, candidates: int = 5) -> list[Generation]:
+    """Candidates as the unguided sampler draws them, then one more sample among them: App. H.3 at strength 0."""
+    backbone, found = task.backbone, []
+    for prompt, name in zip(task.prompts, task.ids, strict=True):
+        prefix = backbone.start([backbone.render(prompt).tokens])
+        tokens: list[int] = []
+        log_prob = 0.0
+        while len(tokens) < task.new_tokens:
+            nucleus = restrict(prefix.log_probs(), temperature=1.0, top_k=50, top_p=0.9)
+            perturbed = nucleus.log_probs[0] + gumbel([stream_key(seed, name, 0, len(tokens))], nucleus.tokens)[0]
+            few = np.argsort(-perturbed)[:candidates]
+            anew = gumbel([stream_key(seed, name, 1, len(tokens))], nucleus.tokens)[0]
+            rank = few[(nucleus.log_probs[0] + anew)[few].argmax()]
+            token = int(nucleus.tokens[0, rank])
+            if token in backbone.stop_tokens:
+                break
+            tokens.append(token)
+            log_prob += float(nucleus.base[0, rank])
+            prefix.push(torch.tensor([token]))
+        found.append(Generation(name, backbone.decode(tokens), "control", len(tokens), seed, np.nan, log_prob))
+    return found
+
+
+def rules() -> Iterator[tuple[str, Guidance]]:
+    """Head and guidance of every row of the table."""
+    for k in ("full", "prefixes"):
+        yield k, Guidance("token")
+        yield k, Guidance("token", strength=4)
+        yield k, Guidance("block")
+        yield k, Guidance("best_of")
+        yield k, Guidance("shift", budget=20.0, candidates=10)
+    yield "prefixes", Guidance("token", strength=3)
+    yield "prefixes", Guidance("token", strength=6)
+    yield "prefixes", Guidance("block", block_tokens=5)
+    yield "prefixes", Guidance("block", candidates=10)
+    yield "prefixes", Guidance("shift", strength=4.0)
+    yield "prefixes", Guidance("shift", budget=40.0, candidates=10)
+    yield "prefixes", Guidance("shift", budget=80.0)
+    yield "prefixes", Guidance("beam", strength=0.1)
+    yield "full", Guidance.paper()
+    yield "full", Guidance.paper(8)
+    yield "full", Guidance("token", strength=1)
+    yield "full", Guidance("token", strength=3)
+    yield "full", Guidance("token", rule="z-score", strength=1)
+    yield "full", Guidance("token", strength=4, candidates=10)
+    yield "full", Guidance("token", rule="raw", strength=32)
+    for budget in (5.0, 10.0, 20.0, 40.0, 80.0):
+        yield "full", Guidance("shift", budget=budget)
+    yield "full", Guidance("shift", strength=2.0)
+    yield "full", Guidance("shift", strength=4.0)
+    yield "full", Guidance("shift", budget=40.0, candidates=10)
+    yield "full", Guidance("shift", budget=20.0, rule="z-score")
+    yield "full", Guidance("shift", budget=20.0, rule="raw")
+    yield "full", Guidance("block", block_tokens=5)
+    yield "full", Guidance("block", candidates=10)
+    yield "full", Guidance("best_of", candidates=20)
+    yield "full", Guidance("beam", strength=0.0)
+    yield "full", Guidance("beam", strength=0.1)
+    yield "full", Guidance("beam", strength=0.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("task", choices=("film", "stories"))
+    parser.add_argument("--model", type=Path, help="the story model's folder")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--references", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=50)
     args = parser.parse_args()
-    if not (args.run / "head" / "head.json").exists():
-        print(f"{args.run} is not a finished demo: run `coala demo --out {args.run}` first")
-        print(json.dumps({"skipped": f"{args.run} is not a finished demo"}))
+    if args.task == "stories" and (args.model is None or not (args.model / "config.json").exists()):
+        print("the story model is not there: give its folder with --model")
+        print(json.dumps({"skipped": "no story model"}))
         return
-    backbone, head, _ = load_run(args.run)
-    by_prompt = {pair.prompt: pair for pair in load_pairs(args.run / "pairs-eval.jsonl")}
-    chosen = list(by_prompt.values())[: args.prompts]
-    film_judge = WordJudge.load(ROOT / "src" / "coala" / "assets" / "film-judge.json")
+    task = film(args.prompts) if args.task == "film" else stories(args.prompts, args.model)
+    backbone, fitted = task.backbone, heads(task)
 
-    def replies(rule: Guidance) -> list[Generation]:
-        ids = [prompt_id(pair) for pair in chosen]
-        prompts = [pair.prompt for pair in chosen]
-        return generate(prompts, backbone, head, rule, max_new_tokens=48, seed=0, prompt_ids=ids, batch_size=32)
+    def replies(rule: Guidance, head: ConvexHead | None = None, seed: int = 0) -> list[Generation]:
+        return generate(
+            task.prompts,
+            backbone,
+            head,
+            rule,
+            max_new_tokens=task.new_tokens,
+            seed=seed,
+            prompt_ids=task.ids,
+            batch_size=args.batch,
+        )
 
-    unguided = replies(Guidance("none"))
-    rows = []
-    for rule in RULES:
-        guided = replies(rule)
-        wins = win_rate(judge(guided, unguided, film_judge))
-        cost = perplexity([g.log_prob for g in guided], [g.n_tokens for g in guided])
-        rows.append({"guidance": str(rule), "win_rate": asdict(wins), "perplexity": asdict(cost)})
-        print(f"{rule!s:<45} wins {wins}  perplexity {cost.value:.2f} [{cost.low:.2f}, {cost.high:.2f}]", flush=True)
-    print(json.dumps({"rows": rows}))
+    reference = [g for k in range(args.references) for g in replies(Guidance("none"), seed=1000 + k)]
+    prompt_tokens = float(np.mean([len(backbone.render(prompt).tokens) for prompt in task.prompts]))
+    rows: list[dict[str, Any]] = []
+    plain: list[Generation] = []
+
+    def measure(head: str, name: str, make: Callable[[], list[Generation]]) -> None:
+        start = time.perf_counter()
+        with counted(backbone) as seen:
+            found = make()
+        seconds = time.perf_counter() - start
+        n_tokens = sum(g.n_tokens for g in found)
+        context = round(prompt_tokens + n_tokens / len(found) / 2)
+        column = body_flops(backbone.shape, [context], own=[1])
+        flops = seen["columns"] * column + seen["logits"] * head_flops(backbone.shape, [1])
+        if not plain:
+            plain.extend(found)
+        several = [g for _ in range(args.references) for g in found]
+
+        def wins(by: WordJudge) -> Estimate:
+            judgements = [by.compare((), mine, theirs) for mine, theirs in zip(several, reference, strict=True)]
+            # A beam gives one reply to one prompt, however often it is asked: that is one group of the interval.
+            beam = found[0].method.startswith("beam")
+            names = [conversation_text(prompt) for prompt in task.prompts] if beam else task.ids
+            # Two texts of one method may meet: the sides are named here, for the null row's sake.
+            sided = [
+                replace(judgement, prompt_id=name, first="row", second="reference")
+                for name, judgement in zip(names * args.references, judgements, strict=True)
+            ]
+            return win_rate(sided)
+
+        nll = [-g.log_prob / max(g.n_tokens, 1) for g in found]
+        base = [-g.log_prob / max(g.n_tokens, 1) for g in plain]
+        ppl = perplexity([g.log_prob for g in found], [g.n_tokens for g in found])
+        ppl_plain = perplexity([g.log_prob for g in plain], [g.n_tokens for g in plain])
+        nats = [g.divergence for g in found if hasattr(g, "divergence")]
+        row = {
+            "head": head,
+            "guidance": name,
+            "wins": asdict(wins(task.judge)),
+            "wins_labeller": asdict(wins(task.labeller)),
+            "perplexity": asdict(ppl),
+            "perplexity_ratio": ppl.value / ppl_plain.value,
+            "nll_difference": asdict(paired_difference(nll, base)),
+            "distinct_3": asdict(distinct([g.text for g in found])),
+            "tokens": n_tokens / len(found),
+            "tokens_per_second": n_tokens / seconds,
+            "cost": flops / token_flops(backbone.shape, context) / max(n_tokens, 1),
+            "score": float(np.mean([g.score for g in found])),
+            "nats": float(np.mean(nats)) if nats else None,
+            "most_nats": float(np.max(nats)) if nats else None,
+        }
+        rows.append(row)
+        print(
+            f"{head:8} | {name:45} | {wins(task.judge)} | {wins(task.labeller).value:.3f} | {ppl.value:.2f} "
+            f"[{ppl.low:.2f}, {ppl.high:.2f}] | {row['perplexity_ratio']:.2f} | {row['distinct_3']['value']:.3f} | "
+            f"{row['tokens']:.1f} | {row['cost']:.2f} | {row['tokens_per_second']:.0f} | "
+            f"{'' if not nats else f'{np.mean(nats):.1f}'}",
+            flush=True,
+        )
+
+    measure("-", "unguided", lambda: replies(Guidance("none")))
+    measure("-", "control: 5 candidates, sampled once more", lambda: control(task, seed=0))
+    for which, rule in rules():
+        measure(which, str(rule), lambda which=which, rule=rule: replies(rule, fitted[which]))
+    print(json.dumps({"task": args.task, "pairs": len(task.pairs), "rows": rows}))
 
 
 if __name__ == "__main__":

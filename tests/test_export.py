@@ -316,10 +316,10 @@ def test_refusals(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match="not empty"):
+    with pytest.raises(CoalaError, match="not empty"):
         export_reward_model(head, models["llama"], tmp_path / "full")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match="--out"):
+    with pytest.raises(CoalaError, match="--out"):
         export_reward_model(head, models["llama"], tmp_path / "file" / "out")
     export_reward_model(head, models["llama"], tmp_path / "empty")
     leftovers = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]

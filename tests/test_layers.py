@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "decoding": ({"values", "backbone"}, {"torch"}),
     "evaluation": ({"values"}, {"scipy"}),
     "baselines": ({"values", "store", "costs", "backbone"}, {"torch"}),
-    "nash": ({"values", "store", "backbone", "decoding"}, {"scipy"}),
+    "nash": ({"values", "store", "backbone", "decoding", "evaluation", "baselines"}, {"scipy"}),
     "report": ({"values", "store", "costs", "evaluation"}, set()),
     "export": (
         {"values", "store", "costs", "backbone", "evaluation", "align"},

@@ -67,14 +67,16 @@ class HeadSettings(_Strict):
 class GuidanceSettings(_Strict):
     """How the head guides decoding."""
 
-    mode: Literal["token", "block", "prefix", "none"] = "token"
+    mode: Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"] = "token"
     strength: float = Field(2.0, ge=0)
     every: int | None = Field(None, ge=1, description="guide every N tokens; 1, in prefix mode 5")
     candidates: int = Field(5, ge=1)
     top_k: int = Field(50, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
     block_tokens: int = Field(10, ge=1)
-    rule: Literal["min-max", "raw"] = "min-max"
+    rule: Literal["min-max", "raw", "z-score"] = "min-max"
+    budget: float | None = Field(None, ge=0, description="of mode shift: nats a reply may spend on guidance")
+    width: int = Field(4, ge=1, description="of mode beam: hypotheses kept")
 
 
 class EvaluationSettings(_Strict):
@@ -105,6 +107,8 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:
         head, model = self.head, self.model
+        if self.guidance.budget is not None and self.guidance.mode != "shift":
+            raise ValueError(f"guidance.budget belongs to guidance.mode shift; found {self.guidance.mode}")
         if head.paper and head.method != "two-phase":
             raise ValueError(f"head.paper is a setting of head.method two-phase; found {head.method}")
         if head.gate_on == "prompt" and head.method in ("two-phase", "linear"):

@@ -265,6 +265,9 @@ class Generation:
     """One reply. ``score`` is the head's (nan without one), ``log_prob`` the base model's own log-probability of it.
 
     ``method`` tells how it was decoded; ``n_tokens`` counts generated tokens, the stop token not among them.
+    ``divergence``, where the decoder accounts for it (mode ``shift``), is the nats spent on guidance: the sum over the
+    steps of KL(guided || restricted base) along this reply, whose mean over replies is the divergence between the two
+    distributions of replies.
     """
 
     prompt_id: str
@@ -274,6 +277,7 @@ class Generation:
     seed: int
     score: float
     log_prob: float
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)

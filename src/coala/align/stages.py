@@ -313,7 +313,14 @@ def _replies(job: _Job) -> None:
                     batch_size=PORTION,
                 )
             save_generations(job.path(f"generations-{method}.jsonl"), replies)
-            candidates = guidance.candidates if method == "guided" and guidance.mode in ("token", "prefix") else 0
+            # Columns that are looked at for each token, and replies (or parts of them) that are decoded for each.
+            looked_at = {
+                "token": guidance.candidates,
+                "prefix": guidance.candidates,
+                "shift": guidance.candidates + 1,
+                "beam": guidance.width * guidance.candidates,
+            }
+            candidates = looked_at.get(guidance.mode, 0) if method == "guided" else 0
             flops: int = sum(
                 decoding_flops(
                     backbone.shape,
@@ -325,8 +332,8 @@ def _replies(job: _Job) -> None:
                 )
                 for pair, reply in zip(chosen, replies, strict=True)
             )
-            blocks = guidance.candidates if method == "guided" and guidance.mode == "block" else 1
-            return {"n": len(replies), "flops": flops * blocks}
+            decoded = guidance.candidates if method == "guided" and guidance.mode in ("block", "best_of") else 1
+            return {"n": len(replies), "flops": flops * decoded}
 
         job.once(stage, inputs, [f"generations-{method}.jsonl"], work)
 

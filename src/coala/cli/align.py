@@ -45,7 +45,9 @@ def align(
         float | None, typer.Option(help="CVX-DPO: margin of this times the model's log ratio (computes those too).")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Two-phase with the published settings.")] = False,
-    mode: Annotated[str | None, typer.Option(help="Guidance: token, block, prefix or none.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Guidance: token, block, prefix, shift, best_of, beam or none.")
+    ] = None,
     strength: Annotated[float | None, typer.Option(help="Guidance strength.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Held-out prompts to answer for the report.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of those replies.")] = None,

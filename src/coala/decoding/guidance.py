@@ -1,4 +1,4 @@
-"""How a head steers decoding: the settings, and the rule that turns head scores into a reweighted distribution.
+"""How a head steers decoding: the settings, and the rules that put head scores on a scale.
 
 Knows nothing of models or text.
 """
@@ -15,22 +15,37 @@ from numpy.typing import NDArray
 
 from coala.values import CoalaError
 
-Mode = Literal["token", "block", "prefix", "none"]
-Rule = Literal["min-max", "raw"]
+Mode = Literal["token", "prefix", "shift", "block", "best_of", "beam", "none"]
+Rule = Literal["min-max", "raw", "z-score"]
 Float64 = NDArray[np.float64]
 
 PAPER_EVERY = 5
+# Modes in which the best of several sampled continuations is kept.
+RANKING: tuple[Mode, ...] = ("block", "best_of")
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How the head guides decoding, and the restricted base distribution that guided and unguided text share.
 
-    ``mode``: ``token`` scores candidates at every ``every``-th token (1); ``prefix`` is the same at every fifth token,
-    the paper's setting (App. H.3); ``block`` samples ``candidates`` blocks of ``block_tokens`` tokens and keeps the one
-    with the best score; ``none`` is plain sampling. ``strength`` multiplies the candidates' scores, min-max normalised
-    to [0, 1] (``rule="min-max"``) or as they are (``"raw"``), before they are added to the log-probabilities. Strength
-    0 is unguided in every mode; in block mode any other strength means the same, for the best block simply wins.
+    ``mode``:
+
+    - ``token`` scores ``candidates`` samples of every ``every``-th token (1) and chooses among them;
+    - ``prefix`` is the same at every fifth token, the paper's setting (App. H.3);
+    - ``shift`` tilts the distribution of every ``every``-th token (1) by the scores of its ``candidates`` likeliest
+      tokens, so that its divergence from the base distribution is known exactly and ``budget`` can bound it;
+    - ``block`` samples ``candidates`` blocks of ``block_tokens`` tokens, keeps the one with the best score, goes on;
+    - ``best_of`` samples ``candidates`` whole replies and keeps the one with the best score;
+    - ``beam`` searches, without any chance, for the reply with the best mean log-probability plus ``strength`` times
+      score, with ``width`` replies in hand, each of which goes on by its ``candidates`` likeliest tokens;
+    - ``none`` is plain sampling.
+
+    ``strength`` multiplies the scores before they are added to log-probabilities: min-max normalised to [0, 1]
+    (``rule="min-max"``), as they are (``"raw"``), or in standard deviations from their mean (``"z-score"``), each over
+    the candidates of one choice. Strength 0 is unguided in every mode but ``beam``, which then is plain beam search; in
+    ``block`` and ``best_of`` any other strength means the same, for the best simply wins. ``budget``, for ``shift``
+    alone: the nats a reply may spend, from which its strength follows (:mod:`coala.decoding.budget`; ``strength`` then
+    only says whether to guide at all); 0 is unguided.
     ``top_k`` (0: off) and then ``top_p`` (1: off) restrict the base distribution.
     """
 
@@ -42,6 +57,8 @@ class Guidance:
     top_p: float = 0.9
     block_tokens: int = 10
     rule: Rule = "min-max"
+    budget: float | None = None
+    width: int = 4
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
@@ -52,7 +69,15 @@ class Guidance:
         _count("candidates", self.candidates, 1)
         _count("top_k", self.top_k, 0)
         _count("block_tokens", self.block_tokens, 1)
+        _count("width", self.width, 1)
         _number("top_p", self.top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
+        if self.budget is not None:
+            _number("budget", self.budget, "a finite number of nats of at least 0", lambda x: 0 <= x < math.inf)
+            if self.mode not in ("shift", "none"):
+                raise CoalaError(
+                    f"Guidance budget is {self.budget:g} in mode {self.mode!r}, whose divergence is not known exactly. "
+                    "Use mode 'shift', or leave the budget out."
+                )
 
     @classmethod
     def paper(cls, strength: float = 2.0) -> Guidance:
@@ -72,14 +97,25 @@ class Guidance:
     @property
     def active(self) -> bool:
         """Whether a head could change anything."""
-        return self.mode != "none" and self.strength > 0 and self.candidates > 1
+        chooses = self.candidates > 1 or self.mode == "beam"
+        return self.mode != "none" and self.strength > 0 and self.budget != 0 and chooses
+
+    @property
+    def samples(self) -> bool:
+        """Whether the reply is a sample, which strength 0 makes an unguided one; a beam is not."""
+        return self.mode != "beam"
 
     def __str__(self) -> str:
+        if self.mode == "beam":
+            return f"beam, width {self.width}, {self.rule} {self.strength:g}, {self.candidates} candidates"
         if not self.active:
             return "unguided"
         if self.mode == "block":
             return f"block, {self.candidates} x {self.block_tokens} tokens"
-        return f"{self.mode}, {self.rule} {self.strength:g}, every {self.interval}, {self.candidates} candidates"
+        if self.mode == "best_of":
+            return f"best of {self.candidates}"
+        how = f"{self.strength:g}" if self.budget is None else f"within {self.budget:g} nats"
+        return f"{self.mode}, {self.rule} {how}, every {self.interval}, {self.candidates} candidates"
 
 
 def _one_of(name: str, found: object, expected: tuple[str, ...]) -> None:
@@ -97,12 +133,19 @@ def _count(name: str, found: Any, least: int) -> None:
         raise CoalaError(f"Guidance {name} is {found!r}; expected a whole number of at least {least}.")
 
 
-def _min_max(scores: Float64, valid: NDArray[np.bool_]) -> Float64:
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+def _apart(scores: Float64, valid: NDArray[np.bool_]) -> tuple[Float64, Float64, NDArray[np.bool_]]:
+    """Lowest and highest score, and whether they differ by more than rounding, which no rule may blow up."""
     low = np.where(valid, scores, np.inf).min(-1, keepdims=True)
     high = np.where(valid, scores, -np.inf).max(-1, keepdims=True)
-    # Scores equal up to float32 rounding would otherwise be blown up to 0 and 1.
     floor = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(high))
-    apart = high - low > floor
+    return low, high, high - low > floor
+
+
+def _min_max(scores: Float64, valid: NDArray[np.bool_]) -> Float64:
+    low, high, apart = _apart(scores, valid)
     return np.where(apart, (scores - low) / np.where(apart, high - low, 1.0), 0.0)
 
 
@@ -110,7 +153,32 @@ def _raw(scores: Float64, valid: NDArray[np.bool_]) -> Float64:
     return scores
 
 
-RULES: Mapping[Rule, Callable[[Float64, NDArray[np.bool_]], Float64]] = {"min-max": _min_max, "raw": _raw}
+def _z_score(scores: Float64, valid: NDArray[np.bool_]) -> Float64:
+    _, _, apart = _apart(scores, valid)
+    count = np.maximum(valid.sum(-1, keepdims=True), 1)
+    from_mean = scores - np.where(valid, scores, 0.0).sum(-1, keepdims=True) / count
+    deviation = np.sqrt(np.where(valid, from_mean**2, 0.0).sum(-1, keepdims=True) / count)
+    return np.where(apart, from_mean / np.where(apart, deviation, 1.0), 0.0)
+
+
+RULES: Mapping[Rule, Callable[[Float64, NDArray[np.bool_]], Float64]] = {
+    "min-max": _min_max,
+    "raw": _raw,
+    "z-score": _z_score,
+}
+
+
+def scaled(scores: NDArray[Any], valid: NDArray[np.bool_], rule: Rule) -> Float64:
+    """Scores (..., k) by ``rule`` over the ``valid`` candidates of the last axis; 0 for the others."""
+    return np.where(valid, RULES[rule](np.asarray(scores, dtype=np.float64), valid), 0.0)
+
+
+def reach(rule: Rule, candidates: int) -> float:
+    """The most by which ``rule`` can set two of so many candidates apart, whatever their scores."""
+    if rule == "min-max":
+        return 1.0
+    # Two deviations a and -b leave at least (a^2 + b^2) / k for the variance, which is 1.
+    return math.sqrt(2 * candidates) if rule == "z-score" else math.inf
 
 
 def reweight(log_probs: Float64, scores: NDArray[Any], strength: float, rule: Rule = "min-max") -> Float64:
@@ -120,8 +188,7 @@ def reweight(log_probs: Float64, scores: NDArray[Any], strength: float, rule: Ru
     normalised base distribution back.
     """
     valid = np.isfinite(log_probs)
-    tilt = RULES[rule](np.asarray(scores, dtype=np.float64), valid)
-    weights = np.where(valid, log_probs + strength * np.where(valid, tilt, 0.0), -np.inf)
+    weights = np.where(valid, log_probs + strength * scaled(scores, valid, rule), -np.inf)
     top = weights.max(-1, keepdims=True)
     total: Float64 = weights - top - np.log(np.exp(weights - top).sum(-1, keepdims=True))
     return total

@@ -1,4 +1,7 @@
-"""A reply in the making: its tokens, where a stop string cuts it, and its text as a stream. Knows nothing of models."""
+"""A reply in the making: its tokens, where a stop string cuts it, what it has spent, and its text as a stream.
+
+Knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+
+from coala.decoding.budget import Account
 
 Decode = Callable[[list[int]], str]
 OnToken = Callable[[int, str], None]
@@ -19,7 +24,7 @@ class Reply:
 
     ``features[t]`` is the pooled feature (d,) after t tokens, kept while a cut back to t tokens is possible, else only
     the latest; ``cut`` is the text a stop string left. ``prompt`` is the prompt's own feature (d,), where the head's
-    gates act on it.
+    gates act on it; ``account`` what shifting its distribution has cost.
     """
 
     index: int
@@ -32,6 +37,7 @@ class Reply:
     features: list[torch.Tensor] = field(default_factory=list)
     cut: str | None = None
     prompt: torch.Tensor | None = None
+    account: Account = field(default_factory=Account)
 
     def branched(self, branch: int) -> Reply:
         """A copy that grows on its own."""

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -28,7 +25,7 @@ from coala.export.network import (
     tokenizer_of,
 )
 from coala.export.rewards import score_replies
-from coala.store import file_digest, load_json, save_json, write_atomic
+from coala.store import file_digest, load_json, save_json, working_folder, write_atomic
 from coala.values import ConvexHead, FeatureSpec, Turn
 
 if TYPE_CHECKING:
@@ -71,7 +68,7 @@ def export_reward_model(
     fitted on another model, ``ExportError`` for a model that such a folder cannot hold.
     """
     backbone.require(head.spec)
-    with _place(Path(folder)) as work:
+    with working_folder(Path(folder)) as work:
         network = reward_network(head, backbone, public_spec(head.spec))
         _save(network, backbone, work)
         _finish_tokenizer(work, backbone, rendering(backbone, head))
@@ -100,7 +97,7 @@ def export_linear_head(
         linear = head.linear.copy()
         linear[-1] = 0
         head = replace(head, linear=linear)
-    with _place(Path(folder)) as work:
+    with working_folder(Path(folder)) as work:
         network, pad = linear_network(head, backbone)
         _save(network, backbone, work)
         _finish_tokenizer(work, backbone, None, pad)
@@ -137,23 +134,6 @@ def public_spec(spec: FeatureSpec) -> FeatureSpec:
 
 
 # --- files -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _place(folder: Path) -> Iterator[Path]:
-    """A folder to work in, beside ``folder``, which must be free; gone if the work fails."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder}: exists and is not empty. Give another --out, or delete it.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        work.chmod(0o755)
-    except OSError as error:
-        raise ExportError(f"{folder}: cannot be written ({error.strerror}). Give another --out.") from error
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _save(network: Any, backbone: LanguageModel, work: Path) -> None:

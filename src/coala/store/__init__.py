@@ -8,7 +8,7 @@ The only package that writes files. It knows the values and nothing of how they 
 """
 
 from coala.store.features import FeatureStore, link_features, load_features, save_features, scratch, write_rows
-from coala.store.files import StoreError, claim, digest, file_digest, load_json, save_json, write_atomic
+from coala.store.files import StoreError, claim, digest, file_digest, load_json, save_json, working_folder, write_atomic
 from coala.store.run import Run
 from coala.store.values import (
     load_generations,
@@ -42,6 +42,7 @@ __all__ = [
     "save_judgements",
     "save_pairs",
     "scratch",
+    "working_folder",
     "write_atomic",
     "write_rows",
 ]

@@ -1,0 +1,27 @@
+"""The methods COALA is compared with, trained by TRL on the same tokens: SFT, DPO, ORPO, SimPO and a reward model.
+
+No loss of theirs is written here. Knows the frozen model's rendering and likelihoods; nothing of heads or reports.
+"""
+
+from coala.baselines.drift import Drift, drift
+from coala.baselines.likelihoods import PairLikelihoods, log_likelihoods, reward_margins
+from coala.baselines.settings import METHODS, Lora, Method, TrainSettings, paper, sweep, trl
+from coala.baselines.training import Trained, load_trained, train
+
+__all__ = [
+    "METHODS",
+    "Drift",
+    "Lora",
+    "Method",
+    "PairLikelihoods",
+    "TrainSettings",
+    "Trained",
+    "drift",
+    "load_trained",
+    "log_likelihoods",
+    "paper",
+    "reward_margins",
+    "sweep",
+    "train",
+    "trl",
+]

@@ -1,0 +1,192 @@
+"""How whole replies come about: token after token, by the best of sampled blocks, or by a beam.
+
+Each way is a function from a decoder, a batch of empty replies and a stream to nothing: the replies are complete then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from coala.decoding.decoder import Batch, Decoder
+from coala.decoding.guidance import Mode, scaled
+from coala.decoding.replies import Reply
+
+
+def by_tokens(decoder: Decoder, batch: Batch) -> None:
+    """One token of every row after the other."""
+    while batch.replies:
+        batch = decoder.step(batch, decoder.stream)
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def by_blocks(decoder: Decoder, batch: Batch) -> None:
+    """The best of several sampled blocks after the other; a block without an end is best-of-n."""
+    length = decoder.guidance.block_tokens if decoder.guidance.mode == "block" else math.inf
+    while batch.replies:
+        batch = _best_block(decoder, batch, length)
+
+
+def _best_block(decoder: Decoder, batch: Batch, length: float) -> Batch:
+    """Let every row grow by the best of several blocks, the first of which is the unguided one."""
+    assert decoder.score is not None
+    assert batch.linear is not None
+    n = decoder.guidance.candidates
+    branches = [reply.branched(branch) for reply in batch.replies for branch in range(n)]
+    wide = batch.select([row for row in range(len(batch.replies)) for _ in range(n)], branches)
+    grown = 0
+    while wide.replies and grown < length:
+        wide = decoder.step(wide, None)
+        grown += 1
+    features = torch.stack([branch.features[-1] for branch in branches])
+    best = decoder.score(features.reshape(-1, n, features.shape[-1]), batch.linear).argmax(1)
+    place = {id(branch): row for row, branch in enumerate(wide.replies)}
+    going, replies = [], []
+    for row, reply in enumerate(batch.replies):
+        winner = branches[row * n + int(best[row])]
+        reply.become(winner)
+        if id(winner) in place:
+            going.append(place[id(winner)])
+            replies.append(reply)
+        if decoder.stream is not None:
+            decoder.stream.send(reply, last=id(winner) not in place)
+    return wide.select(going, replies)
+
+
+# --- beam -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Ended:
+    """A reply that has ended, with ``log_prob`` over ``n_tokens``, the stop token among them, and its score."""
+
+    reply: Reply
+    log_prob: float
+    n_tokens: int
+    score: float
+
+
+@dataclass
+class _Option:
+    """A place in the next beam: an ended reply, or a row that goes on by a token (``ended`` is ``None``)."""
+
+    log_prob: float
+    n_tokens: int
+    score: float
+    ended: _Ended | None = None
+    row: int = 0
+    token: int = 0
+    step: float = 0.0
+
+
+def by_beam(decoder: Decoder, batch: Batch) -> None:
+    """Beam search for the reply with the largest mean log-probability plus strength times score.
+
+    Means are over the reply's tokens, its stop token included, so that length by itself is neither gain nor loss. The
+    rule scales the scores over all that compete for the places of one beam: each unended reply extended by each of its
+    likeliest tokens, and the ended ones as they stand. A search is over when only ended ones hold places.
+    """
+    targets = batch.replies
+    batch = batch.select(range(len(targets)), [reply.branched(0) for reply in targets])
+    owner = list(range(len(targets)))
+    ended: list[list[_Ended]] = [[] for _ in targets]
+    while batch.replies:
+        options: list[list[_Option]] = [
+            [_Option(one.log_prob, one.n_tokens, one.score, one) for one in done] for done in ended
+        ]
+        for row, option in _extensions(decoder, batch):
+            options[owner[row]].append(option)
+        kept = [_best(decoder, some, decoder.guidance.width) for some in options]
+        for which in set(owner):
+            ended[which] = [option.ended for option in kept[which] if option.ended is not None]
+        chosen = [(which, option) for which in sorted(set(owner)) for option in kept[which] if option.ended is None]
+        batch, owner = _grow(decoder, batch, chosen, ended)
+    for target, done in zip(targets, ended, strict=True):
+        finals = [_Option(one.log_prob, one.n_tokens, one.score, one) for one in done]
+        winner = _best(decoder, finals, 1)[0].ended
+        assert winner is not None
+        target.become(winner.reply)
+        if decoder.stream is not None:
+            decoder.stream.send(target, last=True)
+
+
+def _extensions(decoder: Decoder, batch: Batch) -> list[tuple[int, _Option]]:
+    """Every row with each of its likeliest tokens."""
+    nucleus = decoder.nucleus(batch)
+    k = min(decoder.guidance.candidates, int(np.isfinite(nucleus.log_probs).sum(1).max()))
+    inside = np.isfinite(nucleus.log_probs[:, :k])
+    tokens = np.where(inside, nucleus.tokens[:, :k], nucleus.tokens[:, :1])
+    scores = np.zeros(tokens.shape)
+    if decoder.guidance.strength > 0 and decoder.head is not None:
+        scores = decoder.preview(batch, tokens).astype(np.float64)
+    before = [sum(reply.log_probs) for reply in batch.replies]
+    n_tokens = len(batch.replies[0].tokens) + 1
+    return [
+        (
+            row,
+            _Option(
+                before[row] + nucleus.base[row, j],
+                n_tokens,
+                float(scores[row, j]),
+                row=row,
+                token=int(tokens[row, j]),
+                step=float(nucleus.base[row, j]),
+            ),
+        )
+        for row, j in np.argwhere(inside).tolist()
+    ]
+
+
+def _best(decoder: Decoder, options: list[_Option], places: int) -> list[_Option]:
+    """The best options, best first; of equals the earlier."""
+    scores = np.array([option.score for option in options])
+    gain = decoder.guidance.strength * scaled(scores, np.ones(len(scores), dtype=bool), decoder.guidance.rule)
+    mean = np.array([option.log_prob / option.n_tokens for option in options])
+    return [options[at] for at in np.argsort(-(mean + gain), kind="stable")[:places]]
+
+
+def _grow(
+    decoder: Decoder, batch: Batch, chosen: list[tuple[int, _Option]], ended: list[list[_Ended]]
+) -> tuple[Batch, list[int]]:
+    """The rows of the next beam and whose they are; replies that their token ends go to ``ended``."""
+    if not chosen:
+        return batch.select([], []), []
+    replies = [batch.replies[option.row].branched(0) for _, option in chosen]
+    batch = batch.select([option.row for _, option in chosen], replies)
+    stops = [option.token in decoder.backbone.stop_tokens for _, option in chosen]
+    if not all(stops) or decoder.counts_stop:
+        decoder.push(batch, [option.token for _, option in chosen])
+    going = []
+    for row, ((which, option), reply) in enumerate(zip(chosen, replies, strict=True)):
+        if not decoder.grow(batch, row, reply, option.token, option.step):
+            going.append(row)
+        elif reply.cut is None:
+            ended[which].append(_Ended(reply, option.log_prob, option.n_tokens, option.score))
+        else:
+            ended[which].append(_cut(decoder, batch, row, reply))
+    return batch.select(going, [replies[row] for row in going]), [chosen[row][0] for row in going]
+
+
+def _cut(decoder: Decoder, batch: Batch, row: int, reply: Reply) -> _Ended:
+    """A reply that a stop string has cut is worth what is left of it."""
+    score = 0.0
+    if decoder.score is not None and batch.linear is not None:
+        score = float(decoder.score(reply.features[-1][None, None], batch.linear[row : row + 1])[0, 0])
+    return _Ended(reply, sum(reply.log_probs), max(len(reply.tokens), 1), score)
+
+
+WAYS: Mapping[Mode, Callable[[Decoder, Batch], None]] = {
+    "token": by_tokens,
+    "prefix": by_tokens,
+    "shift": by_tokens,
+    "none": by_tokens,
+    "block": by_blocks,
+    "best_of": by_blocks,
+    "beam": by_beam,
+}
