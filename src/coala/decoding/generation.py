@@ -61,7 +61,7 @@ def generate(
     In each :class:`Generation`, ``score`` is the head's score of the reply's pooled feature and ``log_prob`` the sum of
     the unrestricted log-probabilities, at temperature 1, of its ``n_tokens`` tokens; neither counts the stop token (but
     the feature does if it ``ends_with_eos``) or what a stop string cut off. Replies of mode ``shift`` tell their
-    divergence. Without a head replies are unguided, but for mode ``beam``, which then searches by log-probability alone.
+    divergence. Without a head replies are unguided, but for ``beam``, which then searches by log-probability alone.
 
     A head with gates on the prompt is, for each prompt, the linear head of the gates that its features open; they are
     pooled once, from the prompt as extraction reads it.
