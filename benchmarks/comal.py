@@ -1,7 +1,7 @@
 """COMAL against iterative IPO on a language model whose every probability is known, beside the closed form.
 
     python benchmarks/comal.py                 # 4 outer updates of 6 steps, both methods; about a minute of CPU
-    python benchmarks/comal.py --seeds 0 1 2
+    python benchmarks/comal.py --seeds 0 1 2 --anchor 0.1
 
 A Llama of two layers and eight words answers two prompts with one word each; the judge is a table: the paper's game
 and a weighted rock-paper-scissors, both without a best answer. Every step samples 500 answers a prompt, judges,
@@ -52,12 +52,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--outer", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--anchor", type=float, default=0.0, help="weight of the sampled answers' likelihood")
     given = parser.parse_args()
     start = supervised_start()
     rows = []
     for seed in given.seeds:
         for method, weight in (("comal", 1 / 3), ("ipo", 0.0)):
             settings = replace(EXACT, ref_weight=weight, tau=None, outer_steps=given.outer, seed=seed)
+            settings = replace(settings, anchor_nll=given.anchor)
             policy = copy_of(start)
 
             def look(step: Any, policy: Any = policy, method: str = method, seed: int = seed) -> None:
@@ -65,7 +67,14 @@ def main() -> None:
                     return
                 p, mass = distribution(policy)
                 exact = predicted(method, step.outer)
-                row = {"seed": seed, "method": method, "outer": step.outer, **measure(p), "mass": mass.tolist()}
+                row = {
+                    "seed": seed,
+                    "method": method,
+                    "outer": step.outer,
+                    "anchor": given.anchor,
+                    **measure(p),
+                    "mass": mass.tolist(),
+                }
                 row["predicted"] = measure(exact)
                 row["difference"] = float(np.abs(p - np.array(exact)).max())
                 rows.append(row)

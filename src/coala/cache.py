@@ -55,6 +55,10 @@ class VerdictCache:
         """Keep ``answer``; on return it is on disk. An earlier one under the same key is replaced."""
         self._run("INSERT OR REPLACE INTO verdicts (key, answer) VALUES (?, ?)", key, answer)
 
+    def __bool__(self) -> bool:
+        """An empty cache is one all the same: without this, `if cache` would tell it from a full one."""
+        return True
+
     def __len__(self) -> int:
         return int(self._run("SELECT count(*) FROM verdicts")[0][0])
 
