@@ -33,6 +33,7 @@ from coala.convex import GatedNewton, GatedProgram, largest_sparsity, solve
 from coala.convex.linear import matmul, pcg
 from coala.convex.program import in_double
 from coala.convex.prox import group_soft_threshold
+from coala.convex.pytree import pytree
 from coala.convex.rows import check_memory, solve_bytes
 from coala.values import CoalaError
 
@@ -178,7 +179,7 @@ def newton_seconds_to(program: GatedProgram, target: float) -> float | None:
 products: list[int] = []
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclass(frozen=True)
 class Counted(GatedProgram):
     """A program that notes each product with its Hessian in ``products``."""

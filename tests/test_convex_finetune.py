@@ -16,6 +16,7 @@ from coala.convex import Logistic, PairLoss, Pointwise, Status, certify, finetun
 from coala.convex.finetune import WIDEST_GRAM, default_minimiser
 from coala.convex.losses import BLOCK, SecondLayer, TwoScores, gram
 from coala.convex.minimisers import LBFGS, AdamW, DampedNewton, Minimiser, Nesterov, NesterovState
+from coala.convex.pytree import pytree
 from coala.values import CoalaError
 
 from . import reference
@@ -123,7 +124,7 @@ def test_the_reference_margin_has_the_sign_of_dpo() -> None:
 # --- the program -------------------------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclass(frozen=True)
 class Uneven:
     """A loss of someone else's: convex, both scores in one term, and not shift-invariant."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from coala.convex.linear import matmul
 from coala.convex.program import Bounds
+from coala.convex.pytree import pytree
 
 BLOCK = 2048
 
@@ -37,7 +38,7 @@ class PairLoss(Protocol):
     def __call__(self, chosen: jax.Array, rejected: jax.Array) -> jax.Array: ...
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["scale", "margin"], meta_fields=[])
+@pytree()
 @dataclass(frozen=True)
 class Logistic:
     """softplus(margin - scale (chosen - rejected)): the Bradley-Terry reading of Eq. 6. ``margin`` a number or (n,)."""
@@ -65,7 +66,7 @@ class Logistic:
         return jax.nn.softplus(self.margin - self.scale * (chosen - rejected))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["scale", "margin"], meta_fields=[])
+@pytree()
 @dataclass(frozen=True)
 class Pointwise:
     """Eq. 9: the mean of softplus(margin - scale y score) over the chosen row, y = +1, and the rejected row, y = -1."""
@@ -85,7 +86,7 @@ class Pointwise:
         return (right + jax.nn.softplus(self.margin + self.scale * rejected)) / 2
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["scale", "margin"], meta_fields=[])
+@pytree()
 @dataclass(frozen=True)
 class TwoScores:
     """Eq. 8 read literally, each reply with a probability of its own, pi = sigma(score):
@@ -109,7 +110,7 @@ class TwoScores:
         return jax.nn.softplus(self.margin - self.scale * log_odds)
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclass(frozen=True)
 class SecondLayer:
     """The program above; all fields dynamic. Weights are theta (m,).

@@ -16,6 +16,7 @@ import numpy as np
 
 from coala.convex.linear import matmul
 from coala.convex.losses import SecondLayer
+from coala.convex.pytree import pytree
 
 Scores = tuple[jax.Array, ...]
 
@@ -277,9 +278,7 @@ class AdamWState(NamedTuple):
     made: jax.Array
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["key", "rate", "decay", "betas", "epsilon"], meta_fields=["batch"]
-)
+@pytree("batch")
 @dataclass(frozen=True)
 class AdamW(_Solved):
     """AdamW on random batches, as the papers ran Phase II: kept for comparison, it does not reach tight tolerances.

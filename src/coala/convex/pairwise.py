@@ -21,6 +21,7 @@ import numpy as np
 from coala.convex.linear import matmul
 from coala.convex.newton import GatedNewton
 from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity, widen
+from coala.convex.pytree import pytree
 from coala.convex.rows import moments, normal_product
 from coala.convex.solvers import Solution, solve
 
@@ -28,7 +29,7 @@ from coala.convex.solvers import Solution, solve
 WIDTHS = (1, 9, 17, 33, 129, 513)
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclass(frozen=True)
 class PairProgram:
     """The pairwise program for fixed gates; all fields dynamic.

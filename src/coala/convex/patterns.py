@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from coala.convex.gates import distinct
 from coala.convex.linear import matmul, pcg
 from coala.convex.program import Program, group_norms
+from coala.convex.pytree import pytree
 from coala.convex.recover import Network, recover_network
 from coala.convex.solvers import Status, certify
 
@@ -67,7 +68,7 @@ class NetworkSolution:
         return self.estimated_gap / self.objective if self.objective > 0 else 0.0
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclass(frozen=True)
 class _Layer:
     """J with neurons of fixed signs: rows X (n, d), labels y (n,), signs (m,) of +-1; weights are (d, m)."""

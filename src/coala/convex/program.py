@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coala.convex.linear import matmul
+from coala.convex.pytree import pytree
 from coala.convex.rows import gated_product as gated_product
 from coala.convex.rows import gated_product_adjoint as gated_product_adjoint
 from coala.convex.rows import moments, normal_product
@@ -84,7 +85,7 @@ def _scaled_dual_value(y: jax.Array, z: jax.Array, largest: jax.Array, level: ja
     return jnp.where(jnp.isfinite(largest), a * jnp.vdot(y, z) - a * a / 2 * size, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclass(frozen=True)
 class GatedProgram:
     """The gated relaxation: X (n, d), y (n,), patterns (n, P) bool, sparsity a number. Weights are u (d, P).
@@ -159,7 +160,7 @@ class GatedProgram:
         return replace(self, y=widen(self.y), sparsity=widen(self.sparsity))
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclass(frozen=True)
 class Program:
     """The cone-constrained program (Eq. 4): weights u (2, d, P), u[0] = v and u[1] = w; multipliers (2, n, P) >= 0.
