@@ -261,10 +261,10 @@ def _reader(
     if tokenizer is None:
         how = f"about: characters / {CHARACTERS_PER_TOKEN}, for there is no tokenizer here"
         return _Guessed(shares, outline.context, None), how
-    from coala.backbone.load import _tokenizer, quiet
+    from coala.backbone.load import load_tokenizer, quiet
     from coala.backbone.template import Renderer
 
     with quiet():
-        loaded = _tokenizer(tokenizer, str(tokenizer), model.trust_remote_code)
+        loaded = load_tokenizer(tokenizer, str(tokenizer), model.trust_remote_code)
         renderer = Renderer(loaded, model.template, stop_tokens=frozenset(), encoder=outline.encoder)
     return _Tokenized(shares, outline.context, renderer), "by the model's tokenizer"

@@ -66,7 +66,7 @@ def load_backbone(
         if adapted:
             loaded = apply(loaded, adapted, name, merge=not getattr(loaded, "is_quantized", False))
         own_tokenizer = adapted is not None and adapted.has_tokenizer
-        tokenizer = _tokenizer(adapted.folder if adapted and own_tokenizer else folder, name, trust_remote_code)
+        tokenizer = load_tokenizer(adapted.folder if adapted and own_tokenizer else folder, name, trust_remote_code)
         network = _network(placement.settle(loaded), name, encoder)
         generates = generation and not encoder
         if generates:
@@ -183,7 +183,8 @@ def _is_encoder(config: Any) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal
 
 
-def _tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder; :class:`BackboneError`, which calls the model ``name``, if there is none."""
     from transformers import AutoTokenizer
 
     try:
