@@ -111,8 +111,9 @@ def naive(pairs: list[Any], backbone: Any, spec: Any) -> tuple[float, int, Any]:
             mask = torch.tensor([[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in batch])
             states = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[spec.layer]
             for row, hidden in zip(batch, states, strict=True):
-                stop = max(row.stop, row.start + 1)
-                out.append(hidden[row.start : stop].float().mean(0).numpy())
+                # A reply without tokens is read from the last of the prompt.
+                start = min(row.start, row.stop - 1)
+                out.append(hidden[start : row.stop].float().mean(0).numpy())
             flops += len(batch) * full_flops(backbone.shape, [longest])
     return time.perf_counter() - begun, flops, np.array(out)
 

@@ -200,10 +200,10 @@ def test_no_piece_is_half_a_character_or_half_a_stop_string(stop: tuple[str, ...
     text = "naïve 🎬 films: o, ok, 好电影\n\nok?"
     pieces: list[str] = []
     stream = Stream(lambda _, piece: pieces.append(piece), stop)
-    reply = Reply(0, "0", 1000, lambda tokens: bytes(tokens).decode(errors="replace"))
+    reply = Reply(0, "0", 1000, lambda tokens: bytes(tokens).decode(errors="replace"), stop=stop)
     for token in text.encode():
         reply.tokens.append(token)
-        assert not reply.cut_at(stop)
+        assert not reply.cut_at_stop()
         stream.send(reply)
         assert not any("".join(pieces).endswith(s[:1]) for s in stop)
     stream.send(reply, last=True)

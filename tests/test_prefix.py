@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import coala.backbone.attention
 from coala.backbone import POOLINGS, BackboneError, LanguageModel, load_backbone
 from tests.menagerie import CONTEXT, DECODERS, tiny_backbone
 
 TREELESS = {"gpt-neo", "bloom", "mamba"}
+# Their attention is a loop of their own, or none.
+UNHEARD = {"gpt-neo", "bloom", "mamba", "falcon"}
 # Longer than every sliding window of the menagerie, and of three lengths.
 LENGTHS = [19, 3, 11]
 Load = Callable[[str], LanguageModel]
@@ -113,6 +116,33 @@ def test_branches_grow_on_their_own(load: Load, name: str, tree: Any) -> None:
     agrees(branch, backbone, [[*rows[1], 5, 8], [*rows[0], 6, 9], [*rows[1], 7, 10]], -1)
 
 
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in TREELESS])
+def test_joined_rows_grow_as_they_would_by_themselves(load: Load, name: str) -> None:
+    """Rows of other lengths, some of which have grown and have candidates, whose freed memory is full of nan."""
+    backbone = load(name)
+    rows = some_rows(backbone, [6, 13, 2])
+    grown, fresh = backbone.start(rows[:2], 1), backbone.start(rows[2:], 1)
+    grown.push(torch.tensor([5, 6]))
+    grown.peek(torch.tensor([[7, 8], [9, 10]]))
+    for columns in grown._memory.layers:  # type: ignore[attr-defined]
+        columns.keys[:, :, columns.used :] = columns.values[:, :, columns.used :] = torch.nan
+    both = type(grown).joined([fresh, grown])
+    rows = [rows[2], [*rows[0], 5], [*rows[1], 6]]
+    agrees(both, backbone, rows, 1)
+    for step in range(3):
+        candidates = torch.tensor([[11, 12], [13, 14], [15, 16]]) + step
+        both.peek(candidates)
+        both.push(candidates[:, step % 2])
+        rows = [[*row, int(token)] for row, token in zip(rows, candidates[:, step % 2], strict=True)]
+        agrees(both, backbone, rows, 1)
+    agrees(grown, backbone, [rows[1][:7], rows[2][:14]], 1)
+    never = backbone.start(rows, 1, tree="never")
+    assert both.joins
+    assert not never.joins
+    with pytest.raises(BackboneError, match="can be joined"):
+        type(both).joined([both, never])
+
+
 def test_a_peeked_token_costs_nothing_more(load: Load) -> None:
     backbone = load("llama")
     prefix = backbone.start(some_rows(backbone))
@@ -205,22 +235,53 @@ def test_pooling_ignores_padding(name: str) -> None:
     for b in range(3):
         s, n = int(start[b]), int(length[b])
         reply = hidden[b, s:n] if n > s else hidden[b, n - 1 : n]
-        naive_value = {"mean": reply.mean(0), "mean_all": hidden[b, :n].mean(0), "last": hidden[b, n - 1]}[name]
+        weights = reply[:, -1:].exp()
+        naive_value = {
+            "mean": reply.mean(0),
+            "mean_all": hidden[b, :n].mean(0),
+            "last": hidden[b, n - 1],
+            "attn": (weights * reply[:, :-1]).sum(0) / weights.sum(),
+        }[name]
         torch.testing.assert_close(expected[b], naive_value)
 
 
+def test_attention_scores_of_any_size_are_weighed(load: Load) -> None:
+    """A running mean of weights exp(score) neither overflows nor forgets."""
+    backbone, pooling = load("llama"), POOLINGS["attn"]
+    torch.manual_seed(0)
+    for scores in ([-300.0, -302.0, -301.0], [300.0, -300.0, 298.0], [-60.0, 0.0, -69.0]):
+        hidden = torch.cat([torch.randn(1, 3, 4), torch.tensor(scores)[None, :, None]], dim=-1)
+        state = pooling.begin(backbone.start([[1, 2]], scored=True))
+        state.total, state.empty = torch.zeros(1, 4), torch.zeros(1, 4)  # type: ignore[attr-defined]
+        for t in range(3):
+            expected = pooling.pool(hidden, torch.tensor([0]), torch.tensor([t + 1]))
+            torch.testing.assert_close(state.peek(hidden[:, t : t + 1])[:, 0], expected)
+            state.push(hidden[:, t])
+            torch.testing.assert_close(state.value, expected)
+
+
+CASES = [
+    *(("llama", pooling, tree) for pooling in POOLINGS for tree in ("auto", "never")),
+    *((name, "attn", tree) for name in DECODERS if name not in {*UNHEARD, "llama"} for tree in ("auto", "never")),
+]
+
+
 @pytest.mark.parametrize("layer", [-1, 2])
-@pytest.mark.parametrize("name", sorted(POOLINGS))
-def test_pooling_while_decoding_is_pooling_at_extraction(load: Load, name: str, layer: int) -> None:
-    backbone, pooling = load("llama"), POOLINGS[name]
+@pytest.mark.parametrize(("name", "pooled", "tree"), CASES)
+def test_pooling_while_decoding_is_pooling_at_extraction(
+    load: Load, name: str, pooled: str, tree: Any, layer: int
+) -> None:
+    backbone, pooling = load(name), POOLINGS[pooled]
     rows = some_rows(backbone)
-    prefix = backbone.start(rows, layer)
+    prefix = backbone.start(rows, layer, tree=tree, scored=pooling.scored)
+    read = backbone.hidden(rows, layer, scored=pooling.scored)
+    close(pooling.prompt(prefix), pooling.pool(read, torch.zeros(3, dtype=torch.long), torch.tensor(LENGTHS)))
     state = pooling.begin(prefix)
     starts = torch.tensor(LENGTHS)
 
     def extracted(rows: list[list[int]]) -> torch.Tensor:
         lengths = torch.tensor([len(row) for row in rows])
-        return pooling.pool(backbone.hidden(rows, layer), starts, lengths)
+        return pooling.pool(backbone.hidden(rows, layer, scored=pooling.scored), starts, lengths)
 
     close(state.value, extracted(rows))
     for step in range(5):
@@ -241,3 +302,72 @@ def test_pooling_while_decoding_is_pooling_at_extraction(load: Load, name: str, 
                 starts[order],
             )
             close(state.value, extracted(rows))
+
+
+# --- attention scores --------------------------------------------------------------------------------------------
+
+
+def told(backbone: LanguageModel, row: list[int], layer: int) -> torch.Tensor:
+    """The attention (T,) that each token pays itself in the layer that makes hidden state ``layer``, by the model."""
+    model, config = backbone._network.causal, backbone._network.config
+    kernel, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        with torch.no_grad():
+            weights = model(input_ids=torch.tensor([row]), output_attentions=True, use_cache=False).attentions
+    finally:
+        config._attn_implementation = kernel
+    return weights[layer - 1][0].diagonal(dim1=-2, dim2=-1).mean(0)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in UNHEARD])
+def test_scores_are_the_attention_that_the_model_tells(
+    load: Load, name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(name)
+    if backbone._network.config._attn_implementation == "eager" and kernel == "sdpa":
+        pytest.skip(f"{name} has no fused attention")
+    rows = some_rows(backbone)
+    expected = [{layer: told(backbone, row, layer) for layer in (1, 2, backbone.n_layers)} for row in rows]
+    monkeypatch.setattr(backbone._network.config, "_attn_implementation", kernel)
+    for portion in (1 << 24, 200):  # all queries at once, and a few at a time
+        monkeypatch.setattr(coala.backbone.attention, "_WEIGHTS", portion)
+        for layer in expected[0]:
+            plain, scored = backbone.hidden(rows, layer), backbone.hidden(rows, layer, scored=True)
+            for b, row in enumerate(rows):
+                assert torch.equal(scored[b, : len(row), :-1], plain[b, : len(row)])
+                weights = scored[b, : len(row), -1].exp()
+                torch.testing.assert_close(weights, expected[b][layer], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_only_the_layer_that_is_heard_is_changed_and_only_for_a_while(
+    load: Load, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(name)
+    network = backbone._network
+    configs = [(module, module.config) for module in network.body.modules() if "config" in vars(module)]
+    heard: list[Any] = []
+    attend = coala.backbone.attention._attend
+
+    def counted(module: Any, *args: Any, **options: Any) -> Any:
+        heard.append(module)
+        return attend(module, *args, **options)
+
+    monkeypatch.setattr(coala.backbone.attention, "_attend", counted)
+    backbone.hidden([[4, 5, 6]], 2, scored=True)
+    assert [m for m in heard if m not in list(network.layers[1].modules())] == []
+    assert len(heard) == 1
+    backbone.hidden([[4, 5, 6]], 2)
+    backbone.start([[4, 5, 6]]).push(torch.tensor([7]))
+    assert len(heard) == 1
+    assert all(module.config is config for module, config in configs)
+
+
+def test_a_layer_without_attention_scores_is_refused(load: Load) -> None:
+    for name in sorted(UNHEARD):
+        with pytest.raises(BackboneError, match="attention interface"):
+            load(name).spec(pooling="attn")
+    with pytest.raises(BackboneError, match="no attention made"):
+        load("llama").spec(0, "attn")
+    load("llama").spec(1, "attn")

@@ -6,6 +6,7 @@ Both offer ``prefill``, ``peek``, ``keep``, ``push`` and ``select``; :class:`coa
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -101,6 +102,25 @@ class _Columns(DynamicLayer):  # type: ignore[no-untyped-call]
         new.used = used - first
         return new
 
+    @staticmethod
+    def joined(parts: Sequence[tuple[_Columns, int]]) -> _Columns:
+        """The rows of several buffers, each with so many columns in use, flush right under one another."""
+        used = max(columns for _, columns in parts)
+        new = _Columns()
+        for name in ("keys", "values"):
+            all_old = [(getattr(part, name), columns) for part, columns in parts]
+            like = all_old[0][0]
+            # Zeros, not whatever is there: a masked nan is still nan in some attention kernels.
+            room = like.new_zeros(sum(len(old) for old, _ in all_old), like.shape[1], used + 64, like.shape[3])
+            row = 0
+            for old, columns in all_old:
+                room[row : row + len(old), :, used - columns : used] = old[:, :, :columns]
+                row += len(old)
+            setattr(new, name, room)
+        new.dtype, new.device, new.is_initialized = parts[0][0].dtype, parts[0][0].device, True
+        new.used = used
+        return new
+
 
 class TreeMemory:
     """One column per token and row; candidates of a row stand side by side and a mask hides them from each other."""
@@ -164,6 +184,18 @@ class TreeMemory:
         used = self.layers[0].used if candidates else self.length
         new = TreeMemory(self.network, [columns.taken(rows, first, used) for columns in self.layers])
         new.length, new.padding = self.length - first, padding - first
+        return new
+
+    @staticmethod
+    def joined(memories: Sequence[TreeMemory]) -> TreeMemory:
+        """One memory with the rows of all, in their order, without their candidates."""
+        network, longest = memories[0].network, max(memory.length for memory in memories)
+        layers = [
+            _Columns.joined([(memory.layers[i], memory.length) for memory in memories]) for i in range(network.n_layers)
+        ]
+        new = TreeMemory(network, layers)
+        new.length = longest
+        new.padding = torch.cat([memory.padding + (longest - memory.length) for memory in memories])
         return new
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coala.backbone.cache import tree_obstacle
-from coala.backbone.network import BackboneError, Network
+from coala.backbone.network import BackboneError, Network, Scored
 from coala.backbone.pooling import POOLINGS
 from coala.backbone.prefix import Prefix
 from coala.backbone.reading import Reading
@@ -85,6 +85,8 @@ class LanguageModel:
         """What features of this model mean; negative layers count from the last (-1, the final state)."""
         if pooling not in POOLINGS:
             raise BackboneError(f"Pooling {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+        if POOLINGS[pooling].scored:
+            self._network.check_scores(self._layer(layer))
         longest = self.max_tokens if max_tokens is None else max_tokens
         if not 2 <= longest <= self.max_tokens:
             raise BackboneError(
@@ -109,6 +111,9 @@ class LanguageModel:
                 f"Layer {layer}; {self.name} has hidden states 0 (embedding) to {self.n_layers} (final)."
             )
         return layer % (self.n_layers + 1)
+
+    def _place(self, layer: int, scored: bool) -> int:
+        return Scored(self._layer(layer)) if scored else self._layer(layer)
 
     # --- text and tokens -----------------------------------------------------------------------------------------
 
@@ -144,23 +149,31 @@ class LanguageModel:
 
     # --- hidden states -------------------------------------------------------------------------------------------
 
-    def hidden(self, rows: Sequence[Sequence[int]], layer: int = -1) -> Tensor:
+    def hidden(self, rows: Sequence[Sequence[int]], layer: int = -1, *, scored: bool = False) -> Tensor:
         """Hidden states (B, T, d) of right-padded ``rows`` in the model's dtype; what stands at padding is arbitrary.
 
-        Layers above ``layer`` and the LM head are not computed.
+        Layers above ``layer`` and the LM head are not computed. ``scored`` states are float32 and have one column more:
+        the score that the token's attention gives the token itself, which the pooling ``attn`` needs.
         """
-        return self.read(rows, (layer,)).states[0]
+        return self.read(rows, (layer,), scored=scored).states[0]
 
     def read(
-        self, rows: Sequence[Sequence[int]], layers: Sequence[int], *, to_end: bool = False, keep: bool = False
+        self,
+        rows: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        *,
+        to_end: bool = False,
+        keep: bool = False,
+        scored: bool = False,
     ) -> Reading:
         """Hidden states of right-padded ``rows`` at each of ``layers`` (and at the end), from one forward pass.
 
-        With ``keep``, which needs :attr:`shares`, rows that begin alike can branch off what was read.
+        Those of ``layers`` as :meth:`hidden` gives them if ``scored``. With ``keep``, which needs :attr:`shares`, rows
+        that begin alike can branch off what was read.
         """
         if keep and not self.shares:
             raise BackboneError(f"Rows of {self.name} cannot share what they begin with: {self._obstacle}.")
-        places = [self._layer(layer) for layer in layers]
+        places = [self._place(layer, scored) for layer in layers]
         return Reading(self._network, rows, places, to_end=to_end, keep=keep)
 
     @property
@@ -186,8 +199,10 @@ class LanguageModel:
                 "Use a decoder-only model loaded with generation=True, or do without."
             )
 
-    def start(self, rows: Sequence[Sequence[int]], layer: int = -1, *, tree: Tree = "auto") -> Prefix:
-        """Read B prompts of any lengths in one forward and keep their cache.
+    def start(
+        self, rows: Sequence[Sequence[int]], layer: int = -1, *, tree: Tree = "auto", scored: bool = False
+    ) -> Prefix:
+        """Read B prompts of any lengths in one forward and keep their cache; ``scored`` as for :meth:`hidden`.
 
         ``tree``: peek candidates in one forward under a tree mask if the model follows such masks (``auto``), whatever
         (``always``: an error if not), or by repeating the cache (``never``).
@@ -200,7 +215,7 @@ class LanguageModel:
         if obstacle and tree == "always":
             raise BackboneError(f"Candidates cannot share a forward: {obstacle}. Use tree='auto'.")
         note = f"Candidates are peeked with a copy of the cache each: {obstacle}." if obstacle else ""
-        return Prefix(self._network, rows, self._layer(layer), tree=not obstacle, note=note)
+        return Prefix(self._network, rows, self._place(layer, scored), tree=not obstacle, note=note)
 
     @cached_property
     def _obstacle(self) -> str:

@@ -7,23 +7,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from coala.backbone.attention import overheard
 from coala.backbone.shape import shape_of
 from coala.costs import Shape
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class BackboneError(CoalaError):
     """A model or tokenizer that cannot be used as asked."""
+
+
+class Scored(int):
+    """A layer whose hidden states are asked for with their tokens' attention scores, in float32 as one column more.
+
+    The attention is that of the layer which made these hidden states.
+    """
 
 
 class _Reached(Exception):
@@ -55,6 +63,7 @@ class Network:
         with torch.no_grad():
             outputs = self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
         self._outputs = type(outputs)
+        self._scoring: set[int] = set()
         # Not the configured width: a few models project their final states.
         self.width = int(outputs.last_hidden_state.shape[-1])
 
@@ -123,7 +132,8 @@ class Network:
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Hidden states (B, T, d) of ``tokens`` (B, T) at each of ``layers`` and at the end, in the model's dtype.
 
-        Unless ``to_end``, nothing above the highest of ``layers`` is run, and the second value is ``None``.
+        Unless ``to_end``, nothing above the highest of ``layers`` is run, and the second value is ``None``. States of a
+        :class:`Scored` layer are (B, T, d + 1).
         """
         arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
         if not self.encoder:
@@ -134,13 +144,38 @@ class Network:
             arguments[self._cache_argument] = cache
         inner = sorted({layer for layer in layers if layer < self.n_layers})
         whole = to_end or self.n_layers in layers
-        with self._catch(inner, stop=not whole) as caught:
+        scored = {layer for layer in layers if isinstance(layer, Scored)}
+        with self._catch(inner, stop=not whole) as caught, self._overhear(scored) as heard:
             try:
                 final = self.body(**arguments).last_hidden_state
             except _Reached:
                 final = None
-        states = tuple(final if layer == self.n_layers else caught[layer] for layer in layers)
-        return states, final if to_end else None
+        found: list[Tensor] = []
+        for layer in layers:
+            states = final if layer == self.n_layers else caught[layer]
+            found.append(self._with_scores(states, heard[layer], layer) if isinstance(layer, Scored) else states)
+        return tuple(found), final if to_end else None
+
+    @contextmanager
+    def _overhear(self, layers: Iterable[int]) -> Iterator[dict[int, list[Tensor]]]:
+        with ExitStack() as stack:
+            # Hidden state l is what layer l - 1 makes; nothing attends to make the embedding.
+            yield {
+                layer: stack.enter_context(overheard(self.layers[layer - 1])) if layer > 0 else [] for layer in layers
+            }
+
+    def _with_scores(self, states: Tensor, heard: Sequence[Tensor], layer: int) -> Tensor:
+        if len(heard) != 1:
+            reason = (
+                f"{len(heard)} calls of transformers' attention interface were heard where one was expected"
+                if layer
+                else "it is the embedding, which no attention made"
+            )
+            raise BackboneError(
+                f"Hidden state {layer} of {type(self.body).__name__} has no attention scores: {reason}. "
+                "Use the pooling mean, or another layer or model."
+            )
+        return torch.cat([states.float(), heard[0][..., None]], dim=-1)
 
     @contextmanager
     def _catch(self, layers: Sequence[int], *, stop: bool) -> Iterator[dict[int, Tensor]]:
@@ -192,6 +227,12 @@ class Network:
             at = rows[first : first + size], columns[first : first + size]
             found[at] = self.log_probs(final[at[0], at[1] - 1]).gather(1, tokens[at][:, None])[:, 0].double()
         return found.sum(1)
+
+    def check_scores(self, layer: int) -> None:
+        """Refuse a layer whose attention scores cannot be heard."""
+        if layer not in self._scoring:
+            self.run(torch.zeros(1, 2, dtype=torch.long, device=self.device), (Scored(layer),))
+            self._scoring.add(layer)
 
     @property
     def _cache_argument(self) -> str:

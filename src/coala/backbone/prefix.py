@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coala.backbone.attention import attended_mean
 from coala.backbone.cache import CopiedMemory, Memory, TreeMemory
-from coala.backbone.network import BackboneError, Network
+from coala.backbone.network import BackboneError, Network, Scored
 
 
 class Prefix:
@@ -16,7 +17,8 @@ class Prefix:
 
     ``layer`` is the hidden state that ``state`` and ``peek`` speak of; ``lengths`` (B,) counts each row's tokens;
     ``tree`` tells whether candidates are peeked under a tree mask, else ``note`` tells why not. Hidden states and
-    log-probabilities are float32 on the model's device.
+    log-probabilities are float32 on the model's device; those of a :class:`coala.backbone.network.Scored` layer have
+    their attention score as one column more.
     """
 
     def __init__(self, network: Network, rows: Sequence[Sequence[int]], layer: int, *, tree: bool, note: str) -> None:
@@ -27,8 +29,11 @@ class Prefix:
         self._memory: Memory = TreeMemory(network) if tree else CopiedMemory(network)
         at_layer, final = self._memory.prefill(tokens, lengths, layer)
         real = torch.arange(tokens.shape[1], device=tokens.device) >= (tokens.shape[1] - lengths)[:, None]
-        # `where`, not a product: what stands at padding may be inf in half precision.
-        self._prompt_sum = torch.where(real[..., None], at_layer.float(), 0.0).sum(1)
+        if isinstance(layer, Scored):
+            self._prompt_sum = attended_mean(at_layer, real) * lengths[:, None]
+        else:
+            # `where`, not a product: what stands at padding may be inf in half precision.
+            self._prompt_sum = torch.where(real[..., None], at_layer.float(), 0.0).sum(1)
         self._prompt_lengths = lengths
         self._state, self._final = at_layer[:, -1].float(), final[:, -1]
         self._log_probs: Tensor | None = None
@@ -54,11 +59,11 @@ class Prefix:
         return self._log_probs
 
     def state(self) -> Tensor:
-        """Hidden state (B, d) of each row's last token."""
+        """Hidden state (B, d) of each row's last token (with a score, (B, d + 1))."""
         return self._state
 
     def prompt_mean(self) -> Tensor:
-        """Mean hidden state (B, d) of the tokens each row began with."""
+        """Mean hidden state (B, d) of the tokens each row began with, weighted if they have scores."""
         return self._prompt_sum / self._prompt_lengths[:, None]
 
     def peek(self, tokens: Tensor) -> Tensor:
@@ -104,6 +109,31 @@ class Prefix:
         if self._peeked is not None:
             peeked, at_layer, final = self._peeked
             new._peeked = peeked[index], at_layer[index], final[index]
+        return new
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows of several prefixes of this model can be put together: their memory is one buffer."""
+        return self.tree
+
+    @staticmethod
+    def joined(prefixes: Sequence[Prefix]) -> Prefix:
+        """A prefix of its own with the rows of all, in their order; candidates last peeked are forgotten."""
+        first = prefixes[0]
+        memories = [prefix._memory for prefix in prefixes if isinstance(prefix._memory, TreeMemory)]
+        if len(memories) < len(prefixes) or len({(id(prefix._network), prefix.layer) for prefix in prefixes}) > 1:
+            raise BackboneError(
+                "Only rows of one model and layer that share a forward under a tree mask can be joined."
+            )
+        new = object.__new__(Prefix)
+        new.layer, new.tree, new.note, new._network = first.layer, first.tree, first.note, first._network
+        new._memory = TreeMemory.joined(memories)
+        new.lengths = torch.cat([prefix.lengths for prefix in prefixes])
+        new._prompt_lengths = torch.cat([prefix._prompt_lengths for prefix in prefixes])
+        new._prompt_sum = torch.cat([prefix._prompt_sum for prefix in prefixes])
+        new._state = torch.cat([prefix._state for prefix in prefixes])
+        new._final = torch.cat([prefix._final for prefix in prefixes])
+        new._log_probs = new._peeked = None
         return new
 
     def _need_room(self) -> None:

@@ -1,7 +1,9 @@
 """Guided decoding (torch): replies from a frozen model, steered by a head; knows nothing of how the head was fitted."""
 
+from coala.decoding.engine import Engine, Job
 from coala.decoding.generation import generate
 from coala.decoding.guidance import RULES, Guidance, reweight
 from coala.decoding.likelihood import log_likelihood
+from coala.decoding.requests import Request
 
-__all__ = ["RULES", "Guidance", "generate", "log_likelihood", "reweight"]
+__all__ = ["RULES", "Engine", "Guidance", "Job", "Request", "generate", "log_likelihood", "reweight"]

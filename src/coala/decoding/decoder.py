@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from coala.backbone import POOLINGS, LanguageModel, Prefix, RunningState
 from coala.decoding.budget import STRENGTHS, centred, divergence
 from coala.decoding.guidance import Float64, Guidance, reach, reweight, scaled
-from coala.decoding.replies import Reply, Stream
+from coala.decoding.replies import Reply
 from coala.decoding.sampling import Nucleus, gumbel, restrict, stream_key
 from coala.values import CoalaError, ConvexHead
 
 
 class Batch:
-    """Rows that have not ended, all with the same number of generated tokens.
+    """Rows that have not ended, each with as many generated tokens as its reply has.
 
     With a head, ``pooled`` are their features so far, ``features`` (B, d) their value after the latest token, and
     ``linear`` (B, d + 1) the linear block of each row's head.
@@ -42,23 +42,25 @@ class Batch:
         linear = None if self.linear is None else self.linear[list(rows)]
         return Batch(self.prefix.select(rows), pooled, linear, replies)
 
+    def join(self, others: Sequence[Batch]) -> Batch:
+        """The rows of this batch and of ``others``; empty ones leave nothing."""
+        parts = [batch for batch in (self, *others) if batch.replies]
+        if len(parts) < 2:
+            return parts[0] if parts else self
+        first, rest = parts[0], parts[1:]
+        pooled = None if first.pooled is None else first.pooled.join([part.pooled for part in rest])
+        linear = None if first.linear is None else torch.cat([part.linear for part in parts if part.linear is not None])
+        replies = [reply for part in parts for reply in part.replies]
+        return Batch(Prefix.joined([part.prefix for part in parts]), pooled, linear, replies)
+
 
 class Decoder:
-    """What all steps of a ``generate`` call share."""
+    """What the steps of replies with the same ``guidance`` and ``temperature`` have in common."""
 
     def __init__(
-        self,
-        backbone: LanguageModel,
-        head: ConvexHead | None,
-        guidance: Guidance,
-        *,
-        seed: int,
-        temperature: float,
-        stop: tuple[str, ...],
-        stream: Stream | None,
+        self, backbone: LanguageModel, head: ConvexHead | None, guidance: Guidance, *, temperature: float
     ) -> None:
-        self.backbone, self.head, self.guidance = backbone, head, guidance
-        self.seed, self.temperature, self.stop, self.stream = seed, temperature, stop, stream
+        self.backbone, self.head, self.guidance, self.temperature = backbone, head, guidance, temperature
         self.score = None if head is None else _scorer(head, backbone.device)
         self.counts_stop = head is not None and head.spec.ends_with_eos
         self.stop_tokens = sorted(backbone.stop_tokens)
@@ -66,7 +68,10 @@ class Decoder:
     def begin(self, rows: list[list[int]], read: list[list[int]], replies: list[Reply]) -> Batch:
         """Empty ``replies`` to the prompts ``rows``, which features are extracted from as ``read``."""
         head = self.head
-        prefix = self.backbone.start(rows, -1 if head is None else head.spec.layer)
+        if head is None:
+            prefix = self.backbone.start(rows)
+        else:
+            prefix = self.backbone.start(rows, head.spec.layer, scored=POOLINGS[head.spec.pooling].scored)
         batch = Batch(prefix, None, None, replies)
         if head is not None:
             batch.pooled = POOLINGS[head.spec.pooling].begin(prefix)
@@ -89,7 +94,7 @@ class Decoder:
         features = pooling.prompt(prefix)
         other = [row for row in range(len(rows)) if rows[row] != read[row]]
         if other:
-            hidden = self.backbone.hidden([read[row] for row in other], head.spec.layer)
+            hidden = self.backbone.hidden([read[row] for row in other], head.spec.layer, scored=pooling.scored)
             length = torch.tensor([len(read[row]) for row in other], device=hidden.device)
             features = features.index_copy(
                 0, torch.tensor(other, device=hidden.device), pooling.pool(hidden, torch.zeros_like(length), length)
@@ -98,19 +103,23 @@ class Decoder:
 
     # --- one token more ------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch, stream: Stream | None) -> Batch:
+    def step(self, batch: Batch) -> Batch:
         """Let every row grow by one token; the rows that it has not ended are left."""
-        chosen, log_probs = self._choose(batch)
+        nucleus = self.nucleus(batch)
+        ranks = self._choose(batch, nucleus)
+        rows = np.arange(len(ranks))
+        chosen, log_probs = nucleus.tokens[rows, ranks].tolist(), nucleus.base[rows, ranks].tolist()
         stops = [token in self.backbone.stop_tokens for token in chosen]
         if not all(stops) or self.counts_stop:
             self.push(batch, chosen)
         going = []
         for row, reply in enumerate(batch.replies):
-            ended = self.grow(batch, row, reply, chosen[row], log_probs[row])
-            if not ended:
+            if reply.n_top and not stops[row]:
+                top = nucleus.tokens[row, : reply.n_top].tolist(), nucleus.base[row, : reply.n_top].tolist()
+                reply.alternatives.append(list(zip(*top, strict=True)))
+            if not self.grow(batch, row, reply, chosen[row], log_probs[row]):
                 going.append(row)
-            if stream is not None:
-                stream.send(reply, last=ended)
+            reply.send()
         return batch.select(going, [batch.replies[row] for row in going])
 
     def push(self, batch: Batch, tokens: list[int]) -> None:
@@ -121,17 +130,22 @@ class Decoder:
             batch.features = batch.pooled.value
 
     def grow(self, batch: Batch, row: int, reply: Reply, token: int, log_prob: float) -> bool:
-        """Enter the token that was pushed to ``row`` in its ``reply``; whether that ends the reply."""
+        """Enter the token that was pushed to ``row`` in its ``reply``; whether that ends it, as it then tells."""
         stops = token in self.backbone.stop_tokens
         if batch.features is not None and (self.counts_stop or not stops):
-            if not self.stop:  # only a stop string may lead back to an earlier feature
+            if not reply.stop:  # only a stop string may lead back to an earlier feature
                 reply.features.clear()
             reply.features.append(batch.features[row])
-        if stops:
-            return True
-        reply.tokens.append(token)
-        reply.log_probs.append(log_prob)
-        return (bool(self.stop) and reply.cut_at(self.stop)) or len(reply.tokens) >= reply.room
+        if not stops:
+            reply.tokens.append(token)
+            reply.log_probs.append(log_prob)
+        if stops or (reply.stop and reply.cut_at_stop()):
+            reply.finish = "stop"
+        elif len(reply.tokens) >= reply.room:
+            reply.finish = "length"
+        elif reply.halt.asked:
+            reply.finish = "cancelled"
+        return reply.finish != ""
 
     # --- which token ---------------------------------------------------------------------------------------------
 
@@ -156,24 +170,25 @@ class Decoder:
                 features = torch.where(at[..., None], batch.pooled.value[:, None], features)
         return self.score(features, batch.linear)
 
-    def _choose(self, batch: Batch) -> tuple[list[int], list[float]]:
-        """The next token of every row and its log-probability under the base model."""
-        nucleus = self.nucleus(batch)
-        step = len(batch.replies[0].tokens)
+    def _choose(self, batch: Batch, nucleus: Nucleus) -> NDArray[np.intp]:
+        """The rank (B,) of every row's next token."""
+        steps = np.array([len(reply.tokens) for reply in batch.replies])
         noise = np.zeros_like(nucleus.log_probs)
         if self.temperature > 0:
-            keys = [stream_key(self.seed, reply.prompt_id, reply.branch, step) for reply in batch.replies]
+            keys = [stream_key(r.seed, r.prompt_id, r.branch, len(r.tokens)) for r in batch.replies]
             noise = gumbel(keys, nucleus.tokens)
         guide = {"token": self._resample, "prefix": self._resample, "shift": self._shift}.get(self.guidance.mode)
-        if guide is None or step % self.guidance.interval:
+        due = steps % self.guidance.interval == 0
+        if guide is None or not due.any():
             rank: NDArray[np.intp] = (nucleus.log_probs + noise).argmax(1)  # of equals the first, in every mode
-        else:
-            rank = guide(batch, nucleus, noise)
-        rows = np.arange(len(rank))
-        return nucleus.tokens[rows, rank].tolist(), nucleus.base[rows, rank].tolist()
+            return rank
+        return guide(batch, nucleus, noise, due)
 
-    def _resample(self, batch: Batch, nucleus: Nucleus, noise: Float64) -> NDArray[np.intp]:
-        """Ranks (B,) of the best of the k candidates with the largest log p + noise, once they are reweighted."""
+    def _resample(self, batch: Batch, nucleus: Nucleus, noise: Float64, due: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """Ranks (B,) of the best of the k candidates with the largest log p + noise, once they are reweighted.
+
+        Rows that are not ``due`` (B,) keep the first.
+        """
         strength, rule, k = self.guidance.strength, self.guidance.rule, self.guidance.candidates
         perturbed = nucleus.log_probs + noise
         order = np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
@@ -182,7 +197,7 @@ class Decoder:
         sizes = np.isfinite(leading).sum(1)
         # Where the first leads by more than the head could make up for, what the head would say changes nothing.
         lead = leading[:, 0] - leading[:, 1] if leading.shape[1] > 1 else np.full(len(leading), np.inf)
-        asked = (sizes > 1) & (lead <= strength * reach(rule, leading.shape[1]))
+        asked = due & (sizes > 1) & (lead <= strength * reach(rule, leading.shape[1]))
         if not asked.any():
             return first
         ranks = order[:, : sizes[asked].max()]
@@ -193,11 +208,14 @@ class Decoder:
         best = (weights + np.take_along_axis(noise, ranks, 1)).argmax(1)
         return np.where(asked, ranks[np.arange(len(ranks)), best], first)
 
-    def _shift(self, batch: Batch, nucleus: Nucleus, noise: Float64) -> NDArray[np.intp]:
-        """Ranks (B,) of samples of the tilted distribution; what that costs is entered in the replies' accounts."""
+    def _shift(self, batch: Batch, nucleus: Nucleus, noise: Float64, due: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """Ranks (B,) of samples of the tilted distribution; what that costs is entered in the replies' accounts.
+
+        The distribution of rows that are not ``due`` (B,) is not tilted.
+        """
         perturbed = nucleus.log_probs + noise
         sizes = np.isfinite(nucleus.log_probs).sum(1)
-        asked = (sizes > 1) & np.array([not reply.account.closed for reply in batch.replies])
+        asked = due & (sizes > 1) & np.array([not reply.account.closed for reply in batch.replies])
         if not asked.any():
             unguided: NDArray[np.intp] = perturbed.argmax(1)
             return unguided

@@ -21,15 +21,14 @@ A stop token ends the reply and is not part of it: as a candidate it is worth wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from coala.backbone import LanguageModel
-from coala.decoding.budget import Account
 from coala.decoding.decoder import Decoder
-from coala.decoding.guidance import RANKING, Guidance
-from coala.decoding.replies import Decode, OnToken, Reply, Stream
-from coala.decoding.search import WAYS
+from coala.decoding.guidance import Guidance
+from coala.decoding.replies import OnToken
+from coala.decoding.requests import Request, effective, generation, prepare
+from coala.decoding.search import WAYS, nobody
 from coala.values import CoalaError, ConvexHead, Generation, Turn
 
 
@@ -69,94 +68,30 @@ def generate(
     Raises :class:`CoalaError` for settings that cannot be carried out and :class:`SpecMismatch` for a head that was
     fitted on features of another model.
     """
-    _check(max_new_tokens, temperature, stop, batch_size)
+    if batch_size < 1:
+        raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
     ids = [str(index) for index in range(len(prompts))] if prompt_ids is None else list(prompt_ids)
     if len(ids) != len(prompts):
         raise CoalaError(f"{len(prompts)} prompts need as many prompt ids; found {len(ids)}.")
     if head is not None:
         backbone.require(head.spec)
-    guided = (head is not None and guidance.active) or not guidance.samples
-    if guided and guidance.mode in RANKING and temperature == 0:
-        raise CoalaError(
-            f"Mode {guidance.mode!r} chooses among samples, which temperature 0 makes all the same. "
-            "Give a temperature above 0, or mode 'token' or 'beam'."
+    wanted = effective(guidance, head, temperature)
+    parts = [
+        prepare(
+            Request(prompt, guidance, max_new_tokens, seed, temperature, stop, prompt_id),
+            backbone,
+            head,
+            index=index,
+            on_token=on_token,
         )
-    context = backbone.max_tokens
-    longest_prompt = max(context - max_new_tokens, context // 2)
-    rows = [backbone.render(prompt, max_tokens=longest_prompt).tokens for prompt in prompts]
-    # A long prompt may be cut elsewhere at extraction, which leaves no room for a reply.
-    read = rows
-    if head is not None and head.needs_prompt:
-        read = [backbone.render(prompt, max_tokens=head.spec.max_tokens).tokens for prompt in prompts]
-    replies = [
-        Reply(
-            index,
-            ids[index],
-            min(max_new_tokens, context - len(row)),
-            _reader(backbone, row),
-            account=Account(guidance.budget),
-        )
-        for index, row in enumerate(rows)
+        for index, (prompt, prompt_id) in enumerate(zip(prompts, ids, strict=True))
     ]
-    stops = (*stop, *backbone.stop_texts)
-    decoder = Decoder(
-        backbone,
-        head,
-        guidance if guided else Guidance("none", top_k=guidance.top_k, top_p=guidance.top_p),
-        seed=seed,
-        temperature=temperature,
-        stop=stops,
-        stream=None if on_token is None else Stream(on_token, stops),
-    )
+    decoder = Decoder(backbone, head, wanted, temperature=temperature)
     # Prompts of like length share a batch, which saves padding.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    order = sorted(parts, key=lambda part: len(part.row))
     for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        start = decoder.begin(
-            [rows[index] for index in batch], [read[index] for index in batch], [replies[index] for index in batch]
-        )
-        WAYS[decoder.guidance.mode](decoder, start)
-    return [_generation(reply, head, decoder.guidance, seed) for reply in replies]
-
-
-def _generation(reply: Reply, head: ConvexHead | None, guidance: Guidance, seed: int) -> Generation:
-    score = math.nan if head is None else _final_score(head, reply)
-    log_prob = float(sum(reply.log_probs))
-    found = (reply.prompt_id, reply.text, str(guidance), len(reply.tokens), seed, score, log_prob)
-    return Generation(*found, reply.account.spent if guidance.mode == "shift" else None)
-
-
-def _final_score(head: ConvexHead, reply: Reply) -> float:
-    prompt = None if reply.prompt is None else reply.prompt.cpu().numpy()
-    return float(head.score(reply.features[-1].cpu().numpy(), prompt))
-
-
-def _reader(backbone: LanguageModel, prompt: list[int]) -> Decode:
-    """Tokens of a reply to text: what rendering turns into those tokens behind this prompt."""
-    kind = backbone.template.partition(":")[0]
-    if kind == "dialogue":  # which puts a space before a reply
-        return lambda tokens: backbone.decode(tokens).removeprefix(" ")
-    if kind != "continuation":
-        return backbone.decode
-    # Many tokenizers drop the space a text begins with; here it is what parts the reply from the prompt.
-    context = prompt[-1:]
-    before = backbone.decode(context)
-
-    def read(tokens: list[int]) -> str:
-        whole = backbone.decode([*context, *tokens])
-        return whole[len(before) :] if whole.startswith(before) else backbone.decode(tokens)
-
-    return read
-
-
-def _check(max_new_tokens: int, temperature: float, stop: Sequence[str], batch_size: int) -> None:
-    if max_new_tokens < 1:
-        raise CoalaError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise CoalaError(f"temperature is {temperature}; expected a finite number of at least 0 (0 is greedy).")
-    if batch_size < 1:
-        raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
-    if isinstance(stop, str):
-        raise CoalaError(f"stop is the string {stop!r}; expected a list of strings, such as stop=[{stop!r}].")
-    if not all(stop):
-        raise CoalaError("One of the stop strings is empty, which would end every reply at once. Leave it out.")
+        some = order[first : first + batch_size]
+        start = decoder.begin([part.row for part in some], [part.read for part in some], [part.reply for part in some])
+        for _ in WAYS[wanted.mode](decoder, start, nobody):
+            pass
+    return [generation(part.reply, head, wanted) for part in parts]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -14,38 +15,57 @@ from coala.decoding.budget import Account
 
 Decode = Callable[[list[int]], str]
 OnToken = Callable[[int, str], None]
+Finish = Literal["", "stop", "length", "cancelled"]
 # What an unfinished or invalid byte sequence decodes to.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass
+class Halt:
+    """What a reply and its branches have in common: whether they are to end at the next token."""
+
+    asked: bool = False
 
 
 @dataclass
 class Reply:
     """One reply (or one branch of it) that may grow to ``room`` tokens; ``decode`` makes text of its tokens.
 
-    ``features[t]`` is the pooled feature (d,) after t tokens, kept while a cut back to t tokens is possible, else only
-    the latest; ``cut`` is the text a stop string left. ``prompt`` is the prompt's own feature (d,), where the head's
-    gates act on it; ``account`` what shifting its distribution has cost.
+    ``seed`` and ``prompt_id`` name its noise; it ends before the first of the ``stop`` strings, and ``finish`` then
+    tells why it ended. ``features[t]`` is the pooled feature (d,) after t tokens, kept while a cut back to t tokens is
+    possible, else only the latest; ``cut`` is the text a stop string left. ``prompt`` is the prompt's own feature (d,),
+    where the head's gates act on it; ``account`` what shifting its distribution has cost. ``alternatives`` are the
+    ``n_top`` likeliest tokens at every step of a sampled reply, with their log-probabilities under the base model.
     """
 
     index: int
     prompt_id: str
     room: int
     decode: Decode
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stream: Stream | None = None
+    n_top: int = 0
     branch: int = 0
+    finish: Finish = ""
+    halt: Halt = field(default_factory=Halt)
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
     cut: str | None = None
     prompt: torch.Tensor | None = None
     account: Account = field(default_factory=Account)
 
     def branched(self, branch: int) -> Reply:
-        """A copy that grows on its own."""
+        """A copy that grows on its own, unheard."""
         return replace(
             self,
             branch=branch,
+            stream=None,
             tokens=self.tokens.copy(),
             log_probs=self.log_probs.copy(),
+            alternatives=self.alternatives.copy(),
             features=self.features.copy(),
         )
 
@@ -53,18 +73,24 @@ class Reply:
         """Take over what ``branch`` has grown to."""
         self.tokens, self.log_probs = branch.tokens, branch.log_probs
         self.features, self.cut = branch.features, branch.cut
+        self.alternatives, self.finish = branch.alternatives, branch.finish
 
-    def cut_at(self, stop: Sequence[str]) -> bool:
+    def send(self) -> None:
+        """Hand on what has become certain of the text, if somebody listens."""
+        if self.stream is not None:
+            self.stream.send(self, last=bool(self.finish))
+
+    def cut_at_stop(self) -> bool:
         """Cut the reply before the earliest stop string, if one is there; tokens wholly behind the cut are dropped."""
         text = self.decode(self.tokens)
-        places = [place for place in map(text.find, stop) if place >= 0]
+        places = [place for place in map(text.find, self.stop) if place >= 0]
         if not places:
             return False
         self.cut = text[: min(places)]
         kept = len(self.tokens)
         while kept and self.decode(self.tokens[: kept - 1]).startswith(self.cut):
             kept -= 1
-        del self.tokens[kept:], self.log_probs[kept:], self.features[kept + 1 :]
+        del self.tokens[kept:], self.log_probs[kept:], self.alternatives[kept:], self.features[kept + 1 :]
         return True
 
     @property

@@ -1,12 +1,14 @@
 """How whole replies come about: token after token, by the best of sampled blocks, or by a beam.
 
-Each way is a function from a decoder, a batch of empty replies and a stream to nothing: the replies are complete then.
+Each way is a generator over a decoder and a batch of empty replies. It yields after every forward pass, so that several
+can take turns with one model, and is exhausted when the replies are complete. Where rows come and go, new ones are
+fetched from ``arrivals`` whenever they can enter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,24 +18,35 @@ from coala.decoding.decoder import Batch, Decoder
 from coala.decoding.guidance import Mode, scaled
 from coala.decoding.replies import Reply
 
+Arrivals = Callable[[], Sequence[Batch]]
 
-def by_tokens(decoder: Decoder, batch: Batch) -> None:
-    """One token of every row after the other."""
-    while batch.replies:
-        batch = decoder.step(batch, decoder.stream)
+
+def nobody() -> Sequence[Batch]:
+    """No arrivals."""
+    return ()
+
+
+def by_tokens(decoder: Decoder, batch: Batch, arrivals: Arrivals = nobody) -> Iterator[None]:
+    """One token of every row after the other; new rows may enter at any token."""
+    while (batch := batch.join(arrivals())).replies:
+        batch = decoder.step(batch)
+        yield
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-def by_blocks(decoder: Decoder, batch: Batch) -> None:
-    """The best of several sampled blocks after the other; a block without an end is best-of-n."""
+def by_blocks(decoder: Decoder, batch: Batch, arrivals: Arrivals = nobody) -> Iterator[None]:
+    """The best of several sampled blocks after the other; new rows may enter where blocks end.
+
+    A block without an end is best-of-n.
+    """
     length = decoder.guidance.block_tokens if decoder.guidance.mode == "block" else math.inf
-    while batch.replies:
-        batch = _best_block(decoder, batch, length)
+    while (batch := batch.join(arrivals())).replies:
+        batch = yield from _best_block(decoder, batch, length)
 
 
-def _best_block(decoder: Decoder, batch: Batch, length: float) -> Batch:
+def _best_block(decoder: Decoder, batch: Batch, length: float) -> Generator[None, None, Batch]:
     """Let every row grow by the best of several blocks, the first of which is the unguided one."""
     assert decoder.score is not None
     assert batch.linear is not None
@@ -42,8 +55,9 @@ def _best_block(decoder: Decoder, batch: Batch, length: float) -> Batch:
     wide = batch.select([row for row in range(len(batch.replies)) for _ in range(n)], branches)
     grown = 0
     while wide.replies and grown < length:
-        wide = decoder.step(wide, None)
+        wide = decoder.step(wide)
         grown += 1
+        yield
     features = torch.stack([branch.features[-1] for branch in branches])
     best = decoder.score(features.reshape(-1, n, features.shape[-1]), batch.linear).argmax(1)
     place = {id(branch): row for row, branch in enumerate(wide.replies)}
@@ -54,8 +68,7 @@ def _best_block(decoder: Decoder, batch: Batch, length: float) -> Batch:
         if id(winner) in place:
             going.append(place[id(winner)])
             replies.append(reply)
-        if decoder.stream is not None:
-            decoder.stream.send(reply, last=id(winner) not in place)
+        reply.send()
     return wide.select(going, replies)
 
 
@@ -85,12 +98,13 @@ class _Option:
     step: float = 0.0
 
 
-def by_beam(decoder: Decoder, batch: Batch) -> None:
+def by_beam(decoder: Decoder, batch: Batch, arrivals: Arrivals = nobody) -> Iterator[None]:
     """Beam search for the reply with the largest mean log-probability plus strength times score.
 
     Means are over the reply's tokens, its stop token included, so that length by itself is neither gain nor loss. The
     rule scales the scores over all that compete for the places of one beam: each unended reply extended by each of its
-    likeliest tokens, and the ended ones as they stand. A search is over when only ended ones hold places.
+    likeliest tokens, and the ended ones as they stand. A search is over when only ended ones hold places; nobody enters
+    before all are.
     """
     targets = batch.replies
     batch = batch.select(range(len(targets)), [reply.branched(0) for reply in targets])
@@ -107,13 +121,13 @@ def by_beam(decoder: Decoder, batch: Batch) -> None:
             ended[which] = [option.ended for option in kept[which] if option.ended is not None]
         chosen = [(which, option) for which in sorted(set(owner)) for option in kept[which] if option.ended is None]
         batch, owner = _grow(decoder, batch, chosen, ended)
+        yield
     for target, done in zip(targets, ended, strict=True):
         finals = [_Option(one.log_prob, one.n_tokens, one.score, one) for one in done]
         winner = _best(decoder, finals, 1)[0].ended
         assert winner is not None
         target.become(winner.reply)
-        if decoder.stream is not None:
-            decoder.stream.send(target, last=True)
+        target.send()
 
 
 def _extensions(decoder: Decoder, batch: Batch) -> list[tuple[int, _Option]]:
@@ -181,7 +195,7 @@ def _cut(decoder: Decoder, batch: Batch, row: int, reply: Reply) -> _Ended:
     return _Ended(reply, sum(reply.log_probs), max(len(reply.tokens), 1), score)
 
 
-WAYS: Mapping[Mode, Callable[[Decoder, Batch], None]] = {
+WAYS: Mapping[Mode, Callable[[Decoder, Batch, Arrivals], Iterator[None]]] = {
     "token": by_tokens,
     "prefix": by_tokens,
     "shift": by_tokens,

@@ -1,0 +1,135 @@
+"""What is asked of a model, one reply at a time, and what comes of it; knows nothing of how replies grow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from coala.backbone import LanguageModel
+from coala.decoding.budget import Account
+from coala.decoding.guidance import RANKING, Guidance
+from coala.decoding.replies import Decode, OnToken, Reply, Stream
+from coala.values import CoalaError, ConvexHead, Generation, Turn
+
+
+@dataclass(frozen=True)
+class Request:
+    """One reply to ``prompt``; see :func:`coala.decoding.generate` for what the settings mean.
+
+    ``n_top`` alternatives are kept for each token (:attr:`coala.decoding.Job.alternatives`). ``on_text`` is handed
+    pieces of text that add up to the reply. Raises :class:`CoalaError` for settings that no model could carry out.
+    """
+
+    prompt: Sequence[Turn]
+    guidance: Guidance
+    max_new_tokens: int
+    seed: int
+    temperature: float = 1.0
+    stop: Sequence[str] = ()
+    prompt_id: str = "0"
+    n_top: int = 0
+    on_text: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise CoalaError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise CoalaError(
+                f"temperature is {self.temperature}; expected a finite number of at least 0 (0 is greedy)."
+            )
+        if self.n_top < 0:
+            raise CoalaError(f"n_top is {self.n_top}; expected at least 0 alternatives.")
+        if isinstance(self.stop, str):
+            raise CoalaError(
+                f"stop is the string {self.stop!r}; expected a list of strings, such as stop=[{self.stop!r}]."
+            )
+        if not all(self.stop):
+            raise CoalaError("One of the stop strings is empty, which would end every reply at once. Leave it out.")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as a model takes it: the prompt's tokens, as decoded from and as features read it, and the reply."""
+
+    row: list[int]
+    read: list[int]
+    reply: Reply
+
+
+def effective(guidance: Guidance, head: ConvexHead | None, temperature: float) -> Guidance:
+    """What ``guidance`` comes to with this head; raises :class:`CoalaError` if that cannot be carried out."""
+    if not ((head is not None and guidance.active) or not guidance.samples):
+        return Guidance("none", top_k=guidance.top_k, top_p=guidance.top_p)
+    if guidance.mode in RANKING and temperature == 0:
+        raise CoalaError(
+            f"Mode {guidance.mode!r} chooses among samples, which temperature 0 makes all the same. "
+            "Give a temperature above 0, or mode 'token' or 'beam'."
+        )
+    return guidance
+
+
+def prepare(
+    request: Request,
+    backbone: LanguageModel,
+    head: ConvexHead | None,
+    *,
+    index: int = 0,
+    on_token: OnToken | None = None,
+) -> Prepared:
+    """The tokens of the prompt, cut to what leaves room for the reply, and its reply to be, named ``index``."""
+    context = backbone.max_tokens
+    longest = max(context - request.max_new_tokens, context // 2)
+    row = backbone.render(request.prompt, max_tokens=longest).tokens
+    # A long prompt may be cut elsewhere at extraction, which leaves no room for a reply.
+    read = row
+    if head is not None and head.needs_prompt:
+        read = backbone.render(request.prompt, max_tokens=head.spec.max_tokens).tokens
+    stop = (*request.stop, *backbone.stop_texts)
+    if on_token is None and request.on_text is not None:
+        hear = request.on_text
+
+        def on_token(_: int, piece: str) -> None:
+            hear(piece)
+
+    reply = Reply(
+        index,
+        request.prompt_id,
+        min(request.max_new_tokens, context - len(row)),
+        _reader(backbone, row),
+        seed=request.seed,
+        stop=stop,
+        stream=None if on_token is None else Stream(on_token, stop),
+        n_top=request.n_top,
+        account=Account(request.guidance.budget),
+    )
+    return Prepared(row, read, reply)
+
+
+def generation(reply: Reply, head: ConvexHead | None, guidance: Guidance) -> Generation:
+    """A finished reply as it is kept."""
+    score = math.nan
+    if head is not None:
+        prompt = None if reply.prompt is None else reply.prompt.cpu().numpy()
+        score = float(head.score(reply.features[-1].cpu().numpy(), prompt))
+    log_prob = float(sum(reply.log_probs))
+    found = (reply.prompt_id, reply.text, str(guidance), len(reply.tokens), reply.seed, score, log_prob)
+    return Generation(*found, reply.account.spent if guidance.mode == "shift" else None)
+
+
+def _reader(backbone: LanguageModel, prompt: list[int]) -> Decode:
+    """Tokens of a reply to text: what rendering turns into those tokens behind this prompt."""
+    kind = backbone.template.partition(":")[0]
+    if kind == "dialogue":  # which puts a space before a reply
+        return lambda tokens: backbone.decode(tokens).removeprefix(" ")
+    if kind != "continuation":
+        return backbone.decode
+    # Many tokenizers drop the space a text begins with; here it is what parts the reply from the prompt.
+    context = prompt[-1:]
+    before = backbone.decode(context)
+
+    def read(tokens: list[int]) -> str:
+        whole = backbone.decode([*context, *tokens])
+        return whole[len(before) :] if whole.startswith(before) else backbone.decode(tokens)
+
+    return read
