@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coala.backbone import LanguageModel, Prefix, load_backbone
     from coala.convex import Fit, Program, Solution, fit, sample_patterns, solve
     from coala.data import alternate, check, read_conversations, read_pairs, split
-    from coala.decoding import Guidance, generate, log_likelihood
+    from coala.decoding import Guidance, generate, guide, log_likelihood
     from coala.evaluation import Judge, WordJudge, judge, ranking_accuracy, win_rate
     from coala.features import extract
     from coala.store import Run, load_features, load_head, load_pairs, save_features, save_head, save_pairs
@@ -33,7 +33,7 @@ _HOMES = {
     "coala.backbone": ("LanguageModel", "Prefix", "load_backbone"),
     "coala.convex": ("Fit", "Program", "Solution", "fit", "sample_patterns", "solve"),
     "coala.data": ("alternate", "check", "read_conversations", "read_pairs", "split"),
-    "coala.decoding": ("Guidance", "generate", "log_likelihood"),
+    "coala.decoding": ("Guidance", "generate", "guide", "log_likelihood"),
     "coala.evaluation": ("Judge", "WordJudge", "judge", "ranking_accuracy", "win_rate"),
     "coala.features": ("extract",),
     "coala.store": ("Run", "load_features", "load_head", "load_pairs", "save_features", "save_head", "save_pairs"),
@@ -79,6 +79,7 @@ __all__ = [
     "extract",
     "fit",
     "generate",
+    "guide",
     "judge",
     "load_backbone",
     "load_features",

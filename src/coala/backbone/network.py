@@ -197,8 +197,8 @@ class Network:
                 handle.remove()
 
     @torch.no_grad()
-    def log_probs(self, final: Tensor) -> Tensor:
-        """Next-token log-probabilities (B, V) float32 of final hidden states (B, d)."""
+    def logits(self, final: Tensor) -> Tensor:
+        """Next-token logits (B, V) float32 of final hidden states (B, d)."""
         states = final[:, None]
         outputs = self._outputs(last_hidden_state=states)
         body = cast(Any, self.body)
@@ -212,7 +212,11 @@ class Network:
             del body.forward
             if own is not None:
                 body.forward = own
-        return torch.log_softmax(logits[:, -1].float(), dim=-1)
+        return cast(Tensor, logits[:, -1].float())
+
+    def log_probs(self, final: Tensor) -> Tensor:
+        """Next-token log-probabilities (B, V) float32 of final hidden states (B, d)."""
+        return torch.log_softmax(self.logits(final), dim=-1)
 
     def log_likelihood(self, final: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
         """Sum (B,) float64 of the log-probabilities of the ``counted`` (B, T) of ``tokens`` (B, T), never a first one.

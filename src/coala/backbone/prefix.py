@@ -52,6 +52,10 @@ class Prefix:
         """Tokens each row began with (B,)."""
         return self._prompt_lengths
 
+    def logits(self) -> Tensor:
+        """Next-token logits (B, V), before any softmax."""
+        return self._network.logits(self._final)
+
     def log_probs(self) -> Tensor:
         """Next-token log-probabilities (B, V)."""
         if self._log_probs is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -18,6 +18,13 @@ OnToken = Callable[[int, str], None]
 Finish = Literal["", "stop", "length", "cancelled"]
 # What an unfinished or invalid byte sequence decodes to.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Listener(Protocol):
+    """Hears of a reply while it grows."""
+
+    def send(self, reply: Reply, *, last: bool) -> None:
+        """Take what has become certain; everything if this is the ``last`` of the reply."""
 
 
 @dataclass
@@ -44,7 +51,7 @@ class Reply:
     decode: Decode
     seed: int = 0
     stop: tuple[str, ...] = ()
-    stream: Stream | None = None
+    stream: Listener | None = None
     n_top: int = 0
     branch: int = 0
     finish: Finish = ""
