@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +76,16 @@ class LanguageModel:
     def shape(self) -> Shape:
         """The numbers that decide FLOPs."""
         return self._network.shape
+
+    @property
+    def transformer(self) -> Any:
+        """The model of transformers itself, for programs that want one; frozen, so not to be trained or changed."""
+        return self._network.causal
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers that comes with it."""
+        return self._renderer.tokenizer
 
     # --- the feature contract ------------------------------------------------------------------------------------
 

@@ -134,6 +134,75 @@ def rewardbench(
     finish(asdict(found), found.remarks)
 
 
+@app.command(
+    "lm-eval", epilog="Example: `coala bench lm-eval runs/demo --tasks my_task --include-path tasks --out results.json`"
+)
+def lm_eval(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas; `lm-eval ls tasks` lists them.")],
+    include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
+    mode: Annotated[str | None, typer.Option(help="The guidance's mode; the run's own if not given.")] = None,
+    strength: Annotated[float | None, typer.Option(help="The guidance's strength; 0 is unguided.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, to try.")] = None,
+    gen_kwargs: Annotated[
+        str | None, typer.Option(help="Sampling, such as `do_sample=true,temperature=0.8`; a task's own if not given.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Render prompts by the tokenizer's chat template.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to write the harness's results as JSON.")] = None,
+) -> None:
+    """Tasks of EleutherAI's lm-evaluation-harness with guided texts (needs the extra `lm-eval`).
+
+    Likelihoods are the base model's; where a task asks for them, guidance changes nothing.
+    """
+    from coala.cli.screen import emit, say, table
+    from coala.store import save_json
+    from coala.values import CoalaError
+
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        from coala.export.harness import GuidedLM
+    except ImportError as error:
+        raise CoalaError(f"{error}. Install the harness: pip install 'coala-align[lm-eval]'") from error
+    if include_path is not None and not include_path.is_dir():
+        raise CoalaError(f"{include_path}: no such folder. --include-path takes a folder with task files (.yaml).")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    known = TaskManager(include_path=str(include_path) if include_path else None)
+    missing = [name for name in names if name not in known.all_tasks]
+    if missing or not names:
+        raise CoalaError(f"No task {', '.join(missing) or 'was named'}. `lm-eval ls tasks` lists them; --include-path.")
+    _opened(run)
+    found = simple_evaluate(
+        model=GuidedLM(run, mode=mode, strength=strength, batch_size=batch_size),
+        tasks=names,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        gen_kwargs=gen_kwargs,
+        apply_chat_template=chat,
+        task_manager=known,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    rows = []
+    for task, values in found["results"].items():
+        for name, value in values.items():
+            deviation = values.get(f"{name.partition(',')[0]}_stderr,{name.partition(',')[2]}")
+            if isinstance(value, float) and "_stderr" not in name:
+                spread = f"{deviation:.4f}" if isinstance(deviation, float) else ""
+                rows.append([task, name.partition(",")[0], f"{value:.4f}", spread])
+    table(rows, ["task", "metric", "value", "standard error"])
+    if out is not None:
+        save_json(out, {key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found})
+        say(f"Written: {out}")
+    emit({"run": run, "results": found["results"]})
+
+
 def _finite(value: float) -> float | None:
     return value if value == value else None  # JSON has no nan
 

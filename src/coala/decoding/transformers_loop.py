@@ -34,6 +34,7 @@ class guide:
     """``model.generate(..., custom_generate=coala.guide(head, guidance))`` guides by ``head``.
 
     Sampling options and stopping criteria are those of ``generate``; :attr:`Guidance.top_k` and ``top_p`` are not used.
+    Criteria are asked about one reply at a time, and must not remember rows by their place in a batch.
     The seed is drawn from torch's generator, so ``torch.manual_seed`` repeats a text. Prompts must be rendered as they
     were for the head's features, by the tokenizer's chat template for instance: here they are tokens already.
 

@@ -62,9 +62,16 @@ def reward_network(head: ConvexHead, backbone: LanguageModel, spec: FeatureSpec)
     """The model of ``modeling_coala.py`` with the weights below the head's layer, shared with ``backbone``, and it."""
     import torch
 
+    from coala.backbone import POOLINGS
     from coala.backbone.load import encoder_options
     from coala.export.shipped.modeling_coala import CoalaRewardConfig, CoalaRewardModel
 
+    if POOLINGS[head.spec.pooling].scored:
+        raise ExportError(
+            f"The head pools by {head.spec.pooling!r}, which listens to one layer's attention; a folder read by "
+            "transformers alone gives hidden states only. Fit the head with --pooling mean or last, or score with it "
+            "here (coala.export.RewardFunction)."
+        )
     network = _network_of(backbone)
     source = _source(network, backbone.name)
     options = encoder_options(source.config) if network.encoder else {}

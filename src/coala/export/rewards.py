@@ -64,7 +64,7 @@ def _features(rows: _Rows, head: ConvexHead, backbone: LanguageModel, batch_toke
     while first < len(distinct):
         # Longest first: the first row of a batch is its width.
         batch = distinct[first : first + max(1, batch_tokens // len(distinct[first][0]))]
-        hidden = backbone.hidden([row[0] for row in batch], head.spec.layer)
+        hidden = backbone.hidden([row[0] for row in batch], head.spec.layer, scored=pooling.scored)
         start, stop = (torch.tensor([row[i] for row in batch], device=backbone.device) for i in (1, 2))
         found.append(pooling.pool(hidden, start, stop).cpu().numpy())
         first += len(batch)
