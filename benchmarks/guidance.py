@@ -192,13 +192,17 @@ def rules() -> Iterator[tuple[str, Guidance]]:
     for k in ("full", "prefixes"):
         yield k, Guidance("token")
         yield k, Guidance("token", strength=4)
-        yield k, Guidance("block")
+        yield k, Guidance("block", block_tokens=10)
         yield k, Guidance("best_of")
         yield k, Guidance("shift", budget=20.0, candidates=10)
     yield "prefixes", Guidance("token", strength=3)
     yield "prefixes", Guidance("token", strength=6)
     yield "prefixes", Guidance("block", block_tokens=5)
-    yield "prefixes", Guidance("block", candidates=10)
+    yield "prefixes", Guidance("block", candidates=10, block_tokens=10)
+    yield "prefixes", Guidance("block", candidates=10, block_tokens=5)
+    yield "prefixes", Guidance("block", candidates=20, block_tokens=5)
+    yield "prefixes", Guidance("block", block_tokens=3)
+    yield "prefixes", Guidance("block", candidates=10, block_tokens=3)
     yield "prefixes", Guidance("shift", strength=4.0)
     yield "prefixes", Guidance("shift", budget=40.0, candidates=10)
     yield "prefixes", Guidance("shift", budget=80.0)
@@ -218,7 +222,7 @@ def rules() -> Iterator[tuple[str, Guidance]]:
     yield "full", Guidance("shift", budget=20.0, rule="z-score")
     yield "full", Guidance("shift", budget=20.0, rule="raw")
     yield "full", Guidance("block", block_tokens=5)
-    yield "full", Guidance("block", candidates=10)
+    yield "full", Guidance("block", candidates=10, block_tokens=10)
     yield "full", Guidance("best_of", candidates=20)
     yield "full", Guidance("beam", strength=0.0)
     yield "full", Guidance("beam", strength=0.1)
@@ -232,6 +236,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--references", type=int, default=4)
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--only", default="", help="rows whose guidance has this in its name")
     args = parser.parse_args()
     if args.task == "stories" and (args.model is None or not (args.model / "config.json").exists()):
         print("the story model is not there: give its folder with --model")
@@ -315,6 +320,8 @@ def main() -> None:
     measure("-", "unguided", lambda: replies(Guidance("none")))
     measure("-", "control: 5 candidates, sampled once more", lambda: control(task, seed=0))
     for which, rule in rules():
+        if args.only not in str(rule):
+            continue
         measure(which, str(rule), lambda which=which, rule=rule: replies(rule, fitted[which]))
     print(json.dumps({"task": args.task, "pairs": len(task.pairs), "rows": rows}))
 
