@@ -291,7 +291,7 @@ def main() -> None:
         base = [-g.log_prob / max(g.n_tokens, 1) for g in plain]
         ppl = perplexity([g.log_prob for g in found], [g.n_tokens for g in found])
         ppl_plain = perplexity([g.log_prob for g in plain], [g.n_tokens for g in plain])
-        nats = [g.divergence for g in found if hasattr(g, "divergence")]
+        nats = [g.divergence for g in found if g.divergence is not None]
         row = {
             "head": head,
             "guidance": name,

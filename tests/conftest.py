@@ -33,6 +33,14 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a random GPT-2 with a gated head, for the server and the chat."""
+    from .serving import tiny_run
+
+    return tiny_run(tmp_path_factory.mktemp("served"), gates=3)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only loopback may be reached: a test that would go out fails loudly."""

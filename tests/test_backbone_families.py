@@ -18,6 +18,8 @@ Load = Callable[..., LanguageModel]
 LENGTHS = (17, 4, 9, 1)
 # Their lists of hidden states begin behind the first layer.
 SHIFTED = {"mamba", "mamba2"}
+# Their attention does not go through transformers' attention interface, or they have none.
+UNHEARD = {"gptj", "codegen", "mpt", "xglm", "mamba2", "mpnet", "deberta-v2"}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,36 @@ def test_models_whose_states_depend_on_the_batch_are_refused(folder: Callable[[s
                 close(hidden[b, : len(row)], backbone.hidden([row], layer)[0])
 
 
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(ENCODERS)))
+def test_attention_is_heard_where_there_is_any_or_refused(load: Load, name: str) -> None:
+    """Whatever family: decoding pools by attention as extraction does, at one layer at least."""
+    backbone = load(name)
+    rows, pooling, found = some_rows(backbone)[:3], POOLINGS["attn"], 0
+    starts = torch.tensor([len(row) for row in rows])
+    for layer in range(1, backbone.n_layers + 1):
+        hears = True
+        try:
+            backbone.spec(layer, "attn")
+        except BackboneError:
+            hears = False
+        # In a model of several kinds of layers each answers for itself.
+        kinds = getattr(backbone._network.config, "layer_types", None) or []
+        if kinds:
+            assert hears == (kinds[layer - 1] in {"full_attention", "sliding_attention", "chunked_attention"})
+        if not hears:
+            continue
+        found += 1
+        prefix = backbone.start(rows, layer, scored=True)
+        state, grown = pooling.begin(prefix), rows
+        for token in (11, 12):
+            prefix.push(torch.full((3,), token))
+            state.push(prefix.state())
+            grown = [[*row, token] for row in grown]
+        expected = pooling.pool(backbone.hidden(grown, layer, scored=True), starts, starts + 2)
+        close(state.value, expected)
+    assert bool(found) == (name not in UNHEARD)
+
+
 def test_a_token_s_share_of_a_mixture_of_experts_is_what_costs(load: Load) -> None:
     # Attention, two of four experts with three matrices each, and the router.
     attention = 2 * 32 * 32 + 2 * 32 * 16
@@ -129,10 +161,15 @@ def test_encoders_score_and_do_not_generate(load: Load, name: str) -> None:
     rows = [short.tokens, long.tokens]
     start, stop = torch.tensor([short.start, long.start]), torch.tensor([short.stop, long.stop])
     for pooling in POOLINGS.values():
-        pooled = pooling.pool(backbone.hidden(rows), start, stop)
+        if pooling.scored and name in UNHEARD:
+            with pytest.raises(BackboneError, match="attention interface"):
+                backbone.hidden(rows, scored=True)
+            continue
+        pooled = pooling.pool(backbone.hidden(rows, scored=pooling.scored), start, stop)
         assert pooled.shape == (2, backbone.width)
         for b, row in enumerate(rows):
-            close(pooled[b], pooling.pool(backbone.hidden([row]), start[b : b + 1], stop[b : b + 1])[0])
+            alone = backbone.hidden([row], scored=pooling.scored)
+            close(pooled[b], pooling.pool(alone, start[b : b + 1], stop[b : b + 1])[0])
     with pytest.raises(BackboneError, match="only makes features"):
         backbone.start(rows)
     with pytest.raises(BackboneError, match="need a language-model head"):

@@ -267,7 +267,7 @@ def test_a_shared_extraction_costs_what_the_counter_counts(family: str, layer: i
         start=np.full(2 * trees, shared),
         stop=np.full(2 * trees, long),
         dropped=np.zeros(2 * trees, dtype=np.int64),
-        trunk=np.array(trunk),
+        parent=np.array(trunk),
         shared=np.array([0, shared] * trees),
         index=rows.reshape(-1, 2),
     )

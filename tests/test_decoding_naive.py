@@ -75,9 +75,28 @@ class Naive:
         states = out.hidden_states[self.head.spec.layer][0].numpy()
         return states, torch.log_softmax(out.logits[0, -1].float(), -1).numpy()
 
+    def attention(self, tokens: list[int]) -> np.ndarray:
+        """What each token's attention gives itself in the layer that makes the head's hidden state."""
+        import torch
+
+        config = self.model.config
+        kernel, config._attn_implementation = config._attn_implementation, "eager"
+        try:
+            with torch.no_grad():
+                out = self.model(input_ids=torch.tensor([tokens]), output_attentions=True, use_cache=False)
+        finally:
+            config._attn_implementation = kernel
+        layer = self.head.spec.layer % (len(out.attentions) + 1)
+        return out.attentions[layer - 1][0].diagonal(dim1=-2, dim2=-1).mean(0).numpy()
+
     def score(self, prompt: list[int], reply: list[int]) -> float:
         states = self.encode(prompt + reply)[0]
         before = self.encode(prompt)[0]
+        if self.head.spec.pooling == "attn":
+            about = np.average(before, axis=0, weights=self.attention(prompt))
+            own = self.attention(prompt + reply)[len(prompt) :]
+            rest = states[len(prompt) :]
+            return float(self.head.score(np.average(rest, axis=0, weights=own) if reply else states[-1], about))
         last = self.head.spec.pooling == "last"
         about = before[-1] if last else before.mean(0)
         if self.head.spec.pooling == "mean_all":
@@ -300,7 +319,7 @@ def texts(replies: list[Generation]) -> list[str]:
 QUICK = (GUIDED[0], GUIDED[5], GUIDED[6], BEAMS[0])
 CASES = [
     pytest.param(name, pooling, mode, marks=() if name == "llama" or mode in QUICK else pytest.mark.slow)
-    for name, pooling in [*((name, "mean") for name in ARCHITECTURES), ("gpt2", "last")]
+    for name, pooling in [*((name, "mean") for name in ARCHITECTURES), ("gpt2", "last"), ("qwen2", "attn")]
     for mode in (*GUIDED, *BEAMS)
 ]
 
@@ -315,7 +334,13 @@ def test_equals_encoding_everything_anew(models: dict[str, Model], name: str, po
 @pytest.mark.parametrize("mode", ["token", "shift", "beam"])
 @pytest.mark.parametrize(
     ("pooling", "layer", "ends_with_eos", "temperature"),
-    [("mean_all", -1, False, 0.7), ("mean", -1, True, 1.3), ("last", 1, True, 1.0), ("mean", 0, False, 0.0)],
+    [
+        ("mean_all", -1, False, 0.7),
+        ("mean", -1, True, 1.3),
+        ("last", 1, True, 1.0),
+        ("mean", 0, False, 0.0),
+        ("attn", 1, True, 1.0),
+    ],
 )
 def test_equals_naive_for_other_features_and_temperatures(
     models: dict[str, Model], pooling: str, layer: int, ends_with_eos: bool, temperature: float, mode: Any
@@ -327,19 +352,21 @@ def test_equals_naive_for_other_features_and_temperatures(
 
 
 @pytest.mark.parametrize(
-    ("pooling", "guidance"), [*(("mean", g) for g in (*GUIDED, *BEAMS)), ("last", GUIDED[0]), ("mean_all", GUIDED[6])]
+    ("pooling", "guidance"),
+    [*(("mean", g) for g in (*GUIDED, *BEAMS)), ("last", GUIDED[0]), ("mean_all", GUIDED[6]), ("attn", GUIDED[0])],
 )
 def test_gates_on_the_prompt_equal_naive(models: dict[str, Model], pooling: str, guidance: Guidance) -> None:
     head = make_head(models["llama"].backbone, pooling, gate_on="prompt")
     _compare(models["llama"], head, guidance, seed=2)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last", "mean_all"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "mean_all", "attn"])
 def test_prompts_are_pooled_as_at_extraction(models: dict[str, Model], pooling: str) -> None:
     backbone = models["qwen2"].backbone
     spec = backbone.spec(1, pooling)
     found = extract([Pair(p, "a", "b", "g") for p in PROMPTS], backbone, spec, prompt_features=True).prompt
-    prefix = backbone.start([backbone.render(prompt).tokens for prompt in PROMPTS], spec.layer)
+    rows = [backbone.render(prompt).tokens for prompt in PROMPTS]
+    prefix = backbone.start(rows, spec.layer, scored=POOLINGS[pooling].scored)
     assert found is not None
     np.testing.assert_allclose(POOLINGS[pooling].prompt(prefix).numpy(), found, rtol=1e-5, atol=1e-5)
 

@@ -13,22 +13,12 @@ from typer.testing import CliRunner
 from coala.cli.evaluate import app
 from coala.values import CoalaError
 
+from .evaluation_helpers import called
+from .evaluation_helpers import write_lines as write
+
 
 def run(*arguments: object) -> tuple[dict[str, Any], str, str]:
-    """The JSON line, the table above it, and stderr."""
-    found = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
-    assert found.exit_code == 0, found.output
-    *lines, last = found.stdout.splitlines()
-    return (
-        json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")),
-        "\n".join(lines),
-        found.stderr,
-    )
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return called(app, *arguments)
 
 
 @pytest.fixture
@@ -124,13 +114,13 @@ def test_arena_with_style(tmp_path: Path) -> None:
     path = write(tmp_path / "b.jsonl", rows)
     for name in ("m", "base=1"):
         write(
-            tmp_path / name,
+            tmp_path / f"{name}.jsonl",
             [{"question": q, "output": "# a\n" + "word " * int(rng.integers(1, 90))} for q in questions],
         )
-    styles = ["--style", f"m={tmp_path / 'm'}"]
+    styles = ["--style", f"m={tmp_path / 'm.jsonl'}"]
     both = [*styles, "--style", f"base={tmp_path}/x"]
     for version in ("v2.0", "v0.1"):
-        good = [*styles, "--style", f"b={tmp_path / 'm'}"]
+        good = [*styles, "--style", f"b={tmp_path / 'm.jsonl'}"]
         result, table, _ = run("arena", path, "--baseline", "b", *good, "--draws", 20, "--board", version)
         found = result["style_controlled"]
         # The same answers on both sides: nothing to control for.
@@ -144,9 +134,9 @@ def test_arena_with_style(tmp_path: Path) -> None:
         run("arena", path, "--baseline", "b", "--style", "m")
     with pytest.raises(CoalaError, match="no such file"):
         run("arena", path, "--baseline", "b", *both)
-    write(tmp_path / "few", [{"question": 1, "output": "x"}])
+    write(tmp_path / "few.jsonl", [{"question": 1, "output": "x"}])
     with pytest.raises(CoalaError, match="have none for question '0'"):
-        run("arena", path, "--baseline", "b", *styles, "--style", f"b={tmp_path / 'few'}")
+        run("arena", path, "--baseline", "b", *styles, "--style", f"b={tmp_path / 'few.jsonl'}")
 
 
 def test_arena_refuses_self_battles(tmp_path: Path) -> None:

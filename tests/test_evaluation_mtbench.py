@@ -25,6 +25,7 @@ from coala.evaluation.mtbench import (
 )
 from coala.evaluation.rows import read_rows
 from coala.values import CoalaError
+from tests.evaluation_helpers import write_lines
 
 SINGLE = "single_judgments_phi-3-dpo.jsonl.gz"
 PAIRWISE = "pairwise_judgments_phi-3_vs_phi-3-dpo_odd_questions.jsonl.gz"
@@ -66,7 +67,7 @@ def test_every_stored_score_is_read_again(folder: Path) -> None:
 def test_categories_come_from_the_question_file(folder: Path, tmp_path: Path, expected: dict[str, Any]) -> None:
     bare = tmp_path / "bare.jsonl"
     rows = [{k: v for k, v in row.fields.items() if k != "category"} for row in read_rows(folder / SINGLE)]
-    bare.write_text("\n".join(map(json.dumps, rows)))
+    write_lines(bare, rows)
     ratings, _ = read_ratings(bare, read_categories(folder / "questions.jsonl.gz"))
     by_category = scores(ratings)["phi-3-dpo"].by_category
     assert by_category["math"].value == pytest.approx(expected["single"]["phi-3-dpo"]["by_category"]["math"])
@@ -188,13 +189,13 @@ def test_stored_values_stand_in_for_judgements(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     row = {"question_id": 1, "model": "m", "turn": 1}
     rows: list[dict[str, Any]] = [row | {"score": 7}, row | {"score": 100.0}, row | {"score": 3, "judgment": "[[9]]"}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_lines(path, rows)
     ratings, remarks = read_ratings(path)
     assert [one.score for one in ratings] == [7, -1, 9]
     assert len(remarks) == 2
     game = {"question_id": 1, "turn": 1, "model_1": "a", "model_2": "b", "g1_winner": "model_1"}
     rows = [game | {"g2_winner": "tie"}, game | {"g2_winner": "tie", "g2_judgment": "[[B]]"}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_lines(path, rows)
     matches, remarks = read_matches(path)
     assert [one.outcomes for one in matches] == [("model_1", "tie"), ("model_1", "model_1")]
     assert "1 stored winners differ" in remarks[0]

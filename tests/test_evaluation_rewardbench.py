@@ -12,6 +12,7 @@ import pytest
 
 from coala.evaluation.rewardbench import EXAMPLES, SECTIONS, Scored, ranking, read_scores
 from coala.values import CoalaError
+from tests.evaluation_helpers import write_lines
 
 SIZES = EXAMPLES | {"math-prm": 447}
 
@@ -91,7 +92,7 @@ def test_reading_scores(tmp_path: Path) -> None:
         {"subset": "donotanswer", "chosen_score": 1.5, "rejected_score": 1},
         {"subset": "donotanswer", "scores_chosen": [2], "scores_rejected": [2.0], "prompt": "p"},
     ]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_lines(path, rows)
     found = read_scores(path)
     assert found.margin.tolist() == [0.5, 0]
     assert found.prompt[1] == "p"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from coala.evaluation import alpaca, arena, arena_style, length_control, mtbench, rewardbench
 from coala.evaluation.rows import read_rows
 from coala.values import CoalaError
+from tests.evaluation_helpers import write_lines
 
 SETTINGS = settings(
     max_examples=60,
@@ -165,7 +166,7 @@ def test_rows_that_are_nearly_right(tmp_path: Path, name: str, data: st.DataObje
     rows = [dict(sound) for _ in range(data.draw(st.integers(1, 3)))]
     rows[-1][data.draw(st.sampled_from(fields))] = data.draw(values)
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_lines(path, rows)
     usable(read, path)
 
 
@@ -218,18 +219,21 @@ def test_damaged_gzip(tmp_path: Path, raw: bytes, cut: int) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", b"", "found no row"),
-        ("a.jsonl", b"\n \n", "found no row"),
-        ("a.jsonl", b'{"a": 1}\n{', r"a.jsonl:2: found no JSON"),
+        ("a.jsonl", b"", "a.jsonl: no rows; at least one"),
+        ("a.jsonl", b"\n \n", "no rows"),
+        ("a.jsonl", b'{"a": 1}\n{', r"a.jsonl:2: the line breaks off"),
+        ("a.jsonl", b'{"a": 1}\nx\n', r"a.jsonl:2: not JSON at column 1"),
+        ("a.jsonl", b'{"a": 1, "a": 2}', r"a.jsonl:1: a: the field is there twice"),
         ("a.jsonl", b'{"a": 1}\n3', r"a.jsonl:2: found 3; expected an object"),
         ("a.jsonl", b"[1]", r"a.jsonl:1: found 1; expected an object"),
-        ("a.jsonl", b"[" * 200000, "nested too deep|found no JSON"),
-        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "found no JSON"),
+        ("a.jsonl", b"[" * 200000, "nested too deep|breaks off"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON"),
         ("a.jsonl", b'{"a": "\xff"}', "byte 0xff at position 8 is not UTF-8"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08", "gzip data are damaged"),
-        ("a.csv", b"x,y\n1\n", r"a.csv:1: found 1 fields under 2 columns"),
-        ("a.csv", b"x,x\n1,2\n", "a column twice"),
-        ("a.csv", b"x,y\n", "found no row"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "gzip stream breaks off"),
+        ("a.csv", b"x,y\n1\n", r"a.csv:1: 1 fields under 2 columns"),
+        ("a.csv", b"x,x\n1,2\n", "the column is there twice"),
+        ("a.csv", b"x,y\n", "no rows"),
+        ("a.txt", b"{}", "the ending .txt is not known"),
     ],
 )
 def test_faults_are_explained(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -242,10 +246,12 @@ def test_faults_are_explained(tmp_path: Path, name: str, content: bytes, words: 
 def test_paths_that_are_no_file(tmp_path: Path) -> None:
     with pytest.raises(CoalaError, match="there is no such file"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(CoalaError, match="could not be read"):
+    with pytest.raises(CoalaError, match="this is a folder"):
         read_rows(tmp_path)
-    with pytest.raises(CoalaError, match="could not be read"):
-        read_rows("a\0b")
+    # Neither is looked for on the hub.
+    for name in ("a\0b", "runs/judgements"):
+        with pytest.raises(CoalaError, match="there is no such file"):
+            read_rows(name)
 
 
 def test_rows_are_the_same_in_every_container(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from scipy import stats
 from coala.evaluation import bootstrap, bounded_mean, clopper_pearson, clustered, paired_difference, wald, wilson
 from coala.evaluation.agreement import fleiss_kappa, krippendorff_alpha
 from coala.evaluation.survey_statistics import (
+    Contrast,
     contrasts,
     holm,
     intraclass_correlation,
@@ -89,6 +91,37 @@ def test_published_differences_of_dependent_shares(shared: Path) -> None:
         assert apart.statistic == pytest.approx(wanted[data][2], abs=0.005)
         for other in ("SFT", "ORPO"):
             assert multinomial_difference(votes["COALA"], votes[other], 107).statistic > 3
+
+
+def test_what_the_published_survey_supports(shared: Path) -> None:
+    """The table of docs/survey.md: leads of dependent shares if a person is one trial, and if each vote is."""
+    found = json.loads((shared / "eval_reference" / "survey" / "survey_reference.json").read_text())
+    wanted = {
+        ("EDU", "ORPO"): (23.6, 13.3, 3.49, 0.0029, 2.7),
+        ("EDU", "SFT"): (22.5, 13.5, 3.27, 0.0054, 2.7),
+        ("EDU", "DPO"): (10.3, 15.5, 1.30, 0.385, 3.1),
+        ("IMDb", "ORPO"): (22.6, 14.4, 3.08, 0.0104, 2.9),
+        ("IMDb", "SFT"): (30.3, 12.8, 4.63, 2.24e-5, 2.6),
+        ("IMDb", "DPO"): (17.9, 15.2, 2.31, 0.0837, 3.0),
+    }
+    for data, rates in found["table11"].items():
+        pairs = list(combinations(rates, 2))
+
+        def lead(one: str, other: str, n: int, rates: dict[str, list[float]] = rates) -> Contrast:
+            return multinomial_difference(rates[one][0] * n / 100, rates[other][0] * n / 100, n)
+
+        adjusted = dict(zip(pairs, holm([lead(*pair, 107).p_value for pair in pairs]), strict=True))
+        for other in ("ORPO", "SFT", "DPO"):
+            points, half, z, p, narrow = wanted[data, other]
+            few, many = lead("COALA", other, 107), lead("COALA", other, 25 * 107)
+            assert 100 * few.difference.value == pytest.approx(points, abs=0.05)
+            assert 50 * (few.difference.high - few.difference.low) == pytest.approx(half, abs=0.05)
+            assert few.statistic == pytest.approx(z, abs=0.005)
+            assert adjusted["COALA", other] == pytest.approx(p, rel=0.02)
+            assert 50 * (many.difference.high - many.difference.low) == pytest.approx(narrow, abs=0.05)
+            # Independent votes would show all of them; persons as trials show those over ORPO and SFT.
+            assert many.difference.low > 0
+            assert (adjusted["COALA", other] < 0.05) == (other != "DPO")
 
 
 def test_complete_questions_are_votes(shared: Path) -> None:

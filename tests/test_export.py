@@ -78,10 +78,11 @@ def together(head: ConvexHead, model: LanguageModel, prompts: list[tuple[Turn, .
     def pooled(texts: list[str] | list[None]) -> Any:
         options: dict[str, Any] = {"max_tokens": head.spec.max_tokens, "ends_with_eos": head.spec.ends_with_eos}
         rows = [model.render(prompt, text, **options) for prompt, text in zip(prompts, texts, strict=True)]
-        hidden = model.hidden([row.tokens for row in rows], head.spec.layer)
+        pooling = POOLINGS[head.spec.pooling]
+        hidden = model.hidden([row.tokens for row in rows], head.spec.layer, scored=pooling.scored)
         start = torch.tensor([0 if text is None else row.start for row, text in zip(rows, texts, strict=True)])
         stop = torch.tensor([row.stop for row in rows])
-        return POOLINGS[head.spec.pooling].pool(hidden, start, stop).numpy()
+        return pooling.pool(hidden, start, stop).numpy()
 
     return head.score(pooled(replies), pooled([None] * len(prompts)) if head.needs_prompt else None)
 
@@ -103,7 +104,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate_on", ["reply", "prompt"])
-@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+@pytest.mark.parametrize("pooling", sorted(name for name, pooling in POOLINGS.items() if not pooling.scored))
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pipeline_scores_as_the_head(
     kind: str, pooling: str, gate_on: str, models: dict[str, LanguageModel], tmp_path: Path
@@ -313,6 +314,10 @@ def test_refusals(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     for attempt in (export_reward_model, export_linear_head):
         with pytest.raises(SpecMismatch):
             attempt(changed, models["llama"], tmp_path / "out")
+    with pytest.raises(ExportError, match="listens to one layer's attention"):
+        export_reward_model(head_of(models["llama"], pooling="attn"), models["llama"], tmp_path / "out")
+    with pytest.raises(ExportError, match="read the last token alone"):
+        export_linear_head(head_of(models["llama"], pooling="attn", m=0), models["llama"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -386,9 +391,10 @@ def test_a_linear_head_is_refused_with_the_reason(models: dict[str, LanguageMode
 # --- a reward function -------------------------------------------------------------------------------------------
 
 
-def test_a_reward_function_scores_texts_and_messages(models: dict[str, LanguageModel]) -> None:
+@pytest.mark.parametrize("pooling", ["mean", "attn"])
+def test_a_reward_function_scores_texts_and_messages(models: dict[str, LanguageModel], pooling: str) -> None:
     model = models["qwen2"]
-    head = head_of(model, gate_on="prompt")
+    head = head_of(model, pooling=pooling, gate_on="prompt")
     reward = as_reward_func(head, model)
     expected = [naive(head, model, user(p), r) for p, r in zip(PROMPTS, REPLIES, strict=True)]
     found = reward(prompts=PROMPTS, completions=REPLIES, completion_ids=None, trainer_state=None)

@@ -87,7 +87,7 @@ def naive(pairs: list[Pair], backbone: LanguageModel, spec: Any) -> np.ndarray[A
     for pair in pairs:
         for reply in (pair.chosen, pair.rejected):
             row = backbone.render(pair.prompt, reply, max_tokens=spec.max_tokens, ends_with_eos=spec.ends_with_eos)
-            states = backbone.hidden([row.tokens], spec.layer)
+            states = backbone.hidden([row.tokens], spec.layer, scored=POOLINGS[spec.pooling].scored)
             pooled = POOLINGS[spec.pooling].pool(states, torch.tensor([row.start]), torch.tensor([row.stop]))
             features.append(pooled[0].numpy())
     return np.array(features).reshape(len(pairs), 2, -1)
@@ -102,7 +102,15 @@ def same(a: FeatureSet, b: FeatureSet) -> bool:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pooling": "last", "layer": 1}, {"pooling": "mean_all", "max_tokens": 20}, {"ends_with_eos": True}]
+    "options",
+    [
+        {},
+        {"pooling": "last", "layer": 1},
+        {"pooling": "mean_all", "max_tokens": 20},
+        {"pooling": "attn"},
+        {"pooling": "attn", "layer": 1, "max_tokens": 20},
+        {"ends_with_eos": True},
+    ],
 )
 @pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
 def test_features_are_those_of_rows_by_themselves(
@@ -131,7 +139,15 @@ def test_other_backbones(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pooling": "last", "layer": 1}, {"pooling": "mean_all", "max_tokens": 20}, {"ends_with_eos": True}]
+    "options",
+    [
+        {},
+        {"pooling": "last", "layer": 1},
+        {"pooling": "mean_all", "max_tokens": 20},
+        {"pooling": "attn"},
+        {"pooling": "attn", "layer": 1, "max_tokens": 20},
+        {"ends_with_eos": True},
+    ],
 )
 def test_prompts_are_pooled_as_rows_by_themselves(backbone: LanguageModel, options: dict[str, Any]) -> None:
     pairs, spec = some_pairs(8), backbone.spec(**options)
@@ -141,8 +157,11 @@ def test_prompts_are_pooled_as_rows_by_themselves(backbone: LanguageModel, optio
     assert features.prompt is not None
     for pair, found in zip(pairs, features.prompt, strict=True):
         tokens = backbone.render(pair.prompt, max_tokens=spec.max_tokens).tokens
-        states = backbone.hidden([tokens], spec.layer)[0].numpy()
-        expected = states[-1] if spec.pooling == "last" else states.mean(0)
+        states = backbone.hidden([tokens], spec.layer, scored=spec.pooling == "attn")[0].numpy()
+        if spec.pooling == "attn":
+            expected = np.average(states[:, :-1], axis=0, weights=np.exp(states[:, -1]))
+        else:
+            expected = states[-1] if spec.pooling == "last" else states.mean(0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -275,25 +294,32 @@ def test_batches_and_shards_partition_the_rows(backbone: LanguageModel, small_sh
 # --- sharing -----------------------------------------------------------------------------------------------------
 
 
-def conversation_pairs(turns: int = 3) -> list[Pair]:
+def conversation_pairs(turns: int = 3, opening: str = "", seed: int = 3) -> list[Pair]:
     """Every reply of a conversation against another: prompts are prefixes of one another."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     said: tuple[Turn, ...] = ()
     pairs = []
     for i in range(turns):
-        said = (*said, Turn("user", " ".join(rng.choice(WORDS, 2))))
+        said = (*said, Turn("user", ("" if i else opening) + " ".join(rng.choice(WORDS, 2))))
         chosen, rejected = (" ".join(rng.choice(WORDS, 2)) for _ in range(2))
         pairs.append(Pair(said, chosen, rejected, f"turn {i}"))
         said = (*said, Turn("assistant", chosen))
     return pairs
 
 
+def two_conversations() -> list[Pair]:
+    """About one problem: what branches off their beginning is branched off itself."""
+    opening = "the quick brown fox and the lazy dog "
+    return [*conversation_pairs(2, opening, 1), *conversation_pairs(2, opening, 2)]
+
+
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_sharing_changes_nothing(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = load_backbone(tiny_backbone(name, tmp_path_factory.mktemp("tiny")))
-    pairs = [*some_pairs(5), *conversation_pairs()]
-    spec = model.spec(layer=1, max_tokens=90)
-    last = model.spec(pooling="last", max_tokens=90)
+    pairs = [*some_pairs(5), *conversation_pairs(), *two_conversations()]
+    longest = min(120, model.max_tokens)
+    spec = model.spec(layer=1, max_tokens=longest)
+    last = model.spec(pooling="last", max_tokens=longest)
     plan = survey(pairs, model, spec, prompt_features=True)
     found = extract_many(pairs, model, [spec, last], prompt_features=True, batch_tokens=200)
     for features, asked in zip(found, (spec, last), strict=True):
@@ -301,34 +327,44 @@ def test_sharing_changes_nothing(name: str, tmp_path_factory: pytest.TempPathFac
         np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=1e-4, atol=1e-4)
     assert model.shares == (plan.facts["tokens"] < plan.facts["reply_tokens"] - 50)
+    if model.shares and longest == 120:
+        assert plan.depth.max() == 2
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=9), st.integers(1, 4))
 def test_a_forest_holds_every_row_and_never_costs_more_than_no_sharing(rows: list[list[int]], least: int) -> None:
     ordered = [np.array(row, dtype=np.int32) for row in sorted(rows)]
     trees = _forest(ordered, least=least)
-    assert sorted(row for tree in trees for row, _ in tree) == list(range(len(rows)))
+    assert sorted(row for tree in trees for row, _, _ in tree) == list(range(len(rows)))
     cost = 0
     for tree in trees:
-        trunk = ordered[tree[0][0]]
-        assert tree[0][1] == 0
-        for row, shared in tree:
-            assert len(trunk) >= len(ordered[row])
-            assert trunk[:shared].tolist() == ordered[row][:shared].tolist()
+        assert tree[0] == (tree[0][0], tree[0][0], 0)
+        before = {tree[0][0]}
+        for row, parent, shared in tree:
+            assert parent in before
+            before.add(row)
+            assert ordered[parent][:shared].tolist() == ordered[row][:shared].tolist()
             cost += len(ordered[row]) - shared
             assert shared >= least or row == tree[0][0]
     prefixes = {tuple(row[:length]) for row in rows for length in range(1, len(row) + 1)}
     assert distinct_tokens(ordered) == len(prefixes)
     assert len(prefixes) <= cost <= sum(map(len, rows))
-    assert [[(row, 0)] for row in range(len(rows))] == _forest(ordered, least=None)
+    if least == 1:
+        # Rows of a dozen tokens: what they share is always worth it, so that the tree is the prefix tree.
+        assert cost == len(prefixes)
+    assert [[(row, row, 0)] for row in range(len(rows))] == _forest(ordered, least=None)
 
 
-def test_what_one_level_of_branches_can_share_is_shared(backbone: LanguageModel) -> None:
+def test_what_can_be_shared_is_shared(backbone: LanguageModel) -> None:
     """A conversation is one trunk with a branch for every reply that was not given, and computes each token once."""
     plan = survey(conversation_pairs(), backbone, backbone.spec())
     assert len(plan.trees()) == 1
-    # Two replies that begin with the same word compute it twice: the branches know of the trunk alone.
+    assert plan.depth.max() == 1
     assert plan.facts["distinct_tokens"] == plan.facts["tokens"]
+    plan = survey(two_conversations(), backbone, backbone.spec())
+    assert len(plan.trees()) == 1
+    assert plan.depth.max() == 2
+    assert plan.facts["tokens"] <= 1.01 * plan.facts["distinct_tokens"]
 
 
 def test_a_large_tree_is_cut_into_shards(backbone: LanguageModel, small_shards: None) -> None:
@@ -352,14 +388,14 @@ def test_features_at_prefixes_are_those_of_shorter_replies(backbone: LanguageMod
             row = backbone.render(pair.prompt, reply)
             for j in range(1, k + 1):
                 end = row.start + -(-(row.stop - row.start) * j // k)
-                states = backbone.hidden([row.tokens[:end]], spec.layer)
+                states = backbone.hidden([row.tokens[:end]], spec.layer, scored=POOLINGS[pooling].scored)
                 expected = POOLINGS[pooling].pool(states, torch.tensor([row.start]), torch.tensor([end]))
                 np.testing.assert_allclose(side[i * k + j - 1], expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_several_layers_come_from_one_pass(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = some_pairs(6)
-    specs = [backbone.spec(layer=layer, pooling=p) for layer in (1, 2) for p in ("mean", "last")]
+    specs = [backbone.spec(layer=layer, pooling=p) for layer in (1, 2) for p in ("mean", "last", "attn")]
     asked: list[int] = []
     run = Network.run
 
@@ -374,7 +410,7 @@ def test_several_layers_come_from_one_pass(backbone: LanguageModel, monkeypatch:
         alone = extract(pairs, backbone, spec)
         np.testing.assert_allclose(features.chosen, alone.chosen, rtol=1e-6, atol=1e-6)
         assert features.spec == spec
-    assert sum(asked) == 5 * once
+    assert sum(asked) == 7 * once
     with pytest.raises(CoalaError, match="differ in more than layer and pooling"):
         extract_many(pairs, backbone, [specs[0], replace(specs[0], max_tokens=20)])
 

@@ -43,6 +43,7 @@ from coala.evaluation.judges import (
     read_verdict,
 )
 from coala.values import CoalaError, Generation, Judgement, Turn, user
+from tests.evaluation_helpers import reply, write_lines
 
 
 class Scripted:
@@ -65,10 +66,6 @@ class Scripted:
     def begin(self) -> None: ...
 
     def interrupt(self) -> None: ...
-
-
-def reply(prompt_id: str, text: str, method: str = "ours", seed: int = 0) -> Generation:
-    return Generation(prompt_id, text, method, 1, seed, math.nan, 0.0)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -309,7 +306,7 @@ def test_mtbench_graded_end_to_end_gives_the_published_means(shared: Path, tmp_p
         for one in questions
     ]
     answers = tmp_path / "answers.jsonl"
-    answers.write_text("\n".join(map(json.dumps, lines)))
+    write_lines(answers, lines)
     answered = read_answered(folder / "questions.jsonl.gz", answers, folder / "reference_answers_gpt-4.jsonl.gz")
 
     def replay(text: str) -> str:
@@ -327,7 +324,7 @@ def test_mtbench_graded_end_to_end_gives_the_published_means(shared: Path, tmp_p
     names = {(int(row["question_id"]), row["turn"]): row["judge"] for row in found.rows}
     assert names == {key: row["judge"] for key, row in said.items()}
     out = tmp_path / "graded.jsonl"
-    out.write_text("\n".join(map(json.dumps, found.rows)))
+    write_lines(out, found.rows)
     ratings, remarks = mtbench.read_ratings(out)
     assert remarks == ()
     scores = mtbench.scores(ratings)["phi-3-dpo"]
@@ -357,7 +354,7 @@ def test_failed_grades_are_errors_of_the_benchmark(tmp_path: Path) -> None:
     assert sorted(told) == ["2", "3"]
     assert found.failures == {"no verdict": 2}
     out = tmp_path / "rows.jsonl"
-    out.write_text("\n".join(map(json.dumps, found.rows)))
+    write_lines(out, found.rows)
     scores = mtbench.scores(mtbench.read_ratings(out)[0])["m"]
     assert (scores.overall.value, scores.n_errors, scores.n_rows) == (8.0, 2, 4)
     as_json = ChatJudge(
@@ -365,7 +362,7 @@ def test_failed_grades_are_errors_of_the_benchmark(tmp_path: Path) -> None:
         Scripted(lambda text: '{"reason": "worth [[2]]", "rating": 7.5}'),
         model="j",
     )
-    out.write_text("\n".join(map(json.dumps, grade_many(items, as_json).rows)))
+    write_lines(out, grade_many(items, as_json).rows)
     assert mtbench.scores(mtbench.read_ratings(out)[0])["m"].overall.value == 7.5  # not the 2 of its reason
 
 

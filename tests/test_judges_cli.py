@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from coala.align.stages import prompt_id
 from coala.cli.evaluate import app
@@ -17,15 +16,12 @@ from coala.evaluation import win_rate
 from coala.store import load_judgements, save_generations, save_pairs
 from coala.values import CoalaError, Generation, Pair, user
 from tests.conftest import REPOSITORY
+from tests.evaluation_helpers import called, write_lines
 from tests.judge_server import JudgeServer, say, user_text
 
 
 def run(*arguments: object, code: int = 0, **environment: str) -> tuple[dict[str, Any], str, str]:
-    """The JSON line, the table above it, and stderr."""
-    found = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False, env=environment)
-    assert found.exit_code == code, found.output
-    *lines, last = found.stdout.splitlines()
-    return json.loads(last), "\n".join(lines), found.stderr
+    return called(app, *arguments, code=code, **environment)
 
 
 @pytest.fixture
@@ -122,6 +118,13 @@ def test_rules_need_no_prompts(folder: Path, rule: str, value: float) -> None:
     assert len(load_judgements(Path(result["out"]))) == 12
 
 
+def test_a_run_folder_is_guided_against_unguided(folder: Path) -> None:
+    whole, _, _ = run("judge", folder, "--judge", "rule:contains:GOOD")
+    both, _, _ = run("judge", *files(folder), "--judge", "rule:contains:GOOD")
+    assert whole == both
+    assert whole["win_rate"]["value"] == 1
+
+
 def test_words_judge_by_file(folder: Path) -> None:
     (folder / "taste.json").write_text('{"weights": {"good": 1.0}}')
     assert run("judge", *files(folder), "--judge", f"words:{folder / 'taste.json'}")[0]["win_rate"]["value"] == 1.0
@@ -133,6 +136,14 @@ def test_mistakes_are_explained(folder: Path, server: JudgeServer) -> None:
         run(*common)
     with pytest.raises(CoalaError, match="expected one generations-"):
         run("judge", folder, folder)
+    with pytest.raises(CoalaError, match="no guided and unguided replies yet"):
+        run("judge", folder.parent, "--judge", "rule:longer")
+    with pytest.raises(CoalaError, match=r"pairs-eval\.jsonl: holds no replies"):
+        run("judge", folder / "pairs-eval.jsonl", files(folder)[1], "--judge", "rule:longer")
+    with pytest.raises(CoalaError, match=r"pairs-eval\.jsonl: holds no judgements"):
+        run("judge", folder, "--judge", f"replay:{folder / 'pairs-eval.jsonl'}")
+    with pytest.raises(CoalaError, match="asks no model: leave --local out"):
+        run("judge", folder, "--judge", "rule:longer", "--local", folder)
     with pytest.raises(CoalaError, match="expected NAME=VALUE"):
         run(*common, "--model", "m", "--sampling", "=1")
     (folder / "pairs-eval.jsonl").unlink()
@@ -192,7 +203,7 @@ def test_grading_writes_what_mtbench_reads(tmp_path: Path, server: JudgeServer) 
     ]
     references = [{"question_id": 1, "model_id": "r", "choices": [{"turns": ["right", "right too"]}]}]
     for name, rows in (("q", questions), ("a", answers), ("r", references)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     paths = [tmp_path / "q.jsonl", tmp_path / "a.jsonl", "--references", tmp_path / "r.jsonl"]
     out = tmp_path / "graded" / "rows.jsonl"
     common = ["grade", *paths, "--out", out, "--base-url", server.url, "--model", "m"]

@@ -26,6 +26,7 @@ from coala.evaluation.judges import Answer, Budget, Patience, read_verdict
 from coala.evaluation.judges.endpoint import OpenAIEndpoint, _Again
 from coala.evaluation.judges.endpoint import _read as read_body
 from coala.values import CoalaError, Generation, user
+from tests.evaluation_helpers import reply
 from tests.judge_server import HANG_UP, JudgeServer, Script, fail, say, user_text
 
 QUICK = Patience(attempts=4, first_wait=0.01, longest_wait=2.0, timeout=1.0)
@@ -43,10 +44,6 @@ def serve() -> Iterator[Serve]:
     yield start
     for server in servers:
         server.close()
-
-
-def reply(prompt_id: str, text: str, method: str = "ours", seed: int = 0) -> Generation:
-    return Generation(prompt_id, text, method, 1, seed, math.nan, 0.0)
 
 
 def sides(n: int) -> tuple[list[Generation], list[Generation], dict[str, Any]]:

@@ -22,15 +22,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "convex": ({"values"}, {"jax"}),
     "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"values", "backbone"}, {"torch"}),
-    "evaluation": ({"values"}, {"scipy"}),
+    "evaluation": ({"values", "data"}, {"scipy"}),
     "baselines": ({"values", "store", "costs", "backbone"}, {"torch"}),
-    "nash": ({"values", "store", "backbone", "decoding", "evaluation", "baselines"}, {"scipy"}),
+    "nash": ({"values", "store", "costs", "backbone", "decoding", "evaluation", "baselines"}, {"scipy"}),
     "report": ({"values", "store", "costs", "evaluation"}, set()),
     "export": (
-        {"values", "store", "costs", "backbone", "evaluation", "align"},
-        {"torch", "transformers"},
+        {"values", "store", "costs", "backbone", "decoding", "evaluation", "align"},
+        {"torch", "transformers", "lm_eval"},
     ),
     "survey": ({"values", "store", "evaluation"}, {"fastapi", "uvicorn"}),
+    "serve": ({"values", "backbone", "decoding"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "align": (
         {
             "values",
@@ -47,10 +48,17 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "compare": (
+        {
+            *("values", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("evaluation", "baselines", "align", "report"),
+        },
+        {"pydantic", "yaml"},
+    ),
     "cli": (
         {
             *("values", "store", "cache", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "nash", "report", "align", "survey", "export", "baselines"),
+            *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare"),
         },
         {"typer"},
     ),

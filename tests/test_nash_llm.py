@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from scipy.optimize import minimize
 
 from coala.nash import solve
 from coala.nash.comal import run_comal
+from coala.nash.measures import cyclic_share, measure, reachable, remarks
 from coala.nash.oracles import from_callable, from_table
-from coala.nash.pairs import COMALSettings, TrainRow, measure, reachable, remarks, select, shard_of, targets, win_rates
+from coala.nash.pairs import TrainRow, select, shard_of, targets, win_rates
+from coala.nash.settings import COMALSettings
 from coala.values import CoalaError
 from tests.test_nash_game import seeds
 
@@ -67,7 +70,7 @@ def test_eta_and_tau_may_be_given_either_way() -> None:
         ({"eta": -1}, "positive number"),
         ({"eta": 2, "tau": 1}, "expected 0 .* to 1"),
         ({"num_candidates": 1}, "a pair"),
-        ({"inner_loss": "dpo"}, "expected one of inpo"),
+        ({"inner_loss": "ppo"}, "expected one of inpo"),
         ({"inner_loss": "dro"}, "pair_selection='all'"),
         ({"inner_loss": "rebel", "target": "hard"}, "win rates"),
     ):
@@ -208,6 +211,35 @@ def test_what_can_be_reached_is_the_projection_on_differences(seed: int, n: int)
     np.testing.assert_allclose(reachable(first, second, weight, best), best, atol=1e-9)
 
 
+@given(seeds, st.integers(3, 6))
+def test_circles_are_counted_one_by_one(seed: int, n: int) -> None:
+    draw = np.random.default_rng(seed)
+    upper = np.triu(draw.choice([0.0, 0.3, 0.5, 0.8, np.nan], (n, n), p=[0.3, 0.1, 0.1, 0.4, 0.1]), 1)
+    P = upper + np.tril(1 - upper.T, -1)
+    found = circles = 0
+    for i, j, k in combinations(range(n), 3):
+        if np.isfinite([P[i, j], P[j, k], P[i, k]]).all():
+            found += 1
+            circles += (P[i, j] > 0.5 and P[j, k] > 0.5 and P[k, i] > 0.5) or (
+                P[j, i] > 0.5 and P[k, j] > 0.5 and P[i, k] > 0.5
+            )
+    assert cyclic_share([P, P]) == (pytest.approx(circles / found) if found else None)
+    scores = draw.normal(size=n)
+    assert cyclic_share([1 / (1 + np.exp(-np.subtract.outer(scores, scores)))]) == 0
+
+
+def test_a_steps_circles_are_those_of_its_verdicts() -> None:
+    drawn = candidates([2, 1, 1])
+    known = {"policy": np.zeros(3), "reference": np.zeros(3)}
+    pairs = [{"first": 0, "second": 1, "weight": 1.0, "target_first": 0.3, "target_second": -0.3}]
+    said = [
+        {"first": a, "second": b, "preference": p, "disagreement": 0.0}
+        for a, b, p in ((0, 1, 0.1), (0, 2, 0.8), (1, 2, 0.1))
+    ]
+    assert measure(drawn, pairs, np.zeros(3), known, np.zeros(3), said)["cyclic"] == 1
+    assert measure(drawn, pairs, np.zeros(3), known, np.zeros(3), said[:2])["cyclic"] is None
+
+
 # --- the policy ---------------------------------------------------------------------------------------------------
 
 
@@ -238,12 +270,12 @@ def test_answers_are_drawn_from_the_policy_and_by_the_seed_alone(trained_start: 
     assert policy.sample([[3], [4]], chosen, 7) == first
     assert policy.sample([[3], [4]], chosen, 8) != first
     for answers in first:
-        share = [sum(a.text == name for a in answers) / len(answers) for name in ANSWERS]
+        share = [sum(a.text.strip() == name for a in answers) / len(answers) for name in ANSWERS]
         np.testing.assert_allclose(share, START, atol=4 * math.sqrt(0.25 / 1500))
         assert all(a.finished == (a.tokens[-1] == 1) for a in answers)
 
 
-@pytest.mark.parametrize("loss", ["inpo", "sppo"])
+@pytest.mark.parametrize("loss", ["inpo", "sppo", "dpo"])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_one_small_step_follows_the_gradient_of_the_loss_as_written(
     trained_start: Any, loss: Any, normalise: bool, tmp_path: Path
@@ -271,6 +303,9 @@ def test_one_small_step_follows_the_gradient_of_the_loss_as_written(
             nll = nll - log_pi / 2
         if loss == "sppo":
             value = ((d[0] - row.target[0]) ** 2 + (d[1] - row.target[1]) ** 2) / 2
+        elif loss == "dpo":
+            p = 0.5 + (row.target[0] - row.target[1]) / 1
+            value = -p * torch.log(torch.sigmoid(d[0] - d[1])) - (1 - p) * torch.log(torch.sigmoid(d[1] - d[0]))
         else:
             value = (d[0] - d[1] - (row.target[0] - row.target[1])) ** 2
         total = total + row.weight / 1.5 * (value + 0.1 * nll) / 2
@@ -348,11 +383,11 @@ def test_a_killed_run_goes_on_to_the_same_pairs_and_weights(
     after = {"sample": 1, "log_probs": 3, "train": 1, "save": 2}[stage]
     own = getattr(broken, stage)
 
-    def killed(*args: Any) -> Any:
+    def killed(*args: Any, **options: Any) -> Any:
         calls.append(args)
         if len(calls) > after:
             raise Killed
-        return own(*args)
+        return own(*args, **options)
 
     monkeypatch.setattr(broken, stage, killed)
     with pytest.raises(Killed):
@@ -363,7 +398,7 @@ def test_a_killed_run_goes_on_to_the_same_pairs_and_weights(
     for file in sorted(folder.rglob("*.jsonl")):
         assert file.read_bytes() == (tmp_path / "part" / file.relative_to(folder)).read_bytes()
 
-    def nothing(*_: Any) -> Any:
+    def nothing(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished stage was done again")
 
     idle = copy_of(trained_start)

@@ -17,20 +17,9 @@ from scipy.special import expit
 from coala.cache import VerdictCache
 from coala.nash import PreferenceGame
 from coala.nash.matrix import empirical_nash, win_rate_matrix
-from coala.nash.oracles import (
-    Example,
-    Oracle,
-    ask,
-    features,
-    fit_pair_head,
-    from_callable,
-    from_coala_head,
-    from_judge,
-    from_pairwise_lm,
-    from_reward_model,
-    from_scores,
-    from_table,
-)
+from coala.nash.model_oracles import features, from_coala_head, from_pairwise_lm, from_reward_model
+from coala.nash.oracles import Example, Oracle, ask, from_callable, from_judge, from_majority, from_scores, from_table
+from coala.nash.pair_head import choose_pair_head, fit_pair_head
 from coala.values import CoalaError, ConvexHead, Pair, user
 from tests.menagerie import tiny_backbone
 from tests.test_nash_game import games, seeds
@@ -40,6 +29,18 @@ CYCLE = PreferenceGame([[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]], labe
 
 def examples(n: int) -> list[Example]:
     return [{"prompt": user(f"question {i}")} for i in range(n)]
+
+
+def test_a_majority_of_orders_may_go_in_a_circle() -> None:
+    orders = ("abc", "bca", "cab")
+    voters = [from_scores(lambda _, answers, o=order: [-o.index(x) for x in answers], order) for order in orders]
+    majority = from_majority(voters, "Condorcet")
+    said = ask(majority, examples(4), ["a", "b", "c", "a"], ["b", "c", "a", "a"])
+    assert [verdict.preference for verdict in said] == [1, 1, 1, 0.5]
+    silent = from_callable(lambda *_: None, "silent")
+    assert ask(from_majority([*voters, silent], "x"), examples(1), ["a"], ["b"])[0].preference is None
+    with pytest.raises(CoalaError, match="one voter at least"):
+        from_majority([], "none")
 
 
 # --- asking ------------------------------------------------------------------------------------------------------
@@ -353,3 +354,20 @@ def test_the_mixture_of_policies_is_the_nash_strategy_of_their_game() -> None:
     alone = empirical_nash([[50, 80], [20, 50]], ["new", "old"])
     assert alone.unbeaten == ("new",)
     assert alone.mixture["new"] == pytest.approx(1)
+
+
+def test_the_ridge_of_a_pair_head_is_the_one_that_does_best_on_held_out_groups() -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(2, 300, 6))
+    group = [str(i // 3) for i in range(300)]
+    # Noise: the stronger the ridge the better. A circle: a weak one is.
+    swap = draw.random(300)[:, None] < 0.5
+    head, losses = choose_pair_head(np.where(swap, a, b), np.where(swap, b, a), group)
+    assert set(losses) == {"0.001", "0.01", "0.1", "1"}
+    assert f"{head.ridge:g}" == min(losses, key=losses.__getitem__) == "1"
+    turned = a[:, :1] * b[:, 1:2] - a[:, 1:2] * b[:, :1] > 0
+    head, losses = choose_pair_head(np.where(turned, a, b), np.where(turned, b, a), group)
+    assert head.ridge <= 0.01
+    assert losses[f"{head.ridge:g}"] < 0.4
+    assert np.abs(head.skew).max() > 5 * np.abs(head.linear).max()
+    assert choose_pair_head(a, b, ["same"] * 300)[1] == {}

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from coala.align import align
 from coala.align.counting import Guess, count
 from coala.align.needs import size
-from coala.align.plan import PlanError, first_lines, fit_flops, make_plan, table_rows
+from coala.align.plan import PlanError, fit_flops, make_plan
+from coala.align.plan_lines import first_lines, table_rows
 from coala.backbone import load_backbone, outline
 from coala.cli.plan import plan as plan_command
 from coala.costs import Stopwatch, decoding_bytes, pass_bytes

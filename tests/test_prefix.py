@@ -331,7 +331,7 @@ def test_scores_are_the_attention_that_the_model_tells(
     expected = [{layer: told(backbone, row, layer) for layer in (1, 2, backbone.n_layers)} for row in rows]
     monkeypatch.setattr(backbone._network.config, "_attn_implementation", kernel)
     for portion in (1 << 24, 200):  # all queries at once, and a few at a time
-        monkeypatch.setattr(coala.backbone.attention, "_WEIGHTS", portion)
+        monkeypatch.setattr(coala.backbone.attention, "WEIGHTS", portion)
         for layer in expected[0]:
             plain, scored = backbone.hidden(rows, layer), backbone.hidden(rows, layer, scored=True)
             for b, row in enumerate(rows):

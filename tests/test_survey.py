@@ -375,11 +375,11 @@ def test_command_builds_from_files_of_several_methods(tmp_path: Path) -> None:
         run("build", *files, "--prompts", prompts, "--out", tmp_path / "s", "--per-category", 4)
     with pytest.raises(CoalaError, match="Two files are of a method 'one'"):
         run("build", files[0], files[0], "--prompts", prompts, "--out", tmp_path / "t")
-    with pytest.raises(CoalaError, match=r"prompts.jsonl: is no file of generations"):
+    with pytest.raises(CoalaError, match=r"prompts.jsonl: holds no replies"):
         run("build", prompts, files[1], "--prompts", prompts, "--out", tmp_path / "t")
-    with pytest.raises(CoalaError, match=r"prompts.jsonl:1: expected prompt \(text\), answers"):
+    with pytest.raises(CoalaError, match=r"prompts.jsonl:1: answers: found"):
         run("build", *files, "--prompts", prompts, "--out", tmp_path / "t", "--check-file", prompts)
-    with pytest.raises(CoalaError, match="expected texts prompt_id and prompt"):
+    with pytest.raises(CoalaError, match="instruction or prompt or turns: found no such field"):
         run("build", *files, "--prompts", files[0], "--out", tmp_path / "t")
     save_survey(tmp_path / "empty", survey)
     with pytest.raises(CoalaError, match="has no answers yet"):
@@ -399,5 +399,10 @@ def test_command_reads_prompts_of_a_runs_pairs(tmp_path: Path) -> None:
     files = [tmp_path / f"generations-{method}.jsonl" for method in ("guided", "unguided")]
     run("build", *files, "--prompts", tmp_path / "pairs-eval.jsonl", "--out", tmp_path / "s", "--per-category", 0)
     survey = load_survey(tmp_path / "s")
+    # Beside the generations they are found without being named.
+    assert run("build", *files, "--out", tmp_path / "t", "--per-category", 0)["digest"] == survey.digest
+    (tmp_path / "pairs-eval.jsonl").unlink()
+    with pytest.raises(CoalaError, match=r"no pairs-eval\.jsonl beside the generations"):
+        run("build", *files, "--out", tmp_path / "u")
     assert [q.prompt for q in survey.questions] == [f"prompt {i}" for i in range(4)]
     assert survey.questions[2].answers == ("guided 2", "unguided 2")

@@ -18,15 +18,21 @@ from typer.testing import CliRunner
 
 import coala.features.plan
 import coala.store.files
+from coala.align.counting import Guess
+from coala.align.needs import OTHERS
+from coala.align.plan import make_plan
+from coala.align.plan_lines import first_lines, table_rows
 from coala.backbone import LanguageModel, load_backbone
 from coala.cli import app
 from coala.features import Job, extract, workers
-from coala.store import FeatureStore, Run, StoreError, claim, load_features
+from coala.recipe import Recipe
+from coala.store import FeatureStore, Run, StoreError, claim, load_features, load_json
 from coala.values import CoalaError
 
 from .menagerie import tiny_backbone
-from .test_align import pair_rows, write_rows
+from .test_align import pair_rows, values_of, write_rows
 from .test_features import contents, same, some_pairs
+from .test_plan import published
 
 HERE = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
@@ -266,3 +272,100 @@ def test_the_command_with_workers(folder: Path, tmp_path: Path) -> None:
     one, two = (load_features(tmp_path / name) for name in ("one", "two"))
     assert same(one, two)
     assert np.isfinite(one.chosen).all()
+
+
+# --- a whole alignment -------------------------------------------------------------------------------------------
+
+
+def helpers_of(process: subprocess.Popen[str], wanted: int) -> list[int]:
+    """The processes that ``process`` has started to extract, once there are so many."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        found = subprocess.run(["pgrep", "-P", str(process.pid), "-a"], capture_output=True, text=True, check=False)
+        pids = [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
+        if len(pids) >= wanted:
+            return pids
+        time.sleep(0.01)
+    raise AssertionError(f"{wanted} helpers were expected")
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether all of them end within half a minute."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_an_alignment_shared_interrupted_and_killed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(6000, 600))
+    words = ["align", str(pairs), "--model", str(folder), "--method", "linear", "--prompts", "2"]
+    command = [sys.executable, "-m", "coala", *words, "--max-new-tokens", "4", "--batch-tokens", "300"]
+    options: dict[str, Any] = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "text": True}
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    subprocess.run([*command, "--out", str(whole)], check=True, stderr=subprocess.DEVNULL, **options)
+    shared_command = [*command, "--out", str(shared), "--workers", "3"]
+    for end in (signal.SIGINT, signal.SIGKILL):
+        # A group of its own, so that Ctrl-C reaches the helpers too, as in a terminal.
+        process = subprocess.Popen(shared_command, stderr=subprocess.PIPE, start_new_session=True, **options)
+        helpers = helpers_of(process, 2)
+        time.sleep(1.0)
+        (os.killpg if end == signal.SIGINT else os.kill)(process.pid, end)
+        _, said = process.communicate(timeout=60)
+        assert gone(helpers)
+        assert process.returncode == (130 if end == signal.SIGINT else -9)
+        if end == signal.SIGINT:
+            assert "finished work is kept" in said
+            assert "Traceback" not in said
+        assert not (shared / "features/train/features.json").exists(), "it was over before it could be ended"
+    done = subprocess.run(shared_command, check=True, stderr=subprocess.PIPE, **options)
+    assert "3 workers need up to" not in done.stderr  # the plan is told when a run begins, not when it goes on
+    assert values_of(shared) == values_of(whole)
+    for part in ("train", "eval"):
+        one, three = (load_json(run / f"stages/features-{part}.json")["facts"] for run in (whole, shared))
+        assert {**one, "seconds": 0, "peak_bytes": 0} == {**three, "seconds": 0, "peak_bytes": 0}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_the_plan_says_what_workers_need(tmp_path: Path, on_gpu: bool) -> None:
+    config = published(tmp_path, "gpt2")
+    settings = Recipe.model_validate({"pairs": [], "model": {"name": "gpt2", "device": "cuda" if on_gpu else "cpu"}})
+    place = "device" if on_gpu else "host"
+
+    def plan(n_workers: int, gib: float) -> Any:
+        room = {"memory": 10**12, "device_memory": 10**12, "disk": 10**12}
+        room["device_memory" if on_gpu else "memory"] = int(gib * 2**30)
+        return make_plan(
+            settings, config=config, rows=5000, guess=Guess(100, 100), probe_seconds=0, n_workers=n_workers, **room
+        )
+
+    def needed(found: Any) -> int:
+        return sum(getattr(found, f"{place}_bytes")["extraction"].values())
+
+    one, four = plan(1, 1000), plan(4, 1000)
+    assert needed(four) == 4 * needed(one)
+    assert not any(OTHERS in line for line in (*first_lines(one), *map(str, table_rows(one))))
+    assert any("4 workers need up to" in line for line in first_lines(four))
+    assert any(OTHERS in row[0] for row in table_rows(four))
+    # Room for two and a half of them.
+    short = plan(4, 2.5 * needed(one) / 2**30)
+    assert short.shortages
+    assert "--workers 2" in short.mends
+    assert not short.together
+    assert not plan(2, 2.5 * needed(one) / 2**30).shortages
+    # Not even for one: smaller passes make room for four, or besides taking one.
+    tight = plan(4, 0.97 * needed(one) / 2**30)
+    assert tight.shortages
+    assert tight.mends[0] == "--workers 1"
+    assert len(tight.mends) == 2
+    assert tight.together

@@ -8,7 +8,7 @@ import numpy as np
 
 from coala.nash import PreferenceGame
 from coala.nash.llm import LanguagePolicy
-from coala.nash.pairs import COMALSettings
+from coala.nash.settings import COMALSettings
 from coala.values import user
 
 ANSWERS = ("a", "b", "c")

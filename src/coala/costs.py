@@ -217,13 +217,15 @@ class Load:
     """The largest forward passes of an extraction, in tokens.
 
     ``trunk`` are those of a pass over whole rows, ``branch`` those computed in a pass over rows that go on from kept
-    ones, ``gathered`` what is gathered in front of them, ``across`` the most that one of them attends to.
+    ones, ``gathered`` what is gathered in front of them, ``across`` the most that one of them attends to; ``nested``
+    are those of the rows that go on from kept ones and are kept themselves, at all depths together.
     """
 
     trunk: int
     branch: int = 0
     gathered: int = 0
     across: int = 0
+    nested: int = 0
 
 
 def pass_bytes(
@@ -238,13 +240,13 @@ def pass_bytes(
 ) -> dict[str, int]:
     """Upper bounds in bytes, by part, of what an extraction holds on its device besides the weights.
 
-    With T, B, G and K the four numbers of ``load``, s bytes a number, l of L layers read, c numbers ``cached`` a token
-    over all layers, A = attention width and w = P_mm / (L d), all widths a layer makes taken together:
+    With T, B, G, K and N the five numbers of ``load``, s bytes a number, l of L layers read, c numbers ``cached`` a
+    token over all layers, A = attention width and w = P_mm / (L d), all widths a layer makes taken together:
 
-        kept keys and values   T c s l / L                                    (if rows branch off)
+        kept keys and values   (T + N) c s l / L                              (if rows branch off)
         activations            M (s (w + 2 A + 4 d) + 8 d),  M = max(T, B), and of a pass of branches
                                (2 G + B) c s / L + 2 A (G + B) s + 24 B K     (gathered, repeated per head, masks)
-        hidden states          f (T d s + (G + 2 B) d s) + max(T, G + B) 8 d  (f ``pooled`` layers, the end one more)
+        hidden states          f (T + N + G + 2 B) d s + max(T, G + B) 8 d    (f ``pooled`` layers, the end one more)
 
     Holds for fused attention; of eager attention the scores, heads * T * K * (s + 4), come on top.
     """
@@ -257,9 +259,11 @@ def pass_bytes(
         activations += (2 * gathered + branch) * cached * size // n_layers
         activations += 2 * attention * (gathered + branch) * size + 24 * branch * load.across
     kinds = pooled + to_end
-    states = kinds * (trunk + gathered + 2 * branch) * width * size + max(trunk, gathered + branch) * 8 * width
+    states = (
+        kinds * (trunk + load.nested + gathered + 2 * branch) * width * size + max(trunk, gathered + branch) * 8 * width
+    )
     return {
-        "kept keys and values": -(-trunk * cached * size * read // n_layers) if branch else 0,
+        "kept keys and values": -(-(trunk + load.nested) * cached * size * read // n_layers) if branch else 0,
         "activations of a pass": activations,
         "hidden states to pool": states,
     }

@@ -31,7 +31,7 @@ class ModelSettings(_Strict):
     layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = Field(
         -1, description="hidden state to read; -1 is the last, auto the cheapest within the noise of the best"
     )
-    pooling: Literal["mean", "mean_all", "last"] = "mean"
+    pooling: Literal["mean", "mean_all", "last", "attn"] = "mean"
     ends_with_eos: bool = False
     max_tokens: int | None = Field(None, ge=2, description="prompt plus reply; the model's context if not given")
     prefixes: int = Field(1, ge=1, description="fit the head on this many prefixes of every reply; 1 is the whole")

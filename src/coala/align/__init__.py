@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from coala.align.course import carry_out
+from coala.align.job import OnProgress
 from coala.align.results import load_run, make_report, summary_rows
-from coala.align.stages import OnProgress, carry_out
 from coala.recipe import Recipe
 from coala.store import Run
 from coala.values import CoalaError
@@ -21,11 +22,13 @@ def align(
     on_progress: OnProgress | None = None,
     separate: bool | None = None,
     cache: Path | None = None,
+    n_workers: int = 1,
 ) -> dict[str, Any]:
     """Carry out ``recipe`` in ``run`` and return the report's content; finished stages are skipped.
 
     ``separate`` runs every stage in a process of its own (default: when the machine has an NVIDIA GPU). Features are
-    taken from the folder ``cache`` if it has them, and added to it: by model, settings and pairs, for any head. Raises
+    taken from the folder ``cache`` if it has them, and added to it: by model, settings and pairs, for any head;
+    ``n_workers`` processes of this machine extract them together, each with the model in memory. Raises
     :class:`~coala.values.CoalaError` for input that cannot be used, for a run started with other settings, and for
     one that another process is at work in.
     """
@@ -35,9 +38,9 @@ def align(
         run.start(recipe.model_dump(mode="json"))
         try:
             if on_progress is None:
-                carry_out(recipe, run, separate=separate, cache=cache)
+                carry_out(recipe, run, separate=separate, cache=cache, n_workers=n_workers)
             else:
-                carry_out(recipe, run, on_progress, separate, cache)
+                carry_out(recipe, run, on_progress, separate, cache, n_workers)
         except CoalaError:
             # Input that could not be used leaves nothing behind, so that the mended command starts afresh.
             if new and not (run.path / "features").exists():

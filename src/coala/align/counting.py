@@ -7,7 +7,7 @@ every four characters. Rows are surveyed as :func:`coala.features.extract` does 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -92,15 +92,19 @@ class Counts:
                 return max(min(most, self.scaled(len(of)) * highest), highest)
 
             across = int(own.max(initial=0) + shared.max(initial=0))
+            depth = survey.depth
+            # Rows that others branch off while being branches themselves: one pass of them at every depth but the last.
+            between = np.unique(survey.parent[depth > 1])
             loads.append(
                 Load(
                     bound(batch_tokens, lengths[~branches]),
                     bound(batch_tokens, own),
                     bound(MOST_GATHERED * batch_tokens, shared),
                     across,
+                    bound(batch_tokens, lengths[between]) * max(int(depth.max(initial=0)) - 1, 0),
                 )
             )
-        return Load(*(max(getattr(load, name) for load in loads) for name in ("trunk", "branch", "gathered", "across")))
+        return Load(*(max(getattr(load, f.name) for load in loads) for f in fields(Load)))
 
 
 def count(

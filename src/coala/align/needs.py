@@ -22,6 +22,7 @@ GIB = 2**30
 # What Python, torch and JAX take by themselves, and what CUDA and its libraries take of a card.
 LIBRARIES = {"host": GIB, "device": 3 * GIB // 4}
 PORTION = 32  # replies that ``align`` decodes together
+OTHERS = "other workers"  # the part of the processes that help with an extraction
 
 Parts = dict[str, int]
 _Change = Callable[[Recipe], Recipe]
@@ -54,17 +55,25 @@ class Shortage:
 class Needs:
     """Upper bounds on the bytes that each stage of a recipe takes on device, host and disk.
 
-    Extraction: the weights, :func:`coala.costs.pass_bytes` of its largest passes, and on the host the features, of r
-    distinct rows, n pairs, d numbers each and k prefixes 4 d k (2 r + 2 n) while they are put together (and n more with
-    prompts). Fit: :func:`coala.convex.rows.solve_bytes`, or that of rows mapped from a file where the whole does not
-    fit. Replies: the weights and :func:`coala.costs.decoding_bytes`. Disk: features of all pairs 4 d k n 2 (3 with
-    prompts), the shards 4 d k r of one part beside them, mapped rows of the fit, and the pairs.
+    Extraction, by each of ``n_workers`` processes: the weights, :func:`coala.costs.pass_bytes` of its largest passes,
+    and on the host the features, of r distinct rows, n pairs, d numbers each and k prefixes 4 d k (2 r + 2 n) while
+    they are put together (and n more with prompts). Fit: :func:`coala.convex.rows.solve_bytes`, or that of rows mapped
+    from a file where the whole does not fit. Replies: the weights and :func:`coala.costs.decoding_bytes`. Disk:
+    features of all pairs 4 d k n 2 (3 with prompts), the shards 4 d k r of one part beside them, mapped rows of the
+    fit, and the pairs.
     """
 
     def __init__(
-        self, recipe: Recipe, outline: Outline, counts: Counts, on_gpu: bool, room: Mapping[str, int | None]
+        self,
+        recipe: Recipe,
+        outline: Outline,
+        counts: Counts,
+        on_gpu: bool,
+        room: Mapping[str, int | None],
+        n_workers: int = 1,
     ) -> None:
         self.recipe, self.outline, self.counts, self.on_gpu, self.room = recipe, outline, counts, on_gpu, room
+        self.n_workers = n_workers
         model = recipe.model
         self.layer = outline.n_layers if model.layer == "auto" else model.layer % (outline.n_layers + 1)
         self.dtype = model.dtype if model.dtype != "auto" else "bfloat16" if on_gpu else "float32"
@@ -92,13 +101,13 @@ class Needs:
 
     def _smallest(self) -> Needs:
         recipe = _with(self.recipe, model={"batch_tokens": 1})
-        return Needs(recipe, self.outline, self.counts, self.on_gpu, self.room)
+        return Needs(recipe, self.outline, self.counts, self.on_gpu, self.room, self.n_workers)
 
     def device(self) -> dict[str, Parts]:
         if not self.on_gpu:
             return {}
         own = {"libraries": LIBRARIES["device"], "weights": self._weights()}
-        stages = {"extraction": {**own, **self._passes()}, "replies": {**own, **self._decoding()}}
+        stages = {"extraction": self._shared({**own, **self._passes()}), "replies": {**own, **self._decoding()}}
         if any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
             stages["fit"] = {"libraries": LIBRARIES["device"], **self._solve("device")}
         return stages
@@ -112,14 +121,18 @@ class Needs:
         if not self.on_gpu:
             weights = {"weights": self._weights()}
             return {
-                "extraction": {**base, **weights, **self._passes()},
+                "extraction": self._shared({**base, **weights, **self._passes()}),
                 "fit": {**libraries, **weights, **self._solve("host")},
                 "replies": {**libraries, **weights, **self._decoding()},
             }
         # Weights that are neither quantised nor spread pass through memory whole.
         whole = not self.recipe.model.quantise and self.recipe.model.device != "offload"
         loading = {"weights as they load": self.outline.weight_bytes(self.dtype) if whole else 0}
-        return {"extraction": {**base, **loading}, "fit": {**libraries, **self._solve("host")}}
+        return {"extraction": self._shared({**base, **loading}), "fit": {**libraries, **self._solve("host")}}
+
+    def _shared(self, one: Parts) -> Parts:
+        """What one process takes, and as much again for each of the others: each reads pairs, model and features."""
+        return one if self.n_workers == 1 else {**one, OTHERS: (self.n_workers - 1) * sum(one.values())}
 
     def disk(self) -> Parts:
         counts, per_row = self.counts, 4 * self.outline.width
@@ -165,6 +178,12 @@ class Needs:
             from coala.backbone.network import LOGITS
 
             parts["logits"] = 12 * LOGITS
+        if model.pooling == "attn":
+            from coala.backbone.attention import WEIGHTS
+
+            # Products, masked, their softmax, and it rounded; states in float32 beside their scores.
+            tokens = max(model.batch_tokens, self._longest())
+            parts["attention to be heard"] = 16 * WEIGHTS + 4 * tokens * (outline.width + 1)
         return parts
 
     def _decoding(self) -> Parts:
@@ -216,32 +235,41 @@ def _with(recipe: Recipe, **changes: Mapping[str, Any]) -> Recipe:
 
 
 def mends_of(
-    recipe: Recipe, outline: Outline, counts: Counts, on_gpu: bool, room: Mapping[str, int | None]
+    recipe: Recipe,
+    outline: Outline,
+    counts: Counts,
+    on_gpu: bool,
+    room: Mapping[str, int | None],
+    n_workers: int = 1,
 ) -> tuple[tuple[str, ...], bool]:
     """The flags each of which makes the run fit by the same formulas; else those that do together; else none.
 
     ``--layer auto`` is none of them: it may choose the last layer.
     """
 
-    def fits(changed: Recipe) -> bool:
-        return not Needs(changed, outline, counts, on_gpu, room).shortages()
+    def fits(changed: Recipe, n_workers: int = n_workers) -> bool:
+        return not Needs(changed, outline, counts, on_gpu, room, n_workers).shortages()
 
-    alone: list[str] = []
+    fewer = next((n for n in range(n_workers - 1, 0, -1) if fits(recipe, n)), None)
+    alone = [f"--workers {fewer}"] if fewer else []
     for options in _options(recipe, outline, counts, on_gpu):
         found = next((flag for flag, change in options if fits(change(recipe))), None)
         alone += [found] if found else []
     if alone:
         return tuple(alone), False
-    so_far, flags = recipe, []
+    if n_workers > 1:
+        flags, together = mends_of(recipe, outline, counts, on_gpu, room)
+        return ("--workers 1", *(flags if together else flags[:1])) if flags else (), bool(flags)
+    so_far, kept = recipe, list[str]()
     for options in _options(recipe, outline, counts, on_gpu):
         # The least of each: quantised weights cannot be spread as well.
         flag, change = options[-1]
         if flag.startswith("--device") and so_far.model.quantise:
             continue
         so_far = change(so_far)
-        flags.append(flag)
+        kept.append(flag)
         if fits(so_far):
-            return _needed(recipe, flags, dict(o[-1] for o in _options(recipe, outline, counts, on_gpu)), fits), True
+            return _needed(recipe, kept, dict(o[-1] for o in _options(recipe, outline, counts, on_gpu)), fits), True
     return (), False
 
 

@@ -7,20 +7,16 @@ its weights are here. Every formula is one of :mod:`coala.costs`; nothing is wri
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from coala.align.counting import Counts, Guess, count
 from coala.align.depth import MOST_PAIRS
-from coala.align.needs import Needs, Parts, Shortage, mends_of, size
+from coala.align.needs import Needs, Parts, Shortage, mends_of
+from coala.align.probe import probed
 from coala.costs import (
     Shape,
-    Stopwatch,
     ask_driver,
     cronos_flops,
     decoding_flops,
@@ -29,14 +25,12 @@ from coala.costs import (
     pairwise_flops,
     search_flops,
     second_phase_flops,
-    work_over_bound,
 )
 from coala.recipe import HeadSettings, Recipe
-from coala.values import CoalaError, Estimate, user
+from coala.values import CoalaError, Estimate
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
-    from coala.features.plan import Survey
+    pass
 
 # Of a solve of the pairwise program: steps of Newton's method, and of conjugate gradients in each.
 NEWTON_STEPS, PCG_STEPS = 10, 20
@@ -54,8 +48,8 @@ class Plan:
     over pairs would encode them; ``counted`` says how. ``flops``: ``extraction``, ``least`` (a lower bound for it),
     ``pair_by_pair``, ``fit`` (at most, by the usual steps of a solve) and ``replies`` (at most). ``seconds`` is the
     time of the extraction; None, with the reason in ``probe``, if it was not measured. ``room`` holds the bytes there
-    are of device, host and disk, None if nobody tells. ``mends`` are the flags that make the run fit: any one of them,
-    or, with ``together``, all of them.
+    are of device, host and disk, None if nobody tells. ``workers`` processes share the extraction. ``mends`` are the
+    flags that make the run fit: any one of them, or, with ``together``, all of them.
     """
 
     model: str
@@ -80,6 +74,7 @@ class Plan:
     shortages: tuple[Shortage, ...]
     mends: tuple[str, ...]
     together: bool
+    workers: int = 1
 
     def require(self, *, certain: bool = False) -> None:
         """Raise :class:`PlanError` if something is short; ``certain``: only if even the smallest passes do not fit."""
@@ -105,13 +100,15 @@ def make_plan(
     config: Path | None = None,
     rows: int | None = None,
     guess: Guess | None = None,
+    n_workers: int = 1,
 ) -> Plan:
     """The plan of ``coala align`` with this recipe; what does not fit is in its ``shortages``.
 
     ``memory``, ``device_memory`` and ``disk`` are the bytes there will be (default: what is free here; with
     ``device_memory`` a GPU is planned for though there is none here). ``config`` is a config.json to take the sizes
-    from; ``rows`` plans for so many pairs like those given; ``guess`` gives the tokens of a text. The model is loaded
-    for the probe alone: if its weights are here, its plan fits and ``probe_seconds`` is not 0.
+    from; ``rows`` plans for so many pairs like those given; ``guess`` gives the tokens of a text; ``n_workers``
+    processes extract. The model is loaded for the probe alone: if its weights are here, its plan fits and
+    ``probe_seconds`` is not 0; the time it tells is that of one process.
 
     Raises :class:`CoalaError` for pairs or a configuration that cannot be used.
     """
@@ -134,7 +131,7 @@ def make_plan(
     }
     seconds, probe = None, "not asked for"
     if probe_seconds > 0:
-        short = [s for s in Needs(recipe, outline, counts, on_gpu, room).shortages() if s.certain]
+        short = [s for s in Needs(recipe, outline, counts, on_gpu, room, n_workers).shortages() if s.certain]
         reason = (
             "no weights of this model are here"
             if not weights or config is not None
@@ -148,16 +145,16 @@ def make_plan(
         )
         probe = f"not measured: {reason}" if reason else ""
         if not reason:
-            from coala.align.stages import open_backbone
+            from coala.align.job import open_backbone
 
             backbone = open_backbone(recipe)
             if backbone.shares != counts.shares:
                 counts = count(recipe, outline, tokenizer=folder, guess=guess, rows=rows, shares=backbone.shares)
-            seconds = _probed(recipe, backbone, counts, probe_seconds)
+            seconds = probed(recipe, backbone, counts, probe_seconds)
             probe = seconds.method
-    needs = Needs(recipe, outline, counts, on_gpu, room)
+    needs = Needs(recipe, outline, counts, on_gpu, room, n_workers)
     shortages = needs.shortages()
-    mends, together = mends_of(recipe, outline, counts, on_gpu, room) if shortages else ((), False)
+    mends, together = mends_of(recipe, outline, counts, on_gpu, room, n_workers) if shortages else ((), False)
     return Plan(
         model=settings.name,
         parameters=outline.parameters,
@@ -189,6 +186,7 @@ def make_plan(
         shortages=shortages,
         mends=mends,
         together=together,
+        workers=n_workers,
     )
 
 
@@ -284,183 +282,3 @@ def _replies(recipe: Recipe, shape: Shape, prompts: list[int]) -> int:
         guided = decoding_flops(shape, tokens, new, candidates=peeked, every=guidance.interval, n_neurons=16)
         total += decoding_flops(shape, tokens, new) + blocks * guided
     return total
-
-
-# --- seconds -----------------------------------------------------------------------------------------------------
-
-
-def _probed(recipe: Recipe, backbone: LanguageModel, counts: Counts, seconds: float) -> Estimate:
-    """Seconds of the whole extraction, from encoding some of its batches for about so many seconds.
-
-    Batches are drawn evenly over the FLOPs of all, longest rows to shortest; of a batch that would take too long only
-    the first trees. The interval is that of the slowest and fastest batch per FLOP.
-    """
-    part = max(counts.surveys, key=lambda name: int(counts.surveys[name].own_lengths.sum()))
-    survey = counts.surveys[part]
-    shape = backbone.shape
-    layer = None if recipe.log_ratios else backbone.spec(_layer(recipe)).layer
-    cost = np.array(
-        [
-            extraction_flops(shape, [a], own=[b], layer=layer)
-            for a, b in zip(survey.lengths, survey.own_lengths, strict=True)
-        ],
-        dtype=np.float64,
-    )
-    # A layer of 0 is the embedding, which costs no product.
-    cost = np.maximum(cost, 1.0)
-    batches = survey.batches(recipe.model.batch_tokens)
-    ends = np.cumsum([cost[batch.start : batch.stop].sum() for batch in batches])
-    smallest = min(survey.trees(), key=lambda tree: float(cost[tree.start : tree.stop].sum()))
-    _timed(recipe, backbone, survey, smallest, counts)  # the first pass of a process is slower than any other
-    rate = _timed(recipe, backbone, survey, smallest, counts) / float(cost[smallest.start : smallest.stop].sum())
-    spent, work, rates = 0.0, 0.0, []
-    for place in _spread(len(batches), ends):
-        batch = _cut(survey, batches[place], cost, (seconds - spent) / rate)
-        took, flops = _timed(recipe, backbone, survey, batch, counts), float(cost[batch.start : batch.stop].sum())
-        spent, work = spent + took, work + flops
-        rates.append(took / flops)
-        rate = spent / work
-        if spent >= seconds:
-            break
-    total = float(counts.scale) * sum(
-        float(extraction_flops(shape, s.lengths, own=s.own_lengths, layer=layer)) for s in counts.surveys.values()
-    )
-    how = f"{len(rates)} of {len(batches)} batches in {spent:.1f} s; the interval is that of the fastest and slowest"
-    return Estimate(total * rate, total * min(rates), total * max(rates), len(rates), how)
-
-
-def _layer(recipe: Recipe) -> int:
-    return -1 if recipe.model.layer == "auto" else recipe.model.layer
-
-
-def _spread(n: int, ends: NDArray[np.float64]) -> Iterator[int]:
-    """Every batch once, first those in the middle of ever finer parts of the whole cost."""
-    seen: set[int] = set()
-    for i in range(1, 4 * n):
-        share, digit, rest = 0.0, 0.5, i
-        while rest:  # the digits of i mirrored at the point
-            share, digit, rest = share + digit * (rest & 1), digit / 2, rest >> 1
-        place = int(np.searchsorted(ends, share * ends[-1]))
-        if place not in seen:
-            seen.add(place)
-            yield place
-
-
-def _cut(survey: Survey, batch: range, cost: NDArray[np.float64], most: float) -> range:
-    """The first trees of a batch, one at least, that cost no more than ``most`` together."""
-    stops = [tree.stop for tree in survey.trees() if batch.start <= tree.start < batch.stop]
-    affordable = [stop for stop in stops if cost[batch.start : stop].sum() <= most]
-    return range(batch.start, affordable[-1] if affordable else stops[0])
-
-
-def _timed(recipe: Recipe, backbone: LanguageModel, survey: Survey, rows: range, counts: Counts) -> float:
-    """Seconds that whole trees take, from tokens to features."""
-    from coala.features import extract
-    from coala.features.plan import Survey
-    from coala.values import Pair
-
-    model, part = recipe.model, slice(rows.start, rows.stop)
-    alone = np.arange(len(rows))
-    plan = Survey(
-        survey.tokens[part],
-        survey.start[part],
-        survey.stop[part],
-        survey.dropped[part],
-        survey.trunk[part] - rows.start,
-        survey.shared[part],
-        np.stack([alone, alone], axis=1),
-    )
-    pairs = [Pair(user(""), "", "", "")] * len(rows)
-    spec = backbone.spec(_layer(recipe), model.pooling, model.ends_with_eos, model.max_tokens)
-    with Stopwatch() as watch:
-        extract(
-            pairs, backbone, spec, plan=plan, batch_tokens=model.batch_tokens, prefixes=model.prefixes,
-            log_ratios=recipe.log_ratios,
-        )  # fmt: skip
-    return watch.seconds
-
-
-# --- what is shown -----------------------------------------------------------------------------------------------
-
-
-def first_lines(plan: Plan) -> list[str]:
-    """The plan in a few lines, for the start of a run."""
-    tokens, flops = plan.tokens, plan.flops
-    share = tokens["computed"] / tokens["pair_by_pair"] if tokens["pair_by_pair"] else 1.0
-    lines = [
-        f"{plan.pairs:,} pairs, {plan.rows:,} distinct rows: {tokens['computed']:,} tokens to encode, {share:.2f} of a "
-        f"loop over pairs ({plan.counted})",
-        f"{operations(sum(flops[name] for name in DONE if name in flops))}, of them {operations(flops['extraction'])} "
-        "for features",
-    ]
-    if plan.seconds is not None:
-        lines[-1] += f": {interval(plan.seconds)}"
-    for name, stages in (("device memory", plan.device_bytes), ("memory", plan.host_bytes)):
-        if stages:
-            lines.append(
-                f"{name}: {_of(max(sum(parts.values()) for parts in stages.values()), plan.room[_KEYS[name]])}"
-            )
-    lines.append(f"disk: {_of(sum(plan.disk_bytes.values()), plan.room['disk'])}")
-    return lines + [f"short: {shortage}" for shortage in plan.shortages]
-
-
-def table_rows(plan: Plan) -> list[tuple[str, str]]:
-    """The whole plan as two columns."""
-    quantised = f", {plan.quantise}" if plan.quantise else ""
-    rows = [
-        ("model", f"{plan.model}: {plan.parameters:,} parameters, {plan.layers} layers read"),
-        ("runs on", f"{plan.device} in {plan.dtype}{quantised}"),
-        ("pairs", f"{plan.pairs:,} ({plan.train:,} to train on), {plan.rows:,} distinct rows"),
-        ("tokens", f"{plan.tokens['computed']:,} computed; longest row {plan.longest_row:,}"),
-        ("  counted", plan.counted),
-        ("  distinct", f"{plan.tokens['distinct']:,}, the least that could be"),
-        ("  pair by pair", f"{plan.tokens['pair_by_pair']:,} in a loop without sharing"),
-        ("FLOPs", operations(sum(plan.flops[name] for name in DONE if name in plan.flops))),
-    ]
-    over = work_over_bound(plan.flops["extraction"], plan.flops["least"])
-    told = {
-        "extraction": f" ({over:.2f} of the lower bound; {operations(plan.flops['pair_by_pair'])} pair by pair)",
-        "fit": " at most, by the usual steps of a solve",
-        "replies": " at most",
-    }
-    rows += [(f"  {name}", operations(plan.flops[name]) + told.get(name, "")) for name in DONE if name in plan.flops]
-    rows.append(("time", "of the extraction: " + (interval(plan.seconds) if plan.seconds else plan.probe)))
-    if plan.seconds:
-        rows.append(("  probe", plan.probe))
-    for name, stages in (("device memory", plan.device_bytes), ("memory", plan.host_bytes)):
-        room = plan.room[_KEYS[name]]
-        for stage, parts in stages.items():
-            rows.append((f"{name}, {stage}", _of(sum(parts.values()), room)))
-            rows += [(f"  {part}", size(number)) for part, number in parts.items() if number]
-    rows.append(("disk", _of(sum(plan.disk_bytes.values()), plan.room["disk"])))
-    return rows + [(f"  {part}", size(number)) for part, number in plan.disk_bytes.items() if number]
-
-
-# What a run does; the other counts are what it is compared with.
-DONE = ("layer", "extraction", "fit", "replies")
-_KEYS = {"device memory": "device", "memory": "host"}
-
-
-def _of(needed: int, there: int | None) -> str:
-    return f"up to {size(needed)} of {'an unknown amount' if there is None else size(there)}"
-
-
-def operations(flops: int) -> str:
-    """FLOPs in the unit that suits them."""
-    for power, name in ((18, "EFLOP"), (15, "PFLOP"), (12, "TFLOP"), (9, "GFLOP")):
-        if flops >= 10**power:
-            return f"{flops / 10**power:,.1f} {name}"
-    return f"{flops / 1e6:,.1f} MFLOP"
-
-
-def interval(seconds: Estimate) -> str:
-    """A duration with its interval."""
-    return (
-        f"about {_lasting(seconds.value)} [{_lasting(seconds.low)}, {_lasting(seconds.high)}] (n={seconds.n} batches)"
-    )
-
-
-def _lasting(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coala import evaluation
-from coala.align.stages import guidance_of, open_backbone, prompt_id
+from coala.align.job import open_backbone
+from coala.align.stages import guidance_of, prompt_id
 from coala.recipe import Recipe
 from coala.report import write_report
 from coala.store import (

@@ -3,25 +3,23 @@
     pairs -> features -> head -> replies -> judgements
 
 Knows which stage feeds which and where its values lie in the run folder; every computation is a call to the part that
-owns it. On a machine with a GPU each stage runs in a process of its own, so that torch and JAX never share the card.
+owns it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from coala.costs import Stopwatch, decoding_flops, extraction_flops, head_flops, peak_memory
+from coala.align.job import Work, loading
+from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import HeadSettings, Recipe
 from coala.store import (
     FeatureStore,
-    Run,
     claim,
     digest,
     file_digest,
@@ -39,58 +37,10 @@ from coala.store import (
     save_pairs,
     scratch,
 )
-from coala.values import CoalaError, Pair, conversation_text
+from coala.values import Pair, conversation_text
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
     from coala.decoding import Guidance
-
-
-class OnProgress(Protocol):
-    """Called with a stage, units done, units in all (``None``: unknown) and a note."""
-
-    def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
-
-
-def _silent(stage: str, done: float, total: float | None, note: str = "") -> None:
-    pass
-
-
-@dataclass
-class _Job:
-    """A recipe on its way through a run folder; the backbone is loaded when first needed and kept."""
-
-    recipe: Recipe
-    run: Run
-    show: OnProgress = _silent
-    cache: Path | None = None
-    loaded: dict[str, Any] = field(default_factory=dict)
-
-    def path(self, name: str) -> Path:
-        return self.run.path / name
-
-    def backbone(self) -> LanguageModel:
-        if "backbone" not in self.loaded:
-            self.loaded["backbone"] = open_backbone(self.recipe)
-        model: LanguageModel = self.loaded["backbone"]
-        return model
-
-    def model_stamp(self) -> Any:
-        """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""
-        folders = [Path(name) for name in (self.recipe.model.name, self.recipe.model.adapter) if name]
-        files = [p for folder in folders if folder.is_dir() for p in sorted(folder.iterdir()) if p.is_file()]
-        return [self.recipe.model.model_dump(), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
-
-    def once(self, stage: str, inputs: dict[str, Any], outputs: list[str], work: Callable[[], Any]) -> None:
-        """Do ``work`` unless this stage is done on these inputs; record seconds, memory and the facts it returns."""
-        if self.run.done(stage, inputs):
-            self.show(stage, 1, 1, "already done")
-            return
-        with Stopwatch() as watch:
-            facts = work() or {}
-        facts |= {"seconds": watch.seconds, "peak_bytes": peak_memory()}
-        self.run.finish(stage, inputs, outputs, facts)
-        self.show(stage, 1, 1)
 
 
 PORTION = 32  # replies decoded together
@@ -99,7 +49,7 @@ PORTION = 32  # replies decoded together
 # --- the stages --------------------------------------------------------------------------------------------------
 
 
-def _pairs(job: _Job) -> None:
+def _pairs(job: Work) -> None:
     from coala.data import check, source_digest, split
 
     recipe = job.recipe
@@ -136,8 +86,8 @@ def _pairs(job: _Job) -> None:
     job.once("pairs", inputs, ["pairs-train.jsonl", "pairs-eval.jsonl"], work)
 
 
-def _features(job: _Job) -> None:
-    from coala.features import distinct_lengths, extract, survey
+def _features(job: Work) -> None:
+    from coala.features import Job, distinct_lengths, extract, survey, workers
 
     model = job.recipe.model
     layer = _layer(job)
@@ -171,19 +121,26 @@ def _features(job: _Job) -> None:
                 reused = job.cache is not None and (folder / "features.json").exists()
                 if not reused:
                     shards = FeatureStore(folder / "shards")
-                    features = extract(
-                        pairs,
-                        backbone,
-                        spec,
-                        batch_tokens=model.batch_tokens,
-                        store=shards,
-                        plan=plan,
-                        prefixes=prefixes,
-                        **extras,
-                        # Tokens, not pairs: long rows go first, so the first pairs cost the most.
-                        on_batch=lambda done, total, n: job.show(stage, n, in_all, f"{done:,} of {total:,} pairs"),
-                        on_note=lambda note: job.show(stage, 0, in_all, note),
-                    )
+                    options = {"batch_tokens": model.batch_tokens, "prefixes": prefixes, **extras}
+
+                    def note(text: str) -> None:
+                        job.show(stage, 0, in_all, text)
+
+                    shared = Job(loading(job.recipe), pairs, spec, options, shards.folder)
+                    # Whoever finds no shard to make would load the model for nothing.
+                    helpful = max(1, min(job.n_workers, len(plan.shards(model.batch_tokens))))
+                    with workers(shared, helpful, on_note=note):
+                        features = extract(
+                            pairs,
+                            backbone,
+                            spec,
+                            **options,
+                            store=shards,
+                            plan=plan,
+                            # Tokens, not pairs: long rows go first, so the first pairs cost the most.
+                            on_batch=lambda done, total, n: job.show(stage, n, in_all, f"{done:,} of {total:,} pairs"),
+                            on_note=note,
+                        )
                     save_features(folder, features)
                     shards.discard()
                 if job.cache is not None:
@@ -203,7 +160,7 @@ def _features(job: _Job) -> None:
         job.once(stage, inputs, [f"features/{part}/features.safetensors", f"features/{part}/features.json"], work)
 
 
-def _layer(job: _Job) -> int:
+def _layer(job: Work) -> int:
     """The layer asked for, or the one that a sample of the training pairs speaks for."""
     from coala.align.depth import choose_layer, layer_table
 
@@ -230,7 +187,7 @@ def _layer(job: _Job) -> int:
     return chosen
 
 
-def _head(job: _Job) -> None:
+def _head(job: Work) -> None:
     from coala.convex import Fit, fit
 
     settings = job.recipe.head
@@ -277,7 +234,7 @@ def fit_options(settings: HeadSettings) -> dict[str, Any]:
     }
 
 
-def _replies(job: _Job) -> None:
+def _replies(job: Work) -> None:
     settings = job.recipe.evaluation
     pairs = load_pairs(job.path("pairs-eval.jsonl"))
     chosen = list({conversation_text(pair.prompt): pair for pair in pairs}.values())[: settings.prompts]
@@ -338,7 +295,7 @@ def _replies(job: _Job) -> None:
         job.once(stage, inputs, [f"generations-{method}.jsonl"], work)
 
 
-def _judgements(job: _Job) -> None:
+def _judgements(job: Work) -> None:
     from coala.evaluation import WordJudge, judge
 
     settings = job.recipe.evaluation
@@ -359,23 +316,6 @@ def _judgements(job: _Job) -> None:
         job.once(f"judgements-{name}", inputs, [f"judgements-{name}.jsonl"], work)
 
 
-def open_backbone(recipe: Recipe) -> LanguageModel:
-    """The recipe's model."""
-    from coala.backbone import load_backbone
-
-    model = recipe.model
-    return load_backbone(
-        model.name,
-        revision=model.revision,
-        template=model.template,
-        device=model.device,
-        dtype=model.dtype,
-        trust_remote_code=model.trust_remote_code,
-        adapter=model.adapter,
-        quantise=model.quantise,
-    )
-
-
 def prompt_id(pair: Pair) -> str:
     """A short stable name for a prompt."""
     return hashlib.sha256(conversation_text(pair.prompt).encode()).hexdigest()[:12]
@@ -387,66 +327,10 @@ def guidance_of(recipe: Recipe) -> Guidance:
     return Guidance(**recipe.guidance.model_dump())
 
 
-STAGES: dict[str, Callable[[_Job], None]] = {
+STAGES: dict[str, Callable[[Work], None]] = {
     "pairs": _pairs,
     "features": _features,
     "head": _head,
     "replies": _replies,
     "judgements": _judgements,
 }
-
-
-def carry_out(
-    recipe: Recipe, run: Run, show: OnProgress = _silent, separate: bool | None = None, cache: Path | None = None
-) -> None:
-    """Bring every stage of ``recipe`` up to date in ``run``; features are looked up in and added to ``cache``.
-
-    ``separate`` runs each stage in a process of its own (default: when the machine has an NVIDIA GPU).
-    """
-    if separate is None:
-        separate = Path("/proc/driver/nvidia/version").exists()
-    if separate:
-        for stage in STAGES:
-            _in_a_process(stage, recipe, run, show, cache)
-    else:
-        job = _Job(recipe, run, show, cache)
-        for work in STAGES.values():
-            work(job)
-
-
-def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress, cache: Path | None) -> None:
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work_and_tell, args=(stage, recipe, run.path, theirs, cache))
-    process.start()
-    theirs.close()
-    try:
-        while True:
-            message = mine.recv()
-            if isinstance(message, CoalaError):
-                raise message
-            show(*message)
-    except EOFError:
-        process.join()
-    finally:
-        if process.is_alive():
-            process.terminate()
-            process.join()
-    if process.exitcode:
-        raise CoalaError(
-            f"The stage {stage!r} ended with exit code {process.exitcode}"
-            f"{' (killed, perhaps for lack of memory)' if process.exitcode == -9 else ''}. "
-            "Finished work is kept; run the same command again to go on."
-        )
-
-
-def _work_and_tell(stage: str, recipe: Recipe, path: Path, pipe: Connection, cache: Path | None) -> None:
-    def show(stage: str, done: float, total: float | None, note: str = "") -> None:
-        pipe.send((stage, done, total, note))
-
-    try:
-        STAGES[stage](_Job(recipe, Run(path), show, cache))
-    except CoalaError as error:
-        pipe.send(CoalaError(str(error)))
-    finally:
-        pipe.close()

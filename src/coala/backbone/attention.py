@@ -20,7 +20,7 @@ from torch import Tensor, nn
 _KERNELS = ("eager", "sdpa")
 _OVERHEARD = "coala_overheard_"
 # Attention weights made at once: 64 MB of them in float32.
-_WEIGHTS = 1 << 24
+WEIGHTS = 1 << 24
 # Half precision rounds the smallest weights to zero, which has no logarithm.
 _LEAST = 1e-30
 
@@ -68,7 +68,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     result = home["ALL_ATTENTION_FUNCTIONS"].get_interface(kernel, plain)(module, query, key, value, mask, **options)
     batch, heads, length, _ = query.shape
     before = key.shape[2] - length  # the tokens' own keys are the latest
-    size = max(1, _WEIGHTS // (batch * heads * key.shape[2]))
+    size = max(1, WEIGHTS // (batch * heads * key.shape[2]))
     found = []
     for first in range(0, length, size):
         last = min(first + size, length)

@@ -154,7 +154,7 @@ def _measured(
         take(0, batch, reading.final)
         if branches:
             own = [row[s:] for row, s in zip(second, shared, strict=True)]
-            take(1, batch, reading.branch(range(len(batch)), shared, own)[1])
+            take(1, batch, reading.branch(range(len(batch)), shared, own).final)
         else:
             take(1, batch, backbone.read(second, (-1,), to_end=True).final)
     return out[0], out[1]

@@ -182,7 +182,8 @@ def _arguments(
         # Two, for the newest may be half written when the process is killed.
         "save_total_limit": 2,
         "logging_steps": settings.log_every,
-        "eval_strategy": "epoch" if evaluated else "no",
+        "eval_strategy": "no" if not evaluated else "epoch" if settings.eval_every is None else "steps",
+        "eval_steps": settings.eval_every,
         "report_to": "none",
         "push_to_hub": False,
         "disable_tqdm": True,

@@ -46,8 +46,9 @@ class TrainSettings:
     ``warmup`` counts steps from 1 on, and is a share of all steps below 1. ``beta`` is the reward scale of DPO and
     SimPO and the weight of ORPO's odds ratio (lambda there); ``gamma`` is SimPO's target margin. ``lora`` None trains
     all weights. Prompt and reply are cut to ``max_length`` tokens as the renderer cuts them (None: the context), and
-    replies end with the stop token if ``ends_with_eos``. ``save_every`` and ``log_every`` count steps. ``deepspeed``
-    is the path of a DeepSpeed configuration.
+    replies end with the stop token if ``ends_with_eos``. ``save_every``, ``log_every`` and ``eval_every`` count steps;
+    held-out pairs are evaluated at the end of every epoch unless ``eval_every`` is given. ``deepspeed`` is the path of
+    a DeepSpeed configuration.
     """
 
     learning_rate: float = 1e-6
@@ -73,6 +74,7 @@ class TrainSettings:
     seed: int = 42
     save_every: int = 500
     log_every: int = 10
+    eval_every: int | None = None
     deepspeed: str | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise CoalaError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise CoalaError(f"eval_every is {self.eval_every}; expected at least 1, or None for every epoch.")
         if self.learning_rate < 0 or self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise CoalaError(
                 f"learning_rate {self.learning_rate}, epochs {self.epochs}, steps {self.steps}; expected a rate of at "

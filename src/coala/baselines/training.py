@@ -168,6 +168,31 @@ def load_trained(folder: str | Path) -> Trained:
     )
 
 
+def whole_model(trained: Trained, folder: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """A folder with all weights of a trained model, from which another method may start: an adapter is merged.
+
+    What was trained whole is returned where it lies; else the base with the adapter in it is written to ``folder``, in
+    float32, with the base's tokenizer. Raises :class:`CoalaError` for a reward model, which writes no text.
+    """
+    if trained.method == "reward":
+        raise CoalaError("A reward model writes no replies, so that no method can start from it.")
+    if trained.settings.lora is None:
+        return trained.folder / WEIGHTS
+    from transformers import AutoModelForCausalLM
+
+    target, revision = Path(folder), trained.revision or None
+    if not (target / "merged.json").is_file():
+        with seam.silence():
+            base = AutoModelForCausalLM.from_pretrained(
+                trained.model, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+            adapted = import_module("peft").PeftModel.from_pretrained(base, str(trained.folder / WEIGHTS))
+            adapted.merge_and_unload().save_pretrained(str(target))
+            _plain_tokenizer(trained.model, revision, trust_remote_code).save_pretrained(str(target))
+        save_json(target / "merged.json", {"base": trained.base_weights, "adapter": str(trained.folder.name)})
+    return target
+
+
 @dataclass(frozen=True)
 class _Base:
     """What is known of the base once its pairs are rendered; the model itself is let go before TRL loads it."""

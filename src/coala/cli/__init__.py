@@ -11,7 +11,23 @@ from typing import Annotated
 
 import typer
 
-from coala.cli import align, chat, comal, data, demo, evaluate, export, extract, fit, generate, plan, report, survey
+from coala.cli import (
+    align,
+    chat,
+    comal,
+    compare,
+    data,
+    demo,
+    evaluate,
+    export,
+    extract,
+    fit,
+    generate,
+    plan,
+    report,
+    serve,
+    survey,
+)
 
 INTERRUPTED = 130
 
@@ -27,8 +43,10 @@ app = typer.Typer(
 app.command("align")(align.align)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("plan")(plan.plan)
+app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.command("demo")(demo.demo)

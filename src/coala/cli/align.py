@@ -33,7 +33,7 @@ def align(
     layer: Annotated[
         str | None, typer.Option(help="Hidden state to read; -1 is the last, auto the cheapest that is as good.")
     ] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean (over the reply), mean_all or last.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean (over the reply), mean_all, last or attn.")] = None,
     prefixes: Annotated[int | None, typer.Option(help="Fit on this many prefixes of every reply.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward pass.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
@@ -60,6 +60,9 @@ def align(
     cache: Annotated[
         Path | None, typer.Option(envvar="COALA_CACHE", help="Folder of features shared by runs: reused, added to.")
     ] = None,
+    n_workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that share the extraction, each with the model.")
+    ] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
 ) -> None:
     """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
@@ -71,6 +74,8 @@ def align(
     `coala align pairs.jsonl --model ./my-model --out runs/mine`
 
     `coala align train.jsonl.gz --eval test.jsonl.gz -m ./my-model -o runs/mine --mode block --set head.tolerance=1e-6`
+
+    `coala align pairs.jsonl --model ./my-model --out runs/mine --workers 4`
     """
     from coala.cli.screen import whole_number
     from coala.recipe import load_recipe, set_option
@@ -105,14 +110,22 @@ def align(
         "evaluation": {"prompts": prompts, "max_new_tokens": max_new_tokens, "judge": judge},
     }
     settings = load_recipe(recipe, overrides, *map(set_option, set_ or []))
-    run_and_show(settings, out, restart, cache=cache)
+    run_and_show(settings, out, restart, cache=cache, n_workers=n_workers)
 
 
-def run_and_show(settings: Any, out: Path, restart: bool = False, samples: int = 0, cache: Path | None = None) -> None:
+def run_and_show(
+    settings: Any,
+    out: Path,
+    restart: bool = False,
+    samples: int = 0,
+    cache: Path | None = None,
+    n_workers: int = 1,
+) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
     from coala.align import summary_rows
-    from coala.align.plan import first_lines, make_plan
+    from coala.align.plan import make_plan
+    from coala.align.plan_lines import first_lines
     from coala.cli.screen import emit, progress, say, side_by_side, table
     from coala.store import Run
     from coala.values import CoalaError
@@ -125,13 +138,13 @@ def run_and_show(settings: Any, out: Path, restart: bool = False, samples: int =
         # What cannot fit is refused now, with the flag that would make it fit, not after hours.
         # Input that cannot be read is for the stages to name, in their order.
         with suppress(CoalaError):
-            planned = make_plan(settings, probe_seconds=0)
+            planned = make_plan(settings, probe_seconds=0, n_workers=n_workers)
             for line in first_lines(planned):
                 say(line)
         if planned is not None:
             planned.require(certain=True)
     with progress() as show:
-        content = run_align(settings, run, on_progress=show, cache=cache)
+        content = run_align(settings, run, on_progress=show, cache=cache, n_workers=n_workers)
     table(summary_rows(content))
     for sample in content.get("samples", [])[:samples]:
         print(f"\n{sample['prompt']}\n")

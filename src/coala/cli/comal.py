@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coala.cli import comal_matrix, comal_train
+
 if TYPE_CHECKING:
     from coala.nash.solvers import Result
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Nash policies of preference games (COMAL).")
+app.command("train", epilog=comal_train.EPILOG)(comal_train.train)
+app.command("matrix", epilog=comal_matrix.EPILOG)(comal_matrix.matrix)
 SHOWN = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 COLUMNS = 8  # answers whose probabilities fit beside each other
 
@@ -92,7 +96,7 @@ def game(
 
     if out is not None and out.suffix not in (".html", ".svg"):
         raise CoalaError(f"--out {out} ends in {out.suffix or 'nothing'}; expected a page (.html) or a figure (.svg).")
-    problem, start = read_game(_read_json(file))
+    problem, start = read_game(read_json(file))
     updates = outer or (200 if method is Method.comal else 5000)
     with progress() as show:
         result = solve(
@@ -174,7 +178,7 @@ def paper(
     )
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     import json
 
     from coala.values import CoalaError

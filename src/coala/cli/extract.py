@@ -31,7 +31,7 @@ def extract(
     layer: Annotated[
         str, typer.Option(help="Hidden state to read; -1 is the last, auto the cheapest that is as good.")
     ] = "-1",
-    pooling: Annotated[str, typer.Option(help="mean, mean_all or last.")] = "mean",
+    pooling: Annotated[str, typer.Option(help="mean, mean_all, last or attn.")] = "mean",
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
     prefixes: Annotated[int, typer.Option(min=1, help="Pool at this many prefixes of every reply.")] = 1,
     prompt_features: Annotated[

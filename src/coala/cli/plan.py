@@ -45,6 +45,7 @@ def plan(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass.")] = None,
     method: Annotated[str | None, typer.Option(help="learnt, direct, two-phase or linear.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Held-out prompts to answer for the report.")] = None,
+    n_workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the extraction.")] = 1,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the recipe.")
     ] = None,
@@ -65,7 +66,8 @@ def plan(
     from dataclasses import asdict
 
     from coala.align.counting import Guess
-    from coala.align.plan import make_plan, table_rows
+    from coala.align.plan import make_plan
+    from coala.align.plan_lines import table_rows
     from coala.cli.screen import emit, table, whole_number
     from coala.recipe import load_recipe, set_option
     from coala.values import CoalaError
@@ -104,6 +106,7 @@ def plan(
         config=config,
         rows=rows,
         guess=guess,
+        n_workers=n_workers,
     )
     table(table_rows(found))
     emit(asdict(found))

@@ -9,15 +9,20 @@ import typer
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")]) -> None:
-    """Write RUN/report.html and RUN/report.json again and print the summary.
+    """Write RUN/report.html and RUN/report.json again, with every evaluation the run holds, and print the summary.
 
     Example: `coala report runs/demo`
     """
     from coala.align import make_report, summary_rows
     from coala.cli.screen import emit, table
-    from coala.store import Run
+    from coala.report.evaluations import saved_evaluations
+    from coala.store import Run, StoreError
 
     opened = Run.open(run)
+    if not (opened.path / "head" / "fit.json").is_file():
+        raise StoreError(f"{run}: has no fitted head yet, so there is nothing to report. Finish it with `coala align`.")
     content = make_report(opened)
     table(summary_rows(content))
-    emit({"report": opened.path / "report.html", **content["summary"]})
+    kept = saved_evaluations(opened)
+    table([["evaluations", str(len(kept))], *([f"  {row['kind']}", str(row["title"])] for row in kept)])
+    emit({"report": opened.path / "report.html", "evaluations": len(kept), **content["summary"]})

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coala.cli.survey_results import Folder, results
+
 if TYPE_CHECKING:
-    from coala.survey import Check, Prompt, Results, Survey, Votes
+    from coala.survey import Check, Prompt
 
 app = typer.Typer(no_args_is_help=True, help="Ask people which reply is best, without telling whose it is.")
 
 ADMIN = "COALA_SURVEY_ADMIN_TOKEN"
 SHORTEST_TOKEN = 16
-Folder = Annotated[Path, typer.Argument(metavar="SURVEY", help="A folder made by `coala survey build`.")]
 
 
 @app.command(
     epilog="Example: `coala survey build coala=a/generations-guided.jsonl sft=a/generations-unguided.jsonl "
-    "--prompts a/pairs-eval.jsonl --out survey`"
+    "--out survey`"
 )
 def build(
     generations: Annotated[
         list[str],
         typer.Argument(metavar="[NAME=]GENERATIONS...", help="One file per method; no rater sees a NAME."),
     ],
+    out: Annotated[Path, typer.Option(help="Folder of the survey.")],
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="[CATEGORY=]FILE",
-            help="Texts of the prompts: rows of prompt_id, prompt and perhaps category, or a run's pairs. Repeat.",
+            help="Texts of the prompts: rows of prompt_id, prompt and perhaps category, or a run's pairs; if not "
+            "given the pairs-eval.jsonl beside the generations. Repeat.",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the survey.")],
+    ] = None,
     per_category: Annotated[int, typer.Option(min=0, help="Questions per category; 0 for all.")] = 25,
     ask: Annotated[
         list[str] | None, typer.Option(metavar="[CATEGORY=]TEXT", help="The sentence above the answers. Repeat.")
@@ -59,26 +60,25 @@ def build(
 
     The same arguments make the same survey. Each rater sees answers in an order of their own, balanced over raters.
     """
+    from coala.cli.judging import load_replies
     from coala.cli.screen import emit, say
-    from coala.store import load_generations
     from coala.survey import build as build_survey
     from coala.survey import save_survey
     from coala.survey.records import FILE
     from coala.values import CoalaError
 
     methods: dict[str, Any] = {}
+    beside: list[Path] = []
     for argument in generations:
         name, file = _named(argument)
         name = name or Path(file).name.partition(".")[0].removeprefix("generations-")
         if name in methods:
             raise CoalaError(f"Two files are of a method {name!r}. Name them: coala survey build one=FILE other=FILE.")
-        try:
-            methods[name] = load_generations(Path(file))
-        except TypeError as error:
-            raise CoalaError(
-                f"{file}: is no file of generations ({error}). Give generations-*.jsonl of a run."
-            ) from None
-    found = [prompt for argument in prompts for prompt in _read_prompts(*_named(argument))]
+        methods[name] = load_replies(Path(file))
+        beside.append(Path(file).parent / "pairs-eval.jsonl")
+    found = [prompt for argument in prompts or _beside(beside) for prompt in _read_prompts(*_named(argument))]
+    if not prompts:  # runs on the same pairs hold the same prompts
+        found = list({prompt.prompt_id: prompt for prompt in found}.values())
     settings: dict[str, Any] = {"fields": tuple(field or ())}
     if title is not None:
         settings["title"] = title
@@ -185,127 +185,7 @@ def serve(
             records.close()
 
 
-@app.command(epilog="Example: `coala survey results survey --of coala`")
-def results(
-    survey: Folder,
-    of: Annotated[str | None, typer.Option(help="Method compared with the others question by question.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.html and results.json; SURVEY.")] = None,
-    save_votes: Annotated[
-        Path | None, typer.Option(help="File for the counted votes, one JSON row each, without personal data.")
-    ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstraps.")] = 0,
-) -> None:
-    """Win rates, differences, agreement and the quality of the votes: tables, a page, one JSON line."""
-    from coala.cli.screen import emit, say
-    from coala.store import save_json, write_atomic
-    from coala.survey import Records, analyse, load_survey, read_votes
-    from coala.survey.page import results_page
-    from coala.survey.records import FILE
-    from coala.survey.results import plain
-    from coala.values import CoalaError
-
-    loaded = load_survey(survey)
-    if not (survey / FILE).exists():
-        raise CoalaError(f"{survey}: has no answers yet. Serve it with `coala survey serve {survey}`.")
-    records = Records(survey, loaded)
-    try:
-        votes, changed = read_votes(loaded, records.raters()), records.n_changed
-    finally:
-        records.close()
-    found = analyse(loaded, votes, of=of, draws=draws, seed=seed, n_changed=changed)
-    page = (out or survey) / "results.html"
-    write_atomic(page, results_page(found))
-    save_json(page.with_suffix(".json"), plain(found))
-    if save_votes is not None:
-        write_atomic(save_votes, "".join(json.dumps(row) + "\n" for row in _vote_rows(loaded, votes)))
-    _show(found)
-    for remark in found.remarks:
-        say(f"note: {remark}")
-    summary = plain(found) | {"page": str(page)}
-    del summary["everybody"]
-    emit(summary)
-
-
-def _vote_rows(survey: Survey, votes: Votes) -> Iterator[dict[str, Any]]:
-    """Rows of the counted votes; raters are numbers in the order in which they came."""
-    for vote in votes.counted():
-        question = survey.questions[vote.question]
-        yield {
-            "rater": vote.rater,
-            "prompt_id": question.prompt_id,
-            "category": question.category,
-            "method": survey.methods[vote.method],
-            "position": vote.position,
-            "seconds": vote.seconds,
-        }
-
-
-def _show(found: Results) -> None:
-    """The tables on stdout."""
-    from coala.cli.screen import table
-    from coala.survey.page import p_value, percent, points, seconds
-
-    def ends(low: float, high: float) -> str:
-        return f"{100 * low:.1f} to {100 * high:.1f}"
-
-    for part in found.parts:
-        print(f"\n{part.name}: {part.n_votes} votes, {part.n_raters} raters, {part.n_questions} questions")
-        rows = [
-            [
-                rate.method,
-                str(rate.votes),
-                f"{100 * rate.over_both.value:.1f}",
-                *(
-                    ends(one.low, one.high)
-                    for one in (rate.over_both, rate.over_raters, rate.over_questions, rate.published)
-                ),
-            ]
-            for rate in part.rates
-        ]
-        table(rows, ["method", "votes", "share %", "over both", "over raters", "over questions", "as published"])
-        print()
-        table(
-            [
-                [
-                    f"{one.over_both.first} - {one.over_both.second}",
-                    points(one.over_both.difference),
-                    p_value(one.over_both.adjusted),
-                    points(one.over_raters.difference),
-                    p_value(one.over_raters.adjusted),
-                ]
-                for one in part.differences
-            ],
-            ["difference", "over both", "Holm", "over raters", "Holm"],
-        )
-        for name, agreement in (("Krippendorff's alpha", part.alpha), ("Fleiss' kappa", part.kappa)):
-            if agreement is not None:
-                print(f"{name}: {agreement}")
-    print()
-    short = [
-        [
-            " ".join(question.prompt.split())[:40],
-            question.category,
-            *(f"{100 * share.value:.0f}" for share in question.shares.values()),
-            str(question.n),
-            "-" if question.seconds is None else f"{question.seconds.value:.1f}",
-        ]
-        for question in found.questions
-    ]
-    table(short, ["question", "category", *(f"{method} %" for method in found.methods), "votes", "median s"])
-    here = found.attendance
-    print(f"\nraters: {here.began} began, {here.finished} finished, {here.withdrawn} withdrew, {here.invited} invited")
-    for reason, n in found.excluded.items():
-        print(f"left out: {n}, {reason}")
-    if found.checks_passed is not None:
-        print(f"attention checks passed, all raters: {percent(found.checks_passed)}, n = {found.checks_passed.n}")
-    if found.repeats_same is not None and found.repeats_by_chance is not None:
-        chance = f"{100 * found.repeats_by_chance:.1f} % between raters"
-        print(f"repeats answered alike: {percent(found.repeats_same)}, n = {found.repeats_same.n} ({chance})")
-    if found.seconds is not None:
-        print(f"median time per question: {seconds(found.seconds)}, n = {found.seconds.n}")
-    places = ", ".join(percent(place) for place in found.positions)
-    print(f"votes by place on the page: {places}\n")
+app.command("results", epilog="Example: `coala survey results survey --of coala`")(results)
 
 
 def _named(argument: str) -> tuple[str, str]:
@@ -326,66 +206,40 @@ def _asks(given: Sequence[str], categories: Sequence[str]) -> Mapping[str, str]:
     return asks
 
 
-def _read_prompts(category: str, file: str) -> list[Prompt]:
-    from coala.align.stages import prompt_id
-    from coala.store import load_pairs
-    from coala.survey import Prompt
-    from coala.values import CoalaError, conversation_text
+def _beside(files: Sequence[Path]) -> list[str]:
+    """The runs' own pairs, each once."""
+    from coala.values import CoalaError
 
-    rows = _rows(Path(file))
-    if rows and all("chosen" in row and "prompt_id" not in row for row in rows):
-        try:
-            texts = {prompt_id(pair): conversation_text(pair.prompt) for pair in load_pairs(Path(file))}
-        except (KeyError, TypeError, IndexError):
-            raise CoalaError(
-                f"{file}: holds pairs in another form than a run's; give RUN/pairs-eval.jsonl, or rows of prompt_id "
-                "and prompt."
-            ) from None
-        return [Prompt(name, text, category or "questions") for name, text in texts.items()]
-    found = []
-    for number, row in enumerate(rows, 1):
-        name, text = row.get("prompt_id"), row.get("prompt")
-        kind = row.get("category") or category or "questions"
-        if not isinstance(name, str) or not isinstance(text, str) or not text.strip() or not isinstance(kind, str):
-            raise CoalaError(
-                f"{file}:{number}: has the fields {', '.join(map(repr, row)) or 'none'}; expected texts prompt_id and "
-                "prompt, and perhaps category."
-            )
-        found.append(Prompt(name, text, kind))
-    return found
+    there = list(dict.fromkeys(str(path) for path in files if path.exists()))
+    if not there:
+        raise CoalaError(
+            f"There is no pairs-eval.jsonl beside the generations ({files[0].parent}). Give the texts of the prompts "
+            "with --prompts."
+        )
+    return there
+
+
+def _read_prompts(category: str, file: str) -> list[Prompt]:
+    from coala.align.answers import read_prompts
+    from coala.survey import Prompt
+
+    return [Prompt(one.id, one.text, one.category or category or "questions") for one in read_prompts(file)]
 
 
 def _read_checks(file: Path) -> list[Check]:
+    from coala.evaluation.rows import read_rows
     from coala.survey import Check
     from coala.survey.form import clean
-    from coala.values import CoalaError
 
     found = []
-    for number, row in enumerate(_rows(file), 1):
-        prompt, answers, right = row.get("prompt"), row.get("answers"), row.get("right")
-        texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-        if not isinstance(prompt, str) or not texts or not isinstance(right, int):
-            raise CoalaError(
-                f"{file}:{number}: expected prompt (text), answers (a list of texts) and right (a number)."
-            )
-        found.append(Check(clean(prompt), tuple(map(clean, answers or [])), right))
+    for row in read_rows(file):
+        answers, right = row.get("answers"), row.get("right")
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise row.fault("answers", "something else", "a list of texts", "Mend or delete the row.")
+        if isinstance(right, bool) or not isinstance(right, int):
+            raise row.fault("right", "something else", "the number of an answer, from 0", "Mend or delete the row.")
+        found.append(Check(clean(row.text("prompt")), tuple(map(clean, answers)), right))
     return found
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    from coala.values import CoalaError
-
-    rows = []
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CoalaError(f"{file}:{number}: is not JSON ({error}). Expected one object per line.") from None
-            if not isinstance(row, dict):
-                raise CoalaError(f"{file}:{number}: holds {line.strip()[:40]}; expected an object.")
-            rows.append(row)
-    return rows
 
 
 def _text(file: Path) -> str:

@@ -43,24 +43,46 @@ class Graded:
     cost: Cost
 
 
+@dataclass(frozen=True)
+class Question:
+    """The turns of a question, one or two, and its category (or "")."""
+
+    question: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def read_questions(path: Path | str) -> list[Question]:
+    """A question file: ``question_id``, ``turns`` and perhaps ``category``, each question once."""
+    found: dict[str, Question] = {}
+    for row in read_rows(path):
+        name, turns = row.label("question_id"), _texts(row, row.get("turns"))
+        if not 1 <= len(turns) <= 2:
+            raise row.fault("turns", f"{len(turns)} turns", "1 or 2", "Mend or delete the row.")
+        if name in found:
+            raise row.fault("question_id", f"{shown(name)} again", "each question once", "Delete one of them.")
+        found[name] = Question(name, row.label("category") if row.get("category") is not None else "", turns)
+    return list(found.values())
+
+
 def read_answered(questions: Path | str, answers: Path | str, references: Path | str | None = None) -> list[Answered]:
     """Join a question file (``question_id``, ``category``, ``turns``) with answer files in the published form.
 
     Answers and references have ``question_id``, ``model_id`` and ``choices``, the first of which holds ``turns``.
     CoalaError for an answer to a question that is not there or has another number of turns.
     """
-    asked_for = {row.label("question_id"): (row, _texts(row, row.get("turns"))) for row in read_rows(questions)}
+    asked_for = {one.question: one for one in read_questions(questions)}
     given = {} if references is None else {row.label("question_id"): _choice(row) for row in read_rows(references)}
     found = []
     for row in read_rows(answers):
         question, said = row.label("question_id"), _choice(row)
         if question not in asked_for:
             raise row.fault("question_id", shown(question), "a question of the question file", "Name the right files.")
-        about, turns = asked_for[question]
-        if not 1 <= len(turns) <= 2 or len(said) != len(turns):
-            raise row.fault("choices", f"{len(said)} turns", f"{len(turns)}, and 1 or 2 at all", "Answer every turn.")
-        category = about.label("category") if about.get("category") is not None else ""
-        found.append(Answered(question, category, row.label("model_id"), turns, said, given.get(question, ())))
+        about = asked_for[question]
+        if len(said) != len(about.turns):
+            raise row.fault("choices", f"{len(said)} turns", str(len(about.turns)), "Answer every turn.")
+        references_to = given.get(question, ())
+        found.append(Answered(question, about.category, row.label("model_id"), about.turns, said, references_to))
     return found
 
 

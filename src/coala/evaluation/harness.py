@@ -6,13 +6,14 @@ never as lost or tied.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from coala.evaluation.judges import Cost, Judge, JudgeFailure, JudgeStopped, Paid
 from coala.evaluation.order_effects import Consistency, consistency
@@ -65,7 +66,7 @@ def judge_many(
     reference: Sequence[Generation],
     by: Judge,
     *,
-    swap: bool = True,
+    swap: bool | Literal["drawn"] = True,
     prompts: Mapping[str, Sequence[Turn]] | None = None,
     concurrency: int = 1,
     on_progress: OnProgress | None = None,
@@ -73,6 +74,7 @@ def judge_many(
 ) -> Judged:
     """Compare each of ``ours`` with the reply of ``reference`` to the same prompt, in both orders with ``swap``.
 
+    Without it ours comes first; with "drawn" each prompt has one order, drawn from its id, half of them swapped.
     Replies are matched by ``prompt_id``, and by ``seed`` too where a prompt has several. The judgements come in the
     order of ``ours``, the swapped one right after the straight one; sides are named by ``method`` (the reference's
     gets the suffix `` (reference)`` when both have one name). A judge that raises gives the preference ``None`` and is
@@ -83,8 +85,8 @@ def judge_many(
     once the calls in flight are done; a judge that keeps its answers has then kept those.
     """
     matched = matched_replies(ours, reference)
-    orders = (False, True) if swap else (False,)
-    places = [(number, swapped) for number in range(len(matched)) for swapped in orders]
+    orders = [_orders(mine.prompt_id, swap) for mine, _ in matched]
+    places = [(number, swapped) for number, both in enumerate(orders) for swapped in both]
 
     def compare(number: int, swapped: bool) -> float | None:
         mine, theirs = matched[number]
@@ -113,11 +115,11 @@ def judge_many(
     judgements: list[Judgement] = []
     n_unjudged = 0
     for number, (mine, theirs) in enumerate(matched):
-        if any((number, swapped) not in verdicts for swapped in orders):
+        if any((number, swapped) not in verdicts for swapped in orders[number]):
             n_unjudged += 1
             continue
         names = sides_of(mine, theirs)
-        for swapped in orders:
+        for swapped in orders[number]:
             straight = Judgement(mine.prompt_id, *names, verdicts[number, swapped], by.name)
             judgements.append(replace(straight, first=names[1], second=names[0]) if swapped else straight)
     return Judged(
@@ -129,6 +131,13 @@ def judge_many(
         consistency=consistency(judgements),
         cost=by.cost - before if isinstance(by, Paid) else Cost(),
     )
+
+
+def _orders(prompt_id: str, swap: bool | Literal["drawn"]) -> tuple[bool, ...]:
+    """Whether the sides are swapped, in each order in which a prompt is judged."""
+    if swap == "drawn":
+        return (hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()[0] % 2 == 1,)
+    return (False, True) if swap else (False,)
 
 
 def sides_of(mine: Generation, theirs: Generation) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coala.evaluation.alpaca import FEW_ROWS, Annotations, instruction_key, standard_error
+from coala.evaluation.liblinear import fit_as_liblinear
 from coala.evaluation.logistic import Float, fit_logistic, log_loss, sigmoid
 from coala.evaluation.rows import read_rows
 from coala.values import CoalaError, Estimate
@@ -143,10 +144,11 @@ def predict_winrate(weights: Weights, difficulty: Float, against: Weights | None
 
 def length_controlled(
     annotations: Annotations,
-    difficulty: Difficulty,
-    calibration: Calibration,
+    difficulty: Difficulty | None,
+    calibration: Calibration | None,
     *,
     penalty: float | Literal["cv"] | None = "cv",
+    stopping: Literal["optimum", "liblinear"] = "optimum",
     difficulty_by: Literal["position", "instruction"] = "position",
     draws: int = 200,
     seed: int = 0,
@@ -155,13 +157,25 @@ def length_controlled(
 
     Weighted cross-entropy with soft targets: the model's rows weigh 1, calibration rows 0.1. ``penalty`` is the C of
     C loss + |w|_1; "cv" chooses one of ten by five-fold cross-validation of the log loss; None is plain maximum
-    likelihood. ``difficulty_by`` "position" gives row i of the file the i-th difficulty, which is what the published
+    likelihood. ``stopping`` "liblinear" ends the fit where the published one ended, a little before the optimum.
+    ``difficulty_by`` "position" gives row i of the file the i-th difficulty, which is what the published
     figures do even where rows are missing and everything after the gap is shifted; "instruction" looks each one up.
+
+    With neither ``difficulty`` nor ``calibration``, for prompts or a baseline that have none, the model's own rows
+    decide a length weight and a bias by maximum likelihood; ``standard_error`` is then the bootstrap's. The value is
+    nan where rows cannot tell it: no reply is longer than the baseline's, none shorter, or length tells who won.
 
     Rows without a preference are left out of the fit but are predicted. The interval is a percentile bootstrap over the
     model's rows (``draws``, ``seed``) at the C that was found, calibration rows held fixed.
     """
     remarks: list[str] = []
+    alone = difficulty is None or calibration is None
+    if difficulty is None or calibration is None:
+        if (difficulty is None) != (calibration is None):
+            raise CoalaError("Length control takes difficulties and calibration rows together, or neither.")
+        difficulty, none = Difficulty(np.zeros(len(annotations)), {}), np.zeros(0)
+        calibration, penalty, difficulty_by = Calibration(none, none, none, none), None, "position"
+        remarks.append("length control by the model's own rows alone: not on the scale of the leaderboard")
     hard = _difficulties(annotations, difficulty, difficulty_by, remarks)
     mean_length = float(annotations.baseline_length.mean()) if len(annotations) else math.nan
     common = annotations.model, annotations.baseline, mean_length
@@ -171,6 +185,10 @@ def length_controlled(
         return LengthControlled(*common, itself, 0.0, Weights(0, 0, 0), None, half, ("nothing was fitted",))
     if penalty not in ("cv", None) and not (isinstance(penalty, int | float) and 0 < penalty < math.inf):
         raise CoalaError(f"The penalty C is {penalty!r}; expected a positive number, 'cv' or None.")
+    if stopping not in ("optimum", "liblinear"):
+        raise CoalaError(f"The fit stops at {stopping!r}; expected 'optimum' or 'liblinear'.")
+    if stopping == "liblinear" and penalty is None:
+        raise CoalaError("liblinear fits with a penalty: give a C or 'cv', or stop at the optimum.")
     known = np.isfinite(annotations.preference)
     if not known.any():
         raise CoalaError(
@@ -179,44 +197,66 @@ def length_controlled(
         )
     own = np.column_stack([_squashed_difference(annotations, remarks), hard, np.ones(len(hard))])[known]
     others = np.column_stack([np.tanh(calibration.length_difference), calibration.difficulty, calibration.bias])
+    if alone and not _told_apart(own[:, 0], annotations.preference[known] - 1):
+        remarks.append(
+            "the win rate at equal lengths cannot be told: replies are all longer or all shorter than the baseline's, "
+            "or length alone tells who won"
+        )
+        unknown = Estimate(math.nan, 0.0, 100.0, len(own), "length-controlled, own rows alone; not identified")
+        undefined = np.full(len(hard), math.nan)
+        return LengthControlled(*common, unknown, math.nan, Weights(0, 0, 0), None, undefined, tuple(remarks))
     X, n = np.vstack([own, others]), len(own)
     y = np.concatenate([annotations.preference[known] - 1, calibration.preference])
     weight = np.concatenate([np.ones(n), np.full(len(others), CALIBRATION_WEIGHT)])
     c = cross_validated(X, y, weight, seed=seed) if penalty == "cv" else penalty
     l1 = 0.0 if c is None else 1 / float(c)
-    fit = fit_logistic(X, y, weight, l1=l1)
-    if not fit.converged:
-        remarks.append("no finite weights fit best (all rows won or lost): the value is the limit")
-    weights = Weights(*(float(w) for w in fit.coefficients))
+    if stopping == "liblinear" and c is not None:
+        found = fit_as_liblinear(X, y, weight, c=float(c))
+    else:
+        fit = fit_logistic(X, y, weight, l1=l1)
+        found = fit.coefficients
+        if not fit.converged:
+            remarks.append("no finite weights fit best (all rows won or lost): the value is the limit")
+    weights = Weights(*(float(w) for w in found))
     predictions = predict_winrate(weights, hard)
     value = 100 * float(predictions.mean())
     if annotations.repeated:
         remarks.append(f"{annotations.repeated} rows repeat an instruction: all are kept")
-    if n < FEW_ROWS:
+    if n < FEW_ROWS and not alone:
         remarks.append(
             f"{n} rows beside {len(others)} calibration rows, which decide the length and difficulty weights"
         )
 
     def drawn(rng: np.random.Generator) -> float:
         picked = np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
-        again = fit_logistic(X, y, np.concatenate([picked, weight[n:]]), l1=l1, start=fit.coefficients, tolerance=1e-8)
-        found = predict_winrate(Weights(*again.coefficients), own[:, 1])
-        return 100 * float(picked @ found) / n
+        if alone and not _told_apart(own[picked > 0, 0], y[:n][picked > 0]):
+            return math.nan
+        again = fit_logistic(X, y, np.concatenate([picked, weight[n:]]), l1=l1, start=found, tolerance=1e-8)
+        return 100 * float(picked @ predict_winrate(Weights(*again.coefficients), own[:, 1])) / n
 
     rng = np.random.default_rng(seed)
     low, high, about = -math.inf, math.inf, "no interval"
+    error = math.nan if alone else standard_error(predictions)
     if draws > 0 and n > 1:
-        low, high = (float(end) for end in np.quantile([drawn(rng) for _ in range(draws)], [0.025, 0.975]))
+        again = np.array([drawn(rng) for _ in range(draws)])
+        whole = again[np.isfinite(again)]
+        # Draws that cannot tell could have been anything: beyond what the interval leaves out, so could the value.
+        if len(whole) > 0.975 * draws:
+            low, high = (float(end) for end in np.quantile(whole, [0.025, 0.975]))
+            error = float(np.std(whole, ddof=1)) if alone and draws > 1 else error
+        else:
+            low, high = 0.0, 100.0
         about = f"percentile bootstrap 95 % over instructions ({draws} draws, seed {seed})"
+        about += f", {draws - len(whole)} of which cannot tell" if len(whole) < draws else ""
     fitted = "maximum likelihood" if c is None else f"L1 at C = {c:.6g}"
+    fitted += " as liblinear stops" if stopping == "liblinear" else ""
     estimate = Estimate(
         value,
         min(low, value),
         max(high, value),
         n,
-        f"length-controlled, {fitted}, difficulty by {difficulty_by}; {about}",
+        f"length-controlled, {fitted}, {'own rows alone' if alone else f'difficulty by {difficulty_by}'}; {about}",
     )
-    error = standard_error(predictions)
     return LengthControlled(
         *common, estimate, error, weights, None if c is None else float(c), predictions, tuple(remarks)
     )
@@ -265,6 +305,18 @@ def _difficulties(annotations: Annotations, difficulty: Difficulty, by: str, rem
             f"names {len(difficulty.places)} instructions. Use the file of this benchmark, or difficulty by position."
         )
     return difficulty.values[[difficulty.places[instruction_key(name)] for name in annotations.instruction]]
+
+
+def _told_apart(difference: Float, y: Float) -> bool:
+    """Whether rows tell the win rate at no length difference by themselves.
+
+    They do where they lie on both sides of it, and won and lost ones overlap, so that the weights have an optimum.
+    """
+    if not difference.any():
+        return True
+    lost, won = difference[y < 1], difference[y > 0]
+    overlap = len(lost) and len(won) and lost.max() > won.min() and won.max() > lost.min()
+    return bool(overlap and difference.min() < 0 < difference.max())
 
 
 def _squashed_difference(annotations: Annotations, remarks: list[str]) -> Float:

@@ -1,21 +1,18 @@
-"""Rows of a judgement file: JSON Lines, one JSON list, or CSV, each plain or gzipped; fields fetched by name and type.
+"""Rows of a judgement file, their fields fetched by name and type; files are opened by :mod:`coala.data.files`.
 
 Every fault is a :class:`CoalaError` that names file, row and field. Knows nothing of what the fields mean.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coala.data.files import records
+from coala.data.findings import DataError, Finding, printable
 from coala.values import CoalaError
 
 
@@ -89,19 +86,28 @@ class Row:
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """All rows of a file; its form is known by its content and, for CSV, its name. CoalaError for anything else."""
-    name = shown_path(path)
-    text = _text(path, name)
-    stem = str(path).lower().removesuffix(".gz")
-    if stem.endswith((".csv", ".tsv")):
-        rows = _table(name, text, "\t" if stem.endswith(".tsv") else ",")
-    elif text.lstrip().startswith("["):
-        rows = _list(name, text)
-    else:
-        rows = _lines(name, text)
-    if not rows:
-        raise CoalaError(f"{name}: found no row; expected one per judgement. Is this the file that was meant?")
+    """All rows of a file: jsonl, json, csv, tsv or parquet, plain or gzipped. CoalaError at the first bad one."""
+    name = str(path)
+    # A name without an ending would be looked for on the hub, where there are no judgements.
+    if not Path(name).exists():
+        raise CoalaError(f"{shown_path(name)}: there is no such file. Check the path.")
+    rows = []
+    for found in records(name):
+        if isinstance(found, Finding):
+            if found.severity == "error":
+                raise DataError([found])
+        elif not isinstance(found.value, dict):
+            expected = "expected an object of fields. Mend or delete it."
+            raise CoalaError(f"{shown_path(name)}:{found.row}: found {shown(found.value)}; {expected}")
+        else:
+            # An empty cell of a table is no value; an empty text of JSON is one.
+            table = name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+            rows.append(Row(shown_path(name), found.row, _cells(found.value) if table else found.value))
     return rows
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: cell for column, cell in row.items() if cell != ""}
 
 
 def as_number(value: Any) -> float | None:
@@ -126,78 +132,5 @@ def shown(value: Any, width: int = 60) -> str:
 
 
 def shown_path(path: Path | str) -> str:
-    return str(path).encode("ascii", "backslashreplace").decode()
-
-
-def _text(path: Path | str, name: str) -> str:
-    try:
-        raw = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise CoalaError(f"{name}: there is no such file. Check the path.") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CoalaError(f"{name}: could not be read ({reason}). Check the path.") from None
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as error:
-            raise CoalaError(f"{name}: the gzip data are damaged ({error}). Fetch or copy the file again.") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CoalaError(
-            f"{name}: byte 0x{raw[error.start]:02x} at position {error.start + 1} is not UTF-8. Save it as UTF-8."
-        ) from None
-
-
-def _parsed(name: str, number: int | None, text: str) -> Any:
-    place = name if number is None else f"{name}:{number}"
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise CoalaError(f"{place}: found JSON nested too deep; expected an object of fields. Mend the row.") from None
-    except ValueError as error:
-        reason = ascii(str(error))[1:-1]
-        raise CoalaError(
-            f"{place}: found no JSON ({reason}); expected one object per row. Mend or delete it."
-        ) from None
-
-
-def _row(name: str, number: int, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise CoalaError(f"{name}:{number}: found {shown(value)}; expected an object of fields. Mend or delete it.")
-    return Row(name, number, value)
-
-
-def _lines(name: str, text: str) -> list[Row]:
-    # Not `splitlines`: JSON texts may hold U+2028 and its like unescaped.
-    lines = enumerate(text.split("\n"), 1)
-    return [_row(name, number, _parsed(name, number, line)) for number, line in lines if line.strip()]
-
-
-def _list(name: str, text: str) -> list[Row]:
-    return [_row(name, number, value) for number, value in enumerate(_parsed(name, None, text), 1)]
-
-
-def _table(name: str, text: str, delimiter: str) -> list[Row]:
-    try:
-        records = [record for record in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if record]
-    except csv.Error as error:
-        raise CoalaError(
-            f"{name}: found no table ({error}); expected columns under a header. Mend the quoting."
-        ) from None
-    if not records:
-        return []
-    header = [column.strip() for column in records[0]]
-    if len(set(header)) < len(header):
-        raise CoalaError(f"{name}: found a column twice in {shown(','.join(header))}; expected each once. Rename one.")
-    rows = []
-    for number, record in enumerate(records[1:], 1):
-        if len(record) != len(header):
-            raise CoalaError(
-                f"{name}:{number}: found {len(record)} fields under {len(header)} columns; expected as many. "
-                "Mend the quoting of that record."
-            )
-        cells = {column: cell for column, cell in zip(header, record, strict=True) if cell != ""}
-        rows.append(Row(name, number, cells))
-    return rows
+    """A path as an error message can hold it."""
+    return printable(str(path)).encode("ascii", "backslashreplace").decode()

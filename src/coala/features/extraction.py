@@ -5,7 +5,7 @@ Knows which rows share a forward pass; nothing of models beyond ``read`` and of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +25,9 @@ OnBatch = Callable[[int, int, int], None]
 _Encoded = dict[str, NDArray[Any]]
 
 # A pass of rows of different lengths is closed when padding would be more than this share of it ...
-PADDING = 0.05
-# ... unless it has fewer tokens than this, which do not fill a processor.
-SMALL_PASS = 128
+PADDING = 0.02
+# ... unless a layer takes no more floating-point operations for it than starting a pass takes time for.
+SMALL_PASS = 5e6
 # Keys and values gathered for a pass of branches, in multiples of the tokens of a pass.
 MOST_GATHERED = 8
 
@@ -270,8 +270,11 @@ class _Encoder:
         self._plan, self._backbone, self._log_probs = plan, backbone, log_probs
         self._specs, self._prefixes, self._on_note = specs, prefixes, on_note
         self._layers = sorted({spec.layer for spec in specs})
+        self._scored = any(POOLINGS[spec.pooling].scored for spec in specs)
         self._lengths, self._own = plan.lengths, plan.own_lengths
         self._most_tokens = most_tokens
+        shape = backbone.shape
+        self._small = SMALL_PASS / (2 * shape.body_matmul_parameters / shape.n_layers)
         # Of the pass that was tried last: its tokens, and whether it was of one row.
         self._asked, self._single = 0, False
 
@@ -306,37 +309,51 @@ class _Encoder:
                 found = out.setdefault(name, np.empty((len(batch), *array.shape[1:]), array.dtype))
                 found[np.asarray(rows) - batch.start] = array
 
-        trunk = self._plan.trunk
-        trunks = [row for row in batch if trunk[row] == row]
-        for group in self._passes(trunks, self._lengths):
-            members = set(group)
-            branches = [row for row in batch if trunk[row] != row and trunk[row] in members]
+        parent = self._plan.parent
+        children: dict[int, list[int]] = {}
+        for row in batch:
+            if parent[row] != row:
+                children.setdefault(int(parent[row]), []).append(row)
+
+        def descend(reading: Reading, members: Sequence[int]) -> None:
+            """Read what branches off the ``members`` of ``reading``, and what branches off that."""
+            branches = [child for row in members for child in children.get(row, ())]
+            place = {row: i for i, row in enumerate(members)}
+            # Those that others branch off come together: their keys and values are kept.
+            branches.sort(key=lambda row: (row not in children, -self._own[row]))
+            for part in self._passes(branches, self._own, kept=children):
+                self._note_pass(part, self._own)
+                shared = [int(self._plan.shared[row]) for row in part]
+                found = reading.branch(
+                    [place[int(parent[row])] for row in part],
+                    shared,
+                    [self._plan.tokens[row][s:].tolist() for row, s in zip(part, shared, strict=True)],
+                    keep=any(row in children for row in part),
+                )
+                keep(part, found.states, found.final)
+                descend(found, part)
+
+        for group in self._passes([row for row in batch if parent[row] == row], self._lengths):
             self._note_pass(group, self._lengths)
             reading = self._backbone.read(
                 [self._plan.tokens[row].tolist() for row in group],
                 self._layers,
                 to_end=self._log_probs,
-                keep=bool(branches),
+                keep=any(row in children for row in group),
+                scored=self._scored,
             )
             keep(group, reading.states, reading.final)
-            for part in self._passes(sorted(branches, key=lambda row: -self._own[row]), self._own):
-                self._note_pass(part, self._own)
-                keep(part, *self._branch(reading, group, part))
+            descend(reading, group)
         return out
-
-    def _branch(self, reading: Reading, group: Sequence[int], rows: Sequence[int]) -> tuple[Any, Any]:
-        place = {row: i for i, row in enumerate(group)}
-        shared = [int(self._plan.shared[row]) for row in rows]
-        own = [self._plan.tokens[row][s:].tolist() for row, s in zip(rows, shared, strict=True)]
-        return reading.branch([place[int(self._plan.trunk[row])] for row in rows], shared, own)
 
     def _note_pass(self, rows: Sequence[int], lengths: NDArray[np.int64]) -> None:
         self._asked, self._single = len(rows) * int(max(lengths[row] for row in rows)), len(rows) == 1
 
-    def _passes(self, rows: Sequence[int], lengths: NDArray[np.int64]) -> list[list[int]]:
+    def _passes(self, rows: Sequence[int], lengths: NDArray[np.int64], kept: Container[int] = ()) -> list[list[int]]:
         """Consecutive rows, cut where a pass would grow too large or be padded too much.
 
-        ``lengths`` is what is computed for a row; rows with nothing to compute come in passes of their own.
+        ``lengths`` is what is computed for a row; rows with nothing to compute come in passes of their own. Of rows
+        that are ``kept`` all tokens stay in memory, those they share too.
         """
         passes: list[list[int]] = []
         real = longest = begun = 0
@@ -345,8 +362,9 @@ class _Encoder:
             if passes and (length > 0) == (longest > 0):
                 count, wide, deep = len(passes[-1]) + 1, max(longest, length), max(begun, shared)
                 padding = count * wide - real - length
-                fits = max(count * wide, count * deep / MOST_GATHERED) <= self._most_tokens
-                if fits and (padding <= PADDING * count * wide or count * wide <= SMALL_PASS):
+                held = count * (wide + deep) if row in kept else 0
+                fits = max(count * wide, count * deep / MOST_GATHERED, held) <= self._most_tokens
+                if fits and (padding <= PADDING * count * wide or count * wide <= self._small):
                     passes[-1].append(row)
                     real, longest, begun = real + length, wide, deep
                     continue
@@ -362,6 +380,8 @@ class _Encoder:
         pooled: _Encoded = {}
         for name, spec in zip(_names(self._specs), self._specs, strict=True):
             pooling, hidden = POOLINGS[spec.pooling], by_layer[spec.layer]
+            if self._scored and not pooling.scored:
+                hidden = hidden[..., :-1]
             # A prompt by itself has no prefixes: it begins at token 0.
             ends = [
                 torch.where(start > 0, start - ((start - stop) * j).div(self._prefixes, rounding_mode="floor"), stop)

@@ -22,7 +22,9 @@ Tokens = NDArray[np.int32]
 SHARD_ROWS = 2048
 SHARD_TOKENS = 65_536
 # Rows with less in common than this are read by themselves: one more pass costs as much.
-LEAST_SHARED = 8
+LEAST_SHARED = 4
+# So are rows that have less than this share of what they compute in common with others.
+WORTH = 0.005
 # Trunks are sorted by what branches off them while their lengths are within this factor; padding costs half of it.
 SPREAD = 1.06
 
@@ -32,17 +34,17 @@ class Survey:
     """What an extraction will read, known before any of it is done.
 
     ``tokens``, ``start`` and ``stop`` hold the distinct rows: the reply of row r is tokens ``start[r]`` to ``stop[r]``.
-    Row r begins with the first ``shared[r]`` tokens of row ``trunk[r]``, which comes before it or is r itself; what is
-    computed for r is the rest. Rows come in the order in which they are read, longest trunk first. ``index`` (n, 2)
-    names the rows of each pair's chosen and rejected reply, ``prompt`` (n,), if prompts are encoded too, that of its
-    prompt alone, pooled from token 0 on. ``dropped`` counts what truncation took from each row.
+    Row r begins with the first ``shared[r]`` tokens of row ``parent[r]``, which comes before it or, if r is a trunk, is
+    r itself; what is computed for r is the rest. Rows come in the order in which they are read, longest trunk first.
+    ``index`` (n, 2) names the rows of each pair's chosen and rejected reply, ``prompt`` (n,), if prompts are encoded
+    too, that of its prompt alone, pooled from token 0 on. ``dropped`` counts what truncation took from each row.
     """
 
     tokens: list[Tokens]
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
     dropped: NDArray[np.int64]
-    trunk: NDArray[np.int64]
+    parent: NDArray[np.int64]
     shared: NDArray[np.int64]
     index: NDArray[np.int64]
     prompt: NDArray[np.int64] | None = None
@@ -56,6 +58,14 @@ class Survey:
     def own_lengths(self) -> NDArray[np.int64]:
         """Tokens of each distinct row that are computed for it."""
         return self.lengths - self.shared
+
+    @property
+    def depth(self) -> NDArray[np.int64]:
+        """How many branchings each distinct row is away from its trunk, which is at 0."""
+        depth = np.zeros(len(self.parent), dtype=np.int64)
+        for row, parent in enumerate(self.parent.tolist()):
+            depth[row] = 0 if parent == row else depth[parent] + 1
+        return depth
 
     @property
     def reply_lengths(self) -> NDArray[np.int64]:
@@ -91,14 +101,14 @@ class Survey:
         """SHA-256 of the rows in their order and of what they share."""
         total = hashlib.sha256()
         for row, tokens in enumerate(self.tokens):
-            numbers = [len(tokens), self.start[row], self.stop[row], self.trunk[row], self.shared[row]]
+            numbers = [len(tokens), self.start[row], self.stop[row], self.parent[row], self.shared[row]]
             total.update(np.array(numbers, dtype="<i8").tobytes())
             total.update(tokens.astype("<i4").tobytes())
         return total.hexdigest()
 
     def trees(self) -> list[range]:
-        """Each trunk with the rows that branch off it, which come right after it."""
-        first = np.flatnonzero(self.trunk == np.arange(len(self.trunk))).tolist()
+        """Each trunk with the rows that branch off it and off each other, which come right after it."""
+        first = np.flatnonzero(self.parent == np.arange(len(self.parent))).tolist()
         return [range(a, b) for a, b in pairwise([*first, len(self.tokens)])]
 
     def batches(self, batch_tokens: int) -> list[range]:
@@ -156,13 +166,13 @@ def survey(
     # feature, do not depend on the order of the pairs.
     in_order = [seen[key] for key in sorted(seen)]
     trees = _forest([rows[r][0] for r in in_order], least=LEAST_SHARED if backbone.shares else None)
-    order, trunk, shared = _reading_order([len(rows[r][0]) for r in in_order], trees)
+    order, parent, shared = _reading_order([len(rows[r][0]) for r in in_order], trees)
     rows = [rows[in_order[r]] for r in order]
     place = np.empty(len(rows), dtype=np.int64)
     place[[in_order[r] for r in order]] = np.arange(len(rows))
     counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
     replies, prompts = place[index[:, :2]], place[index[:, 2]] if prompt_features else None
-    return Survey([row[0] for row in rows], counts[:, 0], counts[:, 1], counts[:, 2], trunk, shared, replies, prompts)
+    return Survey([row[0] for row in rows], counts[:, 0], counts[:, 1], counts[:, 2], parent, shared, replies, prompts)
 
 
 def distinct_tokens(rows: Sequence[Tokens]) -> int:
@@ -180,8 +190,9 @@ def distinct_lengths(rows: Sequence[Tokens]) -> tuple[NDArray[np.int64], NDArray
     return lengths, lengths - np.concatenate([np.zeros(min(1, len(rows)), dtype=np.int64), _common(ordered)])
 
 
-# A tree: its rows and the tokens each shares with the first of them, its trunk, for which that number is 0.
-_Tree = list[tuple[int, int]]
+# A tree: its rows, parents before children, each with its parent and the tokens it shares with it; the first, its
+# trunk, is its own parent and shares 0.
+_Tree = list[tuple[int, int, int]]
 
 
 def _common(ordered: Sequence[Tokens]) -> NDArray[np.int64]:
@@ -195,53 +206,71 @@ def _common(ordered: Sequence[Tokens]) -> NDArray[np.int64]:
 
 
 def _forest(ordered: Sequence[Tokens], *, least: int | None) -> list[_Tree]:
-    """Rows in lexicographic order as trees whose branches all leave the trunk, the longest row.
+    """Rows in lexicographic order as trees: what a tree computes is the size of its rows' prefix tree, or little more.
 
-    Trees of one level: a row whose neighbour in the prefix tree is another branch computes again what both have beyond
-    the trunk. A set of rows becomes a tree if that costs no more than cutting it at its common beginning would, and is
-    cut there if not. ``least`` is the fewest tokens worth sharing; ``None``: nothing is shared.
+    The longest row of a set is its trunk. Rows that leave it at one place are a set of their own, whose longest row
+    branches off the trunk there, and so on. A branch shares at least ``least`` tokens, and at least the share
+    :data:`WORTH` of what its set computes: a deeper tree means smaller passes. ``None``: nothing is shared.
     """
     if least is None:
-        return [[(row, 0)] for row in range(len(ordered))]
+        return [[(row, row, 0)] for row in range(len(ordered))]
     lengths, common = np.array([len(row) for row in ordered], dtype=np.int64), _common(ordered)
+    total = np.concatenate([[0], np.cumsum(lengths)])
+    joint = np.concatenate([[0], np.cumsum(common)])
+
+    def size(low: int, high: int, begun: int) -> int:
+        """Tokens of the prefix tree of rows low to high beyond the first ``begun``."""
+        return int(total[high] - total[low] - (joint[high - 1] - joint[low])) - begun
+
     trees: list[_Tree] = []
-    open_: list[tuple[int, int]] = [(0, len(ordered))] if ordered else []
+    # Sets of rows, with the tree they belong to (none: a new one), their parent and what all share with it at least.
+    open_: list[tuple[int, int, int, int, int]] = [(0, len(ordered), -1, 0, 0)] if ordered else []
     while open_:
-        low, high = open_.pop()
-        if high - low == 1:
-            trees.append([(low, 0)])
-            continue
-        inner = common[low : high - 1]
-        begun = int(inner.min())
-        if begun >= least:
-            trunk = low + int(lengths[low:high].argmax())
-            left = np.minimum.accumulate(inner[: trunk - low][::-1])[::-1]
-            right = np.minimum.accumulate(inner[trunk - low :])
-            shared = np.concatenate([left, [0], right])
-            cost = int((lengths[low:high] - shared).sum())
-            fewest = int(lengths[low:high].sum() - inner.sum())
-            if cost <= fewest + begun * int((inner == begun).sum()):
-                if high - low > SHARD_ROWS or cost > SHARD_TOKENS:
-                    open_ += [((low + high) // 2, high), (low, (low + high) // 2)]
-                    continue
-                rest = [row for row in range(low, high) if row != trunk]
-                trees.append([(trunk, 0), *((row, int(shared[row - low])) for row in rest)])
+        low, high, tree, parent, begun = open_.pop()
+        if tree < 0 and high - low > 1:
+            inner = common[low : high - 1]
+            cuts = (low + 1 + np.flatnonzero(inner < least)).tolist()
+            if not cuts and (high - low > SHARD_ROWS or size(low, high, 0) > SHARD_TOKENS):
+                cuts = [(low + high) // 2]
+            if cuts:
+                open_ += [(*span, -1, 0, 0) for span in pairwise([low, *cuts, high])]
                 continue
-        cuts = (low + 1 + np.flatnonzero(inner <= max(begun, least - 1))).tolist()
-        open_ += list(pairwise([low, *cuts, high]))
+        trunk = low + int(lengths[low:high].argmax())
+        if tree < 0:
+            tree, parent = len(trees), trunk
+            trees.append([])
+        trees[tree].append((trunk, parent, begun))
+        if high - low == 1:
+            continue
+        left = np.minimum.accumulate(common[low:trunk][::-1])[::-1]
+        right = np.minimum.accumulate(common[trunk : high - 1])
+        for first, shared in ((low, left), (trunk + 1, right)):
+            ends = np.flatnonzero(np.diff(shared)) + 1
+            for a, b in pairwise([0, *ends.tolist(), len(shared)] if len(shared) else []):
+                place, at = (first + a, first + b), int(shared[a])
+                more = size(*place, at)
+                if at <= begun and parent != trunk:
+                    # What they have in common with the trunk they have in common with its parent.
+                    open_.append((*place, tree, parent, begun))
+                elif parent == trunk and at < WORTH * more:
+                    open_.append((*place, -1, 0, 0))
+                elif int((lengths[place[0] : place[1]] - at).sum()) - more < max(least, WORTH * more):
+                    trees[tree] += [(row, trunk, at) for row in range(*place)]
+                else:
+                    open_.append((*place, tree, trunk, at))
     return trees
 
 
 def _reading_order(
     lengths: Sequence[int], trees: Sequence[_Tree]
 ) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
-    """Rows in the order they are read in, and for each the place of its trunk and the tokens shared with it.
+    """Rows in the order they are read in, and for each the place of its parent and the tokens shared with it.
 
     Longest trunk first: memory is short at once or never, and an estimate of the time left errs on the safe side.
     Among trunks of about one length those with as much branching off come together, so that branches that are read
     side by side are of about one length too.
     """
-    own = [sum(lengths[row] - shared for row, shared in tree[1:]) for tree in trees]
+    own = [sum(lengths[row] - shared for row, _, shared in tree[1:]) for tree in trees]
     by_length = sorted(range(len(trees)), key=lambda t: (-lengths[trees[t][0][0]], trees[t][0][0]))
     kind: dict[int, int] = {}
     longest = 0
@@ -253,10 +282,14 @@ def _reading_order(
     trunk: list[int] = []
     shared: list[int] = []
     for t in sorted(by_length, key=lambda t: (-kind[t], -own[t], trees[t][0][0])):
-        place = len(order)
+        depth = {trees[t][0][0]: 0}
+        for row, parent, _ in trees[t][1:]:
+            depth[row] = depth[parent] + 1
+        place: dict[int, int] = {}
         # Branches by what is computed for them: those of one pass come together.
-        for row, common in (trees[t][0], *sorted(trees[t][1:], key=lambda b: (b[1] - lengths[b[0]], b[0]))):
+        for row, parent, common in sorted(trees[t], key=lambda b: (depth[b[0]], b[2] - lengths[b[0]], b[0])):
+            place[row] = len(order)
             order.append(row)
-            trunk.append(place)
+            trunk.append(place[parent])
             shared.append(common)
     return order, np.array(trunk, dtype=np.int64), np.array(shared, dtype=np.int64)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,22 +70,58 @@ def workers(
         _on_ray(job, n_workers, address, note)
         yield
         return
-    threads = max(1, (os.cpu_count() or 1) // n_workers)
+    if n_workers == 1:
+        yield
+        return
+    import torch
+
+    mine = torch.get_num_threads()
+    threads = max(1, mine // n_workers)
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=job.work, args=(threads,), daemon=True) for _ in range(n_workers - 1)]
-    for process in others:
-        process.start()
+    others = [context.Process(target=_help, args=(job, threads), daemon=True) for _ in range(n_workers - 1)]
     try:
+        with _deaf():
+            for process in others:
+                process.start()
+        torch.set_num_threads(threads)
         yield
         for process in others:
             process.join()
             if process.exitcode:
                 note(f"A worker ended with code {process.exitcode}; the others did its work.")
     finally:
+        torch.set_num_threads(mine)
         for process in others:
             if process.is_alive():
                 process.terminate()
                 process.join()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started now hear no Ctrl-C, which reaches all of a terminal: the one that asked ends the others."""
+    # Started later it would open this thread's ears again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        # Blocked, not ignored: a Ctrl-C of this moment is heard now.
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _help(job: Job, threads: int) -> None:
+    """Work on ``job`` for as long as the process that asked for it lives."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    job.work(threads)
+
+
+def _die_with_parent() -> None:
+    """A process that was killed ends nobody: what still ran would begin anew where its heir has already finished."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _on_ray(job: Job, n_workers: int, address: str | None, note: Callable[[str], None]) -> None:

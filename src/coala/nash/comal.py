@@ -7,37 +7,35 @@ random draw is a function of (seed, outer, inner) alone. Knows no torch; what a 
     RUN/outer-01/inner-01/judgements.jsonl   P(first beats second) and how far the two orders disagreed
     RUN/outer-01/inner-01/pairs.jsonl        what is trained on: two answers, weight, targets
     RUN/outer-01/inner-01/logps.safetensors  log mu_k and log ref of every candidate, nats, summed over tokens
-    RUN/outer-01/inner-01/policy/            mu_{k+1}
+    RUN/outer-01/inner-01/policy/            mu_{k+1}; deleted when mu_{k+2} is there, unless it became a reference
     RUN/outer-01/inner-01/log.json           what was asked, what was reached
+    RUN/model/                               the last policy, as transformers (or peft) saves and loads it
 
-The settings, losses and targets of a step are those of ``coala.nash.pairs``.
+The losses and targets of a step are those of ``coala.nash.pairs``.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from coala.costs import peak_memory
 from coala.nash.criteria import Note
 from coala.nash.game import Float
+from coala.nash.measures import measure, remarks
 from coala.nash.oracles import Example, Keeper, PreferenceOracle, ask, prompt_of
-from coala.nash.pairs import (
-    COMALSettings,
-    Sampled,
-    TrainRow,
-    by_prompt,
-    measure,
-    remarks,
-    select,
-    shard_of,
-    targets,
-)
-from coala.store import Run, digest, load_json, save_json, write_atomic
-from coala.store.files import load_lines, save_lines
+from coala.nash.pairs import Sampled, TrainRow, by_prompt, select, shard_of, targets
+from coala.nash.settings import COMALSettings
+from coala.store import Run, digest, file_digest, load_json, load_lines, save_json, save_lines, write_atomic
 from coala.values import CoalaError, Turn
+
+Tell = Callable[[float], None]  # how much of a stage is done, from 0 to 1
+OnWork = Callable[[float, int, str], None]  # stages done and stages to do in this session, and which one is at work
+STAGES = ("sample", "judge", "score", "train")
 
 
 class Policy(Protocol):
@@ -49,18 +47,30 @@ class Policy(Protocol):
 
     def prompt_tokens(self, prompt: Sequence[Turn]) -> list[int]: ...
 
-    def sample(self, prompts: Sequence[list[int]], settings: COMALSettings, seed: int) -> list[list[Sampled]]: ...
+    def sample(
+        self, prompts: Sequence[list[int]], settings: COMALSettings, seed: int, *, tell: Tell | None = None
+    ) -> list[list[Sampled]]: ...
 
-    def log_probs(self, prompts: Sequence[list[int]], answers: Sequence[list[int]], settings: COMALSettings) -> Float:
+    def log_probs(
+        self,
+        prompts: Sequence[list[int]],
+        answers: Sequence[list[int]],
+        settings: COMALSettings,
+        *,
+        tell: Tell | None = None,
+    ) -> Float:
         """log pi(answer | prompt), nats, summed over tokens, (n,)."""
 
     def train(
-        self, rows: Sequence[TrainRow], settings: COMALSettings, seed: int, folder: Path
+        self, rows: Sequence[TrainRow], settings: COMALSettings, seed: int, folder: Path, *, tell: Tell | None = None
     ) -> Mapping[str, Any]: ...
 
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """A folder that loads without this package."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +95,16 @@ def run_comal(
     *,
     keeper: Keeper | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    on_work: OnWork | None = None,
+    about: Mapping[str, Any] | None = None,
+    keep_policies: bool = False,
 ) -> list[Progress]:
     """Train ``policy`` in place, from what it is, for ``outer_steps`` updates of the reference; returns what was done.
 
     Call it again with the same arguments (and the policy as it was at the start) to go on with a run that ended early.
-    Raises :class:`CoalaError` if the judge has no verdict on any pair of a step.
+    ``about`` is kept in the run's settings, for whoever has to load the model again. Policies that nothing reads any
+    more are deleted unless ``keep_policies``; references and the last one stay. Raises :class:`CoalaError` if the
+    judge has no verdict on any pair of a step.
     """
     if not examples:
         raise CoalaError("There are no prompts; COMAL needs at least one.")
@@ -103,12 +118,13 @@ def run_comal(
                 "policy": policy.identity,
                 "oracle": oracle.name,
                 "prompts": digest(prompts),
+                **({"about": dict(about)} if about is not None else {}),
             }
         )
         if not run.done("start", {}):
             policy.save(run.path / "start")
             run.finish("start", {}, ["start"])
-        loop = _Loop(run, policy, prompts, examples, oracle, settings, keeper)
+        loop = _Loop(run, policy, prompts, examples, oracle, settings, keeper, on_work, keep_policies)
         found = []
         reference = current = "start"
         for outer in range(1, settings.outer_steps + 1):
@@ -120,6 +136,10 @@ def run_comal(
                     on_step(progress)
             reference = current
         policy.load(run.path / current)
+        last = {"policy": loop.made(current)}
+        if not run.done("model", last):
+            policy.export(run.path / "model")
+            run.finish("model", last, ["model"])
     return found
 
 
@@ -132,7 +152,19 @@ class _Loop:
     oracle: PreferenceOracle
     settings: COMALSettings
     keeper: Keeper | None
+    on_work: OnWork | None
+    keep_policies: bool
     loaded: str | None = None  # which policy the model holds, so that skipped stages load nothing
+
+    def __post_init__(self) -> None:
+        steps = self.settings.outer_steps * self.settings.inner_steps
+        self.finished, self.total = 0, len(STAGES) * steps
+        # Policies before the last one that was made may be gone, and are not missed.
+        self.last = next((n for n in reversed(range(steps)) if self._intact(self._name(n) + "-train")), -1)
+
+    def _name(self, number: int) -> str:
+        outer, inner = divmod(number, self.settings.inner_steps)
+        return f"outer-{outer + 1:02d}-inner-{inner + 1:02d}"
 
     def step(self, outer: int, inner: int, current: str, reference: str) -> tuple[Progress, str]:
         """The four stages of one inner step; the name of the policy it made."""
@@ -141,38 +173,83 @@ class _Loop:
         seed = int(digest([self.settings.seed, outer, inner])[:8], 16) & 0x7FFFFFFF
         files = {stage: f"{where}/{stage}.jsonl" for stage in ("candidates", "judgements", "pairs")}
         logps, after, log = f"{where}/logps.safetensors", f"{where}/policy", f"{where}/log.json"
-        before = {"policy": self._made(current), "reference": self._made(reference)}
+        before = {"policy": self.made(current), "reference": self.made(reference)}
         number = (outer - 1) * self.settings.inner_steps + inner - 1
 
-        self._stage(f"{name}-sample", before, [files["candidates"]], lambda: self._sample(files, current, number, seed))
+        note = f"update {outer}/{self.settings.outer_steps}, step {inner}/{self.settings.inner_steps}"
+
+        def stage(
+            kind: str, inputs: Mapping[str, Any], outputs: list[str], make: Callable[[Tell], Any], spent: str = ""
+        ) -> None:
+            self._stage(f"{name}-{kind}", inputs, outputs, make, f"{note}: {kind}", spent)
+
+        stage("sample", before, [files["candidates"]], lambda tell: self._sample(files, current, number, seed, tell))
         drawn = list(load_lines(self.run.path / files["candidates"]))
         chain = {"candidates": digest(drawn)}
-        self._stage(
-            f"{name}-judge", chain, [files["judgements"], files["pairs"]], lambda: self._judge(files, drawn, seed)
-        )
+        judged = [files["judgements"], files["pairs"]]
+        stage("judge", chain, judged, lambda tell: self._judge(files, drawn, seed, tell))
         pairs = list(load_lines(self.run.path / files["pairs"]))
-        self._stage(
-            f"{name}-score", {**chain, **before}, [logps], lambda: self._score(logps, drawn, current, reference)
-        )
+        scored = {**chain, **before}
+        stage("score", scored, [logps], lambda tell: self._score(logps, drawn, current, reference, tell))
         known = _read_tensors(self.run.path / logps)
         chain |= {"pairs": digest(pairs), "logps": digest(known["policy"], known["reference"])}
-        self._stage(
-            f"{name}-train",
+        becomes_reference = inner == self.settings.inner_steps
+        stage(
+            "train",
             {**chain, **before},
             [after, log],
-            lambda: self._train(after, log, drawn, pairs, known, current, seed, self.run.path / files["judgements"]),
+            lambda tell: self._train(
+                after, log, drawn, pairs, known, current, seed, self.run.path / files["judgements"], tell
+            ),
+            spent=after if number < self.last and not becomes_reference else "",
         )
+        if not self.keep_policies and current not in ("start", reference):
+            shutil.rmtree(self.run.path / current, ignore_errors=True)
         numbers = load_json(self.run.path / log)
         return Progress(outer, inner, numbers, tuple(remarks(numbers))), after
 
-    def _stage(self, name: str, inputs: Mapping[str, Any], outputs: list[str], make: Callable[[], Any]) -> None:
-        if self.run.done(name, inputs):
+    def _stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: list[str],
+        make: Callable[[Tell], Any],
+        note: str,
+        spent: str,
+    ) -> None:
+        if self.run.done(name, inputs) or (spent and self._intact(name, spent) and self._inputs(name) == dict(inputs)):
+            self.total -= 1
             return
-        began = time.perf_counter()
-        facts = make()
-        self.run.finish(name, inputs, outputs, {**(facts or {}), "seconds": time.perf_counter() - began})
 
-    def _made(self, policy: str) -> str:
+        def tell(share: float) -> None:
+            if self.on_work is not None:
+                self.on_work(self.finished + min(max(share, 0.0), 1.0), self.total, note)
+
+        tell(0.0)
+        began = time.perf_counter()
+        facts = make(tell)
+        about = {"seconds": time.perf_counter() - began, "peak_bytes": peak_memory()}
+        self.run.finish(name, inputs, outputs, {**(facts or {}), **about})
+        self.finished += 1
+        tell(0.0)
+
+    def _record(self, stage: str) -> dict[str, Any] | None:
+        path = self.run.path / "stages" / f"{stage}.json"
+        return dict(load_json(path)) if path.exists() else None
+
+    def _inputs(self, stage: str) -> Any:
+        record = self._record(stage)
+        return None if record is None else record["inputs"]
+
+    def _intact(self, stage: str, without: str = "") -> bool:
+        """Whether a stage is recorded and what it made, ``without`` one output, is as it was."""
+        record = self._record(stage)
+        if record is None:
+            return False
+        kept = {name: made for name, made in record["outputs"].items() if name != without}
+        return all((self.run.path / n).exists() and file_digest(self.run.path / n) == d for n, d in kept.items())
+
+    def made(self, policy: str) -> str:
         """The digest of a policy that is there, from the record of the stage that made it."""
         stage = "start" if policy == "start" else policy.removesuffix("/policy").replace("/", "-") + "-train"
         return str(load_json(self.run.path / "stages" / f"{stage}.json")["outputs"][policy])
@@ -182,10 +259,10 @@ class _Loop:
             self.policy.load(self.run.path / policy)
             self.loaded = policy
 
-    def _sample(self, files: Mapping[str, str], current: str, number: int, seed: int) -> dict[str, Any]:
+    def _sample(self, files: Mapping[str, str], current: str, number: int, seed: int, tell: Tell) -> dict[str, Any]:
         self._hold(current)
         shard = shard_of(len(self.prompts), self.settings.prompts_per_step, number, self.settings.seed)
-        drawn = self.policy.sample([self.prompts[i] for i in shard], self.settings, seed)
+        drawn = self.policy.sample([self.prompts[i] for i in shard], self.settings, seed, tell=tell)
         rows = []
         for i, answers in zip(shard, drawn, strict=True):
             # Identical answers are one row: sampled once, they are judged, scored and trained on once, with a weight.
@@ -200,7 +277,7 @@ class _Loop:
         save_lines(self.run.path / files["candidates"], rows)
         return {"answers": sum(map(len, drawn)), "distinct": len(rows)}
 
-    def _judge(self, files: Mapping[str, str], drawn: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    def _judge(self, files: Mapping[str, str], drawn: list[dict[str, Any]], seed: int, tell: Tell) -> dict[str, Any]:
         settings = self.settings
         chosen = {i: select(places, drawn, settings, seed) for i, places in by_prompt(drawn).items()}
         pairs = [(a, b) for i in chosen for a, b in chosen[i].judged]
@@ -211,6 +288,7 @@ class _Loop:
             [drawn[a]["text"] for a, _ in asked],
             [drawn[b]["text"] for _, b in asked],
             keeper=self.keeper,
+            tell=tell,
         )
         said = dict(zip(asked, verdicts, strict=True))
         P: dict[tuple[int, int], float | None] = {
@@ -231,7 +309,9 @@ class _Loop:
         save_lines(self.run.path / files["pairs"], rows)
         return {"judged": len(asked), "failures": failures, "pairs": len(rows)}
 
-    def _score(self, output: str, drawn: list[dict[str, Any]], current: str, reference: str) -> dict[str, Any]:
+    def _score(
+        self, output: str, drawn: list[dict[str, Any]], current: str, reference: str, tell: Tell
+    ) -> dict[str, Any]:
         prompts, answers = [self.prompts[c["prompt"]] for c in drawn], [c["tokens"] for c in drawn]
         found: dict[str, Float] = {}
         for name, policy in (("reference", reference), ("policy", current)):
@@ -239,7 +319,7 @@ class _Loop:
                 found["policy"] = found["reference"]
                 continue
             self._hold(policy)
-            found[name] = self.policy.log_probs(prompts, answers, self.settings)
+            found[name] = self.policy.log_probs(prompts, answers, self.settings, tell=tell)
         _write_tensors(self.run.path / output, found)
         return {}
 
@@ -253,6 +333,7 @@ class _Loop:
         current: str,
         seed: int,
         judgements: Path,
+        tell: Tell,
     ) -> dict[str, Any]:
         settings, policy = self.settings, self.policy
         v = settings.weight * known["reference"] + (1 - settings.weight) * known["policy"]
@@ -270,7 +351,7 @@ class _Loop:
         # Always from the file: a policy that a killed training left half moved must not be trained on.
         policy.load(self.run.path / current)
         self.loaded = None
-        trained = policy.train(rows, settings, seed, self.run.path / after)
+        trained = policy.train(rows, settings, seed, self.run.path / after, tell=tell)
         policy.save(self.run.path / after)
         self.loaded = after
         prompts, answers = [self.prompts[c["prompt"]] for c in drawn], [c["tokens"] for c in drawn]

@@ -1,8 +1,7 @@
 """A language model as the policy of COMAL: sampling, scoring and one training step by TRL's DPOTrainer.
 
-What the trainer has to be taught is little: it is given log v in the columns of a precomputed reference, a squared loss
-on summed log-probabilities, and two columns more. One copy of the model is in memory; another policy is scored by
-putting its weights in. Knows nothing of judges, pairs or the loop (``coala.nash.comal``).
+One copy of the model is in memory; another policy is scored by putting its weights in. Knows nothing of judges, of
+pairs, of the loop (``coala.nash.comal``) or of the losses (``coala.nash.trainer``).
 
 Torch, transformers, TRL and peft are imported inside functions; training needs the extra ``baselines``.
 """
@@ -10,10 +9,9 @@ Torch, transformers, TRL and peft are imported inside functions; training needs 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,13 +21,17 @@ from typing import Any
 import numpy as np
 
 from coala.nash.game import Float
-from coala.nash.pairs import COMALSettings, Sampled, TrainRow
+from coala.nash.pairs import Sampled, TrainRow
+from coala.nash.settings import COMALSettings
+from coala.nash.trainer import arguments, trainer_types
 from coala.store import digest, write_atomic
 from coala.values import CoalaError, Turn
 
 PACKAGES = ("trl", "peft", "datasets", "accelerate")
 PINNED = "1.16."
 WEIGHTS = "trained.safetensors"
+DTYPES = ("float32", "bfloat16", "float16")
+Tell = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -62,22 +64,34 @@ def load_policy(
 ) -> LanguagePolicy:
     """A causal language model and its tokenizer from a folder or the hub, ready to be trained.
 
-    Raises :class:`CoalaError` for pickled weights and for what is no model.
+    Raises :class:`CoalaError` for pickled weights, for a model with code of its own and for what is no model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from coala.backbone.files import check_files, find
+    from coala.backbone.load import load_tokenizer, refuse_foreign_code
 
     require_training()
+    if dtype not in DTYPES:
+        raise CoalaError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     folder, name, _ = find(str(model), revision)
-    check_files(folder)
+    refuse_foreign_code(check_files(folder), name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    with _quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+    tokenizer = load_tokenizer(folder, name, False)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True, "local_files_only": True}
+    kind: Any = AutoModelForCausalLM
+    try:
+        with _quiet():
+            loaded, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # transformers raises whatever its models do
+        raise CoalaError(f"{name}: cannot be loaded as a causal model ({type(error).__name__}: {error}).") from error
+    unset = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if unset:
+        raise CoalaError(
+            f"{name}: {len(unset)} weight(s) are not in the checkpoint and would be random ({', '.join(unset[:3])}). "
+            "Save the model again with save_pretrained() from the class it was trained as."
         )
     return LanguagePolicy(loaded.to(device), tokenizer, name=name, lora=lora, template=template)
 
@@ -123,7 +137,8 @@ class LanguagePolicy:
                 task_type="CAUSAL_LM",
             )
             try:
-                model = peft.get_peft_model(model, config)
+                with _quiet():
+                    model = peft.get_peft_model(model, config)
             except ValueError as error:
                 raise CoalaError(f"{name}: LoRA does not fit this model ({error}). Give `targets`.") from error
         # The reference has no dropout, so the policy must have none: else d = log pi - v is not 0 at the start.
@@ -145,7 +160,9 @@ class LanguagePolicy:
         """Tokens of a prompt ready to be continued; beyond half the context it loses its beginning."""
         return self._renderer.render(prompt, None, max_tokens=max(self.context // 2, 1)).tokens
 
-    def sample(self, prompts: Sequence[list[int]], settings: COMALSettings, seed: int) -> list[list[Sampled]]:
+    def sample(
+        self, prompts: Sequence[list[int]], settings: COMALSettings, seed: int, *, tell: Tell | None = None
+    ) -> list[list[Sampled]]:
         """``num_candidates`` answers to each prompt, independently drawn; a function of weights, prompts and seed."""
         import torch
         import transformers
@@ -182,22 +199,36 @@ class LanguagePolicy:
                         input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=new
                     )
                     for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
-                        found[i] = self._answer(answer)
+                        found[i] = self._answer(rows[i], answer)
+                    if tell is not None:
+                        tell(min(1.0, (first + len(batch)) / len(rows)))
         finally:
             base.generation_config = before
         whole = [answer for answer in found if answer is not None]
         return [whole[i : i + n] for i in range(0, len(whole), n)]
 
-    def _answer(self, tokens: list[int]) -> Sampled:
+    def _answer(self, prompt: list[int], tokens: list[int]) -> Sampled:
         end = next((k for k, token in enumerate(tokens) if token in self._renderer.stop_tokens), None)
-        text = self._renderer.decode(tokens if end is None else tokens[:end])
+        said = tokens if end is None else tokens[:end]
+        text = self._renderer.decode(said)
         if self._renderer.kind == "dialogue":
             text = text.removeprefix(" ")
+        elif self._renderer.kind == "continuation":
+            # Many tokenizers drop the space a text begins with; here it parts the answer from the prompt.
+            before, whole = self._renderer.decode(prompt[-1:]), self._renderer.decode([*prompt[-1:], *said])
+            text = whole[len(before) :] if whole.startswith(before) else text
         return Sampled(tokens if end is None else tokens[: end + 1], text, end is not None)
 
     # --- likelihoods ---------------------------------------------------------------------------------------------
 
-    def log_probs(self, prompts: Sequence[list[int]], answers: Sequence[list[int]], settings: COMALSettings) -> Float:
+    def log_probs(
+        self,
+        prompts: Sequence[list[int]],
+        answers: Sequence[list[int]],
+        settings: COMALSettings,
+        *,
+        tell: Tell | None = None,
+    ) -> Float:
         """log pi(answer | prompt), nats, summed over its tokens, (n,): the forward that the training uses."""
         import torch
 
@@ -222,6 +253,8 @@ class LanguagePolicy:
                     fused_lm_head=True,
                 )
                 found[batch] = out.log_probs.float().sum(dim=1).cpu().numpy()
+                if tell is not None:
+                    tell((first + len(batch)) / len(order))
         return found
 
     def _precision(self, settings: COMALSettings) -> Any:
@@ -255,7 +288,9 @@ class LanguagePolicy:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def train(self, rows: Sequence[TrainRow], settings: COMALSettings, seed: int, folder: Path) -> Mapping[str, Any]:
+    def train(
+        self, rows: Sequence[TrainRow], settings: COMALSettings, seed: int, folder: Path, *, tell: Tell | None = None
+    ) -> Mapping[str, Any]:
         """Minimise the loss over ``rows`` with a new AdamW; the trainer's own numbers are returned."""
         import transformers
 
@@ -275,13 +310,13 @@ class LanguagePolicy:
                 for row in rows
             ]
         )
-        trainer_class, config_class, collator = _trainer()
+        trainer_class, config_class, collator = trainer_types()
         from coala.baselines.seam import silence
 
         with silence(), self._own_forward():
             trainer = trainer_class(
                 model=self.model,
-                args=config_class(**_arguments(settings, seed, folder, self.device.type)),
+                args=config_class(**arguments(settings, seed, folder, self.device.type)),
                 train_dataset=data,
                 processing_class=self.tokenizer,
                 data_collator=collator(self.tokenizer.pad_token_id),
@@ -289,6 +324,8 @@ class LanguagePolicy:
             trainer.settings = settings
             for noisy in (transformers.PrinterCallback, transformers.ProgressCallback):
                 trainer.remove_callback(noisy)
+            if tell is not None:
+                trainer.add_callback(_telling(tell))
             # TRL copies a given adapter for a reference that is never asked: ours is in the columns.
             if self.lora is not None and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")
@@ -317,8 +354,9 @@ class LanguagePolicy:
 
     def export(self, folder: Path) -> None:
         """The policy as transformers (or, with an adapter, peft) saves it, and its tokenizer."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with _quiet():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     @property
     def digest(self) -> str:
@@ -329,101 +367,15 @@ class LanguagePolicy:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
 
-# --- what touches TRL --------------------------------------------------------------------------------------------
+def _telling(tell: Tell) -> Any:
+    """A trainer's callback that tells what share of its steps is made."""
+    import transformers
 
+    class Telling(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tell(state.global_step / max(state.max_steps, 1))
 
-def _arguments(settings: COMALSettings, seed: int, folder: Path, device: str) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "learning_rate": settings.learning_rate,
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulation,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.clip,
-        "seed": seed,
-        "data_seed": seed,
-        "bf16": settings.bf16,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "beta": settings.beta,
-        "max_length": None,  # what was sampled fits the context; cutting it here would not cut log v
-        "precompute_ref_log_probs": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": device == "cpu",
-        "dataloader_pin_memory": device != "cpu",
-    }
-
-
-@cache
-def _trainer() -> tuple[Any, Any, Any]:
-    """DPOTrainer with our loss and its columns, its configuration, and the collator's factory."""
-    import torch
-
-    trl, place = import_module("trl"), import_module("trl.trainer.dpo_trainer")
-
-    class COMALTrainer(trl.DPOTrainer):  # type: ignore[misc, name-defined]
-        """The losses of ``coala.nash.comal`` on rows that carry log v, targets and weights."""
-
-        settings: COMALSettings
-        _signature_columns: list[str] | None
-
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # tokens already
-
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            if not {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names):
-                raise CoalaError(f"The {name} rows have no log v: score the candidates first.")
-            return dataset
-
-        def _set_signature_columns_if_needed(self) -> None:
-            if self._signature_columns is None:
-                super()._set_signature_columns_if_needed()
-                self._signature_columns = [*(self._signature_columns or []), "target", "weight"]
-
-        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-            # What the model's forward does not know must not reach it.
-            target, weight = inputs["target"], inputs["weight"]
-            completion = inputs["completion_mask"]
-            labels = inputs["input_ids"].masked_fill(completion == 0, -100)
-            out = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=labels,
-                use_cache=False,
-                fused_lm_head=True,
-            )
-            log_probs = out.log_probs[:, -(completion.shape[1] - 1) :].float().sum(dim=1)
-            reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-            d = log_probs - reference
-            if self.settings.length_normalize:
-                d = d / completion.sum(dim=1)
-            first, second = d.chunk(2)
-            if self.settings.inner_loss == "sppo":
-                per_pair = ((first - target[:, 0]) ** 2 + (second - target[:, 1]) ** 2) / 2
-            else:
-                per_pair = (first - second - (target[:, 0] - target[:, 1])) ** 2
-            loss = (weight * per_pair).mean()
-            if self.settings.anchor_nll:
-                loss = loss - self.settings.anchor_nll * (torch.cat([weight, weight]) * log_probs).mean()
-            return (loss, out) if return_outputs else loss
-
-    def collator(pad: int) -> Any:
-        plain = place.DataCollatorForPreference(pad_token_id=pad)
-
-        def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-            batch: dict[str, Any] = plain(examples)
-            for name in ("target", "weight"):
-                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
-            return batch
-
-        return collate
-
-    return COMALTrainer, trl.DPOConfig, collator
+    return Telling()
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -6,7 +6,7 @@ without generating again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class WinRates:
     ``intervals[i][j]`` is the same with its interval over prompts, ``preferences`` (m, m, n) what they are computed
     from (nan without a verdict, ties 1/2). ``failures`` counts pairs without a verdict, which are left out,
     ``disagreement`` is the mean of |p(a, b) + p(b, a) - 1| and ``characters`` the mean length of each policy's answers.
+    ``averages`` are the mean win rates in % against the others, with intervals over prompts.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class WinRates:
     disagreement: float
     characters: Float
     mode: Mode
+    averages: tuple[Estimate, ...]
 
     def average(self, *, include_self: bool = False) -> Float:
         """Mean win rate (m,) of each policy against the others, in %; published tables may count the 50 with itself."""
@@ -75,6 +77,7 @@ def win_rate_matrix(
     mode: Mode = "hard",
     group: Sequence[Any] | None = None,
     keeper: Keeper | None = None,
+    tell: Callable[[float], None] | None = None,
 ) -> WinRates:
     """Every policy's answers (one per example, n each) against every other's, judged in both orders.
 
@@ -101,6 +104,7 @@ def win_rate_matrix(
         [answers[names[i]][x] for i, _, x in rows],
         [answers[names[j]][x] for _, j, x in rows],
         keeper=keeper,
+        tell=tell,
     )
     for i, j in pairs:
         same = [answers[names[i]][x] == answers[names[j]][x] for x in range(n)]
@@ -112,6 +116,10 @@ def win_rate_matrix(
             value = verdict.preference if mode == "mean" else (sign + 1) / 2
             found[i, j, x], found[j, i, x] = value, 1 - value
     intervals = tuple(tuple(_interval(found[i, j], i == j, mode, group) for j in range(m)) for i in range(m))
+    # Each row's mean over the opponents with a verdict, so that a row counts once however many opponents there are.
+    sound = np.isfinite(found) & ~np.eye(m, dtype=bool)[:, :, None]
+    rows_mean = np.where(sound, found, 0).sum(1) / np.maximum(sound.sum(1), 1)
+    rows_mean[~sound.any(1)] = np.nan
     gaps = [verdict.disagreement for verdict in verdicts if verdict.disagreement is not None]
     return WinRates(
         names=names,
@@ -122,6 +130,7 @@ def win_rate_matrix(
         disagreement=float(np.mean(gaps)) if gaps else 0.0,
         characters=np.array([np.mean([len(text) for text in answers[name]]) for name in names]),
         mode=mode,
+        averages=tuple(_interval(rows_mean[i], False, "mean", group) for i in range(m)),
     )
 
 

@@ -104,7 +104,7 @@ def game_page(result: Result, title: str) -> str:
                 tables=[Table("Answers", ["Answer", "Nash", "Last", "Start", "Wins against last"], rows)],
             )
         )
-    return _render(title, parts, width=22)
+    return render(title, parts, width=22)
 
 
 def paper_page(study: Study, selections: Mapping[tuple[str, int, bool], FixedPoint] | None = None) -> str:
@@ -162,7 +162,7 @@ def paper_page(study: Study, selections: Mapping[tuple[str, int, bool], FixedPoi
                 tables=[Table("Limits", ["Game", "N", "Judge", "Limit", "Gap in the game asked"], rows)],
             )
         )
-    return _render("COMAL: the paper's game", parts, width=17)
+    return render("COMAL: the paper's game", parts, width=17)
 
 
 def _distance_picture(kl: Float) -> list[Picture]:
@@ -256,7 +256,7 @@ def _worded(names: Sequence[str], policy: Float) -> str:
     return ", ".join(f"{names[i]} {policy[i]:.3f}" for i in order)
 
 
-def _render(title: str, parts: Sequence[Part], width: int) -> str:
+def render(title: str, parts: Sequence[Part], width: int) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -1,12 +1,13 @@
-"""One step of COMAL as numbers: its settings, the pairs trained on with their targets, and what was reached.
+"""One step of COMAL: which answers are compared, which pairs are trained on, and what is asked of them.
 
 The step is IPO's against the one virtual reference v = w log ref + (1 - w) log mu_k, w = eta tau. With
-d(y) = log pi(y) - v(y) and win rates w(y) against mu_k, over pairs of answers drawn from mu_k the losses are
+d(y) = log pi(y) - log v(y) and win rates w(y) against mu_k, over pairs of answers drawn from mu_k the losses are
 
     inpo   (d(y1) - d(y2) - eta (P(y1, y2) - 1/2))^2
     rebel  (d(y1) - d(y2) - eta (w(y1) - w(y2)))^2
     dro    (d(y) - eta w(y) + c_x)^2 with the best c_x: rebel over all pairs of a prompt
     sppo   (d(y) - eta (w(y) - 1/2))^2 for each answer
+    dpo    -P log sigma((d(y1) - d(y2)) / eta) - (1 - P) log sigma((d(y2) - d(y1)) / eta), to compare with
 
 Knows nothing of models, judges or files.
 """
@@ -14,148 +15,13 @@ Knows nothing of models, judges or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from coala.nash.criteria import Note
-from coala.nash.game import Float
-from coala.values import CoalaError
-
-Loss = Literal["inpo", "sppo", "dro", "rebel"]
-Selection = Literal["random", "all", "best_worst"]
-Target = Literal["soft", "bernoulli", "hard"]
-LOSSES: tuple[Loss, ...] = ("inpo", "sppo", "dro", "rebel")
-DRIFT = 2.0  # nats by which the likelihood of sampled answers may fall in one step before it is called drift
-MASS = 0.8  # share of the probability that answers like the sampled ones have to keep in one step
-
-
-@dataclass(frozen=True)
-class COMALSettings:
-    """What decides the outcome of a run.
-
-    ``eta`` is the step size (or ``beta`` = 1/eta), ``ref_weight`` = eta tau the weight of the reference (or give
-    ``tau``); 0 is iterative IPO. ``outer_steps`` and ``inner_steps`` count updates made: ``outer_steps`` 1 is INPO.
-    ``prompts_per_step`` takes the prompts in turns (None: all of them in every step). Pairs: ``random`` pairs up the
-    ``num_candidates`` answers to a prompt at random, ``all`` takes every pair, ``best_worst`` the two of highest and
-    lowest win rate, which with ``target="hard"`` is the published recipe and solves another game (see docs/nash.md).
-    Targets: ``soft`` eta (P - 1/2), ``bernoulli`` a label drawn with probability P, ``hard`` who is preferred; the last
-    two ask for a margin of eta/2. ``length_normalize`` divides d(y) by the answer's tokens. ``anchor_nll``, a,
-    weighs the mean negative log-likelihood of the sampled answers: pair losses see differences only, and it holds the
-    sum where it belongs. To first order it shortens the step of ``inpo`` by the factor 1 - a/4, whatever eta.
-    """
-
-    eta: float | None = None
-    beta: float | None = None
-    ref_weight: float | None = None
-    tau: float | None = None
-    outer_steps: int = 3
-    inner_steps: int = 6
-    inner_loss: Loss = "inpo"
-    num_candidates: int = 5
-    pair_selection: Selection = "random"
-    target: Target = "soft"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    prompts_per_step: int | None = None
-    length_normalize: bool = False
-    anchor_nll: float = 0.0
-    learning_rate: float = 5e-7
-    epochs: float = 3.0
-    batch_size: int = 8
-    accumulation: int = 1
-    schedule: str = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        eta = _one("eta", self.eta, "beta", self.beta, lambda beta: 1 / beta, 500.0)
-        weight = _one("ref_weight", self.ref_weight, "tau", self.tau, lambda tau: eta * tau, 1 / 3)
-        for name, value in (("eta", eta), ("beta", 1 / eta), ("ref_weight", weight), ("tau", weight / eta)):
-            object.__setattr__(self, name, value)
-        if not 0 <= weight <= 1:
-            raise CoalaError(f"ref_weight = eta tau is {weight:g}; expected 0 (iterative IPO) to 1.")
-        for name in ("outer_steps", "inner_steps", "batch_size", "accumulation", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise CoalaError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if self.num_candidates < 2:
-            raise CoalaError(f"num_candidates is {self.num_candidates}; expected 2 at least, a pair.")
-        if self.prompts_per_step is not None and self.prompts_per_step < 1:
-            raise CoalaError(f"prompts_per_step is {self.prompts_per_step}; expected at least 1, or None for all.")
-        for name, known in (
-            ("inner_loss", LOSSES),
-            ("pair_selection", ("random", "all", "best_worst")),
-            ("target", ("soft", "bernoulli", "hard")),
-        ):
-            if getattr(self, name) not in known:
-                raise CoalaError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
-        if self.inner_loss != "inpo" and self.target != "soft":
-            raise CoalaError(f"Loss {self.inner_loss!r} is fitted to win rates; targets {self.target!r} are inpo's.")
-        if self.inner_loss == "dro" and self.pair_selection != "all":
-            raise CoalaError("Loss 'dro' runs over all answers to a prompt: give pair_selection='all'.")
-        if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.learning_rate >= 0 and self.epochs > 0):
-            raise CoalaError(
-                f"temperature {self.temperature}, top_p {self.top_p}, learning_rate {self.learning_rate}, epochs "
-                f"{self.epochs}; expected positive numbers, and top_p of at most 1."
-            )
-
-    def notes(self) -> list[Note]:
-        """What the settings say before any run."""
-        eta, weight = self.step, self.weight
-        found = []
-        if self.temperature != 1 or self.top_p != 1:
-            text = f"answers drawn at temperature {self.temperature:g}, top_p {self.top_p:g} are not those of mu_k"
-            found.append(Note("warning", f"{text}: the game that is solved is another. Take 1 and 1."))
-        if self.pair_selection == "best_worst" or self.target == "hard":
-            text = "best-against-worst pairs or hard labels: the fixed point is the Nash policy of another game"
-            found.append(Note("warning", f"{text}. Take pair_selection='random' and target='soft'."))
-        if 0 < weight * self.inner_steps < 0.5 and self.outer_steps > 1:
-            text = f"inner_steps * eta * tau is {weight * self.inner_steps:.2g}: the inner game is not nearly solved "
-            found.append(Note("warning", text + "before the reference moves. Raise inner_steps or ref_weight."))
-        if weight == 0:
-            text = "ref_weight 0 is iterative IPO, which moves away from an interior Nash policy."
-            found.append(Note("information", text))
-        if eta > 10:
-            text = f"eta {eta:g}: a step that reached its target would jump between single answers; what holds it back "
-            found.append(Note("information", text + "is early stopping. Compare the achieved margin with the target."))
-        return found
-
-    @property
-    def step(self) -> float:
-        """eta, the step size."""
-        assert self.eta is not None
-        return self.eta
-
-    @property
-    def weight(self) -> float:
-        """eta tau, the weight of the reference in v."""
-        assert self.ref_weight is not None
-        return self.ref_weight
-
-
-def _one(
-    name: str, value: float | None, other: str, given: float | None, of: Callable[[float], float], default: float
-) -> float:
-    if value is not None and given is not None and not math.isclose(value, of(given), rel_tol=1e-9):
-        raise CoalaError(
-            f"{name} is {value:g} but {other} is {given:g}, which makes it {of(given):g}: give one of them."
-        )
-    if given is not None and other == "beta" and given <= 0:
-        raise CoalaError(f"beta is {given:g}; expected a positive number.")
-    found = value if value is not None else of(given) if given is not None else default
-    if not math.isfinite(found) or (name == "eta" and found <= 0):
-        raise CoalaError(f"{name} is {found:g}; expected a positive number.")
-    return found
+from coala.nash.settings import TO_WIN_RATES, COMALSettings
 
 
 @dataclass(frozen=True)
@@ -177,9 +43,6 @@ class TrainRow:
     reference: tuple[float, float]
     weight: float
     target: tuple[float, float]
-
-
-# --- pairs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -227,7 +90,7 @@ def select(places: list[int], drawn: Sequence[Mapping[str, Any]], settings: COMA
         trained |= {(a, a): unit * counts[a] * (counts[a] - 1) / 2 for a in places if counts[a] > 1}
     if settings.inner_loss != "sppo":
         trained = {pair: weight for pair, weight in trained.items() if pair[0] != pair[1]}
-    needs_all = settings.inner_loss != "inpo" or settings.pair_selection == "best_worst"
+    needs_all = settings.inner_loss in TO_WIN_RATES or settings.pair_selection == "best_worst"
     return Selected(places, every if needs_all else list(trained), trained)
 
 
@@ -254,7 +117,7 @@ def targets(
     rows = []
     for (a, b), weight in pairs.items():
         p = 0.5 if a == b else P[a, b] if (a, b) in P else _turned(P.get((b, a)))
-        if settings.inner_loss != "inpo":
+        if settings.inner_loss in TO_WIN_RATES:
             if not (math.isfinite(rates[a]) and math.isfinite(rates[b])):
                 continue
             wanted = eta * (rates[a] - 0.5), eta * (rates[b] - 0.5)
@@ -298,106 +161,4 @@ def by_prompt(drawn: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for place, candidate in enumerate(drawn):
         found.setdefault(int(candidate["prompt"]), []).append(place)
-    return found
-
-
-# --- what was reached --------------------------------------------------------------------------------------------
-
-
-def measure(
-    drawn: Sequence[Mapping[str, Any]],
-    pairs: Sequence[Mapping[str, Any]],
-    v: Float,
-    known: Mapping[str, Float],
-    new: Float,
-    judgements: Sequence[Mapping[str, Any]],
-    *,
-    length_normalize: bool = False,
-) -> dict[str, Any]:
-    """The numbers of one step, over the answers drawn from mu_k as often as they were drawn.
-
-    ``achieved``: weighted least-squares slope of d(y1) - d(y2) on what it is at the minimiser of the loss over all
-    functions of the answers: 1 when the step was made in full, near 0 when training stopped far short.
-    ``target_margin`` is the root mean square of that, and ``transitive`` its share of the targets' mean square: an
-    intransitive part of the preferences is no difference of anything and cannot be met.
-
-    ``kl_to_policy``: E_mu_k [log mu_k - log mu_{k+1}], the divergence of the old from the new policy; its estimate can
-    be negative. ``kl_to_reference``: E_mu_k [log mu_k - log ref]. ``drift``: by how many nats the mean log-probability
-    of the sampled answers changed. ``mass``: E_mu_k [mu_{k+1}/mu_k], what the new policy leaves to answers that mu_k
-    gives; 1 if none seeps to others.
-    """
-    counts = np.array([c["count"] for c in drawn], dtype=np.float64)
-    share = counts / counts.sum()
-    first, second = (np.array([p[side] for p in pairs], dtype=np.intp) for side in ("first", "second"))
-    weight = np.array([p["weight"] for p in pairs], dtype=np.float64)
-    wanted = np.array([p["target_first"] - p["target_second"] for p in pairs], dtype=np.float64)
-    d = (new - v) / [len(c["tokens"]) if length_normalize else 1 for c in drawn]
-    margin = d[first] - d[second]
-    best = reachable(first, second, weight, wanted)
-    power, asked = float(weight @ best**2), float(weight @ wanted**2)
-    gaps = [j["disagreement"] for j in judgements if j["disagreement"] is not None]
-    return {
-        "answers": int(counts.sum()),
-        "distinct": len(drawn),
-        "pairs": len(pairs),
-        "target_margin": math.sqrt(power / weight.sum()),
-        "achieved": float(weight @ (margin * best)) / power if power > 0 else 0.0,
-        "residual": math.sqrt(float(weight @ (margin - best) ** 2) / weight.sum()),
-        "transitive": power / asked if asked > 0 else 1.0,
-        "kl_to_policy": float(share @ (known["policy"] - new)),
-        "kl_to_reference": float(share @ (known["policy"] - known["reference"])),
-        "log_prob": float(share @ new),
-        "drift": float(share @ (new - known["policy"])),
-        "mass": float(share @ np.exp(np.minimum(new - known["policy"], 50.0))),
-        "tokens": float(share @ [len(c["tokens"]) for c in drawn]),
-        "finished": float(share @ [float(c["finished"]) for c in drawn]),
-        "judge_failures": sum(j["preference"] is None for j in judgements),
-        "judge_disagreement": float(np.mean(gaps)) if gaps else 0.0,
-    }
-
-
-def reachable(first: NDArray[np.intp], second: NDArray[np.intp], weight: Float, wanted: Float) -> Float:
-    """Differences u[first] - u[second] (n,) of the u that comes closest to ``wanted`` in weighted least squares.
-
-    Answers that no chain of pairs connects (those to different prompts) are solved for apart.
-    """
-    n = int(max(first.max(), second.max())) + 1
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(n, n))
-    _, part = connected_components(graph, directed=False)
-    found = np.empty(len(first))
-    order = np.argsort(part[first], kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(part[first][order])) + 1):
-        places, index = np.unique(np.concatenate([first[rows], second[rows]]), return_inverse=True)
-        at = np.arange(len(rows))
-        design = np.zeros((len(rows), len(places)))
-        np.add.at(design, (at, index[: len(rows)]), 1)
-        np.add.at(design, (at, index[len(rows) :]), -1)
-        root = np.sqrt(weight[rows])
-        u = np.linalg.lstsq(design * root[:, None], wanted[rows] * root, rcond=None)[0]
-        found[rows] = design @ u
-    return found
-
-
-def remarks(log: Mapping[str, Any]) -> list[Note]:
-    """What the numbers of a step say."""
-    found = []
-    if log["drift"] < -DRIFT or log["mass"] < MASS:
-        text = (
-            f"sampled answers changed by {log['drift']:.1f} nats and kept {100 * log['mass']:.0f} % of their mass in "
-        )
-        mend = "one step: pair losses do not hold it. Lower eta or the learning rate, or set anchor_nll."
-        found.append(Note("warning", text + mend))
-    if log["achieved"] < 0.1:
-        text = (
-            f"{100 * log['achieved']:.0f} % of the margin asked for was reached: the effective eta is that much lower."
-        )
-        found.append(Note("information", text))
-    if log["judge_disagreement"] > 0.2:
-        text = f"the judge's two orders disagree by {log['judge_disagreement']:.2f} on average: it looks at positions."
-        found.append(Note("warning", text))
-    if log["finished"] < 0.5:
-        text = (
-            f"only {100 * log['finished']:.0f} % of the answers ended before max_new_tokens: they are judged cut off."
-        )
-        found.append(Note("warning", text))
     return found

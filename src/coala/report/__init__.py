@@ -38,6 +38,7 @@ no interval is known.
     win_rates       [{judge, estimate: ESTIMATE, comment}], guided against unguided
     perplexity      {unguided: ESTIMATE, guided: ESTIMATE}, of the text under the base model
     samples         [{prompt, unguided, guided, scores: {unguided, guided}}]
+    evaluations     what :mod:`coala.report.evaluations` keeps under RUN/evaluations; added when the report is written
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ from pathlib import Path
 from typing import Any
 
 from coala.report.content import plain
+from coala.report.evaluations import Evaluation, Figure, Sample, save_evaluation, saved_evaluations
 from coala.report.page import render
 from coala.report.verdicts import verdicts
-from coala.store import Run, save_json, write_atomic
+from coala.store import Run, load_json, save_json, write_atomic
 
-__all__ = ["build_report", "verdicts", "write_report"]
+__all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "build_report", "verdicts", "write_report"]
 
 
 def build_report(content: Mapping[str, Any]) -> str:
@@ -60,9 +62,20 @@ def build_report(content: Mapping[str, Any]) -> str:
 
 
 def write_report(run: Run, content: Mapping[str, Any]) -> Path:
-    """Write ``report.json`` and ``report.html`` into the run folder and return the page's path."""
-    kept = plain(content)
+    """Write ``report.json`` and ``report.html`` into the run folder and return the page's path.
+
+    The evaluations that the run holds come with them.
+    """
+    kept = plain({**content, "evaluations": saved_evaluations(run)})
     page = run.path / "report.html"
     save_json(run.path / "report.json", kept)
     write_atomic(page, render(kept))
     return page
+
+
+def add_evaluation(run: Run, evaluation: Evaluation) -> Path:
+    """Keep an evaluation in the run, put it on its page if there is one, and return the evaluation's file."""
+    kept = save_evaluation(run, evaluation)
+    if (run.path / "report.json").exists():
+        write_report(run, load_json(run.path / "report.json"))
+    return kept

@@ -27,7 +27,7 @@ KEYS = (
         "path",
         "scores",
     ),
-    *("reliability", "by_length", "length_unit", "costs", "win_rates", "perplexity", "samples"),
+    *("reliability", "by_length", "length_unit", "costs", "win_rates", "perplexity", "samples", "evaluations"),
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from coala.report import figures
 from coala.report.content import Interval, flops, number, seconds, size
+from coala.report.evaluations import view
 from coala.report.figures import Drawing
 from coala.report.verdicts import certified_gap, verdicts
 
@@ -77,6 +78,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
             if estimate
         ],
         "samples": [{**row, "scores": _mapping(row.get("scores"))} for row in samples],
+        "evaluations": [view(row) for row in _rows(content.get("evaluations"))],
         "costs": [{**row, "over_bound": _over_bound(row)} for row in costs],
         "costs_bounded": any(_over_bound(row) is not None for row in costs),
     }

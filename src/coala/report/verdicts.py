@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coala.report.content import Interval, number, plain
+from coala.report.evaluations import spoken
 
 
 def verdicts(content: Mapping[str, Any]) -> list[str]:
@@ -22,6 +23,7 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
         *_certificate(summary, content.get("head") or {}),
         *(sentence for row in content.get("win_rates") or [] for sentence in _win_rate(row)),
         *_perplexity(content.get("perplexity") or {}),
+        *(sentence for row in content.get("evaluations") or [] for sentence in spoken(row)),
     ]
 
 

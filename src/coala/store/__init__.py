@@ -8,7 +8,18 @@ The only package that writes files. It knows the values and nothing of how they 
 """
 
 from coala.store.features import FeatureStore, link_features, load_features, save_features, scratch, write_rows
-from coala.store.files import StoreError, claim, digest, file_digest, load_json, save_json, working_folder, write_atomic
+from coala.store.files import (
+    StoreError,
+    claim,
+    digest,
+    file_digest,
+    load_json,
+    load_lines,
+    save_json,
+    save_lines,
+    working_folder,
+    write_atomic,
+)
 from coala.store.run import Run
 from coala.store.values import (
     load_generations,
@@ -34,12 +45,14 @@ __all__ = [
     "load_head",
     "load_json",
     "load_judgements",
+    "load_lines",
     "load_pairs",
     "save_features",
     "save_generations",
     "save_head",
     "save_json",
     "save_judgements",
+    "save_lines",
     "save_pairs",
     "scratch",
     "working_folder",

@@ -80,6 +80,11 @@ class ChatJudge:
         with self._lock:
             return self._endpoint.cost + Cost(kept=self._kept)
 
+    @property
+    def endpoint(self) -> str:
+        """Where it asks."""
+        return self._endpoint.identity
+
     def begin(self) -> None:
         self._endpoint.begin()
 

@@ -1,0 +1,206 @@
+"""`coala comal train`: a language model towards the Nash policy of an oracle's preferences."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coala.cli.comal_oracles import ORACLES
+
+
+class Loss(StrEnum):
+    """What a step minimises."""
+
+    inpo = "inpo"
+    sppo = "sppo"
+    dro = "dro"
+    rebel = "rebel"
+    dpo = "dpo"
+
+
+class Pairs(StrEnum):
+    """Which of a prompt's answers are compared."""
+
+    random = "random"
+    all = "all"
+    best_worst = "best_worst"
+
+
+class Target(StrEnum):
+    """What is asked of a pair."""
+
+    soft = "soft"
+    bernoulli = "bernoulli"
+    hard = "hard"
+
+
+EPILOG = (
+    ORACLES
+    + """
+\b
+Examples:
+  `coala comal train ./my-model prompts.jsonl --oracle judge:./judge-model --out runs/comal`
+  `coala comal train runs/demo --oracle head --lora-rank 16 --out runs/comal`   model, prompts and pairs of a run
+
+By the same command: iterative IPO is --ref-weight 0, iterative DPO --ref-weight 0 --loss dpo, INPO --outer 1.
+"""
+)
+
+
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or a run (align or comal).")],
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(metavar="PROMPTS", help="Prompts (.txt, .jsonl, ...) or pairs; a COALA run has its own."),
+    ] = None,
+    *,
+    oracle: Annotated[str, typer.Option(help="What prefers one answer to another; see below.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; the same command goes on with it.")],
+    eta: Annotated[float | None, typer.Option(help="Step size; 500 if not given, the published one.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Instead of --eta: its inverse.")] = None,
+    ref_weight: Annotated[float | None, typer.Option(help="eta tau, the reference's weight; 1/3 if not given.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Instead of --ref-weight: strength of the regularisation.")] = None,
+    outer: Annotated[int, typer.Option(min=1, help="Updates of the reference.")] = 3,
+    inner_steps: Annotated[int, typer.Option("--inner-steps", "-k", min=1, help="Steps between two of them, K.")] = 6,
+    loss: Annotated[Loss, typer.Option(help="Inner loss.")] = Loss.inpo,
+    candidates: Annotated[int, typer.Option(min=2, help="Answers drawn per prompt and step.")] = 5,
+    pairs: Annotated[Pairs, typer.Option(help="Pairs trained on.")] = Pairs.random,
+    target: Annotated[Target, typer.Option(help="Targets.")] = Target.soft,
+    temperature: Annotated[float, typer.Option(help="Of the answers drawn; others than 1 solve another game.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="The same.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    prompts_per_step: Annotated[int | None, typer.Option(min=1, help="Prompts in turns; all if not given.")] = None,
+    anchor_nll: Annotated[float, typer.Option(min=0, help="Against drift of likelihood; see docs/nash.md.")] = 0.0,
+    length_normalize: Annotated[bool, typer.Option("--length-normalize", help="Margins per token.")] = False,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, which begins anew in every step.")] = 5e-7,
+    epochs: Annotated[float, typer.Option(help="Over the pairs of a step.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per forward pass.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per update.")] = 1,
+    schedule: Annotated[str, typer.Option(help="linear, constant, cosine, ...")] = "linear",
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train an adapter of this rank; 0: all weights.")] = 0,
+    lora_alpha: Annotated[int | None, typer.Option(min=1, help="Its scale times rank; twice the rank.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="Its modules, by comma; peft's choice if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    template: Annotated[str, typer.Option(help="auto, chat, dialogue or continuation.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the weights.")] = "float32",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast).")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="File of verdicts, to be shared; verdicts.sqlite beside RUN if not given.")
+    ] = None,
+    keep_policies: Annotated[bool, typer.Option("--keep-policies", help="Every step's, not references only.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
+) -> None:
+    """Train towards the Nash policy: sample, judge, score and train, step by step, resumable at any moment.
+
+    The trained model is RUN/model, the report RUN/report.html; every verdict is kept and none is asked for twice.
+    """
+    from contextlib import nullcontext
+
+    from coala.cache import VerdictCache
+    from coala.cli.comal_inputs import examples_of, start_of
+    from coala.cli.comal_oracles import oracle_of
+    from coala.cli.screen import emit, progress, say, table
+    from coala.nash.comal import run_comal
+    from coala.nash.llm import LowRank, load_policy, require_training
+    from coala.nash.report import run_page, summarise, update_rows
+    from coala.nash.settings import COMALSettings
+    from coala.store import Run, save_json, write_atomic
+    from coala.values import CoalaError
+
+    require_training()
+    settings = COMALSettings(
+        eta=eta,
+        beta=beta,
+        ref_weight=ref_weight,
+        tau=tau,
+        outer_steps=outer,
+        inner_steps=inner_steps,
+        inner_loss=loss.value,
+        num_candidates=candidates,
+        pair_selection=pairs.value,
+        target=target.value,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        prompts_per_step=prompts_per_step,
+        length_normalize=length_normalize,
+        anchor_nll=anchor_nll,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        schedule=schedule,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    for note in settings.notes():
+        say(str(note))
+    start = start_of(model)
+    if prompts is None and start.run is None:
+        raise CoalaError("There are no prompts: give a file of them behind the model. Only a COALA run brings its own.")
+    examples = examples_of(prompts if prompts is not None else _own_pairs(start.run))
+    run = Run(out)
+    named = oracle_of(oracle, start.run, device=device)
+    for remark in named.remarks:
+        say(remark)
+    lora = None
+    if lora_rank:
+        modules = None if lora_targets is None else tuple(name.strip() for name in lora_targets.split(","))
+        lora = LowRank(lora_rank, lora_alpha or 2 * lora_rank, modules)
+    chosen = template if template != "auto" else start.template
+    policy = load_policy(
+        start.model, revision=revision or start.revision, lora=lora, device=device, template=chosen, dtype=dtype
+    )
+    about = {
+        "model": start.model,
+        "revision": revision or start.revision,
+        "template": chosen,
+        "dtype": dtype,
+        "lora": None if lora is None else asdict(lora),
+    }
+    if restart:
+        run.restart()
+    verdicts = cache or run.path.parent / "verdicts.sqlite"
+    if named.kept:
+        verdicts.parent.mkdir(parents=True, exist_ok=True)
+    with VerdictCache(verdicts) if named.kept else nullcontext() as keeper, progress() as show:
+        run_comal(
+            policy,
+            examples,
+            named.oracle,
+            settings,
+            run.path,
+            keeper=keeper,
+            on_work=lambda done, total, note: show("comal", done, total, note),
+            about=about,
+            keep_policies=keep_policies,
+        )
+    summary = {"prompts": len(examples), **named.facts, **summarise(run.path)}
+    save_json(run.path / "report.json", summary)
+    write_atomic(run.path / "report.html", run_page(summary, f"COMAL: {Path(start.model).name}"))
+    head, rows = update_rows(summary)
+    table(rows, head)
+    for note in summary["notes"][len(settings.notes()) :]:
+        say(f"{note['level']}: {note['text']}")
+    print(f"\nmodel: {run.path / 'model'}\nreport: {run.path / 'report.html'}")
+    emit(_short(run.path, summary))
+
+
+def _own_pairs(run: Path | None) -> Path:
+    assert run is not None
+    return run / "pairs-train.jsonl"
+
+
+def _short(run: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """What the last line holds: everything but the steps, which are in the report."""
+    short = {name: value for name, value in summary.items() if name not in ("steps", "notes")}
+    warnings = [note["text"] for note in summary["notes"] if note["level"] == "warning"]
+    return {"run": run, "model": run / "model", "report": run / "report.html", **short, "warnings": warnings}

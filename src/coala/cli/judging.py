@@ -1,0 +1,318 @@
+"""Judges as commands name them: from flags to an object that judges, and what a record says of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from coala.cache import VerdictCache
+    from coala.evaluation.harness import Judged
+    from coala.evaluation.judges import Cost, Instructions, Judge, OpenAIJudge
+    from coala.report import Figure
+    from coala.values import Generation, Turn
+
+By = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        help="pairwise (default), weighted, arena or grade; a folder with judge.yaml; a .jsonl of prompt "
+        "templates; head:RUN, rule:NAME[:ARGUMENT], words:FILE or replay:JUDGEMENTS.",
+    ),
+]
+Local = Annotated[
+    str | None, typer.Option(help="Judge with this model, loaded here, by the log-probabilities of the verdicts.")
+]
+OneOrder = Annotated[bool, typer.Option("--one-order", help="Ask about each prompt in one order only, at half cost.")]
+NOT_ALL = 1  # exit code: there are results, but the judge stopped before the end
+
+Model = Annotated[str | None, typer.Option(help="Model that judges, as the endpoint names it.")]
+BaseUrl = Annotated[
+    str | None, typer.Option(envvar="OPENAI_BASE_URL", help="An OpenAI-compatible endpoint; none: OpenAI's own.")
+]
+KeyEnv = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="File in which answers are kept, to be shared at will; beside OUT if not given.")
+]
+Concurrency = Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")]
+MaxCalls = Annotated[int | None, typer.Option(min=0, help="Stop after so many requests.")]
+MaxTokens = Annotated[int | None, typer.Option(min=0, help="Send nothing more once so many tokens were used.")]
+Attempts = Annotated[int, typer.Option(min=1, help="Requests for one verdict when the endpoint fails.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")]
+AskAgain = Annotated[
+    bool, typer.Option("--ask-again", help="Buy kept answers anew from which no verdict could be read.")
+]
+Sampling = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Change the judge's sampling; without VALUE the name is not sent. Repeat."),
+]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the flags say of the endpoint."""
+
+    model: str | None
+    base_url: str | None
+    key_env: str
+    max_calls: int | None
+    max_tokens: int | None
+    attempts: int
+    timeout: float
+    ask_again: bool
+    sampling: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A judge, where its answers are kept if they are paid for, and what a record tells of it: facts and files.
+
+    ``local`` judges run here, one comparison at a time; ``sees_prompts`` those that cannot do without them.
+    """
+
+    judge: Judge
+    kept: VerdictCache | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    sees_prompts: bool = False
+
+
+def choose(by: str, local: str | None, service: Service, cache: Path) -> Chosen:
+    """The judge by its name; ``cache`` is made if it needs one."""
+    from coala.evaluation.judges import ReplayJudge, RuleJudge, WordJudge, read_instructions
+    from coala.store import load_judgements
+    from coala.values import CoalaError
+
+    kind, sign, rest = by.partition(":")
+    if sign and local is not None and kind in ("rule", "words", "replay", "head"):
+        raise CoalaError(f"--judge {by} asks no model: leave --local out.")
+    if sign and kind == "rule":
+        rule = RuleJudge.parse(rest)
+        return Chosen(rule, facts={"name": rule.name})
+    if sign and kind == "words":
+        words = WordJudge.load(rest)
+        return Chosen(words, facts={"name": words.name}, files={"judge": Path(rest)})
+    if sign and kind == "replay":
+        try:
+            replay = ReplayJudge(load_judgements(Path(rest)))
+        except TypeError:
+            raise CoalaError(f"{rest}: holds no judgements. Give a judgements-*.jsonl, as judging writes it.") from None
+        return Chosen(replay, facts={"name": replay.name, "how": "stored judgements"}, files={"judge": Path(rest)})
+    if sign and kind == "head":
+        return _head(Path(rest))
+    instructions = read_instructions(by)
+    if local is not None:
+        return _local(local, instructions)
+    judge, kept = chat_judge(instructions, service, cache)
+    return Chosen(judge, kept, chat_facts(judge), sees_prompts=True)
+
+
+def chat_facts(judge: OpenAIJudge) -> dict[str, Any]:
+    """What a record tells of a judge behind an endpoint; never its key."""
+    return {"name": judge.name, "model": judge.model, "endpoint": bare(judge.endpoint), **_told_of(judge.instructions)}
+
+
+def bare(address: str) -> str:
+    """An address without the name and password that it may hold."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", address)
+
+
+def _told_of(instructions: Instructions) -> dict[str, Any]:
+    from coala.store import digest
+
+    return {
+        "instructions": instructions.name,
+        "mode": instructions.mode,
+        "digest": instructions.digest,
+        "prompts": {prompt.name: digest(vars(prompt)) for prompt in instructions.prompts},
+        "sampling": dict(instructions.sampling),
+    }
+
+
+def chat_judge(instructions: Instructions, service: Service, cache: Path) -> tuple[OpenAIJudge, VerdictCache]:
+    from coala.cache import VerdictCache
+    from coala.evaluation.judges import Budget, OpenAIJudge, Patience
+    from coala.values import CoalaError
+
+    key = os.environ.get(service.key_env, "")
+    if not key and service.base_url is None:
+        raise CoalaError(
+            f"The environment variable {service.key_env} holds no key. Set it, name another with --key-env, or give "
+            "the --base-url of an endpoint that needs none."
+        )
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    kept = VerdictCache(cache)
+    try:
+        judge = OpenAIJudge(
+            instructions,
+            model=service.model,
+            base_url=service.base_url,
+            key=key,
+            keeper=kept,
+            sampling=_changes(service.sampling),
+            ask_again=service.ask_again,
+            patience=Patience(attempts=service.attempts, timeout=service.timeout),
+            budget=Budget(service.max_calls, service.max_tokens),
+        )
+    except BaseException:
+        kept.close()
+        raise
+    return judge, kept
+
+
+def _local(name: str, instructions: Instructions) -> Chosen:
+    from coala.backbone import load_backbone
+    from coala.decoding import log_likelihood
+    from coala.evaluation.judges import JudgeFailure, LanguageModelJudge
+    from coala.values import Pair
+
+    model = load_backbone(name)
+
+    def log_probs(prompt: Sequence[Turn], replies: Sequence[str]) -> list[float]:
+        tokens = max(model.count_tokens(Pair(tuple(prompt), reply, reply, "")) for reply in replies)
+        if tokens > model.max_tokens:
+            # Rendering would cut the question off and the model judge what is left of it.
+            raise JudgeFailure("too long", f"The question takes {tokens} tokens; {name} reads {model.max_tokens}.")
+        return [value for value, _ in log_likelihood([prompt] * len(replies), replies, model)]
+
+    judge = LanguageModelJudge(f"{instructions.name} {Path(name).name}", instructions, log_probs)
+    facts = {"name": judge.name, "model": name, "weights": model.spec().weights, **_told_of(instructions)}
+    return Chosen(judge, facts=facts, sees_prompts=True)
+
+
+def _head(run: Path) -> Chosen:
+    """The head of a run as a reward model: the higher score is preferred."""
+    from coala.align import load_run
+    from coala.evaluation.judges import HeadJudge
+    from coala.export import score_replies
+    from coala.store import Run, StoreError
+
+    if not (Run.open(run).path / "head" / "head.json").is_file():
+        raise StoreError(f"{run}: has no fitted head yet, so it cannot judge. Finish it with `coala align`.")
+    backbone, head, _ = load_run(run)
+    known: dict[tuple[str, str], float] = {}
+
+    def score(prompt: Sequence[Turn], reply: Generation) -> float:
+        # Each reply is shown in both orders; one forward pass tells its score.
+        key = reply.prompt_id, reply.text
+        if key not in known:
+            known[key] = float(score_replies([prompt], [reply.text], head, backbone)[0])
+        return known[key]
+
+    facts = {"name": f"head {run.resolve().name}", "weights": head.spec.weights, "layer": head.spec.layer}
+    files = {"judge": run / "head" / "head.safetensors"}
+    return Chosen(HeadJudge(str(facts["name"]), score), facts=facts, files=files, sees_prompts=True)
+
+
+def _changes(items: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    from coala.values import CoalaError
+
+    found: dict[str, Any] = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not name.strip():
+            raise CoalaError(f"--sampling {item!r}: expected NAME=VALUE, such as temperature=0.")
+        found[name.strip()] = yaml.safe_load(value) if sign else None
+    return found
+
+
+def stem(judge: str) -> str:
+    """A judge's name as part of a file's."""
+    kind, sign, rest = judge.partition(":")
+    name = f"{kind}-{rest}" if sign and kind == "rule" else Path(rest if sign else judge).name.partition(".")[0]
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def load_replies(path: Path) -> list[Generation]:
+    """Replies of a run's generations file; CoalaError for a file of something else or of none."""
+    from coala.store import load_generations
+    from coala.values import CoalaError
+
+    try:
+        found = load_generations(path)
+    except TypeError:
+        found = []
+    if not found:
+        raise CoalaError(
+            f"{path}: holds no replies. Give a generations-*.jsonl, as `coala align` writes them in a run."
+        )
+    return found
+
+
+def tell_failures() -> Any:
+    """Says the first failures, and that there are more."""
+    from coala.cli.screen import say
+
+    n = 0
+
+    def tell(name: str, error: Exception) -> None:
+        nonlocal n
+        n += 1
+        if n <= 5:
+            say(f"failed: {name}: {error}")
+        elif n == 6:
+            say("failed: more; they are counted below")
+
+    return tell
+
+
+def about(found: Judged) -> dict[str, Any]:
+    """Order effects, failures and cost for the JSON line."""
+    costs = spent(found.failures, found.n_unjudged, found.stopped, found.cost)
+    return {"n_comparisons": found.n_comparisons, **vars(found.consistency), **costs}
+
+
+def spent(failures: Mapping[str, int], n_unjudged: int, stopped: str, cost: Cost) -> dict[str, Any]:
+    return {
+        "failures": failures,
+        "n_unjudged": n_unjudged,
+        "stopped": stopped,
+        "cost": {**vars(cost), "tokens": cost.tokens},
+    }
+
+
+def order_figures(found: Judged) -> list[Figure]:
+    """What order does to the judge, for a record; nothing where no comparison was judged in both orders."""
+    from coala.report import Figure
+
+    about = found.consistency
+    if not about.position_bias.n:
+        return []
+    return [
+        Figure("position bias", about.position_bias),
+        Figure("inconsistency", about.inconsistency),
+        Figure("preference for the reply shown first", about.first_place, "share", 0.5),
+    ]
+
+
+def spending(n_unjudged: int, n: int, stopped: str, cost: Cost) -> dict[str, Any]:
+    """What was judged and at what cost, for a record."""
+    said = f"{cost.calls} calls, {cost.answers} answers, {cost.tokens} tokens; {cost.kept} taken from the cache"
+    found: dict[str, Any] = {"not judged": f"{n_unjudged} of {n}"}
+    return found | ({"stopped": stopped} if stopped else {}) | {"cost of the last call": said}
+
+
+def judged_rows(found: Judged) -> list[list[str]]:
+    about = found.consistency
+    return [
+        ["position bias", f"{about.position_bias}; {about.n_first} times the first, {about.n_second} the second"],
+        ["inconsistency", str(about.inconsistency)],
+        ["preference for the first", str(about.first_place)],
+        *cost_rows(found.failures, found.cost, f"{found.n_unjudged} of {found.n_comparisons} comparisons"),
+    ]
+
+
+def cost_rows(failures: Mapping[str, int], cost: Cost, unjudged: str) -> list[list[str]]:
+    return [
+        ["failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items()) or "none"],
+        ["not judged", unjudged],
+        ["cost", f"{cost.calls} calls, {cost.answers} answers, {cost.tokens} tokens; {cost.kept} taken from the cache"],
+    ]

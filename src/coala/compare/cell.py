@@ -1,0 +1,115 @@
+"""One cell, in a process of its own: do its work, write what came of it, or why nothing did.
+
+python -m coala.compare OUT CELL
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from coala.compare.matrix import Cell, cells
+from coala.compare.study import Study, study_of
+from coala.compare.work import Costs, Work
+from coala.store import claim, load_json, save_json
+from coala.values import CoalaError
+
+CELL = "cell.json"
+PLAN = "compare.json"
+
+
+def carry_out(out: Path, name: str) -> int:
+    """Do the cell ``name`` of the study in ``out``; 0 if it is done, 1 if it failed and says why in its file."""
+    study = study_of(load_json(out / PLAN)["study"])
+    cell = next(cell for cell in cells(study) if cell.id == name)
+    folder = out / "cells" / name
+    stamp = load_json(out / PLAN)["stamps"][name]
+    # The process of a comparison that was killed may still be at it.
+    with claim(folder / ".lock", wait=True):
+        done = read(folder)
+        if done is not None and done["status"] == "done":
+            return 0
+        try:
+            result, costs = _done(study, cell, out)
+        except Exception as error:  # noqa: BLE001  a failed cell is a result too, whatever failed
+            if not isinstance(error, CoalaError) and not out_of_memory(error):
+                save_json(folder / "traceback.json", {"traceback": traceback.format_exc()})
+            write(folder, stamp, "failed", {"error": worded(error), "memory": out_of_memory(error)})
+            return 1
+        write(folder, stamp, "done", {"result": result, "costs": costs})
+        if cell.kind == "train":
+            from coala.compare.trained import tidy
+
+            tidy(Work(study, cell, out))
+    return 0
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """A cell's file, if it is written."""
+    path = folder / CELL
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = load_json(path)
+    return found
+
+
+def write(folder: Path, stamp: str, status: str, content: dict[str, Any]) -> None:
+    """The cell's file: whole or not at all, so that a cell is done or is begun again."""
+    save_json(folder / CELL, {"status": status, "inputs": stamp, **content})
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of host or device."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "resource_exhausted")
+    )
+
+
+def worded(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text if isinstance(error, CoalaError) else f"{type(error).__name__}: {text}"
+
+
+def _done(study: Study, cell: Cell, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    _libraries(cell)
+    work, costs = Work(study, cell, out), Costs()
+    if cell.kind == "train":
+        from coala.compare.trained import train_cell
+
+        return train_cell(work, costs), costs.parts
+    if cell.kind == "count":
+        from coala.compare.heads import count_head
+        from coala.compare.trained import count_training
+
+        return (count_training if work.method.trained else count_head)(work), costs.parts
+    from coala.compare import heads
+
+    at_work = {
+        "base": heads.base_cell,
+        "features": heads.features_cell,
+        "head": heads.head_cell,
+        "adamw": heads.adamw_cell,
+    }
+    return at_work[cell.kind](work, costs), costs.parts
+
+
+def _libraries(cell: Cell) -> None:
+    """Load what the cell will need before anything is measured, so that memory at the start is that of libraries."""
+    import coala.backbone
+
+    if cell.kind == "train":
+        import coala.baselines
+        from coala.baselines import seam, trl
+
+        seam.require(trl("sft"))
+        import trl as _trl
+
+        _trl.SFTTrainer, _trl.DPOTrainer  # type: ignore[attr-defined]  # noqa: B018 - loads the lazy modules
+    if cell.kind in ("features", "head"):
+        import coala.align.stages
+        import coala.features
+    if cell.kind == "head":
+        import coala.convex
+        import coala.decoding  # noqa: F401

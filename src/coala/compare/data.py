@@ -1,0 +1,112 @@
+"""The pairs of a study: read once, split once, the same files for every method.
+
+OUT/data/<dataset>/train.jsonl       training pairs
+OUT/data/<dataset>/fit.jsonl         those of them that rates are tried on
+OUT/data/<dataset>/validation.jsonl  the others, on which a rate is chosen; never a test pair
+OUT/data/<dataset>/test.jsonl        held out of everything
+OUT/data/<dataset>/about.json        digests of the sources and counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coala.compare.study import Dataset, Study
+from coala.store import digest, file_digest, load_json, load_pairs, save_json, save_pairs
+from coala.values import CoalaError, Pair
+
+PARTS = ("train", "fit", "validation", "test")
+
+
+def prepare(study: Study, out: Path) -> dict[str, str]:
+    """Write every dataset's parts into ``out`` unless they are there; a digest of each dataset's parts.
+
+    Raises :class:`CoalaError` for pairs that cannot be read, and if the sources of a finished split have changed.
+    """
+    return {name: _prepare(study, name, out / "data" / name) for name in study.datasets}
+
+
+def part(out: Path, dataset: str, name: str) -> list[Pair]:
+    """``train``, ``fit``, ``validation`` or ``test`` of a dataset."""
+    return load_pairs(out / "data" / dataset / f"{name}.jsonl")
+
+
+def _prepare(study: Study, name: str, folder: Path) -> str:
+    from coala.data import source_digest, split
+
+    dataset = study.datasets[name]
+    if not dataset.pairs:
+        raise CoalaError(f"Dataset {name!r} names no file of pairs, so it can be planned (--dry-run) but not run.")
+    wanted = {
+        "sources": [source_digest(source) for source in (*dataset.pairs, *dataset.test)],
+        "settings": [
+            dataset.model_dump(mode="json", include={"format", "skip_bad", "train_pairs", "test_pairs", "per_group"}),
+            study.split.model_dump(),
+        ],
+    }
+    about = folder / "about.json"
+    if about.is_file():
+        found = load_json(about)
+        if any(found[key] != wanted[key] for key in wanted):
+            raise CoalaError(
+                f"{folder}: holds the pairs of another study: {found['settings']} there, {wanted['settings']} now, or "
+                "the files have changed. Give another --out."
+            )
+        if all(file_digest(folder / f"{p}.jsonl") == found["parts"][p] for p in PARTS):
+            return digest(found["parts"])
+    everything = _read(dataset, dataset.pairs, against=dataset.test)
+    if dataset.test:
+        train, test = everything, _read(dataset, dataset.test)
+    else:
+        train, test = split(everything, study.split.test, seed=study.split.seed)
+    seed = study.split.seed
+    train = limited(train, dataset.train_pairs, seed, per_group=dataset.per_group)
+    test = limited(test, dataset.test_pairs, seed, per_group=dataset.per_group)
+    fit, validation = split(train, study.split.validation, seed=seed)
+    for part_name, pairs in zip(PARTS, (train, fit, validation, test), strict=True):
+        save_pairs(folder / f"{part_name}.jsonl", pairs)
+    counts: dict[str, Any] = {
+        p: {"pairs": len(pairs), "groups": len({pair.group for pair in pairs})}
+        for p, pairs in zip(PARTS, (train, fit, validation, test), strict=True)
+    }
+    parts = {p: file_digest(folder / f"{p}.jsonl") for p in PARTS}
+    save_json(about, {**wanted, "parts": parts, "counts": counts})
+    return digest(parts)
+
+
+def counts(out: Path, dataset: str) -> dict[str, Any]:
+    """Pairs and groups of every part."""
+    found: dict[str, Any] = load_json(out / "data" / dataset / "about.json")["counts"]
+    return found
+
+
+def _read(dataset: Dataset, sources: Sequence[str], against: Sequence[str] = ()) -> list[Pair]:
+    from coala.data import check
+
+    found = check(sources, dataset.format, against=against or None)
+    if not (dataset.skip_bad and found.pairs):
+        found.raise_for_errors()
+    return list(found.pairs)
+
+
+def limited(pairs: Sequence[Pair], most: int | None, seed: int, *, per_group: int | None = None) -> list[Pair]:
+    """At most ``most`` pairs of whole groups (each cut to ``per_group``), in the order of a hash of ``seed`` and name.
+
+    A last group that does not fit is cut, so that the number is met.
+    """
+    by_group: dict[str, list[int]] = defaultdict(list)
+    for i, pair in enumerate(pairs):
+        by_group[pair.group].append(i)
+    order = sorted(by_group, key=lambda g: hashlib.sha256(f"{seed}\0{g}".encode("utf-8", "surrogatepass")).digest())
+    kept: list[int] = []
+    sizes: Counter[str] = Counter()
+    for group in order:
+        for i in by_group[group]:
+            if (most is None or len(kept) < most) and (per_group is None or sizes[group] < per_group):
+                kept.append(i)
+                sizes[group] += 1
+    return [pairs[i] for i in sorted(kept)]

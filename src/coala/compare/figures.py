@@ -1,0 +1,82 @@
+"""Figures of a comparison as inline SVG, in the style of :mod:`coala.report.figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from coala.report.figures import GREY, Drawing, _drawing
+
+COLOURS = ("#1f6f8b", "#d1603d", "#5b8a3c", "#8b5fa8", "#b08a1e", "#c2527f", "#3f4a56", "#4f9c95", "#7a6a58", "#5d6fc4")
+
+
+def margin_curves(place: Mapping[str, Any]) -> Drawing | None:
+    """Figures 1, 3 and 4: held-out margin along the run of every method, the mean over seeds and their range."""
+    rows = [row for row in place["methods"] if row["curves"]]
+    if not rows:
+        return None
+    grid = np.linspace(0, 1, 41)
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0, color=GREY, linewidth=1)
+        for row, colour in zip(rows, _colours(len(rows)), strict=True):
+            lines = np.array([np.interp(grid, *np.array(curve).T) for curve in row["curves"] if curve])
+            axes.plot(grid, lines.mean(0), color=colour, label=row["label"])
+            if len(lines) > 1:
+                axes.fill_between(grid, lines.min(0), lines.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="share of the run", ylabel="mean margin / its deviation at the end")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    ends = "; ".join(f"{row['label']} ends at {np.mean([c[-1][1] for c in row['curves']]):.2f}" for row in rows)
+    caption = (
+        "Mean held-out margin of each method's own reward, in units of the deviation of its final margins; bands are "
+        "the range over seeds. Steps of solvers and of training are not alike: only the shapes compare."
+    )
+    return _drawing(f"margins-{_key(place)}", f"Held-out margins along the run. {ends}.", caption, draw)
+
+
+def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Drawing | None:
+    """Figure 5: ranking accuracy, or win rate, against the FLOPs of a run with its search."""
+    rows = [row for row in place["methods"] if row["costs"] and row[measure]]
+    points = []
+    for row in rows:
+        costs = row["costs"]["counter"] or row["costs"]["flops"]
+        points.append((row, costs["run"], costs["run"] + costs["search"]))
+    if not points:
+        return None
+    name = "ranked right" if measure == "accuracy" else "wins against the base"
+
+    def draw(axes: Any) -> None:
+        axes.axhline(50, color=GREY, linewidth=1, linestyle=":")
+        for (row, run, searched), colour in zip(points, _colours(len(points)), strict=True):
+            estimate = row[measure]
+            value = 100 * estimate["value"]
+            ends = [[value - 100 * estimate["low"]], [100 * estimate["high"] - value]]
+            axes.errorbar(
+                [run], [value], ends, fmt="o", color=colour, ms=5, capsize=2.5, elinewidth=1, label=row["label"]
+            )
+            if searched > run:
+                axes.plot([run, searched], [value, value], ":", color=colour, linewidth=1.2)
+                axes.plot(searched, value, "o", mfc="none", mec=colour, ms=5)
+        axes.set_xscale("log")
+        axes.grid(which="minor", visible=False)
+        axes.set(xlabel="FLOPs", ylabel=f"{name}, %")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    parts = "; ".join(
+        f"{row['label']}: {100 * row[measure]['value']:.1f} % at {run:.2g} FLOP" for row, run, _ in points
+    )
+    caption = (
+        "A full dot is one run, a hollow one the run with the search of its learning rate. Bars are 95 % intervals."
+    )
+    return _drawing(f"{measure}-flops-{_key(place)}", f"Held-out pairs, {name}, by FLOPs. {parts}.", caption, draw)
+
+
+def _key(place: Mapping[str, Any]) -> str:
+    return "-".join(str(place[name]) for name in ("dataset", "model", "init"))
+
+
+def _colours(n: int) -> Sequence[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(n)]

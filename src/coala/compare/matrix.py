@@ -1,0 +1,152 @@
+"""The cells of a study: what is carried out once each, in a process of its own, and what each waits for.
+
+A cell's name and its ``spec`` are functions of the study alone; the spec holds everything that decides its outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from coala.compare.study import Method, Study
+
+CellKind = Literal["base", "train", "features", "head", "adamw", "count"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work. ``needs`` names the cells whose files it reads; ``seed`` is None where chance has no part."""
+
+    id: str
+    kind: CellKind
+    dataset: str
+    model: str
+    init: str
+    method: str
+    setting: str
+    seed: int | None
+    needs: tuple[str, ...]
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Where methods are comparable: dataset, model, init."""
+        return self.dataset, self.model, self.init
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} ({self.setting})" if self.setting else self.method
+
+
+def cells(study: Study) -> list[Cell]:
+    """All cells, each after those it needs."""
+    found: dict[str, Cell] = {}
+    for cell in _walk(study):
+        found.setdefault(cell.id, cell)
+    return list(found.values())
+
+
+def features_key(method: Method) -> str:
+    """What of a head's method decides its features."""
+    parts = [f"L{method.layer}" if method.layer != -1 else "Llast", method.pooling]
+    parts += [f"p{method.prefixes}"] if method.prefixes > 1 else []
+    parts += ["ratios"] if method.log_ratios else []
+    parts += ["prompts"] if prompt_features(method) else []
+    return "-".join(parts)
+
+
+def prompt_features(method: Method) -> bool:
+    return method.head.gate_on in ("auto", "prompt")
+
+
+def spec_of(study: Study, cell: Cell) -> dict[str, Any]:
+    """Everything that decides a cell's outcome, as plain JSON values; files of pairs are stamped by the runner."""
+    dataset = study.datasets[cell.dataset].model_dump(mode="json", exclude={"inits", "models", "rows", "source"})
+    method = next((m for m in study.methods if m.name == cell.method), None)
+    about: dict[str, Any] = {
+        "cell": [cell.kind, *cell.place, cell.method, cell.setting, cell.seed],
+        "model": study.models[cell.model].model_dump(mode="json", exclude={"config"}),
+        "dataset": dataset,
+        "split": study.split.model_dump(),
+        "evaluation": study.evaluation.model_dump(),
+        "device": study.device,
+        "first_seed": study.seeds[0],
+    }
+    if method is not None:
+        # Where else a method runs, and whether it is counted, decides nothing of this cell.
+        elsewhere = {"inits", "models", "datasets", "settings", "about", "count_flops"}
+        about["method"] = method.model_dump(mode="json", exclude=elsewhere)
+        about["beta"] = study.beta if method.log_ratios else None
+    if cell.setting:
+        about["setting"] = study.settings[cell.setting].model_dump(mode="json")
+    return about
+
+
+def _walk(study: Study) -> Iterator[Cell]:
+    for dataset, about in study.datasets.items():
+        for model in about.models or tuple(study.models):
+            # The base first, then SFT: other cells start from it and are judged against it.
+            for init in sorted(about.inits, key=("base", "sft").index):
+                yield from _place(study, dataset, model, init)
+
+
+def _place(study: Study, dataset: str, model: str, init: str) -> Iterator[Cell]:
+    here = f"{dataset}.{model}.{init}"
+    start: tuple[str, ...] = ()
+    if init == "sft":
+        assert study.sft is not None
+        start = (f"{dataset}.{model}.base.{study.sft.name}.{study.sft_setting}.s{study.seeds[0]}",)
+    methods = [
+        method
+        for method in study.methods
+        if (not method.models or model in method.models)
+        and (not method.datasets or dataset in method.datasets)
+        and init in method.inits
+        # SFT from SFT would be a second epoch of it; where others start from it, it has to be there.
+        and not (method.kind == "sft" and init == "sft")
+    ]
+    if not methods:
+        return
+    base = Cell(f"{here}.base", "base", dataset, model, init, "base", "", study.seeds[0], start)
+    yield base
+    if init == "base" and study.sft is not None and "sft" in study.datasets[dataset].inits:
+        sft = study.sft
+        if sft not in methods:
+            methods = [sft, *methods]
+    for method in methods:
+        if method.kind == "base":
+            continue
+        # After SFT the same shapes are trained, at the same cost.
+        count = study.count_flops and method.count_flops and init == "base"
+        for setting in study.settings_of(method):
+            yield from _method(study, base, method, setting, start, count)
+
+
+def _method(
+    study: Study, base: Cell, method: Method, setting: str, start: tuple[str, ...], count: bool
+) -> Iterator[Cell]:
+    where = (base.dataset, base.model, base.init)
+    here = ".".join((*where, method.name, *([setting] if setting else [])))
+    kind: CellKind = "train" if method.trained else "adamw" if method.kind == "adamw" else "head"
+    read: tuple[str, ...] = ()
+    if not method.trained:
+        key = f"features-{features_key(method)}"
+        features = Cell(f"{'.'.join(where)}.{key}", "features", *where, key, "", None, start)
+        yield features
+        read = (features.id,)
+    first = f"{here}.s{study.seeds[0]}"
+    for seed in study.seeds:
+        # Rates are tried once, with the first seed.
+        after = () if seed == study.seeds[0] or kind == "head" else (first,)
+        needs = (*start, base.id, *read, *after)
+        yield Cell(f"{here}.s{seed}", kind, *where, method.name, setting, seed, needs)
+    if count and kind != "adamw":
+        needs = (*start, *read, *((first,) if method.trained else ()))
+        yield Cell(f"{here}.count", "count", *where, method.name, setting, study.seeds[0], needs)
+
+
+def features_method(study: Study, cell: Cell) -> Method:
+    """A method whose features a cell of features holds."""
+    return next(
+        m for m in study.methods if not m.trained and m.kind != "base" and f"features-{features_key(m)}" == cell.method
+    )

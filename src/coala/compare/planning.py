@@ -1,0 +1,304 @@
+"""What a study will cost before any of it is done: FLOPs, memory and time of every cell, from configurations alone.
+
+Tokens are counted where pairs and tokenizer are here, else taken as the study says. Heads are planned by
+:mod:`coala.align.plan`. Training is bounded from below:
+
+    bytes = 4 P (weights) + 12 P' (gradients, both moments of Adam) + 4 P (DPO's reference, all weights trained)
+            + activations of one batch + 8 rows T V (logits and their gradient)
+
+P weights, P' those trained, all in float32 as TRL loads them; activations 2 x 34 d L bytes a token (Korthikanti et al.
+2022, with fused attention), 2 x 2 d L where they are computed again. Nothing is written and no weights are read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from coala.compare.data import PARTS, prepare
+from coala.compare.matrix import Cell, cells, features_method, prompt_features
+from coala.compare.study import Method, Study
+from coala.costs import Method as TrainMethod
+from coala.costs import body_flops, training_flops
+from coala.recipe import Recipe
+from coala.store import save_json
+from coala.values import CoalaError
+
+if TYPE_CHECKING:
+    from coala.align.counting import Counts, Guess
+    from coala.align.plan import Plan
+    from coala.backbone import Outline
+
+GIB = 2**30
+
+
+def plan_study(study: Study) -> list[dict[str, Any]]:
+    """A row for every cell: its place, what it is, FLOPs, bytes by part, seconds where the machine's rate is given."""
+    with tempfile.TemporaryDirectory() as temporary:
+        places: dict[tuple[str, str], _Place] = {}
+        out = Path(temporary)
+        here = {name: dataset for name, dataset in study.datasets.items() if _there(dataset.pairs)}
+        if here:
+            prepare(study.model_copy(update={"datasets": here}), out)
+        rows = []
+        for cell in cells(study):
+            key = (cell.dataset, cell.model)
+            if key not in places:
+                places[key] = _Place(study, *key, out)
+            rows.append({"cell": cell.id, "kind": cell.kind, "label": cell.label, **_plan(study, cell, places[key])})
+        return rows
+
+
+def plan_cell(study: Study, cell: Cell, out: Path) -> dict[str, Any]:
+    """The plan of one cell of a comparison whose pairs are prepared in ``out``."""
+    return _plan(study, cell, _Place(study, cell.dataset, cell.model, out))
+
+
+def _there(names: tuple[str, ...]) -> bool:
+    return bool(names) and all(Path(name).exists() for name in names)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A dataset with a model: its sizes and the tokens of its pairs."""
+
+    study: Study
+    dataset: str
+    model: str
+    out: Path
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    @contextmanager
+    def config(self) -> Iterator[Path | None]:
+        """A config.json of the model, if the study brings one and the model is not here."""
+        model = self.study.models[self.model]
+        if model.config is None or Path(model.path).is_dir():
+            yield None
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_json(Path(folder) / "config.json", model.config)
+            yield Path(folder) / "config.json"
+
+    @cached_property
+    def outline(self) -> Outline:
+        from coala.backbone import outline
+
+        with self.config() as config:
+            model = self.study.models[self.model]
+            return outline(model.path if config is None else config, None if config else model.revision)
+
+    @property
+    def _files(self) -> dict[str, Path] | None:
+        folder = self.out / "data" / self.dataset
+        files = {part: folder / f"{part}.jsonl" for part in PARTS}
+        return files if all(path.is_file() for path in files.values()) else None
+
+    def recipe(self, method: Method | None = None) -> Recipe:
+        model, files = self.study.models[self.model], self._files
+        head = {} if method is None else {"head": method.head.model_dump()}
+        layer = -1 if method is None else method.layer
+        settings = {
+            "name": model.path,
+            "revision": model.revision,
+            "template": model.template,
+            "layer": layer,
+            "pooling": "mean" if method is None else method.pooling,
+            "prefixes": 1 if method is None else method.prefixes,
+            "ends_with_eos": model.ends_with_eos,
+            "max_tokens": model.max_tokens,
+            "batch_tokens": model.batch_tokens,
+            "dtype": model.dtype,
+            "device": self.study.device,
+            "prompt_features": False if method is None else prompt_features(method),
+            "log_ratios": method is not None and method.log_ratios,
+        }
+        return Recipe.model_validate(
+            {
+                "pairs": [str(files["train"])] if files else [],
+                "eval_pairs": [str(files["test"])] if files else [],
+                "eval_fraction": self.study.split.test,
+                "model": settings,
+                "evaluation": {
+                    "prompts": self.study.evaluation.prompts,
+                    "max_new_tokens": self.study.evaluation.max_new_tokens,
+                },
+                **head,
+            }
+        )
+
+    @property
+    def guess(self) -> tuple[Guess | None, int | None]:
+        """Tokens a text and pairs, as the study says, where the pairs are not here."""
+        from coala.align.counting import Guess
+
+        about = self.study.datasets[self.dataset]
+        if self._files:
+            return None, None
+        if about.rows is None or about.tokens_per_prompt is None or about.tokens_per_reply is None:
+            raise CoalaError(
+                f"The pairs of dataset {self.dataset!r} are not here, so a plan needs its rows, tokens_per_prompt and "
+                "tokens_per_reply."
+            )
+        return Guess(about.tokens_per_prompt, about.tokens_per_reply), about.rows
+
+    @cached_property
+    def counts(self) -> Counts:
+        from coala.align.counting import count
+        from coala.backbone.files import has_tokenizer
+
+        folder = Path(self.study.models[self.model].path)
+        guess, rows = self.guess
+        tokenizer = folder if folder.is_dir() and has_tokenizer(folder) else None
+        return count(self.recipe(), self.outline, tokenizer=tokenizer, guess=guess, rows=rows)
+
+    def head_plan(self, method: Method) -> Plan:
+        """The plan of a head's run; one for all methods whose recipe is the same."""
+        from coala.align.plan import make_plan
+
+        recipe = self.recipe(method)
+        key = recipe.model_dump_json()
+        if key not in self.plans:
+            guess, rows = self.guess
+            machine = self.study.machine
+            with self.config() as config:
+                self.plans[key] = make_plan(
+                    recipe,
+                    probe_seconds=0,
+                    memory=None if machine.memory_gib is None else round(machine.memory_gib * GIB),
+                    device_memory=None if machine.device_memory_gib is None else round(machine.device_memory_gib * GIB),
+                    config=config,
+                    rows=rows,
+                    guess=guess,
+                )
+        return self.plans[key]
+
+
+def _plan(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
+    if cell.kind == "base":
+        found = _replies(study, place)
+    elif cell.kind == "train" or (cell.kind == "count" and cell.setting):
+        found = _training(study, cell, place)
+    else:
+        found = _heads(study, cell, place)
+    rate = study.machine.tflops
+    found["seconds"] = None if rate is None else found["flops"] / (rate * 1e12)
+    return found
+
+
+def _training(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
+    from coala.compare.trained import settings_for
+
+    method = next(m for m in study.methods if m.name == cell.method)
+    model, setting = study.models[cell.model], study.settings[cell.setting]
+    settings = settings_for(study, setting, method.kind, max_tokens=model.max_tokens, ends_with_eos=model.ends_with_eos)
+    outline, counts = place.outline, place.counts
+    shape, survey = outline.shape, counts.surveys["train"]
+    chosen, rejected = (survey.lengths[survey.index[:, side]] for side in (0, 1))
+    adapters = settings.lora is not None
+    if method.kind == "reward":
+        forwards = 2 + (not adapters) + settings.gradient_checkpointing
+        epoch = forwards * body_flops(shape, [*chosen, *rejected])
+    else:
+        epoch = training_flops(
+            shape,
+            chosen,
+            rejected,
+            cast("TrainMethod", method.kind),
+            adapters=adapters,
+            checkpointing=settings.gradient_checkpointing,
+        )
+    epoch = counts.scaled(epoch)
+    whole = round(epoch * settings.epochs)
+    rates = len(setting.rates_for(method.kind))
+    first = cell.seed == study.seeds[0]
+    search = round(whole * rates * (1 - study.split.validation)) if first and cell.kind == "train" else 0
+    parameters = outline.parameters
+    trained = _adapter_weights(settings.lora.rank, outline) if adapters else parameters
+    rows = settings.batch_size * (1 if method.kind == "sft" else 2)
+    longest = counts.longest_row
+    kept = 2 if settings.gradient_checkpointing else 34
+    parts = {
+        "weights": 4 * parameters,
+        "gradients and moments": 12 * trained,
+        "reference": 4 * parameters if method.kind == "dpo" and not adapters else 0,
+        "activations": 2 * kept * rows * longest * shape.width * shape.n_layers,
+        "logits": 0 if method.kind == "reward" else 8 * rows * longest * shape.vocabulary,
+    }
+    return {
+        "flops": epoch if cell.kind == "count" else whole + search,
+        "parts": {"epoch": epoch, "epochs": settings.epochs, "search": search, "rates": rates if first else 0},
+        "bytes": parts,
+        "pairs": counts.pairs("train"),
+        "how": "lower bound of memory",
+    }
+
+
+def _adapter_weights(rank: int, outline: Outline) -> int:
+    """About: on every matrix of a layer, rank times its two sides; from the layers' weights as if they were square."""
+    shape = outline.shape
+    per_layer = shape.body_matmul_parameters / max(1, shape.n_layers)
+    # A matrix of d x w weights gets rank (d + w), at most rank / d + rank / w of it.
+    return round(2 * rank * shape.n_layers * per_layer / shape.width)
+
+
+def _heads(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
+    method = (
+        features_method(study, cell)
+        if cell.kind == "features"
+        else next(m for m in study.methods if m.name == cell.method)
+    )
+    found = place.head_plan(method)
+    flops = {
+        "features": found.flops["extraction"] + found.flops.get("layer", 0),
+        "head": found.flops["fit"] + found.flops["replies"],
+        "count": found.flops["extraction"] + found.flops["fit"],
+        "adamw": found.flops["fit"],
+    }[cell.kind]
+    stage = "extraction" if cell.kind == "features" else "fit"
+    room = found.device_bytes if stage in found.device_bytes else found.host_bytes
+    return {
+        "flops": flops,
+        "parts": dict(found.flops),
+        "bytes": dict(room.get(stage, {})),
+        "pairs": found.train,
+        "how": "upper bound of memory",
+        "shortages": [str(shortage) for shortage in found.shortages],
+        "mends": list(found.mends),
+    }
+
+
+def _replies(study: Study, place: _Place) -> dict[str, Any]:
+    from coala.costs import decoding_flops
+
+    counts, new = place.counts, study.evaluation.max_new_tokens
+    flops = sum(decoding_flops(place.outline.shape, tokens, new) for tokens in counts.prompts)
+    return {
+        "flops": flops,
+        "parts": {"replies": flops},
+        "bytes": {"weights": place.outline.weight_bytes("float32")},
+        "pairs": counts.pairs("eval"),
+        "how": "weights alone",
+    }
+
+
+def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of a plan: FLOPs by kind of method, and the largest need of memory."""
+    by: dict[str, int] = {}
+    for row in rows:
+        by[row["label"]] = by.get(row["label"], 0) + row["flops"]
+    need = [sum(row["bytes"].values()) for row in rows]
+    seconds = [row["seconds"] for row in rows]
+    return {
+        "cells": len(rows),
+        "flops": sum(row["flops"] for row in rows),
+        "flops_by_method": by,
+        "most_bytes": int(np.max(need)),
+        "seconds": None if any(s is None for s in seconds) else float(sum(seconds)),
+    }

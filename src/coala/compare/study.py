@@ -1,0 +1,304 @@
+"""The settings of a comparative study: methods x models x datasets x seeds, one validated object read from YAML.
+
+Knows names, types and limits; knows nothing of how a cell is carried out.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from coala.recipe import GuidanceSettings, HeadSettings, RecipeError
+
+TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
+Kind = Literal["sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "base"]
+Init = Literal["base", "sft"]
+FEWEST_RATES = 4
+# Around TRL's and the paper's own rates; a study may name others.
+RATES = (1e-6, 1e-5, 1e-4, 2e-4)
+_NAME = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]*$")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Strict):
+    """A base model, and what decides the tokens that every method sees."""
+
+    path: str = Field(description="local folder, hub name, or assets:NAME of what the package bundles")
+    revision: str | None = None
+    template: Literal["auto", "chat", "dialogue", "continuation"] = "auto"
+    max_tokens: int | None = Field(
+        None, ge=2, description="prompt plus reply, for every method; the context if not given"
+    )
+    ends_with_eos: bool = True
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: int = Field(4096, ge=1, description="tokens of a forward pass that trains nothing")
+    config: dict[str, Any] | None = Field(None, description="config.json, to plan without the model")
+
+
+class Dataset(_Strict):
+    """Preference pairs, their test pairs (else a share of whole groups is held out) and what is judged on them."""
+
+    pairs: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    format: str = "auto"
+    skip_bad: bool = False
+    models: tuple[str, ...] = Field((), description="names of models; all if none")
+    inits: tuple[Init, ...] = ("base",)
+    train_pairs: int | None = Field(None, ge=4, description="at most so many training pairs")
+    test_pairs: int | None = Field(None, ge=2)
+    per_group: int | None = Field(None, ge=1, description="at most so many training pairs of one group")
+    judge: str | None = Field(None, description="a word-judge file, for win rates against the unguided base")
+    rows: int | None = Field(None, ge=2, description="pairs there will be, to plan without them")
+    tokens_per_prompt: int | None = Field(None, ge=1)
+    tokens_per_reply: int | None = Field(None, ge=1)
+    source: str = Field("", description="where the pairs come from, for people")
+
+
+class Setting(_Strict):
+    """How baselines are trained: the paper's tables or TRL's defaults, adapters or all weights, and the rates tried."""
+
+    source: Literal["paper", "trl"] = "paper"
+    adapter: bool | None = Field(None, description="LoRA of Table 13, or all weights; the source's own if not given")
+    rates: tuple[float, ...] = Field(RATES, min_length=1)
+    rates_of: dict[str, tuple[float, ...]] = Field({}, description="rates of single methods")
+    change: dict[str, Any] = Field({}, description="fields of coala.baselines.TrainSettings")
+
+    def rates_for(self, kind: str) -> tuple[float, ...]:
+        return self.rates_of.get(kind, self.rates)
+
+
+class Method(_Strict):
+    """One method: a baseline in each of ``settings``, or a convex head on features of the frozen base."""
+
+    name: Annotated[str, _NAME]
+    kind: Kind
+    settings: tuple[str, ...] = ()
+    layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = -1
+    pooling: Literal["mean", "mean_all", "last"] = "mean"
+    prefixes: int = Field(1, ge=1)
+    head: HeadSettings = HeadSettings()
+    reference: Literal["none", "margin", "paper"] = Field(
+        "none", description="CVX-DPO: the reference's margin in the loss; paper: its pointwise loss and scale too"
+    )
+    guidance: GuidanceSettings | None = GuidanceSettings()
+    rates: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1), description="of kind adamw")
+    inits: tuple[Init, ...] = ("base", "sft")
+    models: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    count_flops: bool = Field(True, description="whether a cell counts the FLOPs of this method")
+    about: str = ""
+
+    @property
+    def trained(self) -> bool:
+        return self.kind in TRAINED
+
+    @property
+    def log_ratios(self) -> bool:
+        return self.reference != "none"
+
+
+class Split(_Strict):
+    """Shares of whole groups: ``test`` of all pairs (unless a dataset has test pairs), ``validation`` of the rest."""
+
+    test: float = Field(0.1, gt=0, lt=1)
+    validation: float = Field(0.2, gt=0, lt=1)
+    seed: int = Field(0, ge=0)
+
+
+class Evaluation(_Strict):
+    prompts: int = Field(50, ge=0, description="held-out prompts answered by every method that writes")
+    max_new_tokens: int = Field(48, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    kl_prompts: int = Field(20, ge=0, description="prompts for the divergence from the base; 0 leaves it out")
+    curve_points: int = Field(10, ge=0, description="evaluations of held-out margins along a training run")
+    curve_pairs: int = Field(48, ge=1)
+    layer_sample: int = Field(200, ge=4, description="pairs at most to choose a layer on")
+
+
+class Machine(_Strict):
+    """What a plan reckons with; ``tflops`` is the rate that is reached, not the one that is advertised."""
+
+    name: str = "this machine"
+    device_memory_gib: float | None = Field(None, gt=0)
+    memory_gib: float | None = Field(None, gt=0)
+    tflops: float | None = Field(None, gt=0)
+
+
+class Study(_Strict):
+    """Everything that decides the outcome of ``coala compare``."""
+
+    title: str
+    reproduces: str = Field("", description="the table or figure of a paper, and what of it cannot be had")
+    models: dict[Annotated[str, _NAME], Model] = Field(min_length=1)
+    datasets: dict[Annotated[str, _NAME], Dataset] = Field(min_length=1)
+    settings: dict[Annotated[str, _NAME], Setting] = {"full": Setting(source="trl", adapter=False)}
+    methods: tuple[Method, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    split: Split = Split()
+    evaluation: Evaluation = Evaluation()
+    machine: Machine = Machine()
+    device: Literal["auto", "cpu"] = "auto"
+    beta: float = Field(0.1, gt=0, description="CVX-DPO's scale of the reference")
+    init_setting: str | None = Field(None, description="setting of the SFT that inits are; its first if not given")
+    count_flops: bool = Field(True, description="count the FLOPs of one epoch and of one fit by counters")
+    keep_models: bool = False
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Study:
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"two methods have one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"a seed is named twice: {self.seeds}")
+        for kind, mentioned, known in (
+            ("model", [m for d in self.datasets.values() for m in d.models], self.models),
+            ("model", [m for method in self.methods for m in method.models], self.models),
+            ("dataset", [d for method in self.methods for d in method.datasets], self.datasets),
+            ("setting", [s for method in self.methods for s in method.settings], self.settings),
+            ("setting", [self.init_setting] if self.init_setting else [], self.settings),
+        ):
+            unknown = sorted(set(mentioned) - set(known))
+            if unknown:
+                raise ValueError(f"no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
+        for method in self.methods:
+            if method.settings and not method.trained:
+                raise ValueError(f"method {method.name} is {method.kind}, which has no training settings")
+            if method.reference != "none" and method.layer == "auto":
+                raise ValueError(f"method {method.name} has a reference, which needs all layers: layer must be -1")
+        if any("sft" in dataset.inits for dataset in self.datasets.values()) and self.sft is None:
+            raise ValueError("an init is sft, but no method is of kind sft")
+        return self
+
+    @property
+    def sft(self) -> Method | None:
+        return next((method for method in self.methods if method.kind == "sft"), None)
+
+    def settings_of(self, method: Method) -> tuple[str, ...]:
+        return (method.settings or tuple(self.settings)[:1]) if method.trained else ("",)
+
+    @property
+    def sft_setting(self) -> str:
+        assert self.sft is not None
+        return self.init_setting or self.settings_of(self.sft)[0]
+
+    def untuned(self) -> list[str]:
+        """Baselines with fewer rates than a comparison needs."""
+        return sorted(
+            {
+                f"{method.name} ({setting})"
+                for method in self.methods
+                if method.trained
+                for setting in self.settings_of(method)
+                if len(self.settings[setting].rates_for(method.kind)) < FEWEST_RATES
+            }
+        )
+
+
+STUDIES = Path(str(files("coala") / "recipes" / "studies"))
+ASSETS = Path(str(files("coala") / "assets"))
+
+
+def bundled() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(path.stem for path in STUDIES.glob("[!_]*.yaml"))
+
+
+def load_study(name: str | Path, data: Path | None = None, overrides: list[dict[str, Any]] | None = None) -> Study:
+    """The study of a YAML file or a bundled one's name; paths are resolved.
+
+    ``assets:X`` is what the package bundles, ``data:X`` lies in the folder ``data``, other paths are relative to the
+    working directory. Raises :class:`~coala.recipe.RecipeError`.
+    """
+    path = Path(name)
+    if not path.is_file():
+        inside = STUDIES / f"{path.name.removesuffix('.yaml')}.yaml"
+        if not inside.is_file():
+            raise RecipeError(
+                f"{name}: there is no such file, nor a bundled study; bundled are {', '.join(bundled())}."
+            )
+        path = inside
+    document = _extended(_mapping(path), path)
+    for above in overrides or []:
+        document = _overlay(document, above)
+    return study_of(document, str(path), data)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML ({error}). See `coala compare --help`.") from None
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: holds {type(document).__name__}; expected a mapping with title, models, ...")
+    return document
+
+
+def _extended(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``extends: NAME`` is laid under the rest; ``use`` keeps only the models, datasets and methods it names."""
+    base, use = document.pop("extends", None), document.pop("use", None) or {}
+    if base is None:
+        return document
+    beside = path.parent / f"{base}.yaml"
+    whole = _overlay(_mapping(beside if beside.is_file() else STUDIES / f"{base}.yaml"), document)
+    for name in ("models", "datasets"):
+        if name in use:
+            _all_known(use[name], whole[name], name, path)
+            whole[name] = {key: whole[name][key] for key in use[name]}
+    if "methods" in use:
+        there = {method["name"]: method for method in whole["methods"]}
+        _all_known(use["methods"], there, "methods", path)
+        whole["methods"] = [there[name] for name in use["methods"]]
+    return whole
+
+
+def _all_known(wanted: list[str], there: dict[str, Any], name: str, path: Path) -> None:
+    unknown = sorted(set(wanted) - set(there))
+    if unknown:
+        raise RecipeError(f"{path}: use.{name} names {', '.join(unknown)}; there are {', '.join(there)}.")
+
+
+def study_of(document: dict[str, Any], source: str = "study", data: Path | None = None) -> Study:
+    """A study from a plain document; the boundary where settings are checked."""
+    try:
+        study = Study.model_validate(document)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}".removeprefix(": ") for p in error.errors()]
+        raise RecipeError(f"{source}: the settings do not fit: {'; '.join(lines)}.") from None
+
+    def located(name: str) -> str:
+        prefix, colon, rest = name.partition(":")
+        if colon and prefix == "assets":
+            return str(ASSETS / rest)
+        if colon and prefix == "data":
+            return str(((data or Path("../shared/data")) / rest).resolve())
+        return str(Path(name).resolve()) if Path(name).exists() else name
+
+    models = {key: model.model_copy(update={"path": located(model.path)}) for key, model in study.models.items()}
+    datasets = {
+        key: dataset.model_copy(
+            update={
+                "pairs": tuple(map(located, dataset.pairs)),
+                "test": tuple(map(located, dataset.test)),
+                "judge": dataset.judge and located(dataset.judge),
+            }
+        )
+        for key, dataset in study.datasets.items()
+    }
+    return study.model_copy(update={"models": models, "datasets": datasets})
+
+
+def _overlay(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _overlay(inner if isinstance(inner, dict) else {}, value) if isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,270 @@
+"""The tables of a comparison as rows of text, the same for the page, LaTeX and the terminal.
+
+Words and rounds; computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coala.report.content import UNKNOWN, flops, number, seconds, size
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a head; the first cell of a row is its name. ``words``: cells hold sentences, which wrap."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    words: bool = False
+
+
+def ranking(place: Mapping[str, Any]) -> Table:
+    head = (
+        "method",
+        "rate",
+        "ranked right, %",
+        "sd over seeds",
+        "margin / its sd",
+        "calibrated NLL",
+        "steps that fall",
+    )
+    rows = []
+    for row in place["methods"]:
+        fell = row["falling"]
+        rows.append(
+            (
+                row["label"],
+                UNKNOWN if row["rate"] is None else f"{row['rate']:g}",
+                share(row["accuracy"]),
+                deviation(row["seed_accuracy"], 100),
+                over_seeds(row["margin_ratio"]),
+                over_seeds(row["nll"]),
+                UNKNOWN if fell is None else f"{fell['falls']} of {fell['steps']} ({100 * fell['share']:.0f} %)",
+            )
+        )
+    return Table(
+        "Ranking of held-out pairs by each method's own reward",
+        head,
+        rows,
+        "95 % intervals by group, of the mean over seeds. Rewards have no common scale: margins are in units of their "
+        "own deviation, the loss is that of the best single scale. A fall is a step along the run that lowers the "
+        "held-out margin.",
+    )
+
+
+def differences(place: Mapping[str, Any]) -> Table | None:
+    if not place["differences"]:
+        return None
+    rows = [
+        (
+            f"minus {entry['minus']}",
+            f"{points(entry['difference'])}",
+            f"{entry['p']:.2g}",
+            f"{entry['p_holm']:.2g}",
+        )
+        for entry in place["differences"]
+    ]
+    ours = place["differences"][0]["of"]
+    return Table(f"{ours} against every other method", ("difference", "points [95 %]", "p", "p, Holm"), rows)
+
+
+def replies(place: Mapping[str, Any]) -> Table | None:
+    """The paper's Tables 3 and 4: win rates, and what they are bought with."""
+    rows = [
+        (
+            row["label"],
+            share(row["win_rate"]),
+            plain(row["perplexity"]),
+            plain(row["kl"]),
+            over_seeds(row["tokens"]),
+        )
+        for row in place["methods"]
+        if row["perplexity"] or row["win_rate"]
+    ]
+    if not rows:
+        return None
+    return Table(
+        "Replies to held-out prompts",
+        (
+            "method",
+            "wins against the unguided start, %",
+            "perplexity under the start",
+            "KL to the start, nats",
+            "tokens",
+        ),
+        rows,
+        "A tie counts one half. KL of whole replies; for heads it is known in guidance mode shift alone.",
+    )
+
+
+def costs(place: Mapping[str, Any]) -> Table | None:
+    rows = []
+    shares = list(dict.fromkeys(label for row in place["methods"] if row["costs"] for label in row["costs"]["of"]))
+    for row in place["methods"]:
+        found = row["costs"]
+        if found is None:
+            continue
+        counter, measured = found["counter"], found["measured"]
+        rows.append(
+            (
+                row["label"],
+                flops(found["flops"]["run"]),
+                flops(counter["run"]) if counter else UNKNOWN,
+                flops((counter or found["flops"])["run"] + (counter or found["flops"])["search"]),
+                *(percent((found["of"].get(label) or {}).get("flops")) for label in shares),
+                *(percent((found["of"].get(label) or {}).get("flops_with_search")) for label in shares),
+            )
+        )
+        del measured
+    if not rows:
+        return None
+    head = (
+        "method",
+        "FLOPs, formula",
+        "FLOPs, counter",
+        "with search",
+        *(f"of {label}" for label in shares),
+        *(f"of {label}, both with search" for label in shares),
+    )
+    return Table(
+        "FLOPs of one run",
+        head,
+        rows,
+        "Two per multiply-add of matrix products. Of heads the formula has the extraction alone, the counter the fit "
+        "with all its validation too. Search: every learning rate tried, or the layers.",
+    )
+
+
+def measured(place: Mapping[str, Any]) -> Table | None:
+    rows = []
+    shares = list(dict.fromkeys(label for row in place["methods"] if row["costs"] for label in row["costs"]["of"]))
+    for row in place["methods"]:
+        found = row["costs"]
+        if found is None:
+            continue
+        took = found["measured"]
+        compiling = took["compiling"]
+        joules = took["joules"]
+        rows.append(
+            (
+                row["label"],
+                seconds(took["seconds"]["mean"]) if took["seconds"] else UNKNOWN,
+                seconds(compiling["mean"]) if compiling else UNKNOWN,
+                seconds(took["search_seconds"]),
+                size(took["peak_bytes"]),
+                size(took["own_bytes"]),
+                number(joules["mean"]) if joules else UNKNOWN,
+                *(percent(_of(found, label, "seconds")) for label in shares),
+                *(percent(_largest(_of(found, label, "bytes"))) for label in shares),
+                *(percent(_largest(_of(found, label, "own_bytes"))) for label in shares),
+            )
+        )
+    if not rows:
+        return None
+    head = (
+        "method", "seconds", "of them compiling", "search", "peak", "above libraries", "joules",
+        *(f"seconds of {label}" for label in shares),
+        *(f"peak of {label}" for label in shares),
+        *(f"above libraries of {label}" for label in shares),
+    )  # fmt: skip
+    return Table("Time and memory of one run, measured", head, rows, "Means over seeds; each cell in its own process.")
+
+
+def published(content: Mapping[str, Any]) -> Table:
+    found = content["published_costs"]
+    rows = [
+        (
+            row["model"],
+            *(number(row[name]) for name in ("COALA", "DPO", "ORPO", "SFT")),
+            percent(row["COALA"] / row["DPO"]),
+            percent(row["ORPO"] / row["DPO"]),
+        )
+        for row in found["rows"]
+    ]
+    head = ("TFLOPs, Table 5", "COALA", "DPO", "ORPO", "SFT", "COALA of DPO", "ORPO of DPO")
+    return Table("As the COALA paper prints them", head, rows, found["why"])
+
+
+def stage_one(content: Mapping[str, Any]) -> Table | None:
+    rows = content["stage_one"]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
+    return Table(
+        "Stage one: heads on the same features (the paper's Table 7)",
+        ("model, data", *names),
+        [
+            (f"{row['model']}, {row['dataset']}" + (", after SFT" if row["init"] == "sft" else ""),
+             *(share(row["accuracy"].get(name)) for name in names))
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def failures(content: Mapping[str, Any]) -> Table | None:
+    if not content["failures"]:
+        return None
+    rows = []
+    for entry in content["failures"]:
+        plan = entry["plan"] or {}
+        needs = plan.get("bytes") or {}
+        told = ", ".join(f"{name} {size(value)}" for name, value in needs.items())
+        rows.append(
+            (
+                entry["cell"],
+                entry["error"],
+                f"{size(sum(needs.values()))} ({plan.get('how', 'planned')}: {told})" if needs else UNKNOWN,
+            )
+        )
+    return Table("Cells that failed", ("cell", "what happened", "planned memory"), rows, words=True)
+
+
+# --- single cells ------------------------------------------------------------------------------------------------
+
+
+def share(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None or estimate.get("value") is None:
+        return UNKNOWN
+    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def points(estimate: Mapping[str, Any]) -> str:
+    if estimate.get("low") is None or estimate.get("high") is None:
+        return f"{100 * estimate['value']:+.1f}"
+    return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
+
+
+def plain(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None or estimate.get("value") is None:
+        return UNKNOWN
+    if estimate.get("low") is None or estimate.get("high") is None:
+        return number(estimate["value"])
+    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+
+
+def over_seeds(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return UNKNOWN
+    return f"{found['mean']:.3g}" + ("" if found["sd"] is None else f" ({found['sd']:.2g})")
+
+
+def deviation(found: Mapping[str, Any] | None, scale: float) -> str:
+    return UNKNOWN if found is None or found["sd"] is None else f"{scale * found['sd']:.2g} (n={found['n']})"
+
+
+def percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{100 * value:.3g} %"
+
+
+def _of(found: Mapping[str, Any], label: str, name: str) -> Any:
+    return ((found["of"].get(label) or {}).get("measured") or {}).get(name)
+
+
+def _largest(found: Mapping[str, float] | None) -> float | None:
+    """The device's share where there is one, else the host's."""
+    return None if not found else found.get("device", found.get("host"))

@@ -1,0 +1,232 @@
+"""Cells of the baselines: try learning rates on held-out training pairs, train at the best, measure on the test pairs.
+
+The rate is chosen by the ranking accuracy of the method's own reward on validation pairs (of equals by the calibrated
+loss, then the lower rate), with the first seed; other seeds train at it. Test pairs decide nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from coala.compare.study import Setting, Study
+from coala.compare.work import Costs, Work, measured_margins, prompts_of, replies_of
+from coala.store import load_json, save_json
+from coala.values import CoalaError, Pair
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.baselines import Method, Trained, TrainSettings
+
+# Of TRL's logs, the held-out margin of each method.
+_MARGINS = ("eval_rewards/margins", "eval_margin")
+
+
+def settings_for(study: Study, setting: Setting, kind: str, *, max_tokens: int | None, ends_with_eos: bool) -> Any:
+    """The baseline's settings in one ``setting`` of the study, but for rate and seed."""
+    from coala.baselines import Lora, paper, trl
+
+    found: TrainSettings = (paper if setting.source == "paper" else trl)(cast("Method", kind))
+    if setting.adapter is not None:
+        found = replace(found, lora=(found.lora or Lora()) if setting.adapter else None)
+    change = dict(setting.change)
+    if isinstance(change.get("lora"), dict):
+        change["lora"] = Lora(**change["lora"])
+    unknown = sorted(set(change) - set(asdict(found)))
+    if unknown:
+        raise CoalaError(f"A setting changes {', '.join(unknown)}; expected fields of coala.baselines.TrainSettings.")
+    return replace(found, **{"max_length": max_tokens, "ends_with_eos": ends_with_eos, **change})
+
+
+def train_cell(work: Work, costs: Costs) -> dict[str, Any]:
+    """Sweep (first seed) or look up the rate, train, and measure."""
+    study, cell = work.study, work.cell
+    kind, test = work.method.kind, work.part("test")
+    base = work.backbone()
+    settings = _settings(work)
+    first = cell.seed == study.seeds[0]
+    if first:
+        rates = study.settings[cell.setting].rates_for(kind)
+        trials = [_trial(work, settings, rate, base) for rate in rates]
+        sound = [trial for trial in trials if trial["accuracy"] is not None]
+        if not sound:
+            raise CoalaError(f"{cell.id}: training diverged at every rate of {', '.join(f'{r:g}' for r in rates)}.")
+        best = max(sound, key=lambda trial: (trial["accuracy"]["value"], -trial["nll"], -trial["rate"]))
+    else:
+        here = work.result(cell.id.rpartition(".s")[0] + f".s{study.seeds[0]}")
+        trials, best = [], next(trial for trial in here["trials"] if trial["rate"] == here["rate"])
+    settings = replace(settings, learning_rate=best["rate"], seed=cell.seed or 0)
+    curve = work.part("validation")[: study.evaluation.curve_pairs] if study.evaluation.curve_points else None
+    pairs = work.part("train")
+    if curve and kind != "sft":
+        steps = int(np.ceil(len(pairs) / (settings.batch_size * settings.accumulation)) * settings.epochs)
+        settings = replace(settings, eval_every=max(1, round(steps / study.evaluation.curve_points)), log_every=1)
+    else:
+        curve = None
+    with costs.of("train") as about:
+        trained = _train(work, pairs, settings, work.folder / "run", curve)
+        about["flops"] = trained.flops
+        about["pairs"] = trained.facts["pairs"]
+        about["tokens"] = trained.facts["tokens"]
+        # Without what the evaluations along the curve took, which are ours and not the method's.
+        spent = sum(float(entry.get("eval_runtime", 0.0)) for entry in trained.history)
+        about["measured"] = {"seconds": trained.seconds - spent, "peak_bytes": dict(trained.peak_bytes)}
+    if first:
+        about_search = {"flops": sum(t["flops"] for t in trials), "rates": len(trials)}
+        seconds = sum(t["measured"]["seconds"] for t in trials)
+        peaks = [t["measured"]["peak_bytes"] for t in trials]
+        costs.parts["search"] = {**about_search, "measured": {"seconds": seconds}}
+        # A process's peak only grows: that of the first training in it is the training's own.
+        lowest = min((*peaks, dict(trained.peak_bytes)), key=lambda peak: (peak.get("device", 0), peak.get("host", 0)))
+        costs.parts["train"]["measured"]["peak_bytes"] = lowest
+    result = _measure(work, trained, base, test, bool(best["average"]), costs)
+    return {
+        "rate": best["rate"],
+        "reward": "per token" if best["average"] else "sum",
+        "trials": [{k: v for k, v in trial.items() if k != "measured"} for trial in trials],
+        "curve": _curve(trained),
+        **result,
+    }
+
+
+def count_training(work: Work) -> dict[str, Any]:
+    """FLOPs of one epoch on all training pairs at the chosen rate, by PyTorch's counter and by formula."""
+    from coala.compare.counting import torch_flops
+
+    found = work.result(work.cell.id.removesuffix(".count") + f".s{work.study.seeds[0]}")
+    settings = replace(_settings(work), learning_rate=found["rate"], seed=work.cell.seed or 0, epochs=1.0, steps=None)
+    pairs, target = work.part("train"), work.folder / "run"
+    # A counter that was cut off has not counted all: begin again.
+    shutil.rmtree(target, ignore_errors=True)
+    trained, flops = torch_flops(lambda: _train(work, pairs, settings, target, None))
+    shutil.rmtree(target, ignore_errors=True)
+    return {"train": flops, "formula": trained.flops, "pairs": len(pairs), "counter": "torch.utils.flop_counter"}
+
+
+def _settings(work: Work) -> TrainSettings:
+    import torch
+
+    model = work.model
+    found: TrainSettings = settings_for(
+        work.study,
+        work.study.settings[work.cell.setting],
+        work.method.kind,
+        max_tokens=model.max_tokens,
+        ends_with_eos=model.ends_with_eos,
+    )
+    on_gpu = work.study.device == "auto" and torch.cuda.is_available()
+    # Mixed precision pays on a GPU only; on a CPU it would train something else, more slowly.
+    return found if on_gpu else replace(found, bf16=False)
+
+
+def _train(
+    work: Work, pairs: Sequence[Pair], settings: TrainSettings, out: Path, evaluated: Sequence[Pair] | None
+) -> Trained:
+    from coala.baselines import train
+
+    return train(
+        cast("Method", work.method.kind),
+        pairs,
+        work.start,
+        out=out,
+        settings=settings,
+        eval_pairs=evaluated,
+        revision=work.revision,
+        template=work.model.template,
+        device=work.study.device,
+    )
+
+
+def _trial(work: Work, settings: TrainSettings, rate: float, base: LanguageModel) -> dict[str, Any]:
+    """Train on the ``fit`` part at ``rate`` and measure on ``validation``; read back if it is there."""
+    done = work.folder / "trials" / f"{rate:g}.json"
+    if done.is_file():
+        found: dict[str, Any] = load_json(done)
+        return found
+    folder = work.folder / "trials" / f"{rate:g}"
+    settings = replace(settings, learning_rate=rate, seed=work.study.seeds[0])
+    trained = _train(work, work.part("fit"), settings, folder, None)
+    validation = work.part("validation")
+    about: dict[str, Any] = {
+        "rate": rate,
+        "flops": trained.flops,
+        "measured": {"seconds": trained.seconds, "peak_bytes": dict(trained.peak_bytes)},
+        "accuracy": None,
+        "nll": None,
+        "average": False,
+    }
+    # An SFT model's reward may be its log-likelihood or that per token: whichever ranks validation pairs better.
+    for average in (False, True) if trained.method == "sft" else (False,):
+        try:
+            found = measured_margins(_margins(work, trained, validation, base, average), validation)
+        except CoalaError:
+            continue
+        here = (found["accuracy"]["value"], -found["nll"])
+        if about["accuracy"] is None or here > (about["accuracy"]["value"], -about["nll"]):
+            about |= {"accuracy": found["accuracy"], "nll": found["nll"], "average": average}
+    save_json(done, about)
+    shutil.rmtree(folder, ignore_errors=True)
+    return about
+
+
+def _margins(
+    work: Work,
+    trained: Trained,
+    pairs: Sequence[Pair],
+    base: LanguageModel,
+    average: bool,
+    policy: LanguageModel | None = None,
+) -> Any:
+    from coala.baselines import reward_margins
+
+    return reward_margins(trained, pairs, base, policy=policy, average=average, batch_tokens=work.model.batch_tokens)
+
+
+def _measure(
+    work: Work, trained: Trained, base: LanguageModel, test: Sequence[Pair], average: bool, costs: Costs
+) -> dict[str, Any]:
+    from coala.baselines import drift
+
+    policy = trained.backbone(device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
+    with costs.of("evaluation"):
+        result = measured_margins(_margins(work, trained, test, base, average, policy), test)
+    if trained.method == "reward":
+        return result
+    result |= replies_of(work, policy, base, costs)
+    settings = work.study.evaluation
+    pairs = prompts_of(work)[: settings.kl_prompts]
+    if pairs:
+        with costs.of("drift"):
+            found = drift(
+                policy,
+                base,
+                [pair.prompt for pair in pairs],
+                max_new_tokens=settings.max_new_tokens,
+                seed=work.cell.seed or 0,
+            )
+        result["kl"] = asdict(found.kl)
+    return result
+
+
+def _curve(trained: Trained) -> list[dict[str, float]]:
+    """Held-out mean margin by step, on the scale of the method's own reward."""
+    rows = []
+    for entry in trained.history:
+        value = next((entry[name] for name in _MARGINS if name in entry), None)
+        if value is not None:
+            rows.append({"step": float(entry["step"]), "margin": float(value)})
+    return rows
+
+
+def tidy(work: Work) -> None:
+    """Drop what only training needed, once the cell is written; the model too, unless another cell starts from it."""
+    wanted = work.method.kind == "sft" and work.cell.seed == work.study.seeds[0]
+    shutil.rmtree(work.folder / "trials", ignore_errors=True)
+    shutil.rmtree(work.folder / "run" / "checkpoints", ignore_errors=True)
+    if not (wanted or work.study.keep_models):
+        shutil.rmtree(work.folder / "run", ignore_errors=True)

@@ -1,0 +1,195 @@
+"""Evaluations of a run: each kept as one file under RUN/evaluations, and what the report's page shows of them.
+
+A record says what was evaluated (files and their digests), by whom (judge, digests of its prompts), with which command,
+and what came out: estimates, counts, failures, a few samples. Computes no figure; knows no judge and no benchmark.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from coala.report.content import Interval, number
+from coala.store import Run, StoreError, digest, file_digest, load_json, save_json
+from coala.values import Estimate
+
+FOLDER = "evaluations"
+SAMPLES = 5
+Form = Literal["share", "percent", "plain"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One estimate under its name. ``form``: a ``share`` in [0, 1], a ``percent`` in [0, 100], or ``plain``.
+
+    ``even`` is the value that would mean no difference; the report then says whether the interval includes it.
+    """
+
+    name: str
+    estimate: Estimate
+    form: Form = "share"
+    even: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, the replies to it by the name of their side, and what was said of them."""
+
+    prompt: str
+    replies: Mapping[str, str]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation as it is kept.
+
+    ``kind`` is the command's name; ``of`` names what was evaluated, for people and in the file's name. ``files`` by
+    their role are what it rests on. ``judge`` holds name and digests; ``settings`` is what else decides the outcome.
+    ``facts`` are counts and other values without an interval. ``command`` is the line that was given.
+    """
+
+    kind: str
+    of: str
+    title: str
+    command: str
+    figures: Sequence[Figure]
+    files: Mapping[str, Path]
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    remarks: Sequence[str] = ()
+
+
+def save_evaluation(run: Run, evaluation: Evaluation) -> Path:
+    """Keep ``evaluation`` in the run and return its file; the same evaluation done again replaces itself.
+
+    Evaluations are the same if kind, paths, judge and settings are.
+    """
+    paths = {role: _within(run, path) for role, path in evaluation.files.items()}
+    same = digest(evaluation.kind, paths, evaluation.judge, evaluation.settings)
+    named = re.sub(r"[^\w.]+", "-", f"{evaluation.kind} {evaluation.of}").strip("-")[:80]
+    target = run.path / FOLDER / f"{named}-{same[:6]}.json"
+    files = [
+        {"role": role, "path": paths[role], "sha256": file_digest(path)} for role, path in evaluation.files.items()
+    ]
+    made = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"coala": version("coala-align"), "python": platform.python_version()},
+    }
+    save_json(
+        target, {**vars(evaluation), "figures": [vars(one) for one in evaluation.figures]} | {"files": files} | made
+    )
+    return target
+
+
+def saved_evaluations(run: Run) -> list[dict[str, Any]]:
+    """All evaluations of a run, the oldest first, each with the names of files that are ``changed`` since."""
+    found = []
+    for path in sorted((run.path / FOLDER).glob("*.json")):
+        row = load_json(path)
+        if not isinstance(row, dict) or not isinstance(row.get("figures"), list):
+            raise StoreError(f"{path}: is no evaluation. Delete it, or evaluate again.")
+        found.append({**row, "changed": [one["path"] for one in row.get("files", []) if _differs(run, one)]})
+    return sorted(found, key=lambda row: str(row.get("created")))
+
+
+def _within(run: Run, path: Path) -> str:
+    """A path from the run's folder on if it lies there, else from the root."""
+    home, there = run.path.resolve(), path.resolve()
+    return there.relative_to(home).as_posix() if there.is_relative_to(home) else str(there)
+
+
+def _differs(run: Run, file: Mapping[str, Any]) -> bool:
+    """Whether a file of the run is another one now; of files elsewhere nothing is said."""
+    path = Path(file["path"])
+    there = run.path / path
+    return not path.is_absolute() and there.is_file() and file_digest(there) != file["sha256"]
+
+
+# --- as the page shows them ----------------------------------------------------------------------------------------
+
+
+def view(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the page's section on one evaluation, in words."""
+    judge = row.get("judge") or {}
+    facts = [(name, _worded(value)) for name, value in (row.get("facts") or {}).items()]
+    failures = row.get("failures") or {}
+    if failures:
+        facts.append(("failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items())))
+    return {
+        "title": str(row.get("title") or row.get("kind") or "evaluation"),
+        "created": row.get("created"),
+        "figures": [_figure(one) for one in row.get("figures") or []],
+        "facts": facts,
+        "remarks": [str(remark) for remark in row.get("remarks") or []],
+        "changed": list(row.get("changed") or []),
+        "samples": [
+            {
+                "prompt": one.get("prompt"),
+                "replies": list((one.get("replies") or {}).items()),
+                "verdict": one["verdict"],
+            }
+            for one in row.get("samples") or []
+        ],
+        "about": [
+            *((f"judge: {name}", text) for name, text in _flat(judge)),
+            *((f"setting: {name}", text) for name, text in _flat(row.get("settings") or {})),
+            *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
+            *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
+        ],
+        "command": row.get("command"),
+    }
+
+
+def spoken(row: Mapping[str, Any]) -> list[str]:
+    """A sentence for each figure that can show no difference: whether it does."""
+    sentences = []
+    for one in row.get("figures") or []:
+        rate, even = Interval(one.get("estimate")), one.get("even")
+        if even is None or not rate:
+            continue
+        start = f"{row.get('title')}: {one.get('name')} {_value(one)}, n = {rate.n:,}"
+        level = f"{100 * even:g} %" if one.get("form") == "share" else f"{even:g}"
+        if rate.bounded and (rate.above(even) or rate.below(even)):
+            sentences.append(f"{start}, {'above' if rate.above(even) else 'below'} {level}.")
+        else:
+            sentences.append(f"{start}. The interval includes {level}: this shows no difference.")
+    return sentences
+
+
+def _figure(one: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    estimate = Interval(one.get("estimate"))
+    how = f"n = {estimate.n:,}{'; ' if estimate.method else ''}{estimate.method}"
+    return str(one.get("name")), "", _value(one), how
+
+
+def _value(one: Mapping[str, Any]) -> str:
+    estimate = Interval(one.get("estimate"))
+    if one.get("form") == "share":
+        return estimate.percent()
+    return estimate.plain() + (" %" if one.get("form") == "percent" and estimate else "")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flat(inner, f"{prefix}{name}, ")
+        else:
+            yield f"{prefix}{name}", _worded(inner)
+
+
+def _worded(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_worded, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_worded(inner)}" for name, inner in value.items()) or "none"
+    return number(value)

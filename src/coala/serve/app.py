@@ -1,0 +1,361 @@
+"""The addresses of the server: replies, scores and rankings, and the playground. Needs the extra `serve`."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException as AnyHTTPException
+
+from coala.serve import schemas
+from coala.serve.answers import Answering, Ask, Gone, Replying
+from coala.serve.contract import ANSWERS, contract, unreadable
+from coala.serve.errors import Refusal, failure
+from coala.serve.gate import CLIENT_GONE, HEADERS, Gate
+from coala.serve.limits import Limits
+from coala.serve.metrics import TYPE, exposition
+from coala.serve.observing import Observed
+from coala.serve.pieces import Reader
+from coala.serve.protocol import EventStream, Protocol, events
+from coala.serve.scoring import Scored, score
+from coala.serve.worker import Ticket, Worker
+from coala.values import ConvexHead, Turn, user
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.decoding import Guidance
+
+log = logging.getLogger("coala.serve")
+UNGUIDED = "-unguided"
+# What /v1/completions takes if nothing is said, as the protocol has it.
+SHORT_REPLY = 16
+SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server serves: a run's model, head and guidance under a name, and digests of what it is."""
+
+    name: str
+    backbone: LanguageModel
+    head: ConvexHead
+    guidance: Guidance
+
+    def __post_init__(self) -> None:
+        self.backbone.require_head("Replies")
+        self.backbone.require(self.head.spec)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The guided model and the plain one."""
+        return self.name, self.name + UNGUIDED
+
+    @property
+    def fingerprint(self) -> str:
+        return f"coala-{self.head.spec.weights[:12]}"
+
+
+def create_app(
+    served: Served,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    *,
+    key: str | None = None,
+    local: bool = True,
+) -> FastAPI:
+    """The application; its lifespan runs the model's thread.
+
+    ``key`` is what `/v1` and `/metrics` ask for. ``local``: answer to this machine's own names alone, for servers
+    without a key that listen on loopback.
+    """
+    from coala.decoding import Engine
+
+    worker = Worker(partial(Engine, served.backbone, served.head, max_rows=limits.max_rows), limits.capacity)
+    reader = Reader(served.backbone)
+    observed = Observed(worker, limits)
+    began = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await worker.close()
+
+    # No generated pages: they fetch scripts from elsewhere. No redirects made of a request's Host.
+    app = FastAPI(
+        title=f"COALA: {served.name}",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.state.ending = False
+    app.state.observed = observed
+    app.add_middleware(
+        Gate,
+        limits=limits,
+        key=key,
+        local=local,
+        report=observed.request,
+        ending=lambda: bool(app.state.ending),
+    )
+    contract(app, limits, served.names, keyed=key is not None)
+
+    def model_of(name: str, param: str = "model") -> str:
+        if name not in served.names:
+            raise Refusal(
+                HTTPStatus.NOT_FOUND,
+                f"There is no model {name[:80]!r}; expected one of {', '.join(served.names)}.",
+                code="model_not_found",
+                param=param,
+            )
+        return name
+
+    def asked(body: schemas.ChatRequest | schemas.CompletionRequest) -> Ask:
+        guided = model_of(body.model) == served.name
+        if isinstance(body, schemas.ChatRequest):
+            prompts: tuple[tuple[Turn, ...], ...] = (turns(body.messages),)
+            within("max_completion_tokens", body.max_completion_tokens or 1, limits.max_tokens, "tokens a reply")
+            wanted = body.max_completion_tokens or body.max_tokens
+            top = body.top_logprobs or 0
+            n_top = top if body.logprobs or top else None
+        else:
+            texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+            prompts = tuple(user(text) for text in texts)
+            wanted = body.max_tokens or min(SHORT_REPLY, limits.max_tokens)
+            n_top = body.logprobs
+        n = body.n or 1
+        drawn = max(n, body.best_of or n)
+        within("max_tokens", body.max_tokens or 1, limits.max_tokens, "tokens a reply")
+        within("n" if drawn == n else "best_of", drawn, limits.choices, "replies to a prompt")
+        within("prompt", len(prompts), limits.prompts, "prompts a request")
+        stop = body.stop or ()
+        return Ask(
+            prompts=prompts,
+            guidance=guidance_of(body, guided),
+            seed=secrets.randbelow(SEEDS) if body.seed is None else body.seed,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            max_tokens=wanted or limits.max_tokens,
+            n=n,
+            drawn=drawn,
+            n_top=n_top,
+        )
+
+    def guidance_of(body: schemas.ChatRequest | schemas.CompletionRequest, guided: bool) -> Guidance:
+        """The request's guidance: the run's own, with what the request changes."""
+        wanted = body.guidance
+        found = served.guidance
+        if isinstance(wanted, schemas.GuidanceSettings):
+            changes: dict[str, Any] = {k: v for k, v in wanted.model_dump().items() if v is not None}
+            for name in ("candidates", "width"):
+                within(f"guidance.{name}", changes.get(name, 1), limits.max_rows, "rows of the model")
+            if changes.get("mode", "shift") != "shift":
+                changes["budget"] = None  # the recipe's may be of another mode
+            found = replace(found, **changes)
+        base: dict[str, Any] = {"top_p": body.top_p, "top_k": body.top_k}
+        found = replace(found, **{name: value for name, value in base.items() if value is not None})
+        if wanted == "none" or not guided:
+            found = replace(found, mode="none", budget=None)
+        return found
+
+    async def replying(
+        kind: Literal["chat", "text"], body: schemas.ChatRequest | schemas.CompletionRequest, request: Request
+    ) -> Response:
+        ask = asked(body)
+        protocol = Protocol(kind, body.model, served.fingerprint, ask)
+        async with Answering(worker, request.receive, limits.deadline) as answering:
+            made = Replying(ask, answering, served.backbone, reader)
+            await made.begin()
+            if not body.stream:
+                async for _ in observed.growth(made.grow()):
+                    pass
+                observed.usage(made.usage)
+                return JSONResponse(protocol.whole(made.best(), made.usage))
+            answering.keep()
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        stream = observed.stream(events(made, protocol, with_usage), made)
+        return EventStream(stream, answering, limits.read_time)
+
+    async def scored(
+        prompts: Sequence[Sequence[Turn]], replies: Sequence[str], positions: bool, request: Request
+    ) -> tuple[list[Scored], dict[str, int]]:
+        chore = score(prompts, replies, served.head, served.backbone, positions=positions)
+        async with Answering(worker, request.receive, limits.deadline) as answering:
+            answering.take([partial(Ticket, chore=chore)])
+            found: list[Scored] = await answering.result()
+        tokens = sum(one.n_tokens for one in found)
+        usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+        observed.usage(usage)
+        return found, usage
+
+    def with_head(name: str) -> None:
+        if model_of(name) != served.name:
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST, f"{name} has no head to score with. Ask {served.name}.", param="model"
+            )
+
+    @app.post("/v1/chat/completions", responses=ANSWERS[schemas.ChatAnswer], response_model=None)
+    async def chat(body: schemas.ChatRequest, request: Request) -> Response:
+        """A reply to a conversation, guided by the head."""
+        return await replying("chat", body, request)
+
+    @app.post("/v1/completions", responses=ANSWERS[schemas.CompletionAnswer], response_model=None)
+    async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
+        """Replies to texts, guided by the head."""
+        return await replying("text", body, request)
+
+    @app.post("/v1/score", responses=ANSWERS[schemas.ScoreAnswer], response_model=None)
+    async def score_replies(body: schemas.ScoreRequest, request: Request) -> Response:
+        """The head's scores of replies to one prompt, higher is preferred."""
+        with_head(body.model)
+        within("replies", len(body.replies), limits.max_texts, "replies a request")
+        prompt = user(body.prompt) if isinstance(body.prompt, str) else turns(body.prompt)
+        prompts = [prompt] * len(body.replies)
+        found, usage = await scored(prompts, body.replies, bool(body.positions), request)
+        data = [
+            {
+                "object": "score",
+                "index": index,
+                "score": one.score,
+                "dropped_tokens": one.dropped,
+                "positions": [
+                    {"text": text, "score": value} for text, value in zip(one.pieces, one.scores, strict=True)
+                ]
+                if body.positions
+                else None,
+            }
+            for index, one in enumerate(found)
+        ]
+        return JSONResponse({"object": "list", "model": body.model, "data": data, "usage": usage})
+
+    @app.post("/v1/rerank", responses=ANSWERS[schemas.RerankAnswer], response_model=None)
+    async def rerank(body: schemas.RerankRequest, request: Request) -> Response:
+        """Documents by the head's score of each as a reply to the query, best first."""
+        with_head(body.model)
+        within("documents", len(body.documents), limits.max_texts, "documents a request")
+        texts = [one if isinstance(one, str) else one.text for one in body.documents]
+        query = user(body.query) if isinstance(body.query, str) else turns(body.query)
+        found, usage = await scored([query] * len(texts), texts, False, request)
+        order = sorted(range(len(texts)), key=lambda at: -found[at].score)[: body.top_n]
+        results = [
+            {
+                "index": at,
+                "relevance_score": found[at].score,
+                "document": {"text": texts[at]} if body.return_documents else None,
+            }
+            for at in order
+        ]
+        name = f"rerank-{secrets.token_hex(12)}"
+        return JSONResponse({"id": name, "model": body.model, "results": results, "usage": usage})
+
+    def about(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": began, "owned_by": "coala"}
+
+    @app.get("/v1/models", responses=ANSWERS[schemas.ModelList], response_model=None)
+    async def models() -> Response:
+        """The guided model and the plain one."""
+        return JSONResponse({"object": "list", "data": [about(name) for name in served.names]})
+
+    @app.get("/v1/models/{model}", responses=ANSWERS[schemas.ModelFacts], response_model=None)
+    async def model(model: str) -> Response:
+        """One of them."""
+        return JSONResponse(about(model_of(model)))
+
+    @app.get("/healthz", responses=ANSWERS[schemas.Health], response_model=None)
+    async def health() -> Response:
+        """Whether the server does its work; 503 once it does not."""
+        status = "ending" if app.state.ending else "ok" if worker.alive else "broken"
+        return JSONResponse({"status": status, "model": served.name}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counts and times for Prometheus."""
+        return PlainTextResponse(exposition(observed.metrics), media_type=TYPE)
+
+    pages = Path(__file__).parent / "pages"
+    shown = playground(pages / "playground.html", served, limits, keyed=key is not None)
+    look = (pages.parent.parent / "report" / "page.css").read_text("utf-8") + (pages / "playground.css").read_text(
+        "utf-8"
+    )
+    script = (pages / "playground.js").read_text("utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def first() -> Response:
+        return HTMLResponse(shown)
+
+    @app.get("/page.css", include_in_schema=False)
+    async def style() -> Response:
+        return Response(look, media_type="text/css")
+
+    @app.get("/playground.js", include_in_schema=False)
+    async def code() -> Response:
+        return Response(script, media_type="text/javascript")
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        return refusal.response()
+
+    @app.exception_handler(Gone)
+    async def gone(_: Request, __: Gone) -> Response:
+        return Response(status_code=CLIENT_GONE)  # to nobody
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return unreadable(error).response()
+
+    @app.exception_handler(AnyHTTPException)
+    async def other(_: Request, error: AnyHTTPException) -> Response:
+        known = {
+            400: "The body is no JSON that can be read.",  # FastAPI's only one: too deep, too many digits
+            404: "There is nothing at this address.",
+            405: "This address takes another method.",
+        }
+        said = known.get(error.status_code, str(error.detail))
+        return Refusal(error.status_code, said, headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> Response:
+        answer = failure().response()
+        answer.headers.update(HEADERS)  # made outside of the layer that adds them
+        return answer
+
+    return app
+
+
+def turns(messages: Sequence[schemas.Message]) -> tuple[Turn, ...]:
+    return tuple(Turn("system" if one.role == "developer" else one.role, one.text) for one in messages)
+
+
+def within(param: str, found: int, most: int, what: str) -> None:
+    """Refuse more than the server's own limit."""
+    if found > most:
+        raise Refusal(
+            HTTPStatus.BAD_REQUEST, f"{param} comes to {found}; this server takes at most {most} {what}.", param=param
+        )
+
+
+def playground(template: Path, served: Served, limits: Limits, *, keyed: bool) -> str:
+    """The page, with what its script has to know in the attributes of its body."""
+    from jinja2 import Environment, StrictUndefined
+
+    made = Environment(autoescape=True, undefined=StrictUndefined).from_string(template.read_text("utf-8"))
+    return made.render(
+        name=served.name,
+        unguided=served.names[1],
+        guidance=served.guidance,
+        most_tokens=limits.max_tokens,
+        most_choices=limits.choices,
+        keyed=keyed,
+    )
