@@ -69,7 +69,7 @@ def test_strength_zero_is_unguided(models: dict[str, Model], name: str, guidance
 
 def test_one_candidate_is_unguided(endless: LanguageModel) -> None:
     head = make_head(endless)
-    one = generate(PROMPTS, endless, head, Guidance(candidates=1), max_new_tokens=12, seed=1)
+    one = generate(PROMPTS, endless, head, Guidance("token", candidates=1), max_new_tokens=12, seed=1)
     assert texts(one) == texts(generate(PROMPTS, endless, max_new_tokens=12, seed=1))
 
 
@@ -247,7 +247,7 @@ def test_log_likelihood_is_that_of_transformers(models: dict[str, Model], name: 
     assert log_likelihood(PROMPTS, answers, model.backbone, batch_size=1) == [
         (pytest.approx(value, abs=1e-4), n) for value, n in found
     ]
-    naive = model.naive(make_head(model.backbone), Guidance(), 0)
+    naive = model.naive(make_head(model.backbone), Guidance("token"), 0)
     for turns, answer, (value, n) in zip(PROMPTS, answers, found, strict=True):
         row = model.backbone.render(turns, answer)
         tokens = row.tokens[row.start :]
@@ -327,7 +327,7 @@ def test_overflowing_hidden_states_are_named(endless: LanguageModel) -> None:
 # --- a trained model ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance("block"), Guidance("shift", budget=15.0)], ids=str)
+@pytest.mark.parametrize("guidance", [Guidance("token"), Guidance(), Guidance("shift", budget=15.0)], ids=str)
 def test_a_trained_model_is_guided(shared: Path, guidance: Guidance) -> None:
     backbone = load_backbone(shared / "data/models/stories260K-hf", device="cpu", template="continuation")
     width = backbone.width

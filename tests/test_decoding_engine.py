@@ -87,7 +87,7 @@ BEAM = Guidance("beam", width=2, candidates=3, strength=0.3)
 @pytest.mark.parametrize(
     ("name", "guidances"),
     [
-        ("llama", [Guidance()]),
+        ("llama", [Guidance("token")]),
         ("gpt2", [Guidance.paper()]),
         ("qwen2", [Guidance("block", candidates=3, block_tokens=4)]),
         ("llama", [Guidance("shift", budget=3.0), Guidance("none"), Guidance("best_of", candidates=3), BEAM]),
@@ -112,7 +112,7 @@ def test_temperatures_seeds_and_gates_of_each_reply_are_its_own(models: dict[str
     head = make_head(backbone, pooling="mean_all", gate_on=gate_on)
     requests = [
         replace(request, temperature=rng.choice([0.0, 0.7, 1.0]))
-        for request in some_requests(8, [Guidance(), Guidance("none")], rng)
+        for request in some_requests(8, [Guidance("token"), Guidance("none")], rng)
     ]
     for request, job in zip(requests, run(Engine(backbone, head), requests, rng), strict=True):
         same(job.generation, alone(request, backbone, head))
@@ -122,7 +122,7 @@ def test_models_whose_memory_cannot_be_joined_take_turns(models: dict[str, Model
     """Every candidate has a copy of the cache: nobody enters a batch that has begun, and all is as it would be."""
     backbone, rng = models["llama"].backbone, random.Random(5)
     head = make_head(backbone)
-    requests = some_requests(6, [Guidance()], rng)
+    requests = some_requests(6, [Guidance("token")], rng)
     expected = [alone(request, backbone, head) for request in requests]
     obstacle = vars(backbone).get("_obstacle", "")
     vars(backbone)["_obstacle"] = "made up for the test"
@@ -205,7 +205,7 @@ def test_pieces_and_alternatives(endless: LanguageModel) -> None:
 
 def test_a_cancelled_reply_ends_and_leaves_the_others_alone(endless: LanguageModel) -> None:
     head = make_head(endless)
-    for guidance in (Guidance(), Guidance("best_of", candidates=3), BEAM, Guidance("block", candidates=2)):
+    for guidance in (Guidance("token"), Guidance("best_of", candidates=3), BEAM, Guidance("block", candidates=2)):
         engine = Engine(endless, head, max_rows=7)
         requests = [Request(user("hello"), guidance, 30, seed=i, prompt_id=str(i)) for i in range(3)]
         jobs = [engine.submit(request) for request in requests]
@@ -228,7 +228,7 @@ def test_a_cancelled_reply_ends_and_leaves_the_others_alone(endless: LanguageMod
 def test_a_failing_step_fails_its_own_requests_alone(endless: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_head(endless)
     engine = Engine(endless, head)
-    guided = engine.submit(Request(user("hello"), Guidance(), 10, seed=0))
+    guided = engine.submit(Request(user("hello"), Guidance("token"), 10, seed=0))
     plain = engine.submit(Request(user("hello"), Guidance("none"), 10, seed=0))
     engine.step()
 
@@ -244,7 +244,7 @@ def test_a_failing_step_fails_its_own_requests_alone(endless: LanguageModel, mon
     assert guided.done
     assert plain.error is None
     assert plain.generation is not None
-    again = engine.submit(Request(user("hello"), Guidance(), 10, seed=0))
+    again = engine.submit(Request(user("hello"), Guidance("token"), 10, seed=0))
     while engine.step():
         pass
     assert again.generation is not None
@@ -264,4 +264,4 @@ def test_what_cannot_be_carried_out_is_refused_at_once(endless: LanguageModel, m
         ({"n_top": -1}, "n_top is -1"),
     ):
         with pytest.raises(CoalaError, match=message):
-            Request(**{"prompt": user("a"), "guidance": Guidance(), "max_new_tokens": 5, "seed": 0, **settings})
+            Request(**{"prompt": user("a"), "guidance": Guidance("token"), "max_new_tokens": 5, "seed": 0, **settings})

@@ -27,8 +27,8 @@ from tests.menagerie import CONTEXT, tiny_backbone
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # Llama and Qwen2 share keys and values among query heads
 PROMPTS = [user("tell me a story"), user("what do you think of a good film? the end"), user("hello")]
 # Sampled modes, coupled to unguided text ...
-GUIDED = [Guidance(), Guidance(every=2, candidates=3, rule="raw", strength=3.0), Guidance.paper()]
-GUIDED += [Guidance(rule="z-score", strength=1.5), Guidance("block", candidates=3, block_tokens=4)]
+GUIDED = [Guidance("token"), Guidance("token", every=2, candidates=3, rule="raw", strength=3.0), Guidance.paper()]
+GUIDED += [Guidance("token", rule="z-score", strength=1.5), Guidance("block", candidates=3, block_tokens=4)]
 GUIDED += [Guidance("best_of", candidates=3), Guidance("shift", budget=3.0)]
 GUIDED += [Guidance("shift", strength=3.0, rule="z-score", every=2, candidates=3)]
 # ... and those without chance.

@@ -57,14 +57,14 @@ def test_strength_zero_samples_the_restricted_base_distribution(endless: Languag
     allowed = naive_nucleus(endless.start([endless.render(PROMPTS[0]).tokens]).log_probs()[0].numpy())
     tokens = list(allowed)
     probs = np.exp([allowed[token] for token in tokens])
-    for guidance in (Guidance(strength=1e-12), Guidance("none")):
+    for guidance in (Guidance("token", strength=1e-12), Guidance("none")):
         counts = _first_token_counts(endless, make_head(endless), guidance, tokens, 1200)
         assert _chi_square(counts, probs) > 1e-3
 
 
 def test_with_the_whole_nucleus_the_choice_is_an_exact_tilt(endless: LanguageModel) -> None:
     """p(c) exp(strength * score(c)), the optimum of a KL-regularised reward."""
-    guidance = Guidance(strength=0.5, rule="raw", candidates=6, top_k=6, top_p=1.0)
+    guidance = Guidance("token", strength=0.5, rule="raw", candidates=6, top_k=6, top_p=1.0)
     head = make_head(endless)
     prefix = endless.start([endless.render(PROMPTS[0]).tokens], head.spec.layer)
     nucleus = restrict(prefix.log_probs(), temperature=1.0, top_k=6, top_p=1.0)
@@ -142,7 +142,7 @@ def test_min_max_is_scale_free_and_ignores_rounding() -> None:
     assert reweight(base, np.float32([[7, np.nextafter(np.float32(7), np.float32(8)), 7]]), 2.0) == pytest.approx(base)
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance("prefix"), Guidance(rule="raw"), Guidance("shift")], ids=str)
+@pytest.mark.parametrize("guidance", [Guidance("token"), Guidance("prefix"), Guidance("token", rule="raw"), Guidance("shift")], ids=str)
 def test_more_strength_never_lowers_the_mean_score(endless: LanguageModel, guidance: Guidance) -> None:
     head = make_head(endless)
     means = [

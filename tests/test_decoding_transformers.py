@@ -57,14 +57,14 @@ def test_greedy_text_at_strength_zero_is_that_of_transformers(both: Any, options
     given, settings = inputs(backbone), {"do_sample": False, "max_new_tokens": 15, "pad_token_id": 0, **options}
     expected = model.generate(**given, **settings)
     head = make_head(backbone)
-    found = model.generate(**given, **settings, custom_generate=coala.guide(head, Guidance(strength=0.0)))
+    found = model.generate(**given, **settings, custom_generate=coala.guide(head, Guidance("token", strength=0.0)))
     assert torch.equal(found, expected)
     told = model.generate(
-        **given, **settings, custom_generate=coala.guide(head, Guidance(strength=0.0)), return_dict_in_generate=True
+        **given, **settings, custom_generate=coala.guide(head, Guidance("token", strength=0.0)), return_dict_in_generate=True
     )
     assert torch.equal(told.sequences, expected)
     # Asking the head changes the text, and the options go on to be obeyed.
-    guided = model.generate(**given, **settings, custom_generate=coala.guide(head, Guidance(strength=5.0)))
+    guided = model.generate(**given, **settings, custom_generate=coala.guide(head, Guidance("token", strength=5.0)))
     assert not torch.equal(guided, expected)
     if "no_repeat_ngram_size" in options:
         for row in own(model, guided, given):
@@ -75,7 +75,7 @@ def test_greedy_text_at_strength_zero_is_that_of_transformers(both: Any, options
 @pytest.mark.parametrize(
     "guidance",
     [
-        Guidance(),
+        Guidance("token"),
         Guidance.paper(),
         Guidance("shift", budget=4.0),
         Guidance("block", candidates=3, block_tokens=4),
@@ -126,7 +126,7 @@ class _Recorder(BaseStreamer):
 def test_streamers_hear_every_token_and_the_end(both: Any) -> None:
     backbone, model, tokenizer = both
     head, given = make_head(backbone), inputs(backbone, PROMPTS[:1])
-    for guidance in (Guidance(), Guidance("block", candidates=2, block_tokens=3), Guidance("best_of", candidates=2)):
+    for guidance in (Guidance("token"), Guidance("block", candidates=2, block_tokens=3), Guidance("best_of", candidates=2)):
         text, recorder = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5), _Recorder()
         for streamer in (text, recorder):
             torch.manual_seed(5)
@@ -152,7 +152,7 @@ class _UpTo(StoppingCriteria):
         return (input_ids[:, self.start :] % 7 == 0).any(1)
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance("block", candidates=2, block_tokens=3)], ids=str)
+@pytest.mark.parametrize("guidance", [Guidance("token"), Guidance("block", candidates=2, block_tokens=3)], ids=str)
 def test_stopping_criteria_end_replies(both: Any, guidance: Guidance) -> None:
     backbone, model, _ = both
     given = inputs(backbone)

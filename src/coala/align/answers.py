@@ -138,6 +138,7 @@ def answer(run: Run, asked: Sequence[Asked], manner: Manner, *, on_reply: OnRepl
             raise StoreError(f"{path}: holds replies to other prompts. Delete it, and run again.")
         if len(kept) < len(asked):
             backbone, fitted, rule = load_run(run.path)
+            rule = rule.at(temperature)
             options: dict[str, Any] = {"max_new_tokens": length, "temperature": temperature, "seed": manner.seed}
             while len(kept) < len(asked):
                 some = asked[len(kept) : len(kept) + PORTION]

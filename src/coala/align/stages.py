@@ -252,6 +252,7 @@ def _replies(job: Work) -> None:
             from coala.decoding import generate
 
             backbone, head, guidance = job.backbone(), load_head(job.path("head")), guidance_of(job.recipe)
+            guidance = guidance.at(settings.temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
             replies = []
             # In portions only so that progress shows: a reply does not depend on what is decoded beside it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,8 +13,10 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; none: one per stdin line.")
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="token, block, prefix or none (unguided).")] = None,
-    strength: Annotated[float | None, typer.Option(help="Guidance strength; 0 is unguided.")] = None,
+    mode: Annotated[str | None, typer.Option(help="block, token, prefix, shift, best_of, beam or none.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Guidance strength, in mode token if no other is given; 0 is unguided.")
+    ] = None,
     candidates: Annotated[int | None, typer.Option(help="Candidates per guided step.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
@@ -28,7 +30,7 @@ def generate(
 
     `coala generate runs/demo "This film is about a night nurse. The acting"`
 
-    `coala generate runs/demo --mode block --compare "I thought this movie"`
+    `coala generate runs/demo --strength 3 --compare "I thought this movie"`
     """
     import sys
     from dataclasses import replace
@@ -42,8 +44,9 @@ def generate(
     if not texts or not all(text.strip() for text in texts):
         raise CoalaError('There is no prompt, or an empty one. Give it in quotes: coala generate RUN "prompt".')
     backbone, head, guidance = load_run(run)
-    changes: dict[str, Any] = {"mode": mode, "strength": strength, "candidates": candidates}
-    guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
+    guidance = guidance.changed(mode=mode, strength=strength, candidates=candidates)
+    if mode is None:
+        guidance = guidance.at(temperature)
     rules = {"unguided": replace(guidance, mode="none"), "guided": guidance} if compare else {"guided": guidance}
     # One reply streams as it is made; several are printed whole, in order.
     streams = len(texts) == 1 and not compare

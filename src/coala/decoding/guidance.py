@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -49,13 +49,13 @@ class Guidance:
     ``top_k`` (0: off) and then ``top_p`` (1: off) restrict the base distribution.
     """
 
-    mode: Mode = "token"
+    mode: Mode = "block"
     strength: float = 2.0
     every: int | None = None
     candidates: int = 5
     top_k: int = 50
     top_p: float = 0.9
-    block_tokens: int = 10
+    block_tokens: int = 5
     rule: Rule = "min-max"
     budget: float | None = None
     width: int = 4
@@ -88,6 +88,20 @@ class Guidance:
     def unguided(cls, *, top_k: int = 50, top_p: float = 0.9) -> Guidance:
         """Plain sampling from the restricted base distribution."""
         return cls("none", top_k=top_k, top_p=top_p)
+
+    def at(self, temperature: float) -> Guidance:
+        """Itself; at temperature 0, where samples do not differ, mode ``token`` instead of the best of samples."""
+        return replace(self, mode="token") if temperature == 0 and self.mode in RANKING else self
+
+    def changed(self, **settings: Any) -> Guidance:
+        """With these settings, where they are not ``None``.
+
+        A strength says nothing to the modes that keep the best of samples: given without a mode it means ``token``.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given.get("strength") and "mode" not in given and self.mode in RANKING:
+            given["mode"] = "token"
+        return replace(self, **given)
 
     @property
     def interval(self) -> int:

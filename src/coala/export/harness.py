@@ -7,7 +7,6 @@ imported: it registers the model kind ``coala`` there.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +54,7 @@ class GuidedLM(HFLM):  # type: ignore[misc]
             assert run is not None
             loaded = load_run(run)
         backbone, head, guidance = loaded
-        changes: dict[str, Any] = {"mode": mode, "strength": None if strength is None else float(strength)}
-        guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
+        guidance = guidance.changed(mode=mode, strength=None if strength is None else float(strength))
         backbone.require_head("Guided texts")
         super().__init__(
             pretrained=backbone.transformer,
