@@ -1,6 +1,6 @@
 """COMAL beside iterative DPO, iterative IPO and INPO on real text, judged by preferences that go in circles.
 
-    python benchmarks/comal_text.py MODEL --out runs/comal_text     # a story model of 260,000 weights: 20 to 30 minutes
+    python benchmarks/comal_text.py MODEL --out runs/comal_text   # a model of 260,000 weights: 4 minutes of a core
     python benchmarks/comal_text.py MODEL --out runs/tiny --prompts 4 --candidates 4 --outer 1 --inner 1 --answers 2
 
 MODEL continues openings of stories (wording of our own). Three things are measured on a continuation: cheerfulness
@@ -73,7 +73,11 @@ def attributes(text: str) -> tuple[float, float, float]:
     words = re.findall(r"[a-z']+", text.lower())
     sentences = [part for part in re.split(r"[.!?]", text) if re.search(r"[a-z]", part.lower())]
     n = max(len(words), 1)
-    return sum(WEIGHT.get(word, 0) for word in words) / n, -len(words) / max(len(sentences), 1), -sum(map(len, words)) / n
+    return (
+        sum(WEIGHT.get(word, 0) for word in words) / n,
+        -len(words) / max(len(sentences), 1),
+        -sum(map(len, words)) / n,
+    )
 
 
 def oracle_of(lean: float, scale: Sequence[Sequence[float]]) -> Oracle:
@@ -169,23 +173,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a small model of stories")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; the same command goes on")
-    parser.add_argument("--lean", type=float, default=0.8, help="0: plain majority; 1: rock, paper, scissors")
+    parser.add_argument("--lean", type=float, default=0.4, help="0: plain majority; 1: rock, paper, scissors")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=32, help="openings trained on")
     parser.add_argument("--held-out", type=int, default=16, help="openings judged on")
     parser.add_argument("--answers", type=int, default=32, help="continuations of each held-out opening")
-    parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--outer", type=int, default=4)
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--outer", type=int, default=3)
     parser.add_argument("--inner", type=int, default=4)
-    parser.add_argument("--eta", type=float, default=2.0)
+    parser.add_argument("--eta", type=float, default=10.0)
     parser.add_argument("--ref-weight", type=float, default=0.25)
     parser.add_argument("--anchor", type=float, default=0.1)
-    parser.add_argument("--rate", type=float, default=3e-5)
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    given.model = str(Path(given.model).resolve())
     train, held_out = openings(given.prompts, held_out=False), openings(given.held_out, held_out=True)
     given.out.mkdir(parents=True, exist_ok=True)
     about = {name: value for name, value in vars(given).items() if name not in ("out", "methods")}
@@ -194,7 +199,7 @@ def main() -> None:
     save_json(given.out / "settings.json", about)
 
     start = load_policy(given.model, template="continuation")
-    start.rows_per_forward = 256
+    start.rows_per_forward = 512
     own = draw(start, start, train, given, given.out / "attributes.jsonl")
     values = np.array([attributes(text) for row in own for text in row["answers"]])
     scale = [values.mean(0).tolist(), values.std(0).tolist()]
@@ -202,10 +207,11 @@ def main() -> None:
     answers: dict[str, list[list[str]]] = {}
     moved: dict[str, Estimate] = {}
     reached: dict[str, Any] = {}
+    earlier: dict[str, list[list[str]]] = {}
     for method in given.methods:
         began = time.perf_counter()
         policy = load_policy(given.model, template="continuation")
-        policy.rows_per_forward = 256
+        policy.rows_per_forward = 512
         if method != "sft":
             run_comal(policy, train, oracle, settings_of(method, given), given.out / method)
             reached[method] = summarise(given.out / method)
@@ -214,6 +220,18 @@ def main() -> None:
         labels = [i for i, row in enumerate(drawn) for _ in row["answers"]]
         moved[method] = mean_estimate(np.concatenate([row["log_ratios"] for row in drawn]), labels)
         print(f"{method}: {time.perf_counter() - began:.0f} s", flush=True)
+
+    # Methods that are not held back go further in as many steps: their earlier policies tell distance from direction.
+    for method in [name for name in ("dpo", "ipo") if "comal" in given.methods and name in given.methods]:
+        for t in range(1, given.outer):
+            policy = load_policy(given.model, template="continuation")
+            policy.rows_per_forward = 512
+            policy.load(given.out / method / f"outer-{t:02d}/inner-{given.inner:02d}/policy")
+            label = f"{method} after {t * given.inner} steps"
+            rows = draw(policy, start, held_out, given, given.out / f"answers-{method}-{t}.jsonl")
+            earlier[label] = [row["answers"] for row in rows]
+            labels = [i for i, row in enumerate(rows) for _ in row["answers"]]
+            moved[label] = mean_estimate(np.concatenate([row["log_ratios"] for row in rows]), labels)
 
     examples = [example for example in held_out for _ in range(given.answers)]
     group = [i for i in range(len(held_out)) for _ in range(given.answers)]
@@ -250,6 +268,19 @@ def main() -> None:
     if "comal" in reached:
         print("\nCOMAL by update\n")
         print(markdown(*update_rows(reached["comal"])))
+    against: dict[str, Estimate] = {}
+    for name, found in (earlier | {name: answers[name] for name in answers if name != "comal"}).items():
+        if earlier:
+            both = {"comal": flat["comal"], name: [text for texts in found for text in texts]}
+            against[name] = win_rate_matrix(both, examples, oracle, group=group).intervals[0][1]
+    if against:
+        print(f"\nCOMAL ({moved['comal'].value:.1f} nats from sft) against policies by their distance\n")
+        ordered = sorted(against, key=lambda name: moved[name].value)
+        cells = [
+            [name, *(f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]" for e in (moved[name], against[name]))]
+            for name in ordered
+        ]
+        print(markdown(["opponent", "KL from sft, nats", "COMAL wins, %"], cells))
     plain = {
         "names": rates.names,
         "percent": rates.percent.tolist(),
@@ -259,6 +290,7 @@ def main() -> None:
         "gap": nash.gap,
         "facts": facts,
         "kl": {name: asdict(value) for name, value in moved.items()},
+        "comal_against": {name: asdict(value) for name, value in against.items()},
         "settings": about,
     }
     print(json.dumps(plain))

@@ -51,7 +51,8 @@ def tiny_model(folder: Path, **settings: int) -> Path:
 def tiny_run(folder: Path, name: str = "tiny", gates: int = 0, **settings: int) -> Path:
     """A run folder as `coala align` leaves it, with a head of random weights; ``gates`` of them act on the prompt."""
     model = load_backbone(tiny_model(folder / "model", **settings), device="cpu")
-    recipe = load_recipe(None, {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}}, {})
+    settings_of_run = {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}, "guidance": {"mode": "token"}}
+    recipe = load_recipe(None, settings_of_run, {})
     made = Run(folder / name)
     made.start(recipe.model_dump(mode="json"))
     draw = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -125,8 +126,8 @@ def test_every_cell_is_done_and_reported(made: Path, whole: Path) -> None:
 def test_costs_are_counted_and_add_up(made: Path, whole: Path) -> None:
     rows = {row["label"]: row["costs"] for row in content_of(study(made), whole)["places"][0]["methods"]}
     dpo, linear = rows["dpo (full)"], rows["linear"]
-    # Padding and fused attention's second look at its scores are all that the counter has beyond the formula.
-    assert 1 <= dpo["counter"]["run"] / dpo["flops"]["run"] < 1.35
+    # Padding and fused attention's second look at its scores add to the formula, logits that TRL leaves out take off.
+    assert 0.9 < dpo["counter"]["run"] / dpo["flops"]["run"] < 1.2
     assert dpo["flops"]["search"] < 2 * dpo["flops"]["run"]
     assert linear["counter"]["run"] == linear["counter"]["features"] + linear["counter"]["head"]
     assert linear["counter"]["features"] < 0.25 * dpo["counter"]["run"]
@@ -149,7 +150,10 @@ def test_no_test_pair_decides_a_rate(made: Path, whole: Path) -> None:
 
 def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, tmp_path: Path) -> None:
     """The whole group is killed, first in the middle of a training, then in that of a head."""
-    out, given = tmp_path / "out", study(made)
+    # The same cells as in the whole comparison: what else a study holds is no part of a cell.
+    few = [method for method in METHODS if method["name"] in ("dpo", "linear")]
+    one = {"d": {"pairs": [str(made / "pairs.jsonl")]}}
+    out, given = tmp_path / "out", study(made, methods=few, datasets=one)
     about = tmp_path / "study.json"
     about.write_text(json.dumps(given.model_dump(mode="json")))
     code = (
@@ -162,8 +166,6 @@ def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, t
         while not (out / "cells" / waited).exists():
             assert process.poll() is None, "ended before it could be killed"
             time.sleep(0.02)
-        import os
-
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert "missing" in statuses(out).values()

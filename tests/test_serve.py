@@ -103,6 +103,22 @@ def test_every_mode_of_guidance(client: Any, parts: Any, mode: Any) -> None:
     assert "".join(pieces) == wanted.text
 
 
+def test_temperature_0_of_a_run_that_samples_blocks_is_guided_token_by_token(parts: Any) -> None:
+    """Clients that know nothing of modes ask for it; who names a mode that cannot be is told so."""
+    backbone, head, _ = parts
+    with Here(backbone, head, guidance=Guidance("block", strength=5.0)) as here:
+        body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 9, "temperature": 0}
+        found = post(here, "/v1/chat/completions", body).json()
+        rule = Guidance("token", strength=5.0)
+        (wanted,) = replies(parts, 1, guidance=rule, max_new_tokens=9, seed=0, temperature=0.0)
+        assert found["choices"][0]["message"]["content"] == wanted.text
+        assert found["coala"]["guidance"] == str(rule)
+        assert post(here, "/v1/chat/completions", {**body, "guidance": {"mode": "block"}}).status_code == 400
+        for change, wanted in (({"strength": 3}, "token, min-max 3"), ({"candidates": 2}, "block, 2 x 5")):
+            asked = {**body, "temperature": 1, "guidance": change}
+            assert post(here, "/v1/chat/completions", asked).json()["coala"]["guidance"].startswith(wanted)
+
+
 def test_a_stream_adds_up_to_the_whole_reply(client: Any) -> None:
     asked = {
         "model": "tiny",

@@ -40,7 +40,9 @@ def parts(served_run: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def here(parts: Any) -> Iterator[Here]:
-    limits = Limits(max_body=60_000, max_tokens=50, max_texts=9, body_time=1.0, head_time=1.0, read_time=1.0)
+    limits = Limits(
+        max_rows=16, max_body=60_000, max_tokens=50, max_texts=9, body_time=1.0, head_time=1.0, read_time=1.0
+    )
     with Here(*parts[:2], limits) as server:
         yield server
         assert server.worker.failures == 0

@@ -156,12 +156,13 @@ def test_guided_and_unguided_side_by_side(browser: Any, served_run: Path) -> Non
         page = seen.page
         page.get_by_label("Prompt").fill(prompt)
         slider = page.get_by_role("slider", name=re.compile("Strength"))
+        page.get_by_label("Mode").select_option("block")  # which has no strength: the slider means tokens
         slider.focus()
         for _ in range(8):
             page.keyboard.press("ArrowRight")
         assert slider.input_value() == "4"
         assert page.locator("#strength-shown").inner_text() == "4"
-        page.get_by_label("Tokens").fill("40")
+        page.get_by_label("Tokens").fill("300")
         page.get_by_label("Seed").fill("11")
         # Text appears while it is written: what is shown grows.
         page.evaluate(
@@ -189,7 +190,7 @@ def test_guided_and_unguided_side_by_side(browser: Any, served_run: Path) -> Non
                 backbone,
                 head,
                 replace(guidance, **rule),
-                max_new_tokens=40,
+                max_new_tokens=300,
                 seed=11,  # type: ignore[arg-type]
             )
             card = page.locator(f"#{side}")

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from coala.values import ConvexHead, Turn
 
 COMMANDS = """/guide on|off   guided or plain replies
-/strength X     how strongly the head guides
+/strength X     how strongly the head guides, token by token
 /compare        on or off: the plain reply beside the guided one, which the conversation goes on with
 /score          the head's score of the last reply, and of it as it stood after every token
 /seed N         fix the next reply
@@ -29,8 +29,10 @@ HEAT = ((124, 231), (173, 16), (223, 16), (255, 16), (153, 16), (74, 16), (25, 2
 
 def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
-    mode: Annotated[str | None, typer.Option(help="token, block, prefix or none (unguided).")] = None,
-    strength: Annotated[float | None, typer.Option(help="Guidance strength.")] = None,
+    mode: Annotated[str | None, typer.Option(help="block, token, prefix, shift, best_of, beam or none.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Guidance strength, in mode token if no other is given.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -43,8 +45,9 @@ def chat(
     from coala.cli.screen import emit, say
 
     backbone, head, guidance = load_run(run)
-    changes: dict[str, Any] = {"mode": mode, "strength": strength}
-    guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
+    guidance = guidance.changed(mode=mode, strength=strength)
+    if mode is None:
+        guidance = guidance.at(temperature)
     talk = _Talk(backbone, head, guidance, max_new_tokens, temperature, seed, guided=guidance.mode != "none")
     say("Type a message; /help lists commands, Ctrl-D ends.")
     while True:
@@ -93,7 +96,7 @@ class _Talk:
                 if self.guided and self.guidance.mode == "none":
                     self.guidance = replace(self.guidance, mode="token")
             elif command == "strength":
-                self.guidance = replace(self.guidance, strength=_number(value))
+                self.guidance = self.guidance.changed(strength=_number(value))
             elif command == "seed":
                 self.seed = _seed(value)
             elif command == "compare" and not value:

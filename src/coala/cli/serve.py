@@ -17,7 +17,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback can be reached.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name; the folder's.")] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows of the model's batch.")] = 16,
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="Rows of the model's batch; blocks take one per candidate.")
+    ] = 40,
     queue: Annotated[int, typer.Option(min=0, help="Replies that may wait besides; then 429 with Retry-After.")] = 112,
     deadline: Annotated[float, typer.Option(help="Seconds a request may take, the queue included.")] = 120.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 1024,
