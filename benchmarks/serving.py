@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of 1 and of 8 clients")
     parser.add_argument("--round-seconds", type=float, default=4.0)
     parser.add_argument("--tokens", type=int, default=64, help="of a reply")
-    parser.add_argument("--guidance", default="token", help="mode")
+    parser.add_argument("--guidance", default="block", help="mode; the default of recipes")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2, help="of the server's model")
-    parser.add_argument("--max-rows", type=int, default=16)
+    parser.add_argument("--max-rows", type=int, default=40)
     parser.add_argument("--queue", type=int, default=24)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

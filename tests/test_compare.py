@@ -16,7 +16,8 @@ from coala.compare import bundled, cells, load_study, plan_rows, plan_study, pla
 from coala.compare.data import limited, part, prepare
 from coala.compare.matrix import spec_of
 from coala.compare.page import render
-from coala.compare.results import PUBLISHED_COSTS, curve_of, falling, finite, spread
+from coala.compare.results import PUBLISHED_COSTS, curve_of, falling, finite
+from coala.compare.spent import spread
 from coala.compare.study import Study, study_of
 from coala.compare.text import _escaped, latex, markdown
 from coala.compare.work import calibrated_nll, measured_margins
@@ -239,6 +240,7 @@ def test_products_are_counted_as_often_as_they_run() -> None:
     assert counter.flops == 7 * 2 * 3 * 4 * 5 + 2 * 2 * 12 * 5
 
 
+@pytest.mark.slow
 def test_a_fit_counts_less_than_its_plan_and_is_not_changed() -> None:
     from coala.align.plan import fit_flops
     from coala.compare.counting import jax_products

@@ -61,24 +61,28 @@ def prompt_features(method: Method) -> bool:
 
 def spec_of(study: Study, cell: Cell) -> dict[str, Any]:
     """Everything that decides a cell's outcome, as plain JSON values; files of pairs are stamped by the runner."""
-    dataset = study.datasets[cell.dataset].model_dump(mode="json", exclude={"inits", "models", "rows", "source"})
+    # Without what is at its default, so that a field which is new in the package makes no cell another one.
+    plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
+    dataset = study.datasets[cell.dataset].model_dump(**plain, exclude={"inits", "models", "rows", "source"})
     method = next((m for m in study.methods if m.name == cell.method), None)
     about: dict[str, Any] = {
         "cell": [cell.kind, *cell.place, cell.method, cell.setting, cell.seed],
-        "model": study.models[cell.model].model_dump(mode="json", exclude={"config"}),
+        "model": study.models[cell.model].model_dump(**plain, exclude={"config"}),
         "dataset": dataset,
-        "split": study.split.model_dump(),
-        "evaluation": study.evaluation.model_dump(),
+        "split": study.split.model_dump(**plain),
+        "evaluation": study.evaluation.model_dump(**plain),
         "device": study.device,
         "first_seed": study.seeds[0],
+        # The model it starts from, where that is one of the study's own.
+        "start": list(cell.needs[:1]) if cell.init == "sft" else [],
     }
     if method is not None:
         # Where else a method runs, and whether it is counted, decides nothing of this cell.
         elsewhere = {"inits", "models", "datasets", "settings", "about", "count_flops"}
-        about["method"] = method.model_dump(mode="json", exclude=elsewhere)
+        about["method"] = method.model_dump(**plain, exclude=elsewhere)
         about["beta"] = study.beta if method.log_ratios else None
     if cell.setting:
-        about["setting"] = study.settings[cell.setting].model_dump(mode="json")
+        about["setting"] = study.settings[cell.setting].model_dump(**plain)
     return about
 
 

@@ -167,12 +167,17 @@ class _Place:
         if key not in self.plans:
             guess, rows = self.guess
             machine = self.study.machine
+
+            def room(gib: float | None) -> int | None:
+                return None if gib is None else round(gib * GIB)
+
             with self.config() as config:
                 self.plans[key] = make_plan(
                     recipe,
                     probe_seconds=0,
-                    memory=None if machine.memory_gib is None else round(machine.memory_gib * GIB),
-                    device_memory=None if machine.device_memory_gib is None else round(machine.device_memory_gib * GIB),
+                    memory=room(machine.memory_gib),
+                    device_memory=room(machine.device_memory_gib),
+                    disk=room(machine.disk_gib),
                     config=config,
                     rows=rows,
                     guess=guess,
@@ -262,14 +267,17 @@ def _heads(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
         "adamw": found.flops["fit"],
     }[cell.kind]
     stage = "extraction" if cell.kind == "features" else "fit"
-    room = found.device_bytes if stage in found.device_bytes else found.host_bytes
+    place_of = "device" if stage in found.device_bytes else "host"
+    parts = dict((found.device_bytes if place_of == "device" else found.host_bytes).get(stage, {}))
+    there = found.room[place_of]
     return {
         "flops": flops,
         "parts": dict(found.flops),
-        "bytes": dict(room.get(stage, {})),
+        "bytes": parts,
         "pairs": found.train,
         "how": "upper bound of memory",
-        "shortages": [str(shortage) for shortage in found.shortages],
+        # Of this cell's own stage; the replies of a run may be short where its extraction is not.
+        "short": there is not None and sum(parts.values()) > there,
         "mends": list(found.mends),
     }
 

@@ -27,13 +27,12 @@ import numpy as np
 from coala.compare.cell import read
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
-from coala.compare.matrix import Cell, cells, features_key
-from coala.compare.study import Method, Study
+from coala.compare.matrix import Cell, cells
+from coala.compare.spent import Found, costs_of, put_shares, spread
+from coala.compare.study import Study
 from coala.evaluation import win_rate
 from coala.evaluation.statistics import clustered, mean_estimate, share_estimate
 from coala.values import Estimate, Judgement
-
-Found = dict[str, dict[str, Any]]
 
 
 def content_of(study: Study, out: Path) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _place(study: Study, out: Path, place: tuple[str, str, str], here: Sequence[
             done = [c for c in mine if c.id in found]
             if done:
                 rows.append(_row(study, done, len(mine), here, found, group))
-        _shares(rows)
+        put_shares(rows)
     pairs = pair_counts(out, dataset) if rows else {}
     told: dict[str, Any] = {"dataset": dataset, "model": model, "init": init, "pairs": pairs, "methods": rows}
     if rows:
@@ -155,21 +154,8 @@ def _row(
         "tokens": spread([r["mean_tokens"] for r in results if "mean_tokens" in r]),
     }
     row["falling"] = falling(row["curves"])
-    row["costs"] = _costs(study, first, method, done, here, found)
+    row["costs"] = costs_of(first, method, done, here, found)
     return row
-
-
-def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Mean and standard deviation over seeds; None of none, no deviation of one."""
-    if not values:
-        return None
-    array = np.asarray(values, np.float64)
-    return {
-        "mean": float(array.mean()),
-        "sd": float(array.std(ddof=1)) if len(array) > 1 else None,
-        "n": len(array),
-        "values": [float(value) for value in array],
-    }
 
 
 def curve_of(result: Mapping[str, Any]) -> list[list[float]]:
@@ -203,129 +189,6 @@ def _over_seeds(estimates: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     if not estimates:
         return None
     return {**estimates[0], "seeds": spread([e["value"] for e in estimates])}
-
-
-# --- costs -------------------------------------------------------------------------------------------------------
-
-
-def _costs(
-    study: Study,
-    first: Cell,
-    method: Method | None,
-    done: Sequence[Cell],
-    here: Sequence[Cell],
-    found: Found,
-) -> dict[str, Any] | None:
-    """What one run costs, and one run with the search that its settings took.
-
-    FLOPs by formula and by counter, an epoch's count times the epochs. Searches are counted by formula times the
-    counter's excess over it. A head's run is the extraction and the fit; its search, if any, the choice of a layer.
-    """
-    if method is None:
-        return None
-    parts = [found[cell.id]["costs"] for cell in done]
-    count = next(
-        (c for c in here if c.kind == "count" and (c.method, c.setting) == (first.method, first.setting)), None
-    )
-    counted = found[count.id]["result"] if count is not None and count.id in found else None
-    if method.trained:
-        # Runs after the first seed's do nothing but train: their time is not shared with a search.
-        runs = [part["train"] for part in parts]
-        search = parts[0].get("search", {})
-        formula = runs[0]["flops"]
-        ratio = counted["train"] / counted["formula"] if counted else None
-        counter = None if ratio is None else round(formula * ratio)
-        return {
-            "flops": {"run": formula, "search": search.get("flops", 0)},
-            "counter": None
-            if counter is None or ratio is None
-            else {"run": counter, "search": round(search.get("flops", 0) * ratio)},
-            "measured": _measured(runs, [run["measured"] for run in runs], search.get("measured", {})),
-        }
-    key = f"{'.'.join(first.place)}.features-{features_key(method)}"
-    if key not in found:
-        return None
-    read_parts = found[key]["costs"]
-    fits = [part["head"] for part in parts if "head" in part]
-    search = read_parts.get("search", {})
-    features = read_parts["features"]
-    return {
-        "flops": {"run": features["flops"], "search": search.get("flops", 0), "pair_by_pair": features["pair_by_pair"]},
-        "counter": None
-        if counted is None
-        else {
-            "run": counted["features"] + counted["head"],
-            "features": counted["features"],
-            "head": counted["head"],
-            "search": search.get("flops", 0),
-        },
-        "measured": _measured(
-            fits, [features["measured"], *(fit["measured"] for fit in fits)], search.get("measured", {}), features
-        ),
-    }
-
-
-def _measured(
-    runs: Sequence[Mapping[str, Any]],
-    all_parts: Sequence[Mapping[str, Any]],
-    search: Mapping[str, Any],
-    before: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    own = before["measured"] if before else {}
-    seconds = [run["measured"]["seconds"] + own.get("seconds", 0.0) for run in runs]
-    compiling = [run["measured"].get("compiling") for run in runs]
-    joules = [_joules(run["measured"], own) for run in runs]
-    return {
-        "seconds": spread(seconds),
-        "compiling": spread([c for c in compiling if c is not None]),
-        "search_seconds": search.get("seconds", 0.0),
-        "joules": spread([j for j in joules if j is not None]),
-        "peak_bytes": _most(part["peak_bytes"] for part in all_parts),
-        # Above what libraries take before any weight is read.
-        "own_bytes": _most(
-            {k: v - part.get("at_start", {}).get(k, 0) for k, v in part["peak_bytes"].items()} for part in all_parts
-        ),
-    }
-
-
-def _joules(measured: Mapping[str, Any], own: Mapping[str, Any]) -> float | None:
-    found = [m["joules"] for m in (measured, own) if m]
-    return None if not found or any(j is None for j in found) else float(sum(sum(j.values()) for j in found))
-
-
-def _most(parts: Any) -> dict[str, int]:
-    most: dict[str, int] = {}
-    for peak in parts:
-        for place, value in peak.items():
-            most[place] = max(most.get(place, 0), value)
-    return most
-
-
-def _shares(rows: Sequence[dict[str, Any]]) -> None:
-    """Every method's costs as shares of one epoch of DPO on all weights, and on adapters, in the same place."""
-    for row in rows:
-        if row["costs"] is not None:
-            row["costs"]["of"] = {}
-    for dpo in (row for row in rows if row["kind"] == "dpo" and row["costs"] is not None):
-        theirs = dpo["costs"]
-        for row in rows:
-            mine = row["costs"]
-            if mine is None:
-                continue
-            share: dict[str, Any] = {}
-            if mine["counter"] and theirs["counter"]:
-                share["flops"] = mine["counter"]["run"] / theirs["counter"]["run"]
-                searched = mine["counter"]["run"] + mine["counter"]["search"]
-                share["flops_with_search"] = searched / (theirs["counter"]["run"] + theirs["counter"]["search"])
-            measured, other = mine["measured"], theirs["measured"]
-            if measured["seconds"] and other["seconds"]:
-                # The first seed's process is the only one that compiles and searches; the least is the work itself.
-                share["measured"] = {
-                    "seconds": measured["seconds"]["mean"] / other["seconds"]["mean"],
-                    "bytes": {p: measured["peak_bytes"][p] / b for p, b in other["peak_bytes"].items() if b},
-                    "own_bytes": {p: measured["own_bytes"][p] / b for p, b in other["own_bytes"].items() if b > 0},
-                }
-            mine["of"][dpo["label"]] = share
 
 
 # --- comparisons -------------------------------------------------------------------------------------------------

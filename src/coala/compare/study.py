@@ -128,6 +128,7 @@ class Machine(_Strict):
     name: str = "this machine"
     device_memory_gib: float | None = Field(None, gt=0)
     memory_gib: float | None = Field(None, gt=0)
+    disk_gib: float | None = Field(None, gt=0)
     tflops: float | None = Field(None, gt=0)
 
 

@@ -168,6 +168,4 @@ def plan_rows(planned: Sequence[Mapping[str, Any]], study: Study) -> list[tuple[
 def _short(row: Mapping[str, Any], needed: int, study: Study) -> bool:
     """Whether a lower bound is above the device's memory, or the plan of a head is short of some."""
     there = study.machine.device_memory_gib
-    return bool(row.get("shortages")) or (
-        row["how"].startswith("lower") and there is not None and needed > there * 2**30
-    )
+    return bool(row.get("short")) or (row["how"].startswith("lower") and there is not None and needed > there * 2**30)

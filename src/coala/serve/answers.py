@@ -227,12 +227,13 @@ class Replying:
             others = tuple((self._reader.alternative(token, before), log_prob) for token, log_prob in top)
             held.append(Told(growing.add(tokens[at]), log_probs[at], others))
         del held[max(len(tokens) - len(choice.told), 0) :]
-        ready, read = len(held) if last else 0, choice.read
+        ready, read = 0, choice.read
         for place, one in enumerate(held, 1):
             read += len(one.text)
             # A token without text may begin what a later one completes.
             if one.text and read <= len(choice.text):
                 ready, choice.read = place, read
+        ready = len(held) if last else ready
         found, choice.held = held[:ready], held[ready:]
         if last and found:
             # What a token was to complete may have been taken back: its beginning is text then, such as it is.

@@ -158,14 +158,16 @@ def create_app(
         wanted = body.guidance
         found = served.guidance
         if isinstance(wanted, schemas.GuidanceSettings):
-            changes: dict[str, Any] = {k: v for k, v in wanted.model_dump().items() if v is not None}
+            changes = wanted.model_dump()
             for name in ("candidates", "width"):
-                within(f"guidance.{name}", changes.get(name, 1), limits.max_rows, "rows of the model")
-            if changes.get("mode", "shift") != "shift":
-                changes["budget"] = None  # the recipe's may be of another mode
-            found = replace(found, **changes)
-        base: dict[str, Any] = {"top_p": body.top_p, "top_k": body.top_k}
-        found = replace(found, **{name: value for name, value in base.items() if value is not None})
+                within(f"guidance.{name}", changes[name] or 1, limits.max_rows, "rows of the model")
+            if changes["mode"] not in (None, "shift"):
+                found = replace(found, budget=None)  # the recipe's is of another mode
+            found = found.changed(**changes)
+        if not (isinstance(wanted, schemas.GuidanceSettings) and wanted.mode):
+            # Clients ask for temperature 0 without knowing of modes.
+            found = found.at(1.0 if body.temperature is None else body.temperature)
+        found = found.changed(top_p=body.top_p, top_k=body.top_k)
         if wanted == "none" or not guided:
             found = replace(found, mode="none", budget=None)
         return found

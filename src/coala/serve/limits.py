@@ -12,14 +12,15 @@ from coala.values import CoalaError
 class Limits:
     """Bounds of a server; times in seconds, sizes in bytes.
 
-    ``max_rows`` is the width of the model's batch and ``queue`` how many replies may wait besides; a request beyond
+    ``max_rows`` is the width of the model's batch (a reply of mode ``block`` or ``best_of`` takes a row for each
+    candidate: 40 are 8 replies of 5) and ``queue`` how many replies may wait besides; a request beyond
     both is answered 429. ``deadline`` is a request's whole time, the queue included. ``max_tokens`` bounds a reply,
     ``max_choices`` the replies drawn for one prompt, ``max_texts`` the prompts, replies or documents of one request.
     ``head_time`` and ``body_time`` bound how long a client may take to send its headers and body, ``read_time`` how
     long it may leave what it is sent unread. ``grace`` is what requests at hand get when the server ends.
     """
 
-    max_rows: int = 16
+    max_rows: int = 40
     queue: int = 112
     deadline: float = 120.0
     max_body: int = 1 << 20

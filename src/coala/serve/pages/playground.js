@@ -164,7 +164,11 @@ $("ask").addEventListener("submit", (event) => {
 });
 $("best").addEventListener("click", () => run(best));
 $("stop").addEventListener("click", () => running?.abort());
-$("strength").addEventListener("input", () => ($("strength-shown").value = $("strength").value));
+$("strength").addEventListener("input", () => {
+  $("strength-shown").value = $("strength").value;
+  // Modes that keep the best of samples know no strength.
+  if (["block", "best_of"].includes($("mode").value)) $("mode").value = "token";
+});
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
 });
