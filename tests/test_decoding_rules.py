@@ -142,7 +142,9 @@ def test_min_max_is_scale_free_and_ignores_rounding() -> None:
     assert reweight(base, np.float32([[7, np.nextafter(np.float32(7), np.float32(8)), 7]]), 2.0) == pytest.approx(base)
 
 
-@pytest.mark.parametrize("guidance", [Guidance("token"), Guidance("prefix"), Guidance("token", rule="raw"), Guidance("shift")], ids=str)
+@pytest.mark.parametrize(
+    "guidance", [Guidance("token"), Guidance("prefix"), Guidance("token", rule="raw"), Guidance("shift")], ids=str
+)
 def test_more_strength_never_lowers_the_mean_score(endless: LanguageModel, guidance: Guidance) -> None:
     head = make_head(endless)
     means = [

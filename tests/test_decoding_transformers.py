@@ -60,7 +60,10 @@ def test_greedy_text_at_strength_zero_is_that_of_transformers(both: Any, options
     found = model.generate(**given, **settings, custom_generate=coala.guide(head, Guidance("token", strength=0.0)))
     assert torch.equal(found, expected)
     told = model.generate(
-        **given, **settings, custom_generate=coala.guide(head, Guidance("token", strength=0.0)), return_dict_in_generate=True
+        **given,
+        **settings,
+        custom_generate=coala.guide(head, Guidance("token", strength=0.0)),
+        return_dict_in_generate=True,
     )
     assert torch.equal(told.sequences, expected)
     # Asking the head changes the text, and the options go on to be obeyed.
@@ -126,7 +129,11 @@ class _Recorder(BaseStreamer):
 def test_streamers_hear_every_token_and_the_end(both: Any) -> None:
     backbone, model, tokenizer = both
     head, given = make_head(backbone), inputs(backbone, PROMPTS[:1])
-    for guidance in (Guidance("token"), Guidance("block", candidates=2, block_tokens=3), Guidance("best_of", candidates=2)):
+    for guidance in (
+        Guidance("token"),
+        Guidance("block", candidates=2, block_tokens=3),
+        Guidance("best_of", candidates=2),
+    ):
         text, recorder = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5), _Recorder()
         for streamer in (text, recorder):
             torch.manual_seed(5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from coala.backbone import LanguageModel
 from coala.decoding.decoder import Batch, Decoder
@@ -81,7 +81,7 @@ class _Lane:
         self._arrived: list[Job] = []
         self._steps = self._write()
 
-    def _write(self) -> Iterator[None]:
+    def _write(self) -> Generator[None]:
         batch = self._begin(self.jobs)
         self._begun = True
         self._joins = batch.prefix.joins and self._decoder.guidance.mode in JOINED
@@ -99,6 +99,10 @@ class _Lane:
     def step(self) -> None:
         """One forward pass, or what is left to do after the last."""
         next(self._steps, None)
+
+    def close(self) -> None:
+        """Let go of the model's state at once: the generator and the lane hold each other."""
+        self._steps.close()
 
     def _arrivals(self) -> Sequence[Batch]:
         arrived, self._arrived = self._arrived, []
@@ -161,6 +165,7 @@ class Engine:
                     job.error = error
                 lane.jobs.clear()
             if not lane.jobs:
+                lane.close()
                 del self._lanes[key]
         return worked
 

@@ -26,8 +26,8 @@ _Encoded = dict[str, NDArray[Any]]
 
 # A pass of rows of different lengths is closed when padding would be more than this share of it ...
 PADDING = 0.02
-# ... unless a layer takes no more floating-point operations for it than starting a pass takes time for.
-SMALL_PASS = 5e6
+# ... and more than what starting another pass costs, in tokens of a model of width 1: a wide model's cost more each.
+PASS_TOKENS = 1024
 # Keys and values gathered for a pass of branches, in multiples of the tokens of a pass.
 MOST_GATHERED = 8
 
@@ -273,8 +273,7 @@ class _Encoder:
         self._scored = any(POOLINGS[spec.pooling].scored for spec in specs)
         self._lengths, self._own = plan.lengths, plan.own_lengths
         self._most_tokens = most_tokens
-        shape = backbone.shape
-        self._small = SMALL_PASS / (2 * shape.body_matmul_parameters / shape.n_layers)
+        self._slack = PASS_TOKENS / backbone.width
         # Of the pass that was tried last: its tokens, and whether it was of one row.
         self._asked, self._single = 0, False
 
@@ -364,7 +363,7 @@ class _Encoder:
                 padding = count * wide - real - length
                 held = count * (wide + deep) if row in kept else 0
                 fits = max(count * wide, count * deep / MOST_GATHERED, held) <= self._most_tokens
-                if fits and (padding <= PADDING * count * wide or count * wide <= self._small):
+                if fits and padding <= max(PADDING * count * wide, self._slack):
                     passes[-1].append(row)
                     real, longest, begun = real + length, wide, deep
                     continue
