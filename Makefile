@@ -6,9 +6,9 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test test-all check bench clean help
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 .venv/core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "COALA needs Python 3.11 or later; found " + sys.version.split()[0] + ". Set PYTHON=/path/to/python3.11.")'
@@ -23,7 +23,10 @@ help:  ## list the targets
 demo: .venv/core  ## align the bundled film model on the bundled pairs, offline, on a CPU
 	HF_HUB_OFFLINE=1 $(BIN)/coala demo --out runs/demo
 
-test: .venv/dev  ## run every test, two at a time
+test: .venv/dev  ## run the tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not nightly"
+
+test-all: .venv/dev  ## run every test, those that take minutes too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: .venv/dev  ## lint, format, types, layers

@@ -148,6 +148,7 @@ def test_no_test_pair_decides_a_rate(made: Path, whole: Path) -> None:
     assert found["result"]["rate"] == best["rate"]
 
 
+@pytest.mark.nightly
 def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, tmp_path: Path) -> None:
     """The whole group is killed, first in the middle of a training, then in that of a head."""
     # The same cells as in the whole comparison: what else a study holds is no part of a cell.
@@ -174,6 +175,7 @@ def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, t
     assert decided(content_of(given, out)) == decided(content_of(given, whole))
 
 
+@pytest.mark.nightly
 def test_a_second_run_does_nothing_and_a_grown_study_only_what_is_new(made: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(whole, out)
@@ -184,6 +186,7 @@ def test_a_second_run_does_nothing_and_a_grown_study_only_what_is_new(made: Path
         run(study(made, split={"test": 0.3, "validation": 0.3, "seed": 0}, beta=0.7), out)
 
 
+@pytest.mark.nightly
 def test_cells_without_memory_fail_with_their_plan_and_the_others_go_on(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = study(made, methods=[METHODS[3]], datasets={"d": {"pairs": [str(made / "pairs.jsonl")]}}, count_flops=False)
@@ -202,6 +205,7 @@ def test_cells_without_memory_fail_with_their_plan_and_the_others_go_on(made: Pa
     assert set(statuses(out).values()) == {"done"}
 
 
+@pytest.mark.nightly
 def test_training_that_diverges_at_every_rate_is_reported(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = {"full": {"source": "trl", "adapter": False, "rates": [1e30], "change": {**CHANGE, "clip": 1e30}}}
@@ -216,6 +220,7 @@ def test_training_that_diverges_at_every_rate_is_reported(made: Path, tmp_path: 
     assert "diverged at every rate" in failures["d.tiny.base.dpo.full.s0"]
 
 
+@pytest.mark.nightly
 def test_an_adapter_is_merged_into_what_others_start_from(made: Path, tmp_path: Path) -> None:
     import numpy as np
 

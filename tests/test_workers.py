@@ -50,7 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> LanguageModel:
-    return load_backbone(folder)
+    # Without a header all rows would begin with, and so be one tree.
+    return load_backbone(folder, template="continuation")
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +156,15 @@ def test_a_full_disk_is_an_error_and_what_was_done_is_kept(
 
 
 def job_of(folder: Path, backbone: LanguageModel, store: Path, n: int = 40) -> Job:
-    return Job({"model": str(folder)}, some_pairs(n), backbone.spec(), {"batch_tokens": 200, "shard_rows": 8}, store)
+    # The other processes know nothing of what a test patches here; shards are as small by an option.
+    coala.features.plan.SHARD_ROWS = 2048
+    return Job(
+        {"model": str(folder), "template": "continuation"},
+        some_pairs(n),
+        backbone.spec(),
+        {"batch_tokens": 200, "shard_rows": 8},
+        store,
+    )
 
 
 @pytest.mark.slow
@@ -226,6 +235,7 @@ KILLS = int(os.environ.get("COALA_KILLS", "3"))
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_kills_at_random_moments_lose_nothing(folder: Path, backbone: LanguageModel, tmp_path: Path) -> None:
     """COALA_KILLS: how often (20 were survived by hand)."""
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(2000, 100))
@@ -307,6 +317,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_alignment_shared_interrupted_and_killed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(6000, 600))
     words = ["align", str(pairs), "--model", str(folder), "--method", "linear", "--prompts", "2"]

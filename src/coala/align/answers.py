@@ -180,7 +180,15 @@ def _generated(some: Sequence[Asked], backbone: Any, head: Any, rule: Any, optio
     from coala.decoding import generate
 
     names = [one.id for one in some]
-    return generate([one.prompt for one in some], backbone, head, rule, prompt_ids=names, batch_size=PORTION, **options)
+    return generate(
+        [one.prompt for one in some],
+        backbone,
+        head,
+        rule,
+        prompt_ids=names,
+        batch_size=max(1, PORTION // rule.rows),
+        **options,
+    )
 
 
 def _prompt(row: Row) -> tuple[Turn, ...]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 # What Python, torch and JAX take by themselves, and what CUDA and its libraries take of a card.
 LIBRARIES = {"host": GIB, "device": 3 * GIB // 4}
-PORTION = 32  # replies that ``align`` decodes together
+PORTION = 32  # rows that ``align`` decodes together
 OTHERS = "other workers"  # the part of the processes that help with an extraction
 
 Parts = dict[str, int]
@@ -187,11 +187,16 @@ class Needs:
         return parts
 
     def _decoding(self) -> Parts:
-        rows = min(PORTION, len(self.counts.prompts), self.recipe.evaluation.prompts)
-        if not rows:
+        from coala.align.stages import guidance_of
+
+        guidance, new = guidance_of(self.recipe), self.recipe.evaluation.max_new_tokens
+        replies = min(len(self.counts.prompts), self.recipe.evaluation.prompts)
+        if not replies:
             return {}
-        guidance, new = self.recipe.guidance, self.recipe.evaluation.max_new_tokens
-        rows *= guidance.candidates if guidance.mode == "block" or not self.counts.shares else 1
+        # Unguided replies take a row each, guided ones perhaps several.
+        rows = max(min(PORTION, replies), min(max(1, PORTION // guidance.rows), replies) * guidance.rows)
+        if not self.counts.shares:
+            rows *= guidance.candidates
         longest = max(self.counts.prompts)
         found = decoding_bytes(self.outline.shape, self.outline.cached, rows, longest, new, size=self._size)
         return {"keys, values and logits": found}

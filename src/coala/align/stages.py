@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from coala.decoding import Guidance
 
 
-PORTION = 32  # replies decoded together
+PORTION = 32  # rows decoded together
 
 
 # --- the stages --------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def _replies(job: Work) -> None:
                     temperature=settings.temperature,
                     seed=job.recipe.seed,
                     prompt_ids=[prompt_id(pair) for pair in some],
-                    batch_size=PORTION,
+                    batch_size=max(1, PORTION // rule.rows),
                 )
             save_generations(job.path(f"generations-{method}.jsonl"), replies)
             # Columns that are looked at for each token, and replies (or parts of them) that are decoded for each.

@@ -61,9 +61,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of the model it takes."""
-        if self.guidance.mode in ("block", "best_of"):
-            return self.guidance.candidates
-        return self.guidance.width if self.guidance.mode == "beam" else 1
+        return self.guidance.rows
 
     def cancel(self) -> None:
         """End the reply at its next token; may be called from any thread."""

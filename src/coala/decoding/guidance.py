@@ -109,6 +109,13 @@ class Guidance:
         return self.every or (PAPER_EVERY if self.mode == "prefix" else 1)
 
     @property
+    def rows(self) -> int:
+        """Rows of the model that one reply takes."""
+        if self.mode in RANKING:
+            return self.candidates
+        return self.width if self.mode == "beam" else 1
+
+    @property
     def active(self) -> bool:
         """Whether a head could change anything."""
         chooses = self.candidates > 1 or self.mode == "beam"

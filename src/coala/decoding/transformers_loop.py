@@ -34,7 +34,8 @@ class guide:
     """``model.generate(..., custom_generate=coala.guide(head, guidance))`` guides by ``head``.
 
     Sampling options and stopping criteria are those of ``generate``; :attr:`Guidance.top_k` and ``top_p`` are not used.
-    Criteria are asked about one reply at a time, and must not remember rows by their place in a batch.
+    Greedy text has no samples to choose among: modes ``block`` and ``best_of`` are then ``token``. Criteria are asked
+    about one reply at a time, and must not remember rows by their place in a batch.
     The seed is drawn from torch's generator, so ``torch.manual_seed`` repeats a text. Prompts must be rendered as they
     were for the head's features, by the tokenizer's chat template for instance: here they are tokens already.
 
@@ -66,7 +67,7 @@ class guide:
         mask = model_kwargs.get("attention_mask")
         rows = prompts(input_ids.tolist(), None if mask is None else mask.tolist())
         temperature = 1.0 if generation_config.do_sample else 0.0
-        guidance = effective(self.guidance, self.head, temperature)
+        guidance = effective(self.guidance.at(temperature), self.head, temperature)
         told = streamer if streamer is not None else self.streamer
         if told is not None and len(rows) > 1:
             raise CoalaError(f"A streamer follows one reply; found {len(rows)} prompts. Give one at a time.")
