@@ -278,6 +278,18 @@ def test_two_hundred_conversations_through_every_fault() -> None:
     assert read_journal(b"".join(lines)).spent == summary.spent
 
 
+def test_cut_replies_are_kept_if_the_agent_says_so() -> None:
+    house = House(delay=0.0)
+    with running(house) as url:
+        recipe = recipe_for(url, 60)
+        told = hold(recipe, lines=[]).dropped
+        recipe = replace(recipe, **{s: replace(recipe.agent(s), keep_cut=True) for s in ("student", "tutor")})
+        kept_too = hold(recipe, lines=[]).dropped
+    assert any(reason.endswith("cut") for reason in told)
+    assert not any(reason.endswith("cut") for reason in kept_too)
+    assert any(reason.endswith("refusal") for reason in kept_too)
+
+
 def test_without_torn_answers_the_bill_is_exact() -> None:
     house = House(faults=False)
     lines: list[bytes] = []

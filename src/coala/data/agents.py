@@ -36,7 +36,8 @@ class Agent:
     ``system`` and ``opening`` may hold ``{field}``, ``{mood}``, ``{persona}``, ``{language}`` and ``{turns}``.
     ``opening`` stands in for the other's words where this agent speaks first. ``key`` names the environment variable
     of the API key, empty for none. Prices are dollars per million tokens. ``options`` are further fields of the
-    request; ``limit_field`` is what the endpoint calls its limit on generated tokens.
+    request; ``limit_field`` is what the endpoint calls its limit on generated tokens. ``keep_cut`` takes replies that
+    reach that limit as they stand, for models that do not end by themselves.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -52,6 +53,7 @@ class Agent:
     input_price: Annotated[float, Ge(0)] = 0.0
     output_price: Annotated[float, Ge(0)] = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    keep_cut: bool = False
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):

@@ -280,7 +280,8 @@ class _Run:
             reply = await self.endpoint.ask(agent, chat, drawn.temperature, seed, attempt.count)
             self.forecast.count(place, before, attempt.usage)
             text = cleaned(reply.text, speaker)
-            if reason := fault(text, reply.finish, speaker, attempt.said):
+            finish = "stop" if agent.keep_cut and reply.finish == "length" else reply.finish
+            if reason := fault(text, finish, speaker, attempt.said):
                 return f"{speaker}: {reason}"
             attempt.said.append(text)
             attempt.models[speaker] = reply.model
