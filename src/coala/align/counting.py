@@ -76,7 +76,7 @@ class Counts:
         A pass has at most ``batch_tokens`` tokens, but for a longer row, and no more than there are; what is gathered
         in front of branches is bounded by the extraction as a multiple of that.
         """
-        from coala.features.extraction import MOST_GATHERED
+        from coala.features.encoding import MOST_GATHERED
 
         loads = []
         for survey in self.surveys.values():

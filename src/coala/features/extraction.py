@@ -1,35 +1,24 @@
-"""Encode what was planned with the frozen model, and pool; shard by shard, so that a kill costs little.
+"""Pairs to features, shard by shard, so that a kill costs little.
 
-Knows which rows share a forward pass; nothing of models beyond ``read`` and of files beyond the store.
+Knows what is done and what is missing; nothing of passes, which are the encoder's, and of files beyond the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from coala.backbone import POOLINGS, LanguageModel, Reading
+from coala.backbone import LanguageModel
+from coala.features.encoding import Encoded, Encoder, names
 from coala.features.plan import Survey, survey
 from coala.store import FeatureStore, save_json
 from coala.values import CoalaError, FeatureSet, FeatureSpec, Pair
 
 OnBatch = Callable[[int, int, int], None]
-# By name, one entry per row: "features" (rows, k, d) float32, one array for every spec ("features-1", ...), and where
-# asked for "log_probs" (rows,) float64.
-_Encoded = dict[str, NDArray[Any]]
-
-# A pass of rows of different lengths is closed when padding would be more than this share of it ...
-PADDING = 0.02
-# ... and more than what starting another pass costs, in tokens of a model of width 1: a wide model's cost more each.
-PASS_TOKENS = 1024
-# Keys and values gathered for a pass of branches, in multiples of the tokens of a pass.
-MOST_GATHERED = 8
 
 
 def extract(
@@ -110,10 +99,10 @@ def extract_many(
     plan = survey(pairs, backbone, specs[0], prompt_features=prompt_features) if plan is None else plan
     shards = plan.shards(batch_tokens, shard_rows)
     progress = _Progress(plan, on_batch)
-    encoder = _Encoder(plan, backbone, specs, prefixes, log_ratios, batch_tokens, on_note)
+    encoder = Encoder(plan, backbone, specs, prefixes, log_ratios, batch_tokens, on_note)
 
-    def made(number: int) -> _Encoded:
-        encoded: list[_Encoded] = []
+    def made(number: int) -> Encoded:
+        encoded: list[Encoded] = []
         for batch in shards[number]:
             encoded.append(encoder(batch))
             progress(batch)
@@ -145,7 +134,7 @@ def extract_many(
             prompt=None if plan.prompt is None else features(name, plan.prompt),
             log_ratio=log_ratio,
         )
-        for name, spec in zip(_names(specs), specs, strict=True)
+        for name, spec in zip(names(specs), specs, strict=True)
     ]
 
 
@@ -157,15 +146,15 @@ def _filled(
     store: FeatureStore,
     n_shards: int,
     finished: set[int],
-    made: Callable[[int], _Encoded],
+    made: Callable[[int], Encoded],
     on_other: Callable[[int], None],
-) -> list[_Encoded]:
+) -> list[Encoded]:
     """All shards of the store: those missing are made here, or by other processes that fill it at the same time.
 
     A shard that another process is at work on is left to it; if that process dies, its claim is free and the shard is
     made here.
     """
-    parts: dict[int, _Encoded] = {}
+    parts: dict[int, Encoded] = {}
     waiting = [number for number in range(n_shards) if number not in finished]
     patient = False
     while waiting:
@@ -207,11 +196,7 @@ def _check(
         )
 
 
-def _names(specs: Sequence[FeatureSpec]) -> list[str]:
-    return ["features", *(f"features-{i}" for i in range(1, len(specs)))]
-
-
-def _joined(parts: Sequence[_Encoded]) -> _Encoded:
+def _joined(parts: Sequence[Encoded]) -> Encoded:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -252,154 +237,3 @@ class _Progress:
             self._done[rows.start : rows.stop] = True
             pairs = int(self._done[self._rows].all(axis=1).sum())
             self._on_batch(pairs, len(self._rows), int(self._own[self._done].sum()))
-
-
-class _Encoder:
-    """Encodes batches of whole trees, in smaller passes once the device has run out of memory."""
-
-    def __init__(
-        self,
-        plan: Survey,
-        backbone: LanguageModel,
-        specs: Sequence[FeatureSpec],
-        prefixes: int,
-        log_probs: bool,
-        most_tokens: int,
-        on_note: Callable[[str], None] | None,
-    ) -> None:
-        self._plan, self._backbone, self._log_probs = plan, backbone, log_probs
-        self._specs, self._prefixes, self._on_note = specs, prefixes, on_note
-        self._layers = sorted({spec.layer for spec in specs})
-        self._scored = any(POOLINGS[spec.pooling].scored for spec in specs)
-        self._lengths, self._own = plan.lengths, plan.own_lengths
-        self._most_tokens = most_tokens
-        self._slack = PASS_TOKENS / backbone.width
-        # Of the pass that was tried last: its tokens, and whether it was of one row.
-        self._asked, self._single = 0, False
-
-    def __call__(self, batch: range) -> _Encoded:
-        while True:
-            try:
-                return self._encode(batch)
-            except torch.OutOfMemoryError as error:
-                if self._single:
-                    raise CoalaError(
-                        f"A single row of {self._asked} tokens does not fit the device's memory. "
-                        "Lower max_tokens, use a smaller model, or run on a CPU."
-                    ) from error
-                self._most_tokens = min(self._most_tokens, self._asked) // 2
-                note = f"Memory was short for a pass of {self._asked} tokens: passes now have {self._most_tokens}."
-            if self._on_note is not None:
-                self._on_note(note)
-            # Outside the handler, whose traceback would keep the failed pass's tensors alive.
-            torch.cuda.empty_cache()
-
-    def nothing(self) -> _Encoded:
-        """The arrays of no rows."""
-        empty = np.empty((0, self._prefixes, self._backbone.width), dtype=np.float32)
-        return {**dict.fromkeys(_names(self._specs), empty), **({"log_probs": np.empty(0)} if self._log_probs else {})}
-
-    def _encode(self, batch: range) -> _Encoded:
-        out: _Encoded = {}
-
-        def keep(rows: Sequence[int], states: Sequence[Tensor], final: Tensor | None) -> None:
-            for name, array in self._pooled(rows, states, final).items():
-                # Not of the backbone's width everywhere: a few models project between their layers and their ends.
-                found = out.setdefault(name, np.empty((len(batch), *array.shape[1:]), array.dtype))
-                found[np.asarray(rows) - batch.start] = array
-
-        parent = self._plan.parent
-        children: dict[int, list[int]] = {}
-        for row in batch:
-            if parent[row] != row:
-                children.setdefault(int(parent[row]), []).append(row)
-
-        def descend(reading: Reading, members: Sequence[int]) -> None:
-            """Read what branches off the ``members`` of ``reading``, and what branches off that."""
-            branches = [child for row in members for child in children.get(row, ())]
-            place = {row: i for i, row in enumerate(members)}
-            # Those that others branch off come together: their keys and values are kept.
-            branches.sort(key=lambda row: (row not in children, -self._own[row]))
-            for part in self._passes(branches, self._own, kept=children):
-                self._note_pass(part, self._own)
-                shared = [int(self._plan.shared[row]) for row in part]
-                found = reading.branch(
-                    [place[int(parent[row])] for row in part],
-                    shared,
-                    [self._plan.tokens[row][s:].tolist() for row, s in zip(part, shared, strict=True)],
-                    keep=any(row in children for row in part),
-                )
-                keep(part, found.states, found.final)
-                descend(found, part)
-
-        for group in self._passes([row for row in batch if parent[row] == row], self._lengths):
-            self._note_pass(group, self._lengths)
-            reading = self._backbone.read(
-                [self._plan.tokens[row].tolist() for row in group],
-                self._layers,
-                to_end=self._log_probs,
-                keep=any(row in children for row in group),
-                scored=self._scored,
-            )
-            keep(group, reading.states, reading.final)
-            descend(reading, group)
-        return out
-
-    def _note_pass(self, rows: Sequence[int], lengths: NDArray[np.int64]) -> None:
-        self._asked, self._single = len(rows) * int(max(lengths[row] for row in rows)), len(rows) == 1
-
-    def _passes(self, rows: Sequence[int], lengths: NDArray[np.int64], kept: Container[int] = ()) -> list[list[int]]:
-        """Consecutive rows, cut where a pass would grow too large or be padded too much.
-
-        ``lengths`` is what is computed for a row; rows with nothing to compute come in passes of their own. Of rows
-        that are ``kept`` all tokens stay in memory, those they share too.
-        """
-        passes: list[list[int]] = []
-        real = longest = begun = 0
-        for row in rows:
-            length, shared = int(lengths[row]), int(self._plan.shared[row])
-            if passes and (length > 0) == (longest > 0):
-                count, wide, deep = len(passes[-1]) + 1, max(longest, length), max(begun, shared)
-                padding = count * wide - real - length
-                held = count * (wide + deep) if row in kept else 0
-                fits = max(count * wide, count * deep / MOST_GATHERED, held) <= self._most_tokens
-                if fits and padding <= max(PADDING * count * wide, self._slack):
-                    passes[-1].append(row)
-                    real, longest, begun = real + length, wide, deep
-                    continue
-            passes.append([row])
-            real, longest, begun = length, length, shared
-        return passes
-
-    def _pooled(self, rows: Sequence[int], states: Sequence[Tensor], final: Tensor | None) -> _Encoded:
-        plan, device = self._plan, self._backbone.device
-        which = np.asarray(rows)
-        start, stop = (torch.as_tensor(a[which], device=device) for a in (plan.start, plan.stop))
-        by_layer = dict(zip(self._layers, states, strict=True))
-        pooled: _Encoded = {}
-        for name, spec in zip(_names(self._specs), self._specs, strict=True):
-            pooling, hidden = POOLINGS[spec.pooling], by_layer[spec.layer]
-            if self._scored and not pooling.scored:
-                hidden = hidden[..., :-1]
-            # A prompt by itself has no prefixes: it begins at token 0.
-            ends = [
-                torch.where(start > 0, start - ((start - stop) * j).div(self._prefixes, rounding_mode="floor"), stop)
-                for j in range(1, self._prefixes + 1)
-            ]
-            features = torch.stack([pooling.pool(hidden, start, end) for end in ends], dim=1).cpu().numpy()
-            if not np.isfinite(features).all():
-                raise CoalaError(
-                    f"{self._backbone.name} gives hidden states that are not finite in {self._backbone.dtype}. "
-                    "Load it with dtype='float32' or 'bfloat16', or check its weights."
-                )
-            pooled[name] = features
-        if final is not None:
-            longest = max(len(plan.tokens[row]) for row in rows)
-            tokens = np.zeros((len(rows), longest), dtype=np.int64)
-            for i, row in enumerate(rows):
-                tokens[i, : len(plan.tokens[row])] = plan.tokens[row]
-            # Of a prompt by itself no token is counted.
-            first = torch.where(start > 0, start, stop)
-            found = self._backbone.log_likelihood(final, torch.as_tensor(tokens, device=device), first, stop)
-            pooled["log_probs"] = found.cpu().numpy()
-        return pooled
