@@ -396,6 +396,7 @@ def test_features_at_prefixes_are_those_of_shorter_replies(backbone: LanguageMod
 def test_several_layers_come_from_one_pass(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = some_pairs(6)
     specs = [backbone.spec(layer=layer, pooling=p) for layer in (1, 2) for p in ("mean", "last", "attn")]
+    assert backbone.shares  # found out by trying, before passes are counted
     asked: list[int] = []
     run = Network.run
 
