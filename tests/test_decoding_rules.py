@@ -279,3 +279,20 @@ def test_a_shift_samples_the_distribution_whose_divergence_it_reports(endless: L
     reply = generate([PROMPTS[0]], endless, head, guidance, max_new_tokens=1, seed=0)[0]
     assert reply.divergence is not None
     assert reply.divergence == pytest.approx((q * np.log(q / p)).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows", "looked_at", "written"),
+    [
+        ("none", 1, 0, 1),
+        ("token", 1, 5, 1),
+        ("prefix", 1, 5, 1),
+        ("shift", 1, 6, 1),
+        ("block", 5, 0, 5),
+        ("best_of", 5, 0, 5),
+        ("beam", 4, 20, 1),
+    ],
+)
+def test_what_a_mode_takes_of_the_model(mode: Any, rows: int, looked_at: int, written: int) -> None:
+    guidance = Guidance(mode, candidates=5, width=4)
+    assert (guidance.rows, guidance.looked_at, guidance.written) == (rows, looked_at, written)

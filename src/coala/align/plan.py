@@ -275,10 +275,10 @@ def _replies(recipe: Recipe, shape: Shape, prompts: list[int]) -> int:
 
     guidance = Guidance(**recipe.guidance.model_dump())
     new = recipe.evaluation.max_new_tokens
-    peeked = guidance.candidates if guidance.mode in ("token", "prefix") else 0
-    blocks = guidance.candidates if guidance.mode == "block" else 1
     total = 0
     for tokens in prompts:
-        guided = decoding_flops(shape, tokens, new, candidates=peeked, every=guidance.interval, n_neurons=16)
-        total += decoding_flops(shape, tokens, new) + blocks * guided
+        guided = decoding_flops(
+            shape, tokens, new, candidates=guidance.looked_at, every=guidance.interval, n_neurons=16
+        )
+        total += decoding_flops(shape, tokens, new) + guidance.written * guided
     return total

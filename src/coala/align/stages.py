@@ -271,27 +271,18 @@ def _replies(job: Work) -> None:
                     batch_size=max(1, PORTION // rule.rows),
                 )
             save_generations(job.path(f"generations-{method}.jsonl"), replies)
-            # Columns that are looked at for each token, and replies (or parts of them) that are decoded for each.
-            looked_at = {
-                "token": guidance.candidates,
-                "prefix": guidance.candidates,
-                "shift": guidance.candidates + 1,
-                "beam": guidance.width * guidance.candidates,
-            }
-            candidates = looked_at.get(guidance.mode, 0) if method == "guided" else 0
             flops: int = sum(
                 decoding_flops(
                     backbone.shape,
                     len(backbone.render(pair.prompt).tokens),
                     reply.n_tokens,
-                    candidates=candidates,
-                    every=guidance.interval,
+                    candidates=rule.looked_at,
+                    every=rule.interval,
                     n_neurons=0 if head.needs_prompt else head.n_neurons,  # for one prompt such a head is linear
                 )
                 for pair, reply in zip(chosen, replies, strict=True)
             )
-            decoded = guidance.candidates if method == "guided" and guidance.mode in ("block", "best_of") else 1
-            return {"n": len(replies), "flops": flops * decoded}
+            return {"n": len(replies), "flops": flops * rule.written}
 
         job.once(stage, inputs, [f"generations-{method}.jsonl"], work)
 

@@ -111,9 +111,18 @@ class Guidance:
     @property
     def rows(self) -> int:
         """Rows of the model that one reply takes."""
-        if self.mode in RANKING:
-            return self.candidates
-        return self.width if self.mode == "beam" else 1
+        return self.width if self.mode == "beam" else self.written
+
+    @property
+    def looked_at(self) -> int:
+        """Candidates that a guided step looks ahead to, over all rows of a reply."""
+        ahead = {"token": self.candidates, "prefix": self.candidates, "shift": self.candidates + 1}
+        return ahead.get(self.mode, self.width * self.candidates if self.mode == "beam" else 0)
+
+    @property
+    def written(self) -> int:
+        """Replies that are written for one that is kept."""
+        return self.candidates if self.mode in RANKING else 1
 
     @property
     def active(self) -> bool:

@@ -24,7 +24,7 @@ Encoded = dict[str, NDArray[Any]]
 # A pass of rows of different lengths is closed when padding would be more than this share of it ...
 PADDING = 0.02
 # ... and more than what starting another pass costs, in tokens of a model of width 1: a wide model's cost more each.
-PASS_TOKENS = 1024
+PASS_TOKENS = 512
 # Keys and values gathered for a pass of branches, in multiples of the tokens of a pass.
 MOST_GATHERED = 8
 

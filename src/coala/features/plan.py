@@ -24,7 +24,7 @@ SHARD_TOKENS = 65_536
 # Rows with less in common than this are read by themselves: one more pass costs as much.
 LEAST_SHARED = 4
 # So are rows that have less than this share of what they compute in common with others.
-WORTH = 0.01
+WORTH = 0.005
 # Trunks are sorted by what branches off them while their lengths are within this factor; padding costs half of it.
 SPREAD = 1.06
 
