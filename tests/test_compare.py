@@ -290,7 +290,12 @@ def test_torch_counts_a_training_step_by_formula(attention: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.nightly) if n != "coala-table6" else n for n in bundled() if "-" in n]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.nightly) if n != "coala-table6" else n
+        for n in bundled()
+        if n.startswith(("coala-", "cvx-"))
+    ],
 )
 def test_the_papers_studies_are_planned_without_weights_or_pairs(name: str) -> None:
     given_study = load_study(name)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ pytest.importorskip("trl", reason="a comparison trains its baselines with the ex
 
 from coala.compare import cells, content_of, run, statuses, summary_rows, write_report
 from coala.compare.cell import read
+from coala.compare.matrix import says_peak
+from coala.compare.processes import Processes
 from coala.compare.study import Study, study_of
 from coala.store import save_pairs
 from coala.values import CoalaError
@@ -148,6 +151,29 @@ def test_no_test_pair_decides_a_rate(made: Path, whole: Path) -> None:
     assert found["result"]["rate"] == best["rate"]
 
 
+def test_a_fork_that_dies_says_why_and_the_next_one_works(made: Path, whole: Path) -> None:
+    given = study(made)
+    base = next(cell for cell in cells(given) if cell.kind == "base")
+    gone = replace(base, id="gone")
+    with Processes(given, whole) as processes:
+        assert processes.carry_out(gone) == (2, False)
+        assert "StopIteration" in (whole / "cells/gone/stderr.txt").read_text()
+        assert processes.carry_out(base) == (0, False)
+    assert not (whole / "cells" / base.id / "stderr.txt").exists()
+    shutil.rmtree(whole / "cells/gone")
+
+
+def test_peaks_are_those_of_processes_that_share_nothing(made: Path, whole: Path) -> None:
+    given = study(made)
+    told = {cell.id: (read(whole / "cells" / cell.id) or {})["costs"] for cell in cells(given)}
+    for cell in cells(given):
+        peaks = [
+            part["measured"].get("peak_bytes") for part in told[cell.id].values() if "peak_bytes" in part["measured"]
+        ]
+        assert all(bool(peak) == says_peak(given, cell) for peak in peaks), cell.id
+    assert any(not says_peak(given, cell) and told[cell.id] for cell in cells(given))
+
+
 @pytest.mark.nightly
 def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, tmp_path: Path) -> None:
     """The whole group is killed, first in the middle of a training, then in that of a head."""
@@ -206,9 +232,14 @@ def test_cells_without_memory_fail_with_their_plan_and_the_others_go_on(made: Pa
 
 
 @pytest.mark.nightly
-def test_training_that_diverges_at_every_rate_is_reported(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rates", "told"), [([1e30, 1e31], "diverged at every rate"), ([1e30], "not finite")], ids=["swept", "one rate"]
+)
+def test_training_that_diverges_at_every_rate_is_reported(
+    made: Path, tmp_path: Path, rates: list[float], told: str
+) -> None:
     out = tmp_path / "out"
-    settings = {"full": {"source": "trl", "adapter": False, "rates": [1e30], "change": {**CHANGE, "clip": 1e30}}}
+    settings = {"full": {"source": "trl", "adapter": False, "rates": rates, "change": {**CHANGE, "clip": 1e30}}}
     given = study(
         made,
         settings=settings,
@@ -217,7 +248,7 @@ def test_training_that_diverges_at_every_rate_is_reported(made: Path, tmp_path: 
     )
     run(given, out)
     failures = {entry["cell"]: entry["error"] for entry in content_of(given, out)["failures"]}
-    assert "diverged at every rate" in failures["d.tiny.base.dpo.full.s0"]
+    assert told in failures["d.tiny.base.dpo.full.s0"]
 
 
 @pytest.mark.nightly

@@ -157,6 +157,7 @@ def test_guided_and_unguided_side_by_side(browser: Any, served_run: Path) -> Non
         page.get_by_label("Prompt").fill(prompt)
         slider = page.get_by_role("slider", name=re.compile("Strength"))
         page.get_by_label("Mode").select_option("block")  # which has no strength: the slider means tokens
+        assert page.locator("#strength-shown").inner_text() == "does nothing here"
         slider.focus()
         for _ in range(8):
             page.keyboard.press("ArrowRight")

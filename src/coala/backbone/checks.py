@@ -24,6 +24,12 @@ def check_states(network: Network) -> None:
             f"{name} keeps states of shape {tuple(states.shape)} between its layers; expected (1, 5, d), one vector "
             "per token. Use another model."
         )
+    if not states.isfinite().all():
+        raise BackboneError(
+            f"{name}: states of layer {layer} are not finite, so its weights hold nan or numbers too large for "
+            f"{str(network.dtype).removeprefix('torch.')}. Load it with another dtype; if you trained it, the training "
+            "diverged: lower its learning rate."
+        )
     (alone,), _ = network.run(tokens[:, :read], (layer,), mask=None if mask is None else mask[:, :read])
     # The median, for rounding may send a single token to another expert.
     if _distances(states[0, :read], alone[0]).median() <= _tolerance(network):

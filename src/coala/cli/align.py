@@ -77,7 +77,7 @@ def align(
 
     `coala align pairs.jsonl --model ./my-model --out runs/mine --workers 4`
     """
-    from coala.cli.screen import whole_number
+    from coala.cli.options import whole_number
     from coala.recipe import load_recipe, set_option
 
     overrides: dict[str, Any] = {

@@ -130,8 +130,7 @@ def alpaca(
 
     `coala eval alpaca --run RUN --prompts alpaca_eval.json --model gpt-4-1106-preview`
     """
-    from coala.cli.evaluate import finish
-    from coala.cli.screen import say, table
+    from coala.cli.screen import finish, say, table
     from coala.evaluation.alpaca import read_annotations, read_output_lengths
     from coala.report import Evaluation
     from coala.values import CoalaError
@@ -253,16 +252,16 @@ class _Control:
 
     def figures(self, rows: Annotations, outputs: Float | None, *, alone: bool) -> _Found:
         """All figures of annotated rows; ``alone`` controls length by them alone where there are no files."""
-        from coala.cli.evaluate import _interval
+        from coala.cli.screen import interval
         from coala.evaluation.alpaca import win_rate
 
         raw = win_rate(rows, outputs)
         shown = [
-            ["win rate", _interval(raw.win_rate)],
+            ["win rate", interval(raw.win_rate)],
             ["standard error", f"{raw.standard_error:.4f}"],
             ["wins / losses / ties", f"{raw.n_wins} / {raw.n_wins_base} / {raw.n_draws}"],
             ["discrete", f"{raw.discrete:.4f}"],
-            ["excluding ties", _interval(raw.excluding_ties)],
+            ["excluding ties", interval(raw.excluding_ties)],
             ["average length", f"{raw.average_length} characters"],
             ["reference", f"{raw.baseline}, {raw.baseline_length:.0f} characters on average"],
         ]
@@ -275,7 +274,7 @@ class _Control:
             mean = f"{controlled.baseline_length:.0f} characters"
             beside = f"n = {controlled.win_rate.n}, against {controlled.baseline} ({mean})"
             error = controlled.standard_error
-            shown.insert(1, ["length-controlled", f"{_interval(controlled.win_rate)} {beside}"])
+            shown.insert(1, ["length-controlled", f"{interval(controlled.win_rate)} {beside}"])
             shown.insert(3, ["its published error" if self.files else "its standard error", f"{error:.4f}"])
             result["length_controlled"] = {k: v for k, v in vars(controlled).items() if k != "predictions"}
             figures.append(figure("length-controlled win rate", controlled.win_rate, "percent", 50.0))

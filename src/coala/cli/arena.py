@@ -113,8 +113,7 @@ def arena(
 
     `coala eval arena --run RUN --prompts question.jsonl --reference gpt-4-0314.jsonl --model gpt-4`
     """
-    from coala.cli.evaluate import _interval, finish
-    from coala.cli.screen import say, table
+    from coala.cli.screen import finish, interval, say, table
     from coala.evaluation.arena import read_battles, score
     from coala.evaluation.judges import read_instructions
     from coala.report import Evaluation
@@ -161,8 +160,8 @@ def arena(
         rating = f"{one.rating:.1f}" if math.isfinite(one.rating) else "-"
         ends = f"[{one.published_interval.low:.2f}, {one.published_interval.high:.2f}]"
         counts = f"{one.wins} / {one.losses} / {one.ties}"
-        cells = [one.model, _interval(one.score), ends, _interval(one.excluding_ties), counts, rating, str(one.score.n)]
-        rows.append([*cells, *([_interval(controlled.scores[one.model])] if controlled else [])])
+        cells = [one.model, interval(one.score), ends, interval(one.excluding_ties), counts, rating, str(one.score.n)]
+        rows.append([*cells, *([interval(controlled.scores[one.model])] if controlled else [])])
     head = ["model", "score, over questions", f"over rows ({board.value})", "excluding ties", "win / loss / tie"]
     table(rows, [*head, "rating", "battles", *(["style controlled"] if controlled else [])])
     result: dict[str, Any] = {"baseline": baseline, "scores": scores, "failed_games": battles.n_failed}

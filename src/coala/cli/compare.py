@@ -42,6 +42,7 @@ def compare(
 
     `coala compare laptop --set seeds=[0] --out runs/quick`
     """
+    from coala.cli.options import bytes_of
     from coala.cli.screen import emit, progress, table
     from coala.compare import PLAN_HEAD, load_study, plan_rows, plan_study, run, summary_rows, write_report
     from coala.recipe import set_option
@@ -57,7 +58,7 @@ def compare(
         return
     folder = out or Path("runs") / name
     if not report_only:
-        limit = _bytes(memory)
+        limit = bytes_of(memory)
         with progress() as show:
 
             def on_cell(done: int, total: int, cell: Any, note: str) -> None:
@@ -70,12 +71,6 @@ def compare(
     table(rows, head)
     print(f"\nreport: {folder / 'report.html'}")
     emit({"out": folder, "report": folder / "report.html", **content["counts"]})
-
-
-def _bytes(text: str | None) -> int | None:
-    from coala.cli.plan import _bytes as size
-
-    return size(text)
 
 
 def _machine() -> dict[str, str]:

@@ -1,21 +1,16 @@
-"""`coala eval`: judging, and figures of published benchmarks; here the app itself, RewardBench, and how results end."""
+"""`coala eval`: judging, and figures of published benchmarks; here the app itself and RewardBench."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from coala.cli import alpaca, arena, judge, mtbench
 from coala.cli.records import RunOption
-
-if TYPE_CHECKING:
-    from coala.values import Estimate
 
 app = typer.Typer(
     no_args_is_help=True, help="Have replies judged; compute benchmark figures, end to end or from files."
@@ -54,7 +49,7 @@ def rewardbench(
 ) -> None:
     """RewardBench: ranking accuracy by subset, a tie counting as wrong, and example-weighted section scores."""
     from coala.cli.records import command_line, figure, keep, run_of
-    from coala.cli.screen import table
+    from coala.cli.screen import finish, interval, table
     from coala.evaluation.rewardbench import ranking, read_scores
     from coala.report import Evaluation
 
@@ -63,7 +58,7 @@ def rewardbench(
     found = ranking(read_scores(scores), weights="published" if weights is Weigh.published else "rows")
     named = {**found.sections, "all rows": found.rows}
     table(
-        [[name, _interval(value, 4), str(value.n)] for name, value in (*found.subsets.items(), *named.items())]
+        [[name, interval(value, 4), str(value.n)] for name, value in (*found.subsets.items(), *named.items())]
         + [["mean of sections", f"{found.overall:.4f}", ""], ["share of ties", f"{found.ties:.4f}", ""]],
         ["subset or section", "accuracy", "n"],
     )
@@ -80,28 +75,3 @@ def rewardbench(
         remarks=found.remarks,
     )
     finish(asdict(found) | keep(run, evaluation), found.remarks)
-
-
-def _interval(found: Estimate, digits: int = 2) -> str:
-    if not math.isfinite(found.value):
-        return "-"
-    ends = (f"{end:.{digits}f}" if math.isfinite(end) else "?" for end in (found.low, found.high))
-    return f"{found.value:.{digits + 2}f} [{', '.join(ends)}]"
-
-
-def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
-    """Remarks on stderr, then the JSON line, in which a number that is not finite is null."""
-    from coala.cli.screen import emit, say
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value) and not isinstance(value, type):
-            value = asdict(value)
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    for remark in remarks:
-        say(f"note: {remark}")
-    emit({**plain(result), "remarks": list(remarks)})

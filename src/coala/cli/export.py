@@ -99,8 +99,7 @@ def rewardbench(
 
     A tie counts as wrong, as upstream. Replies to one prompt share its forward pass.
     """
-    from coala.cli.evaluate import _interval, finish
-    from coala.cli.screen import progress, table
+    from coala.cli.screen import finish, interval, progress, table
     from coala.evaluation.rewardbench import ranking
     from coala.export.rewardbench import read_benchmark, results, score_rows
     from coala.features import extract
@@ -122,7 +121,7 @@ def rewardbench(
     found = ranking(benchmark.scored(chosen, rejected))
     named = {**found.sections, "all rows": found.rows}
     table(
-        [[name, _interval(value, 4), str(value.n)] for name, value in (*found.subsets.items(), *named.items())]
+        [[name, interval(value, 4), str(value.n)] for name, value in (*found.subsets.items(), *named.items())]
         + [["mean of sections", f"{found.overall:.4f}", ""], ["share of ties", f"{found.ties:.4f}", ""]],
         ["subset or section", "accuracy", "n"],
     )

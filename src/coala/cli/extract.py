@@ -54,7 +54,8 @@ def extract(
     """
     from coala.align.depth import choose_layer, layer_table
     from coala.backbone import load_backbone
-    from coala.cli.screen import emit, progress, say, table, whole_number
+    from coala.cli.options import whole_number
+    from coala.cli.screen import emit, progress, say, table
     from coala.data import read_pairs
     from coala.features import Job, survey, workers
     from coala.features import extract as extract_features

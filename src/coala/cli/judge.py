@@ -87,8 +87,7 @@ def judge(
 
     `coala eval judge RUN/generations-guided.jsonl RUN/generations-unguided.jsonl --model gpt-4o`
     """
-    from coala.cli.evaluate import finish
-    from coala.cli.screen import progress, say, table
+    from coala.cli.screen import finish, progress, say, table
     from coala.evaluation import win_rate
     from coala.evaluation.arena import score
     from coala.evaluation.arena_judging import battles
@@ -215,8 +214,7 @@ def grade_all(
     """Buy the grades, write them to ``out``, show and keep what they come to; exit code 1 if the judge stopped."""
     import json
 
-    from coala.cli.evaluate import finish
-    from coala.cli.screen import progress, say, table
+    from coala.cli.screen import finish, progress, say, table
     from coala.evaluation import mtbench
     from coala.evaluation.grading import grade_many
     from coala.evaluation.judges import read_instructions

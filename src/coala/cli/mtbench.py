@@ -138,8 +138,7 @@ def _whole(
 
 def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
     """Figures of judgements that are there."""
-    from coala.cli.evaluate import _interval, finish
-    from coala.cli.screen import table
+    from coala.cli.screen import finish, interval, table
     from coala.evaluation import mtbench as bench
 
     if bench.is_pairwise(judgements):
@@ -151,7 +150,7 @@ def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
                     one.model,
                     f"{one.wins} / {one.losses} / {one.ties}",
                     *(f"{rate.value:.4f}" for rate in (one.win_rate, one.loss_rate)),
-                    *map(_interval, (one.adjusted, one.excluding_ties)),
+                    *map(interval, (one.adjusted, one.excluding_ties)),
                     str(one.n_errors),
                 ]
                 for one in contests.values()
@@ -177,7 +176,7 @@ def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
     for one in scores.values():
         parts = {"overall": one.overall}
         parts |= {f"turn {turn}": value for turn, value in one.by_turn.items()} | dict(one.by_category)
-        table([[name, _interval(value), str(value.n)] for name, value in parts.items()], [one.model, "score", "n"])
+        table([[name, interval(value), str(value.n)] for name, value in parts.items()], [one.model, "score", "n"])
         figures += [figure(f"{one.model}, {name}", value, "plain") for name, value in parts.items()]
     remarks += _said(scores)
     failures = {f"error, {one.model}": one.n_errors for one in scores.values() if one.n_errors}

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 
 
 def plan(
@@ -68,7 +64,8 @@ def plan(
     from coala.align.counting import Guess
     from coala.align.plan import make_plan
     from coala.align.plan_lines import table_rows
-    from coala.cli.screen import emit, table, whole_number
+    from coala.cli.options import bytes_of, whole_number
+    from coala.cli.screen import emit, table
     from coala.recipe import load_recipe, set_option
     from coala.values import CoalaError
 
@@ -100,9 +97,9 @@ def plan(
     found = make_plan(
         load_recipe(recipe, overrides, *map(set_option, set_ or [])),
         probe_seconds=probe,
-        memory=_bytes(memory),
-        device_memory=_bytes(gpu_memory),
-        disk=_bytes(disk),
+        memory=bytes_of(memory),
+        device_memory=bytes_of(gpu_memory),
+        disk=bytes_of(disk),
         config=config,
         rows=rows,
         guess=guess,
@@ -111,15 +108,3 @@ def plan(
     table(table_rows(found))
     emit(asdict(found))
     found.require()
-
-
-def _bytes(text: str | None) -> int | None:
-    """``24GiB``, ``24GB`` or ``24g``, all in powers of 1024 as cards are sold, or a plain number of bytes."""
-    from coala.values import CoalaError
-
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise CoalaError(f"{text!r} is no size; expected one such as 24GiB or 800MiB.")
-    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coala.align import OnProgress
+    from coala.values import Estimate
 
 
 def emit(result: dict[str, Any]) -> None:
@@ -111,11 +113,26 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 10
         print(f"{a:<{column}} | {b}".rstrip())
 
 
-def whole_number(text: str) -> int:
-    """The number an option names that also takes a word."""
-    from coala.values import CoalaError
+def interval(found: Estimate, digits: int = 2) -> str:
+    """Value and ends for a table."""
+    if not math.isfinite(found.value):
+        return "-"
+    ends = (f"{end:.{digits}f}" if math.isfinite(end) else "?" for end in (found.low, found.high))
+    return f"{found.value:.{digits + 2}f} [{', '.join(ends)}]"
 
-    try:
-        return int(text)
-    except ValueError:
-        raise CoalaError(f"--layer is {text!r}; expected a number (-1 is the last layer) or auto.") from None
+
+def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
+    """Remarks on stderr, then the JSON line, in which a number that is not finite is null."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    for remark in remarks:
+        say(f"note: {remark}")
+    emit({**plain(result), "remarks": list(remarks)})

@@ -19,8 +19,11 @@ CELL = "cell.json"
 PLAN = "compare.json"
 
 
-def carry_out(out: Path, name: str) -> int:
-    """Do the cell ``name`` of the study in ``out``; 0 if it is done, 1 if it failed and says why in its file."""
+def carry_out(out: Path, name: str, *, forked: bool = False) -> int:
+    """Do the cell ``name`` of the study in ``out``; 0 if it is done, 1 if it failed and says why in its file.
+
+    ``forked`` says that the process shares its libraries with another, so that its peak memory says nothing.
+    """
     study = study_of(load_json(out / PLAN)["study"])
     cell = next(cell for cell in cells(study) if cell.id == name)
     folder = out / "cells" / name
@@ -37,6 +40,8 @@ def carry_out(out: Path, name: str) -> int:
                 save_json(folder / "traceback.json", {"traceback": traceback.format_exc()})
             write(folder, stamp, "failed", {"error": worded(error), "memory": out_of_memory(error)})
             return 1
+        for part in costs.values() if forked else ():
+            part["measured"]["peak_bytes"] = {}
         write(folder, stamp, "done", {"result": result, "costs": costs})
         if cell.kind == "train":
             from coala.compare.trained import tidy
@@ -73,7 +78,7 @@ def worded(error: BaseException) -> str:
 
 
 def _done(study: Study, cell: Cell, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    _libraries(cell)
+    libraries(library_set(study, cell))
     work, costs = Work(study, cell, out), Costs()
     if cell.kind == "train":
         from coala.compare.trained import train_cell
@@ -95,11 +100,19 @@ def _done(study: Study, cell: Cell, out: Path) -> tuple[dict[str, Any], dict[str
     return at_work[cell.kind](work, costs), costs.parts
 
 
-def _libraries(cell: Cell) -> None:
-    """Load what the cell will need before anything is measured, so that memory at the start is that of libraries."""
+def library_set(study: Study, cell: Cell) -> str:
+    """Which set of :func:`libraries` a cell needs."""
+    method = next((m for m in study.methods if m.name == cell.method), None)
+    if cell.kind == "train" or (cell.kind == "count" and method is not None and method.trained):
+        return "train"
+    return "features" if cell.kind == "features" else "head"
+
+
+def libraries(name: str) -> None:
+    """Load what cells will need before anything is measured, so that memory at the start is that of libraries."""
     import coala.backbone
 
-    if cell.kind == "train":
+    if name == "train":
         import coala.baselines
         from coala.baselines import seam, trl
 
@@ -107,9 +120,9 @@ def _libraries(cell: Cell) -> None:
         import trl as _trl
 
         _trl.SFTTrainer, _trl.DPOTrainer  # type: ignore[attr-defined]  # noqa: B018 - loads the lazy modules
-    if cell.kind in ("features", "head"):
+    else:
         import coala.align.stages
         import coala.features
-    if cell.kind == "head":
+    if name == "head":
         import coala.convex
         import coala.decoding  # noqa: F401

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coala.report.figures import GREY, Drawing, _drawing
+from coala.report.figures import GREY, Drawing, drawing
 
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8a3c", "#8b5fa8", "#b08a1e", "#c2527f", "#3f4a56", "#4f9c95", "#7a6a58", "#5d6fc4")
 
@@ -34,7 +34,7 @@ def margin_curves(place: Mapping[str, Any]) -> Drawing | None:
         "Mean held-out margin of each method's own reward, in units of the deviation of its final margins; bands are "
         "the range over seeds. Steps of solvers and of training are not alike: only the shapes compare."
     )
-    return _drawing(f"margins-{_key(place)}", f"Held-out margins along the run. {ends}.", caption, draw)
+    return drawing(f"margins-{_key(place)}", f"Held-out margins along the run. {ends}.", caption, draw)
 
 
 def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Drawing | None:
@@ -71,7 +71,7 @@ def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Dr
     caption = (
         "A full dot is one run, a hollow one the run with the search of its learning rate. Bars are 95 % intervals."
     )
-    return _drawing(f"{measure}-flops-{_key(place)}", f"Held-out pairs, {name}, by FLOPs. {parts}.", caption, draw)
+    return drawing(f"{measure}-flops-{_key(place)}", f"Held-out pairs, {name}, by FLOPs. {parts}.", caption, draw)
 
 
 def _key(place: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from coala.compare.matrix import features_key, features_method, prompt_features
 from coala.compare.study import Method
-from coala.compare.work import Costs, Work, calibrated_nll, measured_margins, replies_of
+from coala.compare.work import PER_TOKEN, SUM, Costs, Work, calibrated_nll, measured_margins, replies_of
 from coala.store import FeatureStore, load_features, save_features, save_head, scratch
 from coala.values import FeatureSet
 
@@ -24,7 +24,7 @@ def base_cell(work: Work, costs: Costs) -> dict[str, Any]:
     """The model nothing was done to: its own likelihoods as a reward, and its replies, which others are judged by."""
     from coala.baselines import TrainSettings, log_likelihoods
 
-    base = work.backbone()
+    base = work.backbone
     settings = TrainSettings(max_length=work.model.max_tokens, ends_with_eos=work.model.ends_with_eos)
     batch = work.model.batch_tokens
 
@@ -39,7 +39,7 @@ def base_cell(work: Work, costs: Costs) -> dict[str, Any]:
     }
     average = by_validation[True] > by_validation[False]
     result = measured_margins(margins(test, average), test)
-    return {"reward": "per token" if average else "sum", **result, **replies_of(work, base, base, costs)}
+    return {"reward": PER_TOKEN if average else SUM, **result, **replies_of(work, base, base, costs)}
 
 
 # --- features ----------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
     from coala.costs import extraction_flops, head_flops
     from coala.features import extract, survey
 
-    method, backbone = features_method(work.study, work.cell), work.backbone()
+    method, backbone = features_method(work.study, work.cell), work.backbone
     layers: list[dict[str, Any]] = []
     layer: int = -1 if method.layer == "auto" else method.layer
     if method.layer == "auto":
@@ -139,7 +139,7 @@ def head_cell(work: Work, costs: Costs) -> dict[str, Any]:
     if method.guidance is not None and method.guidance.mode != "none":
         from coala.decoding import Guidance
 
-        base = work.backbone()
+        base = work.backbone
         result |= replies_of(work, base, base, costs, fitted.head, Guidance(**method.guidance.model_dump()))
     return result
 
@@ -216,7 +216,7 @@ def count_head(work: Work) -> dict[str, Any]:
     from coala.compare.counting import jax_products, standardisation_flops, torch_flops
     from coala.features import extract
 
-    method, backbone, pairs = work.method, work.backbone(), work.part("train")
+    method, backbone, pairs = work.method, work.backbone, work.part("train")
     train = loaded(work, "train")
 
     def read() -> FeatureSet:

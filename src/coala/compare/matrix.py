@@ -46,6 +46,11 @@ def cells(study: Study) -> list[Cell]:
     return list(found.values())
 
 
+def says_peak(study: Study, cell: Cell) -> bool:
+    """Whether the report has this cell's peak memory: features, and what the first seed trains or fits."""
+    return cell.kind == "features" or (cell.kind in ("train", "head", "adamw") and cell.seed == study.seeds[0])
+
+
 def features_key(method: Method) -> str:
     """What of a head's method decides its features."""
     parts = [f"L{method.layer}" if method.layer != -1 else "Llast", method.pooling]

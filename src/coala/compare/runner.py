@@ -1,4 +1,4 @@
-"""Bring every cell of a study up to date, one process each, and say what failed with its plan.
+"""Bring every cell of a study up to date, in a process each, and say what failed with its plan.
 
 A cell that is done is skipped; one that was begun goes on from what it saved. Whatever happens to a process, the next
 cell begins: cells that need a failed one fail with its name.
@@ -6,23 +6,18 @@ cell begins: cells that need a failed one fail with its name.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from coala.compare.cell import CELL, PLAN, read, write
 from coala.compare.data import prepare
 from coala.compare.matrix import Cell, cells, spec_of
+from coala.compare.processes import Processes
 from coala.compare.study import Study
 from coala.store import Run, digest, load_json, save_json
 from coala.values import CoalaError
-
-GIB = 2**30
-_POLL = 0.05
 
 
 class OnCell(Protocol):
@@ -59,12 +54,13 @@ def run(
         stamps = {cell.id: digest(spec_of(study, cell), stamped[cell.dataset]) for cell in everything}
         _refuse_other(out, everything, stamps)
         save_json(out / PLAN, {"study": study.model_dump(mode="json"), "stamps": stamps})
-        for number, cell in enumerate(everything):
-            if only is not None and not only(cell):
-                continue
-            on_cell(number, len(everything), cell, cell.id)
-            note = _bring(study, cell, out, stamps[cell.id], retry, memory)
-            on_cell(number + 1, len(everything), cell, f"{cell.id}: {note}")
+        with Processes(study, out) as processes:
+            for number, cell in enumerate(everything):
+                if only is not None and not only(cell):
+                    continue
+                on_cell(number, len(everything), cell, cell.id)
+                note = _bring(study, cell, out, stamps[cell.id], retry, memory, processes)
+                on_cell(number + 1, len(everything), cell, f"{cell.id}: {note}")
 
 
 def _refuse_other(out: Path, everything: list[Cell], stamps: dict[str, str]) -> None:
@@ -77,7 +73,9 @@ def _refuse_other(out: Path, everything: list[Cell], stamps: dict[str, str]) -> 
             )
 
 
-def _bring(study: Study, cell: Cell, out: Path, stamp: str, retry: bool, memory: int | None) -> str:
+def _bring(
+    study: Study, cell: Cell, out: Path, stamp: str, retry: bool, memory: int | None, processes: Processes
+) -> str:
     folder = out / "cells" / cell.id
     found = read(folder)
     if found is not None and (found["status"] == "done" or not retry):
@@ -89,7 +87,7 @@ def _bring(study: Study, cell: Cell, out: Path, stamp: str, retry: bool, memory:
         _fail(study, cell, out, stamp, f"it needs {', '.join(missing)}, which failed", planned=False)
         return "failed: " + missing[0] + " is not there"
     began = time.monotonic()
-    code, over = _process(out, cell, memory)
+    code, over = processes.carry_out(cell, memory)
     found = read(folder)
     if over:
         _fail(study, cell, out, stamp, f"its process took more than the {memory or 0:,} bytes it was given")
@@ -102,47 +100,6 @@ def _bring(study: Study, cell: Cell, out: Path, stamp: str, retry: bool, memory:
     assert final is not None
     told = final["status"] if final["status"] == "done" else f"failed: {final['error']}"
     return f"{told} in {time.monotonic() - began:.0f} s"
-
-
-def _process(out: Path, cell: Cell, memory: int | None) -> tuple[int, bool]:
-    """The exit code of a cell's process, and whether it was ended for taking more than ``memory`` bytes."""
-    command = [sys.executable, "-m", "coala.compare", str(out), cell.id]
-    log = out / "cells" / cell.id
-    # What libraries print has no place among our own lines; the last of it is kept for a process that dies.
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        over, tail = False, ""
-        try:
-            if memory is None:
-                tail = process.communicate()[1]
-            else:
-                over = _watched(process, memory)
-                tail = "" if over else process.communicate()[1]
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode not in (0, 1):
-        save_json(log / "stderr.json", {"stderr": tail[-4000:]})
-    return process.returncode, over
-
-
-def _watched(process: subprocess.Popen[str], memory: int) -> bool:
-    while process.poll() is None:
-        if _resident(process.pid) > memory:
-            process.kill()
-            return True
-        # A full pipe would hold the process up; what is read here is not needed.
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=_POLL)
-    return False
-
-
-def _resident(pid: int) -> int:
-    """Bytes of memory a process holds now; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:")), 0)
-    except OSError:
-        return 0
 
 
 def _fail(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from coala.compare.study import Setting, Study
-from coala.compare.work import Costs, Work, measured_margins, prompts_of, replies_of
+from coala.compare.work import PER_TOKEN, SUM, Costs, Work, measured_margins, prompts_of, replies_of
 from coala.store import load_json, save_json
 from coala.values import CoalaError, Pair
 
@@ -47,20 +47,10 @@ def train_cell(work: Work, costs: Costs) -> dict[str, Any]:
     """Sweep (first seed) or look up the rate, train, and measure."""
     study, cell = work.study, work.cell
     kind, test = work.method.kind, work.part("test")
-    base = work.backbone()
     settings = _settings(work)
     first = cell.seed == study.seeds[0]
-    if first:
-        rates = study.settings[cell.setting].rates_for(kind)
-        trials = [_trial(work, settings, rate, base) for rate in rates]
-        sound = [trial for trial in trials if trial["accuracy"] is not None]
-        if not sound:
-            raise CoalaError(f"{cell.id}: training diverged at every rate of {', '.join(f'{r:g}' for r in rates)}.")
-        best = max(sound, key=lambda trial: (trial["accuracy"]["value"], -trial["nll"], -trial["rate"]))
-    else:
-        here = work.result(cell.id.rpartition(".s")[0] + f".s{study.seeds[0]}")
-        trials, best = [], next(trial for trial in here["trials"] if trial["rate"] == here["rate"])
-    settings = replace(settings, learning_rate=best["rate"], seed=cell.seed or 0)
+    trials, rate, average = _chosen(work, settings) if first else _as_first(work)
+    settings = replace(settings, learning_rate=rate, seed=cell.seed or 0)
     curve = work.part("validation")[: study.evaluation.curve_pairs] if study.evaluation.curve_points else None
     pairs = work.part("train")
     if curve and kind != "sft":
@@ -84,14 +74,34 @@ def train_cell(work: Work, costs: Costs) -> dict[str, Any]:
         # A process's peak only grows: that of the first training in it is the training's own.
         lowest = min((*peaks, dict(trained.peak_bytes)), key=lambda peak: (peak.get("device", 0), peak.get("host", 0)))
         costs.parts["train"]["measured"]["peak_bytes"] = lowest
-    result = _measure(work, trained, base, test, bool(best["average"]), costs)
+    result = _measure(work, trained, test, average, costs)
     return {
-        "rate": best["rate"],
-        "reward": "per token" if best["average"] else "sum",
+        "rate": rate,
+        "reward": PER_TOKEN if average else SUM,
         "trials": [{k: v for k, v in trial.items() if k != "measured"} for trial in trials],
         "curve": _curve(trained),
         **result,
     }
+
+
+def _chosen(work: Work, settings: TrainSettings) -> tuple[list[dict[str, Any]], float, bool]:
+    """Every trial, the rate that ranks validation pairs best, and whether its reward counts per token there."""
+    rates = work.study.settings[work.cell.setting].rates_for(work.method.kind)
+    # One rate leaves nothing to try, but for SFT, whose reward is one of two.
+    if len(rates) == 1 and work.method.kind != "sft":
+        return [], rates[0], False
+    trials = [_trial(work, settings, rate) for rate in rates]
+    sound = [trial for trial in trials if trial["accuracy"] is not None]
+    if not sound:
+        raise CoalaError(f"{work.cell.id}: training diverged at every rate of {', '.join(f'{r:g}' for r in rates)}.")
+    best = max(sound, key=lambda trial: (trial["accuracy"]["value"], -trial["nll"], -trial["rate"]))
+    return trials, best["rate"], bool(best["average"])
+
+
+def _as_first(work: Work) -> tuple[list[dict[str, Any]], float, bool]:
+    """What the first seed's cell chose."""
+    found = work.result(work.cell.id.rpartition(".s")[0] + f".s{work.study.seeds[0]}")
+    return [], found["rate"], found["reward"] == PER_TOKEN
 
 
 def count_training(work: Work) -> dict[str, Any]:
@@ -142,7 +152,7 @@ def _train(
     )
 
 
-def _trial(work: Work, settings: TrainSettings, rate: float, base: LanguageModel) -> dict[str, Any]:
+def _trial(work: Work, settings: TrainSettings, rate: float) -> dict[str, Any]:
     """Train on the ``fit`` part at ``rate`` and measure on ``validation``; read back if it is there."""
     done = work.folder / "trials" / f"{rate:g}.json"
     if done.is_file():
@@ -163,7 +173,7 @@ def _trial(work: Work, settings: TrainSettings, rate: float, base: LanguageModel
     # An SFT model's reward may be its log-likelihood or that per token: whichever ranks validation pairs better.
     for average in (False, True) if trained.method == "sft" else (False,):
         try:
-            found = measured_margins(_margins(work, trained, validation, base, average), validation)
+            found = measured_margins(_margins(work, trained, validation, average), validation)
         except CoalaError:
             continue
         here = (found["accuracy"]["value"], -found["nll"])
@@ -178,23 +188,24 @@ def _margins(
     work: Work,
     trained: Trained,
     pairs: Sequence[Pair],
-    base: LanguageModel,
     average: bool,
     policy: LanguageModel | None = None,
 ) -> Any:
     from coala.baselines import reward_margins
 
-    return reward_margins(trained, pairs, base, policy=policy, average=average, batch_tokens=work.model.batch_tokens)
+    return reward_margins(
+        trained, pairs, work.backbone, policy=policy, average=average, batch_tokens=work.model.batch_tokens
+    )
 
 
-def _measure(
-    work: Work, trained: Trained, base: LanguageModel, test: Sequence[Pair], average: bool, costs: Costs
-) -> dict[str, Any]:
+def _measure(work: Work, trained: Trained, test: Sequence[Pair], average: bool, costs: Costs) -> dict[str, Any]:
     from coala.baselines import drift
 
+    # The base is first loaded here or after a trial's training, so that the peak of the first training is its own.
+    base = work.backbone
     policy = trained.backbone(device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
     with costs.of("evaluation"):
-        result = measured_margins(_margins(work, trained, test, base, average, policy), test)
+        result = measured_margins(_margins(work, trained, test, average, policy), test)
     if trained.method == "reward":
         return result
     result |= replies_of(work, policy, base, costs)

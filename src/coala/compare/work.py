@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from coala.backbone import LanguageModel
 
+# How a log-likelihood counts as a reward.
+SUM, PER_TOKEN = "sum", "per token"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -76,8 +79,9 @@ class Work:
     def revision(self) -> str | None:
         return self.model.revision if self.cell.init == "base" else None
 
+    @cached_property
     def backbone(self) -> LanguageModel:
-        """What this cell's method starts from, frozen."""
+        """What this cell's method starts from, frozen; loaded when first asked for."""
         from coala.backbone import load_backbone
 
         return load_backbone(

@@ -73,7 +73,7 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         f"{_steadiness('held-out' if watched == 'eval' else 'training', series[watched][1])} Where held-out pairs part "
         "from training pairs, the head learns its training set by heart."
     )
-    return _drawing("margin", f"Reward margin by solver step: {ends}.", caption, draw)
+    return drawing("margin", f"Reward margin by solver step: {ends}.", caption, draw)
 
 
 def _steadiness(name: str, values: Any) -> str:
@@ -114,7 +114,7 @@ def gap_bar(certificate: Mapping[str, Any]) -> Drawing | None:
     asked_for = "" if asked is None else f", of {number(asked)} asked for"
     title = f"Objective {objective:.8g} and lower bound {bound:.8g}: a gap of {gap:.2g} of the objective{asked_for}."
     caption = "The optimal value of the head's convex program lies between the two marks."
-    return _drawing("bounds", title, caption, draw, height=2.1)
+    return drawing("bounds", title, caption, draw, height=2.1)
 
 
 def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -139,7 +139,7 @@ def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         "How far from the optimum the head can be at most, as a share of the objective. It jumps up where gates enter: "
         "the program is then a larger one."
     )
-    return _drawing("gap", title, caption, draw)
+    return drawing("gap", title, caption, draw)
 
 
 def objective_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -153,7 +153,7 @@ def objective_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         axes.set(xlabel="solver step", ylabel="objective")
 
     title = f"Objective by solver step, from {number(values[0])} to {number(values[-1])}."
-    return _drawing("objective", title, "The training objective, penalties included.", draw)
+    return drawing("objective", title, "The training objective, penalties included.", draw)
 
 
 def histograms(scores: Mapping[str, Any]) -> Drawing | None:
@@ -179,7 +179,7 @@ def histograms(scores: Mapping[str, Any]) -> Drawing | None:
         f"{len(rejected)} rejected with median {number(float(np.median(rejected)))}."
     )
     caption = "Overlap is no fault by itself: prompts differ in level, and only the two replies to one prompt compete."
-    return _drawing("scores", title, caption, draw)
+    return drawing("scores", title, caption, draw)
 
 
 def reliability_curve(found: Mapping[str, Any]) -> Drawing | None:
@@ -208,7 +208,7 @@ def reliability_curve(found: Mapping[str, Any]) -> Drawing | None:
         "Reliability: of the pairs to which the head gives 80 %, 80 % should be ranked right. Above the dotted line it "
         "is too timid, below it too sure. Bars are 95 % intervals."
     )
-    return _drawing("reliability", f"Pairs ranked right by predicted probability. {parts}.", caption, draw)
+    return drawing("reliability", f"Pairs ranked right by predicted probability. {parts}.", caption, draw)
 
 
 def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None:
@@ -235,7 +235,7 @@ def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None
     caption = (
         "A head that only likes long replies is right on the right and wrong on the left. Bars are 95 % intervals."
     )
-    return _drawing("length", f"Ranking accuracy by length difference. {parts}.", caption, draw)
+    return drawing("length", f"Ranking accuracy by length difference. {parts}.", caption, draw)
 
 
 def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -290,7 +290,7 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         + (f"; the linear head has {number(linear)}." if linear is not None else ".")
     )
     caption = "Negative log-likelihood per pair on held-out folds; log 2 = 0.693 is a coin. Bars are standard errors."
-    return _drawing("path", title, caption, draw)
+    return drawing("path", title, caption, draw)
 
 
 def ridge_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -315,7 +315,7 @@ def ridge_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     title = (
         f"Cross-validated NLL of the linear head by ridge, lowest {number(best[1])} at a ridge of {number(best[0])}."
     )
-    return _drawing("ridge", title, "The linear head alone: where the ridge of every head here was chosen.", draw)
+    return drawing("ridge", title, "The linear head alone: where the ridge of every head here was chosen.", draw)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Any, Any]:
@@ -329,7 +329,8 @@ def _finite(values: Sequence[Any]) -> Any:
     return np.array([float(value) for value in values if value is not None])
 
 
-def _drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], height: float = 3.1) -> Drawing:
+def drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], height: float = 3.1) -> Drawing:
+    """What ``draw`` puts on the axes it is given, ``height`` inches tall; ``name`` is the figure's own on its page."""
     import matplotlib.style
     from matplotlib.figure import Figure
 

@@ -107,7 +107,8 @@ async function compare(signal) {
     for (const part of card.querySelectorAll(".score, .heat")) part.hidden = true;
   }
   const strength = Number($("strength").value);
-  $("how").textContent = `Mode ${$("mode").value}, strength ${strength}, seed ${$("seed").value}.`;
+  const how = ranks() ? "" : `, strength ${strength}`;
+  $("how").textContent = `Mode ${$("mode").value}${how}, seed ${$("seed").value}.`;
   const guidance = { mode: $("mode").value, strength };
   const wanted = { unguided: asked({ model: unguided }), guided: asked({ model, guidance }) };
   const names = Object.keys(wanted);
@@ -164,11 +165,18 @@ $("ask").addEventListener("submit", (event) => {
 });
 $("best").addEventListener("click", () => run(best));
 $("stop").addEventListener("click", () => running?.abort());
+// Modes that keep the best of samples know no strength: moving it asks for one that does.
+const ranks = () => ["block", "best_of"].includes($("mode").value);
+const showStrength = () => {
+  $("strength").classList.toggle("idle", ranks());
+  $("strength-shown").value = ranks() ? "does nothing here" : $("strength").value;
+};
 $("strength").addEventListener("input", () => {
-  $("strength-shown").value = $("strength").value;
-  // Modes that keep the best of samples know no strength.
-  if (["block", "best_of"].includes($("mode").value)) $("mode").value = "token";
+  if (ranks()) $("mode").value = "token";
+  showStrength();
 });
+$("mode").addEventListener("change", showStrength);
+showStrength();
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
 });

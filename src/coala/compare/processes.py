@@ -1,0 +1,155 @@
+"""The processes that cells run in: one begun anew where its peak memory is reported, one forked where it is not.
+
+Loading torch, transformers, TRL and JAX takes seconds, a small cell little more. Where no accelerator is at work, one
+process for each set of libraries loads them once and is forked for every cell. A fork shares its parent's pages, so
+its peak is not what such work takes on its own: cells that say what it takes begin anew. Knows nothing of results.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from coala.compare.cell import carry_out, libraries, library_set
+from coala.compare.matrix import Cell, says_peak
+from coala.compare.study import Study
+
+_POLL = 0.05
+_TOLD = 4000
+
+
+class Processes:
+    """Carries out cells of the study in ``out``, one at a time; a context manager, for it keeps processes to fork."""
+
+    def __init__(self, study: Study, out: Path) -> None:
+        self._study, self._out = study, out
+        self._parents: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for parent in self._parents.values():
+            parent.kill()
+            parent.wait()
+            for pipe in (parent.stdin, parent.stdout):
+                assert pipe is not None
+                with suppress(OSError):
+                    pipe.close()
+
+    def carry_out(self, cell: Cell, memory: int | None = None) -> tuple[int, bool]:
+        """The exit code of the cell's process, and whether it was ended for taking more than ``memory`` bytes.
+
+        What a process that did not end by itself wrote last to stderr is left in the cell's folder.
+        """
+        # A GPU's driver that was asked anything does not survive a fork, nor do the libraries of other systems.
+        forked = self._study.device == "cpu" and sys.platform == "linux" and not says_peak(self._study, cell)
+        folder = self._out / "cells" / cell.id
+        folder.mkdir(parents=True, exist_ok=True)
+        errors = folder / "stderr.txt"
+        code, over = self._forked(cell, memory) if forked else self._anew(cell, memory, errors)
+        if code in (0, 1):
+            errors.unlink(missing_ok=True)
+        elif errors.is_file():
+            errors.write_bytes(errors.read_bytes()[-_TOLD:])
+        return code, over
+
+    def _anew(self, cell: Cell, memory: int | None, errors: Path) -> tuple[int, bool]:
+        command = [sys.executable, "-m", "coala.compare", str(self._out), cell.id]
+        with (
+            errors.open("wb") as stderr,
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr) as process,
+        ):
+            try:
+                while memory is not None and process.poll() is None:
+                    if _resident(process.pid) > memory:
+                        process.kill()
+                        process.wait()
+                        return process.returncode, True
+                    time.sleep(_POLL)
+                return process.wait(), False
+            except BaseException:
+                process.kill()
+                raise
+
+    def _forked(self, cell: Cell, memory: int | None) -> tuple[int, bool]:
+        parent = self._parent(library_set(self._study, cell))
+        if parent is None:
+            return 2, False
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdin.write(f"{cell.id}\n".encode())
+        pid, over = int(parent.stdout.readline() or 0), False
+        if not pid:
+            return 2, False
+        try:
+            while not select.select([parent.stdout], [], [], None if memory is None or over else _POLL)[0]:
+                if memory is not None and _resident(pid) > memory:
+                    os.kill(pid, 9)
+                    over = True
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
+            raise
+        return int(parent.stdout.readline() or 2), over
+
+    def _parent(self, name: str) -> subprocess.Popen[bytes] | None:
+        """The process with these libraries that is to be forked; None if it ends before it is ready."""
+        found = self._parents.get(name)
+        if found is None or found.poll() is not None:
+            command = [sys.executable, "-m", "coala.compare", str(self._out), "--fork", name]
+            pipe = subprocess.PIPE
+            # Unbuffered: what was read ahead would not be waited for.
+            found = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+            self._parents[name] = found
+            assert found.stdout is not None
+            if not found.stdout.readline():
+                return None
+        return found
+
+
+def fork_for_each(out: Path, name: str) -> int:
+    """Load a set of libraries, then fork for every cell that stdin names; its pid and its exit code go to stdout."""
+    libraries(name)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        cell = line.strip()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_in_fork(out, cell))
+        print(pid, flush=True)
+        status = os.waitpid(pid, 0)[1]
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    return 0
+
+
+def _in_fork(out: Path, cell: str) -> int:
+    # Nothing may go on here that the parent was doing, whatever is raised.
+    try:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1):
+            os.dup2(nowhere, stream)
+        errors = os.open(out / "cells" / cell / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(errors, 2)
+        return carry_out(out, cell, forked=True)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        return 2
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory a process holds now; 0 where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:")), 0)
+    except OSError:
+        return 0
