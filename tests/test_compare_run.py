@@ -157,9 +157,9 @@ def test_a_fork_that_dies_says_why_and_the_next_one_works(made: Path, whole: Pat
     gone = replace(base, id="gone")
     with Processes(given, whole) as processes:
         assert processes.carry_out(gone) == (2, False)
-        assert "StopIteration" in (whole / "cells/gone/stderr.txt").read_text()
+        assert "StopIteration" in (whole / "cells/gone/stderr.json").read_text()
         assert processes.carry_out(base) == (0, False)
-    assert not (whole / "cells" / base.id / "stderr.txt").exists()
+    assert not (whole / "cells" / base.id / "stderr.json").exists()
     shutil.rmtree(whole / "cells/gone")
 
 

@@ -373,7 +373,7 @@ def test_energy_nobody_reports_is_none(tmp_path: Path) -> None:
 
 
 def test_power_that_stands_still_is_energy_by_time() -> None:
-    from coala.costs import _Sampler
+    from coala.costs.measured import _Sampler
 
     began = time.perf_counter()
     sampler = _Sampler(lambda: 50.0, 50.0, every=0.02)

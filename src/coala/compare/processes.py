@@ -11,6 +11,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
@@ -20,6 +21,7 @@ from types import TracebackType
 from coala.compare.cell import carry_out, libraries, library_set
 from coala.compare.matrix import Cell, says_peak
 from coala.compare.study import Study
+from coala.store import save_json
 
 _POLL = 0.05
 _TOLD = 4000
@@ -31,6 +33,8 @@ class Processes:
     def __init__(self, study: Study, out: Path) -> None:
         self._study, self._out = study, out
         self._parents: dict[str, subprocess.Popen[bytes]] = {}
+        # One file for what all of them write to stderr: they share its place in it with us.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed at the end of the block
 
     def __enter__(self) -> Processes:
         return self
@@ -45,6 +49,7 @@ class Processes:
                 assert pipe is not None
                 with suppress(OSError):
                     pipe.close()
+        self._errors.close()
 
     def carry_out(self, cell: Cell, memory: int | None = None) -> tuple[int, bool]:
         """The exit code of the cell's process, and whether it was ended for taking more than ``memory`` bytes.
@@ -53,22 +58,18 @@ class Processes:
         """
         # A GPU's driver that was asked anything does not survive a fork, nor do the libraries of other systems.
         forked = self._study.device == "cpu" and sys.platform == "linux" and not says_peak(self._study, cell)
-        folder = self._out / "cells" / cell.id
-        folder.mkdir(parents=True, exist_ok=True)
-        errors = folder / "stderr.txt"
-        code, over = self._forked(cell, memory) if forked else self._anew(cell, memory, errors)
-        if code in (0, 1):
-            errors.unlink(missing_ok=True)
-        elif errors.is_file():
-            errors.write_bytes(errors.read_bytes()[-_TOLD:])
+        self._errors.seek(0)
+        self._errors.truncate()
+        code, over = (self._forked if forked else self._anew)(cell, memory)
+        if code not in (0, 1):
+            self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _TOLD))
+            told = self._errors.read().decode(errors="replace")
+            save_json(self._out / "cells" / cell.id / "stderr.json", {"stderr": told})
         return code, over
 
-    def _anew(self, cell: Cell, memory: int | None, errors: Path) -> tuple[int, bool]:
+    def _anew(self, cell: Cell, memory: int | None) -> tuple[int, bool]:
         command = [sys.executable, "-m", "coala.compare", str(self._out), cell.id]
-        with (
-            errors.open("wb") as stderr,
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr) as process,
-        ):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._errors) as process:
             try:
                 while memory is not None and process.poll() is None:
                     if _resident(process.pid) > memory:
@@ -87,8 +88,10 @@ class Processes:
             return 2, False
         assert parent.stdin is not None
         assert parent.stdout is not None
-        parent.stdin.write(f"{cell.id}\n".encode())
-        pid, over = int(parent.stdout.readline() or 0), False
+        pid, over = 0, False
+        with suppress(BrokenPipeError):
+            parent.stdin.write(f"{cell.id}\n".encode())
+            pid = int(parent.stdout.readline() or 0)
         if not pid:
             return 2, False
         try:
@@ -109,7 +112,7 @@ class Processes:
             command = [sys.executable, "-m", "coala.compare", str(self._out), "--fork", name]
             pipe = subprocess.PIPE
             # Unbuffered: what was read ahead would not be waited for.
-            found = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+            found = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, bufsize=0)
             self._parents[name] = found
             assert found.stdout is not None
             if not found.stdout.readline():
@@ -120,15 +123,14 @@ class Processes:
 def fork_for_each(out: Path, name: str) -> int:
     """Load a set of libraries, then fork for every cell that stdin names; its pid and its exit code go to stdout."""
     libraries(name)
-    print("ready", flush=True)
+    os.write(1, b"ready\n")
     for line in sys.stdin:
-        cell = line.strip()
         pid = os.fork()
         if pid == 0:
-            os._exit(_in_fork(out, cell))
-        print(pid, flush=True)
+            os._exit(_in_fork(out, line.strip()))
+        os.write(1, f"{pid}\n".encode())
         status = os.waitpid(pid, 0)[1]
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
     return 0
 
 
@@ -138,8 +140,6 @@ def _in_fork(out: Path, cell: str) -> int:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1):
             os.dup2(nowhere, stream)
-        errors = os.open(out / "cells" / cell / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(errors, 2)
         return carry_out(out, cell, forked=True)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()

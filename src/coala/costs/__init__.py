@@ -1,0 +1,52 @@
+"""FLOPs, bytes, seconds and joules of each stage: counted by formula, and measured."""
+
+from coala.costs.flops import (
+    Lengths,
+    Method,
+    Shape,
+    body_flops,
+    cronos_flops,
+    decoding_flops,
+    extraction_flops,
+    full_flops,
+    guided_token_flops,
+    head_flops,
+    pairwise_flops,
+    score_flops,
+    search_flops,
+    second_phase_flops,
+    token_flops,
+    training_flops,
+    transformer_shape,
+    work_over_bound,
+)
+from coala.costs.measured import Meter, Stopwatch, ask_driver, peak_memory
+from coala.costs.planned import Load, decoding_bytes, pass_bytes
+
+__all__ = [
+    "Lengths",
+    "Load",
+    "Meter",
+    "Method",
+    "Shape",
+    "Stopwatch",
+    "ask_driver",
+    "body_flops",
+    "cronos_flops",
+    "decoding_bytes",
+    "decoding_flops",
+    "extraction_flops",
+    "full_flops",
+    "guided_token_flops",
+    "head_flops",
+    "pairwise_flops",
+    "pass_bytes",
+    "peak_memory",
+    "score_flops",
+    "search_flops",
+    "second_phase_flops",
+    "token_flops",
+    "training_flops",
+    "transformer_shape",
+    "work_over_bound",
+]
