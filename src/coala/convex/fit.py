@@ -15,11 +15,12 @@ from coala.convex.finetune import Logistic, PairLoss, Pointwise
 from coala.convex.gates import sample_patterns
 from coala.convex.learn import Search
 from coala.convex.pairwise import WIDTHS, PairModel
-from coala.convex.path import Choice, Difference, GateOn, GateSource, Learnt, PairTask, Sampled, choose, refit
+from coala.convex.path import Choice, Difference, PairTask, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.rows import available_bytes, check_memory, solve_bytes
 from coala.convex.selftest import check_operators
 from coala.convex.solvers import Solution
+from coala.convex.sources import GateOn, GateSource, Learnt, Sampled
 from coala.convex.two_phase import PhaseOne, TwoPhase, fit_paper, fit_two_phase
 from coala.convex.validation import HeldOut, grouped_folds
 from coala.values import Certificate, CoalaError, ConvexHead, FeatureSet
