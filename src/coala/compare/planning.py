@@ -221,7 +221,7 @@ def _training(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
         )
     epoch = counts.scaled(epoch)
     whole = round(epoch * settings.epochs)
-    rates = len(setting.rates_for(method.kind))
+    rates = len(setting.tried(method.kind))
     first = cell.seed == study.seeds[0]
     search = round(whole * rates * (1 - study.split.validation)) if first and cell.kind == "train" else 0
     parameters = outline.parameters

@@ -73,6 +73,11 @@ class Setting(_Strict):
     def rates_for(self, kind: str) -> tuple[float, ...]:
         return self.rates_of.get(kind, self.rates)
 
+    def tried(self, kind: str) -> tuple[float, ...]:
+        """Rates tried first: none where there is but one, unless its trial decides which of SFT's rewards counts."""
+        rates = self.rates_for(kind)
+        return rates if len(rates) > 1 or kind == "sft" else ()
+
 
 class Method(_Strict):
     """One method: a baseline in each of ``settings``, or a convex head on features of the frozen base."""

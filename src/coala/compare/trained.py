@@ -86,10 +86,10 @@ def train_cell(work: Work, costs: Costs) -> dict[str, Any]:
 
 def _chosen(work: Work, settings: TrainSettings) -> tuple[list[dict[str, Any]], float, bool]:
     """Every trial, the rate that ranks validation pairs best, and whether its reward counts per token there."""
-    rates = work.study.settings[work.cell.setting].rates_for(work.method.kind)
-    # One rate leaves nothing to try, but for SFT, whose reward is one of two.
-    if len(rates) == 1 and work.method.kind != "sft":
-        return [], rates[0], False
+    setting, kind = work.study.settings[work.cell.setting], work.method.kind
+    rates = setting.tried(kind)
+    if not rates:
+        return [], setting.rates_for(kind)[0], False
     trials = [_trial(work, settings, rate) for rate in rates]
     sound = [trial for trial in trials if trial["accuracy"] is not None]
     if not sound:
