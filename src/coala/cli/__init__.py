@@ -28,6 +28,7 @@ from coala.cli import (
     serve,
     survey,
 )
+from coala.cli.compiled import keep_compiled
 
 INTERRUPTED = 130
 
@@ -88,6 +89,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A head needs little memory; JAX would otherwise take most of a GPU at its first array.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    keep_compiled()
     try:
         app()
     except SystemExit as end:
