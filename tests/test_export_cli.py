@@ -18,6 +18,7 @@ from coala.evaluation.rewardbench import SECTIONS
 from coala.export import as_reward_func, read_benchmark, results, score_replies
 from coala.export.rewardbench import score_rows
 from coala.recipe import load_recipe
+from coala.report.evaluations import saved_evaluations
 from coala.store import Run, StoreError, save_head
 from coala.values import CoalaError, ConvexHead, user
 
@@ -131,6 +132,9 @@ def test_rewardbench_with_a_runs_head(run: Path, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = call("bench", "rewardbench", file, "--run", run, "--out", tmp_path / "bench", "--name", "mine")
     model, head, _ = load_run(run)
+    (kept,) = saved_evaluations(Run.open(run))
+    assert (kept["kind"], kept["of"]) == ("rewardbench", "mine")
+    assert Path(found["evaluation"]).is_file()
     right: dict[str, list[bool]] = {}
     saved = json.loads((tmp_path / "bench" / "scores.json").read_text())
     for row, said in zip(rows, saved, strict=True):

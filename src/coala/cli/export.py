@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coala.cli import rewardbench
+
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
-    from coala.values import ConvexHead
+    from coala.values import Estimate
 
 app = typer.Typer(no_args_is_help=True, help="Score published benchmarks with a run's head.")
+app.command("rewardbench", epilog="Example: `coala bench rewardbench filtered.jsonl --run runs/demo --out bench`")(
+    rewardbench.by_head
+)
 
 
 class Form(StrEnum):
@@ -50,6 +55,7 @@ def export(
 
     `coala export exported --verify`
     """
+    from coala.cli.records import fitted
     from coala.cli.screen import emit, table
     from coala.export import export_linear_head, export_reward_model, facts_of, verify_folder
     from coala.values import CoalaError
@@ -63,7 +69,7 @@ def export(
         raise CoalaError("Where should the folder be written? Give --out FOLDER.")
     if drop_constant and to is not Form.linear_head:
         raise CoalaError("--drop-constant belongs to --to linear-head; a reward-model folder keeps the constant.")
-    backbone, head = _opened(run)
+    backbone, head = fitted(run)
     facts = facts_of(run, head)
     if to is Form.linear_head:
         made = export_linear_head(head, backbone, out, facts, drop_constant=drop_constant)
@@ -79,58 +85,6 @@ def export(
         ]
     )
     emit(asdict(made))
-
-
-@app.command(epilog="Example: `coala bench rewardbench filtered.jsonl --run runs/demo --out bench`")
-def rewardbench(
-    file: Annotated[
-        Path, typer.Argument(help="Rows with prompt, chosen, rejected and subset: JSON Lines or CSV, plain or .gz.")
-    ],
-    run: Annotated[Path, typer.Option(help="The run whose head scores the replies.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results.json (upstream's form), scores.json and ranking.json.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The model's name in the results; the run folder's if not given.")
-    ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 4096,
-) -> None:
-    """RewardBench with a run's head, on any device: accuracy by subset and section, with intervals.
-
-    A tie counts as wrong, as upstream. Replies to one prompt share its forward pass.
-    """
-    from coala.cli.screen import finish, interval, progress, table
-    from coala.evaluation.rewardbench import ranking
-    from coala.export.rewardbench import read_benchmark, results, score_rows
-    from coala.features import extract
-    from coala.store import save_json
-
-    benchmark = read_benchmark(file)
-    backbone, head = _opened(run)
-    with progress() as show:
-        features = extract(
-            benchmark.pairs,
-            backbone,
-            head.spec,
-            prompt_features=head.needs_prompt,
-            batch_tokens=batch_tokens,
-            on_batch=lambda done, total, tokens: show("replies", done, total),
-        )
-    chosen = head.score(features.chosen, features.prompt)
-    rejected = head.score(features.rejected, features.prompt)
-    found = ranking(benchmark.scored(chosen, rejected))
-    named = {**found.sections, "all rows": found.rows}
-    table(
-        [[name, interval(value, 4), str(value.n)] for name, value in (*found.subsets.items(), *named.items())]
-        + [["mean of sections", f"{found.overall:.4f}", ""], ["share of ties", f"{found.ties:.4f}", ""]],
-        ["subset or section", "accuracy", "n"],
-    )
-    if out is not None:
-        sections = {key: value.value for key, value in found.sections.items()}
-        save_json(out / "results.json", results(found, name or run.resolve().name, head.spec))
-        save_json(out / "scores.json", score_rows(benchmark, chosen.tolist(), rejected.tolist()))
-        save_json(out / "ranking.json", {"by_section": sections, **asdict(found), "overall": _finite(found.overall)})
-    finish(asdict(found), found.remarks)
 
 
 @app.command(
@@ -156,8 +110,10 @@ def lm_eval(
 
     Likelihoods are the base model's; where a task asks for them, guidance changes nothing.
     """
-    from coala.cli.screen import emit, say, table
-    from coala.store import save_json
+    from coala.cli.records import command_line, keep, require_head
+    from coala.cli.screen import finish, interval, say, table
+    from coala.report import Evaluation, Figure
+    from coala.store import Run, save_json
     from coala.values import CoalaError
 
     try:
@@ -174,7 +130,7 @@ def lm_eval(
     missing = [name for name in names if name not in known.all_tasks]
     if missing or not names:
         raise CoalaError(f"No task {', '.join(missing) or 'was named'}. `lm-eval ls tasks` lists them; --include-path.")
-    _opened(run)
+    require_head(run)
     found = simple_evaluate(
         model=GuidedLM(run, mode=mode, strength=strength, batch_size=batch_size),
         tasks=names,
@@ -188,30 +144,39 @@ def lm_eval(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    rows = []
-    for task, values in found["results"].items():
-        for name, value in values.items():
-            deviation = values.get(f"{name.partition(',')[0]}_stderr,{name.partition(',')[2]}")
-            if isinstance(value, float) and "_stderr" not in name:
-                spread = f"{deviation:.4f}" if isinstance(deviation, float) else ""
-                rows.append([task, name.partition(",")[0], f"{value:.4f}", spread])
-    table(rows, ["task", "metric", "value", "standard error"])
+    figures = [
+        Figure(f"{task} {name.partition(',')[0]}", _estimate(value, name, values, found, task), "plain")
+        for task, values in found["results"].items()
+        for name, value in values.items()
+        if isinstance(value, float) and "_stderr" not in name
+    ]
+    table(
+        [[one.name, interval(one.estimate, 4), str(one.estimate.n)] for one in figures],
+        ["task and metric", "value [95 %]", "n"],
+    )
     if out is not None:
         save_json(out, {key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found})
         say(f"Written: {out}")
-    emit({"run": run, "results": found["results"]})
+    settings = {"mode": mode, "strength": strength, "num_fewshot": num_fewshot, "limit": limit, "seed": seed}
+    evaluation = Evaluation(
+        kind="lm-eval",
+        of=", ".join(names),
+        title=f"lm-evaluation-harness: {', '.join(names)}",
+        command=command_line(),
+        figures=figures,
+        files={},
+        settings={**settings, "gen_kwargs": gen_kwargs, "chat": chat, "tasks": names},
+        facts={f"version of {task}": version for task, version in (found.get("versions") or {}).items()},
+    )
+    finish({"run": run, "results": found["results"]} | keep(Run.open(run), evaluation), ())
 
 
-def _finite(value: float) -> float | None:
-    return value if value == value else None  # JSON has no nan
+def _estimate(value: float, name: str, values: Mapping[str, Any], found: Mapping[str, Any], task: str) -> Estimate:
+    """The harness's value with 1.96 of its standard errors to each side, which knows no groups; none if it has none."""
+    from coala.values import Estimate
 
-
-def _opened(run: Path) -> tuple[LanguageModel, ConvexHead]:
-    """Model and head of a run; says so if it has none."""
-    from coala.align import load_run
-    from coala.store import Run, StoreError
-
-    if not (Run.open(run).path / "head" / "head.json").is_file():
-        raise StoreError(f"{run}: has no fitted head yet. Finish it with `coala align`, and try again.")
-    backbone, head, _ = load_run(run)
-    return backbone, head
+    metric, _, selection = name.partition(",")
+    error = values.get(f"{metric}_stderr,{selection}")
+    reach = 1.96 * error if isinstance(error, float) else float("nan")
+    n = (found.get("n-samples") or {}).get(task, {}).get("effective", 0)
+    return Estimate(value, value - reach, value + reach, int(n), "the harness's standard error")

@@ -13,9 +13,10 @@ import typer
 from coala.cli.judging import bare
 
 if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
     from coala.report import Evaluation, Figure, Sample
     from coala.store import Run
-    from coala.values import Estimate, Generation, Judgement, Turn
+    from coala.values import ConvexHead, Estimate, Generation, Judgement, Turn
 
 RunOption = Annotated[
     Path | None,
@@ -34,6 +35,23 @@ def run_of(named: Path | None, *files: Path | None) -> Run | None:
             if (folder / "run.json").is_file() and (folder / "stages").is_dir():
                 return Run(folder)
     return None
+
+
+def require_head(run: Path) -> None:
+    """Say so if the run has no head."""
+    from coala.store import Run, StoreError
+
+    if not (Run.open(run).path / "head" / "head.json").is_file():
+        raise StoreError(f"{run}: has no fitted head yet. Finish it with `coala align`, and try again.")
+
+
+def fitted(run: Path) -> tuple[LanguageModel, ConvexHead]:
+    """Model and head of a run; says so if it has none."""
+    from coala.align import load_run
+
+    require_head(run)
+    backbone, head, _ = load_run(run)
+    return backbone, head
 
 
 def command_line() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from coala.compare import figures, tables
 from coala.compare.results import content_of, finite
 from coala.compare.study import Study
-from coala.compare.text import latex, markdown, place_tables, place_title
+from coala.compare.text import latex, markdown, place_tables, place_title, sentences
 from coala.report.figures import Drawing
 from coala.store import save_json, write_atomic
 
@@ -54,7 +54,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "title": content["title"],
         "reproduces": content["reproduces"],
         "facts": facts,
-        "verdicts": [sentence for place in content["places"] for sentence in place["verdict"]],
+        "verdicts": sentences(content),
         "places": [
             {
                 "title": place_title(place),
@@ -64,7 +64,9 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
                     figures.margin_curves(place),
                     figures.accuracy_by_flops(place),
                     figures.accuracy_by_flops(place, "win_rate"),
-                ),
+                )
+                if place["ranks"]
+                else [],
             }
             for place in content["places"]
         ],

@@ -7,7 +7,8 @@ What was measured of time, memory and energy is under ``measured`` keys; all els
     counts       {cells, done, failed, missing}
     failures     [{cell, error, plan}]
     untuned      baselines for which fewer than four rates were tried
-    places       [{dataset, model, init, pairs, methods: [ROW], differences: [...], verdict: [sentence], layers}]
+    places       [{dataset, model, init, pairs, methods: [ROW], differences: [...], ranks, verdict: [sentence],
+                  measured: [sentence], layers}]
     stage_one    rows of the paper's Table 7
 
 A ROW: label, kind, seeds, accuracy (ESTIMATE over pairs, of the mean over seeds) with seed_mean and seed_sd,
@@ -24,12 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from coala.compare import verdicts
 from coala.compare.cell import read
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
 from coala.compare.matrix import Cell, cells
 from coala.compare.spent import Found, costs_of, put_shares, spread
 from coala.compare.study import Study
+from coala.compare.verdicts import main_coala
 from coala.evaluation import win_rate
 from coala.evaluation.statistics import clustered, mean_estimate, share_estimate
 from coala.values import Estimate, Judgement
@@ -98,9 +101,11 @@ def _place(study: Study, out: Path, place: tuple[str, str, str], here: Sequence[
         put_shares(rows)
     pairs = pair_counts(out, dataset) if rows else {}
     told: dict[str, Any] = {"dataset": dataset, "model": model, "init": init, "pairs": pairs, "methods": rows}
+    told["ranks"] = study.ranks
     if rows:
-        told["differences"] = _differences(rows, group)
-        told["verdict"] = verdicts(told)
+        told["differences"] = _differences(rows, group) if study.ranks else []
+        told["verdict"] = [*(verdicts.of_ranking(told) if study.ranks else ()), *verdicts.of_flops(told)]
+        told["measured"] = verdicts.of_measured(told)
         told["layers"] = next(
             (
                 {"cell": c.id, "rows": found[c.id]["result"]["layers"]}
@@ -194,11 +199,6 @@ def _over_seeds(estimates: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
 # --- comparisons -------------------------------------------------------------------------------------------------
 
 
-def main_coala(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The study's COALA: the first of its convex heads without a reference."""
-    return next((row for row in rows if row["coala"]), None)
-
-
 def _differences(rows: Sequence[dict[str, Any]], group: Sequence[str]) -> list[dict[str, Any]]:
     """COALA minus every other method: paired over pairs, groups as clusters; p-values by Holm over these."""
     from scipy.special import stdtr
@@ -224,39 +224,6 @@ def _differences(rows: Sequence[dict[str, Any]], group: Sequence[str]) -> list[d
         told.append({"of": ours["label"], "minus": row["label"], "kind": row["kind"], "difference": asdict(estimate)})
     for entry, p, adjusted in zip(told, p_values, holm(p_values), strict=True):
         entry["p"], entry["p_holm"] = p, adjusted
-    return told
-
-
-def verdicts(place: Mapping[str, Any]) -> list[str]:
-    """Whether COALA ranks as well as the best baseline here, in words that its interval allows."""
-    rows = place["methods"]
-    ours = main_coala(rows)
-    baselines = [row for row in rows if row["kind"] in ("sft", "dpo", "orpo", "simpo", "reward")]
-    if ours is None or not baselines:
-        return []
-    best = max(baselines, key=lambda row: float(row["accuracy"]["value"]))
-    entry = next(d for d in place["differences"] if d["minus"] == best["label"])
-    found = entry["difference"]
-    points = f"{100 * found['value']:+.1f} points [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-    where = f"{place['dataset']}, {place['model']}" + (", after SFT" if place["init"] == "sft" else "")
-    told = [
-        f"{where}: {ours['label']} ranks {100 * ours['accuracy']['value']:.1f} % of {ours['accuracy']['n']} held-out "
-        f"pairs right, the best baseline, {best['label']}, {100 * best['accuracy']['value']:.1f} %: {points}, paired, "
-        f"p = {entry['p_holm']:.2g} after Holm. The best of {len(baselines)} is picked on these very pairs, which "
-        "flatters it."
-    ]
-    if found["high"] < 0:
-        heads = [row for row in rows if row["coala"]]
-        closest = max(heads, key=lambda row: float(row["accuracy"]["value"]))
-        told.append(
-            f"{where}: COALA is below by more than its interval. Its features are those of the frozen model, which the "
-            f"baselines may change; of its choices {closest['label']} comes closest, with "
-            f"{100 * closest['accuracy']['value']:.1f} %."
-        )
-    elif found["low"] > 0:
-        told.append(f"{where}: COALA is above by more than its interval.")
-    else:
-        told.append(f"{where}: the interval includes no difference.")
     return told
 
 

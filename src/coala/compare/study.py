@@ -154,6 +154,7 @@ class Study(_Strict):
     beta: float = Field(0.1, gt=0, description="CVX-DPO's scale of the reference")
     init_setting: str | None = Field(None, description="setting of the SFT that inits are; its first if not given")
     count_flops: bool = Field(True, description="count the FLOPs of one epoch and of one fit by counters")
+    ranks: bool = Field(True, description="report rankings; a study of costs alone may have too few test pairs for it")
     keep_models: bool = False
 
     @model_validator(mode="after")

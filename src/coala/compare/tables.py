@@ -23,7 +23,9 @@ class Table:
     words: bool = False
 
 
-def ranking(place: Mapping[str, Any]) -> Table:
+def ranking(place: Mapping[str, Any]) -> Table | None:
+    if not place["ranks"]:
+        return None
     head = (
         "method",
         "rate",

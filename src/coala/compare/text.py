@@ -21,6 +21,11 @@ def place_title(place: Mapping[str, Any]) -> str:
     return f"{place['dataset']} with {place['model']}" + (", after SFT" if place["init"] == "sft" else "")
 
 
+def sentences(content: Mapping[str, Any]) -> list[str]:
+    """What was found everywhere."""
+    return [sentence for place in content["places"] for sentence in (*place["verdict"], *place["measured"])]
+
+
 def place_tables(place: Mapping[str, Any]) -> list[Table]:
     """Every table of one dataset, model and start."""
     found = (
@@ -99,7 +104,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     parts += [f"`{content['command']}`", ""] if content["command"] else []
     parts += [f"{machine}.", ""] if machine else []
     parts += [f"{counts['done']} of {counts['cells']} cells done, {counts['failed']} failed.", ""]
-    parts += [f"- {sentence}" for place in content["places"] for sentence in place["verdict"]]
+    parts += [f"- {sentence}" for sentence in sentences(content)]
     for place in content["places"]:
         parts += ["", f"## {place_title(place)}"]
         for table in place_tables(place):

@@ -1,0 +1,81 @@
+"""What a comparison found, in sentences that its intervals allow; of ranking, of FLOPs, and of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def main_coala(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The study's COALA: the first of its convex heads without a reference."""
+    return next((row for row in rows if row["coala"]), None)
+
+
+def of_ranking(place: Mapping[str, Any]) -> list[str]:
+    """Whether COALA ranks as well as the best baseline here, in words that its interval allows."""
+    rows = place["methods"]
+    ours = main_coala(rows)
+    baselines = [row for row in rows if row["kind"] in ("sft", "dpo", "orpo", "simpo", "reward")]
+    if ours is None or not baselines:
+        return []
+    best = max(baselines, key=lambda row: float(row["accuracy"]["value"]))
+    entry = next(d for d in place["differences"] if d["minus"] == best["label"])
+    found = entry["difference"]
+    points = f"{100 * found['value']:+.1f} points [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    where = _where(place)
+    told = [
+        f"{where}: {ours['label']} ranks {100 * ours['accuracy']['value']:.1f} % of {ours['accuracy']['n']} held-out "
+        f"pairs right, the best baseline, {best['label']}, {100 * best['accuracy']['value']:.1f} %: {points}, paired, "
+        f"p = {entry['p_holm']:.2g} after Holm. The best of {len(baselines)} is picked on these very pairs, which "
+        "flatters it."
+    ]
+    if found["high"] < 0:
+        heads = [row for row in rows if row["coala"]]
+        closest = max(heads, key=lambda row: float(row["accuracy"]["value"]))
+        told.append(
+            f"{where}: COALA is below by more than its interval. Its features are those of the frozen model, which the "
+            f"baselines may change; of its choices {closest['label']} comes closest, with "
+            f"{100 * closest['accuracy']['value']:.1f} %."
+        )
+    elif found["low"] > 0:
+        told.append(f"{where}: COALA is above by more than its interval.")
+    else:
+        told.append(f"{where}: the interval includes no difference.")
+    return told
+
+
+def of_flops(place: Mapping[str, Any]) -> list[str]:
+    """The shares of DPO's FLOPs that COALA's heads take, by counter."""
+    reference, heads = _reference(place), _heads(place)
+    shares = [(row["label"], (row["costs"]["of"].get(reference) or {}).get("flops")) for row in heads]
+    told = _listed(shares)
+    return [f"{_where(place)}: of the FLOPs of {reference}, by counter, {told}."] if told else []
+
+
+def of_measured(place: Mapping[str, Any]) -> list[str]:
+    """The shares of DPO's seconds and peak memory that COALA's heads take."""
+    reference, heads = _reference(place), _heads(place)
+    measured = [(row["label"], (row["costs"]["of"].get(reference) or {}).get("measured") or {}) for row in heads]
+    seconds = _listed([(label, found.get("seconds")) for label, found in measured])
+    peaks = [(label, found.get("bytes") or {}) for label, found in measured]
+    memory = _listed([(label, found.get("device", found.get("host"))) for label, found in peaks])
+    told = [f"of the seconds, {seconds}"] if seconds else []
+    told += [f"of the peak memory, {memory}"] if memory else []
+    return [f"{_where(place)}: beside {reference}, {'; '.join(told)}."] if told else []
+
+
+def _where(place: Mapping[str, Any]) -> str:
+    return f"{place['dataset']}, {place['model']}" + (", after SFT" if place["init"] == "sft" else "")
+
+
+def _heads(place: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [row for row in place["methods"] if row["coala"] and row["costs"]]
+
+
+def _reference(place: Mapping[str, Any]) -> str:
+    """The first DPO there is, which studies have on all weights."""
+    return next((row["label"] for row in place["methods"] if row["kind"] == "dpo" and row["costs"]), "")
+
+
+def _listed(shares: Sequence[tuple[str, float | None]]) -> str:
+    return ", ".join(f"{label} {100 * share:.3g} %" for label, share in shares if share is not None)
