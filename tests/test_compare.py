@@ -20,6 +20,7 @@ from coala.compare.results import PUBLISHED_COSTS, curve_of, falling, finite
 from coala.compare.spent import spread
 from coala.compare.study import Study, study_of
 from coala.compare.text import _escaped, latex, markdown
+from coala.compare.verdicts import of_flops, of_measured, of_ranking
 from coala.compare.work import calibrated_nll, measured_margins
 from coala.recipe import RecipeError
 from coala.store import save_pairs
@@ -399,3 +400,58 @@ def test_markdown_has_a_cell_for_every_head() -> None:
 
 def test_numbers_that_json_has_not() -> None:
     assert finite({"a": [math.nan, 1.0, (math.inf,)]}) == {"a": [None, 1.0, [None]]}
+
+
+# --- what is said ------------------------------------------------------------------------------------------------
+
+
+def told_place(low: float, high: float) -> dict[str, Any]:
+    """A place with COALA, a linear head that ranks better, and two baselines, the difference in [low, high]."""
+
+    def row(label: str, kind: str, value: float, share: float | None) -> dict[str, Any]:
+        of = {"flops": share, "measured": {"seconds": 2 * share, "bytes": {"host": 3 * share}}} if share else {}
+        costs = {"counter": {"run": 1} if share else None, "of": {"dpo (full)": of}}
+        return {
+            "label": label,
+            "kind": kind,
+            "coala": kind == "coala",
+            "accuracy": {"value": value, "n": 90},
+            "costs": costs,
+        }
+
+    rows = [
+        row("sft (full)", "sft", 0.5, None),
+        row("dpo (full)", "dpo", 0.7, 1.0),
+        row("coala", "coala", 0.6, 0.1),
+        row("linear", "coala", 0.65, 0.05),
+    ]
+    difference = {"value": (low + high) / 2, "low": low, "high": high}
+    differences = [{"minus": row["label"], "difference": difference, "p_holm": 0.5} for row in rows]
+    return {"dataset": "d", "model": "m", "init": "base", "methods": rows, "differences": differences}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "end"),
+    [
+        (-0.2, -0.01, "Of its choices linear comes closest, with 65.0 %."),
+        (-0.1, 0.1, "The interval includes no difference."),
+        (0.01, 0.2, "COALA is above by more than its interval."),
+    ],
+)
+def test_what_is_said_of_ranking_is_what_the_interval_allows(low: float, high: float, end: str) -> None:
+    (told,) = of_ranking(told_place(low, high))
+    assert told.startswith("d, m: coala ranks 60.0 % of 90 held-out pairs right, the best baseline, dpo (full), 70.0 %")
+    assert "The best of 2 is picked on these very pairs" in told
+    assert told.endswith(end)
+
+
+def test_costs_are_told_of_heads_that_were_counted() -> None:
+    place = told_place(0, 0)
+    assert of_flops(place) == ["d, m: of the FLOPs of dpo (full), by counter, coala 10 %, linear 5 %."]
+    assert of_measured(place) == [
+        "d, m: of the seconds of dpo (full), coala 20 %, linear 10 %; of its peak memory, coala 30 %, linear 15 %."
+    ]
+    place["methods"][3]["costs"]["counter"] = None
+    assert of_flops(place) == ["d, m: of the FLOPs of dpo (full), by counter, coala 10 %."]
+    place["methods"][1]["costs"] = None
+    assert of_flops(place) == of_measured(place) == []

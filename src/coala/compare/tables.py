@@ -260,7 +260,10 @@ def over_seeds(found: Mapping[str, Any] | None) -> str:
 
 
 def deviation(found: Mapping[str, Any] | None, scale: float) -> str:
-    return UNKNOWN if found is None or found["sd"] is None else f"{scale * found['sd']:.2g} (n={found['n']})"
+    if found is None or found["sd"] is None:
+        return UNKNOWN
+    # Equal values leave rounding behind.
+    return f"{scale * found['sd'] if found['sd'] > 1e-12 else 0:.2g} (n={found['n']})"
 
 
 def percent(value: float | None) -> str:

@@ -22,26 +22,23 @@ def of_ranking(place: Mapping[str, Any]) -> list[str]:
     entry = next(d for d in place["differences"] if d["minus"] == best["label"])
     found = entry["difference"]
     points = f"{100 * found['value']:+.1f} points [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-    where = _where(place)
-    told = [
-        f"{where}: {ours['label']} ranks {100 * ours['accuracy']['value']:.1f} % of {ours['accuracy']['n']} held-out "
-        f"pairs right, the best baseline, {best['label']}, {100 * best['accuracy']['value']:.1f} %: {points}, paired, "
-        f"p = {entry['p_holm']:.2g} after Holm. The best of {len(baselines)} is picked on these very pairs, which "
-        "flatters it."
-    ]
+    told = (
+        f"{_where(place)}: {ours['label']} ranks {100 * ours['accuracy']['value']:.1f} % of {ours['accuracy']['n']} "
+        f"held-out pairs right, the best baseline, {best['label']}, {100 * best['accuracy']['value']:.1f} %: {points}, "
+        f"paired, p = {entry['p_holm']:.2g} after Holm. The best of {len(baselines)} is picked on these very pairs, "
+        "which flatters it. "
+    )
     if found["high"] < 0:
         heads = [row for row in rows if row["coala"]]
         closest = max(heads, key=lambda row: float(row["accuracy"]["value"]))
-        told.append(
-            f"{where}: COALA is below by more than its interval. Its features are those of the frozen model, which the "
-            f"baselines may change; of its choices {closest['label']} comes closest, with "
+        return [
+            f"{told}COALA is below by more than its interval: its features are those of the frozen model, which the "
+            f"baselines may change. Of its choices {closest['label']} comes closest, with "
             f"{100 * closest['accuracy']['value']:.1f} %."
-        )
-    elif found["low"] > 0:
-        told.append(f"{where}: COALA is above by more than its interval.")
-    else:
-        told.append(f"{where}: the interval includes no difference.")
-    return told
+        ]
+    if found["low"] > 0:
+        return [f"{told}COALA is above by more than its interval."]
+    return [f"{told}The interval includes no difference."]
 
 
 def of_flops(place: Mapping[str, Any]) -> list[str]:
@@ -59,9 +56,9 @@ def of_measured(place: Mapping[str, Any]) -> list[str]:
     seconds = _listed([(label, found.get("seconds")) for label, found in measured])
     peaks = [(label, found.get("bytes") or {}) for label, found in measured]
     memory = _listed([(label, found.get("device", found.get("host"))) for label, found in peaks])
-    told = [f"of the seconds, {seconds}"] if seconds else []
-    told += [f"of the peak memory, {memory}"] if memory else []
-    return [f"{_where(place)}: beside {reference}, {'; '.join(told)}."] if told else []
+    told = [f"of the seconds of {reference}, {seconds}"] if seconds else []
+    told += [f"of its peak memory, {memory}"] if memory else []
+    return [f"{_where(place)}: {'; '.join(told)}."] if told else []
 
 
 def _where(place: Mapping[str, Any]) -> str:
@@ -69,7 +66,9 @@ def _where(place: Mapping[str, Any]) -> str:
 
 
 def _heads(place: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in place["methods"] if row["coala"] and row["costs"]]
+    """COALA's heads whose FLOPs were counted; all if none were."""
+    heads = [row for row in place["methods"] if row["coala"] and row["costs"]]
+    return [row for row in heads if row["costs"]["counter"]] or heads
 
 
 def _reference(place: Mapping[str, Any]) -> str:
