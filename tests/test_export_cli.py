@@ -134,7 +134,7 @@ def test_rewardbench_with_a_runs_head(run: Path, tmp_path: Path) -> None:
     model, head, _ = load_run(run)
     (kept,) = saved_evaluations(Run.open(run))
     assert (kept["kind"], kept["of"]) == ("rewardbench", "mine")
-    assert Path(found["evaluation"]).is_file()
+    assert Path(last_json(found)["evaluation"]).is_file()
     right: dict[str, list[bool]] = {}
     saved = json.loads((tmp_path / "bench" / "scores.json").read_text())
     for row, said in zip(rows, saved, strict=True):
