@@ -34,7 +34,9 @@ PROMPT = "Once upon a time there was a little girl who"
 class Anew:
     """A prefix without a cache, App. H.3 read literally: every row is encoded from its first token."""
 
-    def __init__(self, backbone: LanguageModel, rows: Sequence[Sequence[int]], layer: int) -> None:
+    def __init__(
+        self, backbone: LanguageModel, rows: Sequence[Sequence[int]], layer: int, *, scored: bool = False
+    ) -> None:
         self.backbone, self.rows, self.layer = backbone, [list(row) for row in rows], layer
         self.prompt_lengths = torch.tensor([len(row) for row in rows])
         self._read()

@@ -37,13 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ranking")
+    parser.add_argument("--sets", nargs="+", choices=(*SETS, "imdb"), default=[*SETS, "imdb"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="for all sets but imdb")
     args = parser.parse_args()
     if not args.data.exists():
         print(f"{args.data} is not there: nothing to measure")
         print(json.dumps({"skipped": f"{args.data} is not there"}))
         return
-    jobs = [(s, args.data / "models" / m, files) for s, files in SETS.items() for m in MODELS]
-    jobs.append(("imdb", FILM, ("train", "test")))
+    jobs = [(s, args.data / "models" / m, files) for s, files in SETS.items() if s in args.sets for m in args.models]
+    jobs += [("imdb", FILM, ("train", "test"))] if "imdb" in args.sets else []
     rows = []
     print(f"{'data':<22}{'model':<16}{'train':>6}{'eval':>6}  {'head':<34}{'probe':>6}  difference (head - probe)")
     for name, model, (train, test) in jobs:
