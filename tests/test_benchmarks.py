@@ -16,7 +16,7 @@ SMALL = {
     "alternate": "",
     "comal": "--outer 1 --methods comal --seeds 0",
     "comal_text": "{stories} --out {tmp}/runs --prompts 4 --held-out 4 --answers 2 --candidates 2 --tokens 4 --outer 1 "
-    "--inner 1 --methods comal",
+    "--inner 1 --methods inpo comal",
     "decoding": "--model {stories} --rounds 1 --tokens 6",
     "features": "--data {data} --pairs 6 --repeats 1 --models stories260K-hf --sets mathdial",
     "figures": "--out {tmp}",
