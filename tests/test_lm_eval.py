@@ -84,6 +84,10 @@ def test_the_command(served_run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["results"]["tiny_echo"]["exact_match,none"] == 0.0
+    kept = json.loads(Path(told["evaluation"]).read_text())
+    assert (kept["kind"], kept["of"]) == ("lm-eval", "tiny_echo")
+    (figure,) = kept["figures"]
+    assert (figure["name"], figure["estimate"]["value"], figure["estimate"]["n"]) == ("tiny_echo exact_match", 0.0, 2)
     assert json.loads((tmp_path / "out.json").read_text())["n-samples"]["tiny_echo"]["effective"] == 2
     wrong = run_coala("bench", "lm-eval", str(served_run), "--tasks", "no_such_task")
     assert wrong.returncode != 0
