@@ -401,6 +401,11 @@ class TestRecipe:
         assert (made.seed, made.model.name, made.model.pooling, made.guidance.strength) == (3, "other", "last", 5)
         assert made.pairs == ("a.jsonl",)
 
+    @pytest.mark.parametrize("text", ["seeds=[0", "a=b: [", "x={1", "nothing", "=3", "a='"])
+    def test_an_option_that_is_no_setting_is_told(self, text: str) -> None:
+        with pytest.raises(RecipeError, match=r"--set .*(is not YAML|expected NAME=VALUE)"):
+            set_option(text)
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [

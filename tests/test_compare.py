@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from coala.cli import app
 from coala.compare import bundled, cells, load_study, plan_rows, plan_study, plan_total
 from coala.compare.data import limited, part, prepare
 from coala.compare.matrix import spec_of
@@ -352,6 +354,18 @@ def test_a_plan_of_real_pairs_counts_what_training_reads(tmp_path: Path) -> None
     assert found["flops"] == training_flops(backbone.shape, *lengths, "dpo")
     assert found["pairs"] == len(rows)
     assert planned["d.m.base.dpo.full.s3"]["parts"]["rates"] == 4
+
+
+def test_files_that_are_not_there_are_named_with_the_way_to_name_others(tmp_path: Path) -> None:
+    given_study = study(datasets={"d": {"pairs": [str(tmp_path / "gone.jsonl")]}})
+    with pytest.raises(CoalaError, match=r"gone.jsonl is not there. Name its files with --set 'datasets.d.pairs="):
+        prepare(given_study, tmp_path / "out")
+
+
+def test_there_is_no_report_of_what_is_no_comparison(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["compare", "laptop", "--report-only", "--out", str(tmp_path / "none")])
+    assert isinstance(found.exception, CoalaError)
+    assert not (tmp_path / "none").exists()
 
 
 # --- the report --------------------------------------------------------------------------------------------------

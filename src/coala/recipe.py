@@ -198,7 +198,10 @@ def set_option(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text}: expected NAME=VALUE, for example --set guidance.strength=3.")
-    nested: Any = yaml.safe_load(value)
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: {value!r} is not YAML: {getattr(error, 'problem', error)}.") from None
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return dict(nested)

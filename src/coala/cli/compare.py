@@ -45,7 +45,9 @@ def compare(
     from coala.cli.options import bytes_of
     from coala.cli.screen import emit, progress, table
     from coala.compare import PLAN_HEAD, load_study, plan_rows, plan_study, run, summary_rows, write_report
+    from coala.compare.cell import PLAN
     from coala.recipe import set_option
+    from coala.values import CoalaError
 
     study = load_study(recipe, data, [set_option(option) for option in set_ or []])
     name = Path(recipe).name.removesuffix(".yaml")
@@ -57,6 +59,10 @@ def compare(
         emit({"study": study.title, **plan_total(planned)})
         return
     folder = out or Path("runs") / name
+    if report_only and not (folder / PLAN).is_file():
+        raise CoalaError(
+            f"{folder}: is not the folder of a comparison. Name one with --out, or leave out --report-only."
+        )
     if not report_only:
         limit = bytes_of(memory)
         with progress() as show:

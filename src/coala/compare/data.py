@@ -41,6 +41,14 @@ def _prepare(study: Study, name: str, folder: Path) -> str:
     dataset = study.datasets[name]
     if not dataset.pairs:
         raise CoalaError(f"Dataset {name!r} names no file of pairs, so it can be planned (--dry-run) but not run.")
+    gone = [
+        source for source in (*dataset.pairs, *dataset.test) if Path(source).is_absolute() and not Path(source).exists()
+    ]
+    if gone:
+        raise CoalaError(
+            f"Dataset {name!r}: {gone[0]} is not there. Name its files with --set 'datasets.{name}.pairs=[FILE]', or "
+            "the folder that data: paths lie in with --data."
+        )
     wanted = {
         "sources": [source_digest(source) for source in (*dataset.pairs, *dataset.test)],
         "settings": [
