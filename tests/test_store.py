@@ -266,3 +266,16 @@ class TestRun:
         with pytest.raises(StoreError, match="not a run folder"):
             Run(tmp_path).restart()
         assert (tmp_path / "precious").read_text() == "data"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '"x"', "null", None])
+def test_a_folder_that_holds_no_features_is_told(tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        (tmp_path / "features.json").mkdir()
+    else:
+        (tmp_path / "features.json").write_text(content)
+    with pytest.raises(StoreError, match="features.json"):
+        load_features(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="there is no such file"):
+        load_features(tmp_path / "file")

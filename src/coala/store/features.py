@@ -145,6 +145,8 @@ def load_features(folder: Path, *, mmap: bool = False) -> FeatureSet:
     """Read features; with ``mmap`` their arrays stay on disk, read-only, and are paged in as they are used."""
     folder = Path(folder)
     about = load_json(folder / "features.json")
+    if not (isinstance(about, dict) and {"sha256", "group", "spec"} <= set(about)):
+        raise StoreError(f"{folder}: features.json does not describe features. Name a folder made by `coala extract`.")
     path = folder / "features.safetensors"
     if not path.exists():
         raise StoreError(f"{folder}: features.json is there but features.safetensors is missing. Extract again.")

@@ -133,8 +133,10 @@ def save_json(path: Path, value: Any) -> None:
 def load_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path}: there is no such file. Check the path of the run folder.") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StoreError(f"{path}: is not JSON ({error}). Delete it and run the command that makes it again.") from None
 
@@ -147,7 +149,7 @@ def save_lines(path: Path, values: Iterable[Any]) -> None:
 def load_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path}: there is no such file. Run the stage that makes it first.") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line:
