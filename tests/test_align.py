@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -391,6 +392,27 @@ def test_help_imports_nothing_heavy() -> None:
     code += "print([m for m in ('numpy','torch','jax','transformers','pydantic','matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "x", ""])
+def test_a_file_that_was_damaged_is_told_by_its_name_or_does_not_matter(
+    finished: Run, tmp_path: Path, content: str
+) -> None:
+    kinds = (".json", ".jsonl", ".safetensors")
+    names = [f.relative_to(finished.path) for f in sorted(finished.path.rglob("*")) if f.suffix in kinds]
+    assert len(names) > 12
+    told = {}
+    for name in names:
+        broken = tmp_path / "run"
+        shutil.copytree(finished.path, broken)
+        (broken / name).write_text(content)
+        try:
+            make_report(Run(broken))
+        except CoalaError as error:
+            told[name] = str(error)
+        shutil.rmtree(broken)
+    assert len(told) > 8
+    assert [(name, text) for name, text in told.items() if name.stem.split("-")[0] not in text] == []
 
 
 class TestRecipe:

@@ -274,7 +274,7 @@ def test_a_folder_that_holds_no_features_is_told(tmp_path: Path, content: str | 
         (tmp_path / "features.json").mkdir()
     else:
         (tmp_path / "features.json").write_text(content)
-    with pytest.raises(StoreError, match="features.json"):
+    with pytest.raises(StoreError, match=r"features\.json"):
         load_features(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="there is no such file"):

@@ -168,9 +168,14 @@ def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
         for name in ("pairs", "eval_pairs"):
             if isinstance(document.get(name), str):
                 document[name] = [document[name]]
+    for above in overrides:
+        document = _overlay(document, above)
+    return recipe_of(document, path)
+
+
+def recipe_of(document: Any, source: Path | None = None) -> Recipe:
+    """A recipe from a plain document; the boundary where settings are checked."""
     try:
-        for above in overrides:
-            document = _overlay(document, above)
         return Recipe.model_validate(document)
     except ValidationError as error:
         lines = []
@@ -178,8 +183,8 @@ def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
             where = ".".join(str(part) for part in problem["loc"])
             found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
             lines.append(f"{where}: {problem['msg']}{found}" if where else problem["msg"])
-        source = f"{path}: " if path else ""
-        raise RecipeError(f"{source}the settings do not fit: {'; '.join(lines)}.") from None
+        told = f"{source}: " if source else ""
+        raise RecipeError(f"{told}the settings do not fit: {'; '.join(lines)}.") from None
 
 
 def _overlay(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from coala.align.results import load_run
 from coala.align.stages import prompt_id
 from coala.data import read_pairs
 from coala.evaluation.rows import Row, read_rows, shown
-from coala.recipe import Recipe
+from coala.recipe import recipe_of
 from coala.store import Run, StoreError, claim, digest, file_digest, load_generations, save_generations
 from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, user
 
@@ -119,7 +119,7 @@ def answer(run: Run, asked: Sequence[Asked], manner: Manner, *, on_reply: OnRepl
     """
     if not (run.path / "head" / "head.json").is_file():
         raise StoreError(f"{run.path}: has no fitted head yet. Finish it with `coala align`, and try again.")
-    recipe = Recipe.model_validate(run.settings)
+    recipe = recipe_of(run.settings, run.path / "run.json")
     settings = recipe.evaluation
     length = settings.max_new_tokens if manner.max_new_tokens is None else manner.max_new_tokens
     temperature = settings.temperature if manner.temperature is None else manner.temperature

@@ -13,16 +13,18 @@ import numpy as np
 from coala import evaluation
 from coala.align.job import open_backbone
 from coala.align.stages import guidance_of, prompt_id
-from coala.recipe import Recipe
+from coala.recipe import recipe_of
 from coala.report import write_report
 from coala.store import (
     Run,
+    StoreError,
     load_features,
     load_generations,
     load_head,
     load_json,
     load_judgements,
     load_pairs,
+    read_as,
 )
 from coala.values import conversation_text
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 def load_run(path: Path | str) -> tuple[LanguageModel, ConvexHead, Guidance]:
     """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on."""
     run = Run.open(path)
-    recipe = Recipe.model_validate(run.settings)
+    recipe = recipe_of(run.settings, run.path / "run.json")
     head = load_head(run.path / "head")
     backbone = open_backbone(recipe)
     backbone.require(head.spec)
@@ -44,17 +46,25 @@ def load_run(path: Path | str) -> tuple[LanguageModel, ConvexHead, Guidance]:
 
 def make_report(run: Run) -> dict[str, Any]:
     """Put the run's saved values together as a report, write it, and return its content (see ``coala.report``)."""
-    recipe = Recipe.model_validate(run.settings)
+    recipe = recipe_of(run.settings, run.path / "run.json")
     train, held_out = load_features(run.path / "features/train"), load_features(run.path / "features/eval")
     head, fitted = load_head(run.path / "head"), load_json(run.path / "head/fit.json")
     pairs = load_pairs(run.path / "pairs-eval.jsonl")
+    if len(pairs) != len(held_out):
+        raise StoreError(
+            f"{run.path}: pairs-eval.jsonl has {len(pairs)} pairs, features/eval {len(held_out)}: align again."
+        )
     certificate = head.certificate
     margins = head.margins(held_out)
     preferences = head.preference(held_out.chosen, held_out.rejected, held_out.prompt)
     reliable = evaluation.reliability(preferences, held_out.group, seed=recipe.seed)
-    linear = np.asarray(fitted["linear"], np.float32)
+    with read_as("what a fit tells of itself", run.path / "head/fit.json"):
+        linear = np.asarray(fitted["linear"], np.float32)
+        curves, path = _curves(fitted["history"]), fitted["path"]
     linear_margins = (held_out.chosen - held_out.rejected) @ linear[:-1]
     facts = {stage: run.facts(stage) for stage in _recorded(run)}
+    if "pairs" not in facts:
+        raise StoreError(f"{run.path}: does not say what its stages did: stages/pairs.json is gone. Align again.")
     lengths = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
     accuracy = evaluation.accuracy_of_margins
     seconds = sum(fact["seconds"] for fact in facts.values())
@@ -89,9 +99,9 @@ def make_report(run: Run) -> dict[str, Any]:
             "temperature": head.temperature,
             "spec": asdict(head.spec),
         },
-        "curves": _curves(fitted["history"]),
+        "curves": curves,
         "layers": load_json(run.path / "layer.json") if (run.path / "layer.json").exists() else [],
-        "path": _marked(fitted["path"], {} if certificate is None else certificate.facts),
+        "path": _marked(path, {} if certificate is None else certificate.facts),
         "scores": {name: head.score(getattr(held_out, name), held_out.prompt) for name in ("chosen", "rejected")},
         "reliability": reliable,
         "by_length": evaluation.by_length_difference(margins, lengths, held_out.group),
@@ -108,6 +118,10 @@ def make_report(run: Run) -> dict[str, Any]:
             for name, some in texts.items()
             if some
         }
+        if [g.prompt_id for g in texts["unguided"]] != [g.prompt_id for g in texts["guided"]]:
+            raise StoreError(
+                f"{run.path}: its files of generations answer different prompts. Delete them, align again."
+            )
         prompts = {prompt_id(pair): conversation_text(pair.prompt) for pair in pairs}
         content["samples"] = [
             {

@@ -179,7 +179,7 @@ def _guided(run: Path, part: str, name: str) -> Entrant:
     from dataclasses import replace
 
     from coala.align.stages import guidance_of
-    from coala.recipe import Recipe
+    from coala.recipe import recipe_of
     from coala.store import Run, file_digest, load_head
     from coala.values import CoalaError
 
@@ -187,7 +187,7 @@ def _guided(run: Path, part: str, name: str) -> Entrant:
         raise CoalaError(f"{run}@{part}: expected {run} (guided) or {run}@unguided.")
     if not (run / "head").is_dir():
         raise CoalaError(f"{run}: has no head yet: run `coala align` again, which goes on where it was.")
-    guidance = guidance_of(Recipe.model_validate(Run.open(run).settings))
+    guidance = guidance_of(recipe_of(Run.open(run).settings, run / "run.json"))
     if part:
         guidance = replace(guidance, mode="none")
 

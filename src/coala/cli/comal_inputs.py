@@ -46,10 +46,10 @@ def start_of(model: str) -> Start:
     if kind == "baseline":
         raise CoalaError(f"{path}: is the folder of a baseline. Give the model in it: {path / 'model'}.")
     if kind == "coala":
-        from coala.recipe import Recipe
+        from coala.recipe import recipe_of
         from coala.store import Run
 
-        recipe = Recipe.model_validate(Run.open(path).settings).model
+        recipe = recipe_of(Run.open(path).settings, path / "run.json").model
         if recipe.adapter or recipe.quantise:
             raise CoalaError(
                 f"{path}: its model has an adapter or is quantised, and COMAL trains whole weights or an adapter of "

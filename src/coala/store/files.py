@@ -141,6 +141,19 @@ def load_json(path: Path) -> Any:
         raise StoreError(f"{path}: is not JSON ({error}). Delete it and run the command that makes it again.") from None
 
 
+@contextlib.contextmanager
+def read_as(what: str, path: Path) -> Iterator[None]:
+    """Say that a file is not ``what`` where its values do not fit: someone else wrote it, or changed it."""
+    try:
+        yield
+    except CoalaError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{path}: is not {what} ({type(error).__name__}: {error}). Delete it, and run what makes it again."
+        ) from None
+
+
 def save_lines(path: Path, values: Iterable[Any]) -> None:
     # surrogatepass is not used: the readers refuse lone surrogates, so that every line is valid UTF-8.
     write_atomic(path, "".join(to_json(value) + "\n" for value in values))

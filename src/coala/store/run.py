@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from coala.store.files import StoreError, claim, file_digest, load_json, save_json, to_json
+from coala.store.files import StoreError, claim, file_digest, load_json, read_as, save_json, to_json
 
 LOCK = ".lock"
 
@@ -90,4 +90,6 @@ class Run:
         save_json(self.path / "stages" / f"{stage}.json", {"inputs": inputs, "outputs": made, "facts": facts})
 
     def facts(self, stage: str) -> Any:
-        return load_json(self.path / "stages" / f"{stage}.json")["facts"]
+        path = self.path / "stages" / f"{stage}.json"
+        with read_as("the record of a stage", path):
+            return load_json(path)["facts"]

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from coala.store.files import StoreError, load_json, load_lines, save_json, save_lines, write_atomic
+from coala.store.files import StoreError, load_json, load_lines, read_as, save_json, save_lines, write_atomic
 from coala.values import Certificate, ConvexHead, FeatureSpec, Generation, Judgement, Pair, Turn
 
 
@@ -31,15 +31,16 @@ def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
 
 def load_pairs(path: Path) -> list[Pair]:
     """Read back what :func:`save_pairs` wrote; anything else goes through ``coala.data.read_pairs``."""
-    return [
-        Pair(
-            prompt=tuple(Turn(turn["role"], turn["content"]) for turn in row["prompt"]),
-            chosen=row["chosen"][0]["content"],
-            rejected=row["rejected"][0]["content"],
-            group=row["group"],
-        )
-        for row in load_lines(path)
-    ]
+    with read_as("a file of pairs", path):
+        return [
+            Pair(
+                prompt=tuple(Turn(turn["role"], turn["content"]) for turn in row["prompt"]),
+                chosen=row["chosen"][0]["content"],
+                rejected=row["rejected"][0]["content"],
+                group=row["group"],
+            )
+            for row in load_lines(path)
+        ]
 
 
 def save_head(folder: Path, head: ConvexHead) -> None:
@@ -68,15 +69,16 @@ def load_head(folder: Path) -> ConvexHead:
         data = (folder / "head.safetensors").read_bytes()
     except FileNotFoundError:
         raise StoreError(f"{folder}: head.json is there but head.safetensors is missing. Fit the head again.") from None
-    if hashlib.sha256(data).hexdigest() != about.get("sha256"):
-        raise StoreError(f"{folder}: head.safetensors is not the file head.json describes. Fit the head again.")
-    return ConvexHead(
-        **load_tensors(data),
-        spec=read_spec(about["spec"]),
-        gate_on=about.get("gate_on", "reply"),
-        temperature=about.get("temperature", 1.0),
-        certificate=_certificate(about["certificate"]),
-    )
+    with read_as("the description of a head", folder / "head.json"):
+        if hashlib.sha256(data).hexdigest() != about.get("sha256"):
+            raise StoreError(f"{folder}: head.safetensors is not the file head.json describes. Fit the head again.")
+        return ConvexHead(
+            **load_tensors(data),
+            spec=read_spec(about["spec"]),
+            gate_on=about.get("gate_on", "reply"),
+            temperature=about.get("temperature", 1.0),
+            certificate=_certificate(about["certificate"]),
+        )
 
 
 def read_spec(row: Mapping[str, Any]) -> FeatureSpec:
@@ -105,7 +107,8 @@ def save_generations(path: Path, generations: Iterable[Generation]) -> None:
 
 
 def load_generations(path: Path) -> list[Generation]:
-    return [Generation(**row) for row in load_lines(path)]
+    with read_as("a file of generations", path):
+        return [Generation(**row) for row in load_lines(path)]
 
 
 def save_judgements(path: Path, judgements: Iterable[Judgement]) -> None:
@@ -113,4 +116,5 @@ def save_judgements(path: Path, judgements: Iterable[Judgement]) -> None:
 
 
 def load_judgements(path: Path) -> list[Judgement]:
-    return [Judgement(**row) for row in load_lines(path)]
+    with read_as("a file of judgements", path):
+        return [Judgement(**row) for row in load_lines(path)]
