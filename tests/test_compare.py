@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from coala.cli import app
 from coala.compare import bundled, cells, load_study, plan_rows, plan_study, plan_total
+from coala.compare.cell import read
 from coala.compare.data import limited, part, prepare
 from coala.compare.matrix import spec_of
 from coala.compare.page import render
@@ -360,6 +361,20 @@ def test_files_that_are_not_there_are_named_with_the_way_to_name_others(tmp_path
     given_study = study(datasets={"d": {"pairs": [str(tmp_path / "gone.jsonl")]}})
     with pytest.raises(CoalaError, match=r"gone.jsonl is not there. Name its files with --set 'datasets.d.pairs="):
         prepare(given_study, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"status": 3}', "x", ""])
+def test_damaged_files_are_told_by_their_name(tmp_path: Path, content: str) -> None:
+    save_pairs(tmp_path / "pairs.jsonl", pairs_of(12, 2))
+    given_study = study(datasets={"d": {"pairs": [str(tmp_path / "pairs.jsonl")]}})
+    prepare(given_study, tmp_path / "out")
+    (tmp_path / "out/data/d/about.json").write_text(content)
+    with pytest.raises(CoalaError, match=r"about\.json"):
+        prepare(given_study, tmp_path / "out")
+    (tmp_path / "cell").mkdir()
+    (tmp_path / "cell" / "cell.json").write_text(content)
+    with pytest.raises(CoalaError, match=r"cell\.json"):
+        read(tmp_path / "cell")
 
 
 def test_there_is_no_report_of_what_is_no_comparison(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def _prepare(study: Study, name: str, folder: Path) -> str:
     about = folder / "about.json"
     if about.is_file():
         found = load_json(about)
+        if not (isinstance(found, dict) and {*wanted, "parts", "counts"} <= set(found)):
+            raise CoalaError(f"{about}: does not describe pairs. Delete it, and run the comparison again.")
         if any(found[key] != wanted[key] for key in wanted):
             raise CoalaError(
                 f"{folder}: holds the pairs of another study: {found['settings']} there, {wanted['settings']} now, or "
