@@ -12,7 +12,7 @@ from typing import Any
 from coala.compare.matrix import Cell, cells
 from coala.compare.study import Study, study_of
 from coala.compare.work import Costs, Work
-from coala.store import StoreError, claim, load_json, save_json
+from coala.store import claim, load_json, load_object, save_json
 from coala.values import CoalaError
 
 CELL = "cell.json"
@@ -55,10 +55,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / CELL
     if not path.is_file():
         return None
-    found = load_json(path)
-    if not (isinstance(found, dict) and found.get("status") in ("done", "failed") and "inputs" in found):
-        raise StoreError(f"{path}: is not the file of a cell. Delete it, and run the comparison again.")
-    return found
+    return load_object(path, "status", "inputs")
 
 
 def write(folder: Path, stamp: str, status: str, content: dict[str, Any]) -> None:

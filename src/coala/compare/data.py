@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from coala.compare.study import Dataset, Study
-from coala.store import digest, file_digest, load_json, load_pairs, save_json, save_pairs
+from coala.store import digest, file_digest, load_json, load_object, load_pairs, save_json, save_pairs
 from coala.values import CoalaError, Pair
 
 PARTS = ("train", "fit", "validation", "test")
@@ -58,9 +58,7 @@ def _prepare(study: Study, name: str, folder: Path) -> str:
     }
     about = folder / "about.json"
     if about.is_file():
-        found = load_json(about)
-        if not (isinstance(found, dict) and {*wanted, "parts", "counts"} <= set(found)):
-            raise CoalaError(f"{about}: does not describe pairs. Delete it, and run the comparison again.")
+        found = load_object(about, *wanted, "parts", "counts")
         if any(found[key] != wanted[key] for key in wanted):
             raise CoalaError(
                 f"{folder}: holds the pairs of another study: {found['settings']} there, {wanted['settings']} now, or "

@@ -30,7 +30,17 @@ from coala.nash.measures import measure, remarks
 from coala.nash.oracles import Example, Keeper, PreferenceOracle, ask, prompt_of
 from coala.nash.pairs import Sampled, TrainRow, by_prompt, select, shard_of, targets
 from coala.nash.settings import COMALSettings
-from coala.store import Run, digest, file_digest, load_json, load_lines, save_json, save_lines, write_atomic
+from coala.store import (
+    Run,
+    digest,
+    file_digest,
+    load_json,
+    load_lines,
+    load_object,
+    save_json,
+    save_lines,
+    write_atomic,
+)
 from coala.values import CoalaError, Turn
 
 Tell = Callable[[float], None]  # how much of a stage is done, from 0 to 1
@@ -233,17 +243,13 @@ class _Loop:
         self.finished += 1
         tell(0.0)
 
-    def _record(self, stage: str) -> dict[str, Any] | None:
-        path = self.run.path / "stages" / f"{stage}.json"
-        return dict(load_json(path)) if path.exists() else None
-
     def _inputs(self, stage: str) -> Any:
-        record = self._record(stage)
+        record = self.run.record(stage)
         return None if record is None else record["inputs"]
 
     def _intact(self, stage: str, without: str = "") -> bool:
         """Whether a stage is recorded and what it made, ``without`` one output, is as it was."""
-        record = self._record(stage)
+        record = self.run.record(stage)
         if record is None:
             return False
         kept = {name: made for name, made in record["outputs"].items() if name != without}
@@ -252,7 +258,8 @@ class _Loop:
     def made(self, policy: str) -> str:
         """The digest of a policy that is there, from the record of the stage that made it."""
         stage = "start" if policy == "start" else policy.removesuffix("/policy").replace("/", "-") + "-train"
-        return str(load_json(self.run.path / "stages" / f"{stage}.json")["outputs"][policy])
+        record = load_object(self.run.path / "stages" / f"{stage}.json", "outputs")
+        return str(record["outputs"][policy])
 
     def _hold(self, policy: str) -> None:
         if self.loaded != policy:

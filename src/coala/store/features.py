@@ -23,7 +23,7 @@ from coala.store.files import (
     claim,
     digest,
     file_digest,
-    load_json,
+    load_object,
     save_json,
     to_json,
     write_atomic,
@@ -50,7 +50,7 @@ class FeatureStore:
         with self.claim(PLAN, wait=True):
             if not recorded.exists():
                 save_json(recorded, plan)
-        found, wanted = load_json(recorded), json.loads(to_json(plan))
+        found, wanted = load_object(recorded), json.loads(to_json(plan))
         if found != wanted:
             differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
             sides = "; ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
@@ -144,9 +144,7 @@ def link_features(source: Path, folder: Path) -> None:
 def load_features(folder: Path, *, mmap: bool = False) -> FeatureSet:
     """Read features; with ``mmap`` their arrays stay on disk, read-only, and are paged in as they are used."""
     folder = Path(folder)
-    about = load_json(folder / "features.json")
-    if not (isinstance(about, dict) and {"sha256", "group", "spec"} <= set(about)):
-        raise StoreError(f"{folder}: features.json does not describe features. Name a folder made by `coala extract`.")
+    about = load_object(folder / "features.json", "sha256", "group", "spec")
     path = folder / "features.safetensors"
     if not path.exists():
         raise StoreError(f"{folder}: features.json is there but features.safetensors is missing. Extract again.")

@@ -141,6 +141,15 @@ def load_json(path: Path) -> Any:
         raise StoreError(f"{path}: is not JSON ({error}). Delete it and run the command that makes it again.") from None
 
 
+def load_object(path: Path, *fields: str) -> dict[str, Any]:
+    """A JSON object with at least these fields."""
+    found = load_json(path)
+    if not (isinstance(found, dict) and set(fields) <= set(found)):
+        told = f" with {', '.join(fields)}" if fields else ""
+        raise StoreError(f"{path}: is not a JSON object{told}. Delete it, and run what makes it again.")
+    return found
+
+
 @contextlib.contextmanager
 def read_as(what: str, path: Path) -> Iterator[None]:
     """Say that a file is not ``what`` where its values do not fit: someone else wrote it, or changed it."""

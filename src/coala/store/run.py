@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from coala.store.files import StoreError, claim, file_digest, load_json, read_as, save_json, to_json
+from coala.store.files import StoreError, claim, file_digest, load_object, save_json, to_json
 
 LOCK = ".lock"
 
@@ -33,7 +33,7 @@ class Run:
         recorded = self.path / "run.json"
         wanted = json.loads(to_json(settings))
         if recorded.exists():
-            found = load_json(recorded)
+            found = load_object(recorded)
             differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
             if differing:
                 sides = "; ".join(f"{k} was {found.get(k)!r}, now {wanted.get(k)!r}" for k in differing)
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return cast(dict[str, Any], load_json(self.path / "run.json"))
+        return load_object(self.path / "run.json")
 
     def restart(self) -> None:
         """Delete the run, if this is one; any other folder is refused."""
@@ -76,10 +76,9 @@ class Run:
 
     def done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         """Whether ``stage`` finished on these inputs and its outputs are as it left them."""
-        recorded = self.path / "stages" / f"{stage}.json"
-        if not recorded.exists():
+        about = self.record(stage)
+        if about is None:
             return False
-        about = load_json(recorded)
         if about["inputs"] != json.loads(to_json(inputs)):
             return False
         return all((self.path / n).exists() and file_digest(self.path / n) == d for n, d in about["outputs"].items())
@@ -89,7 +88,10 @@ class Run:
         made = {name: file_digest(self.path / name) for name in outputs}
         save_json(self.path / "stages" / f"{stage}.json", {"inputs": inputs, "outputs": made, "facts": facts})
 
-    def facts(self, stage: str) -> Any:
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """What :meth:`finish` recorded of a stage; None if it never did."""
         path = self.path / "stages" / f"{stage}.json"
-        with read_as("the record of a stage", path):
-            return load_json(path)["facts"]
+        return load_object(path, "inputs", "outputs", "facts") if path.exists() else None
+
+    def facts(self, stage: str) -> Any:
+        return load_object(self.path / "stages" / f"{stage}.json", "facts")["facts"]

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from coala.store.files import StoreError, load_json, load_lines, read_as, save_json, save_lines, write_atomic
+from coala.store.files import StoreError, load_lines, load_object, read_as, save_json, save_lines, write_atomic
 from coala.values import Certificate, ConvexHead, FeatureSpec, Generation, Judgement, Pair, Turn
 
 
@@ -64,7 +64,7 @@ def load_head(folder: Path) -> ConvexHead:
     Heads written before gates could act on prompts have gates on the reply and temperature 1.
     """
     folder = Path(folder)
-    about = load_json(folder / "head.json")
+    about = load_object(folder / "head.json", "sha256", "spec")
     try:
         data = (folder / "head.safetensors").read_bytes()
     except FileNotFoundError:
