@@ -86,7 +86,7 @@ class Chosen:
 def choose(by: str, local: str | None, service: Service, cache: Path) -> Chosen:
     """The judge by its name; ``cache`` is made if it needs one."""
     from coala.evaluation.judges import ReplayJudge, RuleJudge, WordJudge, read_instructions
-    from coala.store import load_judgements
+    from coala.store import MisfitError, load_judgements
     from coala.values import CoalaError
 
     kind, sign, rest = by.partition(":")
@@ -101,7 +101,7 @@ def choose(by: str, local: str | None, service: Service, cache: Path) -> Chosen:
     if sign and kind == "replay":
         try:
             replay = ReplayJudge(load_judgements(Path(rest)))
-        except TypeError:
+        except MisfitError:
             raise CoalaError(f"{rest}: holds no judgements. Give a judgements-*.jsonl, as judging writes it.") from None
         return Chosen(replay, facts={"name": replay.name, "how": "stored judgements"}, files={"judge": Path(rest)})
     if sign and kind == "head":
@@ -233,12 +233,12 @@ def stem(judge: str) -> str:
 
 def load_replies(path: Path) -> list[Generation]:
     """Replies of a run's generations file; CoalaError for a file of something else or of none."""
-    from coala.store import load_generations
+    from coala.store import MisfitError, load_generations
     from coala.values import CoalaError
 
     try:
         found = load_generations(path)
-    except TypeError:
+    except MisfitError:
         found = []
     if not found:
         raise CoalaError(

@@ -9,6 +9,7 @@ The only package that writes files. It knows the values and nothing of how they 
 
 from coala.store.features import FeatureStore, link_features, load_features, save_features, scratch, write_rows
 from coala.store.files import (
+    MisfitError,
     StoreError,
     claim,
     digest,
@@ -36,6 +37,7 @@ from coala.store.values import (
 
 __all__ = [
     "FeatureStore",
+    "MisfitError",
     "Run",
     "StoreError",
     "claim",

@@ -31,6 +31,10 @@ class StoreError(CoalaError):
     """A file that cannot be read or written as asked."""
 
 
+class MisfitError(StoreError):
+    """A file that can be read, but does not hold what it should."""
+
+
 # --- bytes and digests -------------------------------------------------------------------------------------------
 
 
@@ -146,7 +150,7 @@ def load_object(path: Path, *fields: str) -> dict[str, Any]:
     found = load_json(path)
     if not (isinstance(found, dict) and set(fields) <= set(found)):
         told = f" with {', '.join(fields)}" if fields else ""
-        raise StoreError(f"{path}: is not a JSON object{told}. Delete it, and run what makes it again.")
+        raise MisfitError(f"{path}: is not a JSON object{told}. Delete it, and run what makes it again.")
     return found
 
 
@@ -158,7 +162,7 @@ def read_as(what: str, path: Path) -> Iterator[None]:
     except CoalaError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(
+        raise MisfitError(
             f"{path}: is not {what} ({type(error).__name__}: {error}). Delete it, and run what makes it again."
         ) from None
 
