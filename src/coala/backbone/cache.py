@@ -132,15 +132,20 @@ class TreeMemory:
         # Columns in use without candidates, and how many of them are padding on each row's left.
         self.length = 0
         self.padding = torch.zeros(0, dtype=torch.long)
+        # Whether a row that is longer by one token sees every column: then no mask is made.
+        self._plain = False
+
+    def _pad(self, length: int, padding: Tensor) -> None:
+        self.length, self.padding = length, padding
+        self._plain = not (bool(padding.any()) or any(self.network.windows.values()))
 
     def prefill(self, tokens: Tensor, lengths: Tensor, layer: int) -> States:
-        self.length = tokens.shape[1]
-        self.padding = self.length - lengths
+        self._pad(tokens.shape[1], tokens.shape[1] - lengths)
         for columns in self.layers:
             columns._least = self.length + 64
         at = torch.arange(self.length, device=tokens.device)
         mask = None
-        if bool(self.padding.any()) or any(self.network.windows.values()):
+        if not self._plain:
             distance = at[:, None] - at
             visible = (distance >= 0) & (at >= self.padding[:, None, None])
             mask = self.network.mask(visible, distance.expand_as(visible))
@@ -150,6 +155,8 @@ class TreeMemory:
     def peek(self, tokens: Tensor, lengths: Tensor, layer: int) -> States:
         self._forget()
         k = tokens.shape[1]
+        if k == 1 and self._plain:
+            return self._run(tokens, layer, None, lengths[:, None])
         column = torch.arange(self.length + k, device=tokens.device)
         own = column == self.length + torch.arange(k, device=tokens.device)[:, None]
         visible = own | ((column < self.length) & (column >= self.padding[:, None, None]))
@@ -183,7 +190,7 @@ class TreeMemory:
         first = int(padding.min()) if len(rows) else 0
         used = self.layers[0].used if candidates else self.length
         new = TreeMemory(self.network, [columns.taken(rows, first, used) for columns in self.layers])
-        new.length, new.padding = self.length - first, padding - first
+        new._pad(self.length - first, padding - first)
         return new
 
     @staticmethod
@@ -194,8 +201,7 @@ class TreeMemory:
             _Columns.joined([(memory.layers[i], memory.length) for memory in memories]) for i in range(network.n_layers)
         ]
         new = TreeMemory(network, layers)
-        new.length = longest
-        new.padding = torch.cat([memory.padding + (longest - memory.length) for memory in memories])
+        new._pad(longest, torch.cat([memory.padding + (longest - memory.length) for memory in memories]))
         return new
 
 
