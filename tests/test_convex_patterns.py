@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 from cvxpy.error import SolverError
-from hypothesis import given, reject, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from coala.convex.patterns import NetworkSolution, PatternGeneration
 from coala.convex.solvers import Status
+from coala.values import CoalaError
 
 from . import reference
 
@@ -50,6 +51,15 @@ def all_patterns(X: np.ndarray) -> np.ndarray:
     return np.unique(X @ np.stack([np.cos(middles), np.sin(middles)]) >= 0, axis=1)
 
 
+def test_a_sparsity_of_zero_is_refused() -> None:
+    # Equal rows of opposite labels pull nowhere, so that any share of their pull is nothing.
+    X, y = data(6, 4, 0)
+    X[1::2] = X[::2]
+    y[1::2] = -y[::2]
+    with pytest.raises(CoalaError, match="sparsity is 0"):
+        train(X, y, 0.3 * float(np.linalg.norm(X.T @ y)))
+
+
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
@@ -67,6 +77,7 @@ def test_reports_are_true(shape: tuple[int, int], seed: int, relative: float, fl
     elif flaw == "equal labels":
         y[:] = 1
     sparsity = relative * float(np.linalg.norm(X.T @ y))
+    assume(sparsity > 0)
     solution = train(X, y, sparsity)
     objectives = [row["objective"] for row in solution.history]
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(objectives))

@@ -27,6 +27,7 @@ from coala.convex.neurons import Layer, Neurons, newton_step, search_neurons
 from coala.convex.program import Program
 from coala.convex.recover import Network, recover_network
 from coala.convex.solvers import Status, certify
+from coala.values import CoalaError
 
 OnRound = Callable[[int, dict[str, Any]], None]
 
@@ -291,8 +292,11 @@ class PatternGeneration:
         """Train on rows X (n, d) and labels y (n,) from weights ``start`` (2, d, P), or as set.
 
         Iterations are in ``dtype``; J, the bounds and the weights are in float64. J never rises from round to round.
-        ``on_round`` gets the round's number and its row of the history.
+        ``on_round`` gets the round's number and its row of the history. Raises :class:`CoalaError` for a sparsity of 0,
+        at which no search could end.
         """
+        if not sparsity > 0:
+            raise CoalaError(f"The sparsity is {sparsity:g}; expected a number above 0.")
         X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
         n, d = X.shape
         # With fewer rows than features, neurons live in the span of the rows.
@@ -325,8 +329,9 @@ class PatternGeneration:
                 if room > 0 and turn < self.max_rounds and violates.any():
                     model = model.extended(found[:, violates], sides[violates], room)
             u, patterns, objective, lower = model.certified(self.certificate_steps)
-            estimated = objective - min(model.estimate(violation), lower)
+            # At an optimum the bound may pass the objective by rounding.
+            gap = max(objective - lower, 0.0)
+            estimated = max(objective - model.estimate(violation), gap)
         u = np.einsum("de,sem->sdm", basis, u)
         network = recover_network(u)
-        gap = objective - lower
         return NetworkSolution(u, patterns, network, objective, gap, estimated, violation, status, history)
