@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from coala.convex.account import OnFitStep, Recorder, gates_estimate, statement, validation_facts
 from coala.convex.calibration import fit_temperature
 from coala.convex.finetune import Logistic, PairLoss, Pointwise
 from coala.convex.gates import sample_patterns
 from coala.convex.learn import Search
-from coala.convex.pairwise import WIDTHS, PairModel
-from coala.convex.path import Choice, Difference, PairTask, choose, refit
+from coala.convex.pairwise import WIDTHS
+from coala.convex.path import Choice, PairTask, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.rows import available_bytes, check_memory, solve_bytes
 from coala.convex.selftest import check_operators
@@ -29,7 +30,6 @@ Method = Literal["learnt", "direct", "two-phase", "linear"]
 # Gates at most (learnt) or sampled, unless the caller says otherwise.
 N_PATTERNS: dict[Method, int] = {"learnt": 16, "direct": 8, "two-phase": 32, "linear": 0}
 Allocate = Callable[[tuple[int, ...], type[Any]], np.ndarray]
-OnFitStep = Callable[[str, int, int | None, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class _Maker:
     def pairwise(self, method: Method, choice: Choice, report: OnFitStep) -> Fit:
         task = self.task
         gate_on = "reply" if choice.source is None else choice.source.gate_on
-        recorder = _Recorder(task, report)
+        recorder = Recorder(task, report)
         watched = task.everything(gate_on) if task.fold is None else task.without(0, gate_on)
         refit(task, choice, watched, tolerance=self.tolerance, on_step=recorder.on_step)
         model = refit(task, choice, task.everything(gate_on), tolerance=self.tolerance)
@@ -270,16 +270,16 @@ class _Maker:
         facts = {
             "method": method,
             "gate_on": gate_on if model.n_neurons else None,
-            "gates_estimate": _gates_estimate(model, choice),
+            "gates_estimate": gates_estimate(model, choice),
             "ridge": choice.ridge,
             "ridge_relative": choice.ridge_relative,
             "sparsity": None if choice.sparsity is None else choice.sparsity * choice.relaxation,
             "sparsity_relative": choice.sparsity_relative,
             "relaxation": choice.relaxation,
-            "cv": _validation(task, choice.linear, choice.chosen, choice.difference),
+            "cv": validation_facts(task, choice.linear, choice.chosen, choice.difference),
         }
         program = f"pairwise logistic loss, linear block and {gates}"
-        head = self._certified(head, program, _statement(model, choice), model.solution, facts, choice.chosen)
+        head = self._certified(head, program, statement(model), model.solution, facts, choice.chosen)
         return Fit(head, {"pairwise": model.solution}, choice.path, recorder.history, choice.chosen)
 
     def two_phase(self, result: TwoPhase, paper: bool) -> Fit:
@@ -301,7 +301,7 @@ class _Maker:
             "ridge": result.ridge,
             "sparsity": result.sparsity,
             "sparsity_relative": result.sparsity_relative,
-            "cv": _validation(self.task, None, result.chosen, None),
+            "cv": validation_facts(self.task, None, result.chosen, None),
         }
         gates = "gates of its neurons" if result.solver == "network" else "sampled gates"
         statement = (
@@ -348,70 +348,3 @@ class _Maker:
             },
         )
         return replace(head, temperature=temperature, certificate=certificate)
-
-
-def _statement(model: PairModel, choice: Choice) -> str:
-    share = f"{model.solution.relative_gap:.1e} of it"
-    proof = "proved by duality, in double precision, for the standardised features"
-    if not model.n_neurons:
-        return f"No other linear head lowers the ridge-regularised training objective by more than {share}: {proof}."
-    where = "sampled" if np.isnan(model.violation) else "found by local search, so that over all gates it is estimated"
-    return (
-        f"With the {model.n_neurons} gates of this head, no other weights lower the training objective by more than "
-        f"{share}: {proof}. The gates themselves were {where}."
-    )
-
-
-def _gates_estimate(model: PairModel, choice: Choice) -> dict[str, Any] | None:
-    if not np.isfinite(model.violation):
-        return None
-    return {
-        "largest_violation": model.violation,
-        "meaning": (
-            "largest gradient norm found over all neurons, as a multiple of the sparsity at which the gates were "
-            "picked; 1 at an optimum"
-        ),
-        "sparsity": choice.sparsity,
-        "proved": False,
-    }
-
-
-def _validation(
-    task: PairTask, linear: HeldOut | None, chosen: HeldOut | None, difference: Difference | None
-) -> dict[str, Any]:
-    if task.fold is None or chosen is None:
-        return {"folds": 0, "note": "Nothing was held out: a single group, or published settings."}
-    return {
-        "folds": task.n_folds,
-        "linear": None if linear is None else linear.row(),
-        "chosen": chosen.row(),
-        "gated_minus_linear": None if difference is None else asdict(difference),
-        "signal_found": bool(chosen.loss < np.log(2)),
-    }
-
-
-class _Recorder:
-    """Margins at every solver step, of the pairs fitted and of the fold held out."""
-
-    def __init__(self, task: PairTask, report: OnFitStep) -> None:
-        self.history: list[dict[str, Any]] = []
-        self._report = report
-        self._out = np.zeros(task.n_pairs, bool) if task.fold is None else task.fold == 0
-
-    def on_step(self, step: int, margins: np.ndarray, row: dict[str, Any]) -> None:
-        entry = {"step": len(self.history), "objective": row["objective"], "gap": row["gap"]}
-        entry |= _margin_facts(margins[~self._out], "train") | _margin_facts(margins[self._out], "held_out")
-        self.history.append(entry)
-        self._report("solve", entry["step"], None, entry)
-
-
-def _margin_facts(margins: np.ndarray, name: str) -> dict[str, float | None]:
-    if not len(margins):
-        return {f"{fact}_{name}": None for fact in ("margin", "margin_sd", "margin_ratio", "accuracy")}
-    mean, deviation = float(margins.mean()), float(margins.std())
-    return {
-        f"margin_{name}": mean,
-        f"margin_sd_{name}": deviation,
-        f"margin_ratio_{name}": mean / deviation if deviation > 0 else 0.0,
-        f"accuracy_{name}": float((margins > 0).mean() + (margins == 0).mean() / 2),
-    }
