@@ -12,17 +12,18 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 # module or package -> what it may import from coala, and which heavy libraries it may import at module level
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "values": (set(), set()),
-    "store": ({"values"}, set()),
+    "documents": ({"values"}, set()),
+    "store": ({"values", "documents"}, set()),
     "__main__": ({"cli"}, set()),
     "cache": ({"values"}, set()),
     "costs": ({"values"}, set()),
-    "recipe": ({"values"}, {"pydantic", "yaml"}),
-    "data": ({"values"}, set()),
-    "backbone": ({"values", "costs"}, {"torch", "transformers"}),
+    "recipe": ({"values", "documents"}, {"pydantic", "yaml"}),
+    "data": ({"values", "documents"}, set()),
+    "backbone": ({"values", "documents", "costs"}, {"torch", "transformers"}),
     "convex": ({"values"}, {"jax"}),
     "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"values", "backbone"}, {"torch"}),
-    "evaluation": ({"values", "data"}, {"scipy"}),
+    "evaluation": ({"values", "documents", "data"}, {"scipy"}),
     "baselines": ({"values", "store", "costs", "backbone"}, {"torch"}),
     "nash": ({"values", "store", "costs", "backbone", "decoding", "evaluation", "baselines"}, {"scipy"}),
     "report": ({"values", "store", "costs", "evaluation"}, set()),
@@ -31,7 +32,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "lm_eval"},
     ),
     "survey": ({"values", "store", "evaluation"}, {"fastapi", "uvicorn"}),
-    "serve": ({"values", "backbone", "decoding"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "serve": ({"values", "documents", "backbone", "decoding"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "align": (
         {
             "values",
@@ -50,14 +51,15 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "compare": (
         {
-            *("values", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("values", "documents", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
             *("evaluation", "baselines", "align", "report"),
         },
         {"pydantic", "yaml"},
     ),
     "cli": (
         {
-            *("values", "store", "cache", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("values", "documents", "store", "cache", "costs", "recipe", "data", "backbone", "convex", "features"),
+            "decoding",
             *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare"),
         },
         {"typer"},

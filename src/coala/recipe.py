@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from coala.documents import DocumentError, parse_yaml
 from coala.values import CoalaError
 
 
@@ -158,11 +159,11 @@ def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
     document: Any = {}
     if path is not None:
         try:
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            document = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML recipe.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: is not YAML ({error}). See `coala align --help` for an example.") from None
+        except (DocumentError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: is {error}. See `coala align --help` for an example.") from None
         if not isinstance(document, dict):
             raise RecipeError(f"{path}: holds {type(document).__name__}; expected a mapping such as `pairs: [FILE]`.")
         for name in ("pairs", "eval_pairs"):

@@ -29,6 +29,7 @@ from coala.cli import (
     survey,
 )
 from coala.cli.compiled import keep_compiled
+from coala.cli.terminal import styled, visible, write
 
 INTERRUPTED = 130
 
@@ -63,7 +64,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"coala {version('coala-align')}")
+        write(f"coala {version('coala-align')}")
         raise typer.Exit
 
 
@@ -95,7 +96,7 @@ def main() -> None:
     except SystemExit as end:
         # typer turns Ctrl-C into this code and says nothing.
         if end.code == INTERRUPTED:
-            typer.secho("interrupted: finished work is kept; run the same command again to go on.", err=True)
+            write("interrupted: finished work is kept; run the same command again to go on.", err=True)
         raise
     except BrokenPipeError:
         # The reader of our output has gone (`coala ... | head`): not an error of ours.
@@ -107,5 +108,8 @@ def main() -> None:
 
         if not isinstance(error, CoalaError):
             raise
-        typer.secho(f"error: {error}", fg="red", err=True)
+        styled(
+            typer.style(visible(f"error: {error}"), fg="red") if sys.stderr.isatty() else visible(f"error: {error}"),
+            err=True,
+        )
         sys.exit(2)

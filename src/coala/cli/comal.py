@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coala.cli import comal_matrix, comal_train
+from coala.cli.terminal import write
 
 if TYPE_CHECKING:
     from coala.nash.solvers import Result
@@ -203,7 +204,7 @@ def _print_path(result: Result) -> None:
     nash = solved.parts(result.nash.strategy)
     for prompt, names, strategy, z in zip(solved.prompts, solved.names, nash, history.log_policy, strict=True):
         if prompt:
-            print(f"\n{prompt}")
+            write(f"\n{prompt}")
         shown = np.sort(np.argsort(-np.maximum(strategy, np.exp(z[-1])), kind="stable")[:COLUMNS])
         rows = [
             [str(t), f"{history.gap[t]:.2e}", f"{history.kl[t]:.2e}", *(f"{p:.6f}" for p in np.exp(z[t, shown]))]

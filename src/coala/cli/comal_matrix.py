@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from coala.cli.comal_oracles import ORACLES
+from coala.cli.terminal import write
 
 
 class Mode(StrEnum):
@@ -142,10 +143,10 @@ def matrix(
     write_atomic(run.path / "matrix.html", matrix_page(rates, nash, "Win rates", sentences))
     head, cells = matrix_rows(rates)
     table(cells, head)
-    print()
+    write()
     head, cells = nash_rows(nash)
     table(cells, head)
     if rates.failures:
         say(f"{rates.failures} pairs have no verdict and were left out.")
-    print(f"\npage: {run.path / 'matrix.html'}")
+    write(f"\npage: {run.path / 'matrix.html'}")
     emit(result)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from coala.cli.comal_oracles import ORACLES
+from coala.cli.terminal import write
 
 
 class Loss(StrEnum):
@@ -190,7 +191,7 @@ def train(
     table(rows, head)
     for note in summary["notes"][len(settings.notes()) :]:
         say(f"{note['level']}: {note['text']}")
-    print(f"\nmodel: {run.path / 'model'}\nreport: {run.path / 'report.html'}")
+    write(f"\nmodel: {run.path / 'model'}\nreport: {run.path / 'report.html'}")
     emit(_short(run.path, summary))
 
 

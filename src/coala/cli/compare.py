@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coala.cli.terminal import write
+
 
 def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A study's YAML file, or a bundled study's name.")],
@@ -75,7 +77,7 @@ def compare(
     content = write_report(study, folder, command=command, machine=_machine())
     head, *rows = summary_rows(content)
     table(rows, head)
-    print(f"\nreport: {folder / 'report.html'}")
+    write(f"\nreport: {folder / 'report.html'}")
     emit({"out": folder, "report": folder / "report.html", **content["counts"]})
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coala.cli.terminal import json_text, visible, write
+
 if TYPE_CHECKING:
     from coala.align import OnProgress
     from coala.values import Estimate
@@ -27,12 +29,12 @@ def emit(result: dict[str, Any]) -> None:
         return float(value)
 
     sys.stdout.flush()
-    print(json.dumps(result, default=plain, ensure_ascii=False), flush=True)
+    write(json_text(json.dumps(result, default=plain, ensure_ascii=False)))
 
 
 def say(message: str) -> None:
     """A remark for people; on stderr, so that stdout stays for results."""
-    print(message, file=sys.stderr, flush=True)
+    write(message, err=True)
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def progress() -> Iterator[OnProgress]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
@@ -59,7 +61,7 @@ def progress() -> Iterator[OnProgress]:
         def show(stage: str, done: float, total: float | None, note: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note=note)
-            bars.update(tasks[stage], completed=done, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=visible(note))
 
         yield show
 
@@ -90,14 +92,14 @@ def _lines() -> OnProgress:
 def table(rows: Sequence[Sequence[str]], head: Sequence[str] | None = None) -> None:
     """A small table on stdout, columns aligned, no lines longer than their content."""
     everything = [list(head)] if head else []
-    everything += [list(map(str, row)) for row in rows]
+    everything += [list(map(visible, row)) for row in rows]
     if not everything:
         return
     widths = [max(len(row[i]) for row in everything) for i in range(len(everything[0]))]
     for number, row in enumerate(everything):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         if head and number == 0:
-            print("  ".join("-" * width for width in widths))
+            write("  ".join("-" * width for width in widths))
 
 
 def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 100) -> None:
@@ -107,10 +109,12 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 10
 
     column = (width - 3) // 2
     pairs = zip_longest(
-        [titles[0], "-" * column, *wrap(left, column)], [titles[1], "-" * column, *wrap(right, column)], fillvalue=""
+        [titles[0], "-" * column, *wrap(visible(left), column)],
+        [titles[1], "-" * column, *wrap(visible(right), column)],
+        fillvalue="",
     )
     for a, b in pairs:
-        print(f"{a:<{column}} | {b}".rstrip())
+        write(f"{a:<{column}} | {b}".rstrip())
 
 
 def interval(found: Estimate, digits: int = 2) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coala.cli.records import RunOption, command_line, figure, keep, run_of, spread
+from coala.cli.terminal import write
 
 if TYPE_CHECKING:
     from coala.report import Evaluation
@@ -128,7 +129,7 @@ def _show(found: Results) -> None:
         return f"{100 * low:.1f} to {100 * high:.1f}"
 
     for part in found.parts:
-        print(f"\n{part.name}: {part.n_votes} votes, {part.n_raters} raters, {part.n_questions} questions")
+        write(f"\n{part.name}: {part.n_votes} votes, {part.n_raters} raters, {part.n_questions} questions")
         rows = [
             [
                 rate.method,
@@ -142,7 +143,7 @@ def _show(found: Results) -> None:
             for rate in part.rates
         ]
         table(rows, ["method", "votes", "share %", "over both", "over raters", "over questions", "as published"])
-        print()
+        write()
         table(
             [
                 [
@@ -158,8 +159,8 @@ def _show(found: Results) -> None:
         )
         for name, agreement in (("Krippendorff's alpha", part.alpha), ("Fleiss' kappa", part.kappa)):
             if agreement is not None:
-                print(f"{name}: {agreement}")
-    print()
+                write(f"{name}: {agreement}")
+    write()
     short = [
         [
             " ".join(question.prompt.split())[:40],
@@ -172,15 +173,15 @@ def _show(found: Results) -> None:
     ]
     table(short, ["question", "category", *(f"{method} %" for method in found.methods), "votes", "median s"])
     here = found.attendance
-    print(f"\nraters: {here.began} began, {here.finished} finished, {here.withdrawn} withdrew, {here.invited} invited")
+    write(f"\nraters: {here.began} began, {here.finished} finished, {here.withdrawn} withdrew, {here.invited} invited")
     for reason, n in found.excluded.items():
-        print(f"left out: {n}, {reason}")
+        write(f"left out: {n}, {reason}")
     if found.checks_passed is not None:
-        print(f"attention checks passed, all raters: {percent(found.checks_passed)}, n = {found.checks_passed.n}")
+        write(f"attention checks passed, all raters: {percent(found.checks_passed)}, n = {found.checks_passed.n}")
     if found.repeats_same is not None and found.repeats_by_chance is not None:
         chance = f"{100 * found.repeats_by_chance:.1f} % between raters"
-        print(f"repeats answered alike: {percent(found.repeats_same)}, n = {found.repeats_same.n} ({chance})")
+        write(f"repeats answered alike: {percent(found.repeats_same)}, n = {found.repeats_same.n} ({chance})")
     if found.seconds is not None:
-        print(f"median time per question: {seconds(found.seconds)}, n = {found.seconds.n}")
+        write(f"median time per question: {seconds(found.seconds)}, n = {found.seconds.n}")
     places = ", ".join(percent(place) for place in found.positions)
-    print(f"votes by place on the page: {places}\n")
+    write(f"votes by place on the page: {places}\n")

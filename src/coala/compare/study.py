@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from coala.documents import DocumentError, parse_yaml
 from coala.recipe import GuidanceSettings, HeadSettings, RecipeError
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
@@ -241,8 +241,8 @@ def load_study(name: str | Path, data: Path | None = None, overrides: list[dict[
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, DocumentError) as error:
         raise RecipeError(f"{path}: cannot be read as YAML ({error}). See `coala compare --help`.") from None
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: holds {type(document).__name__}; expected a mapping with title, models, ...")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
+from coala.documents import DocumentError, parse_yaml
 from coala.values import CoalaError, Role
 
 Speaker = Literal["student", "tutor"]
@@ -281,12 +282,10 @@ def parse_recipe(
 
 def read_recipe(text: str, source: str = "recipe", conversations: int | None = None, **limits: Any) -> SynthesisRecipe:
     """A checked recipe from YAML text; see :func:`parse_recipe`."""
-    import yaml
-
     try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SynthesisError(f"{source}: is not YAML ({' '.join(str(error).split())}). Mend it there.") from None
+        document = parse_yaml(text)
+    except DocumentError as error:
+        raise SynthesisError(f"{source}: is {error}. Mend it there.") from None
     return parse_recipe(document, source, conversations, **limits)
 
 

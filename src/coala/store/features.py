@@ -23,7 +23,9 @@ from coala.store.files import (
     claim,
     digest,
     file_digest,
+    load_arrays,
     load_object,
+    read_as,
     save_json,
     to_json,
     write_atomic,
@@ -151,23 +153,12 @@ def load_features(folder: Path, *, mmap: bool = False) -> FeatureSet:
     # The digest is of a stream, so that checking the file takes no memory either.
     if file_digest(path) != about["sha256"]:
         raise StoreError(f"{folder}: features.safetensors is not the file features.json describes. Extract again.")
-    arrays = _mapped(path) if mmap else load_tensors(path.read_bytes())
-    return FeatureSet(**arrays, group=np.asarray(about["group"], dtype=str), spec=read_spec(about["spec"]))
-
-
-def _mapped(path: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file where they lie in it: a JSON header behind its length, then the bytes."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    kinds = {"F32": "<f4", "F64": "<f8"}
-    return {
-        name: np.memmap(path, kinds[about["dtype"]], "r", 8 + size + about["data_offsets"][0], tuple(about["shape"]))
-        if all(about["shape"])
-        else np.empty(about["shape"], kinds[about["dtype"]])  # of nothing there is no map
-        for name, about in header.items()
-    }
+    with read_as("features", path):
+        return FeatureSet(
+            **load_arrays(path, mmap=mmap),
+            group=np.asarray(about["group"], dtype=str),
+            spec=read_spec(about["spec"]),
+        )
 
 
 def write_rows(path: Path, blocks: Iterable[NDArray[Any]], n_rows: int) -> None:

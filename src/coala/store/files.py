@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from coala.documents import DocumentError, parse_json, tensors_header
 from coala.values import CoalaError
 
 try:
@@ -136,13 +138,13 @@ def save_json(path: Path, value: Any) -> None:
 
 def load_json(path: Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path}: there is no such file. Check the path of the run folder.") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise StoreError(f"{path}: is not JSON ({error}). Delete it and run the command that makes it again.") from None
+    except (UnicodeDecodeError, DocumentError) as error:
+        raise StoreError(f"{path}: is {error}. Delete it and run the command that makes it again.") from None
 
 
 def load_object(path: Path, *fields: str) -> dict[str, Any]:
@@ -167,6 +169,35 @@ def read_as(what: str, path: Path) -> Iterator[None]:
         ) from None
 
 
+def load_arrays(path: Path, *, mmap: bool = False) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file; with ``mmap`` they stay on disk, read-only, and are paged in as they are used.
+
+    Raises ``StoreError`` for a file that is anything else, or breaks off.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        header, start = tensors_header(path)
+        if not mmap:
+            arrays: dict[str, NDArray[Any]] = load_file(path)
+            return arrays
+        kinds = {"F32": "<f4", "F64": "<f8"}
+        if strange := sorted({about["dtype"] for about in header.values()} - set(kinds)):
+            raise DocumentError(f"a safetensors file of {', '.join(strange)}; expected F32 or F64")
+    except (DocumentError, SafetensorError, KeyError) as error:
+        # KeyError: a number format that NumPy does not have.
+        raise StoreError(f"{path}: is {error}. Delete it, and run what makes it again.") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
+    return {
+        name: np.memmap(path, kinds[about["dtype"]], "r", start + about["data_offsets"][0], tuple(about["shape"]))
+        if all(about["shape"])
+        else np.empty(about["shape"], kinds[about["dtype"]])  # of nothing there is no map
+        for name, about in header.items()
+    }
+
+
 def save_lines(path: Path, values: Iterable[Any]) -> None:
     # surrogatepass is not used: the readers refuse lone surrogates, so that every line is valid UTF-8.
     write_atomic(path, "".join(to_json(value) + "\n" for value in values))
@@ -180,9 +211,9 @@ def load_lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line:
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise StoreError(f"{path}:{number}: is not JSON ({error}). Delete the file and run again.") from None
+                yield parse_json(line)
+            except DocumentError as error:
+                raise StoreError(f"{path}:{number}: is {error}. Delete the file and run again.") from None
 
 
 @contextlib.contextmanager

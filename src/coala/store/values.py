@@ -8,10 +8,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from coala.store.files import StoreError, load_lines, load_object, read_as, save_json, save_lines, write_atomic
+from coala.store.files import (
+    StoreError,
+    file_digest,
+    load_arrays,
+    load_lines,
+    load_object,
+    read_as,
+    save_json,
+    save_lines,
+    write_atomic,
+)
 from coala.values import Certificate, ConvexHead, FeatureSpec, Generation, Judgement, Pair, Turn
 
 
@@ -65,15 +74,14 @@ def load_head(folder: Path) -> ConvexHead:
     """
     folder = Path(folder)
     about = load_object(folder / "head.json", "sha256", "spec")
-    try:
-        data = (folder / "head.safetensors").read_bytes()
-    except FileNotFoundError:
-        raise StoreError(f"{folder}: head.json is there but head.safetensors is missing. Fit the head again.") from None
+    arrays = folder / "head.safetensors"
+    if not arrays.is_file():
+        raise StoreError(f"{folder}: head.json is there but head.safetensors is missing. Fit the head again.")
     with read_as("the description of a head", folder / "head.json"):
-        if hashlib.sha256(data).hexdigest() != about.get("sha256"):
+        if file_digest(arrays) != about.get("sha256"):
             raise StoreError(f"{folder}: head.safetensors is not the file head.json describes. Fit the head again.")
         return ConvexHead(
-            **load_tensors(data),
+            **load_arrays(arrays),
             spec=read_spec(about["spec"]),
             gate_on=about.get("gate_on", "reply"),
             temperature=about.get("temperature", 1.0),

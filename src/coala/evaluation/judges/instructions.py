@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from coala.documents import DocumentError, parse_yaml
 from coala.evaluation.judges.protocol import JudgeStopped
 from coala.evaluation.rows import Row, read_rows, shown
 from coala.values import CoalaError
@@ -220,13 +221,11 @@ def read_instructions(source: Path | str, *, kind: Literal["pairwise", "single"]
 
 
 def _from_folder(folder: Path) -> Instructions:
-    import yaml
-
     path = folder / "judge.yaml"
     try:
-        document = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
-        raise CoalaError(f"{path}: is not YAML ({' '.join(str(error).split())}). Mend it.") from None
+        document = parse_yaml(_read(path))
+    except DocumentError as error:
+        raise CoalaError(f"{path}: is {error}. Mend it.") from None
     if not isinstance(document, dict):
         raise CoalaError(f"{path}: found {shown(document)}; expected the fields mode, prompts, sampling. Mend it.")
     known = {"mode", "prompts", "parser", "labels", "sampling", "model"}
