@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from .waiting import PATIENCE
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Workers, and the processes that tests start, read what another one has compiled.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla")
-)
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _machine() -> str:
+    """Names what compiled code may depend on besides the program: the instructions there are and those asked for."""
+    with suppress(OSError):
+        about = Path("/proc/cpuinfo").read_text()
+        features = next((line for line in about.splitlines() if line.startswith(("flags", "Features"))), "")
+        return hashlib.sha256(f"{features} {os.environ.get('XLA_FLAGS', '')}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{platform.processor()} {os.environ.get('XLA_FLAGS', '')}".encode()).hexdigest()[:12]
+
+
+# Workers, and the processes that tests start, read what another one has compiled for the same machine.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "xla" / _machine()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import pytest
-from hypothesis import settings
+# How long an example takes says how busy the machine is. The same examples in every continuous-integration run; new
+# ones on a developer's machine.
+settings.register_profile("everywhere", deadline=None)
+settings.register_profile("ci", settings.get_profile("everywhere"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "everywhere")
 
-# The same examples in every continuous-integration run; new ones on a developer's machine.
-settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# A busy machine is no refusal: httpx by itself gives a request up after five seconds.
+with suppress(ImportError):
+    import httpx
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+    for _part in ("connect", "read", "write", "pool"):
+        setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE)
+
 SHARED = REPOSITORY.parent / "shared"
 
 

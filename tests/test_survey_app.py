@@ -30,6 +30,7 @@ from coala.survey import Records, Survey, load_survey, read_votes, save_survey
 from coala.survey.app import HEADERS, LARGEST_BODY, create_app
 from coala.values import CoalaError
 from tests.survey_raters import ANSWER, PASSWORD, Server, crowd, made_up
+from tests.waiting import PATIENCE
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 NAMES = ("QUOKKA", "WOMBAT", "NUMBAT", "BILBY")
@@ -295,7 +296,7 @@ def sights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, list[Sight
     by_text = {text: m for question in survey.questions for m, text in enumerate(question.answers)}
     seen = []
     with Server(folder) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
 
         def ask(method: str, path: str, **fields: str) -> tuple[http.client.HTTPResponse, str]:
             connection.request(method, path, urlencode(fields), FORM if fields else {})
@@ -406,7 +407,7 @@ def test_survey_is_found_again_by_the_server(tmp_path: Path) -> None:
     survey = made_up(n=2)
     save_survey(tmp_path, survey)
     with Server(tmp_path, "--invited-only") as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
         connection.request("GET", "/admin", headers=ORGANISER)
         answer = connection.getresponse()
         assert answer.status == 200
