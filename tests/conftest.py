@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import platform
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,11 +73,25 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only loopback may be reached: a test that would go out fails loudly."""
-    connect = socket.socket.connect
+    ask = socket.getaddrinfo
 
-    def guarded(self: socket.socket, address: Any) -> Any:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test tried to reach {address}")
-        return connect(self, address)
+    def guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+        def reach(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+                raise AssertionError(f"a test tried to reach {address}")
+            return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+        return reach
+
+    def asked(host: Any, *rest: Any, **options: Any) -> Any:
+        named = host if isinstance(host, str) else (host or b"").decode()
+        with suppress(ValueError):
+            ipaddress.ip_address(named.partition("%")[0] or "::")
+            return ask(host, *rest, **options)
+        if named not in ("localhost", socket.gethostname()):
+            raise AssertionError(f"a test tried to reach {named}")
+        return ask(host, *rest, **options)
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+    monkeypatch.setattr(socket, "getaddrinfo", asked)

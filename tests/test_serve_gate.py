@@ -202,7 +202,7 @@ def test_a_prompt_beyond_the_context_is_refused_and_one_that_just_fits_is_not(he
     assert error["code"] == "context_length_exceeded"
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     path=st.sampled_from(POSTED),
     body=st.recursive(

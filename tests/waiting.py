@@ -52,8 +52,10 @@ class Clock:
     sleep = move
 
     async def asleep(self, seconds: float) -> None:
-        self.move(seconds)
+        """Of several who sleep at a time each wakes at its own moment."""
+        until = self._now + seconds
         await asyncio.sleep(0)
+        self.move(until - self._now)
 
 
 class ClockedEvent(threading.Event):
