@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 import os
+import platform
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from .waiting import PATIENCE
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Workers, and the processes that tests start, read what another one has compiled.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla")
-)
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _machine() -> str:
+    """Names what compiled code may depend on besides the program: the instructions there are and those asked for."""
+    with suppress(OSError):
+        about = Path("/proc/cpuinfo").read_text()
+        features = next((line for line in about.splitlines() if line.startswith(("flags", "Features"))), "")
+        return hashlib.sha256(f"{features} {os.environ.get('XLA_FLAGS', '')}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{platform.processor()} {os.environ.get('XLA_FLAGS', '')}".encode()).hexdigest()[:12]
+
+
+# Workers, and the processes that tests start, read what another one has compiled for the same machine.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "xla" / _machine()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import pytest
-from hypothesis import settings
+# How long an example takes says how busy the machine is. The same examples in every continuous-integration run; new
+# ones on a developer's machine.
+settings.register_profile("everywhere", deadline=None)
+settings.register_profile("ci", settings.get_profile("everywhere"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "everywhere")
 
-# The same examples in every continuous-integration run; new ones on a developer's machine.
-settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# A busy machine is no refusal: httpx by itself gives a request up after five seconds.
+with suppress(ImportError):
+    import httpx
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+    for _part in ("connect", "read", "write", "pool"):
+        setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE)
+
 SHARED = REPOSITORY.parent / "shared"
 
 
@@ -49,11 +73,25 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only loopback may be reached: a test that would go out fails loudly."""
-    connect = socket.socket.connect
+    ask = socket.getaddrinfo
 
-    def guarded(self: socket.socket, address: Any) -> Any:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test tried to reach {address}")
-        return connect(self, address)
+    def guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+        def reach(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+                raise AssertionError(f"a test tried to reach {address}")
+            return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+        return reach
+
+    def asked(host: Any, *rest: Any, **options: Any) -> Any:
+        named = host if isinstance(host, str) else (host or b"").decode()
+        with suppress(ValueError):
+            ipaddress.ip_address(named.partition("%")[0] or "::")
+            return ask(host, *rest, **options)
+        if named not in ("localhost", socket.gethostname()):
+            raise AssertionError(f"a test tried to reach {named}")
+        return ask(host, *rest, **options)
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+    monkeypatch.setattr(socket, "getaddrinfo", asked)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from .waiting import PATIENCE, linger
 
 Reply = dict[str, Any]
 Script = Callable[[dict[str, Any], int], Reply]  # the request's body and how often this very body came before
@@ -40,15 +41,14 @@ def user_text(body: dict[str, Any]) -> str:
 
 
 class JudgeServer:
-    """``requests`` holds every body that arrived, ``times`` when; ``most`` is how many were answered at a time."""
+    """``requests`` holds every body that arrived; ``most`` is how many were answered at a time."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self.requests: list[dict[str, Any]] = []
-        self.times: list[float] = []
         self.headers: list[dict[str, str]] = []
         self.most = self._now = 0
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -72,13 +72,14 @@ class JudgeServer:
         with self._lock:
             before = self.requests.count(body)
             self.requests.append(body)
-            self.times.append(time.monotonic())
             self.headers.append({name.lower(): value for name, value in handler.headers.items()})
             self._now += 1
             self.most = max(self.most, self._now)
         try:
             reply = self.script(body, before)
-            time.sleep(reply.get("delay", 0))
+            linger(reply.get("delay", 0))
+            if reply.get("silent"):
+                self._closed.wait(PATIENCE)
             if reply.get("hang_up"):
                 handler.close_connection = True
                 return
@@ -102,5 +103,6 @@ class JudgeServer:
         return len({json.dumps(body, sort_keys=True) for body in self.requests})
 
     def close(self) -> None:
+        self._closed.set()
         self._http.shutdown()
         self._http.server_close()

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from coala.store import Run, save_head
 from coala.values import ConvexHead
 
 from .menagerie import tiny_backbone
+from .waiting import PATIENCE, wait_for
 
 CONTEXT = 16384
 
@@ -91,9 +91,22 @@ class Here:
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the server did not end"
         self._socket.close()
+
+    def skip(self, seconds: float) -> None:
+        """Move the clock of the server's event loop: whatever waits for that moment or an earlier one is due."""
+        loop = self.worker._loop
+        moved = threading.Event()
+
+        def move() -> None:
+            now = loop.time
+            loop.time = lambda: now() + seconds
+            loop.call_soon(moved.set)
+
+        loop.call_soon_threadsafe(move)
+        assert moved.wait(PATIENCE)
 
     @property
     def url(self) -> str:
@@ -126,16 +139,16 @@ class There:
         def answers() -> bool:
             assert self.process.poll() is None, self.log
             with suppress(OSError):
-                return urllib.request.urlopen(f"{self.url}/healthz", timeout=5).status == 200
+                return urllib.request.urlopen(f"{self.url}/healthz", timeout=PATIENCE).status == 200
             return False
 
-        wait_for(answers, 60)
+        wait_for(answers)
         return self
 
     def end(self, sig: int = signal.SIGTERM) -> dict[str, Any]:
         """Send the signal, wait, and return what the command printed last."""
         self.process.send_signal(sig)
-        said = self.process.communicate(timeout=60)[0]
+        said = self.process.communicate(timeout=PATIENCE)[0]
         assert self.process.returncode == 0, (self.process.returncode, self.log)
         last: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
         return last
@@ -154,12 +167,3 @@ class There:
     @property
     def log(self) -> str:
         return self._log.read_text()
-
-
-def wait_for(happened: Any, seconds: float = 20.0) -> None:
-    """Until ``happened()`` is true; an error after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"did not happen in {seconds} s")
-        time.sleep(0.01)

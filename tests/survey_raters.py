@@ -17,13 +17,15 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode
 
 from coala.survey import Prompt, Survey, build
 from coala.values import Generation
+
+from .waiting import PATIENCE, linger, wait_for
 
 PASSWORD = "an organiser's password"
 ANSWER = re.compile(r'value="([A-Z])" required( checked)?>.*?<span class="text" dir="auto">(.*?)</span></label>', re.S)
@@ -68,14 +70,17 @@ class Server:
             env=os.environ | {"COALA_SURVEY_ADMIN_TOKEN": PASSWORD},
             stderr=(self._folder / "server.log").open("ab"),
         )
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return self
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError(f"the server did not start: {(self._folder / 'server.log').read_text()}")
+
+        def answers() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, f"the server did not start: {self.log}"
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), PATIENCE).close()
+                return True
+            return False
+
+        wait_for(answers)
+        return self
 
     def kill(self) -> None:
         assert self._process is not None
@@ -100,7 +105,6 @@ class HttpRater:
     port: int
     salt: int
     trouble: float = 0.1
-    patience: float = 60.0
     token: str = ""
     picked: dict[int, str] = field(default_factory=dict)
     receipts: int = 0
@@ -113,14 +117,13 @@ class HttpRater:
         return hashlib.sha256(f"{self.salt} {text}".encode()).hexdigest()
 
     def run(self) -> None:
-        deadline = time.monotonic() + self.patience
         path = "/"
-        while time.monotonic() < deadline:
+        for _ in range(10_000):  # steps; a page takes a few
             try:
                 path = self._step(path)
             except (OSError, http.client.HTTPException):
                 # The server is down or has hung up: come back by the personal link, or fill in the first page again.
-                time.sleep(0.02 + 0.1 * self._rng.random())
+                linger(0.02 + 0.1 * self._rng.random())
                 path = f"/s/{self.token}" if self.picked else path
                 continue
             if path == "":
@@ -172,7 +175,7 @@ class HttpRater:
         self._ask("POST", f"/s/{self.token}/{number}", {"choice": kept[0][0]})
 
     def _ask(self, method: str, path: str, fields: dict[str, str] | None = None) -> tuple[int, str, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
             body = None if fields is None else urlencode(fields)
             headers = {} if fields is None else {"Content-Type": "application/x-www-form-urlencoded"}
@@ -184,16 +187,16 @@ class HttpRater:
 
     def _send_and_hang_up(self, path: str, fields: dict[str, str]) -> None:
         body = urlencode(fields)
-        with socket.create_connection(("127.0.0.1", self.port), 30) as raw:
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as raw:
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
             whole = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
             # Sometimes not even the whole request gets out.
             raw.sendall(whole[: self._rng.choice([len(whole), len(whole), len(whole) - 3, len(head) // 2])])
 
 
-def crowd(server: Server, n: int, kills: int, *, patience: float = 60.0, trouble: float = 0.1) -> list[HttpRater]:
+def crowd(server: Server, n: int, kills: int, *, trouble: float = 0.1) -> list[HttpRater]:
     """``n`` raters at once while the server is killed ``kills`` times at random moments and started again."""
-    raters = [HttpRater(server.port, salt, trouble, patience) for salt in range(n)]
+    raters = [HttpRater(server.port, salt, trouble) for salt in range(n)]
     failures: list[BaseException] = []
 
     def answer(rater: HttpRater) -> None:
@@ -208,11 +211,13 @@ def crowd(server: Server, n: int, kills: int, *, patience: float = 60.0, trouble
     for kill in range(kills):
         # When about a share (kill + 1)/(kills + 1) of the work of the fastest has been done.
         goal = (kill + 1) / (kills + 1)
-        while any(thread.is_alive() for thread in threads) and not failures:
-            done = sum(rater.receipts for rater in raters) / n
-            if done >= goal * _pages(server):
-                break
-            time.sleep(0.005)
+        pages = goal * _pages(server)
+
+        def ready(pages: float = pages) -> bool:
+            alive = any(thread.is_alive() for thread in threads)
+            return not alive or bool(failures) or sum(rater.receipts for rater in raters) / n >= pages
+
+        wait_for(ready)
         assert any(thread.is_alive() for thread in threads), "all had finished before the kill"
         server.kill()
         server.start()

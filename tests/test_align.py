@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from coala.store import Run, StoreError, file_digest, load_features, load_head, 
 from coala.values import CoalaError, user
 
 from .menagerie import tiny_backbone
+from .waiting import PATIENCE, wait_for
 
 GOOD = ["good", "fine", "lovely", "sharp", "warm", "bright"]
 BAD = ["dull", "weak", "tired", "cold", "flat", "grey"]
@@ -85,7 +85,7 @@ def command(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=240,
+        timeout=PATIENCE,
         check=False,
         **options,
     )
@@ -227,10 +227,8 @@ def test_kill_minus_nine_and_resume_gives_the_same_bytes(model: Path, tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-m", "coala", *map(str, words), str(killed)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
-    began = time.monotonic()
     shards = killed / "features/train/shards"
-    while process.poll() is None and not list(shards.glob("shard-*.safetensors")) and time.monotonic() - began < 120:
-        time.sleep(0.005)
+    wait_for(lambda: list(shards.glob("shard-*.safetensors")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "report.html").exists(), "the run was over before it could be killed"
@@ -238,10 +236,7 @@ def test_kill_minus_nine_and_resume_gives_the_same_bytes(model: Path, tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-m", "coala", *map(str, words), str(killed)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
-    began = time.monotonic()
-    while process.poll() is None and not (killed / "features/eval/features.json").exists():
-        assert time.monotonic() - began < 120
-        time.sleep(0.005)
+    wait_for((killed / "features/eval/features.json").exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "head/head.json").exists()
@@ -257,11 +252,9 @@ class TestCommands:
         process = subprocess.Popen(
             [sys.executable, "-m", "coala", *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         )
-        began = time.monotonic()
-        while not (tmp_path / "run/stages/pairs.json").exists() and time.monotonic() - began < 60:
-            time.sleep(0.01)
+        wait_for((tmp_path / "run/stages/pairs.json").exists, process)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
         assert "finished work is kept" in said
         assert "Traceback" not in said

@@ -200,7 +200,7 @@ def test_a_template_s_refusal_names_the_way_out(folder: Callable[[str], Path]) -
         renderer.render(DIALOGUE, None, max_tokens=90)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     words=st.tuples(st.integers(1, 60), st.integers(0, 60)),
     longest=st.integers(2, CONTEXT),

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from coala.store import save_pairs
 from coala.values import CoalaError
 from tests.menagerie import tiny_backbone
 from tests.test_compare import pairs_of
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 CHANGE = {"epochs": 1, "gradient_checkpointing": False, "batch_size": 4, "save_every": 1}
@@ -190,9 +190,7 @@ def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, t
     )
     for waited in ("d.tiny.base.dpo.full.s0/trials/0.001.json", "d.tiny.base.linear.s0"):
         process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-        while not (out / "cells" / waited).exists():
-            assert process.poll() is None, "ended before it could be killed"
-            time.sleep(0.02)
+        wait_for((out / "cells" / waited).exists, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert "missing" in statuses(out).values()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import coala.costs.measured
 from coala.costs import (
     Load,
     Meter,
@@ -37,6 +37,7 @@ from coala.costs import (
 )
 from coala.values import CoalaError
 from tests.menagerie import tiny_backbone
+from tests.waiting import PATIENCE, Clock, wait_for
 
 SHAPES = {
     "DistilGPT2": transformer_shape(
@@ -187,17 +188,18 @@ def test_decoding_adds_up() -> None:
     assert score_flops(8, 0) == 18
 
 
-def test_stopwatch_runs_stands_and_goes_on() -> None:
+def test_stopwatch_runs_stands_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(coala.costs.measured, "time", clock)
     with Stopwatch() as watch:
-        time.sleep(0.02)
-        running = watch.seconds
-        assert running >= 0.02
-    stopped = watch.seconds
-    assert stopped >= running
-    assert watch.seconds == stopped
+        clock.move(2)
+        assert watch.seconds == 2
+        clock.move(1)
+    clock.move(5)
+    assert watch.seconds == 3
     with watch:
-        pass
-    assert watch.seconds >= stopped
+        clock.move(4)
+    assert watch.seconds == 7
 
 
 def test_stopwatch_stops_at_an_error() -> None:
@@ -372,15 +374,31 @@ def test_energy_nobody_reports_is_none(tmp_path: Path) -> None:
         assert meter.facts()["joules"] is None
 
 
-def test_power_that_stands_still_is_energy_by_time() -> None:
+def test_power_is_energy_by_time_and_linear_between_two_readings(monkeypatch: pytest.MonkeyPatch) -> None:
     from coala.costs.measured import _Sampler
 
-    began = time.perf_counter()
-    sampler = _Sampler(lambda: 50.0, 50.0, every=0.02)
-    time.sleep(0.1)
-    used = sampler.used()
-    assert used is not None
-    assert 50 * 0.1 <= used <= 50 * (time.perf_counter() - began)
+    clock, watts = Clock(), iter([70.0, 70.0, None])
+    monkeypatch.setattr(coala.costs.measured, "time", clock)
+    asked: list[float] = []
+
+    def reading() -> float | None:
+        asked.append(clock.time())
+        return next(watts)
+
+    sampler = _Sampler(reading, 50.0, every=PATIENCE)  # it asks when this test says so
+    clock.move(2)
+    sampler._advance()
+    clock.move(3)
+    sampler._advance()
+    clock.move(1)
+    assert sampler.used() == 2 * 60 + 3 * 70 + 1 * 70  # a reading that is lost is taken to be the one before
+    assert len(asked) == 3
+    # By itself it asks again and again until it is read.
+    again: list[float] = []
+    busy = _Sampler(lambda: again.append(clock.time()) or 50.0, 50.0, every=0.001)
+    wait_for(lambda: len(again) >= 3)
+    clock.move(2)
+    assert busy.used() == 100
 
 
 def test_bytes_of_a_pass_grow_with_all_they_hold() -> None:

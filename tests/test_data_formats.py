@@ -25,7 +25,6 @@ from coala.values import Pair, Turn, user
 
 SETTINGS = settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 Rows = list[dict[str, Any]]

@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import coala.data.endpoint
 from coala.cli import app
 from coala.data import read_pairs
 from coala.data.agents import Agent, Draw, Limits, SynthesisError, SynthesisRecipe, draw, instructions
@@ -29,6 +31,7 @@ from coala.data.http import Address, Answer, Connections, Unanswered
 from coala.data.journal import Journal, Usage, read_journal
 from coala.data.screening import cleaned, fault
 from coala.data.synthesis import Summary, synthesize
+from tests.waiting import PATIENCE, Clock, wait_for
 
 # --- the endpoint ------------------------------------------------------------------------------------------------
 
@@ -88,8 +91,8 @@ class Scripted(asyncio.Protocol):
 class House:
     """What all connections share: the bill, the arrivals, and the faults still to come."""
 
-    def __init__(self, faults: bool = True, delay: float = 0.0) -> None:
-        self.faults, self.delay = faults, delay
+    def __init__(self, faults: bool = True, delay: float = 0.0, clock: Clock | None = None) -> None:
+        self.faults, self.delay, self.clock = faults, delay, clock or Clock()
         self.bill = [0, 0]
         self.arrivals: list[float] = []
         self.seen: Counter[bytes] = Counter()
@@ -98,7 +101,7 @@ class House:
         self.port = 0
 
     def answer(self, connection: Scripted, body: bytes) -> None:
-        self.arrivals.append(time.monotonic())
+        self.arrivals.append(self.clock.time())
         key = hashlib.sha256(body).digest()
         self.seen[key] += 1
         if self.first:
@@ -167,10 +170,10 @@ def running(house: House) -> Iterator[str]:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(PATIENCE)
     yield f"http://127.0.0.1:{house.port}/v1"
     loop.call_soon_threadsafe(task[0].cancel)
-    thread.join(10)
+    thread.join(PATIENCE)
     loop.close()
 
 
@@ -186,7 +189,7 @@ def recipe_for(url: str, n: int = 20, **changes: Any) -> SynthesisRecipe:
             output_price=10.0,
         )
 
-    limits = Limits(**{"backoff": 0.005, "timeout": 0.5, "concurrency": 32, **changes.pop("limits", {})})
+    limits = Limits(**{"backoff": 0.005, "timeout": 2.0, "concurrency": 32, **changes.pop("limits", {})})
     return SynthesisRecipe(
         student=agent("Student of {field}, {mood}, {language}"),
         tutor=agent("Tutor of {field}"),
@@ -348,21 +351,37 @@ def test_no_tokenizer_of_bytes_passes_what_is_set_aside(shared: Path) -> None:
         assert n <= len(text.encode()) + TOKENS_PER_MESSAGE + TOKENS_PER_REQUEST, path
 
 
-def test_retry_after_holds_all_requests_back() -> None:
-    house = House(faults=False)
-    house.first = [(429, "0.4")]
-    with running(house) as url:
-        hold(recipe_for(url, 6, limits={"concurrency": 1}))
-    assert house.arrivals[1] - house.arrivals[0] >= 0.4
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that the endpoint's waits go by, and move."""
+    clock = Clock()
+    monkeypatch.setattr(coala.data.endpoint, "time", clock)
+    monkeypatch.setattr(coala.data.endpoint, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": clock.asleep}))
+    return clock
 
 
-def test_a_rate_is_kept() -> None:
-    house = House(faults=False)
+def test_retry_after_holds_all_requests_back(clock: Clock) -> None:
+    house = House(faults=False, clock=clock)
+    house.first = [(429, "40")]
     with running(house) as url:
-        summary = hold(recipe_for(url, 10, limits={"requests_per_minute": 6000}))
-    assert summary.requests == len(house.arrivals)
-    # n requests at 100 per second take (n - 1) / 100 s at least; the clock of the server may lag by a moment.
-    assert house.arrivals[-1] - house.arrivals[0] >= (summary.requests - 1) / 100 - 0.05
+        hold(recipe_for(url, 6, limits={"concurrency": 1, "timeout": PATIENCE}))
+    assert house.arrivals[1] - house.arrivals[0] == pytest.approx(40)
+    assert house.arrivals[-1] == house.arrivals[1]
+
+
+def test_a_rate_is_kept(clock: Clock) -> None:
+    times = []
+
+    async def post(address: Address, headers: Any, body: bytes, timeout: float) -> Answer:
+        times.append(clock.time())
+        message = {"message": {"content": scripted(json.loads(body))[0]}, "finish_reason": "stop"}
+        return Answer(200, {}, json.dumps({"choices": [message]}).encode())
+
+    recipe = recipe_for("http://127.0.0.1/v1", 10, limits={"requests_per_minute": 6})
+    summary = asyncio.run(synthesize(recipe, Journal(), no_record, post=post))
+    assert summary.requests == len(times) > 50
+    assert min(b - a for a, b in pairwise(times)) == pytest.approx(10)
+    assert max(b - a for a, b in pairwise(times)) == pytest.approx(10)
 
 
 def test_refused_and_silent_endpoints_are_explained() -> None:
@@ -561,9 +580,8 @@ def killed_runs(
             before = len(house.arrivals)
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             # Killed after so many more requests: in the middle of things whatever the machine's speed.
-            while process.poll() is None and len(house.arrivals) < before + n * 5 // (kills + 1) + 7 * k:
-                time.sleep(0.002)
-            assert process.poll() is None, "it finished before it was killed"
+            goal = before + n * 5 // (kills + 1) + 7 * k
+            wait_for(lambda goal=goal: len(house.arrivals) >= goal, process)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             done += 1
@@ -596,10 +614,9 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path: Path) -> None:
             str(out),
         ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and len(house.arrivals) < 200:
-            time.sleep(0.01)
+        wait_for(lambda: len(house.arrivals) >= 200, process)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "finished work is kept" in said
     journal = read_journal((tmp_path / "talk.jsonl.journal").read_bytes())

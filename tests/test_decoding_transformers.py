@@ -17,6 +17,7 @@ from coala.decoding import Guidance, generate
 from coala.values import CoalaError, SpecMismatch, user
 from tests.menagerie import tiny_backbone
 from tests.test_decoding_naive import PROMPTS, make_head
+from tests.waiting import PATIENCE
 
 TEXTS = [prompt[0].text for prompt in PROMPTS]
 
@@ -140,7 +141,7 @@ def test_streamers_hear_every_token_and_the_end(both: Any) -> None:
         Guidance("block", candidates=2, block_tokens=3),
         Guidance("best_of", candidates=2),
     ):
-        text, recorder = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5), _Recorder()
+        text, recorder = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=PATIENCE), _Recorder()
         for streamer in (text, recorder):
             torch.manual_seed(5)
             found = model.generate(

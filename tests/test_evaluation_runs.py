@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from coala.values import CoalaError, Estimate, Pair, Turn, user
 
 from .evaluation_helpers import called, reply, small_run, write_lines
 from .judge_server import JudgeServer, say, user_text
+from .waiting import PATIENCE, wait_for
 
 INSTRUCTIONS = [f"tell me story {i}" for i in range(20)]
 
@@ -378,12 +378,6 @@ def test_kills_in_the_middle_lose_no_reply_and_buy_no_verdict_twice(run: Path, t
             start_new_session=True,
         )
 
-    def wait_for(there: Any) -> None:
-        end = time.monotonic() + 120
-        while not there():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
     # Once while replies are written, twice while verdicts are bought.
     replies = run / "replies"
     shutil.rmtree(replies)
@@ -393,13 +387,13 @@ def test_kills_in_the_middle_lose_no_reply_and_buy_no_verdict_twice(run: Path, t
         lambda: len(answered.requests) >= 25,
     ):
         child = begun()
-        wait_for(ready)
+        wait_for(ready, child)
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
     (file,) = replies.glob("*.jsonl")
     first = load_generations(file)
     child = begun()
-    out, told = child.communicate(timeout=240)
+    out, told = child.communicate(timeout=PATIENCE)
     assert child.returncode == 0, told.decode()
     result = json.loads(out.splitlines()[-1])
     assert load_generations(file)[: len(first)] == first

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from coala.features.plan import _forest
 from coala.store import FeatureStore, StoreError
 from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, Turn, user
 from tests.menagerie import BACKBONES, tiny_backbone
+from tests.waiting import PATIENCE, wait_for
 
 WORDS = [
     "the",
@@ -477,11 +477,12 @@ import coala.features.plan
 from coala.backbone import load_backbone
 from coala.store import FeatureStore
 from tests.test_features import some_pairs
+from tests.waiting import linger
 coala.features.plan.SHARD_ROWS = 8
 backbone = load_backbone(sys.argv[1])
 coala.features.extract(
     some_pairs(40), backbone, backbone.spec(), batch_tokens=150, store=FeatureStore(Path(sys.argv[2])),
-    on_batch=lambda done, total, tokens: print(done, flush=True) or __import__("time").sleep(float(sys.argv[3])),
+    on_batch=lambda done, total, tokens: print(done, flush=True) or linger(float(sys.argv[3])),
 )
 """
 
@@ -498,17 +499,13 @@ def test_a_killed_extraction_goes_on_where_it_was(folder: Path, tmp_path: Path) 
 
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     other, victim = start(unbroken, 0.0), start(killed, 0.2)
-    until = time.monotonic() + 100
-    while len(list(killed.glob("shard-*.safetensors"))) < 2:
-        assert victim.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for(lambda: len(list(killed.glob("shard-*.safetensors"))) >= 2, victim)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     left = len(list(killed.glob("shard-*.safetensors")))
     resumed = start(killed, 0.0)
-    assert resumed.wait(timeout=100) == 0
-    assert other.wait(timeout=100) == 0
+    assert resumed.wait(timeout=PATIENCE) == 0
+    assert other.wait(timeout=PATIENCE) == 0
     assert 2 <= left < len(list(unbroken.glob("shard-*.safetensors")))
     # What a kill may leave beside them is a temporary file that nothing reads.
     assert {n: c for n, c in contents(killed).items() if not n.endswith(".tmp")} == contents(unbroken)

@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from email.utils import formatdate
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import coala.evaluation.judges.endpoint
 from coala.cache import VerdictCache
 from coala.evaluation import JudgeFailure, JudgeStopped, OpenAIJudge, judge_many, read_instructions, win_rate
 from coala.evaluation.judges import Answer, Budget, Patience, read_verdict
@@ -28,8 +28,9 @@ from coala.evaluation.judges.endpoint import _read as read_body
 from coala.values import CoalaError, Generation, user
 from tests.evaluation_helpers import reply
 from tests.judge_server import HANG_UP, JudgeServer, Script, fail, say, user_text
+from tests.waiting import PATIENCE, Clock, ClockedEvent, wait_for
 
-QUICK = Patience(attempts=4, first_wait=0.01, longest_wait=2.0, timeout=1.0)
+QUICK = Patience(attempts=4, first_wait=0.01, longest_wait=2.0, timeout=PATIENCE)
 Serve = Callable[[Script], JudgeServer]
 
 
@@ -216,7 +217,7 @@ def flaky(*before_it_works: dict[str, Any]) -> Script:
         ({"body": b'{"choices": [{"mess'}, {"body": b"<html>busy</html>", "headers": {"Content-Type": "text/html"}}),
         (say("[[A]]", missing=40), {"body": b'{"choices": []}'}),
         ({"body": b"null"}, {"body": b'{"choices": [{"message": {"content": 7}}]}'}),
-        (say("[[A]]", delay=1.4), fail(408)),
+        ({**HANG_UP, "silent": True}, fail(408)),
         (fail(429), fail(409)),
     ],
     ids=["5xx", "hang up", "no JSON", "cut on the way", "other JSON", "timeout", "429"],
@@ -224,52 +225,62 @@ def flaky(*before_it_works: dict[str, Any]) -> Script:
 def test_trouble_is_tried_again_and_counted(serve: Serve, troubles: tuple[dict[str, Any], ...]) -> None:
     server = serve(flaky(*troubles))
     ours, theirs, prompts = sides(1)
-    found = judge_many(ours, theirs, make(server), prompts=prompts, swap=False)
+    silent = any(trouble.get("silent") for trouble in troubles)
+    patience = replace(QUICK, timeout=1.0, attempts=20) if silent else QUICK
+    found = judge_many(ours, theirs, make(server, patience=patience), prompts=prompts, swap=False)
     assert [row.preference for row in found.judgements] == [1.0]
-    assert (found.cost.calls, found.cost.answers) == (3, 1)
-    assert len(server.requests) == 3
+    # A busy machine may be too late for a client that waits for a second only; what is sent is counted all the same.
+    assert len(server.requests) >= 3 if silent else len(server.requests) == 3
+    assert (found.cost.calls, found.cost.answers) == (len(server.requests), 1)
 
 
-def test_retry_after_is_waited_out_by_all(serve: Serve) -> None:
-    server = serve(lambda body, before: fail(429, {"Retry-After": "1"}) if not len(seen(body)) else honest(body, 0))
-    counted: list[int] = []
+def test_retry_after_is_waited_out_by_all(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = Clock(), []
+    monkeypatch.setattr(coala.evaluation.judges.endpoint, "time", clock)
 
-    def seen(body: dict[str, Any]) -> list[int]:
-        counted.append(1)
-        return counted[1:]
+    def clocked(server: JudgeServer) -> OpenAIJudge:
+        judge = make(server)
+        judge._endpoint._interrupted = ClockedEvent(clock)
+        return judge
 
+    def at_first(body: dict[str, Any], before: int) -> dict[str, Any]:
+        times.append(clock.time())
+        return fail(429, {"Retry-After": "1"}) if len(times) == 1 else honest(body, 0)
+
+    server = serve(at_first)
     ours, theirs, prompts = sides(4)
-    found = judge_many(ours, theirs, make(server), prompts=prompts, swap=False, concurrency=1)
-    assert len(server.requests) == 5
-    assert 1.0 <= server.times[1] - server.times[0] < 2.0
+    found = judge_many(ours, theirs, clocked(server), prompts=prompts, swap=False, concurrency=1)
+    assert len(times) == 5
+    assert 1.0 <= times[1] - times[0] < 2.0
+    assert times[4] == times[1]
     assert found.failures == {}
 
     # With several threads: the first request is refused, and those that come after it wait as well.
-    lock, first = threading.Lock(), []
+    lock, arrived = threading.Lock(), []
 
     def once(body: dict[str, Any], before: int) -> dict[str, Any]:
         with lock:
-            first.append(number_of(body))
-            alone = len(first) == 1
+            arrived.append(clock.time())
+            alone = len(arrived) == 1
         return fail(429, {"retry-after-ms": "600"}) if alone else honest(body, 0) | {"delay": 0.1}
 
     many = serve(once)
-    judge_many(ours, theirs, make(many), prompts=prompts, swap=False, concurrency=2)
-    assert len(many.requests) == 5
+    judge_many(ours, theirs, clocked(many), prompts=prompts, swap=False, concurrency=2)
+    assert len(arrived) == 5
     # One other may have been under way already.
-    assert sum(at - many.times[0] >= 0.59 for at in many.times) >= 3
+    assert sum(at - arrived[0] >= 0.59 for at in arrived) >= 3
 
 
 def test_retry_after_may_be_a_date_and_a_long_one_ends_all(serve: Serve) -> None:
-    date = formatdate(time.time() + 3600, usegmt=True)
+    date = "Fri, 31 Dec 2199 23:59:59 GMT"
     server = serve(lambda body, before: fail(429, {"Retry-After": date}))
     ours, theirs, prompts = sides(3)
     found = judge_many(ours, theirs, make(server), prompts=prompts)
     assert len(server.requests) == 1
-    assert "asks to wait 3" in found.stopped
+    assert re.search(r"asks to wait \d{10} s", found.stopped)
     assert found.n_unjudged == 3
     assert found.judgements == ()
-    past = serve(flaky(fail(503, {"Retry-After": formatdate(time.time() - 60, usegmt=True)})))
+    past = serve(flaky(fail(503, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"})))
     assert judge_many(ours[:1], theirs[:1], make(past), prompts=prompts).cost.calls == 4
 
 
@@ -493,18 +504,28 @@ def test_an_interrupt_loses_nothing(serve: Serve, tmp_path: Path, concurrency: i
 
 
 def test_an_interrupt_does_not_wait_for_the_server_to_be_ready(serve: Serve) -> None:
-    server = serve(lambda body, before: honest(body, 0) if number_of(body) == 0 else fail(429, {"Retry-After": "30"}))
+    later = fail(429, {"Retry-After": str(4 * PATIENCE)})
+    server = serve(lambda body, before: honest(body, 0) if number_of(body) == 0 else later)
     ours, theirs, prompts = sides(4)
 
+    judge = make(server, patience=Patience(longest_wait=10 * PATIENCE))
+    waiting: list[float] = []
+
+    class Watched(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waiting.append(timeout or 0.0)
+            return super().wait(timeout)
+
+    judge._endpoint._interrupted = Watched()
+
     def halt(done: int, total: int) -> None:
-        time.sleep(0.2)  # the others have met their 429 by now
+        wait_for(lambda: waiting)  # another has met its 429
         raise Halt
 
-    patience = Patience(longest_wait=60.0)
-    began = time.monotonic()
+    # Whoever sat out the wait that is asked for would hang this test.
     with pytest.raises(Halt):
-        judge_many(ours, theirs, make(server, patience=patience), prompts=prompts, concurrency=4, on_progress=halt)
-    assert time.monotonic() - began < 5
+        judge_many(ours, theirs, judge, prompts=prompts, concurrency=4, on_progress=halt)
+    assert max(waiting) > PATIENCE
 
 
 CHILD = """
@@ -532,14 +553,12 @@ def test_kill_9_loses_at_most_what_was_in_flight(serve: Serve, tmp_path: Path) -
     path, n, concurrency = tmp_path / "v.sqlite", 12, 2
     for at in (4, 11, 17):
         process = child(server, path, n, concurrency)
-        while len(server.requests) < at and process.poll() is None:
-            time.sleep(0.005)
+        wait_for(lambda at=at: len(server.requests) >= at, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
-        time.sleep(0.1)
-    out, _ = child(server, path, n, concurrency).communicate(timeout=60)
+    out, _ = child(server, path, n, concurrency).communicate(timeout=PATIENCE)
     calls, kept, rows = map(int, out.split())
     assert calls + kept == rows == 24
     assert server.distinct == 24
@@ -554,7 +573,7 @@ def test_two_processes_share_a_cache(serve: Serve, tmp_path: Path) -> None:
     path = tmp_path / "v.sqlite"
     processes = [child(server, path, 15, 3) for _ in range(2)]
     for process in processes:
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=PATIENCE)
         calls, kept, rows = map(int, out.split())
         assert calls + kept == rows == 30
     with VerdictCache(path) as cache:

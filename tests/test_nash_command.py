@@ -27,6 +27,7 @@ pytest.importorskip("trl", reason="needs the extra `baselines`")
 from coala.nash.llm import load_policy
 from tests.test_align import pair_rows, write_rows
 from tests.tiny_game import ANSWERS, PAPER, RPS, distribution, supervised_start
+from tests.waiting import PATIENCE
 
 JUDGE = """
 import pathlib
@@ -202,7 +203,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_pairs_and_weights(place:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=PATIENCE,
             check=False,
         )
         assert ended.returncode == -signal.SIGKILL, ended.stderr

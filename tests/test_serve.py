@@ -6,8 +6,8 @@ import asyncio
 import json
 import math
 import re
+import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,8 @@ from coala.serve.scoring import score
 from coala.serve.worker import Ended, Failed, Ticket, Worker
 from coala.values import CoalaError, Turn, user
 
-from .serving import Here, wait_for
+from .serving import Here
+from .waiting import PATIENCE, wait_for
 
 PROMPT = "tell me a story"
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
@@ -56,7 +57,7 @@ def client(here: Here) -> Any:
 
 
 def post(here: Here, path: str, body: Any, **options: Any) -> httpx.Response:
-    return httpx.post(f"{here.url}{path}", json=body, timeout=60, **options)
+    return httpx.post(f"{here.url}{path}", json=body, timeout=PATIENCE, **options)
 
 
 def replies(
@@ -401,25 +402,34 @@ def test_who_hangs_up_is_written_no_further(here: Here, client: Any) -> None:
     stream.close()
     wait_for(lambda: here.worker.unfinished == 0)
     slow = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1000, "n": 4}
-    with pytest.raises(httpx.ReadTimeout):  # the same for one who waits for a whole reply
-        httpx.post(f"{here.url}/v1/chat/completions", json=slow, timeout=0.3)
+    body = json.dumps(slow).encode()
+    with socket.create_connection(("127.0.0.1", here.port)) as waiting:  # the same for one who waits for a whole reply
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        waiting.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: here.worker.unfinished == 4)
     wait_for(lambda: here.worker.unfinished == 0)
-    found = httpx.get(f"{here.url}/metrics").text
-    assert 'coala_requests_total{address="/v1/chat/completions",status="499"}' in found
+    told = 'coala_requests_total{address="/v1/chat/completions",status="499"}'
+    wait_for(lambda: told in httpx.get(f"{here.url}/metrics").text)
 
 
 def test_the_deadline_ends_requests(parts: Any) -> None:
-    with Here(*parts[:2], Limits(deadline=0.4)) as here:
+    limits = Limits(deadline=3600.0, max_tokens=16_000)  # replies of a minute or more: they end by the deadline
+    with Here(*parts[:2], limits) as here, ThreadPoolExecutor(1) as elsewhere:
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key="-")  # which must not retry by itself
-        began = time.monotonic()
+        asked: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 16_000}
+        waiting = elsewhere.submit(client.chat.completions.create, **asked)
+        wait_for(lambda: here.worker.unfinished == 1)
+        here.skip(limits.deadline / 2)
+        assert here.worker.unfinished == 1
+        here.skip(limits.deadline / 2)
         with pytest.raises(openai.APIStatusError) as late:
-            client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1000)
-        assert time.monotonic() - began < 3
+            waiting.result()
         assert late.value.status_code == 408
         assert late.value.code == "deadline_exceeded"
-        asked: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1000, "stream": True}
-        stream = iter(client.chat.completions.create(**asked))
+        wait_for(lambda: here.worker.unfinished == 0)
+        stream = iter(client.chat.completions.create(**asked, stream=True))
         pieces = [next(stream) for _ in range(5)]  # what was written has been sent
+        here.skip(limits.deadline)
         with pytest.raises(openai.APIError, match="deadline"):
             deque(stream, maxlen=0)
         assert all(piece.choices for piece in pieces)

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from coala.cli import app as cli
 from coala.values import CoalaError
 
-from .serving import Here, There, wait_for
+from .serving import Here, There
+from .waiting import PATIENCE, wait_for
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
@@ -64,13 +65,13 @@ def test_help_has_examples() -> None:
 def test_it_ends_in_order_and_says_what_it_did(served_run: Path) -> None:
     """Requests at hand are finished, new ones refused, the command ends with 0 and its summary."""
     key = "a key that is hard to guess"
-    with There(served_run, "--grace", "20", COALA_API_KEY=key) as there:
+    with There(served_run, "--grace", "300", COALA_API_KEY=key) as there:
         bearer = {"Authorization": f"Bearer {key}"}
         assert httpx.get(f"{there.url}/v1/models").status_code == 401
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "stream": True}
         done: dict[str, Any] = {}
         with (
-            httpx.stream("POST", f"{there.url}/v1/chat/completions", json=body, headers=bearer, timeout=60) as answer,
+            httpx.stream("POST", f"{there.url}/v1/chat/completions", json=body, headers=bearer) as answer,
             httpx.Client(headers=bearer) as kept,
         ):
             lines = answer.iter_lines()
@@ -82,7 +83,7 @@ def test_it_ends_in_order_and_says_what_it_did(served_run: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         written = sum('"delta": {"content"' in line for line in rest)
         assert written > 100  # it was far from its end when it was told to end
-        ending.join(60)
+        ending.join(PATIENCE)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{there.url}/healthz")
         assert done["served"] == "tiny"
@@ -96,7 +97,7 @@ def test_it_ends_in_order_and_says_what_it_did(served_run: Path) -> None:
 def test_what_is_not_done_in_time_is_cut_off(served_run: Path) -> None:
     with There(served_run, "--grace", "1", "--max-tokens", "16000", "--deadline", "300") as there:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16000, "stream": True}
-        with httpx.stream("POST", f"{there.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{there.url}/v1/chat/completions", json=body, timeout=PATIENCE) as answer:
             lines = answer.iter_lines()
             next(lines)
             assert there.end(signal.SIGINT)["served"] == "tiny"

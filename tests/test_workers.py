@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from .menagerie import tiny_backbone
 from .test_align import pair_rows, values_of, write_rows
 from .test_features import contents, same, some_pairs
 from .test_plan import published
+from .waiting import PATIENCE, linger, wait_for
 
 HERE = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
@@ -62,18 +62,24 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- locks -------------------------------------------------------------------------------------------------------
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from coala.store import claim
 with claim(Path(sys.argv[1]), int(sys.argv[2])) as mine:
     print(mine, flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
+
+
+def holding(lock: Path, place: int) -> subprocess.Popen[bytes]:
+    """A process that holds the place until it is killed, or this one ends."""
+    command = [sys.executable, "-c", HOLD, str(lock), str(place)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
 
 
 def test_a_place_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(lock), "3"], stdout=subprocess.PIPE, env=ENVIRONMENT)
+    other = holding(lock, 3)
     assert other.stdout is not None
     assert other.stdout.readline() == b"True\n"
     with claim(lock, 3) as mine, claim(lock, 4) as another:
@@ -86,9 +92,7 @@ def test_a_place_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -
 
 def test_a_run_folder_is_refused_to_a_second_process(folder: Path, tmp_path: Path) -> None:
     pairs, out = write_rows(tmp_path / "pairs.jsonl", pair_rows(10, 5)), tmp_path / "out"
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(out / ".lock"), "0"], stdout=subprocess.PIPE, env=ENVIRONMENT
-    )
+    other = holding(out / ".lock", 0)
     assert other.stdout is not None
     other.stdout.readline()
     for command in (["extract", str(pairs)], ["align", str(pairs)]):
@@ -178,17 +182,16 @@ def test_workers_share_and_change_nothing(
     store = FeatureStore(job.store)
     write = FeatureStore.write
 
-    def slowly(self: FeatureStore, shard: int, arrays: Any) -> None:
-        time.sleep(1.0)  # so that the others find something to do
+    def last(self: FeatureStore, shard: int, arrays: Any) -> None:
+        wait_for(lambda: list(job.store.glob("shard-*.safetensors")))  # another's
         write(self, shard, arrays)
 
-    monkeypatch.setattr(FeatureStore, "write", slowly)
+    monkeypatch.setattr(FeatureStore, "write", last)
     with workers(job, 3, on_note=notes.append):
         if killed:
             import multiprocessing
 
             victim = multiprocessing.active_children()[0]
-            time.sleep(1.0)
             os.kill(victim.pid or 0, signal.SIGKILL)
         features = extract(job.pairs, backbone, job.spec, **job.options, store=store)
     assert same(features, alone)
@@ -210,19 +213,18 @@ def test_a_ray_worker_killed_mid_run_changes_nothing(folder: Path, backbone: Lan
     job = job_of(folder, backbone, tmp_path / "shards", 200)
     killed: list[int] = []
 
-    def kill() -> None:
-        until = time.monotonic() + 60
-        while not killed and time.monotonic() < until:
-            if len(list(job.store.glob("shard-*"))) >= 2:
-                found = subprocess.run(["pgrep", "-f", "^ray::"], capture_output=True, text=True, check=False)
-                for pid in map(int, found.stdout.split()):
-                    if b"work" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                        os.kill(pid, signal.SIGKILL)
-                        killed.append(pid)
-                        return
-            time.sleep(0.01)
+    def kill() -> bool:
+        if len(list(job.store.glob("shard-*"))) < 2:
+            return False
+        found = subprocess.run(["pgrep", "-f", "^ray::"], capture_output=True, text=True, check=False)
+        for pid in map(int, found.stdout.split()):
+            if b"work" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                return True
+        return False
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=wait_for, args=(kill,))
     thread.start()
     with workers(job, 2, engine="ray"):
         features = extract(job.pairs, backbone, job.spec, **job.options, store=FeatureStore(job.store))
@@ -237,28 +239,25 @@ KILLS = int(os.environ.get("COALA_KILLS", "3"))
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_kills_at_random_moments_lose_nothing(folder: Path, backbone: LanguageModel, tmp_path: Path) -> None:
-    """COALA_KILLS: how often (20 were survived by hand)."""
+    """At random shards; COALA_KILLS: how often (20 were survived by hand)."""
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(2000, 100))
     command = [sys.executable, "-m", "coala", "extract", str(pairs), "--model", str(folder), "--batch-tokens", "300"]
     whole = [*command, "--out", str(tmp_path / "whole")]
-    begun = time.monotonic()
     subprocess.run(whole, env=ENVIRONMENT, check=True, capture_output=True)
-    spent = time.monotonic() - begun
     draw = np.random.default_rng()
     out = tmp_path / "killed"
     survived = attempts = 0
     while survived < KILLS and attempts < 10 * KILLS:
         attempts += 1
         process = subprocess.Popen([*command, "--out", str(out)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=draw.uniform(0.1, 0.9) * spent)
-        except subprocess.TimeoutExpired:
+        linger(10 ** draw.uniform(-1, 1))
+        if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-            process.wait()
             survived += 1
         else:
             for path in out.iterdir():
                 path.unlink()
+        process.wait()
     subprocess.run([*command, "--out", str(out)], env=ENVIRONMENT, check=True, capture_output=True)
     assert survived == KILLS
     assert same(load_features(out), load_features(tmp_path / "whole"))
@@ -289,24 +288,13 @@ def test_the_command_with_workers(folder: Path, tmp_path: Path) -> None:
 
 def helpers_of(process: subprocess.Popen[str], wanted: int) -> list[int]:
     """The processes that ``process`` has started to extract, once there are so many."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None:
+
+    def pids() -> list[int]:
         found = subprocess.run(["pgrep", "-P", str(process.pid), "-a"], capture_output=True, text=True, check=False)
-        pids = [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
-        if len(pids) >= wanted:
-            return pids
-        time.sleep(0.01)
-    raise AssertionError(f"{wanted} helpers were expected")
+        return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
 
-
-def gone(pids: list[int]) -> bool:
-    """Whether all of them end within half a minute."""
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        if not any(alive(pid) for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
+    wait_for(lambda: len(pids()) >= wanted, process)
+    return pids()
 
 
 def alive(pid: int) -> bool:
@@ -330,10 +318,9 @@ def test_an_alignment_shared_interrupted_and_killed_gives_the_same_bytes(folder:
         # A group of its own, so that Ctrl-C reaches the helpers too, as in a terminal.
         process = subprocess.Popen(shared_command, stderr=subprocess.PIPE, start_new_session=True, **options)
         helpers = helpers_of(process, 2)
-        time.sleep(1.0)
         (os.killpg if end == signal.SIGINT else os.kill)(process.pid, end)
-        _, said = process.communicate(timeout=60)
-        assert gone(helpers)
+        _, said = process.communicate(timeout=PATIENCE)
+        wait_for(lambda pids=helpers: not any(alive(pid) for pid in pids))
         assert process.returncode == (130 if end == signal.SIGINT else -9)
         if end == signal.SIGINT:
             assert "finished work is kept" in said
