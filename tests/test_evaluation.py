@@ -340,14 +340,50 @@ def test_win_rate_counts() -> None:
 
 
 def test_a_taste_for_a_place_cancels() -> None:
-    rows = [row for i in range(20) for row in game(str(i), 1.0, 1.0)]
+    rows = [row for i in range(20) for row in game(str(i), 1.0, 1.0 if i else 0.0)]
     estimate = win_rate(rows)
-    assert estimate.value == 0.5
-    assert estimate.low < 0.3
+    assert estimate.value == (1 + 19 / 2) / 20
+    assert estimate.low < 0.35
     assert estimate.high > 0.7
-    nothing = win_rate(rows, "exclude")
-    assert nothing.n == 0
-    assert math.isnan(nothing.value)
+    assert win_rate(rows, "exclude").n == 1
+
+
+@pytest.mark.parametrize("ties", ["half", "exclude"])
+@pytest.mark.parametrize(("straight", "swapped"), [(1.0, 1.0), (0.0, 0.0), (0.52, 0.5004), (0.497, 0.31)])
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_verdicts_that_follow_the_place_have_no_win_rate(n: int, straight: float, swapped: float, ties: Any) -> None:
+    rows = [row for i in range(n) for row in game(str(i), straight, swapped)]
+    found = win_rate(rows, ties)
+    assert math.isnan(found.value)
+    assert found.n == n
+    assert "void: this judge reads only the place" in found.method
+    assert f"shown {'first' if straight > 0.5 else 'second'}" in found.method
+    # Ties in both orders do not make verdicts of them; one comparison that names a reply does.
+    assert math.isnan(win_rate([*rows, *game("tie", 0.5, 0.5)], ties).value)
+    assert not math.isnan(win_rate([*rows, *game("named", 1.0, 0.0)], ties).value)
+    assert not math.isnan(win_rate([*rows, *game("leaning", 1.0, 0.5)], ties).value)
+    # A failed verdict takes its comparison with it, and nothing else.
+    assert math.isnan(win_rate([*rows, *game("failed", None, 0.0)], ties).value)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_order_each_shows_a_judge_of_places_too(first: bool) -> None:
+    def drawn(i: int, ours_first: bool) -> Judgement:
+        names = ("a", "b") if ours_first else ("b", "a")
+        return Judgement(str(i), *names, float(first), "j")
+
+    rows = [drawn(i, i % 2 == 0) for i in range(8)]
+    assert "reads only the place" in win_rate(rows, of="a").method
+    # Too few to tell, asked in one order only, or with a verdict against the place.
+    assert not math.isnan(win_rate(rows[:5], of="a").value)
+    assert win_rate([drawn(i, True) for i in range(8)]).value == float(first)
+    against = Judgement("x", "a", "b", float(not first), "j")
+    assert not math.isnan(win_rate([*rows, against], of="a").value)
+
+
+def test_all_ties_are_no_place() -> None:
+    rows = [row for i in range(9) for row in game(str(i), 0.5, 0.5)]
+    assert win_rate(rows).value == 0.5
 
 
 def test_samples_of_a_prompt_are_one_group() -> None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.data.reasoning import spoken
 from coala.evaluation.alpaca import in_percent
 from coala.evaluation.logistic import Float, fit_logistic
+from coala.evaluation.order_effects import place_alone
 from coala.evaluation.rows import Row, read_rows, shown, shown_path
-from coala.evaluation.statistics import mean_estimate, share_estimate
+from coala.evaluation.statistics import mean_estimate, share_estimate, void
 from coala.values import CoalaError, Estimate
 
 STRONG_WEIGHT = 3  # battles for one strong verdict
@@ -33,7 +35,8 @@ Rule = Literal["last", "unanimous"]
 class Battles:
     """Battles of ``first`` against ``second`` (n,) on ``question``: ``outcome`` 1 when first wins, 0, 1/2 for a tie.
 
-    ``n_failed`` counts games without a verdict. A model against itself is refused: in the published design matrix its
+    ``n_failed`` counts games without a verdict; ``nothing_said`` tells, for a model against the baseline, why its verdicts say
+    nothing (:func:`coala.evaluation.order_effects.place_alone`). A model against itself is refused: in the published design matrix its
     second entry overwrites the first and shifts every rating.
     """
 
@@ -43,6 +46,7 @@ class Battles:
     question: NDArray[np.str_]
     n_failed: int = 0
     remarks: tuple[str, ...] = ()
+    nothing_said: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kind in (("first", str), ("second", str), ("outcome", np.float64), ("question", str)):
@@ -94,16 +98,23 @@ class Score:
 def parse_verdict(judgment: str, rule: Rule = "last") -> str | None:
     """``A>>B``, ``A>B``, ``A=B``, ``B>A`` or ``B>>A``; None where the judgement gives no such verdict.
 
-    Double brackets count, single ones only if there is no double one. Of several, the last ("last", since 2025), or
+    Thoughts are taken off first; where one has no end there is no verdict. Double brackets count, single ones only if there is no double one. Of several, the last ("last", since 2025), or
     none at all unless they agree ("unanimous", the code of 2024). ``A<B`` is read as ``B>A``.
     """
-    said = judgment.upper()
-    for pattern in _VERDICTS:
-        found = pattern.findall(said)
-        if found:
-            verdict = found[-1] if rule == "last" or len(set(found)) == 1 else ""
-            return _normal(verdict)
-    return None
+    return _verdict_of(verdicts_in(judgment), rule)
+
+
+def verdicts_in(judgment: str) -> list[str]:
+    """All verdicts that a judgement gives outside its thoughts, as they are written but in capitals."""
+    return _bracketed(spoken(judgment) or "")
+
+
+def _bracketed(text: str) -> list[str]:
+    return next((found for pattern in _VERDICTS if (found := pattern.findall(text.upper()))), [])
+
+
+def _verdict_of(found: Sequence[str], rule: Rule) -> str | None:
+    return _normal(found[-1]) if found and (rule == "last" or len(set(found)) == 1) else None
 
 
 def _normal(verdict: str) -> str | None:
@@ -148,8 +159,9 @@ def read_battles(
     second: list[str] = []
     outcome: list[float] = []
     question: list[str] = []
-    failed = differing = 0
+    failed = differing = thinking = several = 0
     seen: Counter[tuple[str, str]] = Counter()
+    shown_first: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for row in read_rows(path):
         named = row.label("question_id", "uid", "question")
         if row.get("games") is None:
@@ -157,9 +169,12 @@ def read_battles(
             found = [won]
         else:
             pair = _names(row, model, baseline)
-            verdicts, unlike = _games(row, rule)
+            verdicts, unlike, aloud, many = _games(row, rule)
             failed += verdicts.count(None)
-            differing += unlike
+            differing, thinking, several = differing + unlike, thinking + aloud, several + many
+            if len(verdicts) == 2 and None not in verdicts:
+                lead = [battles_of(str(verdict), False, 1)[0] for verdict in verdicts]
+                shown_first[pair].append((lead[0], lead[1]))
             found = [
                 value
                 for game, verdict in enumerate(verdicts)
@@ -176,11 +191,22 @@ def read_battles(
         remarks.append(f"{failed} games have no verdict and are left out")
     if differing:
         remarks.append(f"{differing} stored scores differ from what their judgements say; the judgements count")
+    if thinking:
+        remarks.append(
+            f"{thinking} judgements think aloud, and the verdict is read from what follows; the published parser would "
+            "read the thoughts"
+        )
+    if several:
+        counts = "the last counts" if rule == "last" else "they count as none"
+        remarks.append(f"{several} games give verdicts that differ; {counts}, as published")
     if again := sum(count - 1 for count in seen.values()):
         remarks.append(f"{again} rows repeat a model and question; all are counted")
     if not outcome:
         raise CoalaError(f"{shown_path(path)}: found no game with a verdict; expected at least one. Judge again.")
-    return Battles(np.array(first), np.array(second), np.array(outcome), np.array(question), failed, tuple(remarks))
+    empty = {pair: why for pair, both in shown_first.items() if (why := place_alone(*zip(*both, strict=True)))}
+    remarks += [f"{pair[0]}: {why}; its score says nothing" for pair, why in empty.items()]
+    sides = np.array(first), np.array(second)
+    return Battles(*sides, np.array(outcome), np.array(question), failed, tuple(remarks), empty)
 
 
 def score(
@@ -209,6 +235,9 @@ def score(
         if model == baseline or not len(won):
             continue
         question = battles.question[straight | turned]
+        if why := battles.nothing_said.get((model, baseline)):
+            found[model] = _void(model, baseline, why, len(won), len(set(question.tolist())))
+            continue
         decided = won != 0.5
         level = 0.95 if board == "v0.1" else 0.9
         value = float(won.mean())
@@ -225,6 +254,12 @@ def score(
             rating=ANCHOR + SCALE * _log_odds(value),
         )
     return found
+
+
+def _void(model: str, baseline: str, why: str, n: int, n_questions: int) -> Score:
+    """No score, since the verdicts say nothing of the replies."""
+    nothing = in_percent(void("mean outcome", n, why))
+    return Score(model, baseline, nothing, nothing, nothing, 0, 0, 0, n_questions, math.nan)
 
 
 def bradley_terry(battles: Battles, anchor: str, rating: float = ANCHOR) -> dict[str, float]:
@@ -314,12 +349,13 @@ def _battle(row: Row, model: str | None, baseline: str | None) -> tuple[tuple[st
     return pair, meaning[winner]
 
 
-def _games(row: Row, rule: Rule) -> tuple[list[str | None], int]:
+def _games(row: Row, rule: Rule) -> tuple[list[str | None], int, int, int]:
+    """The verdicts of a row's games, and how many differ from what is stored, think aloud, and give several."""
     games = row.fields["games"]
     if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(isinstance(game, dict) for game in games):
         raise row.fault("games", shown(games), "a list of two games", "Mend or delete the row.")
     verdicts: list[str | None] = []
-    differing = 0
+    differing = thinking = several = 0
     for game in games:
         stored, text = game.get("score"), game.get("judgment")
         if isinstance(text, dict):
@@ -329,8 +365,11 @@ def _games(row: Row, rule: Rule) -> tuple[list[str | None], int]:
             raise row.fault("games", shown(bad), "texts under judgment and score", "Mend or delete the row.")
         verdict = None if stored is None else _normal(stored.upper())
         if text is not None:
-            read = parse_verdict(text, rule)
+            said = verdicts_in(text)
+            read = _verdict_of(said, rule)
+            thinking += said != _bracketed(text)
+            several += len(set(said)) > 1
             differing += "score" in game and read != verdict
             verdict = read
         verdicts.append(verdict)
-    return verdicts, differing
+    return verdicts, differing, thinking, several

@@ -27,16 +27,18 @@ def battles(
     outcomes: list[float] = []
     questions: list[str] = []
     names: list[tuple[str, str]] = []
-    failed = 0
+    failed = several = 0
     for mine, theirs in matched_replies(ours, reference):
         for swapped in (False, True):
             verdict = by.known(prompts.get(mine.prompt_id, ()), *((theirs, mine) if swapped else (mine, theirs)))
             if verdict is None:
                 failed += 1
                 continue
+            several += verdict.is_last_of_several
             found = battles_of(verdict.label, swapped)
             outcomes += found
             questions += [mine.prompt_id] * len(found)
             names += [sides_of(mine, theirs)] * len(found)
+    remarks = (f"{several} games give verdicts that differ; the last counts, as published",) if several else ()
     first, second = zip(*names, strict=True) if names else ((), ())
-    return Battles(np.array(first), np.array(second), np.array(outcomes), np.array(questions), failed)
+    return Battles(np.array(first), np.array(second), np.array(outcomes), np.array(questions), failed, remarks)

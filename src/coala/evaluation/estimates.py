@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from coala.evaluation.order_effects import place_alone, place_alone_once
 from coala.evaluation.statistics import (
     Float,
     clustered,
@@ -25,6 +26,7 @@ from coala.evaluation.statistics import (
     share_estimate,
     student,
     vector,
+    void,
     wilson_estimate,
 )
 from coala.values import CoalaError, Estimate, Judgement
@@ -250,7 +252,8 @@ def win_rate(
     The k-th judgement of a prompt in one order and the k-th in the other are averaged into one comparison before
     anything else, which removes a judge's taste for the first place. A comparison with a failed judgement (``None``)
     in either order is left out and counted in ``method``. A comparison that ends at exactly 1/2 is a tie: it counts
-    one half, or nothing with ``ties="exclude"``. Comparisons of one prompt are one group of the interval.
+    one half, or nothing with ``ties="exclude"``. Comparisons of one prompt are one group of the interval. Verdicts
+    that follow the place alone have no win rate: the value is nan and ``method`` says ``void`` and why.
     """
     if not judgements:
         return Estimate(math.nan, 0.0, 1.0, 0, "win rate; no judgements")
@@ -271,6 +274,9 @@ def win_rate(
         games[swapped].append(value if value is None or not swapped else 1 - value)
     values: list[float] = []
     prompts: list[str] = []
+    # Preferences for the reply shown first: ours, and theirs, of comparisons judged in both orders or in one.
+    twice: tuple[list[float], list[float]] = ([], [])
+    once: tuple[list[float], list[float]] = ([], [])
     failed = tied = both = 0
     for (prompt_id, *_), (straight, swapped_games) in orders.items():
         for k in range(max(len(straight), len(swapped_games))):
@@ -281,6 +287,11 @@ def win_rate(
                 continue
             value = sum(known) / len(known)
             both += len(known) == 2
+            places = twice if len(known) == 2 else once
+            if k < len(straight):
+                places[0].append(known[0])
+            if k < len(swapped_games):
+                places[1].append(1 - known[-1])
             tied += value == 0.5
             if value != 0.5 or ties == "half":
                 values.append(value)
@@ -289,6 +300,13 @@ def win_rate(
     facts.append(f"{tied} tied and {'counted one half' if ties == 'half' else 'left out'}")
     if failed:
         facts.append(f"{failed} failed and left out")
+    if twice[0]:
+        why = "" if once[0] or once[1] else place_alone(*twice)
+    else:
+        why = place_alone_once(*once)
+    if why:
+        n = len(twice[0]) or sum(map(len, once))
+        return void("win rate", n, ", ".join([why, *facts[2:]]))
     estimate = share_estimate(values, prompts, "win rate")
     return Estimate(estimate.value, estimate.low, estimate.high, estimate.n, f"{estimate.method}; {', '.join(facts)}")
 

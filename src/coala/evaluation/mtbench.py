@@ -16,8 +16,10 @@ from typing import Literal
 
 import numpy as np
 
+from coala.data.reasoning import spoken
+from coala.evaluation.order_effects import place_alone
 from coala.evaluation.rows import Row, read_rows, shown
-from coala.evaluation.statistics import Float, bounded_mean, share_estimate
+from coala.evaluation.statistics import Float, bounded_mean, share_estimate, void
 from coala.values import Estimate
 
 ERROR = -1.0  # the score of a judgement that holds no rating, as it is stored
@@ -84,12 +86,25 @@ class Contest:
 def parse_rating(judgment: str) -> float:
     """The first ``[[number]]`` of a judgement, else the first ``[number]``, if it lies in 1..10; else -1.
 
-    The single bracket also matches code, as in ``a[0]`` or ``[100]``, from which scores of 0 and 100 have been read.
+    Thoughts are taken off first; a thought without an end is an error. The single bracket also matches code, as in
+    ``a[0]`` or ``[100]``, from which scores of 0 and 100 have been read.
     """
+    said = spoken(judgment)
+    return ERROR if said is None else _published_rating(said)
+
+
+def ratings_in(judgment: str) -> tuple[float, ...]:
+    """The different ratings that a judgement gives outside its thoughts, in their order, whatever their range."""
+    said = spoken(judgment) or ""
+    found = next((found for pattern in _RATINGS if (found := pattern.findall(said))), [])
+    return tuple(dict.fromkeys(map(_number, found)))
+
+
+def _published_rating(judgment: str) -> float:
+    """As FastChat reads it, but for the range."""
     for pattern in _RATINGS:
         if match := pattern.search(judgment):
-            # Longer than any rating: not worth making a number of.
-            value = float(match[1]) if len(match[1]) < 20 else ERROR
+            value = _number(match[1])
             return value if LOWEST <= value <= HIGHEST else ERROR
     return ERROR
 
@@ -97,9 +112,9 @@ def parse_rating(judgment: str) -> float:
 def parse_game(judgment: str, swapped: bool) -> Outcome:
     """Who wins by ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie); model 1 is A unless ``swapped``.
 
-    No verdict, or two that differ, is an error.
+    No verdict outside the thoughts, or two that differ, is an error.
     """
-    verdicts = set(_VERDICT.findall(judgment))
+    verdicts = set(_VERDICT.findall(spoken(judgment) or ""))
     if len(verdicts) != 1:
         return "error"
     verdict = verdicts.pop()
@@ -118,7 +133,7 @@ def read_ratings(path: Path | str, categories: Mapping[str, str] | None = None) 
     ``categories`` by question are used where rows name none.
     """
     ratings = []
-    differing = invalid = 0
+    differing = invalid = thinking = several = 0
     for row in read_rows(path):
         stored = row.value("score") if row.get("score") is not None else None
         if row.get("judgment") is None:
@@ -127,7 +142,10 @@ def read_ratings(path: Path | str, categories: Mapping[str, str] | None = None) 
                 invalid += 1
                 score = ERROR
         else:
-            score = parse_rating(row.text("judgment"))
+            text = row.text("judgment")
+            score = parse_rating(text)
+            thinking += score != _published_rating(text)
+            several += len(ratings_in(text)) > 1
             differing += stored is not None and stored != score
         question = row.label("question_id")
         category = row.label("category") if row.get("category") is not None else (categories or {}).get(question, "")
@@ -137,6 +155,13 @@ def read_ratings(path: Path | str, categories: Mapping[str, str] | None = None) 
         remarks.append(f"{differing} stored scores differ from what their judgements say; the judgements count")
     if invalid:
         remarks.append(f"{invalid} stored scores outside 1..10 count as errors")
+    if thinking:
+        remarks.append(
+            f"{thinking} judgements think aloud, and the rating is read from what follows; the published parser would "
+            "read the thoughts"
+        )
+    if several:
+        remarks.append(f"{several} judgements give ratings that differ; the first counts, as published")
     return ratings, tuple(remarks)
 
 
@@ -146,7 +171,7 @@ def read_matches(path: Path | str) -> tuple[list[Match], tuple[str, ...]]:
     A game is read from ``g1_judgment``/``g2_judgment`` where there is one, else from ``g1_winner``/``g2_winner``.
     """
     matches = []
-    differing = 0
+    differing = thinking = several = 0
     for row in read_rows(path):
         outcomes: list[Outcome] = []
         for game in (1, 2):
@@ -158,7 +183,12 @@ def read_matches(path: Path | str) -> tuple[list[Match], tuple[str, ...]]:
                     raise row.fault(f"g{game}_winner", shown(name), f"one of {expected}", "Mend or delete the row.")
                 stored = _OUTCOMES[name]
             if stored is None or row.get(f"g{game}_judgment") is not None:
-                outcomes.append(parse_game(row.text(f"g{game}_judgment", f"g{game}_winner"), swapped=game == 2))
+                text = row.text(f"g{game}_judgment", f"g{game}_winner")
+                outcomes.append(parse_game(text, swapped=game == 2))
+                found = set(_VERDICT.findall(text))
+                said = set(_VERDICT.findall(spoken(text) or ""))
+                thinking += found != said
+                several += len(said) > 1
                 differing += stored is not None and stored != outcomes[-1]
             else:
                 outcomes.append(stored)
@@ -166,8 +196,19 @@ def read_matches(path: Path | str) -> tuple[list[Match], tuple[str, ...]]:
         if models[0] == models[1]:
             raise row.fault("model_2", shown(models[1]), "another model than model_1", "Delete the row.")
         matches.append(Match(*models, row.label("question_id"), _turn(row), _judge(row), (outcomes[0], outcomes[1])))
-    said = f"{differing} stored winners differ from what their judgements say; the judgements count"
-    return matches, (said,) if differing else ()
+    remarks = []
+    if differing:
+        remarks.append(f"{differing} stored winners differ from what their judgements say; the judgements count")
+    if thinking:
+        remarks.append(
+            f"{thinking} judgements think aloud, and the verdict is read from what follows; the published parser would "
+            "read the thoughts"
+        )
+    if several:
+        remarks.append(
+            f"{several} judgements give verdicts that differ and are errors; the published parser takes A before B"
+        )
+    return matches, tuple(remarks)
 
 
 def read_categories(path: Path | str) -> dict[str, str]:
@@ -186,6 +227,8 @@ def scores(ratings: Sequence[Rating]) -> dict[str, Scores]:
         rows = [rating for rating in ratings if rating.model == model]
         valid = [row for row in rows if row.score != ERROR]
         remarks = _repeats([(row.question, row.turn, row.judge) for row in rows])
+        if len(valid) > 1 and len({row.score for row in valid}) == 1:
+            remarks += (f"every one of the {len(valid)} ratings is {valid[0].score:g}: this judge tells no two apart",)
         judges = {row.judge for row in rows}
         if len({row.question for row in rows if row.category}) not in (0, len({row.question for row in rows})):
             remarks += ("some questions have no category",)
@@ -221,6 +264,14 @@ def contests(matches: Sequence[Match]) -> dict[str, Contest]:
         result = np.array([_result(match, model) for match in used])
         question = [match.question for match in used]
         decided = result != 0.5
+        why = place_alone(*zip(*map(_shown_first, used), strict=True)) if used else ""
+        remarks = _repeats([(m.question, m.turn, m.judge, *sorted((m.model_1, m.model_2))) for m in mine])
+
+        def share(
+            name: str, values: Float, questions: Sequence[str] = question, n: int = len(used), why: str = why
+        ) -> Estimate:
+            return void(name, n, why) if why else share_estimate(values, questions, name)
+
         kept = [name for name, one in zip(question, decided, strict=True) if one]
         found[model] = Contest(
             model=model,
@@ -228,11 +279,11 @@ def contests(matches: Sequence[Match]) -> dict[str, Contest]:
             losses=int((result == 0).sum()),
             ties=int((~decided).sum()),
             n_errors=len(mine) - len(used),
-            win_rate=share_estimate(result == 1, question, "wins"),
-            loss_rate=share_estimate(result == 0, question, "losses"),
-            adjusted=share_estimate(result, question, "wins, a tie one half"),
-            excluding_ties=share_estimate(result[decided], kept, "wins among decided matches"),
-            remarks=_repeats([(m.question, m.turn, m.judge, *sorted((m.model_1, m.model_2))) for m in mine]),
+            win_rate=share("wins", result == 1),
+            loss_rate=share("losses", result == 0),
+            adjusted=share("wins, a tie one half", result),
+            excluding_ties=share("wins among decided matches", result[decided], kept),
+            remarks=(*remarks, f"{why}; its rates say nothing") if why else remarks,
         )
     return found
 
@@ -242,6 +293,12 @@ def _result(match: Match, model: str) -> float:
     if first != second or first == "tie":
         return 0.5
     return float((match.model_1 if first == "model_1" else match.model_2) == model)
+
+
+def _shown_first(match: Match) -> tuple[float, float]:
+    """What each game gives to the answer shown first: model 1's in the first game, model 2's in the second."""
+    worth = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5}
+    return worth[match.outcomes[0]], 1 - worth[match.outcomes[1]]
 
 
 def _mean(rows: Sequence[Rating]) -> Estimate:
@@ -255,6 +312,11 @@ def _mean(rows: Sequence[Rating]) -> Estimate:
 def _repeats(keys: Sequence[object]) -> tuple[str, ...]:
     again = sum(count - 1 for count in Counter(keys).values())
     return (f"{again} rows repeat a question and turn; all are counted",) if again else ()
+
+
+def _number(rating: str) -> float:
+    # Longer than any rating: not worth making a number of.
+    return float(rating) if len(rating) < 20 else ERROR
 
 
 def _turn(row: Row) -> int:

@@ -1,4 +1,7 @@
-"""Does a judge contradict itself when the order of the replies is swapped, and which place does it favour?"""
+"""Does a judge contradict itself when the order of the replies is swapped, and which place does it favour?
+
+A judge whose verdicts follow the place alone says nothing of the replies: :func:`place_alone` finds it.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,45 @@ class Consistency:
     n_second: int
 
 
+def place_alone(straight: Sequence[float], swapped: Sequence[float]) -> str:
+    """Why these verdicts say nothing of the replies, in words; empty if they may say something.
+
+    ``straight[i]`` and ``swapped[i]`` in [0, 1] are the preferences for the reply shown *first* in the two orders of
+    comparison i. They say nothing if, ties in both orders apart, the same place is preferred both times in every one.
+    """
+    lean = np.stack([_leaning(straight), _leaning(swapped)])
+    decided, tied = (lean[0] == lean[1]) & (lean[0] != 0), (lean == 0).all(0)
+    if not decided.any() or not (decided | tied).all():
+        return ""
+    first, n = int((lean[0] > 0).sum()), int(decided.sum())
+    where = "reply shown first" if first == n else "reply shown second" if not first else "same place"
+    return f"this judge reads only the place ({_of_all(n)} it prefers the {where} in both orders)"
+
+
+def place_alone_once(straight: Sequence[float], swapped: Sequence[float]) -> str:
+    """:func:`place_alone` for comparisons that were judged in one order each: ours shown first, and ours second.
+
+    Values are preferences for the reply shown first. With fewer than three verdicts in either order a judge of the
+    replies may well agree with the place, and nothing is said.
+    """
+    lean = np.concatenate([_leaning(straight), _leaning(swapped)])
+    enough = all(np.count_nonzero(_leaning(side)) >= 3 for side in (straight, swapped))
+    if not enough or len(set(lean[lean != 0].tolist())) != 1:
+        return ""
+    n, where = int(np.count_nonzero(lean)), "first" if lean.max() > 0 else "second"
+    return f"this judge reads only the place ({_of_all(n)} it prefers the reply shown {where}, ours or not)"
+
+
+def _of_all(n: int) -> str:
+    return "in the only comparison" if n == 1 else f"in all {n} comparisons"
+
+
+def _leaning(preference: Sequence[float] | Float) -> Float:
+    """1 where the reply shown first is preferred, -1 where the other is, 0 for a tie (within 1e-9 of 1/2)."""
+    away = np.asarray(preference, dtype=np.float64) - 0.5
+    return np.where(np.abs(away) < 1e-9, 0.0, np.sign(away))
+
+
 def consistency(judgements: Sequence[Judgement]) -> Consistency:
     """Pairs the k-th judgement of a prompt, judge and pair of sides in one order with the k-th in the other.
 
@@ -52,7 +94,7 @@ def consistency(judgements: Sequence[Judgement]) -> Consistency:
     ]
     prompts = [prompt_id for prompt_id, _, _ in both]
     games_won: Float = np.array([row[1:] for row in both], dtype=np.float64).reshape(-1, 2)
-    leaning = np.where(np.abs(games_won - 0.5) < 1e-9, 0.0, np.sign(games_won - 0.5))
+    leaning = _leaning(games_won)
     first, second = (leaning == 1).all(1), (leaning == -1).all(1)
     return Consistency(
         inconsistency=share_estimate(leaning[:, 0] != -leaning[:, 1], prompts, "verdicts that the order changed"),

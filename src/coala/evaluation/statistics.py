@@ -221,6 +221,11 @@ def wilson_estimate(
     return Estimate(value, low, high, n, f"{name}, Wilson 95 % at n_eff = {effective:.1f}{over(groups, n)}")
 
 
+def void(name: str, n: int, why: str) -> Estimate:
+    """The estimate of a share whose ``n`` values say nothing of it: no value, and ``why`` in its method."""
+    return Estimate(math.nan, 0.0, 1.0, n, f"{name}; void: {why}")
+
+
 # --- what the estimators share -----------------------------------------------------------------------------------
 
 

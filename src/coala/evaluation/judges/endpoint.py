@@ -268,7 +268,8 @@ def _read(body: bytes) -> Answer:
         document = json.loads(body)
         choice = document["choices"][0]
         message = choice["message"]
-        text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+        text, refusal, finish = _text(message.get("content")), message.get("refusal"), choice.get("finish_reason")
+        thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
         if not isinstance(text, str | None) or not isinstance(refusal, str | None):
             raise TypeError("content is not a text")
         usage = document.get("usage") or {}
@@ -279,9 +280,17 @@ def _read(body: bytes) -> Answer:
             top=_top(choice.get("logprobs")),
             prompt_tokens=_tokens(usage.get("prompt_tokens")),
             completion_tokens=_tokens(usage.get("completion_tokens")),
+            reasoning=thoughts if isinstance(thoughts, str) else json.dumps(thoughts),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _Again("malformed", f"The answer is no chat completion ({shown(str(error))}).") from None
+
+
+def _text(content: Any) -> Any:
+    """The text of a message; of content in parts those that are text, thoughts left out."""
+    if not isinstance(content, list):
+        return content
+    return "".join(str(part["text"]) for part in content if part.get("type") in ("text", "output_text"))
 
 
 def _top(found: Any) -> tuple[tuple[str, float], ...] | None:

@@ -1,24 +1,32 @@
-"""From a judge's answer to its verdict, strictly: what cannot be read is a failure of a named kind, never a guess."""
+"""From a judge's answer to its verdict, strictly: what cannot be read is a failure of a named kind, never a guess.
+
+A judge may think aloud: what it thinks is no verdict, and is taken off before anything is read.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from coala.data.reasoning import opens_thought, spoken
 from coala.evaluation.alpaca import preference_from_logprobs
-from coala.evaluation.arena import parse_verdict
+from coala.evaluation.arena import parse_verdict, verdicts_in
 from coala.evaluation.judges.instructions import ARENA_LABELS, Instructions
 from coala.evaluation.judges.protocol import JudgeFailure
-from coala.evaluation.mtbench import ERROR, HIGHEST, LOWEST, parse_game, parse_rating
+from coala.evaluation.mtbench import ERROR, HIGHEST, LOWEST, parse_game, parse_rating, ratings_in
 from coala.evaluation.rows import as_number, shown
+
+
+_BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Answer:
     """What a judge said: ``text``, why it ended, and for one-token verdicts the likeliest first tokens (nats).
 
-    Kept as it came, so that a verdict can be read again without being bought again.
+    ``reasoning`` is what the endpoint gave as thoughts, apart from the text; no verdict is read from it. Kept as it came, so that a verdict can be read again without being bought again.
     """
 
     text: str
@@ -27,6 +35,7 @@ class Answer:
     top: tuple[tuple[str, float], ...] | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    reasoning: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -40,10 +49,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """P(the reply shown first is better) in [0, 1], and the label it was read from."""
+    """P(the reply shown first is better) in [0, 1], the label it was read from, and whether the answer had others."""
 
     preference: float
     label: str
+    is_last_of_several: bool = False
 
 
 def read_verdict(answer: Answer, instructions: Instructions) -> Verdict:
@@ -66,7 +76,8 @@ def read_verdict(answer: Answer, instructions: Instructions) -> Verdict:
         found = parse_verdict(answer.text)
         if found is None:
             raise _none(answer)
-        return _decided(found)
+        # Of several the last, as the benchmark's own code reads its judge.
+        return replace(_decided(found), is_last_of_several=len(set(verdicts_in(answer.text))) > 1)
     outcome = parse_game(answer.text, swapped=False)
     if outcome == "error":
         raise _none(answer)
@@ -82,6 +93,9 @@ def read_rating(answer: Answer, instructions: Instructions) -> float:
         if number is None or not LOWEST <= number <= HIGHEST:
             raise JudgeFailure("no verdict", f"The rating is {shown(value)}; expected a number from 1 to 10.")
         return number
+    if len(several := ratings_in(answer.text)) > 1:
+        listed = ", ".join(f"{one:g}" for one in several[:5])
+        raise JudgeFailure("no verdict", f"The answer gives ratings that differ: {listed}.")
     rating = parse_rating(answer.text)
     if rating == ERROR:
         raise _none(answer)
@@ -97,6 +111,13 @@ def _weighted(answer: Answer, instructions: Instructions) -> Verdict:
         raise JudgeFailure(
             "no log-probabilities", "The answer came without log-probabilities, which a weighted judge is read from."
         )
+    likeliest = max(answer.top, key=lambda one: one[1])[0]
+    if answer.reasoning or opens_thought(answer.text) or opens_thought(likeliest):
+        raise JudgeFailure(
+            "thinks first",
+            "The first token opens a thought, so its log-probabilities are no verdict. Turn thinking off for a "
+            "weighted judge, or use --judge pairwise.",
+        )
     first, second = instructions.labels
     found = preference_from_logprobs(answer.top, swapped=False, tokens=(first, second))
     if found is None:
@@ -110,6 +131,12 @@ def _check_whole(answer: Answer, instructions: Instructions) -> None:
     # A one-token verdict always ends at its limit.
     if answer.finish == "length" and instructions.mode != "weighted":
         raise JudgeFailure("cut short", "The answer ended at its limit of tokens. Raise max_tokens of the judge.")
+    # An object may hold anything in its texts.
+    is_object = instructions.parser == "json" and answer.text.lstrip().startswith("{")
+    if not is_object and spoken(answer.text) is None:
+        raise JudgeFailure("cut short", "The answer is a thought without an end. Raise max_tokens of the judge.")
+    if answer.reasoning and not answer.text.strip():
+        raise JudgeFailure("no verdict", "The answer is empty: the judge thought and said nothing.")
 
 
 def _none(answer: Answer) -> JudgeFailure:
@@ -126,8 +153,14 @@ def _field(answer: Answer, name: str, instructions: Instructions) -> Any:
 
     try:
         document = json.loads(answer.text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise JudgeFailure("no verdict", f"The answer is not JSON ({ascii(str(error))[1:-1]}).") from None
+    except (ValueError, RecursionError):
+        # Thoughts before the object, or a code block around it.
+        said = (spoken(answer.text) or "").strip()
+        block = _BLOCK.fullmatch(said)
+        try:
+            document = json.loads(block[1] if block else said, object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
+            raise JudgeFailure("no verdict", f"The answer is not JSON ({ascii(str(error))[1:-1]}).") from None
     wanted = instructions.schema()
     if not isinstance(document, dict) or wanted is None or set(document) != set(wanted["properties"]):
         found = ascii(sorted(document)) if isinstance(document, dict) else shown(document)
