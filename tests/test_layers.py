@@ -16,8 +16,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "__main__": ({"cli"}, set()),
     "cache": ({"values"}, set()),
     "costs": ({"values"}, set()),
-    "recipe": ({"values"}, {"pydantic", "yaml"}),
-    "data": ({"values"}, set()),
+    "choices": (set(), set()),
+    "messages": (set(), set()),
+    "recipe": ({"values", "choices", "messages"}, {"pydantic", "yaml"}),
+    "data": ({"values", "messages"}, set()),
     "backbone": ({"values", "costs"}, {"torch", "transformers"}),
     "convex": ({"values"}, {"jax"}),
     "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
@@ -31,7 +33,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "lm_eval"},
     ),
     "survey": ({"values", "store", "evaluation"}, {"fastapi", "uvicorn"}),
-    "serve": ({"values", "backbone", "decoding"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "serve": ({"values", "messages", "backbone", "decoding"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "align": (
         {
             "values",
@@ -50,14 +52,15 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "compare": (
         {
-            *("values", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("values", "messages", "store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
             *("evaluation", "baselines", "align", "report"),
         },
         {"pydantic", "yaml"},
     ),
     "cli": (
         {
-            *("values", "store", "cache", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("values", "choices", "messages", "store", "cache", "costs", "recipe", "data", "backbone", "convex"),
+            *("features", "decoding"),
             *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare"),
         },
         {"typer"},
