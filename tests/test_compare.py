@@ -111,7 +111,7 @@ def test_a_cell_is_stamped_with_what_decides_it_and_nothing_else() -> None:
         ({"methods": [*METHODS, {"name": "c", "kind": "coala", "settings": ["full"]}]}, "no training settings"),
         ({"methods": [*METHODS, {"name": "c", "kind": "coala", "layer": "auto", "reference": "margin"}]}, "all layers"),
         ({"seeds": [1, 1]}, "a seed is named twice"),
-        ({"seed": 1}, "Extra inputs"),
+        ({"seed": 1}, "unknown setting seed; did you mean seeds or split.seed"),
     ],
 )
 def test_studies_that_do_not_fit_are_explained(change: dict[str, Any], said: str) -> None:

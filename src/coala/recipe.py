@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from coala.choices import DTYPES, Dtype, GateOn, Loss, Method, Mode, PhaseOne, Pooling, Quantise, Rule, Template
 from coala.documents import DocumentError, parse_yaml
+from coala.messages import Place, joined, sentences
 from coala.values import CoalaError
 
 
@@ -23,24 +25,30 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _usual_name(dtype: Any) -> Any:
+    return DTYPES.get(dtype.lower(), dtype.lower()) if isinstance(dtype, str) else dtype
+
+
 class ModelSettings(_Strict):
     """The frozen backbone and what is read from it."""
 
     name: str = Field(description="local model folder or hub name")
     revision: str | None = None
-    template: Literal["auto", "chat", "dialogue", "continuation"] = "auto"
+    template: Template = "auto"
     layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = Field(
-        -1, description="hidden state to read; -1 is the last, auto the cheapest within the noise of the best"
+        -1, description="hidden state to read; -1 is the last, auto the lowest within one standard error of the best"
     )
-    pooling: Literal["mean", "mean_all", "last", "attn"] = "mean"
+    pooling: Pooling = "mean"
     ends_with_eos: bool = False
     max_tokens: int | None = Field(None, ge=2, description="prompt plus reply; the model's context if not given")
     prefixes: int = Field(1, ge=1, description="fit the head on this many prefixes of every reply; 1 is the whole")
     batch_tokens: int = Field(4096, ge=1)
-    device: str = Field("auto", description="auto, cpu, cuda, ... or offload: layers that do not fit wait in memory")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, ... or offload: layers that do not fit stay in CPU memory or on disk"
+    )
     adapter: str | None = Field(None, description="folder or hub name of a LoRA adapter of the model")
-    quantise: Literal["8bit", "4bit"] | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantise: Quantise | None = None
+    dtype: Annotated[Dtype, BeforeValidator(_usual_name)] = "auto"
     trust_remote_code: bool = False
     prompt_features: bool | None = Field(
         None, description="encode prompts too, for gates on them; on where head.gate_on asks for it"
@@ -53,13 +61,13 @@ class ModelSettings(_Strict):
 class HeadSettings(_Strict):
     """How the head is fitted; see ``coala.convex.fit``."""
 
-    method: Literal["learnt", "direct", "two-phase", "linear"] = "learnt"
-    gate_on: Literal["auto", "reply", "prompt"] | None = Field(
+    method: Method = "learnt"
+    gate_on: GateOn | None = Field(
         None, description="what gates look at; auto lets the two compete; without a word auto over what there is"
     )
     reference_scale: float | None = Field(None, description="CVX-DPO: margin, this times the reference's log ratio")
-    loss: Literal["pairwise", "pointwise"] = Field("pairwise", description="Phase II loss of the two-phase method")
-    phase_one: Literal["gated", "cronos", "network"] = Field("gated", description="what solves Phase I")
+    loss: Loss = Field("pairwise", description="Phase II loss of the two-phase method")
+    phase_one: PhaseOne = Field("gated", description="what solves Phase I")
     paper: bool = Field(False, description="the two-phase method with its published settings, nothing searched")
     n_patterns: int | None = Field(None, ge=1, description="gates at most (learnt) or sampled; the method's own if not")
     tolerance: float = Field(1e-4, gt=0, lt=1, description="certified relative gap")
@@ -68,14 +76,14 @@ class HeadSettings(_Strict):
 class GuidanceSettings(_Strict):
     """How the head guides decoding."""
 
-    mode: Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"] = "block"
+    mode: Mode = "block"
     strength: float = Field(2.0, ge=0)
     every: int | None = Field(None, ge=1, description="guide every N tokens; 1, in prefix mode 5")
     candidates: int = Field(5, ge=1)
     top_k: int = Field(50, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
     block_tokens: int = Field(5, ge=1)
-    rule: Literal["min-max", "raw", "z-score"] = "min-max"
+    rule: Rule = "min-max"
     budget: float | None = Field(None, ge=0, description="of mode shift: nats a reply may spend on guidance")
     width: int = Field(4, ge=1, description="of mode beam: hypotheses kept")
 
@@ -86,8 +94,11 @@ class EvaluationSettings(_Strict):
     prompts: int = Field(50, ge=0, description="held-out prompts that get a guided and an unguided reply")
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, ge=0)
-    judge: str | None = Field(None, description="a word-judge file; without one only the head's own scores are shown")
-    labeller: str | None = Field(None, description="the scorer that made the labels, shown beside the judge")
+    judge: str | None = Field(
+        None,
+        description="head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file; none: only the head's scores",
+    )
+    labeller: str | None = Field(None, description="the scorer that made the labels, in the same form; shown beside it")
 
 
 class Recipe(_Strict):
@@ -118,6 +129,11 @@ class Recipe(_Strict):
             raise ValueError("head.gate_on prompt needs model.prompt_features, which is false")
         if head.reference_scale is not None and model.log_ratios is False:
             raise ValueError("head.reference_scale needs model.log_ratios, which is false")
+        if self.log_ratios and model.prefixes > 1:
+            raise ValueError(
+                f"log ratios (head.reference_scale, model.log_ratios) are of whole replies, and model.prefixes is "
+                f"{model.prefixes}; leave one of them out"
+            )
         return self
 
     @property
@@ -138,7 +154,11 @@ class Recipe(_Strict):
         def absolute(name: str) -> str:
             return str(Path(name).resolve()) if Path(name).exists() else name
 
-        judges = {k: absolute(v) for k in ("judge", "labeller") if (v := getattr(self.evaluation, k)) is not None}
+        def judge(named: str) -> str:
+            kind, colon, rest = named.partition(":")
+            return f"{kind}:{absolute(rest)}" if colon and kind in ("head", "words") else absolute(named)
+
+        judges = {k: judge(v) for k in ("judge", "labeller") if (v := getattr(self.evaluation, k)) is not None}
         return self.model_copy(
             update={
                 "pairs": tuple(map(absolute, self.pairs)),
@@ -179,13 +199,44 @@ def recipe_of(document: Any, source: Path | None = None) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"])
-            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
-            lines.append(f"{where}: {problem['msg']}{found}" if where else problem["msg"])
         told = f"{source}: " if source else ""
-        raise RecipeError(f"{told}the settings do not fit: {'; '.join(lines)}.") from None
+        faults = [_HOW_TO_GIVE.get(fault, fault) for fault in sentences(error.errors(), Recipe, name=_named)]
+        if len(faults) > 1:
+            raise RecipeError(f"{told}invalid settings:\n" + "\n".join(f"  {fault}" for fault in faults)) from None
+        raise RecipeError(told + joined(faults)) from None
+
+
+# Settings that have a flag of their own on the command line.
+FLAGS = {
+    **{name: "--" + name.replace("_", "-") for name in ("format", "skip_bad", "eval_fraction", "seed")},
+    "eval_pairs": "--eval",
+    "model.name": "--model",
+    **{
+        f"{section}.{name}": "--" + name.replace("_", "-")
+        for section, names in {
+            "model": (
+                *("template", "device", "dtype", "adapter", "quantise", "layer", "pooling", "prefixes"),
+                *("batch_tokens", "max_tokens"),
+            ),
+            "head": ("method", "gate_on", "reference_scale", "paper"),
+            "guidance": ("mode", "strength"),
+            "evaluation": ("prompts", "max_new_tokens", "judge"),
+        }.items()
+        for name in names
+    },
+}
+_MODEL_MISSING = "--model is missing. Give a model folder or hub name, such as --model ./my-model."
+_HOW_TO_GIVE = {
+    "model is missing": _MODEL_MISSING,
+    "model.name (--model) is missing": _MODEL_MISSING,
+    "pairs is missing": "The pairs are missing. Name a file of preference pairs, such as `coala align pairs.jsonl`.",
+}
+
+
+def _named(place: Place) -> str:
+    """A setting as people give it: its name, and its flag if it has one."""
+    name = ".".join(map(str, place))
+    return f"{name} ({FLAGS[name]})" if name in FLAGS else name
 
 
 def _overlay(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coala.documents import DocumentError, parse_yaml
+from coala.messages import joined, sentences
 from coala.recipe import GuidanceSettings, HeadSettings, RecipeError
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
@@ -278,8 +279,7 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
     try:
         study = Study.model_validate(document)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}".removeprefix(": ") for p in error.errors()]
-        raise RecipeError(f"{source}: the settings do not fit: {'; '.join(lines)}.") from None
+        raise RecipeError(f"{source}: invalid settings: {joined(sentences(error.errors(), Study))}") from None
 
     def located(name: str) -> str:
         prefix, colon, rest = name.partition(":")

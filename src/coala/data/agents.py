@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 
 from coala.documents import DocumentError, parse_yaml
+from coala.messages import joined, sentences
 from coala.values import CoalaError, Role
 
 Speaker = Literal["student", "tutor"]
@@ -276,7 +277,7 @@ def parse_recipe(
             above = TypeAdapter(Limits).validate_python({**asdict(recipe.limits), **given})
             recipe = replace(recipe, limits=above)
     except (ValidationError, RecursionError) as error:
-        raise SynthesisError(f"{source}: the recipe does not fit: {_worded(error)}.") from None
+        raise SynthesisError(f"{source}: invalid settings: {_worded(error)}") from None
     return recipe
 
 
@@ -291,17 +292,5 @@ def read_recipe(text: str, source: str = "recipe", conversations: int | None = N
 
 def _worded(error: Any) -> str:
     if isinstance(error, RecursionError):
-        return "it is nested too deep"
-    lines = []
-    for problem in error.errors():
-        # Of a union every member complains; the place is named once.
-        where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "dict[")))
-        found = "" if problem["type"] in ("missing", "value_error") else f" (found {_short(problem['input'])})"
-        said = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {said}{found}" if where else f"{said}{found}")
-    return "; ".join(dict.fromkeys(lines))
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:60] + "..."
+        return "it is nested too deep."
+    return joined(sentences(error.errors(), SynthesisRecipe))

@@ -18,7 +18,6 @@ from coala.evaluation.judges.protocol import JudgeFailure
 from coala.evaluation.mtbench import ERROR, HIGHEST, LOWEST, parse_game, parse_rating, ratings_in
 from coala.evaluation.rows import as_number, shown
 
-
 _BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 
 
