@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,13 @@ def command(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
     )
 
 
-def invoked(*words: str | Path) -> tuple[dict[str, Any], str]:
-    """A command in this process: its JSON and what it said on stderr."""
+def invoked(*words: str | Path, said: str | None = None) -> tuple[dict[str, Any], str]:
+    """A command in this process, which is told ``said``: its JSON and what it said on stderr."""
     from typer.testing import CliRunner
 
     from coala.cli import app
 
-    done = CliRunner().invoke(app, [*map(str, words)])
+    done = CliRunner().invoke(app, [*map(str, words)], input=said)
     assert done.exit_code == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
     return result, done.stderr
@@ -218,7 +219,28 @@ def test_stages_in_processes_of_their_own_give_the_same_bytes(
     assert values_of(run.path) == values_of(finished.path)
 
 
+def test_interrupted_twice_in_every_stage_it_gives_the_same_bytes(
+    finished: Run, pairs: Path, model: Path, tmp_path: Path
+) -> None:
+    run, met = Run(tmp_path / "run"), Counter[str]()
+
+    def interrupt(stage: str, *told: Any) -> None:
+        met[stage] += 1
+        if met[stage] <= 2:
+            raise KeyboardInterrupt
+
+    for _ in range(50):
+        try:
+            align(recipe(pairs, model), run, on_progress=interrupt)
+        except KeyboardInterrupt:
+            continue
+        break
+    assert {"features-train", "features-eval", "head", "replies-guided"} <= set(met)
+    assert values_of(run.path) == values_of(finished.path)
+
+
 @pytest.mark.slow
+@pytest.mark.nightly  # the test above, and test_features.py by a kill
 def test_kill_minus_nine_and_resume_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     # Enough rows for several shards, so that the kill falls between two of them.
     source = write_rows(tmp_path / "pairs.jsonl", pair_rows(2600, 300))
@@ -269,26 +291,21 @@ class TestCommands:
 
     def test_chat_answers_and_obeys(self, finished: Run) -> None:
         script = "/help\ntell me story\n/guide off\n/strength nonsense\n/new\nand another\n/quit\n"
-        done = command("chat", finished.path, "--max-new-tokens", "4", input=script)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.strip().split("\n")[-1]) == {"replies": 2}
-        assert "could not convert" in done.stderr
+        result, told = invoked("chat", finished.path, "--max-new-tokens", "4", said=script)
+        assert result == {"replies": 2}
+        assert "could not convert" in told
 
     def test_report_is_made_again(self, finished: Run) -> None:
         (finished.path / "report.html").unlink()
-        done = command("report", finished.path)
-        assert done.returncode == 0, done.stderr
+        assert invoked("report", finished.path)[0]["n_train"] > 0
         assert (finished.path / "report.html").exists()
-        assert json.loads(done.stdout.strip().split("\n")[-1])["n_train"] > 0
 
     def test_extract_and_fit_are_the_stages_of_align(self, finished: Run, model: Path, tmp_path: Path) -> None:
         pairs = finished.path / "pairs-train.jsonl"
-        done = command("extract", pairs, "--model", model, "--out", tmp_path / "features")
-        assert done.returncode == 0, done.stderr
+        invoked("extract", pairs, "--model", model, "--out", tmp_path / "features")
         mine, theirs = load_features(tmp_path / "features"), load_features(finished.path / "features/train")
         np.testing.assert_array_equal(mine.chosen, theirs.chosen)
-        done = command("fit", tmp_path / "features", "--out", tmp_path / "head")
-        assert done.returncode == 0, done.stderr
+        invoked("fit", tmp_path / "features", "--out", tmp_path / "head")
         assert file_digest(tmp_path / "head/head.safetensors") == file_digest(finished.path / "head/head.safetensors")
 
     def test_fit_says_what_it_proved(self, finished: Run, model: Path, tmp_path: Path) -> None:
@@ -321,18 +338,13 @@ class TestCommands:
         assert result["n_neurons"] in neurons
 
     def test_data_commands(self, pairs: Path, tmp_path: Path) -> None:
-        done = command("data", "check", pairs)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.strip().split("\n")[-1])["pairs"] == 60
-        done = command("data", "convert", pairs, "--out", tmp_path / "plain.jsonl")
-        assert done.returncode == 0, done.stderr
+        assert invoked("data", "check", pairs)[0]["pairs"] == 60
+        invoked("data", "convert", pairs, "--out", tmp_path / "plain.jsonl")
         done = command("data", "show", tmp_path / "plain.jsonl", "--n", "1")
         assert "rejected" in done.stdout
         turns = [{"role": r, "text": f"{r} says {i}"} for i, r in enumerate(["user", "assistant"] * 3)]
         write_rows(tmp_path / "talk.jsonl", [{"id": "a", "turns": turns}])
-        done = command("data", "alternate", tmp_path / "talk.jsonl", "--out", tmp_path / "made.jsonl")
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.strip().split("\n")[-1])["pairs"] == 2
+        assert invoked("data", "alternate", tmp_path / "talk.jsonl", "--out", tmp_path / "made.jsonl")[0]["pairs"] == 2
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -352,19 +364,25 @@ class TestCommands:
         ],
         ids=" ".join,
     )
-    def test_wrong_input_ends_with_code_two_and_a_reason(self, words: list[str], message: str, tmp_path: Path) -> None:
-        environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        done = subprocess.run(
-            [sys.executable, "-m", "coala", *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            check=False,
-        )
-        assert done.returncode == 2, done.stderr
-        assert message in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+    def test_wrong_input_ends_with_code_two_and_a_reason(
+        self,
+        words: list[str],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        from coala.cli import main
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["coala", *words])
+        monkeypatch.setattr(os, "environ", {**os.environ})  # the command sets some for itself
+        with pytest.raises(SystemExit) as end:
+            main()
+        told = capfd.readouterr()
+        assert end.value.code == 2, told
+        assert message in told.out + told.err
+        assert "Traceback" not in told.err
         assert not list(tmp_path.iterdir())
 
 

@@ -6,13 +6,16 @@ import gzip
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 
+from coala.align import align
 from coala.data import check, position_cues, read_pairs
 from coala.evaluation import WordJudge
+from coala.recipe import load_recipe
+from coala.store import Run
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "coala" / "assets"
 
@@ -72,7 +75,36 @@ def test_no_row_of_the_shared_data_is_bundled(shared: Path) -> None:
     assert not texts & known
 
 
+def test_the_demo_aligns_what_is_bundled(tmp_path: Path) -> None:
+    """With a few pairs, a linear head and a few replies; the claim is the next test's."""
+    for name in ("film_pairs", "film_pairs_test"):
+        with (
+            gzip.open(ASSETS / f"{name}.jsonl.gz", "rb") as whole,
+            gzip.open(tmp_path / f"{name}.jsonl.gz", "wb") as few,
+        ):
+            few.writelines(islice(whole, 60))
+    for path in ASSETS.iterdir():
+        if not (tmp_path / path.name).exists():
+            (tmp_path / path.name).symlink_to(path)
+    settings = load_recipe(
+        ASSETS.parent / "recipes" / "demo.yaml",
+        {
+            "pairs": [str(tmp_path / "film_pairs.jsonl.gz")],
+            "eval_pairs": [str(tmp_path / "film_pairs_test.jsonl.gz")],
+            "model": {"name": str(ASSETS / "film-lm")},
+            "evaluation": {"judge": str(ASSETS / "film-judge.json"), "labeller": str(ASSETS / "film-labeller.json")},
+        },
+        {"evaluation": {"prompts": 4, "max_new_tokens": 8}, "head": {"method": "linear"}},
+    )
+    content = align(settings, Run(tmp_path / "run"))
+    assert content["summary"]["certified_gap"] < 1e-4
+    assert content["summary"]["accuracy_eval"].value > 0.5
+    assert [rate["judge"] for rate in content["win_rates"]] == ["film-judge", "film-labeller"]
+    assert set(content["perplexity"]) == {"unguided", "guided"}
+
+
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_demo_and_its_claim(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "coala", "demo", "--out", str(tmp_path / "run")],

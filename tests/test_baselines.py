@@ -56,6 +56,13 @@ QUICK = TrainSettings(
 )
 SMALL = Lora(rank=4, alpha=8)
 GOOD, BAD = "once upon a time there was a little girl", "no, we'd rather not say"
+
+
+def nightly(*values: Any) -> Any:
+    """A case that others of its test stand for."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
 # The name of the margin in TRL's logs.
 MARGINS = {"dpo": "rewards/margins", "orpo": "rewards/margins", "simpo": "rewards/margins", "reward": "margin"}
 ACCURACIES = {
@@ -248,7 +255,12 @@ def _trl_tokens(backbone: LanguageModel, data: list[dict[str, Any]], folder: Pat
 @pytest.mark.parametrize(
     ("method", "name", "lora"),
     # Llama's head is a matrix of its own, which a reward model does not have.
-    [*((m, n, lora) for m in MARGINS for n, lora in [("gpt2", None), ("llama", SMALL)]), ("reward", "llama", None)],
+    [
+        *((method, "llama", SMALL) for method in MARGINS),
+        ("dpo", "gpt2", None),
+        *(nightly(method, "gpt2", None) for method in MARGINS if method != "dpo"),
+        ("reward", "llama", None),
+    ],
 )
 def test_margins_are_those_trl_logs(
     loaded: Callable[[str], LanguageModel], trained: Callable[..., Trained], method: str, name: str, lora: Lora | None
@@ -360,7 +372,9 @@ def test_a_separable_set_is_learnt_in_a_few_steps(base: Callable[[str], Path], t
     assert result.peak_bytes
 
 
-@pytest.mark.parametrize(("method", "lora"), [("dpo", None), ("dpo", SMALL), ("sft", None), ("reward", SMALL)])
+@pytest.mark.parametrize(
+    ("method", "lora"), [("dpo", None), nightly("dpo", SMALL), nightly("sft", None), ("reward", SMALL)]
+)
 def test_a_rate_of_zero_changes_nothing(
     base: Callable[[str], Path], loaded: Callable[[str], LanguageModel], tmp_path: Path, method: Any, lora: Lora | None
 ) -> None:
@@ -392,7 +406,10 @@ def test_an_adapter_loads_through_the_backbone(
     assert model.weights != loaded("llama").weights
 
 
-@pytest.mark.parametrize(("method", "name"), [*((m, "llama") for m in METHODS), ("dpo", "gpt2")])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*((m, "llama") if m in ("dpo", "reward") else nightly(m, "llama") for m in METHODS), nightly("dpo", "gpt2")],
+)
 def test_the_papers_settings_run(base: Callable[[str], Path], tmp_path: Path, method: Any, name: str) -> None:
     """bf16, an adapter with dropout, accumulation and checkpointed activations, on the modules of Table 13."""
     result = train(method, separable(), base(name), out=tmp_path, settings=replace(paper(method), steps=1))
@@ -489,6 +506,7 @@ train("orpo", mixed(), sys.argv[1], out=sys.argv[2], settings=settings, on_step=
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # test_an_interrupted_run_ends_with_the_same_weights, by a kill
 def test_a_killed_process_ends_with_the_same_weights_and_says_nothing(
     base: Callable[[str], Path], tmp_path: Path
 ) -> None:

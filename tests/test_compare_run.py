@@ -87,6 +87,19 @@ def decided(content: Any) -> Any:
     return content
 
 
+def small_study(made: Path, **change: Any) -> Study:
+    """One baseline and one head, from one start."""
+    few = [method for method in METHODS if method["name"] in ("dpo", "linear")]
+    return study(made, methods=few, datasets={"d": {"pairs": [str(made / "pairs.jsonl")]}}, **change)
+
+
+@pytest.fixture(scope="module")
+def small(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "small"
+    run(small_study(made), out)
+    return out
+
+
 @pytest.fixture(scope="module")
 def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "whole"
@@ -94,6 +107,36 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_baseline_and_a_head_are_compared(made: Path, small: Path) -> None:
+    given = small_study(made)
+    assert set(statuses(small).values()) == {"done"}, [
+        (c.id, (read(small / "cells" / c.id) or {}).get("error")) for c in cells(given)
+    ]
+    content = write_report(given, small)
+    assert content["counts"] == {"cells": len(cells(given)), "done": len(cells(given)), "failed": 0, "missing": 0}
+    (base,) = content["places"]
+    rows = {row["label"]: row for row in base["methods"]}
+    assert [*rows] == ["base", "dpo (full)", "linear"]
+    # These replies can be told apart by a word; a method that learns at all ranks them right.
+    for label in ("dpo (full)", "linear"):
+        assert rows[label]["accuracy"]["value"] > 0.9, label
+        assert rows[label]["kl"]["value"] >= 0
+    assert len(rows["dpo (full)"]["curves"][0]) > 1
+    assert {entry["minus"] for entry in base["differences"]} == {"base", "dpo (full)"}
+    assert all(entry["p"] <= entry["p_holm"] <= 1 for entry in base["differences"])
+    assert content["untuned"] == ["dpo (full)"]
+    assert "<script" not in (small / "report.html").read_text()
+    assert summary_rows(content)[0][0] == "data, model"
+    tex = (small / "report.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") > 2
+    notes: list[str] = []
+    run(given, small, on_cell=lambda done, total, cell, note: notes.append(note))
+    assert all(note.endswith("already done") for note in notes if ": " in note)
+    with pytest.raises(CoalaError, match="made with other settings"):
+        run(small_study(made, beta=0.7), small)
+
+
+@pytest.mark.nightly
 def test_every_cell_is_done_and_reported(made: Path, whole: Path) -> None:
     given = study(made)
     assert set(statuses(whole).values()) == {"done"}, [
@@ -126,8 +169,8 @@ def test_every_cell_is_done_and_reported(made: Path, whole: Path) -> None:
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") > 4
 
 
-def test_costs_are_counted_and_add_up(made: Path, whole: Path) -> None:
-    rows = {row["label"]: row["costs"] for row in content_of(study(made), whole)["places"][0]["methods"]}
+def test_costs_are_counted_and_add_up(made: Path, small: Path) -> None:
+    rows = {row["label"]: row["costs"] for row in content_of(small_study(made), small)["places"][0]["methods"]}
     dpo, linear = rows["dpo (full)"], rows["linear"]
     # Padding and fused attention's second look at its scores add to the formula, logits that TRL leaves out take off.
     assert 0.9 < dpo["counter"]["run"] / dpo["flops"]["run"] < 1.2
@@ -140,32 +183,32 @@ def test_costs_are_counted_and_add_up(made: Path, whole: Path) -> None:
     assert dpo["measured"]["peak_bytes"]["host"] > dpo["measured"]["own_bytes"]["host"] > 0
 
 
-def test_no_test_pair_decides_a_rate(made: Path, whole: Path) -> None:
-    found = read(whole / "cells" / "d.tiny.base.dpo.full.s0")
+def test_no_test_pair_decides_a_rate(made: Path, small: Path) -> None:
+    found = read(small / "cells" / "d.tiny.base.dpo.full.s0")
     assert found is not None
     trials = found["result"]["trials"]
     n = {trial["accuracy"]["n"] for trial in trials}
-    validation = (whole / "data/d/validation.jsonl").read_text().count("\n")
+    validation = (small / "data/d/validation.jsonl").read_text().count("\n")
     assert n == {validation}
     best = max(trials, key=lambda t: (t["accuracy"]["value"], -t["nll"], -t["rate"]))
     assert found["result"]["rate"] == best["rate"]
 
 
-def test_a_fork_that_dies_says_why_and_the_next_one_works(made: Path, whole: Path) -> None:
-    given = study(made)
+def test_a_fork_that_dies_says_why_and_the_next_one_works(made: Path, small: Path) -> None:
+    given = small_study(made)
     base = next(cell for cell in cells(given) if cell.kind == "base")
     gone = replace(base, id="gone")
-    with Processes(given, whole) as processes:
+    with Processes(given, small) as processes:
         assert processes.carry_out(gone) == (2, False)
-        assert "StopIteration" in (whole / "cells/gone/stderr.json").read_text()
+        assert "StopIteration" in (small / "cells/gone/stderr.json").read_text()
         assert processes.carry_out(base) == (0, False)
-    assert not (whole / "cells" / base.id / "stderr.json").exists()
-    shutil.rmtree(whole / "cells/gone")
+    assert not (small / "cells" / base.id / "stderr.json").exists()
+    shutil.rmtree(small / "cells/gone")
 
 
-def test_peaks_are_those_of_processes_that_share_nothing(made: Path, whole: Path) -> None:
-    given = study(made)
-    told = {cell.id: (read(whole / "cells" / cell.id) or {})["costs"] for cell in cells(given)}
+def test_peaks_are_those_of_processes_that_share_nothing(made: Path, small: Path) -> None:
+    given = small_study(made)
+    told = {cell.id: (read(small / "cells" / cell.id) or {})["costs"] for cell in cells(given)}
     for cell in cells(given):
         peaks = [
             part["measured"].get("peak_bytes") for part in told[cell.id].values() if "peak_bytes" in part["measured"]
@@ -175,12 +218,9 @@ def test_peaks_are_those_of_processes_that_share_nothing(made: Path, whole: Path
 
 
 @pytest.mark.nightly
-def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_twice_and_resumed_it_reports_the_same(made: Path, small: Path, tmp_path: Path) -> None:
     """The whole group is killed, first in the middle of a training, then in that of a head."""
-    # The same cells as in the whole comparison: what else a study holds is no part of a cell.
-    few = [method for method in METHODS if method["name"] in ("dpo", "linear")]
-    one = {"d": {"pairs": [str(made / "pairs.jsonl")]}}
-    out, given = tmp_path / "out", study(made, methods=few, datasets=one)
+    out, given = tmp_path / "out", small_study(made)
     about = tmp_path / "study.json"
     about.write_text(json.dumps(given.model_dump(mode="json")))
     code = (
@@ -196,7 +236,7 @@ def test_killed_twice_and_resumed_it_reports_the_same(made: Path, whole: Path, t
         assert "missing" in statuses(out).values()
     run(given, out)
     assert set(statuses(out).values()) == {"done"}
-    assert decided(content_of(given, out)) == decided(content_of(given, whole))
+    assert decided(content_of(given, out)) == decided(content_of(given, small))
 
 
 @pytest.mark.nightly
