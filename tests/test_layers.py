@@ -30,8 +30,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"values", "store", "costs", "backbone", "decoding", "evaluation", "align"},
         {"torch", "transformers", "lm_eval"},
     ),
-    "survey": ({"values", "store", "evaluation"}, {"fastapi", "uvicorn"}),
-    "serve": ({"values", "backbone", "decoding"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "web": ({"values"}, {"fastapi", "uvicorn"}),
+    "survey": ({"values", "store", "evaluation", "web"}, {"fastapi", "uvicorn"}),
+    "serve": ({"values", "backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "align": (
         {
             "values",
@@ -58,7 +59,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {
             *("values", "store", "cache", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare"),
+            *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare", "web"),
         },
         {"typer"},
     ),
