@@ -37,8 +37,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"store", "costs", "backbone", "decoding", "evaluation", "align"},
         {"torch", "transformers", "lm_eval"},
     ),
-    "survey": ({"store", "evaluation"}, {"fastapi", "uvicorn"}),
-    "serve": ({"backbone", "decoding"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "web": (set(), {"fastapi", "uvicorn"}),
+    "survey": ({"store", "evaluation", "web"}, {"fastapi", "uvicorn"}),
+    "serve": ({"backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "align": (
         {
             "store",
@@ -65,7 +66,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {
             *("store", "cache", "costs", "recipe", "data", "backbone", "convex", "features"),
             "decoding",
-            *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare"),
+            *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare", "web"),
         },
         {"typer"},
     ),

@@ -86,8 +86,10 @@ def test_replies_are_those_of_the_library(client: Any, parts: Any, model: str, g
     assert choice.coala["score"] == pytest.approx(wanted.score, abs=1e-4)
     assert choice.coala["log_prob"] == pytest.approx(wanted.log_prob, abs=1e-3)
     assert found.coala == {"seed": 5, "guidance": wanted.method}
-    text = client.completions.create(model=model, prompt=PROMPT, max_tokens=12, seed=5)
+    turn = {"render": "turn"}
+    text = client.completions.create(model=model, prompt=PROMPT, max_tokens=12, seed=5, extra_body=turn)
     assert text.choices[0].text == wanted.text
+    assert text.coala == {**found.coala, **turn, "note": None}
 
 
 @pytest.mark.parametrize("mode", ["token", "prefix", "shift", "block", "best_of", "beam", "none"])
@@ -152,7 +154,8 @@ def test_a_stream_adds_up_to_the_whole_reply(client: Any) -> None:
 
 def test_choices_differ_and_are_those_of_their_ids(client: Any, parts: Any) -> None:
     wanted = replies(parts, 2, prompts=["one", "and two"], max_new_tokens=8, seed=9)
-    found = client.completions.create(model="tiny", prompt=["one", "and two"], n=2, max_tokens=8, seed=9)
+    asked = {"model": "tiny", "prompt": ["one", "and two"], "n": 2, "max_tokens": 8, "seed": 9}
+    found = client.completions.create(**asked, extra_body={"render": "turn"})
     assert [choice.text for choice in found.choices] == [one.text for one in wanted]
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
     assert len({one.text for one in wanted}) == 4
@@ -187,13 +190,38 @@ def test_log_probabilities_are_the_models_own(client: Any, parts: Any) -> None:
         assert [other.logprob for other in one.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
         assert bytes(one.bytes).decode() == one.token
         prefix.push(top.indices[:1])
-    old = client.completions.create(
-        model="tiny-unguided", prompt=PROMPT, max_tokens=15, temperature=0, logprobs=4
-    ).choices[0]
+    asked = {"model": "tiny-unguided", "prompt": PROMPT, "max_tokens": 15, "temperature": 0, "logprobs": 4}
+    old = client.completions.create(**asked, extra_body={"render": "turn"}).choices[0]
     assert old.logprobs.tokens == [one.token for one in told]
     assert old.logprobs.token_logprobs == pytest.approx([one.logprob for one in told], abs=1e-4)
     for offset, token in zip(old.logprobs.text_offset, old.logprobs.tokens, strict=True):
         assert old.text[offset : offset + len(token)] == token
+
+
+@pytest.mark.parametrize("prompt", ["once upon a", "", " well", "a good film\n\nHuman:"])
+def test_completions_continue_the_text_as_it_stands(client: Any, parts: Any, prompt: str) -> None:
+    """Greedy and unguided they are the likeliest tokens behind the text's own, found by forward passes alone."""
+    import torch
+
+    backbone = parts[0]
+    tokens = [int(token) for token in backbone.tokenizer.encode(prompt)] or [backbone.tokenizer.bos_token_id]
+    wanted: list[int] = []
+    with torch.no_grad():
+        for _ in range(10):
+            logits = backbone.transformer(torch.tensor([[*tokens, *wanted]])).logits[0, -1]
+            wanted.append(int(logits.argmax()))
+    assert not backbone.stop_tokens & set(wanted)
+    asked = {"model": "tiny-unguided", "prompt": prompt, "max_tokens": 10, "temperature": 0}
+    found = client.completions.create(**asked)
+    whole = backbone.tokenizer.decode([*tokens, *wanted], skip_special_tokens=True)
+    assert found.choices[0].text == whole[len(prompt) :]
+    assert found.usage.prompt_tokens == len(tokens)
+    assert found.coala["render"] == "raw"
+    assert found.coala["note"] is None
+    guided = client.completions.create(**{**asked, "model": "tiny"})
+    assert "fitted on replies in the model's dialogue template" in guided.coala["note"]
+    pieces = [piece.choices[0].text for piece in client.completions.create(**asked, stream=True)]
+    assert "".join(pieces) == found.choices[0].text
 
 
 def test_stop_strings_end_replies_before_them(client: Any) -> None:

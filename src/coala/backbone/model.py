@@ -147,6 +147,23 @@ class LanguageModel:
             raise BackboneError(f"max_tokens is {max_tokens}; expected at least 1. Ask for fewer new tokens.")
         return self._renderer.render(prompt, reply, max_tokens=longest, ends_with_eos=ends_with_eos)
 
+    def raw(self, text: str, *, max_tokens: int | None = None) -> Row:
+        """Tokens of a text to be continued as it stands, in no template; cut on the left as :meth:`render` does."""
+        longest = self.max_tokens if max_tokens is None else min(max_tokens, self.max_tokens)
+        return self._plain.render((Turn("user", text),), None, max_tokens=longest)
+
+    def surplus(self, prompt: Sequence[Turn] | str, most: int) -> int:
+        """Tokens that a prompt (or a text as it stands) has at least, if these are clearly over ``most``, else 0.
+
+        Takes no longer for a text of millions of characters than for one that fits.
+        """
+        text = prompt if isinstance(prompt, str) else self._renderer.prompt_text(prompt)
+        return self._renderer.surplus(text, most)
+
+    @cached_property
+    def _plain(self) -> Renderer:
+        return Renderer(self.tokenizer, "continuation", stop_tokens=self.stop_tokens)
+
     def count_tokens(self, pair: Pair) -> int:
         """Tokens of the prompt with its longer reply, nothing cut off."""
         unbounded = 1 << 30

@@ -147,6 +147,20 @@ class Renderer:
         dropped = total - start - len(reply_tokens)
         return Row([*prompt_tokens, *reply_tokens, *self.after], start, dropped, len(self.after))
 
+    def surplus(self, text: str, most: int) -> int:
+        """Tokens that ``text`` has at least, if these are clearly over ``most``, else 0.
+
+        Found from its beginning, so that a text of millions of characters costs little more than one that fits.
+        """
+        size = 8 * most
+        while size < len(text):
+            found = len(self._encode(text[:size]))
+            # A cut text may end in other tokens than the whole one has there.
+            if found > most + most // 4 + 64:
+                return found
+            size *= 4
+        return 0
+
     def _cut(self, tokens: list[int], kept: int) -> list[int]:
         """The last ``kept`` tokens, behind what the tokenizer begins every text with."""
         opening = self.before[: max(kept - 1, 0)]

@@ -4,7 +4,18 @@ from coala.decoding.engine import Engine, Job
 from coala.decoding.generation import generate
 from coala.decoding.guidance import RULES, Guidance, reweight
 from coala.decoding.likelihood import log_likelihood
-from coala.decoding.requests import Request
+from coala.decoding.requests import Rendered, Request
 from coala.decoding.transformers_loop import guide
 
-__all__ = ["RULES", "Engine", "Guidance", "Job", "Request", "generate", "guide", "log_likelihood", "reweight"]
+__all__ = [
+    "RULES",
+    "Engine",
+    "Guidance",
+    "Job",
+    "Rendered",
+    "Request",
+    "generate",
+    "guide",
+    "log_likelihood",
+    "reweight",
+]

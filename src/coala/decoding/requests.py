@@ -14,11 +14,24 @@ from coala.values import CoalaError, ConvexHead, Generation, Turn
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """A prompt as tokens, made before: ``row`` to decode from, ``read`` as features read it.
+
+    ``raw`` if it is a text to be continued as it stands, not a conversation in the model's template.
+    """
+
+    row: Sequence[int]
+    read: Sequence[int]
+    raw: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """One reply to ``prompt``; see :func:`coala.decoding.generate` for what the settings mean.
 
     ``n_top`` alternatives are kept for each token (:attr:`coala.decoding.Job.alternatives`). ``on_text`` is handed
-    pieces of text that add up to the reply. Raises :class:`CoalaError` for settings that no model could carry out.
+    pieces of text that add up to the reply. ``rendered``, if given, is taken for the prompt's tokens. Raises
+    :class:`CoalaError` for settings that no model could carry out.
     """
 
     prompt: Sequence[Turn]
@@ -30,6 +43,7 @@ class Request:
     prompt_id: str = "0"
     n_top: int = 0
     on_text: Callable[[str], None] | None = None
+    rendered: Rendered | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -80,12 +94,16 @@ def prepare(
     """The tokens of the prompt, cut to what leaves room for the reply, and its reply to be, named ``index``."""
     context = backbone.max_tokens
     longest = max(context - request.max_new_tokens, context // 2)
-    row = backbone.render(request.prompt, max_tokens=longest).tokens
-    # A long prompt may be cut elsewhere at extraction, which leaves no room for a reply.
-    read = row
-    if head is not None and head.needs_prompt:
-        read = backbone.render(request.prompt, max_tokens=head.spec.max_tokens).tokens
-    stop = (*request.stop, *backbone.stop_texts)
+    raw = False
+    if request.rendered is not None:
+        row, read, raw = list(request.rendered.row), list(request.rendered.read), request.rendered.raw
+    else:
+        row = backbone.render(request.prompt, max_tokens=longest).tokens
+        # A long prompt may be cut elsewhere at extraction, which leaves no room for a reply.
+        read = row
+        if head is not None and head.needs_prompt:
+            read = backbone.render(request.prompt, max_tokens=head.spec.max_tokens).tokens
+    stop = tuple(request.stop) if raw else (*request.stop, *backbone.stop_texts)
     if on_token is None and request.on_text is not None:
         hear = request.on_text
 
@@ -96,7 +114,7 @@ def prepare(
         index,
         request.prompt_id,
         min(request.max_new_tokens, context - len(row)),
-        _reader(backbone, row),
+        _reader(backbone, row, raw=raw),
         seed=request.seed,
         stop=stop,
         stream=None if on_token is None else Stream(on_token, stop),
@@ -117,9 +135,9 @@ def generation(reply: Reply, head: ConvexHead | None, guidance: Guidance) -> Gen
     return Generation(*found, reply.account.spent if guidance.mode == "shift" else None)
 
 
-def _reader(backbone: LanguageModel, prompt: list[int]) -> Decode:
+def _reader(backbone: LanguageModel, prompt: list[int], *, raw: bool) -> Decode:
     """Tokens of a reply to text: what rendering turns into those tokens behind this prompt."""
-    kind = backbone.template.partition(":")[0]
+    kind = "continuation" if raw else backbone.template.partition(":")[0]
     if kind == "dialogue":  # which puts a space before a reply
         return lambda tokens: backbone.decode(tokens).removeprefix(" ")
     if kind != "continuation":

@@ -6,26 +6,26 @@ Knows the engine's interface and how a request can end early; nothing of how ans
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from starlette.types import Receive
 
 from coala.serve.errors import Refusal, failure, too_busy, too_late
-from coala.serve.pieces import CONTEXT, Growing, Reader
-from coala.serve.worker import Began, Busy, Ended, Failed, News, Piece, Ticket, Worker
-from coala.values import CoalaError, Generation, Turn
+from coala.serve.pieces import CONTEXT, UNFINISHED, Growing, Reader
+from coala.serve.prompts import Prompt, TooLong
+from coala.serve.reading import Reading
+from coala.serve.work import Began, Busy, Ended, Failed, News, Piece, Ticket
+from coala.serve.worker import Worker
+from coala.values import CoalaError, Generation
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
-    from coala.decoding import Engine, Guidance, Job
+    from coala.decoding import Engine, Guidance, Job, Rendered
 
-
-class TooLong(CoalaError):
-    """A prompt that leaves no room for a reply."""
+T = TypeVar("T")
 
 
 class Gone(Exception):
@@ -39,7 +39,7 @@ class Ask:
     ``n_top`` is the number of alternatives to each token, ``None`` if log-probabilities are not wanted.
     """
 
-    prompts: tuple[tuple[Turn, ...], ...]
+    prompts: tuple[Prompt, ...]
     guidance: Guidance
     seed: int
     temperature: float
@@ -51,12 +51,25 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Told:
-    """A token of a reply: its piece of text, log-probability, and the alternatives to it, likeliest first."""
+class Other:
+    """An alternative to a token: the text it would have added, its log-probability and its own bytes, if known."""
 
     text: str
     log_prob: float
-    alternatives: tuple[tuple[str, float], ...]
+    spelt: bytes | None
+
+
+@dataclass(frozen=True)
+class Told:
+    """A token of a reply: its piece of text, log-probability, and the alternatives to it, likeliest first.
+
+    A token that only begins a character has no text, but bytes; all bytes together are those of the text.
+    """
+
+    text: str
+    log_prob: float
+    alternatives: tuple[Other, ...]
+    spelt: bytes = b""
 
 
 @dataclass
@@ -89,8 +102,8 @@ class Answering:
     Every wait ends when the client hangs up (:class:`Gone`), at the deadline or when something fails (``Refusal``).
     """
 
-    def __init__(self, worker: Worker, receive: Receive, deadline: float) -> None:
-        self._worker, self._receive, self._deadline = worker, receive, deadline
+    def __init__(self, receive: Receive, deadline: float) -> None:
+        self._receive, self._deadline = receive, deadline
         self._news: asyncio.Queue[tuple[int, News | Exception]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._kept = False
@@ -122,14 +135,26 @@ class Answering:
             pass
         self._news.put_nowait((-1, Gone()))
 
-    def take(self, tickets: Sequence[Callable[[Callable[[News], None]], Ticket]]) -> None:
-        """Queue work; each of ``tickets`` makes one from whom to tell. Refused if there is too much already."""
+    def take(self, tickets: Sequence[Callable[[Callable[[News], None]], Ticket]], to: Worker | Reading) -> None:
+        """Queue work, once what was queued before is done; each of ``tickets`` makes one from whom to tell.
+
+        Refused if there is too much already.
+        """
         made = [make(partial(self._hear, number)) for number, make in enumerate(tickets)]
         try:
-            self._worker.take(made)
+            to.take(made)
         except Busy as busy:
             raise too_busy(busy.retry_after) from None
         self._tickets = made
+
+    async def done(self, chore: Generator[None, None, T], by: Worker | Reading) -> T:
+        """What a chore comes to."""
+        self.take([partial(Ticket, chore=chore)], by)
+        while True:
+            _, news = await self.next()
+            if isinstance(news, Ended):
+                result: T = news.result
+                return result
 
     def _hear(self, number: int, news: News) -> None:
         self._news.put_nowait((number, news))
@@ -148,18 +173,13 @@ class Answering:
             raise failure()  # the worker has ended
         return which, news
 
-    async def result(self) -> Any:
-        """What the only chore comes to."""
-        while True:
-            _, news = await self.next()
-            if isinstance(news, Ended):
-                return news.result
-
 
 class Replying:
     """An :class:`Ask` carried out: pieces as they come, and the choices once all are whole."""
 
-    def __init__(self, ask: Ask, answering: Answering, backbone: LanguageModel, reader: Reader) -> None:
+    def __init__(
+        self, ask: Ask, prompts: Sequence[Rendered], answering: Answering, worker: Worker, reader: Reader
+    ) -> None:
         self.ask, self._answering, self._reader = ask, answering, reader
         self.choices = [Choice(prompt) for prompt in range(len(ask.prompts)) for _ in range(ask.drawn)]
         if ask.n_top is not None:
@@ -167,9 +187,9 @@ class Replying:
                 choice.growing = Growing(reader)
         tickets = []
         for number, choice in enumerate(self.choices):
-            submit = partial(_submit, ask, choice.prompt, str(number), backbone)
+            submit = partial(_submit, ask, prompts[choice.prompt], str(number))
             tickets.append(partial(Ticket, submit=submit, with_tokens=ask.n_top is not None))
-        answering.take(tickets)
+        answering.take(tickets, worker)
         self._begun = 0
 
     async def begin(self) -> None:
@@ -224,7 +244,7 @@ class Replying:
             before = growing.tokens[-CONTEXT:]
             # A beam keeps no alternatives.
             top = alternatives[at][: self.ask.n_top] if at < len(alternatives) else ()
-            others = tuple((self._reader.alternative(token, before), log_prob) for token, log_prob in top)
+            others = tuple(self._other(token, log_prob, before) for token, log_prob in top)
             held.append(Told(growing.add(tokens[at]), log_probs[at], others))
         del held[max(len(tokens) - len(choice.told), 0) :]
         ready, read = 0, choice.read
@@ -239,8 +259,17 @@ class Replying:
             # What a token was to complete may have been taken back: its beginning is text then, such as it is.
             pieces = self._reader.pieces(tokens)[len(choice.told) :]
             found = [replace(one, text=piece) for one, piece in zip(found, pieces, strict=True)]
+        ids = tokens[len(choice.told) : len(choice.told) + len(found)]
+        spelt = self._reader.spelling.spelt(ids, [one.text for one in found], first=not choice.told)
+        found = [replace(one, spelt=own) for one, own in zip(found, spelt, strict=True)]
         choice.told += found
         return found
+
+    def _other(self, token: int, log_prob: float, before: Sequence[int]) -> Other:
+        text, own = self._reader.alternative(token, before), self._reader.spelling.own(token)
+        if own is None and UNFINISHED not in text:
+            own = text.encode()
+        return Other(text, log_prob, own)
 
     def best(self) -> list[Choice]:
         """The choices that are returned, for each prompt the best first if more were drawn."""
@@ -261,29 +290,21 @@ class Replying:
         return {"prompt_tokens": prompts, "completion_tokens": replies, "total_tokens": prompts + replies}
 
 
-def _submit(
-    ask: Ask, prompt: int, name: str, backbone: LanguageModel, engine: Engine, on_text: Callable[[str], None]
-) -> Job:
-    """In the worker's thread: a prompt is never cut, a reply ends where the context does."""
+def _submit(ask: Ask, prompt: Rendered, name: str, engine: Engine, on_text: Callable[[str], None]) -> Job:
+    """In the worker's thread: a reply ends where the context does."""
     from coala.decoding import Request
 
-    row = backbone.render(ask.prompts[prompt])
-    room = backbone.max_tokens - len(row.tokens)
-    if row.dropped or room < 1:
-        raise TooLong(
-            f"The prompt has {len(row.tokens) + row.dropped} tokens; the model's context holds {backbone.max_tokens}, "
-            "the reply among them. Send less."
-        )
     return engine.submit(
         Request(
-            prompt=ask.prompts[prompt],
+            prompt=(),
             guidance=ask.guidance,
-            max_new_tokens=min(ask.max_tokens, room),
+            max_new_tokens=min(ask.max_tokens, engine.backbone.max_tokens - len(prompt.row)),
             seed=ask.seed,
             temperature=ask.temperature,
             stop=ask.stop,
             prompt_id=name,
             n_top=ask.n_top or 0,
             on_text=on_text,
+            rendered=prompt,
         )
     )

@@ -18,18 +18,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from coala.serve import schemas
+from coala.serve import bodies, schemas
 from coala.serve.answers import Answering, Ask, Gone, Replying
-from coala.serve.contract import ANSWERS, contract, unreadable
-from coala.serve.errors import Refusal, failure
+from coala.serve.contract import ANSWERS, contract
+from coala.serve.errors import Refusal, failure, too_busy
 from coala.serve.gate import CLIENT_GONE, HEADERS, Gate
 from coala.serve.limits import Limits
 from coala.serve.metrics import TYPE, exposition
 from coala.serve.observing import Observed
 from coala.serve.pieces import Reader
+from coala.serve.prompts import Prompt, rendered
 from coala.serve.protocol import EventStream, Protocol, events
-from coala.serve.scoring import Scored, score
-from coala.serve.worker import Ticket, Worker
+from coala.serve.reading import Reading
+from coala.serve.scoring import Scored, read, weigh
+from coala.serve.work import Busy
+from coala.serve.worker import Worker
 from coala.values import ConvexHead, Turn, user
 
 if TYPE_CHECKING:
@@ -81,14 +84,17 @@ def create_app(
     from coala.decoding import Engine
 
     worker = Worker(partial(Engine, served.backbone, served.head, max_rows=limits.max_rows), limits.capacity)
-    reader = Reader(served.backbone)
+    reading = Reading(limits.capacity)
+    readers = {raw: Reader(served.backbone, raw=raw) for raw in (False, True)}
     observed = Observed(worker, limits)
     began = int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        reading.start()
         yield
+        await reading.close()
         await worker.close()
 
     # No generated pages: they fetch scripts from elsewhere. No redirects made of a request's Host.
@@ -125,14 +131,14 @@ def create_app(
     def asked(body: schemas.ChatRequest | schemas.CompletionRequest) -> Ask:
         guided = model_of(body.model) == served.name
         if isinstance(body, schemas.ChatRequest):
-            prompts: tuple[tuple[Turn, ...], ...] = (turns(body.messages),)
+            prompts: tuple[Prompt, ...] = (turns(body.messages),)
             within("max_completion_tokens", body.max_completion_tokens or 1, limits.max_tokens, "tokens a reply")
             wanted = body.max_completion_tokens or body.max_tokens
             top = body.top_logprobs or 0
             n_top = top if body.logprobs or top else None
         else:
             texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-            prompts = tuple(user(text) for text in texts)
+            prompts = tuple(user(text) if body.render == "turn" else text for text in texts)
             wanted = body.max_tokens or min(SHORT_REPLY, limits.max_tokens)
             n_top = body.logprobs
         n = body.n or 1
@@ -176,9 +182,11 @@ def create_app(
         kind: Literal["chat", "text"], body: schemas.ChatRequest | schemas.CompletionRequest, request: Request
     ) -> Response:
         ask = asked(body)
-        protocol = Protocol(kind, body.model, served.fingerprint, ask)
-        async with Answering(worker, request.receive, limits.deadline) as answering:
-            made = Replying(ask, answering, served.backbone, reader)
+        protocol = Protocol(kind, body.model, served.fingerprint, ask, note_of(ask))
+        require_places(len(ask.prompts) * ask.drawn)
+        async with Answering(request.receive, limits.deadline) as answering:
+            prompts = await answering.done(rendered(ask.prompts, served.head, served.backbone), reading)
+            made = Replying(ask, prompts, answering, worker, readers[prompts[0].raw])
             await made.begin()
             if not body.stream:
                 async for _ in observed.growth(made.grow()):
@@ -188,15 +196,37 @@ def create_app(
             answering.keep()
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         stream = observed.stream(events(made, protocol, with_usage), made)
-        return EventStream(stream, answering, limits.read_time)
+        return EventStream(stream, answering)
+
+    def require_places(places: int) -> None:
+        """Refuse what would find no place now, before its prompt is read."""
+        try:
+            worker.require(places)
+        except Busy as busy:
+            raise too_busy(busy.retry_after) from None
+
+    def note_of(ask: Ask) -> str | None:
+        """What a client should know of guidance by a head that was fitted on other renderings."""
+        template = served.backbone.template.partition(":")[0]
+        raw = any(isinstance(prompt, str) for prompt in ask.prompts)
+        if not raw or not ask.guidance.active or template == "continuation":
+            return None
+        return (
+            f"The prompt was continued as it stands, and the head was fitted on replies in the model's {template} "
+            'template: its scores and guidance are less sure here. Fix: send "render": "turn", or ask '
+            "/v1/chat/completions."
+        )
 
     async def scored(
         prompts: Sequence[Sequence[Turn]], replies: Sequence[str], positions: bool, request: Request
     ) -> tuple[list[Scored], dict[str, int]]:
-        chore = score(prompts, replies, served.head, served.backbone, positions=positions)
-        async with Answering(worker, request.receive, limits.deadline) as answering:
-            answering.take([partial(Ticket, chore=chore)])
-            found: list[Scored] = await answering.result()
+        require_places(1)
+        head, backbone = served.head, served.backbone
+        async with Answering(request.receive, limits.deadline) as answering:
+            texts = await answering.done(
+                read(prompts, replies, head, backbone, positions=positions, cut=False), reading
+            )
+            found = await answering.done(weigh(texts, head, backbone), worker)
         tokens = sum(one.n_tokens for one in found)
         usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
         observed.usage(usage)
@@ -209,18 +239,19 @@ def create_app(
             )
 
     @app.post("/v1/chat/completions", responses=ANSWERS[schemas.ChatAnswer], response_model=None)
-    async def chat(body: schemas.ChatRequest, request: Request) -> Response:
+    async def chat(request: Request) -> Response:
         """A reply to a conversation, guided by the head."""
-        return await replying("chat", body, request)
+        return await replying("chat", await bodies.read(request, schemas.ChatRequest), request)
 
     @app.post("/v1/completions", responses=ANSWERS[schemas.CompletionAnswer], response_model=None)
-    async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
+    async def completions(request: Request) -> Response:
         """Replies to texts, guided by the head."""
-        return await replying("text", body, request)
+        return await replying("text", await bodies.read(request, schemas.CompletionRequest), request)
 
     @app.post("/v1/score", responses=ANSWERS[schemas.ScoreAnswer], response_model=None)
-    async def score_replies(body: schemas.ScoreRequest, request: Request) -> Response:
+    async def score_replies(request: Request) -> Response:
         """The head's scores of replies to one prompt, higher is preferred."""
+        body = await bodies.read(request, schemas.ScoreRequest)
         with_head(body.model)
         within("replies", len(body.replies), limits.max_texts, "replies a request")
         prompt = user(body.prompt) if isinstance(body.prompt, str) else turns(body.prompt)
@@ -243,8 +274,9 @@ def create_app(
         return JSONResponse({"object": "list", "model": body.model, "data": data, "usage": usage})
 
     @app.post("/v1/rerank", responses=ANSWERS[schemas.RerankAnswer], response_model=None)
-    async def rerank(body: schemas.RerankRequest, request: Request) -> Response:
+    async def rerank(request: Request) -> Response:
         """Documents by the head's score of each as a reply to the query, best first."""
+        body = await bodies.read(request, schemas.RerankRequest)
         with_head(body.model)
         within("documents", len(body.documents), limits.max_texts, "documents a request")
         texts = [one if isinstance(one, str) else one.text for one in body.documents]
@@ -314,13 +346,12 @@ def create_app(
         return Response(status_code=CLIENT_GONE)  # to nobody
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return unreadable(error).response()
+    async def invalid(_: Request, __: RequestValidationError) -> Response:
+        return Refusal(HTTPStatus.BAD_REQUEST, "A parameter of the address does not fit.").response()
 
     @app.exception_handler(AnyHTTPException)
     async def other(_: Request, error: AnyHTTPException) -> Response:
         known = {
-            400: "The body is no JSON that can be read.",  # FastAPI's only one: too deep, too many digits
             404: "There is nothing at this address.",
             405: "This address takes another method.",
         }

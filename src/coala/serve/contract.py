@@ -1,18 +1,16 @@
-"""What the OpenAPI document says beyond FastAPI's own, and how a body that does not fit it is told so."""
+"""What the OpenAPI document says beyond FastAPI's own: bodies, the server's limits, models and key."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from coala.serve import schemas
-from coala.serve.errors import Refusal
 from coala.serve.limits import Limits
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -42,6 +40,15 @@ ANSWERS: Mapping[type[BaseModel], dict[int | str, dict[str, Any]]] = {
 }
 
 
+# What each address takes; read by :mod:`coala.serve.bodies`, not by FastAPI, which would do it on the event loop.
+TAKEN: Mapping[str, type[BaseModel]] = {
+    "/v1/chat/completions": schemas.ChatRequest,
+    "/v1/completions": schemas.CompletionRequest,
+    "/v1/score": schemas.ScoreRequest,
+    "/v1/rerank": schemas.RerankRequest,
+}
+
+
 def contract(app: FastAPI, limits: Limits, names: Sequence[str], *, keyed: bool) -> None:
     """Let the application's OpenAPI document tell the server's own limits, models and whether it asks for a key.
 
@@ -67,6 +74,14 @@ def contract(app: FastAPI, limits: Limits, names: Sequence[str], *, keyed: bool)
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=app.version, routes=app.routes)
             parts = made["components"]["schemas"]
+            _, taken = models_json_schema(
+                [(model, "validation") for model in TAKEN.values()], ref_template="#/components/schemas/{model}"
+            )
+            parts |= taken["$defs"]
+            for path, model in TAKEN.items():
+                held = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+                body = {"required": True, "content": {"application/json": held}}
+                made["paths"][path]["post"]["requestBody"] = body
             for (kind, field), (word, bound) in bounds.items():
                 for option in _options(parts[kind]["properties"][field]):
                     if option.get("type") == ("array" if word == "maxItems" else "integer"):
@@ -90,28 +105,3 @@ def contract(app: FastAPI, limits: Limits, names: Sequence[str], *, keyed: bool)
 def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = schema.get("anyOf", [schema])
     return found
-
-
-def unreadable(error: RequestValidationError) -> Refusal:
-    """What was wrong with a body or parameter: the field and what was expected there, never the program's own words."""
-    problems = error.errors()
-    # Of the ways in which a field may be given, the one that came furthest is the one that was meant.
-    problem = max(problems, key=lambda one: len(one["loc"])) if problems else {"loc": (), "msg": "unreadable"}
-    where = [
-        str(part) for part in problem["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part.islower())
-    ]
-    name = ".".join(where)
-    found = "" if "input" not in problem or problem.get("type") == "missing" else _short(problem["input"])
-    if problem.get("type") == "json_invalid":
-        return Refusal(HTTPStatus.BAD_REQUEST, "The body is not JSON.", code="invalid_json")
-    what = str(problem["msg"]).removeprefix("Value error, ")
-    said = f"{name or 'The body'}: {what}{found}."
-    return Refusal(HTTPStatus.BAD_REQUEST, said, code="invalid_value", param=name or None)
-
-
-def _short(found: Any) -> str:
-    try:
-        text = repr(found)
-    except (RecursionError, ValueError):
-        return ""
-    return f" (found {text if len(text) <= 60 else text[:57] + '...'})"

@@ -5,7 +5,6 @@ Plain ASGI, so that streams pass through untouched. Knows nothing of models.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
 from collections.abc import Callable
@@ -16,27 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coala.serve.errors import Refusal
 from coala.serve.limits import Limits
+from coala.web.bodies import TooLarge, TooSlow, replay, whole_body
+from coala.web.strangers import LOOPBACK, foreign, known_host, security_headers
 
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "X-Robots-Tag": "noindex",
-    "Cache-Control": "no-store",
-}
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HEADERS = security_headers(connect_src="'self'")
 # Addresses that take a body; others know nothing of POST.
 POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank")
 # Whose client has gone: nothing is sent, the count shows it (the number is nginx's).
 CLIENT_GONE = 499
-# A body that is too large is read up to so many times the limit: a connection that is closed on unread data is reset,
-# and the client never sees why.
-PATIENCE = 8
 
 
 class Gate:
@@ -90,7 +76,7 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
-            self._who(scope["path"], headers)
+            self._who(scope["method"], scope["path"], headers)
             if scope["method"] == "POST" and scope["path"] in POSTED:
                 if self._ending():
                     raise Refusal(
@@ -103,14 +89,14 @@ class Gate:
                 body = await self._body(headers, receive)
                 if body is None:
                     return
-                receive = _replay(body, receive)
+                receive = replay(body, receive)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _who(self, path: str, headers: Headers) -> None:
-        if self._local and _name(headers.get("host", "localhost")) not in LOOPBACK:
+    def _who(self, method: str, path: str, headers: Headers) -> None:
+        if self._local and not known_host(headers, LOOPBACK):
             raise Refusal(
                 HTTPStatus.FORBIDDEN,
                 f"This server answers to names of its own machine alone ({', '.join(LOOPBACK)}) unless it has a key.",
@@ -119,7 +105,8 @@ class Gate:
         if not path.startswith("/v1/") and path != "/metrics":
             return
         # A page elsewhere may send requests that a browser takes for harmless; it says where they come from.
-        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        # (OPTIONS, by which it asks first, is answered by nothing that allows it.)
+        if method != "OPTIONS" and foreign(headers):
             raise Refusal(HTTPStatus.FORBIDDEN, "Pages of other sites may not use this server.", code="other_site")
         if self._key is None:
             return
@@ -149,36 +136,24 @@ class Gate:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body, or ``None`` if the client has gone."""
-        most = self._limits.max_body
-        declared = headers.get("content-length", "0")
-        # A client that asks before it sends need not send.
-        large = declared.isdigit() and int(declared[:18]) > most
-        if large and headers.get("expect", "").lower() == "100-continue":
-            raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
         try:
-            async with asyncio.timeout(self._limits.body_time):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size <= most and not large:
-                        parts.append(part)
-                    if not message.get("more_body", False) or size > PATIENCE * most:
-                        break
-        except TimeoutError:
+            body = await whole_body(headers, receive, most=self._limits.max_body, seconds=self._limits.body_time)
+        except TooLarge:
+            raise Refusal(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"The body is larger than the {self._limits.max_body} bytes that this server takes.",
+                code="body_too_large",
+                headers={"Connection": "close"},
+            ) from None
+        except TooSlow:
             raise Refusal(
                 HTTPStatus.REQUEST_TIMEOUT,
                 f"The body was not here after {self._limits.body_time:g} s.",
                 code="body_too_slow",
                 headers={"Connection": "close"},
             ) from None
-        if large or size > most:
-            raise self._too_large()
-        body = b"".join(parts)
+        if body is None:
+            return None
         try:
             body.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -186,32 +161,3 @@ class Gate:
                 HTTPStatus.BAD_REQUEST, f"The body is not UTF-8 (byte {error.start}).", code="invalid_encoding"
             ) from None
         return body
-
-    def _too_large(self) -> Refusal:
-        return Refusal(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"The body is larger than the {self._limits.max_body} bytes that this server takes.",
-            code="body_too_large",
-            headers={"Connection": "close"},
-        )
-
-
-def _name(host: str) -> str:
-    """The name in a Host header, without port and brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that hands the body over once more, then tells what the connection tells."""
-    told = False
-
-    async def receiving() -> Message:
-        nonlocal told
-        if not told:
-            told = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return receiving

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from coala.serve.spelling import Spelling
 from coala.values import user
 
 if TYPE_CHECKING:
@@ -16,15 +17,17 @@ CONTEXT = 4
 
 
 class Reader:
-    """Tokens of ``backbone`` to text, as they read in the middle of a reply."""
+    """Tokens of ``backbone`` to text, as they read in the middle of a reply; ``raw`` if it continues a text as it
+    stands."""
 
-    def __init__(self, backbone: LanguageModel) -> None:
+    def __init__(self, backbone: LanguageModel, *, raw: bool = False) -> None:
         self._backbone = backbone
+        self.spelling = Spelling(backbone.tokenizer)
         # Many tokenizers drop the space a text begins with: pieces are read behind a token that has text.
         tokens = backbone.render(user("a")).tokens
         self._anchor = next(([token] for token in reversed(tokens) if backbone.decode([token]).strip()), [])
         # Replies of such a template begin with a space that is not theirs.
-        self.strips = backbone.template.startswith("dialogue:")
+        self.strips = backbone.template.startswith("dialogue:") and not raw
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens`` behind some word."""

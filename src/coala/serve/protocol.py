@@ -5,7 +5,6 @@ Knows nothing of how replies come about.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import secrets
@@ -16,15 +15,18 @@ from typing import Any, Literal
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from coala.serve.answers import Answering, Ask, Choice, Gone, Replying, Told
+from coala.serve.answers import Answering, Ask, Choice, Gone, Other, Replying, Told
 from coala.serve.errors import Refusal
+from coala.serve.pieces import UNFINISHED
 from coala.values import Generation
 
 
 class Protocol:
     """How one of the two addresses words its answers."""
 
-    def __init__(self, kind: Literal["chat", "text"], model: str, fingerprint: str, ask: Ask) -> None:
+    def __init__(
+        self, kind: Literal["chat", "text"], model: str, fingerprint: str, ask: Ask, note: str | None = None
+    ) -> None:
         self.chat = kind == "chat"
         self._head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -32,7 +34,9 @@ class Protocol:
             "model": model,
             "system_fingerprint": fingerprint,
         }
-        self._settings = {"seed": ask.seed, "guidance": str(ask.guidance)}
+        self._settings: dict[str, Any] = {"seed": ask.seed, "guidance": str(ask.guidance)}
+        if not self.chat:
+            self._settings |= {"render": "raw" if isinstance(ask.prompts[0], str) else "turn", "note": note}
         self._wants = ask.n_top is not None
         self._n_top = ask.n_top or 0
 
@@ -89,7 +93,12 @@ class Protocol:
         if self.chat:
             return {
                 "content": [
-                    {**_token(one.text, one.log_prob), "top_logprobs": [_token(*other) for other in one.alternatives]}
+                    {
+                        **_token(one.text, one.log_prob, one.spelt),
+                        "top_logprobs": [
+                            _token(_shown(other), other.log_prob, other.spelt) for other in one.alternatives
+                        ],
+                    }
                     for one in told
                 ],
                 "refusal": None,
@@ -99,7 +108,9 @@ class Protocol:
             offsets.append(offset)
             offset += len(one.text)
         # Two alternatives may have one text; the likelier comes last and stays.
-        top = [dict(reversed(one.alternatives)) for one in told] if self._n_top else None
+        top = None
+        if self._n_top:
+            top = [{_shown(other, "bytes:"): other.log_prob for other in reversed(one.alternatives)} for one in told]
         return {
             "tokens": [one.text for one in told],
             "token_logprobs": [one.log_prob for one in told],
@@ -108,8 +119,15 @@ class Protocol:
         }
 
 
-def _token(text: str, log_prob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
+def _token(text: str, log_prob: float, spelt: bytes | None) -> dict[str, Any]:
+    return {"token": text, "logprob": log_prob, "bytes": None if spelt is None else list(spelt)}
+
+
+def _shown(other: Other, mark: str = "") -> str:
+    """An alternative as text; bytes that are no character by itself are written out, as the protocol does."""
+    if UNFINISHED not in other.text or not other.spelt:
+        return other.text
+    return mark + "".join(f"\\x{byte:02x}" for byte in other.spelt)
 
 
 def facts(generation: Generation) -> dict[str, float | None]:
@@ -158,24 +176,20 @@ def _offset(choice: Choice, told: Sequence[Told]) -> int:
 
 
 class EventStream(Response):
-    """Server-sent events of ``made``; ``answering`` is closed when the stream ends.
-
-    The client that leaves what it is sent unread for ``read_time`` seconds is given up.
-    """
+    """Server-sent events of ``made``; ``answering`` is closed when the stream ends."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, made: AsyncIterator[dict[str, Any]], answering: Answering, read_time: float) -> None:
+    def __init__(self, made: AsyncIterator[dict[str, Any]], answering: Answering) -> None:
         super().__init__(None)
         # Proxies must not hold events back.
         self.headers["X-Accel-Buffering"] = "no"
         del self.headers["content-length"]
-        self._made, self._answering, self._read_time = made, answering, read_time
+        self._made, self._answering = made, answering
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(body: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._read_time):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -186,7 +200,7 @@ class EventStream(Response):
                 await sending(b"data: " + json.dumps(refusal.body).encode() + b"\n\n", more=False)
                 return
             await sending(b"data: [DONE]\n\n", more=False)
-        except (Gone, TimeoutError):
+        except Gone:
             pass  # nobody reads on
         finally:
             self._answering.close()

@@ -7,11 +7,25 @@ not here (see :mod:`coala.serve.app`).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_plain_validator_function
 
 LARGEST = 1e6  # of strengths and budgets: far beyond use, far from overflow
+MOST = 2**31 - 1  # of counts: what every part that takes one can hold
 RANKING = ("block", "best_of")  # modes that choose among samples
 MOST_STOPS = 16
 LONGEST_STOP = 200
@@ -19,7 +33,11 @@ MOST_MESSAGES = 1000
 MOST_ALTERNATIVES = 20
 LARGEST_SEED = 2**53 - 1  # what every reader of JSON keeps whole
 
+T = TypeVar("T")
+# The first entry that does not fit ends it: an error for each of many would cost more than the request.
+QUICK = Field(fail_fast=True)
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Some = Annotated[list[T], QUICK]
 
 
 def _sound(found: str) -> str:
@@ -36,21 +54,58 @@ def _whole(found: Any) -> Any:
     return int(found) if isinstance(found, float) and found.is_integer() else found
 
 
-def _off(found: bool) -> bool:
-    if found:
-        raise ValueError("this server does not do that; false, or leave it out")
-    return found
+class Only:
+    """A field that is taken where it holds one of ``values``, which ask for nothing, and is refused by name else."""
+
+    def __init__(self, *values: Any, why: str = "not supported by this server") -> None:
+        self._values = values
+        said = [json.dumps(one) for one in values if one not in ([], {}, "")]
+        self._refused = f"{why}. Fix: {' or '.join([*said, 'leave it out'])}"
+
+    def _check(self, found: Any) -> Any:
+        if any(_number(found) == _number(one) and found == one for one in self._values):
+            return found
+        raise ValueError(self._refused)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [None, *self._values]}
+
+
+def _number(value: Any) -> bool:
+    """JSON has one kind of number, of which true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 Text = Annotated[str, AfterValidator(_sound)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_sound)]
 # Behind the bounds of a field, or its schema would not tell them.
 WHOLE = BeforeValidator(_whole)
-Off = Annotated[bool, AfterValidator(_off), Field(json_schema_extra={"const": False})]
+Count = Annotated[int, Field(ge=1, le=MOST), WHOLE]
+# Fields of the protocol for what this server does not do.
+Refused = Annotated[Any, Only()]
+NoList = Annotated[Any, Only([])]
+NoTools = Annotated[Any, Only("none", "auto")]
+Zero = Annotated[Any, Only(0)]
 
 
 class _Strict(BaseModel):
+    """Fields that are null say nothing and are taken as absent, those that do not exist too."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, found: Any) -> Any:
+        return {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else found
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        made = handler(core)
+        handler.resolve_ref_schema(made)["additionalProperties"] = {"type": "null"}
+        return made
 
 
 # --- what is asked --------------------------------------------------------------------------------------------------
@@ -59,21 +114,30 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description="not looked at")
 
 
 class Message(_Strict):
-    """One turn of a conversation; ``developer`` is the protocol's newer word for ``system``."""
+    """One turn of a conversation; ``developer`` is the protocol's newer word for ``system``.
+
+    What the server itself answered can be sent back: fields of a reply that hold nothing are taken.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
+    content: Text | Some[TextPart]
+    name: Text | None = Field(None, description="not looked at")
+    refusal: Refused = None
+    annotations: NoList = None
+    audio: Refused = None
+    function_call: Refused = None
+    tool_calls: NoList = None
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), QUICK]
 
 
 class GuidanceSettings(_Strict):
@@ -81,26 +145,29 @@ class GuidanceSettings(_Strict):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "dependentSchemas": {"budget": {"properties": {"mode": {"const": "shift"}}, "required": ["mode"]}}
+            "anyOf": [
+                {"properties": {"budget": {"type": "null"}}},
+                {"properties": {"mode": {"const": "shift"}}, "required": ["mode"]},
+            ]
         }
     )
 
     mode: Literal["token", "prefix", "shift", "block", "best_of", "beam", "none"] | None = None
     strength: Annotated[Number, Field(ge=0, le=LARGEST)] | None = None
-    every: Annotated[int, Field(ge=1), WHOLE] | None = None
-    candidates: Annotated[int, Field(ge=1), WHOLE] | None = None
-    top_k: Annotated[int, Field(ge=0), WHOLE] | None = None
+    every: Count | None = None
+    candidates: Count | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST), WHOLE] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    block_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    block_tokens: Count | None = None
     rule: Literal["min-max", "raw", "z-score"] | None = None
     budget: Annotated[Number, Field(ge=0, le=LARGEST)] | None = Field(
         None, description="of mode shift: nats a reply may spend"
     )
-    width: Annotated[int, Field(ge=1), WHOLE] | None = None
+    width: Count | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> GuidanceSettings:
-        if "budget" in self.model_fields_set and self.mode != "shift":
+        if self.budget is not None and self.mode != "shift":
             raise ValueError("budget goes with mode shift, whose divergence is known; name that mode beside it")
         return self
 
@@ -110,11 +177,18 @@ GuidanceField = Literal["default", "none"] | GuidanceSettings
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="not looked at")
 
 
 class TextFormat(_Strict):
-    type: Literal["text"]
+    type: Annotated[Any, Only("text", why="this server writes plain text")] = "text"
+
+
+class Prediction(_Strict):
+    """What the client thinks the reply will be, by which others write it sooner."""
+
+    type: Literal["content"]
+    content: Text | Some[TextPart]
 
 
 class _Asked(_Strict):
@@ -141,21 +215,23 @@ class _Asked(_Strict):
     stream_options: StreamOptions | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = Field(None, description="the run's own if absent")
-    top_k: Annotated[int, Field(ge=0), WHOLE] | None = Field(None, description="0: off; the run's own if absent")
-    n: Annotated[int, Field(ge=1), WHOLE] | None = None
-    best_of: Annotated[int, Field(ge=1), WHOLE] | None = Field(
+    top_k: Annotated[int, Field(ge=0, le=MOST), WHOLE] | None = Field(
+        None, description="0: off; the run's own if absent"
+    )
+    n: Count | None = None
+    best_of: Count | None = Field(
         None, description="replies to draw, of which the n with the best head scores are returned, best first"
     )
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), WHOLE] | None = Field(
         None, description="drawn, and told, if absent"
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS), QUICK] | None = None
     guidance: GuidanceField | None = Field(None, description="how the head steers: default, none, or settings")
     user: Text | None = Field(None, description="not looked at")
     # Taken only where they ask for nothing.
-    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = Field(None, description="not supported: 0")
-    presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = Field(None, description="not supported: 0")
-    logit_bias: Annotated[dict[str, Number], Field(max_length=0)] | None = Field(None, description="not supported: {}")
+    frequency_penalty: Zero = Field(None, description="not supported: 0")
+    presence_penalty: Zero = Field(None, description="not supported: 0")
+    logit_bias: Annotated[Any, Only({})] = Field(None, description="not supported: {}")
 
     @model_validator(mode="after")
     def _chooses(self) -> _Asked:
@@ -169,31 +245,45 @@ class ChatRequest(_Asked):
     """A conversation to be continued."""
 
     messages: Messages
-    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="goes before max_tokens")
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = Field(None, description="goes before max_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES), WHOLE] | None = Field(
         None, description="alternatives to each token; a number above 0 asks for logprobs too"
     )
-    response_format: TextFormat | None = None
+    # What does not bear on the reply.
     metadata: dict[str, Text] | None = Field(None, description="not looked at")
-    store: Off | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="not supported: []")
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    store: bool | None = Field(None, description="not looked at: nothing is stored")
+    parallel_tool_calls: bool | None = Field(None, description="not looked at")
+    prediction: Prediction | None = Field(None, description="not looked at")
     safety_identifier: Text | None = Field(None, description="not looked at")
     prompt_cache_key: Text | None = Field(None, description="not looked at")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="not looked at")
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(None, description="not looked at")
+    # What would, and is taken only where it asks for nothing.
+    response_format: TextFormat | None = None
+    service_tier: Annotated[Any, Only("auto", "default", why="this server has one tier")] = None
+    reasoning_effort: Annotated[Any, Only("none", why="replies here are written without reasoning")] = None
+    verbosity: Annotated[Any, Only("medium")] = None
+    modalities: Annotated[Any, Only([], ["text"], why="this server writes text alone")] = None
+    tools: NoList = Field(None, description="not supported: []")
+    tool_choice: NoTools = None
+    functions: NoList = Field(None, description="not supported: []")
+    function_call: NoTools = None
+    audio: Refused = None
+    moderation: Refused = None
+    web_search_options: Refused = None
 
 
 class CompletionRequest(_Asked):
-    """Texts to be replied to, each rendered as one turn of a user, as `coala generate` does."""
+    """Texts to be continued as they stand; with render "turn" each is one turn of a user, as in `coala generate`."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    prompt: Text | Annotated[list[Text], Field(min_length=1), QUICK] = ""
+    render: Literal["raw", "turn"] | None = Field(None, description="how the model reads a prompt: raw if absent")
+    max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES), WHOLE] | None = None
-    echo: Off | None = None
-    suffix: Literal[""] | None = None
+    echo: Annotated[Any, Only(False)] = None
+    suffix: Annotated[Any, Only("")] = None
 
 
 class ScoreRequest(_Strict):
@@ -201,7 +291,7 @@ class ScoreRequest(_Strict):
 
     model: Text
     prompt: Text | Messages
-    replies: Annotated[list[Text], Field(min_length=1)]
+    replies: Annotated[list[Text], Field(min_length=1), QUICK]
     positions: bool | None = Field(None, description="also the score of each reply as it stands after every token")
 
 
@@ -214,8 +304,8 @@ class RerankRequest(_Strict):
 
     model: Text
     query: Text | Messages
-    documents: Annotated[list[Text | Document], Field(min_length=1)]
-    top_n: Annotated[int, Field(ge=1), WHOLE] | None = None
+    documents: Annotated[list[Text | Document], Field(min_length=1), QUICK]
+    top_n: Count | None = None
     return_documents: bool | None = None
 
 
@@ -252,6 +342,13 @@ class Settings(BaseModel):
 
     seed: int
     guidance: str
+
+
+class CompletionSettings(Settings):
+    """How the model read the prompts, and what follows of it for the head, if anything does."""
+
+    render: Literal["raw", "turn"]
+    note: str | None
 
 
 class Alternative(BaseModel):
@@ -314,6 +411,7 @@ class CompletionChoice(BaseModel):
 
 class CompletionAnswer(_Answer):
     object: Literal["text_completion"]
+    coala: CompletionSettings
     choices: list[CompletionChoice]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from coala.backbone import POOLINGS
 from coala.serve.pieces import Reader
+from coala.serve.prompts import require_room, too_long
 from coala.values import ConvexHead, Float32, Turn
 
 if TYPE_CHECKING:
@@ -38,6 +39,82 @@ class Scored:
     scores: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Replies as the head reads them behind their prompts, the prompts alone where its gates act on them, and each
+    reply's pieces of text where scores after every token are wanted."""
+
+    rows: list[Row]
+    alone: list[Row] | None
+    pieces: list[tuple[str, ...]] | None
+
+
+def read(
+    prompts: Sequence[Sequence[Turn]],
+    replies: Sequence[str],
+    head: ConvexHead,
+    backbone: LanguageModel,
+    *,
+    positions: bool = False,
+    cut: bool = True,
+) -> Generator[None, None, Texts]:
+    """Tokens of ``replies`` to ``prompts``, one each; yields between any two. No model is asked.
+
+    Unless ``cut``, :class:`TooLong` is raised at the first text that is longer than the model's context.
+    """
+    spec = head.spec
+    reader = Reader(backbone)
+    known: dict[Sequence[Turn], Row] = {}
+    rows, alone, pieces = [], [], []
+    for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        turns = tuple(prompt)
+        if turns not in known:
+            if not cut:
+                require_room(turns, backbone)
+            known[turns] = backbone.render(turns, max_tokens=spec.max_tokens)
+            if not cut and (length := len(known[turns].tokens) + known[turns].dropped) >= backbone.max_tokens:
+                raise too_long(f"has {length}", backbone)
+            yield
+        if not cut:
+            require_room(reply, backbone, f"Reply {number}")
+        row = backbone.render(turns, reply, max_tokens=spec.max_tokens, ends_with_eos=spec.ends_with_eos)
+        rows.append(row)
+        alone.append(known[turns])
+        if positions:
+            pieces.append(tuple(reader.pieces(row.tokens[row.start : _end(row, head, backbone)])))
+        yield
+    return Texts(rows, alone if head.needs_prompt else None, pieces if positions else None)
+
+
+def weigh(texts: Texts, head: ConvexHead, backbone: LanguageModel) -> Generator[None, None, list[Scored]]:
+    """The scores of ``texts``; yields between pieces of the model's work."""
+    rows, alone = texts.rows, texts.alone
+    gates: dict[tuple[int, ...], Float32] = {}
+    if alone is not None:
+        distinct = list({tuple(row.tokens): row for row in alone}.values())
+        for some in batches(distinct):
+            spans = [(0, distinct[at].stop) for at in some]
+            features = _pooled(backbone, head, [distinct[at] for at in some], spans)
+            gates |= {tuple(distinct[at].tokens): feature for at, feature in zip(some, features, strict=True)}
+            yield
+    found: list[Scored | None] = [None] * len(rows)
+    for some in batches(rows):
+        features = _pooled(backbone, head, [rows[at] for at in some], [(rows[at].start, rows[at].stop) for at in some])
+        for at, feature in zip(some, features, strict=True):
+            row = rows[at]
+            gate = None if alone is None else gates[tuple(alone[at].tokens)]
+            scores: list[float] = []
+            if texts.pieces is not None:
+                for part in _prefixes(backbone, head, row, _end(row, head, backbone)):
+                    scores += _scores(head, part, gate)
+                    yield
+            whole = _scores(head, feature[None], gate)[0]
+            pieces = () if texts.pieces is None else texts.pieces[at]
+            found[at] = Scored(whole, len(row.tokens), row.dropped, pieces, tuple(scores))
+        yield
+    return [one for one in found if one is not None]
+
+
 def score(
     prompts: Sequence[Sequence[Turn]],
     replies: Sequence[str],
@@ -50,41 +127,14 @@ def score(
 
     The head must have been fitted on features of ``backbone``.
     """
-    spec = head.spec
-    rows = [
-        backbone.render(prompt, reply, max_tokens=spec.max_tokens, ends_with_eos=spec.ends_with_eos)
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
-    reader = Reader(backbone)
-    gates: dict[tuple[int, ...], Float32] = {}
-    if head.needs_prompt:
-        alone = [backbone.render(prompt, max_tokens=spec.max_tokens) for prompt in prompts]
-        for some in batches(alone):
-            features = _pooled(backbone, head, [alone[at] for at in some], [(0, alone[at].stop) for at in some])
-            gates |= {tuple(alone[at].tokens): feature for at, feature in zip(some, features, strict=True)}
-            yield
-    found: list[Scored | None] = [None] * len(rows)
-    for some in batches(rows):
-        features = _pooled(backbone, head, [rows[at] for at in some], [(rows[at].start, rows[at].stop) for at in some])
-        for at, feature in zip(some, features, strict=True):
-            row = rows[at]
-            gate = gates[tuple(alone[at].tokens)] if head.needs_prompt else None
-            pieces: list[str] = []
-            scores: list[float] = []
-            if positions:
-                # The closing token that some heads read is not part of the text.
-                closed = (
-                    spec.ends_with_eos and row.stop > row.start and row.tokens[row.stop - 1] in backbone.stop_tokens
-                )
-                stop = row.stop - closed
-                pieces = reader.pieces(row.tokens[row.start : stop])
-                for part in _prefixes(backbone, head, row, stop):
-                    scores += _scores(head, part, gate)
-                    yield
-            whole = _scores(head, feature[None], gate)[0]
-            found[at] = Scored(whole, len(row.tokens), row.dropped, tuple(pieces), tuple(scores))
-        yield
-    return [one for one in found if one is not None]
+    texts = yield from read(prompts, replies, head, backbone, positions=positions)
+    return (yield from weigh(texts, head, backbone))
+
+
+def _end(row: Row, head: ConvexHead, backbone: LanguageModel) -> int:
+    """Index behind the reply's text: the closing token that some heads read is not part of it."""
+    closed = head.spec.ends_with_eos and row.stop > row.start and row.tokens[row.stop - 1] in backbone.stop_tokens
+    return row.stop - closed
 
 
 def _scores(head: ConvexHead, features: Float32, prompt: Float32 | None) -> list[float]:

@@ -14,17 +14,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coala.serve.memory import tidy
+from coala.serve.work import Began, Busy, Ended, Failed, News, Piece, Ticket, advance
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
-    from coala.decoding import Engine, Job
+    from coala.decoding import Engine
 
+__all__ = ["Began", "Busy", "Ended", "Failed", "News", "Piece", "Ticket", "Worker"]
 log = logging.getLogger("coala.serve")
 # Finished work that the rate is measured over, at most so many and so many seconds back.
 REMEMBERED, MEMORY = 100, 60.0
@@ -33,73 +34,6 @@ LONGEST_WAIT = 60
 TIDIED = 5.0
 # Seconds without work after which it is tidied once more.
 REST = 1.0
-
-
-@dataclass(frozen=True)
-class Began:
-    """The engine has taken the work: it is sound, and will be done unless it is cancelled."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that a reply has grown by; ``tokens``, where asked for, are all of the reply's so far."""
-
-    text: str
-    tokens: tuple[Sequence[int], Sequence[float], Sequence[Sequence[tuple[int, float]]]] | None = None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A reply's job or what a chore returned; ``None`` for work that was cancelled before it began."""
-
-    result: Any
-
-
-@dataclass(frozen=True)
-class Failed:
-    """``refused`` if the work was not sound, else something broke while it was done."""
-
-    error: Exception
-    refused: bool
-
-
-News = Began | Piece | Ended | Failed
-
-
-class Busy(Exception):
-    """There is more work in hand than may wait; ``retry_after`` whole seconds until there may be room."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"busy for {retry_after} s")
-        self.retry_after = retry_after
-
-
-@dataclass(eq=False)
-class Ticket:
-    """Work and who hears of it. ``tell`` is called on the event loop; an :class:`Ended` or :class:`Failed` is its last.
-
-    Of ``submit`` and ``chore`` one is given: what hands a request to the engine, with the function that streamed text
-    goes to, or pieces of work that end with a result. Both run in the worker's thread alone.
-    """
-
-    tell: Callable[[News], None]
-    submit: Callable[[Engine, Callable[[str], None]], Job] | None = None
-    chore: Generator[None, None, Any] | None = None
-    with_tokens: bool = False
-    job: Job | None = field(default=None, init=False)
-    cancelled: bool = field(default=False, init=False)
-
-    def cancel(self) -> None:
-        """Any thread may call this, at any time and twice."""
-        self.cancelled = True
-        if self.job is not None:
-            self.job.cancel()
-
-    def given(self, job: Job) -> None:
-        """The engine has taken it. Whichever of this and :meth:`cancel` comes second sees the other."""
-        self.job = job
-        if self.cancelled:
-            job.cancel()
 
 
 class Worker:
@@ -139,11 +73,15 @@ class Worker:
 
     def take(self, tickets: Sequence[Ticket]) -> None:
         """Queue all of ``tickets`` or raise :class:`Busy`."""
-        if self.unfinished + len(tickets) > self.capacity:
-            raise Busy(self.patience(self.unfinished + len(tickets) - self.capacity))
+        self.require(len(tickets))
         self.unfinished += len(tickets)
         for ticket in tickets:
             self._inbox.put(ticket)
+
+    def require(self, places: int) -> None:
+        """Raise :class:`Busy` if so many tickets would not be taken now."""
+        if self.unfinished + places > self.capacity:
+            raise Busy(self.patience(self.unfinished + places - self.capacity))
 
     def patience(self, places: int) -> int:
         """Whole seconds until ``places`` of the tickets in hand are done, at the rate of late; 1 to 60."""
@@ -247,22 +185,11 @@ class Worker:
     def _do_a_piece(self, chores: deque[Ticket]) -> None:
         """The next piece of the chore whose turn it is."""
         ticket = chores.popleft()
-        assert ticket.chore is not None
-        if ticket.cancelled:
-            ticket.chore.close()
-            self._news.append((ticket, Ended(None)))
-            return
-        try:
-            next(ticket.chore)
-        except StopIteration as end:
-            self._news.append((ticket, Ended(end.value)))
-        except CoalaError as error:
-            self._news.append((ticket, Failed(error, refused=True)))
-        except Exception as error:
-            log.exception("a chore failed")
-            self._news.append((ticket, Failed(error, refused=False)))
-        else:
+        news = advance(ticket)
+        if news is None:
             chores.append(ticket)
+        else:
+            self._news.append((ticket, news))
 
     def _post(self) -> None:
         if not self._news:
