@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from coala.cli.comal_oracles import ORACLES
+from coala.cli.options import Download, TrustCode
 
 
 class Mode(StrEnum):
@@ -54,6 +55,8 @@ def matrix(
         Path | None, typer.Option(help="File of verdicts, to be shared; verdicts.sqlite beside OUT if not given.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what OUT holds and begin anew.")] = False,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Win rates of every entrant against every other, with intervals over prompts, and the mixture that none beats.
 
