@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from coala.choices import DTYPES, Dtype, GateOn, Loss, Method, Mode, PhaseOne, Pooling, Quantise, Rule, Template
 from coala.documents import DocumentError, parse_yaml
 from coala.messages import Place, joined, sentences
+from coala.permission import CODE_FLAG, permission
 from coala.values import CoalaError
 
 
@@ -189,9 +190,29 @@ def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
         for name in ("pairs", "eval_pairs"):
             if isinstance(document.get(name), str):
                 document[name] = [document[name]]
+    own = document.get("model")
+    asks = isinstance(own, dict) and bool(own.get("trust_remote_code"))
     for above in overrides:
         document = _overlay(document, above)
-    return recipe_of(document, path)
+    recipe = recipe_of(document, path)
+    given = [above["model"]["trust_remote_code"] for above in overrides if _says(above)]
+    if asks and path is not None and recipe.model.trust_remote_code and not any(given):
+        refuse_asked_code(True, path)
+    return recipe
+
+
+def _says(above: dict[str, Any]) -> bool:
+    model = above.get("model")
+    return isinstance(model, dict) and model.get("trust_remote_code") is not None
+
+
+def refuse_asked_code(asked: bool, source: Path) -> None:
+    """Refuse a file that asks for a model's Python code to be run, unless this invocation allows that."""
+    if asked and not permission().code:
+        raise RecipeError(
+            f"{source}: sets model.trust_remote_code, which runs Python code that comes with the model; a file cannot "
+            f"allow that. Fix: read that code, then pass {CODE_FLAG} (in Python: trust_remote_code=True)."
+        )
 
 
 def recipe_of(document: Any, source: Path | None = None) -> Recipe:

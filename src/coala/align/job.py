@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from coala.costs import Stopwatch, peak_memory
 from coala.recipe import Recipe
 from coala.store import Run
+from coala.values import CoalaError
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -66,11 +67,19 @@ class Work:
         self.show(stage, 1, 1)
 
 
-def open_backbone(recipe: Recipe) -> LanguageModel:
-    """The recipe's model."""
+def open_backbone(recipe: Recipe, named_by: Path | None = None) -> LanguageModel:
+    """The recipe's model; one that only the file ``named_by`` names is not fetched from the hub unasked."""
     from coala.backbone import load_backbone
+    from coala.backbone.files import NotCached
 
-    return load_backbone(**loading(recipe))
+    if named_by is None:
+        return load_backbone(**loading(recipe))
+    # Whether its code may run is for the invocation to say, whatever the file does.
+    options = {**loading(recipe), "trust_remote_code": False, "download": False}
+    try:
+        return load_backbone(**options)
+    except NotCached as error:
+        raise CoalaError(f"{named_by}: {error}") from error
 
 
 def loading(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 from coala import evaluation
 from coala.align.job import open_backbone
 from coala.align.stages import guidance_of, prompt_id
-from coala.recipe import recipe_of
+from coala.permission import permitted
+from coala.recipe import recipe_of, refuse_asked_code
 from coala.report import write_report
 from coala.store import (
     Run,
@@ -34,12 +35,21 @@ if TYPE_CHECKING:
     from coala.values import ConvexHead
 
 
-def load_run(path: Path | str) -> tuple[LanguageModel, ConvexHead, Guidance]:
-    """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on."""
+def load_run(
+    path: Path | str, *, trust_remote_code: bool = False, download: bool = False
+) -> tuple[LanguageModel, ConvexHead, Guidance]:
+    """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on.
+
+    A run may be somebody else's: its settings cannot have Python code run that comes with the model, nor a hub model
+    fetched that is not in the local cache. Only ``trust_remote_code`` and ``download`` can.
+    """
     run = Run.open(path)
-    recipe = recipe_of(run.settings, run.path / "run.json")
+    source = run.path / "run.json"
+    recipe = recipe_of(run.settings, source)
     head = load_head(run.path / "head")
-    backbone = open_backbone(recipe)
+    with permitted(code=trust_remote_code, download=download):
+        refuse_asked_code(recipe.model.trust_remote_code, source)
+        backbone = open_backbone(recipe, named_by=source)
     backbone.require(head.spec)
     return backbone, head, guidance_of(recipe)
 

@@ -11,12 +11,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coala.backbone.files import find, has_tokenizer, read_json, weights_digest
+from coala.backbone.checkpoint import read_json, weights_digest
+from coala.backbone.files import find, has_tokenizer
+from coala.backbone.kinds import brief
 from coala.backbone.network import BackboneError
 
 NEEDED = "adapter_config.json and adapter_model.safetensors"
 # These say where an adapter came from, not what it computes.
 _PROVENANCE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"}
+# These make peft import, load or fetch what they name.
+_REACHING = {
+    "megatron_config": "imports modules by their names",
+    "adapters": "loads other adapters by their names",
+}
 _SETS = ("target_modules", "modules_to_save", "exclude_modules")
 
 
@@ -44,13 +51,13 @@ class Adapter:
         return has_tokenizer(self.folder)
 
 
-def find_adapter(adapter: str) -> Adapter:
+def find_adapter(adapter: str, *, download: bool = True) -> Adapter:
     """The adapter in a folder or of a hub name; refused if its weights are pickled or it is no adapter of weights."""
     if find_spec("peft") is None:
         raise BackboneError(
             "An adapter needs the package peft, which is not installed: pip install 'coala-align[adapters]'"
         )
-    folder, name, _ = find(adapter, None, needed=NEEDED)
+    folder, name, _ = find(adapter, None, needed=NEEDED, download=download)
     missing = [file for file in NEEDED.split(" and ") if not (folder / file).is_file()]
     if "adapter_model.safetensors" in missing and (folder / "adapter_model.bin").is_file():
         raise BackboneError(
@@ -62,7 +69,13 @@ def find_adapter(adapter: str) -> Adapter:
         raise BackboneError(
             f"{folder}: is not an adapter; missing {', '.join(missing)}. An adapter has {NEEDED}.{hint}"
         )
-    return Adapter(folder, name, read_json(folder / "adapter_config.json"))
+    settings = read_json(folder / "adapter_config.json")
+    for key, reason in _REACHING.items():
+        if settings.get(key):
+            raise BackboneError(
+                f"{folder}: adapter_config.json sets {key}, which {reason}. Fix: train a LORA without it."
+            )
+    return Adapter(folder, name, settings)
 
 
 def check_base(adapter: Adapter, name: str, commit: str, weights: str) -> None:
@@ -110,10 +123,7 @@ def apply(model: Any, adapter: Adapter, name: str, *, merge: bool) -> Any:
     except BackboneError:
         raise
     except Exception as error:  # peft raises whatever its tuners and torch do
-        reason = " ".join(str(error).split())[:300]
-        raise BackboneError(
-            f"{adapter.name}: does not fit {name} ({type(error).__name__}: {reason}). {fits}."
-        ) from error
+        raise BackboneError(f"{adapter.name}: does not fit {name} ({brief(error, 300)}). {fits}.") from error
     astray = [*result.missing_keys, *result.unexpected_keys]
     if astray:
         shown = ", ".join(sorted(astray)[:3]) + (", ..." if len(astray) > 3 else "")

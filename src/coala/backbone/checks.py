@@ -2,11 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from coala.backbone.cache import CopiedMemory
 from coala.backbone.network import BackboneError, Network
+
+# Numbers looked at together: their largest is found without a copy of them.
+_PORTION = 1 << 26
+
+
+def check_weights(model: Any, name: str) -> None:
+    """Refuse weights that hold nan or inf. Those that are quantised or not in memory are left to the states."""
+    broken = [
+        key
+        for key, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.dtype.itemsize > 1 and not weight.is_meta and not _finite(weight)
+    ]
+    if broken:
+        shown = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+        raise BackboneError(
+            f"{name}: {len(broken)} tensor(s) are not finite, they hold nan or inf ({shown}). Check its weights: "
+            f"{_DIVERGED}"
+        )
+
+
+def _finite(weight: Tensor) -> bool:
+    flat = weight.detach().reshape(-1)
+    return all(
+        bool(torch.isfinite(torch.stack(torch.aminmax(part))).all())
+        for part in torch.split(flat, _PORTION)
+        if len(part)
+    )
+
+
+_DIVERGED = "download them again; if you trained it, the training diverged, so lower its learning rate."
+
+
+def check_finite(network: Network) -> None:
+    """Refuse a model that some tokens take past the largest number of its dtype, and name the first such layer."""
+    tokens = torch.arange(1, 6, device=network.device)[None] % network.vocabulary
+    layers = tuple(range(network.n_layers + 1))
+    states, _ = network.run(tokens, layers)
+    for layer, found in zip(layers, states, strict=True):
+        if not found.isfinite().all():
+            place = "the embedding" if layer == 0 else f"layer {layer} of {network.n_layers}"
+            raise BackboneError(
+                f"{type(network.body).__name__}: hidden states are not finite at {place}, so its weights hold nan or "
+                f"numbers too large for {str(network.dtype).removeprefix('torch.')}. Check its weights, or load it "
+                f"with another dtype: {_DIVERGED}"
+            )
 
 
 def check_states(network: Network) -> None:
@@ -24,12 +71,7 @@ def check_states(network: Network) -> None:
             f"{name} keeps states of shape {tuple(states.shape)} between its layers; expected (1, 5, d), one vector "
             "per token. Use another model."
         )
-    if not states.isfinite().all():
-        raise BackboneError(
-            f"{name}: states of layer {layer} are not finite, so its weights hold nan or numbers too large for "
-            f"{str(network.dtype).removeprefix('torch.')}. Load it with another dtype; if you trained it, the training "
-            "diverged: lower its learning rate."
-        )
+    check_finite(network)
     (alone,), _ = network.run(tokens[:, :read], (layer,), mask=None if mask is None else mask[:, :read])
     # The median, for rounding may send a single token to another expert.
     if _distances(states[0, :read], alone[0]).median() <= _tolerance(network):

@@ -1,18 +1,24 @@
-"""Find a model's or adapter's folder, here or on the hub, check that its files are there, and digest its tensors.
+"""Find a model's or adapter's folder, here or on the hub, and check that its files are there.
 
-The only module of the package that reads files or the network by itself. Knows nothing of models.
+The only module of the package that reaches for the network. Knows nothing of models.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from coala.backbone.checkpoint import INDEX, WEIGHTS, read_json, shards, weights_digest
 from coala.backbone.network import BackboneError
+from coala.permission import DOWNLOAD_FLAG, permission
+
+__all__ = ["check_config", "check_files", "find", "has_tokenizer", "read_json", "weights_digest"]
+
+
+class NotCached(BackboneError):
+    """A hub model that is not in the local cache and was not to be fetched."""
+
 
 NEEDED = "config.json, model.safetensors (or its shards with model.safetensors.index.json) and tokenizer.json"
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -23,34 +29,61 @@ Found = tuple[Path, str, str]
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 
 
-def find(model: str, revision: str | None, *, needed: str = NEEDED, wanted: tuple[str, ...] = _WANTED) -> Found:
-    """Folder, the name to record, and the commit (empty for a folder) of a model in a folder or on the hub."""
+def find(
+    model: str,
+    revision: str | None,
+    *,
+    needed: str = NEEDED,
+    wanted: tuple[str, ...] = _WANTED,
+    download: bool = True,
+) -> Found:
+    """Folder, the name to record, and the commit (empty for a folder) of a model in a folder or on the hub.
+
+    Without ``download`` a hub model has to be in the local cache, unless this invocation permits to fetch it.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:
             raise BackboneError(f"{model}: is a folder, which has no revisions. Leave revision out.")
         return folder, model, ""
     if folder.exists():
+        if folder.suffix.lower() == ".gguf":
+            raise _gguf(folder.parent, folder.name)
         raise BackboneError(f"{model}: is a file; expected a folder with {needed}.")
     if not _HUB_NAME.fullmatch(model):
         raise BackboneError(
             f"{model}: no such folder. Expected a folder with {needed}, or a hub name like 'owner/model'."
         )
-    return _download(model, revision or None, needed, wanted)
+    return _from_hub(model, revision or None, needed, wanted, fetch=download or permission().download)
 
 
-def _download(name: str, revision: str | None, needed: str, wanted: tuple[str, ...]) -> Found:
+def _from_hub(name: str, revision: str | None, needed: str, wanted: tuple[str, ...], *, fetch: bool) -> Found:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(wanted), local_files_only=not fetch)
+        )
     except Exception as error:  # the client raises its own and its transport's errors alike
+        if not fetch:
+            raise NotCached(
+                f"{name}: no such folder, and no hub model of that name is cached here. You did not name it, so it is "
+                f"not fetched. Fix: pass {DOWNLOAD_FLAG} to fetch it (in Python: download=True)."
+            ) from error
         reason = next(iter(str(error).splitlines()), "")
         raise BackboneError(
             f"{name}: there is no such folder here, and the hub model could not be fetched ({type(error).__name__}: "
             f"{reason}). Check the name and the network, or give a local folder with {needed}."
         ) from error
     return folder, name, folder.name
+
+
+def _gguf(folder: Path, name: str) -> BackboneError:
+    return BackboneError(
+        f"{folder / name}: is GGUF, which is not read; expected a folder with {NEEDED}. Fix: give the original model, "
+        f"or convert it: AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={name!r})"
+        ".save_pretrained(NEW), and the same with AutoTokenizer."
+    )
 
 
 def check_files(folder: Path) -> dict[str, Any]:
@@ -60,79 +93,54 @@ def check_files(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "the model it changes"
             raise BackboneError(f"{folder}: is an adapter of {base}. Give that as the model, and this as its adapter.")
+        gguf = sorted(path.name for path in folder.glob("*.gguf"))
+        if gguf:
+            raise _gguf(folder, gguf[0])
         missing.append("config.json")
-    if not any(folder.glob("*.safetensors")):
+    elif (folder / "adapter_config.json").is_file():
+        # transformers would put it into the weights without a word.
+        raise BackboneError(
+            f"{folder}: holds a model and an adapter (adapter_config.json); expected one of them. Fix: move the "
+            "adapter's files to a folder of their own and give that as the adapter, or delete them."
+        )
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         if pickled:
             raise BackboneError(
                 f"{folder}: its weights are pickled ({', '.join(pickled)}), and loading a pickle can run any code. "
                 "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
             )
-        missing.append("model.safetensors")
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        missing.append("model.safetensors" + (f" (there is {', '.join(others[:3])})" if others else ""))
+    else:
+        # Beside model.safetensors an index is not used; a broken one tells of a download gone wrong all the same.
+        needed = shards(folder / INDEX) if (folder / INDEX).is_file() else []
+        missing += [path.name for path in needed if not path.is_file()]
     if not has_tokenizer(folder):
         missing.append("tokenizer.json")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(read_json(index).get("weight_map", {}).values())
-        missing += sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         what = "is not a model folder" if "config.json" in missing else "is not complete"
         raise BackboneError(f"{folder}: {what}; missing {', '.join(missing)}. A model folder has {NEEDED}.")
+    if not (folder / WEIGHTS).is_file() and not isinstance(read_json(folder / INDEX).get("metadata"), dict):
+        raise BackboneError(f'{folder / INDEX}: has no metadata; expected an object. Fix: add "metadata": {{}}.')
     return check_config(folder / "config.json")
 
 
 def check_config(path: Path) -> dict[str, Any]:
     """What config.json says, if it says what kind of model it is."""
     config = read_json(path)
-    if "model_type" not in config:
-        raise BackboneError(f"{path.parent}: config.json names no model_type. Save the model with save_pretrained().")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        found = "names no model_type" if kind is None else f"has the model_type {kind!r}; expected a name"
+        raise BackboneError(f"{path.parent}: config.json {found}. Fix: save the model with save_pretrained().")
+    if "transformers_weights" in config:
+        # transformers would load that file in place of the checkpoint that was checked and digested.
+        raise BackboneError(
+            f"{path}: transformers_weights names other weights ({config['transformers_weights']!r}). Fix: save the "
+            "model with save_pretrained()."
+        )
     return config
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"{path}: cannot be read as JSON ({error}). Save the model again.") from error
-    if not isinstance(content, dict):
-        raise BackboneError(f"{path}: is not a JSON object. Save the model again.")
-    return content
-
-
-# --- what the weights are ----------------------------------------------------------------------------------------
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a folder's tensors, whatever files they are spread over.
-
-    Of the checkpoint as stored, so that the device and dtype it is run with do not enter.
-    """
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        tensors = [
-            tensor for found in pool.map(_tensor_digests, sorted(folder.glob("*.safetensors"))) for tensor in found
-        ]
-    return hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()
-
-
-def _tensor_digests(path: Path) -> list[str]:
-    """One line per tensor. The file begins with the length of a JSON header; offsets count from the header's end."""
-    lines = []
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            first, last = about["data_offsets"]
-            file.seek(8 + size + first)
-            digest = hashlib.sha256()
-            left = last - first
-            while left and (block := file.read(min(left, 1 << 22))):
-                digest.update(block)
-                left -= len(block)
-            lines.append(f"{name} {about['dtype']} {about['shape']} {digest.hexdigest()}")
-    return lines

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from coala.backbone.adapters import apply, check_base, find_adapter
-from coala.backbone.checks import check_cache, check_states
-from coala.backbone.files import check_files, find, weights_digest
+from coala.backbone.checkpoint import kind_of, stored, weight_files, weights_digest
+from coala.backbone.checks import check_cache, check_states, check_weights
+from coala.backbone.files import check_files, find
+from coala.backbone.kinds import SUPPORTED, brief, encoder_options, read_config, refuse_foreign_code
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError, Network
 from coala.backbone.placement import Limits, Placement, place
 from coala.backbone.template import Renderer
+from coala.permission import permission
+
+# Any of them may be what breaks a tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "special_tokens_map.json",
+)
 
 
 def load_backbone(
@@ -30,6 +42,7 @@ def load_backbone(
     adapter: str | Path | None = None,
     quantise: str | None = None,
     max_memory: Limits | None = None,
+    download: bool = True,
 ) -> LanguageModel:
     """Load a frozen model from a folder, or by its hub name at ``revision``.
 
@@ -45,29 +58,35 @@ def load_backbone(
     the columns kept in full depend on the whole batch, and so do hidden states, within the error of quantising; in 4
     bits they do not. Both enter the digest of the weights: features of base, adapted and quantised model differ.
 
+    ``trust_remote_code``: run Python code that comes with the model, if it has any; no file can ask for that.
+    ``download=False`` reads hub models from the local cache alone, for names that were found in a file.
+
     Raises :class:`BackboneError` for anything that would make hidden states other than those of the trained model,
-    for pickled weights, and for a package that is missing.
+    for files that are broken, for pickled weights, and for a package that is missing.
     """
-    folder, name, commit = find(str(model), revision)
-    stored = check_files(folder)
+    trusted = trust_remote_code or permission().code
     placement = place(device, dtype, quantise, max_memory)
-    adapted = None if adapter is None else find_adapter(str(adapter))
+    folder, name, commit = find(str(model), revision, download=download)
+    config = check_files(folder)
+    adapted = None if adapter is None else find_adapter(str(adapter), download=download)
     if adapted and placement.device is None:
         raise BackboneError(
             f"{adapted.name}: an adapter cannot be put into weights spread over memory and disk (device={device!r}). "
             "Merge it and save the whole: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)."
         )
-    refuse_foreign_code(stored, name, trust_remote_code)
+    refuse_foreign_code(config, name, trusted)
     weights = weights_digest(folder)
     if adapted:
         check_base(adapted, name, commit, weights)
-    with quiet():
-        loaded, encoder = _load(folder, name, placement, trust_remote_code=trust_remote_code, headless=not generation)
+    with quiet(), _told(name):
+        loaded, encoder = _load(folder, name, placement, trust_remote_code=trusted, headless=not generation)
         if adapted:
             loaded = apply(loaded, adapted, name, merge=not getattr(loaded, "is_quantized", False))
         own_tokenizer = adapted is not None and adapted.has_tokenizer
-        tokenizer = load_tokenizer(adapted.folder if adapted and own_tokenizer else folder, name, trust_remote_code)
-        network = _network(placement.settle(loaded), name, encoder)
+        tokenizer = load_tokenizer(adapted.folder if adapted and own_tokenizer else folder, name, trusted)
+        loaded = placement.settle(loaded)
+        check_weights(loaded, name)
+        network = _network(loaded, name, encoder)
         generates = generation and not encoder
         if generates:
             network.check_head()
@@ -79,6 +98,21 @@ def load_backbone(
         weights = hashlib.sha256("\n".join([weights, *changes]).encode()).hexdigest()
     name = f"{name}+{adapted.name}" if adapted else name
     return LanguageModel(network, renderer, name=name, revision=commit, weights=weights, generates=generates)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Whatever a library raises over a model's files becomes one sentence that names the model."""
+    try:
+        yield
+    except BackboneError:
+        raise
+    except MemoryError as error:
+        raise BackboneError(
+            f"{name}: there is not enough memory to load it. Use a smaller dtype, --quantise or --device offload."
+        ) from error
+    except Exception as error:
+        raise BackboneError(f"{name}: cannot be used ({brief(error)}). Fix: download it again.") from error
 
 
 # --- what it is --------------------------------------------------------------------------------------------------
@@ -94,11 +128,22 @@ def _load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True, "config": config}
     options |= {"use_safetensors": True, "output_loading_info": True, **placement.options()}
     options |= encoder_options(config) if encoder else {}
+    kind = AutoModel if encoder else AutoModelForCausalLM
+    _check_size(kind, config, folder, name, trust_remote_code)
     try:
-        model, info = _from_pretrained(AutoModel if encoder else AutoModelForCausalLM, folder, options)
+        model, info = _from_pretrained(kind, folder, options)
+    except ImportError as error:
+        quantised = getattr(config, "quantization_config", None)
+        way = (
+            f"its weights are quantised ({_method(quantised)}), which needs a package that is not installed"
+            if quantised
+            else "a package that it needs is not installed"
+        )
+        raise BackboneError(f"{name}: {way} ({brief(error)}).") from error
     except Exception as error:
         raise BackboneError(
-            f"{name}: cannot be loaded as {config.model_type} ({type(error).__name__}: {error})."
+            f"{name}: cannot be loaded as {config.model_type} ({brief(error)}). Fix: download it again, or save it "
+            "again with save_pretrained()."
         ) from error
     unset = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     # An encoder's pooler is not read. Without generation neither is the LM head.
@@ -113,6 +158,33 @@ def _load(
             + (", or pass generation=False for features only." if "lm_head.weight" in unset else ".")
         )
     return model, encoder
+
+
+def _method(quantised: Any) -> str:
+    found = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    return str(getattr(found, "value", found) or "by no method that it names")[:40]
+
+
+def _check_size(kind: Any, config: Any, folder: Path, name: str, trust_remote_code: bool) -> None:
+    """Refuse a configuration of a far larger model than the checkpoint holds, before memory is taken for it."""
+    import torch
+
+    held = sum(math.prod(tensor.shape) for path in weight_files(folder) for tensor in stored(path))
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
+        described = sum(parameter.numel() for parameter in model.parameters())
+    except Exception as error:
+        raise BackboneError(
+            f"{name}: config.json describes no model of kind {config.model_type} ({brief(error)}); expected "
+            f"{SUPPORTED}. Fix: download it again."
+        ) from error
+    # Packed weights hold up to 16 numbers in one.
+    if described > 32 * held:
+        raise BackboneError(
+            f"{name}: config.json describes a model of {described:,} weights, and the checkpoint holds {held:,}. They "
+            "do not belong together. Fix: download both again."
+        )
 
 
 def _from_pretrained(kind: Any, folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -135,72 +207,57 @@ def _network(model: Any, name: str, encoder: bool) -> Network:
         raise
     except Exception as error:  # whatever a foreign model's forward raises
         raise BackboneError(
-            f"{name}: {type(model).__name__} cannot be read ({type(error).__name__}: {error}); expected a transformer "
-            "with one stack of layers over token embeddings. Use another model."
+            f"{name}: {type(model).__name__} cannot be read ({brief(error)}); expected a transformer with one stack of "
+            "layers over token embeddings. Fix: download config.json again, or use another model."
         ) from error
     return network
 
 
-def read_config(where: Path, name: str, trust_remote_code: bool = False) -> tuple[Any, bool]:
-    """The configuration in a folder or config.json, and whether it is an encoder's."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
-        raise BackboneError(f"{name}: transformers cannot read its config.json: {error}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise BackboneError(
-            f"{name}: is an encoder-decoder ({config.model_type}); expected a decoder-only model or an encoder."
-        )
-    return config, _is_encoder(config)
-
-
-def encoder_options(config: Any) -> dict[str, Any]:
-    """What to build an encoder with: without the pooler, which is not read and often not in the checkpoint."""
-    from transformers import MODEL_MAPPING
-
-    kind: Any = MODEL_MAPPING.get(type(config), None)
-    takes = isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
-    return {"add_pooling_layer": False} if takes else {}
-
-
-def refuse_foreign_code(stored: dict[str, Any], name: str, trust_remote_code: bool = False) -> None:
-    """Refuse a configuration whose model is Python code beside its weights, unless that code is trusted."""
-    from transformers import CONFIG_MAPPING
-
-    if stored.get("auto_map") and not trust_remote_code and stored["model_type"] not in CONFIG_MAPPING:
-        raise BackboneError(
-            f"{name}: needs Python code of its own ({', '.join(sorted(stored['auto_map']))}). "
-            "Read that code; then pass trust_remote_code=True, or use a model that transformers knows."
-        )
-
-
-def _is_encoder(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in getattr(config, "architectures", None) or ())
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal
-
-
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """The tokenizer of a model folder; :class:`BackboneError`, which calls the model ``name``, if there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"tokenizer_class names a {type(tokenizer).__name__}")
+        if not tokenizer.encode("a", add_special_tokens=False):
+            raise ValueError("it makes no token of the letter a")
+        _check_added(tokenizer)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers' library panics past Exception
+        what = next((f"{file} is {what}" for file in _TOKENIZER_FILES if (what := kind_of(folder / file))), "")
         raise BackboneError(
-            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). Save it beside the weights "
+            f"{name}: its tokenizer cannot be loaded ({what or brief(error)}). Save it beside the weights "
             "with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         ) from error
 
 
+def _check_added(tokenizer: Any) -> None:
+    for name in ("bos_token_id", "eos_token_id"):
+        found = getattr(tokenizer, name)
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+            raise TypeError(f"its {name} is {found!r}")
+
+
 def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
+    return stop_tokens(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
+
+
+def stop_tokens(stored: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a reply: what a generation_config names, and the tokenizer's own."""
     found: set[int] = set()
-    for ids in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    for ids in (stored, tokenizer.eos_token_id):
+        several = ids if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+        for token in several:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise BackboneError(
+                    f"The stop token is {token!r}; expected the number of a token. Fix: mend eos_token_id in "
+                    "generation_config.json or config.json."
+                )
+            found.add(token)
     return frozenset(found)
 
 

@@ -66,6 +66,11 @@ class Network:
         self._scoring: set[int] = set()
         # Not the configured width: a few models project their final states.
         self.width = int(outputs.last_hidden_state.shape[-1])
+        if self.context < 2:
+            raise BackboneError(
+                f"{type(self.body).__name__} has a context of {self.context} tokens; expected at least 2. Fix: mend "
+                "max_position_embeddings in its config.json."
+            )
 
     def _find_layers(self) -> nn.ModuleList:
         n_layers = getattr(self.config, "num_hidden_layers", None)
@@ -90,7 +95,7 @@ class Network:
         if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
             # Beyond this length a row's hidden states would change with the other rows of its batch.
             longest = rope.get("original_max_position_embeddings") or longest
-        if longest is None:
+        if longest is None or longest == -1:
             # Alibi and recurrent models name no limit; any positive bound will do for them.
             longest = 2048
         # RoBERTa counts positions from its padding index on, so that many of them are never used.
@@ -249,6 +254,11 @@ class Network:
             whole = cast(Any, self.causal)(input_ids=tokens, use_cache=False).logits[:, -1].float()
         (states,), _ = self.run(tokens, (self.n_layers,))
         final = states[:, -1]
+        if not whole.isfinite().all():
+            raise BackboneError(
+                f"{type(self.causal).__name__}: the logits of its head are not finite. Check its weights: download "
+                "them again, or load it with another dtype."
+            )
         if not torch.allclose(self.log_probs(final), whole.log_softmax(-1), atol=1e-2, rtol=1e-2):
             raise BackboneError(
                 f"{type(self.causal).__name__} computes its logits from more than its final hidden states, so it "

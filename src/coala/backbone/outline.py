@@ -11,10 +11,12 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from coala.backbone.files import check_config, find
-from coala.backbone.load import encoder_options, quiet, read_config, refuse_foreign_code
+from coala.backbone.kinds import brief, encoder_options, read_config, refuse_foreign_code
+from coala.backbone.load import quiet
 from coala.backbone.network import BackboneError, Network
 from coala.backbone.placement import DTYPES, QUANTISED
 from coala.costs import Shape
+from coala.permission import permission
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def outline(model: str | Path, revision: str | None = None) -> Outline:
         raise BackboneError(f"{name}: has no config.json, which is all that an outline needs.")
     refuse_foreign_code(check_config(place), name)
     with quiet():
-        config, encoder = read_config(place, name)
+        config, encoder = read_config(place, name, permission().code)
         try:
             network = Network(_hollow(config, encoder), encoder=encoder)
             cached = 0 if encoder else _cached(network)
@@ -85,7 +87,7 @@ def outline(model: str | Path, revision: str | None = None) -> Outline:
         except Exception as error:  # a foreign model's code raises whatever it does
             raise BackboneError(
                 f"{name}: a model of kind {config.model_type} cannot be built without its weights "
-                f"({type(error).__name__}: {error}). Load it instead."
+                f"({brief(error)}). Load it instead."
             ) from error
     return Outline(
         name=name,
@@ -112,6 +114,7 @@ def _hollow(config: Any, encoder: bool) -> nn.Module:
     kind: Any = AutoModel if encoder else AutoModelForCausalLM
     # The experts' grouped product knows shapes without values in this dtype only.
     options = {"dtype": torch.bfloat16, **(encoder_options(config) if encoder else {})}
+    options |= {"trust_remote_code": permission().code}
     with torch.device("meta"):
         try:
             model: nn.Module = kind.from_config(config, attn_implementation="sdpa", **options)

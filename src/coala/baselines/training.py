@@ -68,6 +68,8 @@ class Trained:
             "dtype": dtype,
             "template": self.template.partition(":")[0],
             "generation": self.method != "reward",
+            # A file of the folder names the model, not whoever asks for it.
+            "download": False,
             **options,
         }
         weights = self.folder / WEIGHTS

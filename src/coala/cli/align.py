@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coala.cli.options import TrustCode
+
 
 def align(
     pairs: Annotated[
@@ -64,6 +66,7 @@ def align(
         int, typer.Option("--workers", min=1, help="Processes that share the extraction, each with the model.")
     ] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
 
@@ -99,6 +102,7 @@ def align(
             "adapter": adapter,
             "quantise": quantise,
             "max_tokens": max_tokens,
+            "trust_remote_code": trust_remote_code or None,
         },
         "head": {
             "method": method,

@@ -48,6 +48,7 @@ from coala.cli.judging import (
     spending,
     stem,
 )
+from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of, spread
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def alpaca(
     timeout: Timeout = 180.0,
     ask_again: AskAgain = False,
     sampling: Sampling = None,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """AlpacaEval 2: win rate, its counts and lengths, and the length-controlled win rate.
 

@@ -41,6 +41,7 @@ from coala.cli.judging import (
     order_figures,
     spending,
 )
+from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def arena(
     timeout: Timeout = 180.0,
     ask_again: AskAgain = False,
     sampling: Sampling = None,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Arena-Hard: win rate against the baseline with the interval that counts questions, beside the published one.
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coala.cli.options import Download, TrustCode
+
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.decoding import Guidance
@@ -36,6 +38,8 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Talk to the run's model, guided by its head; replies appear as they are made.
 

@@ -161,7 +161,7 @@ def _as_backbone(place: Path, about: Mapping[str, Any], device: str) -> Iterator
         modules = None if adapter["targets"] is None else tuple(adapter["targets"])
         lora = LowRank(adapter["rank"], adapter["alpha"], modules)
     options = {"revision": about["revision"], "template": about["template"]}
-    policy = load_policy(about["model"], lora=lora, device="cpu", dtype=about["dtype"], **options)
+    policy = load_policy(about["model"], lora=lora, device="cpu", dtype=about["dtype"], download=False, **options)
     policy.load(place)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".export-") as folder:
         policy.export(Path(folder))
@@ -171,7 +171,7 @@ def _as_backbone(place: Path, about: Mapping[str, Any], device: str) -> Iterator
             if adapter is None:
                 backbone = load_backbone(folder, template=about["template"], device=device)
             else:
-                backbone = load_backbone(about["model"], adapter=folder, device=device, **options)
+                backbone = load_backbone(about["model"], adapter=folder, device=device, download=False, **options)
     yield backbone
 
 

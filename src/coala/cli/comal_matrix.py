@@ -10,6 +10,7 @@ import typer
 
 from coala.cli.comal_oracles import ORACLES
 from coala.cli.terminal import write
+from coala.cli.options import Download, TrustCode
 
 
 class Mode(StrEnum):
@@ -55,6 +56,8 @@ def matrix(
         Path | None, typer.Option(help="File of verdicts, to be shared; verdicts.sqlite beside OUT if not given.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what OUT holds and begin anew.")] = False,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Win rates of every entrant against every other, with intervals over prompts, and the mixture that none beats.
 

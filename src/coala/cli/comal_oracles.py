@@ -194,22 +194,25 @@ def _reward(folder: str, device: str) -> Named:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from coala.backbone.files import check_files, weights_digest
-    from coala.backbone.load import quiet, refuse_foreign_code
+    from coala.backbone.kinds import brief, refuse_foreign_code
+    from coala.backbone.load import quiet
     from coala.nash.model_oracles import from_reward_model
+    from coala.permission import permission
     from coala.values import CoalaError
 
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise CoalaError(f"{folder}: there is no such folder; a reward model is a folder with config.json and weights.")
     refuse_foreign_code(check_files(path), folder)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": permission().code}
     try:
         with quiet():
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, output_loading_info=True
+                path, use_safetensors=True, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # transformers raises whatever its models do
-        raise CoalaError(f"{folder}: cannot be loaded as a reward model ({type(error).__name__}: {error}).") from error
+        raise CoalaError(f"{folder}: cannot be loaded as a reward model ({brief(error)}).") from error
     if info["missing_keys"]:
         raise CoalaError(
             f"{folder}: is no reward model; {', '.join(sorted(info['missing_keys'])[:3])} would be random. Give a "

@@ -11,6 +11,7 @@ import typer
 
 from coala.cli.comal_oracles import ORACLES
 from coala.cli.terminal import write
+from coala.cli.options import Download, TrustCode
 
 
 class Loss(StrEnum):
@@ -97,6 +98,8 @@ def train(
     ] = None,
     keep_policies: Annotated[bool, typer.Option("--keep-policies", help="Every step's, not references only.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Train towards the Nash policy: sample, judge, score and train, step by step, resumable at any moment.
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from coala.cli.options import TrustCode
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -44,6 +46,7 @@ def check(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model whose context the pairs have to fit.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply; the model's context.")] = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Read every row and list what is wrong: FILE:ROW: FIELD: found; expected; how to mend. Exit code 2 on errors."""
     from coala.cli.screen import emit

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coala.cli import rewardbench
+from coala.cli.options import Download, TrustCode
 
 if TYPE_CHECKING:
     from coala.values import Estimate
@@ -43,6 +44,8 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check an exported folder's files against its coala.json instead.")
     ] = False,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Write a run's model and head as one Hugging Face folder, ready to be loaded or published.
 
@@ -105,6 +108,8 @@ def lm_eval(
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to write the harness's results as JSON.")] = None,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Tasks of EleutherAI's lm-evaluation-harness with guided texts (needs the extra `lm-eval`).
 

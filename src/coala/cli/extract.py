@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coala.cli.options import TrustCode
+
 
 class Engine(StrEnum):
     """Where the workers of an extraction run."""
@@ -47,6 +49,7 @@ def extract(
         Engine.processes
     ),
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster; without it one is started here.")] = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Encode chosen and rejected replies with the frozen model; written shard by shard, a killed run goes on.
 
@@ -71,6 +74,7 @@ def extract(
             "dtype": dtype,
             "adapter": adapter,
             "quantise": quantise,
+            "trust_remote_code": trust_remote_code,
         }
         backbone = load_backbone(**loading)
 

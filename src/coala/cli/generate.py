@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coala.cli.options import Download, TrustCode
+
 
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
@@ -23,6 +25,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unguided reply beside the guided one.")] = False,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Answer prompts with the run's model, guided by its head.
 

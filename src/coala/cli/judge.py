@@ -38,6 +38,7 @@ from coala.cli.judging import (
     stem,
     tell_failures,
 )
+from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of, spread
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def judge(
     timeout: Timeout = 180.0,
     ask_again: AskAgain = False,
     sampling: Sampling = None,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Judge A's replies against B's in both orders, or a run's guided ones against its unguided ones.
 
@@ -176,6 +179,8 @@ def grade(
     ask_again: AskAgain = False,
     sampling: Sampling = None,
     into: RunOption = None,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Grade answers from 1 to 10, turn by turn, the way MT-Bench does; `coala eval mtbench` reads what is written.
 
@@ -210,6 +215,8 @@ def grade_all(
     files: Mapping[str, Path],
     settings: Mapping[str, Any] | None = None,
     kind: str = "grade",
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Buy the grades, write them to ``out``, show and keep what they come to; exit code 1 if the judge stopped."""
     import json

@@ -24,6 +24,7 @@ from coala.cli.judging import (
     Service,
     Timeout,
 )
+from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, figure, keep, run_of, spread
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def mtbench(
     timeout: Timeout = 180.0,
     ask_again: AskAgain = False,
     sampling: Sampling = None,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """MT-Bench: mean ratings overall, by turn and by category; or wins, losses and ties of two models.
 

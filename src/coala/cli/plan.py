@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coala.cli.options import TrustCode
+
 
 def plan(
     pairs: Annotated[
@@ -45,6 +47,7 @@ def plan(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the recipe.")
     ] = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Tokens, FLOPs, memory, disk and time of `coala align`, told before anything is done; refuses what cannot fit.
 

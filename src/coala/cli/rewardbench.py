@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def by_head(
         str | None, typer.Option(help="The model's name in the results; the run folder's if not given.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 4096,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """RewardBench with a run's head, on any device: accuracy by subset and section, with intervals.
 

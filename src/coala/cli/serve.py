@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from coala.cli.options import Download, TrustCode
+
 KEY = "COALA_API_KEY"
 SHORTEST_KEY = 16
 
@@ -27,6 +29,8 @@ def serve(
     grace: Annotated[float, typer.Option(help="Seconds that requests at hand get when the server ends.")] = 30.0,
     api_key_env: Annotated[str, typer.Option(help="Variable of the environment that holds the key.")] = KEY,
     no_key: Annotated[bool, typer.Option("--no-key", help="Serve others than loopback without a key.")] = False,
+    trust_remote_code: TrustCode = False,
+    download: Download = False,
 ) -> None:
     """Serve the run's guided model: an OpenAI-compatible server, and a playground at its first page. Ctrl-C ends it.
 

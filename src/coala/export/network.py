@@ -63,7 +63,7 @@ def reward_network(head: ConvexHead, backbone: LanguageModel, spec: FeatureSpec)
     import torch
 
     from coala.backbone import POOLINGS
-    from coala.backbone.load import encoder_options
+    from coala.backbone.kinds import encoder_options
     from coala.export.shipped.modeling_coala import CoalaRewardConfig, CoalaRewardModel
 
     if POOLINGS[head.spec.pooling].scored:

@@ -24,6 +24,7 @@ from coala.nash.game import Float
 from coala.nash.pairs import Sampled, TrainRow
 from coala.nash.settings import COMALSettings
 from coala.nash.trainer import arguments, trainer_types
+from coala.permission import permission
 from coala.store import digest, write_atomic
 from coala.values import CoalaError, Turn
 
@@ -61,26 +62,31 @@ def load_policy(
     device: str = "auto",
     template: str = "auto",
     dtype: str = "float32",
+    download: bool = True,
 ) -> LanguagePolicy:
     """A causal language model and its tokenizer from a folder or the hub, ready to be trained.
 
-    Raises :class:`CoalaError` for pickled weights, for a model with code of its own and for what is no model.
+    ``download=False`` reads hub models from the local cache alone, for names that were found in a file. Raises
+    :class:`CoalaError` for pickled weights, for a model with code of its own and for what is no model.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from coala.backbone.files import check_files, find
-    from coala.backbone.load import load_tokenizer, refuse_foreign_code
+    from coala.backbone.kinds import refuse_foreign_code
+    from coala.backbone.load import load_tokenizer
 
     require_training()
     if dtype not in DTYPES:
         raise CoalaError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    folder, name, _ = find(str(model), revision)
+    folder, name, _ = find(str(model), revision, download=download)
     refuse_foreign_code(check_files(folder), name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(folder, name, False)
+    tokenizer = load_tokenizer(folder, name, permission().code)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True, "local_files_only": True}
+    # Said either way, or transformers asks on the terminal.
+    options |= {"trust_remote_code": permission().code}
     kind: Any = AutoModelForCausalLM
     try:
         with _quiet():
