@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +452,72 @@ def test_a_resumed_extraction_is_the_unbroken_one(
     assert same(unbroken, extract(pairs, backbone, spec, batch_tokens=200, **more))
     assert contents(store.folder) == before
     assert (store.folder / shards[0]).stat().st_mtime_ns == kept.st_mtime_ns
+
+
+class Killed(Exception):
+    pass
+
+
+def ticking(seconds: float) -> Callable[[], float]:
+    """A clock that is so much later whenever it is asked."""
+    return count(0.0, seconds).__next__
+
+
+@pytest.mark.parametrize("seconds", [0.0, 8.0, 30.0], ids=["fast", "medium", "slow"])
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_slow_extraction_loses_a_few_batches_and_no_bit(
+    backbone: LanguageModel, tmp_path: Path, seconds: float, at: int
+) -> None:
+    """One shard of many batches, killed after ``at`` of them: what was older than 20 seconds is there."""
+    pairs, spec = some_pairs(24), backbone.spec()
+    unbroken = FeatureStore(tmp_path / "unbroken")
+    expected = extract(pairs, backbone, spec, batch_tokens=90, store=unbroken)
+    assert len(contents(unbroken.folder)) == 4  # the shard, the plan, the counts and the lock
+    store, told = FeatureStore(tmp_path / "killed"), []
+
+    def kill(done: int, total: int, tokens: int) -> None:
+        told.append(tokens)
+        if len(told) == at + 1:  # the first tells what is there
+            raise Killed
+
+    with pytest.raises(Killed):
+        extract(pairs, backbone, spec, batch_tokens=90, store=store, clock=ticking(seconds), on_batch=kill)
+    told_again: list[int] = []
+    resumed = extract(
+        pairs, backbone, spec, batch_tokens=90, store=store, on_batch=lambda d, t, tokens: told_again.append(tokens)
+    )
+    n_batches = len(survey(pairs, backbone, spec).batches(90))
+    # The clock is asked once at the start and once after each batch; the batch at which the kill falls is lost.
+    every = {0.0: n_batches, 8.0: 3, 30.0: 1}[seconds]
+    kept = (at - 1) // every * every
+    assert len(told_again) == 1 + n_batches - kept
+    assert told_again[0] == told[kept]
+    assert same(resumed, expected)
+    assert contents(store.folder) == contents(unbroken.folder)
+
+
+def test_a_piece_that_is_not_what_was_written_is_made_again(backbone: LanguageModel, tmp_path: Path) -> None:
+    pairs, spec, store = some_pairs(24), backbone.spec(), FeatureStore(tmp_path / "store")
+
+    def kill(done: int, total: int, tokens: int) -> None:
+        if len(list(store.folder.glob("piece-*"))) == 4:
+            raise Killed
+
+    for damage in (b"", b"half", None):
+        with pytest.raises(Killed):
+            extract(pairs, backbone, spec, batch_tokens=150, store=store, clock=ticking(30.0), on_batch=kill)
+        pieces = sorted(store.folder.glob("piece-*"))
+        if damage is None:
+            pieces[1].unlink()
+        else:
+            pieces[1].write_bytes(damage)
+        notes: list[str] = []
+        found = extract(pairs, backbone, spec, batch_tokens=150, store=store, on_note=notes.append)
+        assert same(found, extract(pairs, backbone, spec, batch_tokens=150))
+        # Those behind it do not follow on what is there any more.
+        assert len(notes) == (2 if damage is None else 3)
+        assert not list(store.folder.glob("piece-*"))
+        store.discard()
 
 
 def test_a_store_keeps_to_one_extraction(backbone: LanguageModel, tmp_path: Path) -> None:

@@ -413,7 +413,7 @@ def test_a_run_of_other_settings_or_without_verdicts_is_refused(trained_start: A
     silent = from_callable(lambda *_: None, "silent")
     with pytest.raises(CoalaError, match=r"No pair is left to train on: .* 'silent' has no verdict"):
         run_comal(policy, EXAMPLES, silent, QUICK, tmp_path / "run")
-    with pytest.raises(CoalaError, match="oracle was 'silent', now 'table'"):
+    with pytest.raises(CoalaError, match="oracle: silent -> table"):
         run_comal(policy, EXAMPLES, from_table(GAME), QUICK, tmp_path / "run")
     with pytest.raises(CoalaError, match="no prompts"):
         run_comal(policy, [], silent, QUICK, tmp_path / "other")

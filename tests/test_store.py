@@ -254,10 +254,10 @@ class TestRun:
 
     def test_other_settings_are_refused_and_both_sides_named(self, tmp_path: Path) -> None:
         run = Run(tmp_path / "run")
-        run.start({"model": "a"})
-        run.start({"model": "a"})
-        with pytest.raises(StoreError, match="model was 'a', now 'b'"):
-            run.start({"model": "b"})
+        run.start({"model": {"name": "a", "layer": -1}})
+        run.start({"model": {"name": "a", "layer": -1}})
+        with pytest.raises(StoreError, match=r"\n  model\.layer: -1 -> 20\n"):
+            run.start({"model": {"name": "a", "layer": 20}})
 
     def test_a_folder_that_is_no_run_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "precious").write_text("data")

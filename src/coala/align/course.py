@@ -10,7 +10,7 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from coala.align.job import OnProgress, Work, silent
+from coala.align.job import OnNote, OnProgress, Work, quiet, silent
 from coala.align.stages import STAGES
 from coala.recipe import Recipe
 from coala.store import Run
@@ -20,7 +20,9 @@ from coala.values import CoalaError
 def carry_out(
     recipe: Recipe,
     run: Run,
-    show: OnProgress = silent,
+    show: OnProgress | None = None,
+    note: OnNote = quiet,
+    *,
     separate: bool | None = None,
     cache: Path | None = None,
     n_workers: int = 1,
@@ -30,18 +32,21 @@ def carry_out(
     ``separate`` runs each stage in a process of its own (default: when the machine has an NVIDIA GPU). ``n_workers``
     processes share the extraction, which changes nothing of its outcome.
     """
+    show = silent if show is None else show
     if separate is None:
         separate = Path("/proc/driver/nvidia/version").exists()
     if separate:
         for stage in STAGES:
-            _in_a_process(stage, recipe, run, show, cache, n_workers)
+            _in_a_process(stage, recipe, run, show, note, cache, n_workers)
     else:
-        given = Work(recipe, run, show, cache, n_workers)
+        given = Work(recipe, run, show, note, cache, n_workers)
         for work in STAGES.values():
             work(given)
 
 
-def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress, cache: Path | None, n_workers: int) -> None:
+def _in_a_process(
+    stage: str, recipe: Recipe, run: Run, show: OnProgress, note: OnNote, cache: Path | None, n_workers: int
+) -> None:
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work_and_tell, args=(stage, recipe, run.path, theirs, cache, n_workers))
@@ -52,7 +57,10 @@ def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress, cache:
             message = mine.recv()
             if isinstance(message, CoalaError):
                 raise message
-            show(*message)
+            if isinstance(message, str):
+                note(message)
+            else:
+                show(*message)
     except EOFError:
         process.join()
     finally:
@@ -63,7 +71,7 @@ def _in_a_process(stage: str, recipe: Recipe, run: Run, show: OnProgress, cache:
         raise CoalaError(
             f"The stage {stage!r} ended with exit code {process.exitcode}"
             f"{' (killed, perhaps for lack of memory)' if process.exitcode == -9 else ''}. "
-            "Finished work is kept; run the same command again to go on."
+            "Finished work is kept; rerun the same command to resume."
         )
 
 
@@ -74,7 +82,7 @@ def _work_and_tell(
         pipe.send((stage, done, total, note))
 
     try:
-        STAGES[stage](Work(recipe, Run(path), show, cache, n_workers))
+        STAGES[stage](Work(recipe, Run(path), show, pipe.send, cache, n_workers))
     except CoalaError as error:
         pipe.send(CoalaError(str(error)))
     finally:

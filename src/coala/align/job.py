@@ -25,6 +25,16 @@ class OnProgress(Protocol):
     def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
 
 
+class OnNote(Protocol):
+    """Called with a line for whoever watches: what was decided, guessed or left out."""
+
+    def __call__(self, text: str, /) -> None: ...
+
+
+def quiet(text: str, /) -> None:
+    pass
+
+
 def silent(stage: str, done: float, total: float | None, note: str = "") -> None:
     pass
 
@@ -36,6 +46,7 @@ class Work:
     recipe: Recipe
     run: Run
     show: OnProgress = silent
+    note: OnNote = quiet
     cache: Path | None = None
     n_workers: int = 1
     loaded: dict[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,12 +27,12 @@ from coala.store import (
     load_pairs,
     read_as,
 )
-from coala.values import conversation_text
+from coala.values import CoalaError, conversation_text
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.decoding import Guidance
-    from coala.values import ConvexHead
+    from coala.values import ConvexHead, Judgement
 
 
 def load_run(
@@ -143,13 +143,12 @@ def make_report(run: Run) -> dict[str, Any]:
             for plain, guided in zip(texts["unguided"], texts["guided"], strict=True)
         ][:10]
     rates = []
-    files = {"judge": recipe.evaluation.judge, "labeller": recipe.evaluation.labeller}
-    for name, file in files.items():
-        if file is not None and (path := run.path / f"judgements-{name}.jsonl").exists():
-            judge = evaluation.WordJudge.load(file)
-            comment = f"{ROLES[name]}. {judge.about}".strip()
-            rate = evaluation.win_rate(load_judgements(path))
-            rates.append({"judge": judge.name, "estimate": rate, "comment": comment})
+    for name, text in (("judge", recipe.evaluation.judge), ("labeller", recipe.evaluation.labeller)):
+        if text is not None and (path := run.path / f"judgements-{name}.jsonl").exists():
+            judgements = load_judgements(path)
+            called, about = _judge_name(text, judgements)
+            comment = f"{ROLES[name]}. {about}".strip()
+            rates.append({"judge": called, "estimate": evaluation.win_rate(judgements), "comment": comment})
     content["win_rates"] = rates
     write_report(run, content)
     return content
@@ -159,6 +158,16 @@ ROLES = {
     "judge": "The judge named in the settings",
     "labeller": "The scorer that labelled the training pairs: tells whether guidance reached its goal, not more",
 }
+
+
+def _judge_name(text: str, judgements: Sequence[Judgement]) -> tuple[str, str]:
+    """The judge's name and what its file says about it; the file may be gone by now, and then its verdicts tell."""
+    from coala.align.judges import judge_name
+
+    try:
+        return judge_name(text)
+    except CoalaError:
+        return judgements[0].judge if judgements else text, ""
 
 
 def _marked(path: list[dict[str, Any]], facts: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -288,24 +288,36 @@ def _replies(job: Work) -> None:
 
 
 def _judgements(job: Work) -> None:
-    from coala.evaluation import WordJudge, judge
+    from coala.align.judges import judge_stamp, open_judge
+    from coala.evaluation import judge_many
 
     settings = job.recipe.evaluation
-    for name, file in (("judge", settings.judge), ("labeller", settings.labeller)):
-        if file is None:
+    for name, text in (("judge", settings.judge), ("labeller", settings.labeller)):
+        if text is None:
             continue
         inputs = {
-            "judge": file_digest(Path(file)),
+            "judge": judge_stamp(text),
             "guided": file_digest(job.path("generations-guided.jsonl")),
             "unguided": file_digest(job.path("generations-unguided.jsonl")),
         }
+        stage = f"judgements-{name}"
 
-        def work(name: str = name, file: str = file) -> None:
+        def work(name: str = name, text: str = text, stage: str = stage) -> None:
             guided = load_generations(job.path("generations-guided.jsonl"))
             unguided = load_generations(job.path("generations-unguided.jsonl"))
-            save_judgements(job.path(f"judgements-{name}.jsonl"), judge(guided, unguided, WordJudge.load(Path(file))))
+            prompts = {prompt_id(pair): pair.prompt for pair in load_pairs(job.path("pairs-eval.jsonl"))}
+            job.show(stage, 0, 2 * len(guided))
+            found = judge_many(
+                guided,
+                unguided,
+                open_judge(text),
+                prompts=prompts,
+                on_progress=lambda done, total: job.show(stage, done, total, "verdicts"),
+                on_failure=lambda prompt, error: job.note(f"{stage}: no verdict on prompt {prompt}: {error}"),
+            )
+            save_judgements(job.path(f"judgements-{name}.jsonl"), found.judgements)
 
-        job.once(f"judgements-{name}", inputs, [f"judgements-{name}.jsonl"], work)
+        job.once(stage, inputs, [f"judgements-{name}.jsonl"], work)
 
 
 def prompt_id(pair: Pair) -> str:

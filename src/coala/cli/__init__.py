@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from coala.cli import (
     align,
@@ -33,8 +34,25 @@ from coala.cli.terminal import styled, visible, write
 
 INTERRUPTED = 130
 
+
+class _Group(TyperGroup):
+    """Says in our own words what is wrong with the value of a flag."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            cause = error.__cause__
+            if hasattr(error, "message") and hasattr(cause, "errors"):
+                from coala.messages import joined, sentences
+
+                error.message = joined(sentences([{**fault, "loc": ()} for fault in cause.errors()]))
+            raise
+
+
 app = typer.Typer(
     name="coala",
+    cls=_Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -96,7 +114,7 @@ def main() -> None:
     except SystemExit as end:
         # typer turns Ctrl-C into this code and says nothing.
         if end.code == INTERRUPTED:
-            write("interrupted: finished work is kept; run the same command again to go on.", err=True)
+            write("interrupted: finished work is kept; rerun the same command to resume.", err=True)
         raise
     except BrokenPipeError:
         # The reader of our output has gone (`coala ... | head`): not an error of ours.

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coala.cli.options import TrustCode
+from coala.choices import GateOn, Method, Mode, Pooling, Quantise, Template
+from coala.cli.options import DEVICE_HELP, DTYPE_OPTION, LAYER_OPTION, TrustCode
 
 
 def align(
@@ -16,7 +17,7 @@ def align(
         list[str] | None, typer.Argument(metavar="PAIRS...", help="Training pairs: file(s) or a hub dataset.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Local model folder or hub name.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a run found there is continued.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a run found there is resumed.")] = Path(
         "runs/run"
     ),
     eval_pairs: Annotated[
@@ -27,33 +28,36 @@ def align(
         bool, typer.Option("--skip-bad", help="Leave out rows with errors (the report lists them) instead of stopping.")
     ] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
-    template: Annotated[str | None, typer.Option(help="auto, chat, dialogue or continuation.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or offload (what does not fit waits).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    template: Annotated[Template | None, typer.Option(help="How conversations are rendered.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str | None, DTYPE_OPTION] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter of the model: a folder or hub name.")] = None,
-    quantise: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
-    layer: Annotated[
-        str | None, typer.Option(help="Hidden state to read; -1 is the last, auto the cheapest that is as good.")
+    quantise: Annotated[Quantise | None, typer.Option(help="By bitsandbytes.")] = None,
+    layer: Annotated[str | None, LAYER_OPTION] = None,
+    pooling: Annotated[
+        Pooling | None, typer.Option(help="How states become one vector; mean is over the reply.")
     ] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean (over the reply), mean_all, last or attn.")] = None,
     prefixes: Annotated[int | None, typer.Option(help="Fit on this many prefixes of every reply.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward pass.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
-    method: Annotated[str | None, typer.Option(help="learnt, direct, two-phase or linear.")] = None,
+    method: Annotated[Method | None, typer.Option(help="How the head is fitted.")] = None,
     gate_on: Annotated[
-        str | None, typer.Option(help="What gates look at: reply, prompt, or auto (both compete; encodes prompts too).")
+        GateOn | None, typer.Option(help="What gates look at; auto: both compete, and prompts are encoded too.")
     ] = None,
     reference_scale: Annotated[
         float | None, typer.Option(help="CVX-DPO: margin of this times the model's log ratio (computes those too).")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Two-phase with the published settings.")] = False,
-    mode: Annotated[
-        str | None, typer.Option(help="Guidance: token, block, prefix, shift, best_of, beam or none.")
-    ] = None,
+    mode: Annotated[Mode | None, typer.Option(help="How the head guides decoding.")] = None,
     strength: Annotated[float | None, typer.Option(help="Guidance strength.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Held-out prompts to answer for the report.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of those replies.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Word-judge file that compares guided with unguided.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Compares guided with unguided replies: head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file."
+        ),
+    ] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Share of groups held out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes split, fit and sampling.")] = None,
     set_: Annotated[
@@ -65,12 +69,13 @@ def align(
     n_workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes that share the extraction, each with the model.")
     ] = 1,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
 
-    Run the same command again after an interruption: what is finished is skipped.
+    Rerun the same command to resume after an interruption: finished work is kept. With another head, guidance, judge or
+    length of replies, what does not depend on them is kept and the rest redone.
 
     Examples:
 
@@ -80,7 +85,6 @@ def align(
 
     `coala align pairs.jsonl --model ./my-model --out runs/mine --workers 4`
     """
-    from coala.cli.options import whole_number
     from coala.recipe import load_recipe, set_option
 
     overrides: dict[str, Any] = {
@@ -93,7 +97,7 @@ def align(
         "model": {
             "name": model,
             "template": template,
-            "layer": layer if layer is None or layer == "auto" else whole_number(layer),
+            "layer": layer,
             "pooling": pooling,
             "prefixes": prefixes,
             "batch_tokens": batch_tokens,
@@ -127,7 +131,7 @@ def run_and_show(
 ) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
-    from coala.align import summary_rows
+    from coala.align import check_settings, summary_rows
     from coala.align.plan import make_plan
     from coala.align.plan_lines import first_lines
     from coala.cli.screen import emit, progress, say, side_by_side, table
@@ -135,10 +139,9 @@ def run_and_show(
     from coala.values import CoalaError
 
     run = Run(out)
-    if restart:
-        run.restart()
+    check_settings(settings, run, cache, restart=restart)
     planned = None
-    if not (run.path / "run.json").exists():
+    if restart or not (run.path / "run.json").exists():
         # What cannot fit is refused now, with the flag that would make it fit, not after hours.
         # Input that cannot be read is for the stages to name, in their order.
         with suppress(CoalaError):
@@ -147,8 +150,10 @@ def run_and_show(
                 say(line)
         if planned is not None:
             planned.require(certain=True)
+    if restart:
+        run.restart()
     with progress() as show:
-        content = run_align(settings, run, on_progress=show, cache=cache, n_workers=n_workers)
+        content = run_align(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
     table(summary_rows(content))
     for sample in content.get("samples", [])[:samples]:
         print(f"\n{sample['prompt']}\n")

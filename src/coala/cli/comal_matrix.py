@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from coala.cli.comal_oracles import ORACLES
-from coala.cli.terminal import write
 from coala.cli.options import Download, TrustCode
+from coala.cli.terminal import write
 
 
 class Mode(StrEnum):

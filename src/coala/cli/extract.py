@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coala.cli.options import TrustCode
+from coala.choices import Pooling, Quantise, Template
+from coala.cli.options import DEVICE_HELP, DTYPE_OPTION, LAYER_OPTION, TrustCode
 
 
 class Engine(StrEnum):
@@ -22,18 +23,16 @@ class Engine(StrEnum):
 def extract(
     pairs: Annotated[list[str], typer.Argument(metavar="PAIRS...", help="Pairs: file(s) or a hub dataset.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Local model folder or hub name.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features; continued if begun.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features; resumed if begun.")],
     format: Annotated[str, typer.Option(help="Format of the pairs.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
-    template: Annotated[str, typer.Option(help="auto, chat, dialogue or continuation.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or offload (what does not fit waits).")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    template: Annotated[Template, typer.Option(help="How conversations are rendered.")] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[str, DTYPE_OPTION] = "auto",
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter of the model: a folder or hub name.")] = None,
-    quantise: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
-    layer: Annotated[
-        str, typer.Option(help="Hidden state to read; -1 is the last, auto the cheapest that is as good.")
-    ] = "-1",
-    pooling: Annotated[str, typer.Option(help="mean, mean_all, last or attn.")] = "mean",
+    quantise: Annotated[Quantise | None, typer.Option(help="By bitsandbytes.")] = None,
+    layer: Annotated[str, LAYER_OPTION] = "-1",
+    pooling: Annotated[Pooling, typer.Option(help="How states become one vector; mean is over the reply.")] = "mean",
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
     prefixes: Annotated[int, typer.Option(min=1, help="Pool at this many prefixes of every reply.")] = 1,
     prompt_features: Annotated[
@@ -51,13 +50,12 @@ def extract(
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster; without it one is started here.")] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Encode chosen and rejected replies with the frozen model; written shard by shard, a killed run goes on.
+    """Encode chosen and rejected replies with the frozen model; written as they come, so that a killed run resumes.
 
     Example: `coala extract pairs.jsonl --model ./my-model --out features`
     """
     from coala.align.depth import choose_layer, layer_table
     from coala.backbone import load_backbone
-    from coala.cli.options import whole_number
     from coala.cli.screen import emit, progress, say, table
     from coala.data import read_pairs
     from coala.features import Job, survey, workers
@@ -97,7 +95,7 @@ def extract(
             spec = backbone.spec(next(row["layer"] for row in rows if row["chosen"]), pooling, max_tokens=max_tokens)
         else:
             rows = []
-            spec = backbone.spec(whole_number(layer), pooling, max_tokens=max_tokens)
+            spec = backbone.spec(int(layer), pooling, max_tokens=max_tokens)
         shards = FeatureStore(out / "shards")
         plan = survey(found, backbone, spec, prompt_features=prompt_features)
         options: dict[str, Any] = {

@@ -3,43 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-
-class Method(StrEnum):
-    """What is solved."""
-
-    learnt = "learnt"
-    direct = "direct"
-    two_phase = "two-phase"
-    linear = "linear"
-
-
-class GateOn(StrEnum):
-    """What gates look at."""
-
-    auto = "auto"
-    reply = "reply"
-    prompt = "prompt"
-
-
-class Loss(StrEnum):
-    """Phase II losses."""
-
-    pairwise = "pairwise"
-    pointwise = "pointwise"
-
-
-class PhaseOne(StrEnum):
-    """What solves Phase I."""
-
-    gated = "gated"
-    cronos = "cronos"
-    network = "network"
+from coala.choices import GateOn, Loss, Method, PhaseOne
 
 
 def fit(
@@ -51,21 +20,21 @@ def fit(
             help="`learnt` gates (one convex program), `direct` (the same, sampled gates), `linear` (none), or "
             "`two-phase` (the papers')."
         ),
-    ] = Method.learnt,
+    ] = "learnt",
     gate_on: Annotated[
         GateOn, typer.Option(help="What gates look at; `auto`: both compete where features hold prompts.")
-    ] = GateOn.auto,
+    ] = "auto",
     reference_scale: Annotated[
         float | None, typer.Option(help="CVX-DPO: ask for a margin of this times the features' log ratio.")
     ] = None,
     phase_one: Annotated[
         PhaseOne,
         typer.Option(help="Two-phase: Phase I by Newton's method (`gated`), ADMM (`cronos`) or as a ReLU `network`."),
-    ] = PhaseOne.gated,
+    ] = "gated",
     paper: Annotated[
         bool, typer.Option("--paper", help="Two-phase with the published settings, nothing searched.")
     ] = False,
-    loss: Annotated[Loss, typer.Option(help="Phase II loss: `pairwise` or `pointwise` (Eq. 9).")] = Loss.pairwise,
+    loss: Annotated[Loss, typer.Option(help="Phase II loss: `pairwise` or `pointwise` (Eq. 9).")] = "pairwise",
     n_patterns: Annotated[
         int | None, typer.Option(min=1, help="Gates at most (learnt) or sampled; the method's own if not given.")
     ] = None,
@@ -87,16 +56,16 @@ def fit(
     from coala.store import load_features, save_head, scratch
     from coala.values import CoalaError
 
-    if paper and method is not Method.two_phase:
+    if paper and method != "two-phase":
         raise CoalaError("--paper stands for the published settings of the two-phase method: add --method two-phase.")
     data = load_features(features, mmap=True)
     settings = HeadSettings(
-        method=method.value,
-        gate_on=gate_on.value,
+        method=method,
+        gate_on=gate_on,
         paper=paper,
-        loss=loss.value,
+        loss=loss,
         n_patterns=n_patterns,
-        phase_one=phase_one.value,
+        phase_one=phase_one,
     )
     with progress() as show:
         fitted = fit_head(

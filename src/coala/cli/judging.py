@@ -85,27 +85,28 @@ class Chosen:
 
 def choose(by: str, local: str | None, service: Service, cache: Path) -> Chosen:
     """The judge by its name; ``cache`` is made if it needs one."""
-    from coala.evaluation.judges import ReplayJudge, RuleJudge, WordJudge, read_instructions
+    from coala.evaluation.judges import ReplayJudge, named_judge, read_instructions
     from coala.store import MisfitError, load_judgements
     from coala.values import CoalaError
 
-    kind, sign, rest = by.partition(":")
-    if sign and local is not None and kind in ("rule", "words", "replay", "head"):
-        raise CoalaError(f"--judge {by} asks no model: leave --local out.")
-    if sign and kind == "rule":
-        rule = RuleJudge.parse(rest)
-        return Chosen(rule, facts={"name": rule.name})
-    if sign and kind == "words":
-        words = WordJudge.load(rest)
-        return Chosen(words, facts={"name": words.name}, files={"judge": Path(rest)})
-    if sign and kind == "replay":
-        try:
-            replay = ReplayJudge(load_judgements(Path(rest)))
-        except MisfitError:
-            raise CoalaError(f"{rest}: holds no judgements. Give a judgements-*.jsonl, as judging writes it.") from None
-        return Chosen(replay, facts={"name": replay.name, "how": "stored judgements"}, files={"judge": Path(rest)})
-    if sign and kind == "head":
-        return _head(Path(rest))
+    named = named_judge(by)
+    if named is not None:
+        if local is not None:
+            raise CoalaError(f"--judge {by} asks no model: leave --local out.")
+        if named.kind == "head":
+            return _head(Path(named.rest))
+        if named.kind == "replay":
+            try:
+                replay = ReplayJudge(load_judgements(Path(named.rest)))
+            except MisfitError:
+                raise CoalaError(
+                    f"{named.rest}: holds no judgements. Give a judgements-*.jsonl, as judging writes it."
+                ) from None
+            facts = {"name": replay.name, "how": "stored judgements"}
+            return Chosen(replay, facts=facts, files={"judge": Path(named.rest)})
+        scorer = named.scorer()
+        files = {} if named.path is None else {"judge": named.path}
+        return Chosen(scorer, facts={"name": scorer.name}, files=files)
     instructions = read_instructions(by)
     if local is not None:
         return _local(local, instructions)

@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, get_args
 
 import typer
 
+from coala.choices import DTYPES, Dtype
 from coala.permission import CODE_FLAG, DOWNLOAD_FLAG, permitted
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 
 
-def whole_number(text: str) -> int:
-    """The number an option names that also takes a word."""
-    from coala.values import CoalaError
+def _dtype(given: str) -> str:
+    low = given.lower()
+    found = DTYPES.get(low, low)
+    if found not in get_args(Dtype):
+        raise typer.BadParameter(f"{given!r} is not one of {', '.join(get_args(Dtype))}.")
+    return found
 
+
+def layer_of(given: str) -> int | str:
+    """The number of a layer, or ``auto``."""
+    if given == "auto":
+        return given
     try:
-        return int(text)
+        return int(given)
     except ValueError:
-        raise CoalaError(f"--layer is {text!r}; expected a number (-1 is the last layer) or auto.") from None
+        raise typer.BadParameter(f"{given!r} is neither a number (-1 is the last layer) nor auto.") from None
+
+
+def _words(*words: str) -> Callable[[str], list[str]]:
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+DEVICE_HELP = "auto, cpu, cuda, or offload (keep what does not fit in CPU memory or on disk)."
+DTYPE_OPTION = typer.Option(
+    parser=_dtype,
+    metavar=f"[{'|'.join(get_args(Dtype))}]",
+    autocompletion=_words(*get_args(Dtype)),
+    help="Number format of the weights; bf16, fp16, half and fp32 are understood.",
+)
+LAYER_OPTION = typer.Option(
+    parser=layer_of,
+    metavar="[INTEGER|auto]",
+    autocompletion=_words("auto", "-1"),
+    help="Hidden state to read; -1 is the last, auto the lowest layer within one standard error of the best.",
+)
 
 
 def bytes_of(text: str | None) -> int | None:
@@ -31,7 +60,9 @@ def bytes_of(text: str | None) -> int | None:
 
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise CoalaError(f"{text!r} is no size; expected one such as 24GiB or 800MiB.")
+        from coala.values import CoalaError
+
+        raise CoalaError(f"found {text!r}, expected a size such as 24GiB or 800MiB.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

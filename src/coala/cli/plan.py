@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coala.cli.options import TrustCode
+from coala.choices import Method, Quantise, Template
+from coala.cli.options import DEVICE_HELP, DTYPE_OPTION, LAYER_OPTION, TrustCode
 
 
 def plan(
@@ -33,15 +34,15 @@ def plan(
     format: Annotated[str | None, typer.Option(help="Format of the pairs; recognised if not given.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
-    template: Annotated[str | None, typer.Option(help="auto, chat, dialogue or continuation.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or offload (what does not fit waits).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantise: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Hidden state to read; -1 is the last, or auto.")] = None,
+    template: Annotated[Template | None, typer.Option(help="How conversations are rendered.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str | None, DTYPE_OPTION] = None,
+    quantise: Annotated[Quantise | None, typer.Option(help="By bitsandbytes.")] = None,
+    layer: Annotated[str | None, LAYER_OPTION] = None,
     prefixes: Annotated[int | None, typer.Option(help="Fit on this many prefixes of every reply.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass.")] = None,
-    method: Annotated[str | None, typer.Option(help="learnt, direct, two-phase or linear.")] = None,
+    method: Annotated[Method | None, typer.Option(help="How the head is fitted.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Held-out prompts to answer for the report.")] = None,
     n_workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the extraction.")] = 1,
     set_: Annotated[
@@ -67,7 +68,7 @@ def plan(
     from coala.align.counting import Guess
     from coala.align.plan import make_plan
     from coala.align.plan_lines import table_rows
-    from coala.cli.options import bytes_of, whole_number
+    from coala.cli.options import bytes_of
     from coala.cli.screen import emit, table
     from coala.recipe import load_recipe, set_option
     from coala.values import CoalaError
@@ -86,7 +87,7 @@ def plan(
         "model": {
             "name": model or (None if config is None else str(config)),
             "template": template,
-            "layer": layer if layer is None or layer == "auto" else whole_number(layer),
+            "layer": layer,
             "prefixes": prefixes,
             "device": device,
             "dtype": dtype,

@@ -1,4 +1,4 @@
-"""Pairs to features, shard by shard, so that a kill costs little.
+"""Pairs to features, shard by shard and within a shard by time, so that a kill costs little.
 
 Knows what is done and what is missing; nothing of passes, which are the encoder's, and of files beyond the store.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from coala.store import FeatureStore, save_json
 from coala.values import CoalaError, FeatureSet, FeatureSpec, Pair
 
 OnBatch = Callable[[int, int, int], None]
+# What is made of a shard is kept after this many seconds, with the batch that is being encoded then.
+PIECE_SECONDS = 20.0
 
 
 def extract(
@@ -35,6 +38,7 @@ def extract(
     plan: Survey | None = None,
     on_batch: OnBatch | None = None,
     on_note: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = monotonic,
 ) -> FeatureSet:
     """Features of ``pairs`` in their order; what prompts with their replies have in common is encoded once.
 
@@ -46,12 +50,13 @@ def extract(
     layers above ``spec.layer`` and the language-model head, at every token of a reply.
 
     ``batch_tokens`` bounds the tokens of one forward pass, padding counted, but for a longer row. With a ``store``,
-    shards (of ``shard_rows`` rows, 2,048 unless given, or fewer long ones) are written as they come, and an extraction
-    that was killed goes on from the last whole one; on the same machine the result is bit for bit that of an unbroken
-    run. Several processes may extract into one store at the same time: they share the shards between them and end with
+    shards (of ``shard_rows`` rows, 2,048 unless given, or fewer long ones) are written as they come, and what is made of
+    one is kept about every 20 seconds by ``clock``; an extraction that was killed resumes there, and on the same machine
+    the result is bit for bit that of an unbroken run. Several processes may extract into one store at the same time: they share the shards between them and end with
     the same features. The store also receives ``facts.json``, the counts of :class:`Survey`. ``plan`` is what
     :func:`survey` made of the same arguments, if the caller has it already.
-    ``on_batch(done_pairs, total_pairs, tokens)`` is called after every batch. Where memory is short for
+    ``on_batch(done_pairs, total_pairs, tokens)`` is called with what is there before the first batch and after every
+    batch. Where memory is short for
     ``batch_tokens`` passes are halved, which may change the last bits; ``on_note`` is told, as it is of a shard whose
     bytes are not those that were written, which is made again.
 
@@ -71,6 +76,7 @@ def extract(
         plan=plan,
         on_batch=on_batch,
         on_note=on_note,
+        clock=clock,
     )[0]
 
 
@@ -88,6 +94,7 @@ def extract_many(
     plan: Survey | None = None,
     on_batch: OnBatch | None = None,
     on_note: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = monotonic,
 ) -> list[FeatureSet]:
     """:func:`extract` for several layers and poolings from one pass over the data, which goes up to the highest layer.
 
@@ -102,20 +109,34 @@ def extract_many(
     encoder = Encoder(plan, backbone, specs, prefixes, log_ratios, batch_tokens, on_note)
 
     def made(number: int) -> Encoded:
-        encoded: list[Encoded] = []
-        for batch in shards[number]:
-            encoded.append(encoder(batch))
-            progress(batch)
-        return _joined(encoded)
+        batches = shards[number]
+        kept = [] if store is None else store.pieces(number, on_note)
+        done = kept[-1][0] if kept else 0
+        encoded: list[Encoded] = [arrays for _, arrays in kept]
+        if done > len(batches) or sum(map(_n_rows, encoded)) != sum(map(len, batches[:done])):
+            raise CoalaError(f"The pieces of shard {number} are not of its batches. Delete the folder of shards.")
+        fresh: list[Encoded] = []
+        began = clock()
+        for place in range(done, len(batches)):
+            fresh.append(encoder(batches[place]))
+            progress(batches[place])
+            # The last batch makes the shard whole, which is kept as it is.
+            if store is not None and place + 1 < len(batches) and clock() - began >= PIECE_SECONDS:
+                store.write_piece(number, (done, place + 1), _joined(fresh))
+                encoded, fresh, done, began = [*encoded, *fresh], [], place + 1, clock()
+        return _joined([*encoded, *fresh])
 
     if store is None:
+        progress(range(0))
         parts = [made(number) for number in range(len(shards))]
     else:
         about = _plan(plan, backbone, specs, batch_tokens, shards, log_ratios, prefixes)
         finished = store.begin(about, on_note)
         save_json(store.folder / "facts.json", plan.facts)
-        for number in sorted(finished):
-            progress(_span(shards[number]))
+        for number in range(len(shards)):
+            here = shards[number] if number in finished else shards[number][: store.done_batches(number)]
+            progress.mark(_span(here) if here else range(0))
+        progress(range(0))
         parts = _filled(store, len(shards), finished, made, lambda n: progress(_span(shards[n])))
     rows = _joined(parts) if parts else encoder.nothing()
     chosen, rejected = plan.index.T
@@ -136,6 +157,10 @@ def extract_many(
         )
         for name, spec in zip(names(specs), specs, strict=True)
     ]
+
+
+def _n_rows(encoded: Encoded) -> int:
+    return len(encoded["features"])
 
 
 def _span(shard: list[range]) -> range:
@@ -232,8 +257,12 @@ class _Progress:
         self._own = plan.own_lengths
         self._done = np.zeros(len(plan.tokens), dtype=bool)
 
+    def mark(self, rows: range) -> None:
+        """Count rows as done without telling."""
+        self._done[rows.start : rows.stop] = True
+
     def __call__(self, rows: range) -> None:
+        self.mark(rows)
         if self._on_batch is not None:
-            self._done[rows.start : rows.stop] = True
             pairs = int(self._done[self._rows].all(axis=1).sum())
             self._on_batch(pairs, len(self._rows), int(self._own[self._done].sum()))

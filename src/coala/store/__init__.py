@@ -23,7 +23,7 @@ from coala.store.files import (
     working_folder,
     write_atomic,
 )
-from coala.store.run import Run
+from coala.store.run import Run, differences, worded
 from coala.store.values import (
     load_generations,
     load_head,
@@ -41,6 +41,7 @@ __all__ = [
     "Run",
     "StoreError",
     "claim",
+    "differences",
     "digest",
     "file_digest",
     "link_features",
@@ -61,6 +62,7 @@ __all__ = [
     "save_lines",
     "save_pairs",
     "scratch",
+    "worded",
     "working_folder",
     "write_atomic",
     "write_rows",

@@ -34,14 +34,17 @@ from coala.store.files import (
 from coala.store.values import read_spec
 from coala.values import FeatureSet
 
+Arrays = dict[str, NDArray[Any]]
+
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A folder of feature shards that a killed extraction continues, and that several processes may fill together.
+    """A folder of feature shards that a killed extraction resumes, and that several processes may fill together.
 
     ``plan`` fixes which rows a shard holds; a shard is written once, whole, and never touched again, so what a resumed
-    or shared extraction leaves behind is byte for byte what an unbroken one would have left. A shard carries the digest
-    of its arrays; one that is not what was written is deleted, told, and made again.
+    or shared extraction leaves behind is byte for byte what an unbroken one would have left. On a slow machine a shard
+    takes long: until it is whole, its batches are kept in pieces, wherever those were cut. A shard or piece carries the
+    digest of its arrays; one that is not what was written is deleted, told, and made again.
     """
 
     folder: Path
@@ -69,15 +72,53 @@ class FeatureStore:
         return self._path(shard).exists()
 
     def write(self, shard: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        write_atomic(self._path(shard), save_tensors(whole, metadata={"digest": _digest_of(whole)}))
+        """Keep a whole shard; its pieces go."""
+        self._write(self._path(shard), arrays)
+        for path in self._pieces(shard).values():
+            path.unlink(missing_ok=True)
 
-    def read(self, shard: int) -> dict[str, NDArray[Any]]:
+    def write_piece(self, shard: int, span: tuple[int, int], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep what is made so far of a shard: its batches from ``span[0]`` on, before ``span[1]``."""
+        self._write(self.folder / f"piece-{shard:05d}-{span[0]:05d}-{span[1]:05d}.safetensors", arrays)
+
+    def pieces(self, shard: int, on_note: Callable[[str], None] | None = None) -> list[tuple[int, Arrays]]:
+        """The sound pieces of a shard that follow one another from its first batch on, each with where it ends.
+
+        Whoever asks has claimed the shard. Others are of no use and deleted.
+        """
+        found: list[tuple[int, Arrays]] = []
+        done = 0
+        for (first, stop), path in sorted(self._pieces(shard).items()):
+            try:
+                if first != done or stop <= first:
+                    raise StoreError(f"{path}: does not follow on what is there. Run again: it is made anew.")
+                found.append((stop, self._read(path)))
+                done = stop
+            except StoreError as error:
+                path.unlink(missing_ok=True)
+                if on_note is not None:
+                    on_note(str(error).replace("Run again: it", "It"))
+        return found
+
+    def done_batches(self, shard: int) -> int:
+        """How many batches of a shard are in pieces, as their names say."""
+        done = 0
+        for first, stop in sorted(self._pieces(shard)):
+            done = stop if first == done else done
+        return done
+
+    def _write(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_atomic(path, save_tensors(whole, metadata={"digest": _digest_of(whole)}))
+
+    def read(self, shard: int) -> Arrays:
         """The arrays of a shard; StoreError if they are not those that were written."""
-        path = self._path(shard)
+        return self._read(self._path(shard))
+
+    def _read(self, path: Path) -> Arrays:
         try:
             raw = path.read_bytes()
-            arrays: dict[str, NDArray[Any]] = load_tensors(raw)
+            arrays: Arrays = load_tensors(raw)
             recorded = _header(raw).get("__metadata__", {}).get("digest")
         except Exception as error:
             raise StoreError(f"{path}: cannot be read ({error}). Run again: it is made anew.") from error
@@ -103,6 +144,14 @@ class FeatureStore:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def _pieces(self, shard: int) -> dict[tuple[int, int], Path]:
+        found = {}
+        for path in self.folder.glob(f"piece-{shard:05d}-*.safetensors"):
+            ends = path.stem.split("-")[2:]
+            if len(ends) == 2 and all(end.isdecimal() for end in ends):
+                found[int(ends[0]), int(ends[1])] = path
+        return found
 
 
 # The place of the lock file that belongs to no shard.

@@ -12,6 +12,7 @@ from typing import Any
 from coala.store.files import StoreError, claim, file_digest, load_object, save_json, to_json
 
 LOCK = ".lock"
+MOST_SHOWN = 200
 
 
 class Run:
@@ -29,22 +30,51 @@ class Run:
         return run
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """Begin, or continue with the same settings; other settings are an error that names both sides."""
+        """Begin, or continue with the same settings; other settings are an error that names each that differs."""
         recorded = self.path / "run.json"
         wanted = json.loads(to_json(settings))
         if recorded.exists():
-            found = load_object(recorded)
-            differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-            if differing:
-                sides = "; ".join(f"{k} was {found.get(k)!r}, now {wanted.get(k)!r}" for k in differing)
-                raise StoreError(
-                    f"{self.path}: was started with other settings ({sides}). "
-                    "Give another --out, the old settings, or --restart to delete it and begin anew."
-                )
+            if differing := differences(load_object(recorded), wanted):
+                raise self.refusal(differing)
         else:
-            if self.path.exists() and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir())):
-                raise StoreError(f"{self.path}: exists and is not a run folder. Give another --out.")
+            self.require_free()
             save_json(recorded, wanted)
+
+    def refusal(self, differing: Mapping[str, tuple[Any, Any]]) -> StoreError:
+        """The error that says that the run cannot go on with settings that differ so."""
+        return StoreError(
+            f"{self.path}: was started with other settings:\n"
+            + "\n".join(f"  {line}" for line in worded(differing))
+            + "\nFix: use the old settings, another --out, or --restart to delete the run and start over."
+        )
+
+    def require_free(self) -> None:
+        """StoreError if the folder is neither a run nor free for one."""
+        if (self.path / "run.json").exists():
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"{self.path}: found a file, expected a run folder. Fix: give another --out.")
+        if self.path.exists() and any(p.name != LOCK for p in self.path.iterdir()):
+            raise StoreError(
+                f"{self.path}: exists, is not empty and is not a run folder (it has no run.json). Fix: give another "
+                "--out."
+            )
+
+    def change(self, settings: Mapping[str, Any], stages: Sequence[str], outputs: Sequence[str]) -> None:
+        """Go on with other ``settings``, under which what ``stages`` recorded and wrote no longer holds.
+
+        Records go before outputs, and all of them before the settings are written: killed at any moment, the run's
+        settings are those of what is in it.
+        """
+        for stage in stages:
+            (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
+        for name in outputs:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        save_json(self.path / "run.json", json.loads(to_json(settings)))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -95,3 +125,23 @@ class Run:
 
     def facts(self, stage: str) -> Any:
         return load_object(self.path / "stages" / f"{stage}.json", "facts")["facts"]
+
+
+def differences(found: Any, wanted: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Each setting that differs, by its dotted name: what was found and what is wanted."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        inside: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*found, *wanted}):
+            inside |= differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        return inside
+    return {} if found == wanted else {name: (found, wanted)}
+
+
+def worded(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """``model.layer: -1 -> 20`` for each."""
+
+    def short(value: Any) -> str:
+        text = "none" if value is None else value if isinstance(value, str) else to_json(value)
+        return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+
+    return [f"{name}: {short(found)} -> {short(wanted)}" for name, (found, wanted) in differing.items()]

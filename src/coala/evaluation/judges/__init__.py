@@ -9,6 +9,7 @@ from coala.evaluation.judges.chat import ChatJudge, Keeper, Memory, OpenAIJudge
 from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint, Patience
 from coala.evaluation.judges.instructions import SHIPPED, Exchange, Instructions, Prompt, asked, read_instructions
 from coala.evaluation.judges.language_model import LanguageModelJudge
+from coala.evaluation.judges.named import NamedJudge, local_judge, named_judge
 from coala.evaluation.judges.protocol import Cost, Judge, JudgeFailure, JudgeStopped, Paid, preference
 from coala.evaluation.judges.replay import ReplayJudge
 from coala.evaluation.judges.scorers import RULES, HeadJudge, RuleJudge, WordJudge
@@ -31,6 +32,7 @@ __all__ = [
     "Keeper",
     "LanguageModelJudge",
     "Memory",
+    "NamedJudge",
     "OpenAIEndpoint",
     "OpenAIJudge",
     "Paid",
@@ -41,6 +43,8 @@ __all__ = [
     "Verdict",
     "WordJudge",
     "asked",
+    "local_judge",
+    "named_judge",
     "preference",
     "read_instructions",
     "read_rating",
