@@ -6,6 +6,7 @@ models or solvers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -302,7 +303,14 @@ class Estimate:
     method: str
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"{self.absent} (n={self.n})"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+    @property
+    def absent(self) -> str:
+        """Why there is no value, in a word or two: ``void`` if what there is says nothing."""
+        return "void" if "; void: " in self.method else "no value" if self.n else "none"
 
 
 def user(text: str) -> tuple[Turn, ...]:

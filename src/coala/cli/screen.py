@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,17 +120,21 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 10
 def interval(found: Estimate, digits: int = 2) -> str:
     """Value and ends for a table."""
     if not math.isfinite(found.value):
-        return "-"
+        return found.absent if math.isnan(found.value) else "-"
     ends = (f"{end:.{digits}f}" if math.isfinite(end) else "?" for end in (found.low, found.high))
     return f"{found.value:.{digits + 2}f} [{', '.join(ends)}]"
 
 
 def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
     """Remarks on stderr, then the JSON line, in which a number that is not finite is null."""
+    from coala.values import Estimate
 
     def plain(value: Any) -> Any:
+        if isinstance(value, Estimate) and math.isnan(value.value):
+            # The ends of an estimate of nothing are what is possible at all, not what was found.
+            value = {**asdict(value), "low": None, "high": None}
         if is_dataclass(value) and not isinstance(value, type):
-            value = asdict(value)
+            value = {item.name: getattr(value, item.name) for item in fields(value)}
         if isinstance(value, Mapping):
             return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

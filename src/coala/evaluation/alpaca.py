@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from coala.evaluation.order_effects import place_alone, place_alone_once
 from coala.evaluation.rows import Row, as_number, read_rows, shown
-from coala.evaluation.statistics import Float, bounded_mean, share_estimate
+from coala.evaluation.statistics import Float, bounded_mean, share_estimate, void
 from coala.values import CoalaError, Estimate
 
 TIE = 1.5
@@ -29,7 +30,8 @@ class Annotations:
     """One model against one baseline, rows in the order of the file, which length control depends on.
 
     ``preference`` (n,) is in [1, 2], nan where the judge gave none; ``model_length`` and ``baseline_length`` (n,) count
-    characters; ``instruction`` (n,) names the instruction, "" where the file has none.
+    characters; ``instruction`` (n,) names the instruction, "" where the file has none. ``nothing_said`` tells why the
+    preferences say nothing of the outputs, where the rows show that (:mod:`coala.evaluation.order_effects`).
     """
 
     model: str
@@ -38,6 +40,7 @@ class Annotations:
     model_length: Float
     baseline_length: Float
     instruction: tuple[str, ...]
+    nothing_said: str = ""
 
     def __post_init__(self) -> None:
         lengths = {len(self.preference), len(self.model_length), len(self.baseline_length), len(self.instruction)}
@@ -106,7 +109,8 @@ def read_annotations(path: Path | str) -> Annotations:
 
     A row has ``preference`` (null for none; or ``top_logprobs`` with ``judge_saw_swapped_order``), the outputs as
     ``output_1``, ``output_2`` or their lengths as ``len_1``, ``len_2``, ``generator_1``, ``generator_2`` and
-    ``instruction``. CoalaError for anything else, or for more than one model or baseline.
+    ``instruction``; rows judged twice may have ``preference_by_order``, with the model's output shown second and first.
+    CoalaError for anything else, or for more than one model or baseline.
     """
     rows = read_rows(path)
     names: list[str] = []
@@ -123,6 +127,7 @@ def read_annotations(path: Path | str) -> Annotations:
         model_length=np.array([_length(row, "2") for row in rows]),
         baseline_length=np.array([_length(row, "1") for row in rows]),
         instruction=tuple(row.text("instruction") if row.get("instruction") is not None else "" for row in rows),
+        nothing_said=_nothing_said(rows),
     )
 
 
@@ -134,7 +139,8 @@ def read_output_lengths(path: Path | str) -> Float:
 def win_rate(annotations: Annotations, output_lengths: Float | None = None) -> WinRate:
     """Raw win rate 100 mean(preference - 1), its standard error 100 sd / sqrt(n), and the counts behind it.
 
-    The discrete rate rounds preferences first, a tie one half. Without ``output_lengths``, the model's lengths over its
+    The discrete rate rounds preferences first, a tie one half. Preferences that say nothing of the outputs have no
+    rates. Without ``output_lengths``, the model's lengths over its
     whole output file, the average is over the annotated rows.
     """
     known = np.isfinite(annotations.preference)
@@ -149,12 +155,14 @@ def win_rate(annotations: Annotations, output_lengths: Float | None = None) -> W
     remarks = _remarks(annotations, n, output_lengths)
     lengths = annotations.model_length if output_lengths is None else output_lengths
     value = bounded_mean(100 * y, groups, of=100.0)
+    if why := annotations.nothing_said:
+        value, excluding = in_percent(void("win rate", n, why)), void("wins among decided rows", n, why)
     return WinRate(
         model=annotations.model,
         baseline=annotations.baseline,
         win_rate=value,
-        standard_error=standard_error(y),
-        discrete=100 * (wins + (n - wins - losses) / 2) / n if n else math.nan,
+        standard_error=math.nan if why else standard_error(y),
+        discrete=100 * (wins + (n - wins - losses) / 2) / n if n and not why else math.nan,
         excluding_ties=in_percent(excluding),
         n_wins=wins,
         n_wins_base=losses,
@@ -185,6 +193,8 @@ def instruction_key(instruction: str) -> str:
 
 def _remarks(annotations: Annotations, n: int, output_lengths: Float | None) -> tuple[str, ...]:
     remarks = []
+    if annotations.nothing_said:
+        remarks.append(f"{annotations.nothing_said}; the win rate says nothing")
     if missing := len(annotations) - n:
         remarks.append(f"{missing} rows have no preference and are left out of the win rate")
     if annotations.repeated:
@@ -213,6 +223,25 @@ def _preference(row: Row) -> float:
     return math.nan if found is None else found
 
 
+def _nothing_said(rows: Sequence[Row]) -> str:
+    """Why the preferences of all rows follow the place alone, if they do."""
+    twice: list[tuple[float, float]] = []
+    once: tuple[list[float], list[float]] = ([], [])
+    for row in rows:
+        value = _preference(row)
+        if math.isnan(value):
+            continue
+        both = row.get("preference_by_order")
+        if isinstance(both, list) and len(both) == 2 and None not in map(as_number, both):
+            twice.append((2 - float(both[0]), float(both[1]) - 1))
+        elif isinstance(row.get("judge_saw_swapped_order"), bool):
+            swapped = row.flag("judge_saw_swapped_order")
+            once[swapped].append(value - 1 if swapped else 2 - value)
+    if twice:
+        return place_alone(*zip(*twice, strict=True)) if not any(once) else ""
+    return place_alone_once(*once)
+
+
 def _logprobs(row: Row, top: Any) -> list[tuple[str, float]]:
     pairs = []
     for entry in top if isinstance(top, list) else (top,):
@@ -225,6 +254,6 @@ def _logprobs(row: Row, top: Any) -> list[tuple[str, float]]:
 
 
 def _length(row: Row, side: str) -> float:
-    if row.get(f"output_{side}") is not None:
+    if row.get(f"output_{side}") is not None or (row.get(f"len_{side}") is None and f"output_{side}" in row.fields):
         return float(len(row.text(f"output_{side}")))
     return row.value(f"len_{side}", f"output_{side}", low=0, high=1e9)

@@ -22,8 +22,8 @@ def annotation_rows(
     """A row per prompt in the published form, in the order of ``ours``, one reply to a prompt on each side.
 
     ``preference`` is 1 + P(ours is better), the mean of both orders where both were judged; null where a verdict failed
-    or was never given, so that no row is missing and difficulties by position stay in place. Rows judged in one order
-    tell it in ``judge_saw_swapped_order``: whether our reply was shown first. ``instructions`` and ``datasets`` are by
+    or was never given, so that no row is missing and difficulties by position stay in place. Rows judged in both orders
+    have both, our reply shown second and first, in ``preference_by_order``; rows judged in one tell it in ``judge_saw_swapped_order``: whether our reply was shown first. ``instructions`` and ``datasets`` are by
     prompt id; judgements name our side by ``method``.
     """
     side = {mine.prompt_id: mine.method for mine in ours}
@@ -48,6 +48,9 @@ def annotation_rows(
             "annotator": ", ".join(judges),
             "preference": 1 + sum(known) / len(known) if whole else None,
         }
+        if whole and len(verdicts) == 2 and verdicts[0][0] != verdicts[1][0]:
+            straight = {first: value for first, value in verdicts if value is not None}
+            row["preference_by_order"] = [1 + straight[False], 1 + straight[True]]
         if len(verdicts) == 1:
             row["judge_saw_swapped_order"] = verdicts[0][0]
         rows.append(row)

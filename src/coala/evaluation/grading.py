@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Graded:
-    """``rows`` in the published form, a failed grade as a score of -1; ``n_unjudged`` of ``n_grades`` are not there."""
+    """``rows`` in the published form, a failed grade as a score of -1; ``n_unjudged`` of ``n_grades`` are not there.
+
+    ``words`` holds the first message of each kind of failure.
+    """
 
     rows: tuple[Mapping[str, Any], ...]
     failures: Mapping[str, int]
@@ -41,6 +44,7 @@ class Graded:
     n_unjudged: int
     stopped: str
     cost: Cost
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def grade_many(
 
     rows: dict[int, Mapping[str, Any]] = {}
     failures: Counter[str] = Counter()
+    words: dict[str, str] = {}
     before, stopped = by.cost, ""
     with closing(run([partial(grade, *task) for task in tasks], by, concurrency)) as results:
         for number, value in results:
@@ -114,6 +119,7 @@ def grade_many(
                 continue
             if isinstance(value, Exception):
                 failures[kind_of(value)] += 1
+                words.setdefault(kind_of(value), str(value))
                 if on_failure is not None:
                     on_failure(one.question, value)
             rows[number] = _row(one, turn, by, value)
@@ -126,6 +132,7 @@ def grade_many(
         n_unjudged=len(tasks) - len(rows),
         stopped=stopped,
         cost=by.cost - before,
+        words=dict(sorted(words.items())),
     )
 
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -30,7 +30,8 @@ class Judged:
     """The judgements of whole comparisons, failures among them, and what became of the others.
 
     ``failures`` counts failed verdicts by kind; ``n_unjudged`` of the ``n_comparisons`` have no verdict in one order
-    at least because judging ``stopped`` (why, or empty). ``cost`` is that of this call alone.
+    at least because judging ``stopped`` (why, or empty). ``cost`` is that of this call alone. ``words`` holds the first
+    message of each kind of failure.
     """
 
     judgements: tuple[Judgement, ...]
@@ -40,6 +41,7 @@ class Judged:
     stopped: str
     consistency: Consistency
     cost: Cost
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 def judge(
@@ -95,6 +97,7 @@ def judge_many(
 
     verdicts: dict[tuple[int, bool], float | None] = {}
     failures: Counter[str] = Counter()
+    words: dict[str, str] = {}
     before = by.cost if isinstance(by, Paid) else Cost()
     stopped = ""
     with closing(run([partial(compare, *place) for place in places], by, concurrency)) as results:
@@ -105,6 +108,7 @@ def judge_many(
                 continue
             if isinstance(value, Exception):
                 failures[kind_of(value)] += 1
+                words.setdefault(kind_of(value), str(value))
                 if on_failure is not None:
                     on_failure(matched[number][0].prompt_id, value)
             elif value is None:
@@ -130,6 +134,7 @@ def judge_many(
         stopped=stopped,
         consistency=consistency(judgements),
         cost=by.cost - before if isinstance(by, Paid) else Cost(),
+        words=dict(sorted(words.items())),
     )
 
 

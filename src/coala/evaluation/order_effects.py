@@ -31,6 +31,52 @@ class Consistency:
     n_second: int
 
 
+def remarks_on(judgements: Sequence[Judgement]) -> tuple[str, ...]:
+    """What of the judge takes from a win rate over ``judgements``, in words: its place, its ties, a single order."""
+    known = [judgement.preference for judgement in judgements if judgement.preference is not None]
+    if not known:
+        return ("no verdict: nothing was judged",) if judgements else ()
+    both = _both_orders(judgements)
+    straight, swapped = [row[1] for row in both], [row[2] for row in both]
+    if why := place_alone(straight, swapped):
+        return (f"{why}; the win rate says nothing",)
+    if not _leaning(known).any():
+        return (f"every one of the {len(known)} verdicts is a tie: this judge tells no two replies apart",)
+    if not both:
+        sides = {(judgement.first, judgement.second) for judgement in judgements}
+        if len(sides) == 1:
+            return ("asked in one order only: a judge of places would give such a win rate, whatever the replies",)
+        ours = judgements[0].first
+        firsts = [(row.first == ours, row.preference) for row in judgements if row.preference is not None]
+        why = place_alone_once(*([value for is_ours, value in firsts if is_ours is side] for side in (True, False)))
+        return (f"{why}; the win rate says nothing",) if why else ()
+    by_place = int(((_leaning(straight) == _leaning(swapped)) & (_leaning(straight) != 0)).sum())
+    if 2 * by_place > len(both):
+        return (f"the place alone decided {by_place} of {len(both)} comparisons: the win rate rests on the others",)
+    return ()
+
+
+def _both_orders(judgements: Sequence[Judgement]) -> list[tuple[str, float, float]]:
+    """Prompt and both preferences for the reply shown first, of comparisons judged in both orders."""
+    orders: dict[tuple[str, str, str, str], tuple[list[float | None], list[float | None]]]
+    orders = defaultdict(lambda: ([], []))
+    for judgement in judgements:
+        if judgement.first == judgement.second:
+            raise CoalaError(
+                f"The judgement of prompt {judgement.prompt_id!r} has {judgement.first!r} on both sides; expected two "
+                "names. Name the sides apart."
+            )
+        one, other = sorted((judgement.first, judgement.second))
+        games = orders[judgement.prompt_id, one, other, judgement.judge]
+        games[judgement.first != one].append(judgement.preference)
+    return [
+        (prompt_id, straight, swapped)
+        for (prompt_id, *_), games in orders.items()
+        for straight, swapped in zip(*games, strict=False)
+        if straight is not None and swapped is not None
+    ]
+
+
 def place_alone(straight: Sequence[float], swapped: Sequence[float]) -> str:
     """Why these verdicts say nothing of the replies, in words; empty if they may say something.
 
@@ -75,23 +121,7 @@ def consistency(judgements: Sequence[Judgement]) -> Consistency:
 
     Comparisons with a failure, or without a counterpart, are left out. A preference within 1e-9 of 1/2 is a tie.
     """
-    orders: dict[tuple[str, str, str, str], tuple[list[float | None], list[float | None]]]
-    orders = defaultdict(lambda: ([], []))
-    for judgement in judgements:
-        if judgement.first == judgement.second:
-            raise CoalaError(
-                f"The judgement of prompt {judgement.prompt_id!r} has {judgement.first!r} on both sides; expected two "
-                "names. Name the sides apart."
-            )
-        one, other = sorted((judgement.first, judgement.second))
-        games = orders[judgement.prompt_id, one, other, judgement.judge]
-        games[judgement.first != one].append(judgement.preference)
-    both = [
-        (prompt_id, straight, swapped)
-        for (prompt_id, *_), games in orders.items()
-        for straight, swapped in zip(*games, strict=False)
-        if straight is not None and swapped is not None
-    ]
+    both = _both_orders(judgements)
     prompts = [prompt_id for prompt_id, _, _ in both]
     games_won: Float = np.array([row[1:] for row in both], dtype=np.float64).reshape(-1, 2)
     leaning = _leaning(games_won)

@@ -43,6 +43,9 @@ class Row:
     def _asked(self, names: Sequence[str], expected: str) -> tuple[str, Any]:
         name = self.name_of(*names)
         if name is None:
+            # The last name is the plainest one: the text itself, where others are derived from it.
+            if empty := next((one for one in reversed(names) if one in self.fields), None):
+                raise self.fault(empty, "null or an empty cell", expected, "Fill it in, or delete the row.")
             there = ", ".join(shown(key) for key in list(self.fields)[:12]) or "no field at all"
             mend = "Add the field, or check that this is the file that was meant."
             raise self.fault(" or ".join(names), f"no such field among {there}", expected, mend)
@@ -107,7 +110,7 @@ def read_rows(path: Path | str) -> list[Row]:
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {column: cell for column, cell in row.items() if cell != ""}
+    return {column: None if cell == "" else cell for column, cell in row.items()}
 
 
 def as_number(value: Any) -> float | None:

@@ -85,6 +85,11 @@ class ChatJudge:
         """Where it asks."""
         return self._endpoint.identity
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was asked otherwise than the judge's file says."""
+        return tuple(getattr(self._endpoint, "remarks", ()))
+
     def begin(self) -> None:
         self._endpoint.begin()
 

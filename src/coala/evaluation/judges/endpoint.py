@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -16,11 +17,15 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
+from coala.data.secrets import strike
+from coala.evaluation.judges.bounded_http import HEADERS, Clock, Unbounded, bounded_client
 from coala.evaluation.judges.protocol import Cost, JudgeFailure, JudgeStopped
+from coala.evaluation.judges.token_limit import Change, change_for
 from coala.evaluation.judges.verdicts import Answer
 from coala.evaluation.rows import as_number, shown
 from coala.values import CoalaError
 
+_LOWERINGS = 4  # of the limit of tokens for one request, each as the endpoint asks
 _CHARACTERS_PER_TOKEN = 3  # where an endpoint does not count; English has about four, so budgets hold
 
 
@@ -32,6 +37,11 @@ class Endpoint(Protocol):
 
     @property
     def cost(self) -> Cost: ...
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was asked otherwise than the judge's file says, in words."""
+        ...
 
     def ask(self, request: Mapping[str, Any]) -> Answer:
         """The answer, or JudgeFailure for this request, or JudgeStopped for all."""
@@ -85,7 +95,9 @@ class OpenAIEndpoint:
     """An endpoint at ``base_url`` (None: OpenAI's own) with its ``key``; safe for many threads at once.
 
     Retried: 408, 409, 429, 5xx, timeouts, lost connections, and bodies that are not the answer they should be.
-    Refused for good: any other 4xx; 401, 403, 404 and a spent quota end all (:class:`JudgeStopped`).
+    Refused for good: any other 4xx; 401, 403, 404, a redirect and a spent quota end all (:class:`JudgeStopped`). A
+    refusal that names a lower limit of tokens is met with that limit, which ``remarks`` tell. Answers are bounded in
+    bytes and, as a whole, by the timeout; the key is struck out of all that comes back.
     """
 
     def __init__(
@@ -107,12 +119,16 @@ class OpenAIEndpoint:
             raise CoalaError("OpenAI's endpoint needs a key and there is none. Give one, or another base URL.")
         self._openai = openai
         self._patience, self._budget = patience or Patience(), budget or Budget()
+        self._secrets = (key,) if key else ()
+        self._clock = Clock(self._patience.timeout)
         # The client's own retries are off: they would be neither counted nor told.
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=key or "none",
             max_retries=0,
             timeout=self._patience.timeout,
+            default_headers=HEADERS,
+            http_client=bounded_client(openai, self._clock),
         )
         self.identity = str(self._client.base_url).rstrip("/")
         self._lock = threading.Lock()
@@ -120,6 +136,13 @@ class OpenAIEndpoint:
         self._failed_in_a_row = 0
         self._not_before = 0.0
         self._interrupted = threading.Event()
+        self._changes: dict[str, list[Change]] = {}
+        self._remarks: dict[str, None] = {}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._remarks)
 
     @property
     def cost(self) -> Cost:
@@ -137,14 +160,23 @@ class OpenAIEndpoint:
     def ask(self, request: Mapping[str, Any]) -> Answer:
         plain = json.dumps(request, sort_keys=True)
         failure = JudgeFailure("connection", "no request was sent")
-        for attempt in range(self._patience.attempts):
+        asked, attempt, lowered = self._changed(request), 0, 0
+        while attempt < self._patience.attempts:
             self._admit()
             try:
-                answer = self._send(request)
+                answer = self._send(asked)
             except _Again as again:
                 failure = JudgeFailure(again.kind, str(again))
-                if attempt + 1 < self._patience.attempts:
-                    self._wait(again.after, attempt, plain)
+                attempt += 1
+                if attempt < self._patience.attempts:
+                    self._wait(again.after, attempt - 1, plain)
+            except _Otherwise as other:
+                failure = other.failure
+                lowered += 1
+                if lowered > _LOWERINGS:
+                    break
+                self._learn(other.change, asked)
+                asked = other.change.applied(asked)
             except JudgeFailure as found:
                 failure = found
                 break
@@ -156,10 +188,43 @@ class OpenAIEndpoint:
             hopeless = self._failed_in_a_row >= self._patience.give_up_after
         if hopeless:
             raise JudgeStopped(
-                f"{self._failed_in_a_row} requests to {self.identity} failed in a row, the last one so: {failure} "
+                f"{self._failed_in_a_row} requests to {self._where} failed in a row, the last one so: {failure} "
                 "Mend that and run again; what was bought is kept."
             )
         raise failure
+
+    @property
+    def _where(self) -> str:
+        """The address without the name and password that it may hold."""
+        return re.sub(r"(?<=://)[^/@\s]*@", "", self.identity)
+
+    def _changed(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """``request`` under the limits that this endpoint has named for its model."""
+        with self._lock:
+            known = list(self._changes.get(str(request.get("model")), ()))
+        changed = dict(request)
+        for change in known:
+            changed = change.applied(changed)
+        return changed
+
+    def _learn(self, change: Change, asked: Mapping[str, Any]) -> None:
+        wanted = asked[change.old]
+        if change.name != change.old:
+            said = f"{self._where} takes {change.name} in place of {change.old}"
+        elif change.lasts:
+            said = (
+                f"{self._where} takes at most {change.limit:,} tokens for an answer: the judge asked for {wanted:,} and "
+                "gets that; an answer that reaches the limit is a failure (cut short)"
+            )
+        else:
+            said = (
+                f"after some prompts the model's context has no room for {wanted:,} tokens: fewer were asked for; an "
+                "answer that reaches the limit is a failure (cut short)"
+            )
+        with self._lock:
+            self._remarks[said] = None
+            if change.lasts:
+                self._changes.setdefault(str(asked.get("model")), []).append(change)
 
     def _admit(self) -> None:
         """Wait until requests are welcome again, then count one; JudgeStopped when there may be none."""
@@ -182,22 +247,46 @@ class OpenAIEndpoint:
 
     def _send(self, request: Mapping[str, Any]) -> Answer:
         errors = self._openai
+        self._clock.start()
         try:
             raw = self._client.chat.completions.with_raw_response.create(**request)
-            return _read(raw.http_response.content)
+            answer = _read(raw.http_response.content, raw.http_response.headers.get("content-type", ""))
+        except Unbounded as error:
+            raise self._unread(error) from None
         except errors.APITimeoutError:
             raise _Again("timeout", f"No answer within {self._patience.timeout:g} s.") from None
         except errors.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise _Again("connection", f"The connection failed: {shown(str(cause) or type(cause).__name__)}.") from None
+            if isinstance(cause, Unbounded):
+                raise self._unread(cause) from None
+            said = self._struck(str(cause)) or type(cause).__name__
+            raise _Again("connection", f"The connection failed: {shown(said)}.") from None
         except errors.APIStatusError as error:
-            raise self._refused(error) from None
-
-    def _refused(self, error: Any) -> Exception:
-        code, said = (
-            error.status_code,
-            f"{self.identity} answered {error.status_code}: {shown(str(error.message), 200)}.",
+            raise self._refused(error, request) from None
+        return replace(
+            answer,
+            text=self._struck(answer.text),
+            refusal=self._struck(answer.refusal),
+            reasoning=self._struck(answer.reasoning),
         )
+
+    def _struck(self, text: str) -> str:
+        return strike(text, self._secrets)
+
+    def _unread(self, error: Unbounded) -> Exception:
+        if error.is_late:
+            return _Again("timeout", f"No whole answer within {self._patience.timeout:g} s: {error}.")
+        return JudgeFailure("not read", f"{self._where}: {error}. Check that it is a chat endpoint.")
+
+    def _refused(self, error: Any, request: Mapping[str, Any]) -> Exception:
+        words = self._struck(str(error.message))
+        code, said = error.status_code, f"{self._where} answered {error.status_code}: {shown(words, 200)}."
+        if 300 <= code < 400:
+            there = shown(self._struck(error.response.headers.get("location", "another address")), 120)
+            return JudgeStopped(
+                f"{self._where} answered {code}: it redirects to {there}, and redirects are not followed, since the "
+                "prompts and the key would go there. Fix: give that address as the base URL, if you trust it."
+            )
         if code in (401, 403):
             return JudgeStopped(f"{said} Check the key.")
         if code == 404:
@@ -209,7 +298,9 @@ class OpenAIEndpoint:
             if after is not None and after > self._patience.longest_wait:
                 return JudgeStopped(f"{said} It asks to wait {after:.0f} s: run again then; what was bought is kept.")
             return _Again("rate limit" if code == 429 else "server error", said, after)
-        return JudgeFailure("rejected", said)
+        failure = JudgeFailure("rejected", said)
+        change = change_for(words, request) if code in (400, 413, 422) else None
+        return failure if change is None else _Otherwise(failure, change)
 
     def _wait(self, after: float | None, attempt: int, plain: str) -> None:
         # Drawn from the request, so that no hidden state is needed and yet no two requests wait alike.
@@ -244,6 +335,14 @@ class _Again(Exception):
         self.kind, self.after = kind, after
 
 
+class _Otherwise(Exception):
+    """A refusal that says how to ask instead."""
+
+    def __init__(self, failure: JudgeFailure, change: Change) -> None:
+        super().__init__(str(failure))
+        self.failure, self.change = failure, change
+
+
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds a server asks to wait: `retry-after-ms`, or `Retry-After` as seconds or a date; None without."""
     milliseconds, said = as_number(headers.get("retry-after-ms")), headers.get("retry-after")
@@ -262,7 +361,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds)
 
 
-def _read(body: bytes) -> Answer:
+def _read(body: bytes, kind: str = "application/json") -> Answer:
     """The first choice of a chat completion; anything else is worth another try."""
     try:
         document = json.loads(body)
@@ -283,6 +382,9 @@ def _read(body: bytes) -> Answer:
             reasoning=thoughts if isinstance(thoughts, str) else json.dumps(thoughts),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        if "json" not in kind.lower():
+            found = f"it is {shown(kind[:60])}" if kind else "it names no content type"
+            raise _Again("malformed", f"The answer is no chat completion: {found}; expected application/json.") from None
         raise _Again("malformed", f"The answer is no chat completion ({shown(str(error))}).") from None
 
 
