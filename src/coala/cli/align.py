@@ -10,6 +10,7 @@ import typer
 
 from coala.choices import GateOn, Method, Mode, Pooling, Quantise, Template
 from coala.cli.options import DEVICE_HELP, DTYPE_OPTION, LAYER_OPTION, TrustCode
+from coala.cli.terminal import write
 
 
 def align(
@@ -156,7 +157,7 @@ def run_and_show(
         content = run_align(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
     table(summary_rows(content))
     for sample in content.get("samples", [])[:samples]:
-        print(f"\n{sample['prompt']}\n")
+        write(f"\n{sample['prompt']}\n")
         side_by_side(sample["unguided"], sample["guided"], ("unguided", "guided"))
-    print(f"\nreport: {run.path / 'report.html'}")
+    write(f"\nreport: {run.path / 'report.html'}")
     emit({"run": run.path, "report": run.path / "report.html", **content["summary"]})

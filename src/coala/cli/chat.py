@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coala.cli.options import Download, TrustCode
+from coala.cli.terminal import write
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -129,9 +130,9 @@ class _Talk:
                 side_by_side(unguided, reply, ("unguided", "guided"))
             else:
                 reply = self._reply(asked, self.guidance if self.guided else plain, streams=True)
-                print(flush=True)
+                write()
         except KeyboardInterrupt:
-            print(flush=True)
+            write()
             return
         except CoalaError as error:
             say(f"error: {error}")
@@ -150,7 +151,7 @@ class _Talk:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            on_token=(lambda _, piece: print(piece, end="", flush=True)) if streams else None,
+            on_token=(lambda _, piece: write(piece, end="")) if streams else None,
         )[0].text
 
     def score(self) -> None:
@@ -167,15 +168,15 @@ class _Talk:
                 next(work)
         except StopIteration as end:
             found = end.value[0]
-        print(f"score {found.score:.4f}", flush=True)
+        write(f"score {found.score:.4f}")
         if not found.scores:
             return
         low, high = min(found.scores), max(found.scores)
         if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-            print("".join(map(_heat, found.pieces, _shares(found.scores))))
+            write("".join(map(_heat, found.pieces, _shares(found.scores))))
         else:
-            print(" ".join(f"{score:.2f}" for score in found.scores))
-        print(f"after each token: {low:.4f} to {high:.4f}", flush=True)
+            write(" ".join(f"{score:.2f}" for score in found.scores))
+        write(f"after each token: {low:.4f} to {high:.4f}")
 
 
 def _shares(scores: tuple[float, ...]) -> list[float]:

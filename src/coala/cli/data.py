@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from coala.cli.options import TrustCode
+from coala.cli.terminal import write
 
 if TYPE_CHECKING:
     import asyncio
@@ -64,7 +65,7 @@ def check(
 
     findings = check_pairs(pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens)
     for finding in (*findings.errors, *findings.warnings, *findings.notes):
-        print(finding)
+        write(finding)
     emit({"pairs": findings.n_pairs, "errors": len(findings.errors), "warnings": len(findings.warnings)})
     if findings.errors:
         raise typer.Exit(2)
@@ -175,7 +176,7 @@ def audit(
         ["sees only", "ranked right", "95 % interval", "ties"],
     )
     for name, n in result.counts.items():
-        print(f"{name}: {n}")
+        write(f"{name}: {n}")
     summary: dict[str, object] = {
         "pairs": result.n_pairs,
         "groups": result.n_groups,
@@ -387,7 +388,7 @@ def show(
 
     shown = list(islice(read_pairs(pairs, format), n))
     for pair in shown:
-        print(f"\n{conversation_text(pair.prompt)}\n")
+        write(f"\n{conversation_text(pair.prompt)}\n")
         side_by_side(pair.chosen, pair.rejected, ("chosen", "rejected"), width)
     emit({"shown": len(shown)})
 

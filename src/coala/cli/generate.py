@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coala.cli.options import Download, TrustCode
+from coala.cli.terminal import write
 
 
 def generate(
@@ -64,16 +65,16 @@ def generate(
             seed=seed,
             temperature=temperature,
             stop=tuple(stop or ()),
-            on_token=(lambda _, piece: print(piece, end="", flush=True)) if streams else None,
+            on_token=(lambda _, piece: write(piece, end="")) if streams else None,
         )
         for name, rule in rules.items()
     }
     if streams:
-        print()
+        write()
     for i, text in enumerate(texts):
         if compare:
-            print(f"{text}\n")
+            write(f"{text}\n")
             side_by_side(replies["unguided"][i].text, replies["guided"][i].text, ("unguided", "guided"))
         elif not streams:
-            print(replies["guided"][i].text)
+            write(replies["guided"][i].text)
     emit(replies)

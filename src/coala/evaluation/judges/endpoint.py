@@ -384,7 +384,9 @@ def _read(body: bytes, kind: str = "application/json") -> Answer:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         if "json" not in kind.lower():
             found = f"it is {shown(kind[:60])}" if kind else "it names no content type"
-            raise _Again("malformed", f"The answer is no chat completion: {found}; expected application/json.") from None
+            raise _Again(
+                "malformed", f"The answer is no chat completion: {found}; expected application/json."
+            ) from None
         raise _Again("malformed", f"The answer is no chat completion ({shown(str(error))}).") from None
 
 
