@@ -21,7 +21,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "backbone": ({"values", "costs"}, {"torch", "transformers"}),
     "convex": ({"values"}, {"jax"}),
     "features": ({"values", "store", "costs", "backbone"}, {"torch"}),
-    "decoding": ({"values", "backbone"}, {"torch"}),
+    "decoding": ({"values", "store", "recipe", "backbone"}, {"torch"}),
     "evaluation": ({"values", "data"}, {"scipy"}),
     "baselines": ({"values", "store", "costs", "backbone"}, {"torch"}),
     "nash": ({"values", "store", "costs", "backbone", "decoding", "evaluation", "baselines"}, {"scipy"}),

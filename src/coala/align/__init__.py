@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from coala.align.course import carry_out
+from coala.align.evidence import evidence_notes
 from coala.align.job import OnProgress
 from coala.align.results import load_run, make_report, summary_rows
 from coala.recipe import Recipe
 from coala.store import Run
 from coala.values import CoalaError
 
-__all__ = ["OnProgress", "align", "load_run", "make_report", "summary_rows"]
+__all__ = ["OnProgress", "align", "evidence_notes", "load_run", "make_report", "summary_rows"]
 
 
 def align(

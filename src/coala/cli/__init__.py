@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from coala.cli import (
     align,
@@ -29,17 +30,54 @@ from coala.cli import (
     survey,
 )
 from coala.cli.compiled import keep_compiled
+from coala.cli.screen import wants_json
 
 INTERRUPTED = 130
 
+
+class _Commands(TyperGroup):
+    """Commands that all take ``--json``: the last line of JSON on a terminal too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        groups: list[Any] = [self]
+        while groups:
+            for command in groups.pop().commands.values():
+                if hasattr(command, "commands"):
+                    groups.append(command)
+                elif all("--json" not in one.opts for one in command.params):
+                    command.params.append(_json_option())
+
+
+def _asked(value: bool) -> None:
+    wants_json.set(value)
+
+
+def _takes_json(
+    json: Annotated[
+        bool, typer.Option("--json", callback=_asked, help="End with a line of JSON on a terminal too, as in a pipe.")
+    ] = False,
+) -> None:
+    """Nothing but its option, which typer makes of it in whatever way it makes options."""
+
+
+def _json_option() -> Any:
+    alone = typer.Typer(add_completion=False)
+    alone.command()(_takes_json)
+    option: Any = typer.main.get_command(alone).params[0]
+    option.expose_value = False
+    return option
+
+
 app = typer.Typer(
     name="coala",
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Start with `coala demo`, then `coala align PAIRS --model MODEL --out RUN`. "
-    "Results go to stdout (the last line is JSON), progress to stderr.",
+    "Results go to stdout, progress to stderr; piped, or with --json, the last line is JSON.",
 )
 app.command("align")(align.align)
 app.command("generate")(generate.generate)

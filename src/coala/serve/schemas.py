@@ -92,7 +92,7 @@ class GuidanceSettings(_Strict):
     top_k: Annotated[int, Field(ge=0), WHOLE] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     block_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    rule: Literal["min-max", "raw", "z-score"] | None = None
+    rule: Literal["calibrated", "min-max", "raw", "z-score"] | None = None
     budget: Annotated[Number, Field(ge=0, le=LARGEST)] | None = Field(
         None, description="of mode shift: nats a reply may spend"
     )
