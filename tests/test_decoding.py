@@ -54,7 +54,7 @@ def test_strength_zero_is_unguided(models: dict[str, Model], name: str, guidance
     assert {reply.method for reply in zero} == {"unguided"}
     assert texts(generate(PROMPTS, backbone, None, guidance, max_new_tokens=20, seed=1)) == texts(plain)
     assert texts(generate(PROMPTS, backbone, head, Guidance("none"), max_new_tokens=20, seed=1)) == texts(plain)
-    if guidance.mode not in ("block", "best_of"):
+    if guidance.mode not in ("block", "best_of") or guidance.rule == "calibrated":
         # The limit along the guided path, which asks the head and peeks at candidates.
         limit = generate(
             PROMPTS, backbone, head, replace(guidance, strength=1e-12, budget=None), max_new_tokens=20, seed=1
@@ -262,7 +262,7 @@ def test_log_likelihood_is_that_of_transformers(models: dict[str, Model], name: 
     ("settings", "message"),
     [
         ({"mode": "tree"}, "mode is 'tree'; expected one of token, prefix, shift, block, best_of, beam, none"),
-        ({"rule": "softmax"}, "rule is 'softmax'; expected one of min-max, raw, z-score"),
+        ({"rule": "softmax"}, "rule is 'softmax'; expected one of calibrated, min-max, raw, z-score"),
         ({"strength": -1.0}, "strength is -1.0; expected a finite number of at least 0"),
         ({"strength": math.nan}, "strength is nan"),
         ({"every": 0}, "every is 0; expected a whole number of at least 1"),
@@ -286,7 +286,7 @@ def test_guidance_of_the_paper() -> None:
     paper = Guidance.paper()
     assert (paper.mode, paper.interval, paper.candidates, paper.top_k, paper.top_p) == ("prefix", 5, 5, 50, 0.9)
     assert replace(Guidance(), mode="prefix").interval == 5
-    assert replace(Guidance(), mode="prefix") == replace(paper, every=None)
+    assert replace(Guidance(), mode="prefix", rule="min-max", strength=2.0) == replace(paper, every=None)
 
 
 def test_mistakes_are_named(endless: LanguageModel, models: dict[str, Model]) -> None:

@@ -27,12 +27,15 @@ from tests.menagerie import CONTEXT, tiny_backbone
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # Llama and Qwen2 share keys and values among query heads
 PROMPTS = [user("tell me a story"), user("what do you think of a good film? the end"), user("hello")]
 # Sampled modes, coupled to unguided text ...
-GUIDED = [Guidance("token"), Guidance("token", every=2, candidates=3, rule="raw", strength=3.0), Guidance.paper()]
-GUIDED += [Guidance("token", rule="z-score", strength=1.5), Guidance("block", candidates=3, block_tokens=4)]
-GUIDED += [Guidance("best_of", candidates=3), Guidance("shift", budget=3.0)]
+GUIDED = [Guidance("token", strength=2), Guidance("token", every=2, candidates=3, rule="raw", strength=3.0)]
+GUIDED += [Guidance.paper(), Guidance("token", rule="z-score", strength=1.5)]
+GUIDED += [Guidance("block", candidates=3, block_tokens=4, strength=2), Guidance("best_of", candidates=3, strength=2)]
+GUIDED += [Guidance("shift", rule="min-max", budget=3.0), Guidance("shift", strength=1.5, budget=6.0)]
 GUIDED += [Guidance("shift", strength=3.0, rule="z-score", every=2, candidates=3)]
+GUIDED += [Guidance("block", candidates=3, block_tokens=4, rule="min-max")]
 # ... and those without chance.
-BEAMS = [Guidance("beam", width=3, candidates=3, strength=0.3), Guidance("beam", width=2, rule="raw", strength=0.1)]
+BEAMS = [Guidance("beam", width=3, candidates=3, strength=3.0), Guidance("beam", width=2, rule="raw", strength=0.1)]
+BEAMS += [Guidance("beam", width=2, rule="min-max", strength=0.3)]
 
 
 # --- the naive implementation ---------------------------------------------------------------------------------------
@@ -133,6 +136,8 @@ class Naive:
         low, high = min(scores), max(scores)
         if self.guidance.rule == "raw":
             return scores
+        if self.guidance.rule == "calibrated":
+            return [score * self.head.evidence for score in scores]
         if high == low:
             return [0.0] * len(scores)
         if self.guidance.rule == "min-max":
@@ -179,7 +184,8 @@ class Naive:
             self.costs.append([cost(s) for s in grid])
             means = np.mean(self.costs, axis=0)
             fits = [j for j in range(len(grid)) if means[j] <= left / steps_left and self.costs[-1][j] <= left]
-            strength = grid[max(fits)] if fits else 0.0
+            within = grid[max(fits)] if fits else 0.0
+            strength = min(within, strength) if self.guidance.rule == "calibrated" else within
         self.spent += cost(strength)
         return {token: strength * value for token, value in tilt.items()}
 
@@ -196,7 +202,7 @@ class Naive:
                 for branch in range(self.guidance.candidates):
                     block, ended = self.sample(prompt, reply, prompt_id, branch, min(longest, length))
                     blocks.append((self.score(prompt, block), block, ended))
-                _, reply, ended = max(blocks, key=lambda block: block[0])
+                _, reply, ended = blocks[self.kept([block[0] for block in blocks], prompt_id, len(reply))]
             else:
                 token = self.choose(prompt, reply, prompt_id, length)
                 ended = token in self.stop_tokens
@@ -204,6 +210,22 @@ class Naive:
             if ended:
                 return reply, True
         return reply, False
+
+    def kept(self, scores: list[float], prompt_id: str, step: int) -> int:
+        """The best, or by the calibrated rule the first for as much of its share of 1/k as its weight covers."""
+        if self.guidance.rule != "calibrated":
+            return scores.index(max(scores))
+        weights = np.exp(self.guidance.strength * self.head.evidence * (np.array(scores) - max(scores)))
+        shares = weights / weights.sum() * len(scores)
+        chance = math.exp(-math.exp(-naive_noise(self.seed, prompt_id, -1, step, 0)))
+        if chance < shares[0]:
+            return 0
+        chance = (chance - shares[0]) / (1 - shares[0]) * sum(max(share - 1, 0) for share in shares)
+        for at, share in enumerate(shares):
+            chance -= max(share - 1, 0)
+            if chance < 0:
+                return at
+        raise AssertionError("the excess shares add up to the missing ones")
 
     def sample(
         self, prompt: list[int], reply: list[int], prompt_id: str, branch: int, length: int
@@ -230,7 +252,10 @@ class Naive:
                 means.append(self.log_prob(prompt, tokens) / len(tokens))
                 cut = tokens[:-1] if stopped and not self.head.spec.ends_with_eos else tokens
                 scores.append(self.score(prompt, cut))
-            return [m + self.guidance.strength * s for m, s in zip(means, self.scale(scores), strict=True)]
+            gains = [self.guidance.strength * s for s in self.scale(scores)]
+            if self.guidance.rule == "calibrated":
+                gains = [gain / len(tokens) for gain, (tokens, _) in zip(gains, places, strict=True)]
+            return [m + gain for m, gain in zip(means, gains, strict=True)]
 
         while not all(over(place) for place in beam):
             places = [place for place in beam if over(place)]
@@ -305,7 +330,8 @@ def make_head(
     rng = np.random.default_rng(seed)
     d = backbone.width
     gates, weights, linear = rng.normal(size=(4, d + 1)), rng.normal(size=(4, d + 1)), rng.normal(size=d + 1)
-    return ConvexHead(gates, weights * 0.3, linear, backbone.spec(layer, pooling, ends_with_eos), gate_on=gate_on)
+    spec = backbone.spec(layer, pooling, ends_with_eos)
+    return ConvexHead(gates, weights * 0.3, linear, spec, gate_on=gate_on, temperature=2.0, least_slope=0.4)
 
 
 def texts(replies: list[Generation]) -> list[str]:

@@ -42,7 +42,7 @@ def endless() -> LanguageModel:
 def test_the_best_block_beats_the_first(endless: LanguageModel) -> None:
     head = make_head(endless)
     # One block: the reply with the best score of five, the first of which is the unguided one.
-    best = generate(PROMPTS, endless, head, Guidance("block"), max_new_tokens=10, seed=0)
+    best = generate(PROMPTS, endless, head, Guidance("block", rule="min-max"), max_new_tokens=10, seed=0)
     plain = generate(PROMPTS, endless, head, Guidance("none"), max_new_tokens=10, seed=0)
     # Where the first is the best of the five, the scores differ by rounding: the batches had different shapes.
     assert all(b.score >= p.score - 1e-5 * abs(p.score) for b, p in zip(best, plain, strict=True))
@@ -54,7 +54,7 @@ def test_best_of_has_the_best_score_of_its_samples(models: dict[str, Model], nam
     """The samples are drawn and scored by the naive implementation."""
     model = models[name]
     head = make_head(model.backbone)
-    replies = generate(PROMPTS, model.backbone, head, Guidance("best_of", candidates=4), max_new_tokens=9, seed=1)
+    replies = generate(PROMPTS, model.backbone, head, Guidance("best_of", 1e6, candidates=4), max_new_tokens=9, seed=1)
     naive = model.naive(head, Guidance("best_of"), seed=1)
     for index, (turns, reply) in enumerate(zip(PROMPTS, replies, strict=True)):
         prompt = model.prompt(turns)

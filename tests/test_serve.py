@@ -117,7 +117,11 @@ def test_temperature_0_of_a_run_that_samples_blocks_is_guided_token_by_token(par
         assert found["choices"][0]["message"]["content"] == wanted.text
         assert found["coala"]["guidance"] == str(rule)
         assert post(here, "/v1/chat/completions", {**body, "guidance": {"mode": "block"}}).status_code == 400
-        for change, wanted in (({"strength": 3}, "token, min-max 3"), ({"candidates": 2}, "block, 2 x 5")):
+        for change, wanted in (
+            ({"strength": 3}, "block, calibrated 3"),
+            ({"strength": 3, "rule": "min-max"}, "token, min-max 3"),
+            ({"candidates": 2}, "block, calibrated 5, 2 x 5"),
+        ):
             asked = {**body, "temperature": 1, "guidance": change}
             assert post(here, "/v1/chat/completions", asked).json()["coala"]["guidance"].startswith(wanted)
 

@@ -100,6 +100,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("coala-align")
+        except PackageNotFoundError:  # run from its source, not installed
+            return "unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'coala' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

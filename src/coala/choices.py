@@ -17,7 +17,7 @@ GateOn = Literal["auto", "reply", "prompt"]
 Loss = Literal["pairwise", "pointwise"]
 PhaseOne = Literal["gated", "cronos", "network"]
 Mode = Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"]
-Rule = Literal["min-max", "raw", "z-score"]
+Rule = Literal["calibrated", "min-max", "raw", "z-score"]
 JudgeKind = Literal["head", "rule", "words"]
 
 # What others call the same.

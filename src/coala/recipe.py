@@ -78,13 +78,13 @@ class GuidanceSettings(_Strict):
     """How the head guides decoding."""
 
     mode: Mode = "block"
-    strength: float = Field(2.0, ge=0)
+    strength: float | None = Field(None, ge=0, description="the rule's own if not given")
     every: int | None = Field(None, ge=1, description="guide every N tokens; 1, in prefix mode 5")
     candidates: int = Field(5, ge=1)
     top_k: int = Field(50, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
     block_tokens: int = Field(5, ge=1)
-    rule: Rule = "min-max"
+    rule: Rule = "calibrated"
     budget: float | None = Field(None, ge=0, description="of mode shift: nats a reply may spend on guidance")
     width: int = Field(4, ge=1, description="of mode beam: hypotheses kept")
 

@@ -37,16 +37,25 @@ class Turn:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise CoalaError(f"A turn has role {self.role!r}; expected one of {', '.join(ROLES)}.")
+        if not isinstance(self.text, str):
+            raise CoalaError(f"A turn has text of type {type(self.text).__name__}; expected a string.")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with a preferred and a rejected reply. Pairs of one ``group`` never straddle a split."""
+    """A prompt with a preferred and a rejected reply. Pairs of one ``group`` never straddle a split.
+
+    ``prompt`` may also be given as :func:`turns` takes it: a text, or messages with role and content.
+    """
 
     prompt: tuple[Turn, ...]
     chosen: str
     rejected: str
     group: str
+
+    def __post_init__(self) -> None:
+        if type(self.prompt) is not tuple or not all(type(turn) is Turn for turn in self.prompt):
+            object.__setattr__(self, "prompt", turns(self.prompt, "the prompt of a pair"))
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,9 @@ class ConvexHead:
     With ``gate_on`` "reply", z = x; with "prompt", z = (p, 1) for the features p of the prompt, and for any one prompt
     the head is linear. A ReLU neuron (Theta_1i, theta_2i) is gates_i = Theta_1i, weights_i = theta_2i Theta_1i; a
     linear probe has m = 0. ``gates`` and ``weights`` are (m, d + 1), ``linear`` is (d + 1,). ``temperature`` turns
-    score differences into probabilities. ``certificate`` says what was proved.
+    score differences into probabilities; ``least_slope``, at most 1 / temperature, is the lower end of the 95 %
+    interval of log-odds per unit of score (0: no better than chance, as far as held-out pairs tell), ``None`` where it
+    was not estimated. ``certificate`` says what was proved.
     """
 
     gates: Float32
@@ -185,6 +196,7 @@ class ConvexHead:
     gate_on: Literal["reply", "prompt"] = "reply"
     temperature: float = 1.0
     certificate: Certificate | None = None
+    least_slope: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("gates", "weights", "linear"):
@@ -203,6 +215,8 @@ class ConvexHead:
             raise CoalaError(f"A head's gates act on {self.gate_on!r}; expected 'reply' or 'prompt'.")
         if not 0 < self.temperature < float("inf"):
             raise CoalaError(f"The head's temperature is {self.temperature}; expected a positive number.")
+        if self.least_slope is not None and not 0 <= self.least_slope < float("inf"):
+            raise CoalaError(f"The head's least slope is {self.least_slope}; expected a finite number of at least 0.")
 
     @property
     def width(self) -> int:
@@ -212,6 +226,14 @@ class ConvexHead:
     @property
     def n_neurons(self) -> int:
         return len(self.gates)
+
+    @property
+    def evidence(self) -> float:
+        """Log-odds of preference that a unit of score stands for when it guides; 0 for a head at chance.
+
+        The least slope where it is known, else 1 / temperature, which doubts nothing.
+        """
+        return 1 / self.temperature if self.least_slope is None else self.least_slope
 
     @property
     def needs_prompt(self) -> bool:
@@ -316,6 +338,56 @@ class Estimate:
 def user(text: str) -> tuple[Turn, ...]:
     """A prompt of one user turn."""
     return (Turn("user", text),)
+
+
+Prompt = str | Sequence["Turn | Mapping[str, Any]"]
+
+
+def turns(prompt: Prompt, what: str = "a prompt") -> tuple[Turn, ...]:
+    """A conversation from whatever says one: a text of the user, turns, or messages with ``role`` and ``content``.
+
+    Raises :class:`CoalaError`, which calls it ``what``, for anything else.
+    """
+    if isinstance(prompt, str):
+        return user(prompt)
+    if isinstance(prompt, Turn | Mapping):
+        raise CoalaError(
+            f"Found one message as {what}; expected a conversation. Fix: put the messages of each prompt in a list, "
+            'as in [[{"role": "user", "content": "..."}]].'
+        )
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise CoalaError(f"Found a {_kind(prompt)} as {what}; expected a text, or a list of turns or messages.")
+    return tuple(turn if isinstance(turn, Turn) else _turn(turn, what) for turn in prompt)
+
+
+def _turn(message: Any, what: str) -> Turn:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        found = f"a mapping with {sorted(map(str, message))}" if isinstance(message, Mapping) else f"a {_kind(message)}"
+        raise CoalaError(
+            f"Found {found} among the messages of {what}; expected Turn(role, text) or a mapping with role and content."
+        )
+    role, content = message["role"], message["content"]
+    if isinstance(content, list | tuple) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise CoalaError(f"Found content of type {_kind(content)} in a message of {what}; expected text.")
+    return Turn("system" if role == "developer" else role, content)
+
+
+def prompts_of(prompts: Sequence[Prompt]) -> list[tuple[Turn, ...]]:
+    """The conversation of each of ``prompts``; refused if they are one text, which would be taken apart."""
+    if isinstance(prompts, str):
+        raise CoalaError(f"Found one text, {prompts[:40]!r}, as prompts; expected a list. Fix: [{prompts[:40]!r}].")
+    if not isinstance(prompts, Sequence):
+        raise CoalaError(f"Found prompts of type {_kind(prompts)}; expected a list of texts or conversations.")
+    return [turns(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def conversation_text(turns: Sequence[Turn]) -> str:

@@ -8,13 +8,23 @@ from typing import Any
 from coala.align.changes import adopt
 from coala.align.checks import check_settings
 from coala.align.course import carry_out
+from coala.align.evidence import evidence_notes
 from coala.align.job import OnNote, OnProgress, quiet
 from coala.align.results import load_run, make_report, summary_rows
 from coala.recipe import Recipe
 from coala.store import Run
 from coala.values import CoalaError
 
-__all__ = ["OnNote", "OnProgress", "align", "check_settings", "load_run", "make_report", "summary_rows"]
+__all__ = [
+    "OnNote",
+    "OnProgress",
+    "align",
+    "check_settings",
+    "evidence_notes",
+    "load_run",
+    "make_report",
+    "summary_rows",
+]
 
 
 def align(

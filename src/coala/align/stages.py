@@ -270,7 +270,8 @@ def _replies(job: Work) -> None:
                     prompt_ids=[prompt_id(pair) for pair in some],
                     batch_size=max(1, PORTION // rule.rows),
                 )
-            save_generations(job.path(f"generations-{method}.jsonl"), replies)
+            prompts = {prompt_id(pair): pair.prompt for pair in chosen}
+            save_generations(job.path(f"generations-{method}.jsonl"), replies, prompts)
             flops: int = sum(
                 decoding_flops(
                     backbone.shape,

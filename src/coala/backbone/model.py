@@ -16,7 +16,7 @@ from coala.backbone.prefix import Prefix
 from coala.backbone.reading import Reading
 from coala.backbone.template import Renderer, Row
 from coala.costs import Shape
-from coala.values import FeatureSpec, Pair, SpecMismatch, Turn
+from coala.values import FeatureSpec, Pair, Prompt, SpecMismatch, Turn, turns
 
 Tree = Literal["auto", "always", "never"]
 
@@ -129,13 +129,13 @@ class LanguageModel:
 
     def render(
         self,
-        prompt: Sequence[Turn],
+        prompt: Prompt,
         reply: str | None = None,
         *,
         max_tokens: int | None = None,
         ends_with_eos: bool = False,
     ) -> Row:
-        """Tokens of a prompt, ready to be continued, or of a prompt and its reply.
+        """Tokens of a prompt (see :func:`coala.values.turns`), ready to be continued, or of a prompt and its reply.
 
         Without truncation the tokens of the prompt alone begin the tokens of prompt and reply. Beyond ``max_tokens``
         (default: the context) the prompt loses tokens on the left, down to a quarter of ``max_tokens``, then the reply
@@ -145,7 +145,7 @@ class LanguageModel:
         longest = self.max_tokens if max_tokens is None else min(max_tokens, self.max_tokens)
         if longest < 1:
             raise BackboneError(f"max_tokens is {max_tokens}; expected at least 1. Ask for fewer new tokens.")
-        return self._renderer.render(prompt, reply, max_tokens=longest, ends_with_eos=ends_with_eos)
+        return self._renderer.render(turns(prompt), reply, max_tokens=longest, ends_with_eos=ends_with_eos)
 
     def raw(self, text: str, *, max_tokens: int | None = None) -> Row:
         """Tokens of a text to be continued as it stands, in no template; cut on the left as :meth:`render` does."""

@@ -30,13 +30,24 @@ from coala.cli import (
     survey,
 )
 from coala.cli.compiled import keep_compiled
+from coala.cli.screen import wants_json
 from coala.cli.terminal import styled, visible, write
 
 INTERRUPTED = 130
 
 
-class _Group(TyperGroup):
-    """Says in our own words what is wrong with the value of a flag."""
+class _Commands(TyperGroup):
+    """Commands that all take ``--json``; says in our own words what is wrong with the value of a flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        groups: list[Any] = [self]
+        while groups:
+            for command in groups.pop().commands.values():
+                if hasattr(command, "commands"):
+                    groups.append(command)
+                elif all("--json" not in one.opts for one in command.params):
+                    command.params.append(_json_option())
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -50,15 +61,35 @@ class _Group(TyperGroup):
             raise
 
 
+def _asked(value: bool) -> None:
+    wants_json.set(value)
+
+
+def _takes_json(
+    json: Annotated[
+        bool, typer.Option("--json", callback=_asked, help="End with a line of JSON on a terminal too, as in a pipe.")
+    ] = False,
+) -> None:
+    """Nothing but its option, which typer makes of it in whatever way it makes options."""
+
+
+def _json_option() -> Any:
+    alone = typer.Typer(add_completion=False)
+    alone.command()(_takes_json)
+    option: Any = typer.main.get_command(alone).params[0]
+    option.expose_value = False
+    return option
+
+
 app = typer.Typer(
     name="coala",
-    cls=_Group,
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Start with `coala demo`, then `coala align PAIRS --model MODEL --out RUN`. "
-    "Results go to stdout (the last line is JSON), progress to stderr.",
+    "Results go to stdout, progress to stderr; piped, or with --json, the last line is JSON.",
 )
 app.command("align")(align.align)
 app.command("generate")(generate.generate)

@@ -132,11 +132,12 @@ def run_and_show(
 ) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
-    from coala.align import check_settings, summary_rows
+    from coala.align import check_settings, evidence_notes, summary_rows
     from coala.align.plan import make_plan
     from coala.align.plan_lines import first_lines
+    from coala.align.stages import guidance_of
     from coala.cli.screen import emit, progress, say, side_by_side, table
-    from coala.store import Run
+    from coala.store import Run, load_head
     from coala.values import CoalaError
 
     run = Run(out)
@@ -156,6 +157,8 @@ def run_and_show(
     with progress() as show:
         content = run_align(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
     table(summary_rows(content))
+    for note in evidence_notes(run.path, load_head(run.path / "head"), guidance_of(settings)):
+        say(f"note: {note}")
     for sample in content.get("samples", [])[:samples]:
         write(f"\n{sample['prompt']}\n")
         side_by_side(sample["unguided"], sample["guided"], ("unguided", "guided"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,48 +20,76 @@ if TYPE_CHECKING:
     from coala.decoding import Guidance
     from coala.values import ConvexHead, Turn
 
-COMMANDS = """/guide on|off   guided or plain replies
-/strength X     how strongly the head guides, token by token
+COMMANDS = """/system TEXT    what the model is told first; without TEXT nothing
+/guide on|off   guided or plain replies
+/strength X     how strongly the head guides
+/temperature X  how freely tokens are drawn; 0 is greedy
+/retry          another reply to the last message
 /compare        on or off: the plain reply beside the guided one, which the conversation goes on with
 /score          the head's score of the last reply, and of it as it stood after every token
 /seed N         fix the next reply
 /new            forget the conversation
 /help           this list
-/quit           leave (or Ctrl-D)"""
+/quit           leave (or Ctrl-D, or Ctrl-C twice)
+
+Ctrl-C stops a reply; what was written of it stays."""
 # From low to high, in the 256 colours of terminals; ink that can be read on each.
 HEAT = ((124, 231), (173, 16), (223, 16), (255, 16), (153, 16), (74, 16), (25, 231))
 
 
 def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     mode: Annotated[str | None, typer.Option(help="block, token, prefix, shift, best_of, beam or none.")] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Guidance strength, in mode token if no other is given.")
+    strength: Annotated[float | None, typer.Option(help="Guidance strength; 0 is unguided.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="How scores count: calibrated (by their evidence), min-max, raw or z-score.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; the recipe's or the model's own if not given.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likeliest tokens that add up to this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="So many likeliest tokens; 0 is all.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     trust_remote_code: TrustCode = False,
     download: Download = False,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut the beginning of conversations that are too long.")] = False,
 ) -> None:
     """Talk to the run's model, guided by its head; replies appear as they are made.
 
     Example: `coala chat runs/demo`   (then /help)
     """
-    from coala.align import load_run
+    from coala.cli.answering import opened
     from coala.cli.screen import emit, say
 
-    backbone, head, guidance = load_run(run)
-    guidance = guidance.changed(mode=mode, strength=strength)
-    if mode is None:
-        guidance = guidance.at(temperature)
-    talk = _Talk(backbone, head, guidance, max_new_tokens, temperature, seed, guided=guidance.mode != "none")
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    found = opened(run, sampling, mode, strength=strength, rule=rule)
+    talk = _Talk(
+        found.backbone,
+        found.head,
+        found.guidance,
+        max_new_tokens,
+        found.temperature,
+        seed,
+        guided=found.guidance.mode != "none",
+        system=system,
+        cut=cut,
+    )
     say("Type a message; /help lists commands, Ctrl-D ends.")
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             break
+        except KeyboardInterrupt:
+            if talk.interrupted:
+                break
+            talk.interrupted = True
+            write()
+            say("Ctrl-C again ends, and so does Ctrl-D.")
+            continue
+        talk.interrupted = False
         if line in ("/quit", "/exit"):
             break
         if line.startswith("/"):
@@ -80,7 +110,10 @@ class _Talk:
     temperature: float
     seed: int
     guided: bool
+    system: str | None = None
+    cut: bool = False
     compare: bool = False
+    interrupted: bool = False
     replies: int = 0
     turns: list[Turn] = field(default_factory=list)
 
@@ -102,6 +135,17 @@ class _Talk:
                     self.guidance = replace(self.guidance, mode="token")
             elif command == "strength":
                 self.guidance = self.guidance.changed(strength=_number(value))
+                if not self.guided:
+                    say(f"strength is {self.guidance.strength:g}; replies stay plain until /guide on")
+                else:
+                    say(f"strength is {self.guidance.strength:g}: {self.guidance}")
+            elif command == "temperature":
+                self._warm(_number(value))
+            elif command == "system":
+                self.system = value or None
+                say("system prompt set" if value else "no system prompt")
+            elif command == "retry" and not value:
+                self.retry()
             elif command == "seed":
                 self.seed = _seed(value)
             elif command == "compare" and not value:
@@ -116,53 +160,95 @@ class _Talk:
         except CoalaError as error:
             say(f"{line}: {error}")
 
-    def answer(self, line: str) -> None:
-        """The reply to a message; Ctrl-C takes both back."""
+    def _warm(self, temperature: float) -> None:
+        from coala.cli.answering import cooled
+        from coala.cli.screen import say
+        from coala.values import CoalaError
+
+        if not 0 <= temperature < math.inf:
+            raise CoalaError(f"temperature is {temperature}; expected a finite number of at least 0 (0 is greedy).")
+        self.temperature = temperature
+        self.guidance = cooled(self.guidance, temperature)
+        say(f"temperature is {temperature:g}")
+
+    def retry(self) -> None:
+        """Another reply to the last message, with the next seed."""
+        from coala.cli.screen import say
+
+        if not self.turns:
+            say("/retry: there is no reply yet.")
+            return
+        line = self.turns[-2].text
+        before, self.turns = self.turns, self.turns[:-2]
+        if not self.answer(line):
+            self.turns = before
+
+    def answer(self, line: str) -> bool:
+        """The reply to a message, and whether there is one: Ctrl-C ends it, and takes both back if nothing is there."""
+        from coala.cli.answering import conversation, room
         from coala.cli.screen import say, side_by_side
         from coala.values import CoalaError, Turn
 
         asked = [*self.turns, Turn("user", line)]
         plain = replace(self.guidance, mode="none", budget=None)
+        pieces: list[str] = []
+
+        def hear(piece: str) -> None:
+            pieces.append(piece)
+            write(piece, end="")
+
         try:
+            prompt = conversation(self.system, *asked)
+            mend = "/new forgets the conversation; --cut loses its beginning."
+            length = room(self.backbone, prompt, self.max_new_tokens, cut=self.cut, mend=mend)
             if self.compare:
-                unguided = self._reply(asked, plain, streams=False)
-                reply = self._reply(asked, self.guidance, streams=False)
+                unguided = self._reply(prompt, plain, length)
+                reply = self._reply(prompt, self.guidance, length)
                 side_by_side(unguided, reply, ("unguided", "guided"))
             else:
-                reply = self._reply(asked, self.guidance if self.guided else plain, streams=True)
+                reply = self._reply(prompt, self.guidance if self.guided else plain, length, hear)
                 write()
         except KeyboardInterrupt:
+            self.interrupted = True
             write()
-            return
+            reply = "".join(pieces)
+            say("stopped; what was written stays." if reply else "stopped; the message is forgotten.")
+            if not reply:
+                return False
         except CoalaError as error:
             say(f"error: {error}")
-            return
+            return False
         self.turns = [*asked, Turn("assistant", reply)]
         self.replies, self.seed = self.replies + 1, self.seed + 1
+        return True
 
-    def _reply(self, asked: list[Turn], guidance: Guidance, *, streams: bool) -> str:
+    def _reply(
+        self, prompt: Sequence[Turn], guidance: Guidance, length: int, hear: Callable[[str], None] | None = None
+    ) -> str:
         from coala.decoding import generate
 
         return generate(
-            [asked],
+            [prompt],
             self.backbone,
             self.head,
             guidance,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=length,
             temperature=self.temperature,
             seed=self.seed,
-            on_token=(lambda _, piece: write(piece, end="")) if streams else None,
+            on_token=None if hear is None else lambda _, piece: hear(piece),
         )[0].text
 
     def score(self) -> None:
         """What the head makes of the last reply; on a terminal with a colour for every token."""
+        from coala.cli.answering import conversation
         from coala.cli.screen import say
         from coala.serve.scoring import score
 
         if not self.turns:
             say("/score: there is no reply yet.")
             return
-        work = score([self.turns[:-1]], [self.turns[-1].text], self.head, self.backbone, positions=True)
+        prompt = conversation(self.system, *self.turns[:-1])
+        work = score([prompt], [self.turns[-1].text], self.head, self.backbone, positions=True)
         try:
             while True:
                 next(work)

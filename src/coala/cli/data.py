@@ -84,7 +84,7 @@ def convert(
 
     found = list(read_pairs(pairs, format))
     save_pairs(out, found)
-    emit({"pairs": len(found), "out": out})
+    emit({"pairs": len(found), "out": out}, alone=True)
 
 
 @app.command(epilog="Example: `coala data alternate dialogues.jsonl --out pairs.jsonl`")
@@ -111,7 +111,7 @@ def alternate(
     cues = position_cues(pairs)
     for cue, accuracy in cues.items():
         say(f"{cue} alone tells chosen from rejected: {accuracy}")
-    emit({"pairs": len(pairs), "conversations": len({p.group for p in pairs}), "cues": cues, "out": out})
+    emit({"pairs": len(pairs), "conversations": len({p.group for p in pairs}), "cues": cues, "out": out}, alone=True)
 
 
 @app.command(epilog="Example: `coala data audit pairs.jsonl --out audit.html --against test.jsonl`")
@@ -269,7 +269,7 @@ def synthesize(
             rows = [raw[place : place + length] for k, (place, length) in lines if k < settings.conversations]
             if rows:
                 write_atomic(out, b"".join(_row(conversation_of(row)) for row in rows))
-    emit({**asdict(summary), "dollars": summary.dollars, "out": out, "journal": path})
+    emit({**asdict(summary), "dollars": summary.dollars, "out": out, "journal": path}, alone=True)
     if summary.stopped:
         say(f"{summary.stopped}: {summary.kept} of {summary.wanted} conversations. A higher limit goes on from there.")
         raise typer.Exit(3)

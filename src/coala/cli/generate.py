@@ -16,15 +16,22 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; none: one per stdin line.")
     ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, before every prompt.")] = None,
     mode: Annotated[str | None, typer.Option(help="block, token, prefix, shift, best_of, beam or none.")] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Guidance strength, in mode token if no other is given; 0 is unguided.")
+    strength: Annotated[float | None, typer.Option(help="Guidance strength; 0 is unguided.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="How scores count: calibrated (by their evidence), min-max, raw or z-score.")
     ] = None,
     candidates: Annotated[int | None, typer.Option(help="Candidates per guided step.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; the recipe's or the model's own if not given.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likeliest tokens that add up to this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="So many likeliest tokens; 0 is all.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut the beginning of prompts that are too long.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unguided reply beside the guided one.")] = False,
     trust_remote_code: TrustCode = False,
     download: Download = False,
@@ -40,40 +47,48 @@ def generate(
     import sys
     from dataclasses import replace
 
-    from coala.align import load_run
+    from coala.cli.answering import conversation, opened, room
     from coala.cli.screen import emit, side_by_side
     from coala.decoding import generate as generate_replies
-    from coala.values import CoalaError, user
+    from coala.values import CoalaError, Turn
 
     texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts or not all(text.strip() for text in texts):
         raise CoalaError('There is no prompt, or an empty one. Give it in quotes: coala generate RUN "prompt".')
-    backbone, head, guidance = load_run(run)
-    guidance = guidance.changed(mode=mode, strength=strength, candidates=candidates)
-    if mode is None:
-        guidance = guidance.at(temperature)
-    rules = {"unguided": replace(guidance, mode="none"), "guided": guidance} if compare else {"guided": guidance}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    found = opened(run, sampling, mode, strength=strength, rule=rule, candidates=candidates)
+    asked = [conversation(system, Turn("user", text)) for text in texts]
+    mend = "Shorten it, or say --cut to lose its beginning."
+    lengths = [room(found.backbone, prompt, max_new_tokens, cut=cut, mend=mend) for prompt in asked]
+    plain = replace(found.guidance, mode="none", budget=None)
+    rules = {"unguided": plain, "guided": found.guidance} if compare else {"guided": found.guidance}
     # One reply streams as it is made; several are printed whole, in order.
     streams = len(texts) == 1 and not compare
-    replies = {
-        name: generate_replies(
-            [user(text) for text in texts],
-            backbone,
-            head,
-            rule,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            temperature=temperature,
-            stop=tuple(stop or ()),
-            on_token=(lambda _, piece: write(piece, end="")) if streams else None,
-        )
-        for name, rule in rules.items()
-    }
+    replies = {}
+    for name, guidance in rules.items():
+        made = {}
+        for length in set(lengths):  # one, unless the context is nearly full
+            some = [i for i, own in enumerate(lengths) if own == length]
+            several = generate_replies(
+                [asked[i] for i in some],
+                found.backbone,
+                found.head,
+                guidance,
+                max_new_tokens=length,
+                seed=seed,
+                temperature=found.temperature,
+                stop=tuple(stop or ()),
+                prompt_ids=[str(i) for i in some],
+                on_token=(lambda _, piece: write(piece, end="")) if streams else None,
+            )
+            made |= dict(zip(some, several, strict=True))
+        replies[name] = [made[i] for i in range(len(texts))]
     if streams:
         write()
     for i, text in enumerate(texts):
+        if not streams:
+            write(f"{'' if i == 0 else chr(10)}> {text}\n")
         if compare:
-            write(f"{text}\n")
             side_by_side(replies["unguided"][i].text, replies["guided"][i].text, ("unguided", "guided"))
         elif not streams:
             write(replies["guided"][i].text)

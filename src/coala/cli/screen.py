@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,19 @@ if TYPE_CHECKING:
     from coala.values import Estimate
 
 
-def emit(result: dict[str, Any]) -> None:
-    """The last line on stdout: one JSON object for programs."""
+# Whether the command at hand was given --json.
+wants_json: ContextVar[bool] = ContextVar("wants_json", default=False)
+
+
+def emit(result: dict[str, Any], *, alone: bool = False) -> None:
+    """The last line on stdout: one JSON object for programs, who pipe stdout or say ``--json``.
+
+    People at a terminal have seen what it holds; if nothing else was shown (``alone``), they get its short values.
+    """
+    if sys.stdout.isatty() and not wants_json.get():
+        short = {name: value for name, value in result.items() if isinstance(value, str | int | float | Path)}
+        table([[name.replace("_", " "), str(value)] for name, value in short.items()] if alone else [])
+        return
 
     def plain(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):

@@ -43,7 +43,7 @@ def serve(
 
     `COALA_API_KEY=... coala serve runs/demo --host 0.0.0.0 --port 9000`
     """
-    from coala.align import load_run
+    from coala.align import evidence_notes, load_run
     from coala.cli.screen import emit, say
     from coala.values import CoalaError
 
@@ -77,6 +77,8 @@ def serve(
         served = Served(name or run.resolve().name, backbone, head, guidance)
         app = create_app(served, limits, key=key, local=local and key is None)
         site = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        for note in evidence_notes(run, head, guidance):
+            say(f"note: {note}")
         say(f"playground: {site}/   for the openai client: base_url={site}/v1, model {served.name}")
         if not local:
             say("note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it.")

@@ -112,7 +112,8 @@ def build(
             "pages_per_rater": pages,
             "digest": survey.digest,
             "remarks": list(survey.remarks),
-        }
+        },
+        alone=True,
     )
 
 

@@ -4,7 +4,7 @@ Arrays in, arrays out; pure JAX. Knows no files, models or devices, and changes 
 """
 
 from coala.convex.barrier import Barrier
-from coala.convex.calibration import fit_temperature
+from coala.convex.calibration import fit_temperature, least_slope
 from coala.convex.cronos import Cronos
 from coala.convex.finetune import finetune
 from coala.convex.fit import Fit, fit
@@ -47,6 +47,7 @@ __all__ = [
     "fit",
     "fit_temperature",
     "largest_sparsity",
+    "least_slope",
     "open_rows",
     "recover_gated",
     "recover_network",

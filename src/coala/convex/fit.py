@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from coala.convex.account import OnFitStep, Recorder, gates_estimate, statement, validation_facts
-from coala.convex.calibration import fit_temperature
+from coala.convex.calibration import fit_temperature, least_slope
 from coala.convex.finetune import Logistic, PairLoss, Pointwise
 from coala.convex.gates import sample_patterns
 from coala.convex.learn import Search
@@ -324,8 +324,11 @@ class _Maker:
         facts: dict[str, Any],
         held_out: HeldOut | None,
     ) -> ConvexHead:
-        temperature = 1.0 if held_out is None else fit_temperature(held_out.margins)
-        calibration = {"temperature": temperature, "held_out": held_out is not None}
+        temperature, slope = 1.0, None
+        if held_out is not None:
+            temperature = fit_temperature(held_out.margins)
+            slope = min(least_slope(held_out.margins, self.task.group), 1 / temperature)
+        calibration = {"temperature": temperature, "least_slope": slope, "held_out": held_out is not None}
         certificate = Certificate(
             program=program,
             statement=statement,
@@ -347,4 +350,4 @@ class _Maker:
                 "separable": bool((head.margins(self.features) > 0).all()),
             },
         )
-        return replace(head, temperature=temperature, certificate=certificate)
+        return replace(head, temperature=temperature, least_slope=slope, certificate=certificate)

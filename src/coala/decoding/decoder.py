@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from coala.backbone import POOLINGS, LanguageModel, Prefix, RunningState
 from coala.decoding.budget import STRENGTHS, centred, divergence
-from coala.decoding.guidance import Float64, Guidance, reach, reweight, scaled
+from coala.decoding.guidance import Float64, Guidance, reach, reweight, scaled, unit
 from coala.decoding.replies import Reply
 from coala.decoding.sampling import Nucleus, gumbel, restrict, stream_key
 from coala.values import CoalaError, ConvexHead
@@ -61,7 +61,8 @@ class Decoder:
         self, backbone: LanguageModel, head: ConvexHead | None, guidance: Guidance, *, temperature: float
     ) -> None:
         self.backbone, self.head, self.guidance, self.temperature = backbone, head, guidance, temperature
-        self.score = None if head is None else _scorer(head, backbone.device)
+        # Scores as the rule takes them: log-odds by the calibrated one.
+        self.score = None if head is None else _scorer(head, backbone.device, unit(guidance.rule, head.evidence))
         self.counts_stop = head is not None and head.spec.ends_with_eos
         self.stop_tokens = sorted(backbone.stop_tokens)
 
@@ -157,8 +158,8 @@ class Decoder:
             top_p=self.guidance.top_p,
         )
 
-    def preview(self, batch: Batch, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Head scores (B, k) of the replies extended by each candidate ``tokens`` (B, k)."""
+    def preview(self, batch: Batch, tokens: NDArray[np.int64]) -> Float64:
+        """Scores (B, k), as the rule takes them, of the replies extended by each candidate ``tokens`` (B, k)."""
         assert batch.pooled is not None
         assert batch.linear is not None
         assert self.score is not None
@@ -250,26 +251,28 @@ class Decoder:
         for row in np.nonzero(asked)[0]:
             reply = batch.replies[row]
             steps_left = -(-(reply.room - len(reply.tokens)) // self.guidance.interval)
-            strengths[row] = reply.account.strength(costs[row], steps_left)
+            within = reply.account.strength(costs[row], steps_left)
+            # A budget bounds what guidance may cost; it is no evidence that would call for it.
+            strengths[row] = min(within, self.guidance.strength) if self.guidance.weighs else within
         return strengths
 
 
-def _scorer(head: ConvexHead, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], NDArray[np.float32]]:
-    """``head.score`` on the model's device: only scores leave it, not hidden states."""
+def _scorer(head: ConvexHead, device: torch.device, unit: float) -> Callable[[torch.Tensor, torch.Tensor], Float64]:
+    """``head.score`` times ``unit`` on the model's device: only scores leave it, not hidden states."""
     gates, weights = (torch.from_numpy(part).to(device) for part in (head.gates, head.weights))
 
-    def score(h: torch.Tensor, linear: torch.Tensor) -> NDArray[np.float32]:
+    def score(h: torch.Tensor, linear: torch.Tensor) -> Float64:
         """Scores (B, k) of features h (B, k, d), row b by the head with the linear block ``linear[b]`` (d + 1,)."""
         scores = torch.einsum("bkd,bd->bk", h, linear[:, :-1]) + linear[:, -1:]
         if head.n_neurons and not head.needs_prompt:  # gates on the prompt are in the linear block
             is_open = h @ gates[:, :-1].T + gates[:, -1] >= 0
             scores = scores + torch.where(is_open, h @ weights[:, :-1].T + weights[:, -1], 0.0).sum(-1)
-        found: NDArray[np.float32] = scores.cpu().numpy()
+        found: Float64 = scores.double().cpu().numpy()
         if not np.isfinite(found).all():
             raise CoalaError(
                 "The head's scores are not finite (nan or inf): the model's hidden states overflow. "
                 "Load the model with dtype float32 or bfloat16."
             )
-        return found
+        return found * unit
 
     return score

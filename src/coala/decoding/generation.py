@@ -29,11 +29,11 @@ from coala.decoding.guidance import Guidance
 from coala.decoding.replies import OnToken
 from coala.decoding.requests import Request, effective, generation, prepare
 from coala.decoding.search import WAYS, nobody
-from coala.values import CoalaError, ConvexHead, Generation, Turn
+from coala.values import CoalaError, ConvexHead, Generation, Prompt, prompts_of
 
 
 def generate(
-    prompts: Sequence[Sequence[Turn]],
+    prompts: Sequence[Prompt],
     backbone: LanguageModel,
     head: ConvexHead | None = None,
     guidance: Guidance = Guidance(),  # noqa: B008 - frozen
@@ -48,11 +48,12 @@ def generate(
 ) -> list[Generation]:
     """One reply per prompt, in their order, guided by ``head`` if there is one.
 
-    A reply's random numbers depend on ``seed`` and its prompt's id (its place in ``prompts`` if ``prompt_ids`` is not
-    given) alone, so that batches change nothing beyond floating-point rounding; prompts of one id share their noise.
-    A reply ends at a stop token, before the first of the ``stop`` strings and the model's own ``stop_texts``,
-    after ``max_new_tokens`` or when the context is full. A prompt longer than the context less
-    ``max_new_tokens`` loses its beginning, but keeps at least half the context. ``temperature`` 0 is greedy.
+    A prompt is a text, a conversation of :class:`Turn`, or messages with ``role`` and ``content``. A reply's random
+    numbers depend on ``seed`` and its prompt's id (its place in ``prompts`` if ``prompt_ids`` is not given) alone, so
+    that batches change nothing beyond floating-point rounding; prompts of one id share their noise. A reply ends at a
+    stop token, before the first of the ``stop`` strings and the model's own ``stop_texts``, after ``max_new_tokens`` or
+    when the context is full. A prompt longer than the context less ``max_new_tokens`` loses its beginning, but keeps at
+    least half the context. ``temperature`` 0 is greedy.
 
     ``on_token(index, piece)`` is handed pieces of text that add up to the reply: a block at a time in mode ``block``,
     the whole reply in modes ``best_of`` and ``beam``.
@@ -70,6 +71,8 @@ def generate(
     """
     if batch_size < 1:
         raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
+    _check_types(backbone, head, guidance)
+    conversations = prompts_of(prompts)
     ids = [str(index) for index in range(len(prompts))] if prompt_ids is None else list(prompt_ids)
     if len(ids) != len(prompts):
         raise CoalaError(f"{len(prompts)} prompts need as many prompt ids; found {len(ids)}.")
@@ -84,7 +87,7 @@ def generate(
             index=index,
             on_token=on_token,
         )
-        for index, (prompt, prompt_id) in enumerate(zip(prompts, ids, strict=True))
+        for index, (prompt, prompt_id) in enumerate(zip(conversations, ids, strict=True))
     ]
     decoder = Decoder(backbone, head, wanted, temperature=temperature)
     # Prompts of like length share a batch, which saves padding.
@@ -95,3 +98,16 @@ def generate(
         for _ in WAYS[wanted.mode](decoder, start, nobody):
             pass
     return [generation(part.reply, head, wanted) for part in parts]
+
+
+def _check_types(backbone: object, head: object, guidance: object) -> None:
+    if not isinstance(backbone, LanguageModel):
+        raise CoalaError(
+            f"Found a model of type {type(backbone).__name__}; expected what coala.load_backbone(FOLDER) returns."
+        )
+    if not isinstance(head, ConvexHead | None):
+        raise CoalaError(
+            f"Found a head of type {type(head).__name__}; expected what coala.load_head(RUN/head) returns, or None."
+        )
+    if not isinstance(guidance, Guidance):
+        raise CoalaError(f"Found guidance of type {type(guidance).__name__}; expected coala.Guidance(...).")

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from coala.values import CoalaError
 
 Mode = Literal["token", "prefix", "shift", "block", "best_of", "beam", "none"]
-Rule = Literal["min-max", "raw", "z-score"]
+Rule = Literal["calibrated", "min-max", "raw", "z-score"]
 Float64 = NDArray[np.float64]
 
 PAPER_EVERY = 5
-# Modes in which the best of several sampled continuations is kept.
+# Modes in which one of several sampled continuations is kept.
 RANKING: tuple[Mode, ...] = ("block", "best_of")
+# The strength of a rule that is not given one: see docs/decoding.md for how the calibrated one was measured.
+STRENGTH: Mapping[Rule, float] = {"calibrated": 16.0, "min-max": 2.0, "raw": 2.0, "z-score": 2.0}
 
 
 @dataclass(frozen=True)
@@ -34,35 +36,44 @@ class Guidance:
     - ``prefix`` is the same at every fifth token, the paper's setting (App. H.3);
     - ``shift`` tilts the distribution of every ``every``-th token (1) by the scores of its ``candidates`` likeliest
       tokens, so that its divergence from the base distribution is known exactly and ``budget`` can bound it;
-    - ``block`` samples ``candidates`` blocks of ``block_tokens`` tokens, keeps the one with the best score, goes on;
-    - ``best_of`` samples ``candidates`` whole replies and keeps the one with the best score;
+    - ``block`` samples ``candidates`` blocks of ``block_tokens`` tokens, keeps one of them by its score, goes on;
+    - ``best_of`` samples ``candidates`` whole replies and keeps one of them by its score;
     - ``beam`` searches, without any chance, for the reply with the best mean log-probability plus ``strength`` times
       score, with ``width`` replies in hand, each of which goes on by its ``candidates`` likeliest tokens;
     - ``none`` is plain sampling.
 
-    ``strength`` multiplies the scores before they are added to log-probabilities: min-max normalised to [0, 1]
-    (``rule="min-max"``), as they are (``"raw"``), or in standard deviations from their mean (``"z-score"``), each over
-    the candidates of one choice. Strength 0 is unguided in every mode but ``beam``, which then is plain beam search; in
-    ``block`` and ``best_of`` any other strength means the same, for the best simply wins. ``budget``, for ``shift``
-    alone: the nats a reply may spend, from which its strength follows (:mod:`coala.decoding.budget`; ``strength`` then
-    only says whether to guide at all); 0 is unguided.
+    ``strength`` multiplies the scores before they are added to log-probabilities. With ``rule="calibrated"`` scores are
+    log-odds of preference, as far as held-out pairs vouch for them (:attr:`coala.ConvexHead.evidence`): strength 1
+    takes the head at its word, and a head that is no better than chance changes nothing at any strength. The others
+    look at the candidates of one choice alone, whatever the evidence: min-max normalised to [0, 1] (``"min-max"``, the
+    paper's), as they are (``"raw"``), or in standard deviations from their mean (``"z-score"``). ``strength`` is the
+    rule's own (:data:`STRENGTH`) if not given.
+
+    Strength 0 is unguided in every mode but ``beam``, which then is plain beam search. ``block`` and ``best_of`` keep
+    each candidate with probability proportional to exp(strength x log-odds) by the calibrated rule; by the others the
+    best simply wins, at any strength above 0. ``beam`` adds strength x log-odds to a reply's log-probability before
+    the mean over its tokens is taken; scores by the other rules are added to the mean. ``budget``, for ``shift``
+    alone: the nats a reply may spend, from which its strength follows (:mod:`coala.decoding.budget`); 0 is unguided.
+    By the calibrated rule ``strength`` bounds it too; by the others it then only says whether to guide at all.
     ``top_k`` (0: off) and then ``top_p`` (1: off) restrict the base distribution.
     """
 
     mode: Mode = "block"
-    strength: float = 2.0
+    strength: float = None  # type: ignore[assignment]  # the rule's own
     every: int | None = None
     candidates: int = 5
     top_k: int = 50
     top_p: float = 0.9
     block_tokens: int = 5
-    rule: Rule = "min-max"
+    rule: Rule = "calibrated"
     budget: float | None = None
     width: int = 4
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
         _one_of("rule", self.rule, get_args(Rule))
+        if self.strength is None:
+            object.__setattr__(self, "strength", STRENGTH[self.rule])
         _number("strength", self.strength, "a finite number of at least 0", lambda x: math.isfinite(x) and x >= 0)
         if self.every is not None:
             _count("every", self.every, 1)
@@ -90,18 +101,27 @@ class Guidance:
         return cls("none", top_k=top_k, top_p=top_p)
 
     def at(self, temperature: float) -> Guidance:
-        """Itself; at temperature 0, where samples do not differ, mode ``token`` instead of the best of samples."""
+        """Itself; at temperature 0, where samples do not differ, mode ``token`` instead of one of several samples."""
         return replace(self, mode="token") if temperature == 0 and self.mode in RANKING else self
 
     def changed(self, **settings: Any) -> Guidance:
         """With these settings, where they are not ``None``.
 
-        A strength says nothing to the modes that keep the best of samples: given without a mode it means ``token``.
+        A new rule brings its own strength, if none is given. By the rules that keep the best of samples, however
+        small its lead, a strength says nothing to ``block`` and ``best_of``: given without a mode it means ``token``.
         """
         given = {name: value for name, value in settings.items() if value is not None}
-        if given.get("strength") and "mode" not in given and self.mode in RANKING:
+        rule = given.get("rule", self.rule)
+        if rule != self.rule:
+            given.setdefault("strength", None)
+        if given.get("strength") and "mode" not in given and self.mode in RANKING and rule != "calibrated":
             given["mode"] = "token"
         return replace(self, **given)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether scores count as log-odds that held-out pairs vouch for."""
+        return self.rule == "calibrated"
 
     @property
     def interval(self) -> int:
@@ -140,11 +160,14 @@ class Guidance:
             return f"beam, width {self.width}, {self.rule} {self.strength:g}, {self.candidates} candidates"
         if not self.active:
             return "unguided"
+        weighed = f", {self.rule} {self.strength:g}" if self.weighs else ""
         if self.mode == "block":
-            return f"block, {self.candidates} x {self.block_tokens} tokens"
+            return f"block{weighed}, {self.candidates} x {self.block_tokens} tokens"
         if self.mode == "best_of":
-            return f"best of {self.candidates}"
-        how = f"{self.strength:g}" if self.budget is None else f"within {self.budget:g} nats"
+            return f"{'one' if self.weighs else 'best'} of {self.candidates}{weighed}"
+        how = f"{self.strength:g}" if self.budget is None or self.weighs else ""
+        if self.budget is not None:
+            how = f"{how} within {self.budget:g} nats".strip()
         return f"{self.mode}, {self.rule} {how}, every {self.interval}, {self.candidates} candidates"
 
 
@@ -180,6 +203,7 @@ def _min_max(scores: Float64, valid: NDArray[np.bool_]) -> Float64:
 
 
 def _raw(scores: Float64, valid: NDArray[np.bool_]) -> Float64:
+    """As they are; by the calibrated rule they are log-odds already (:func:`unit`)."""
     return scores
 
 
@@ -192,10 +216,16 @@ def _z_score(scores: Float64, valid: NDArray[np.bool_]) -> Float64:
 
 
 RULES: Mapping[Rule, Callable[[Float64, NDArray[np.bool_]], Float64]] = {
+    "calibrated": _raw,
     "min-max": _min_max,
     "raw": _raw,
     "z-score": _z_score,
 }
+
+
+def unit(rule: Rule, evidence: float) -> float:
+    """What head scores are multiplied by before ``rule`` sees them: ``evidence``, log-odds per unit of score."""
+    return evidence if rule == "calibrated" else 1.0
 
 
 def scaled(scores: NDArray[Any], valid: NDArray[np.bool_], rule: Rule) -> Float64:

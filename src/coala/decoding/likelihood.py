@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from coala.backbone import LanguageModel
-from coala.values import CoalaError, Turn
+from coala.values import CoalaError, Prompt, prompts_of
 
 
 def log_likelihood(
-    prompts: Sequence[Sequence[Turn]], texts: Sequence[str], backbone: LanguageModel, *, batch_size: int = 16
+    prompts: Sequence[Prompt], texts: Sequence[str], backbone: LanguageModel, *, batch_size: int = 16
 ) -> list[tuple[float, int]]:
     """Log-probability of each text as a reply to its prompt under the base model, and how many tokens it has.
 
@@ -22,7 +22,7 @@ def log_likelihood(
         raise CoalaError(f"{len(prompts)} prompts need as many texts; found {len(texts)}.")
     if batch_size < 1:
         raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
-    rows = [backbone.render(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    rows = [backbone.render(prompt, text) for prompt, text in zip(prompts_of(prompts), texts, strict=True)]
     replies = [row.tokens[row.start :] for row in rows]
     totals = [0.0] * len(rows)
     # Texts of like length share a batch, so that few rows wait for the longest.

@@ -10,7 +10,7 @@ from coala.backbone import LanguageModel
 from coala.decoding.budget import Account
 from coala.decoding.guidance import RANKING, Guidance
 from coala.decoding.replies import Decode, OnToken, Reply, Stream
-from coala.values import CoalaError, ConvexHead, Generation, Turn
+from coala.values import CoalaError, ConvexHead, Generation, Turn, turns
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Request:
     rendered: Rendered | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", turns(self.prompt))
         if self.max_new_tokens < 1:
             raise CoalaError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -72,8 +73,12 @@ class Prepared:
 
 
 def effective(guidance: Guidance, head: ConvexHead | None, temperature: float) -> Guidance:
-    """What ``guidance`` comes to with this head; raises :class:`CoalaError` if that cannot be carried out."""
-    if not ((head is not None and guidance.active) or not guidance.samples):
+    """What ``guidance`` comes to with this head; raises :class:`CoalaError` if that cannot be carried out.
+
+    By the calibrated rule a head whose scores are no evidence guides nothing.
+    """
+    tells = head is not None and not (guidance.weighs and head.evidence == 0)
+    if not ((tells and guidance.active) or not guidance.samples):
         return Guidance("none", top_k=guidance.top_k, top_p=guidance.top_p)
     if guidance.mode in RANKING and temperature == 0:
         raise CoalaError(

@@ -75,6 +75,12 @@ def gumbel(keys: Sequence[int], tokens: NDArray[Any]) -> Float64:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    uniform = ((z >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    noise: Float64 = -np.log(-np.log(uniform))
+    even = ((z >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    noise: Float64 = -np.log(-np.log(even))
     return noise
+
+
+def uniform(keys: Sequence[int]) -> Float64:
+    """Uniform numbers (B,) in (0, 1), each a function of its key alone: those that :func:`gumbel` noise is made of."""
+    chance: Float64 = np.exp(-np.exp(-gumbel(keys, np.zeros((len(keys), 1), dtype=np.int64))[:, 0]))
+    return chance

@@ -1,4 +1,4 @@
-"""How whole replies come about: token after token, by the best of sampled blocks, or by a beam.
+"""How whole replies come about: token after token, by one of several sampled blocks, or by a beam.
 
 Each way is a generator over a decoder and a batch of empty replies. It yields after every forward pass, so that several
 can take turns with one model, and is exhausted when the replies are complete. Where rows come and go, new ones are
@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from coala.decoding.decoder import Batch, Decoder
-from coala.decoding.guidance import Mode, scaled
+from coala.decoding.guidance import Float64, Mode, scaled
 from coala.decoding.replies import Reply
+from coala.decoding.sampling import stream_key, uniform
 
 Arrivals = Callable[[], Sequence[Batch]]
+# Names the noise by which one of several blocks is kept, among the branches that name the noise of tokens.
+CHOICE = -1
 
 
 def nobody() -> Sequence[Batch]:
@@ -37,17 +41,17 @@ def by_tokens(decoder: Decoder, batch: Batch, arrivals: Arrivals = nobody) -> It
 
 
 def by_blocks(decoder: Decoder, batch: Batch, arrivals: Arrivals = nobody) -> Iterator[None]:
-    """The best of several sampled blocks after the other; new rows may enter where blocks end.
+    """One of several sampled blocks after the other; new rows may enter where blocks end.
 
     A block without an end is best-of-n.
     """
     length = decoder.guidance.block_tokens if decoder.guidance.mode == "block" else math.inf
     while (batch := batch.join(arrivals())).replies:
-        batch = yield from _best_block(decoder, batch, length)
+        batch = yield from _one_block(decoder, batch, length)
 
 
-def _best_block(decoder: Decoder, batch: Batch, length: float) -> Generator[None, None, Batch]:
-    """Let every row grow by the best of several blocks, the first of which is the unguided one."""
+def _one_block(decoder: Decoder, batch: Batch, length: float) -> Generator[None, None, Batch]:
+    """Let every row grow by one of several blocks, the first of which is the unguided one."""
     assert decoder.score is not None
     assert batch.linear is not None
     n = decoder.guidance.candidates
@@ -59,17 +63,40 @@ def _best_block(decoder: Decoder, batch: Batch, length: float) -> Generator[None
         grown += 1
         yield
     features = torch.stack([branch.features[-1] for branch in branches])
-    best = decoder.score(features.reshape(-1, n, features.shape[-1]), batch.linear).argmax(1)
+    scores = decoder.score(features.reshape(-1, n, features.shape[-1]), batch.linear)
+    if decoder.guidance.weighs:
+        keys = [stream_key(r.seed, r.prompt_id, CHOICE, len(r.tokens)) for r in batch.replies]
+        winners = kept(decoder.guidance.strength * scores, uniform(keys))
+    else:
+        winners = scores.argmax(1)
     place = {id(branch): row for row, branch in enumerate(wide.replies)}
     going, replies = [], []
     for row, reply in enumerate(batch.replies):
-        winner = branches[row * n + int(best[row])]
+        winner = branches[row * n + int(winners[row])]
         reply.become(winner)
         if id(winner) in place:
             going.append(place[id(winner)])
             replies.append(reply)
         reply.send()
     return wide.select(going, replies)
+
+
+def kept(log_weights: Float64, chance: Float64) -> NDArray[np.intp]:
+    """Which of k candidates (B,) is kept, each with probability proportional to exp ``log_weights`` (B, k).
+
+    The first is kept wherever that is possible. Candidates are drawn alike, so each is the first with probability 1/k:
+    if the first keeps min(1, k w) of its turns for its share w, and the others take what is left in proportion to the
+    excess of their shares over 1/k, each ends up with its share. Equal weights keep the first always, and no other way
+    of drawing keeps it more often. ``chance`` (B,) are uniform numbers in (0, 1).
+    """
+    shares = np.exp(log_weights - log_weights.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    k = shares.shape[1]
+    stays = np.minimum(1.0, k * shares[:, 0])
+    excess = np.cumsum(np.maximum(shares - 1 / k, 0.0), axis=1)
+    left = (chance - stays) / np.where(stays < 1, 1 - stays, 1.0)
+    other = (excess <= left[:, None] * excess[:, -1:]).sum(1)
+    return np.where((chance < stays) | (excess[:, -1] == 0), 0, np.minimum(other, k - 1))
 
 
 # --- beam -----------------------------------------------------------------------------------------------------------
@@ -101,10 +128,11 @@ class _Option:
 def by_beam(decoder: Decoder, batch: Batch, arrivals: Arrivals = nobody) -> Iterator[None]:
     """Beam search for the reply with the largest mean log-probability plus strength times score.
 
-    Means are over the reply's tokens, its stop token included, so that length by itself is neither gain nor loss. The
-    rule scales the scores over all that compete for the places of one beam: each unended reply extended by each of its
-    likeliest tokens, and the ended ones as they stand. A search is over when only ended ones hold places; nobody enters
-    before all are.
+    Means are over the reply's tokens, its stop token included, so that length by itself is neither gain nor loss.
+    Log-odds enter the mean, for it is log-probability + strength x log-odds that is to be large. Other rules scale the
+    scores over all that compete for the places of one beam: each unended reply extended by each of its likeliest
+    tokens, and the ended ones as they stand. A search is over when only ended ones hold places; nobody enters before
+    all are.
     """
     targets = batch.replies
     batch = batch.select(range(len(targets)), [reply.branched(0) for reply in targets])
@@ -162,6 +190,8 @@ def _best(decoder: Decoder, options: list[_Option], places: int) -> list[_Option
     scores = np.array([option.score for option in options])
     gain = decoder.guidance.strength * scaled(scores, np.ones(len(scores), dtype=bool), decoder.guidance.rule)
     mean = np.array([option.log_prob / option.n_tokens for option in options])
+    if decoder.guidance.weighs:
+        gain = gain / np.array([option.n_tokens for option in options])
     return [options[at] for at in np.argsort(-(mean + gain), kind="stable")[:places]]
 
 

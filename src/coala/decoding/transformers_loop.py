@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from coala.decoding.replies import Reply
 from coala.decoding.requests import effective
 from coala.decoding.sampling import Nucleus
 from coala.decoding.search import WAYS, nobody
+from coala.recipe import recipe_of
+from coala.store import Run, load_head
 from coala.values import CoalaError, ConvexHead
 
 # What generate() can be asked to return beside the tokens and a guided step has no one answer for.
@@ -32,6 +35,8 @@ UNKEPT = ("output_scores", "output_logits", "output_attentions", "output_hidden_
 
 class guide:
     """``model.generate(..., custom_generate=coala.guide(head, guidance))`` guides by ``head``.
+
+    ``head`` may also be the folder of a finished run: its head then guides, by the run's guidance if none is given.
 
     Sampling options and stopping criteria are those of ``generate``; :attr:`Guidance.top_k` and ``top_p`` are not used.
     Greedy text has no samples to choose among: modes ``block`` and ``best_of`` are then ``token``. Criteria are asked
@@ -46,7 +51,16 @@ class guide:
     loop does not have: beams of transformers, scores and hidden states in the output, a cache that is already filled.
     """
 
-    def __init__(self, head: ConvexHead, guidance: Guidance | None = None, *, streamer: Any = None) -> None:
+    def __init__(
+        self, head: ConvexHead | str | Path, guidance: Guidance | None = None, *, streamer: Any = None
+    ) -> None:
+        if isinstance(head, str | Path):
+            head, own = _of_run(Path(head))
+            guidance = own if guidance is None else guidance
+        if not isinstance(head, ConvexHead):
+            raise CoalaError(f"Found a head of type {type(head).__name__}; expected a ConvexHead, or a run's folder.")
+        if not isinstance(guidance, Guidance | None):
+            raise CoalaError(f"Found guidance of type {type(guidance).__name__}; expected coala.Guidance(...).")
         self.head, self.guidance, self.streamer = head, Guidance() if guidance is None else guidance, streamer
         self._held: weakref.WeakKeyDictionary[Any, LanguageModel] = weakref.WeakKeyDictionary()
 
@@ -106,6 +120,13 @@ class guide:
             require_held(held, self.head.spec, self.head.width)
             self._held[model] = held
         return held
+
+
+def _of_run(path: Path) -> tuple[ConvexHead, Guidance]:
+    """The head and guidance of a finished run."""
+    run = Run.open(path)
+    recipe = recipe_of(run.settings, run.path / "run.json")
+    return load_head(run.path / "head"), Guidance(**recipe.guidance.model_dump())
 
 
 class _Loop(Decoder):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coala.values import CoalaError, ConvexHead, Float32, Turn, user
+from coala.values import CoalaError, ConvexHead, Float32, Prompt, Turn, prompts_of, user
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -19,7 +19,7 @@ _Rows = list[tuple[tuple[int, ...], int, int]]
 
 
 def score_replies(
-    prompts: Sequence[Sequence[Turn]],
+    prompts: Sequence[Prompt],
     replies: Sequence[str],
     head: ConvexHead,
     backbone: LanguageModel,
@@ -32,6 +32,7 @@ def score_replies(
     """
     spec = head.spec
     backbone.require(spec)
+    conversations = prompts_of(prompts)
     if len(prompts) != len(replies):
         raise CoalaError(f"{len(prompts)} prompts and {len(replies)} replies; expected one reply to each prompt.")
     if not replies:
@@ -42,11 +43,11 @@ def score_replies(
         # A prompt by itself is pooled from its first token on.
         return tuple(made.tokens), 0 if reply is None else made.start, made.stop
 
-    rows = [row(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    rows = [row(prompt, reply) for prompt, reply in zip(conversations, replies, strict=True)]
     features = _features(rows, head, backbone, batch_tokens)
     gates = None
     if head.needs_prompt:
-        gates = _features([row(prompt, None) for prompt in prompts], head, backbone, batch_tokens)
+        gates = _features([row(prompt, None) for prompt in conversations], head, backbone, batch_tokens)
     return head.score(features, gates)
 
 

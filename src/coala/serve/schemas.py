@@ -24,6 +24,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_plain_validator_function
 
+from coala.choices import Rule
+
 LARGEST = 1e6  # of strengths and budgets: far beyond use, far from overflow
 MOST = 2**31 - 1  # of counts: what every part that takes one can hold
 RANKING = ("block", "best_of")  # modes that choose among samples
@@ -159,7 +161,7 @@ class GuidanceSettings(_Strict):
     top_k: Annotated[int, Field(ge=0, le=MOST), WHOLE] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     block_tokens: Count | None = None
-    rule: Literal["min-max", "raw", "z-score"] | None = None
+    rule: Rule | None = None
     budget: Annotated[Number, Field(ge=0, le=LARGEST)] | None = Field(
         None, description="of mode shift: nats a reply may spend"
     )

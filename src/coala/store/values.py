@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def save_head(folder: Path, head: ConvexHead) -> None:
         "spec": head.spec,
         "gate_on": head.gate_on,
         "temperature": head.temperature,
+        "least_slope": head.least_slope,
         "certificate": head.certificate,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -70,7 +71,8 @@ def save_head(folder: Path, head: ConvexHead) -> None:
 def load_head(folder: Path) -> ConvexHead:
     """Read a head; a folder whose two files do not belong together is refused.
 
-    Heads written before gates could act on prompts have gates on the reply and temperature 1.
+    Heads written before gates could act on prompts have gates on the reply and temperature 1; older ones have no least
+    slope.
     """
     folder = Path(folder)
     about = load_object(folder / "head.json", "sha256", "spec")
@@ -85,6 +87,7 @@ def load_head(folder: Path) -> ConvexHead:
             spec=read_spec(about["spec"]),
             gate_on=about.get("gate_on", "reply"),
             temperature=about.get("temperature", 1.0),
+            least_slope=about.get("least_slope"),
             certificate=_certificate(about["certificate"]),
         )
 
@@ -110,13 +113,22 @@ def _certificate(row: Mapping[str, Any] | None) -> Certificate | None:
         raise StoreError(f"The certificate of the head is not whole ({error}). Fit the head again.") from None
 
 
-def save_generations(path: Path, generations: Iterable[Generation]) -> None:
-    save_lines(path, generations)
+def save_generations(
+    path: Path, generations: Iterable[Generation], prompts: Mapping[str, Sequence[Turn]] | None = None
+) -> None:
+    """One JSON object per line; with ``prompts`` by their id each holds its prompt too, for whoever reads the file."""
+
+    def row(one: Generation) -> dict[str, Any]:
+        said = [] if prompts is None else [{"role": turn.role, "content": turn.text} for turn in prompts[one.prompt_id]]
+        return {**({"prompt": said} if said else {}), **asdict(one)}
+
+    save_lines(path, map(row, generations))
 
 
 def load_generations(path: Path) -> list[Generation]:
     with read_as("a file of generations", path):
-        return [Generation(**row) for row in load_lines(path)]
+        rows = [{name: value for name, value in row.items() if name != "prompt"} for row in load_lines(path)]
+        return [Generation(**row) for row in rows]
 
 
 def save_judgements(path: Path, judgements: Iterable[Judgement]) -> None:

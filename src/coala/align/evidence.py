@@ -1,0 +1,82 @@
+"""What held-out pairs say of a run's head, in one line for whoever is about to be guided by it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coala import evaluation
+from coala.store import StoreError, load_features
+from coala.values import ConvexHead, Estimate
+
+if TYPE_CHECKING:
+    from coala.decoding import Guidance
+
+
+def evidence_notes(run: Path | str, head: ConvexHead, guidance: Guidance) -> list[str]:
+    """Sentences for a head that is not told from chance on the run's held-out pairs, or whose scores were not weighed.
+
+    Empty for a head that is better than chance and calibrated. A run whose held-out features are gone is judged by the
+    head's own validation alone.
+    """
+    active = guidance.active or guidance.mode == "beam"
+    silent = guidance.weighs and head.evidence == 0
+    accuracy = _held_out(Path(run), head)
+    if accuracy is not None and not accuracy.low > 0.5:
+        return [_chance(accuracy, head, guidance) if active else _told(accuracy)]
+    if not (active and guidance.weighs):
+        return []
+    if silent:
+        return [
+            "Cross-validation on the training pairs cannot tell the head from chance, so replies stay unguided. "
+            "More pairs would give it evidence."
+        ]
+    if head.least_slope is None:
+        facts = head.certificate.facts.get("calibration", {}) if head.certificate is not None else {}
+        if facts.get("held_out") or head.temperature != 1:
+            return [
+                f"This head tells its temperature ({head.temperature:.3g}) but not how sure it is, so guidance takes "
+                "the temperature at its word. Fit the head again to have it weighed."
+            ]
+        return ["This head was never calibrated on held-out pairs: guidance takes its scores for log-odds as they are."]
+    return []
+
+
+def _held_out(run: Path, head: ConvexHead) -> Estimate | None:
+    """Ranking accuracy on the pairs that the run holds out; ``None`` if their features are gone or do not fit."""
+    if not (run / "features" / "eval" / "features.json").is_file():
+        return None
+    try:
+        features = load_features(run / "features" / "eval", mmap=True)
+    except StoreError:  # guidance needs no features: what is wrong with them is for the report to say
+        return None
+    if not len(features) or features.width != head.width or (head.needs_prompt and features.prompt is None):
+        return None
+    return evaluation.accuracy_of_margins(head.margins(features), features.group)
+
+
+def _told(accuracy: Estimate) -> str:
+    value, low, high = (100 * end for end in (accuracy.value, accuracy.low, accuracy.high))
+    found = f"held-out accuracy {value:.1f} % "
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"The head cannot be told from chance: {found}of n = {accuracy.n}, too few pairs for an interval."
+    found += f"[{low:.1f}, {high:.1f}], n = {accuracy.n}"
+    if high < 50:
+        return (
+            f"The head is worse than chance on held-out pairs: {found}. Check that chosen and rejected are not swapped."
+        )
+    return f"The head is not distinguishable from chance on held-out pairs: {found}, includes 50 %."
+
+
+def _chance(accuracy: Estimate, head: ConvexHead, guidance: Guidance) -> str:
+    if not guidance.weighs:
+        return (
+            f"{_told(accuracy)} By rule {guidance.rule} it steers at full strength all the same; "
+            "rule calibrated follows the evidence."
+        )
+    if head.evidence == 0:
+        return f"{_told(accuracy)} Cross-validation finds no evidence either, so replies stay unguided."
+    if head.least_slope is None:
+        return f"{_told(accuracy)} Guidance takes its temperature ({head.temperature:.3g}) at its word."
+    return f"{_told(accuracy)} Guidance follows the evidence of cross-validation on the training pairs."
