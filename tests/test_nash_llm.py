@@ -37,6 +37,7 @@ from tests.tiny_game import (  # noqa: E402
     distribution,
     supervised_start,
 )
+from tests.tolerances import NETWORK  # noqa: E402
 
 QUICK = COMALSettings(
     eta=1,
@@ -345,7 +346,7 @@ def test_a_policy_is_exported_as_a_model_that_loads(trained_start: Any, tmp_path
     policy = copy_of(trained_start)
     policy.export(tmp_path / "model")
     loaded = load_policy(tmp_path / "model", template="continuation", device="cpu")
-    np.testing.assert_allclose(distribution(loaded)[0], distribution(policy)[0], atol=1e-6)
+    np.testing.assert_allclose(distribution(loaded)[0], distribution(policy)[0], atol=NETWORK)
     adapted = load_policy(tmp_path / "model", template="continuation", device="cpu", lora=LowRank(2, 4, ("q_proj",)))
     policy.save(tmp_path / "weights")
     with pytest.raises(CoalaError, match="weights of another model"):
