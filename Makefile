@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all check bench clean help
+.PHONY: demo test test-nightly test-all test-shuffled coverage check bench clean help
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -23,11 +23,23 @@ help:  ## list the targets
 demo: .venv/core  ## align the bundled film model on the bundled pairs, offline, on a CPU
 	HF_HUB_OFFLINE=1 $(BIN)/coala demo --out runs/demo
 
-test: .venv/dev  ## run the tests, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not nightly"
+# One file goes to one process, the longest files first: what a file's tests share is made once.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: .venv/dev  ## run every test, those that take minutes too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: .venv/dev  ## run the tests, two at a time: at most five minutes on two cores
+	$(PYTEST) -m "not nightly"
+
+test-nightly: .venv/dev  ## run the tests that take minutes, of what a faster one guards too
+	$(PYTEST) -m nightly
+
+test-all: .venv/dev  ## run every test
+	$(PYTEST)
+
+test-shuffled: .venv/dev  ## run the tests in a random order, which is printed (again: make test-shuffled ORDER=1234)
+	$(PYTEST) -m "not nightly" -p randomly $(if $(ORDER),--randomly-seed=$(ORDER))
+
+coverage: .venv/dev  ## run the tests and tell which lines of src they do not reach, those of processes they start included
+	$(PYTEST) -m "not nightly" --cov --cov-report=term-missing:skip-covered
 
 check: .venv/dev  ## lint, format, types, layers
 	$(BIN)/ruff check .
@@ -39,4 +51,4 @@ bench: .venv/dev  ## time the parts; each prints a table and one JSON line
 	for part in benchmarks/*.py; do $(BIN)/python $$part || exit 1; done
 
 clean:  ## delete the environment and all caches
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -52,6 +52,16 @@ with suppress(ImportError):
         setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE)
 
 SHARED = REPOSITORY.parent / "shared"
+# Begun first, so that no process is left alone with one of them at the end.
+LONGEST = (
+    *("test_align", "test_compare_run", "test_baselines", "test_nash_llm", "test_nash_command", "test_plan"),
+    *("test_convex_finetune", "test_convex_cone", "test_convex_fit", "test_convex_program", "test_serve_process"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -170,10 +170,11 @@ def test_changed_pairs_are_noticed(pairs: Path, model: Path, tmp_path: Path) -> 
     mine = tmp_path / "pairs.jsonl"
     mine.write_bytes(pairs.read_bytes())
     run = Run(tmp_path / "run")
-    align(recipe(mine, model, evaluation={"prompts": 0}), run)
+    settings = recipe(mine, model, head={"method": "linear"}, evaluation={"prompts": 0})
+    align(settings, run)
     first = values_of(run.path)
     write_rows(mine, pair_rows(60, 20, seed=1))
-    align(recipe(mine, model, evaluation={"prompts": 0}), run)
+    align(settings, run)
     assert values_of(run.path)["head"] != first["head"]
     assert values_of(run.path)["pairs-train.jsonl"] != first["pairs-train.jsonl"]
 
@@ -186,7 +187,8 @@ def test_bad_pairs_leave_nothing_behind_and_can_be_skipped(pairs: Path, model: P
     with pytest.raises(DataError, match=r"bad\.jsonl:7: "):
         align(recipe(bad, model), run)
     assert not run.path.exists()
-    content = align(recipe(bad, model, skip_bad=True, evaluation={"prompts": 0}), run)
+    linear = {"method": "linear"}
+    content = align(recipe(bad, model, skip_bad=True, head=linear, evaluation={"prompts": 0}), run)
     assert content["summary"]["n_train"] + content["summary"]["n_eval"] == 39
     assert any("bad.jsonl:7" in finding["text"] for finding in content["data_findings"])
 
@@ -495,7 +497,7 @@ class TestRecipe:
 
 def test_the_layer_can_be_chosen_and_the_head_fitted_on_prefixes(pairs: Path, model: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    settings = recipe(pairs, model)
+    settings = recipe(pairs, model, head={"method": "linear"})
     asked = {**settings.model.model_dump(), "layer": "auto", "prefixes": 3}
     content = align(settings.model_copy(update={"model": type(settings.model)(**asked)}), run)
     chosen = [row["layer"] for row in content["layers"] if row["chosen"]]

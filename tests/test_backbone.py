@@ -20,6 +20,7 @@ from coala.backbone.files import weights_digest
 from coala.backbone.template import Renderer
 from coala.values import CoalaError, Pair, SpecMismatch, Turn, user
 from tests.menagerie import BACKBONES, CONTEXT, tiny_backbone
+from tests.tolerances import NETWORK, of_network
 
 Load = Callable[..., LanguageModel]
 DIALOGUE = (Turn("system", "be kind"), Turn("user", "hello"), Turn("assistant", "yes?"), Turn("user", "a story"))
@@ -72,11 +73,10 @@ def test_hidden_states_do_not_depend_on_the_batch(load: Load, name: str) -> None
         assert hidden.shape[:2] == (4, 17)
         for b, row in enumerate(rows):
             expected = naive_hidden(backbone, row, layer)
-            torch.testing.assert_close(
-                hidden[b, : len(row)], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
-            )
+            atol = of_network(expected)
+            torch.testing.assert_close(hidden[b, : len(row)], expected, rtol=NETWORK, atol=atol)
             alone = backbone.hidden([row], layer)[0]
-            torch.testing.assert_close(hidden[b, : len(row)], alone, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+            torch.testing.assert_close(hidden[b, : len(row)], alone, rtol=NETWORK, atol=atol)
     assert torch.equal(backbone.hidden(rows, -1), backbone.hidden(rows, backbone.n_layers))
     assert torch.equal(backbone.hidden(rows, -2)[0], backbone.hidden(rows, backbone.n_layers - 1)[0])
     assert backbone.hidden(rows).shape[-1] == backbone.width

@@ -19,6 +19,7 @@ from coala.backbone import BackboneError, load_backbone
 from coala.backbone.adapters import find_adapter
 from coala.values import SpecMismatch
 from tests.menagerie import tiny_backbone
+from tests.tolerances import NETWORK
 
 ROWS = [[5, 9, 30, 7, 12, 40, 8], [6, 7, 8], [9]]
 
@@ -244,13 +245,13 @@ def test_offloaded_weights_change_nothing(folder: Callable[[str], Path], name: s
         assert backbone.device == torch.device("cpu")
     for _ in range(2):  # weights are fetched and let go, again and again
         for layer in range(backbone.n_layers + 1):
-            assert_close(backbone.hidden(ROWS, layer)[0], plain.hidden(ROWS, layer)[0], 1e-5)
+            assert_close(backbone.hidden(ROWS, layer)[0], plain.hidden(ROWS, layer)[0], NETWORK)
         if plain.generates:
             prefixes = [model.start(ROWS, 1) for model in (plain, backbone)]
             for prefix in prefixes:
                 prefix.peek(torch.tensor([[4, 5]] * 3))
                 prefix.push(torch.tensor([4, 5, 4]))
-            assert_close(prefixes[1].log_probs(), prefixes[0].log_probs(), 1e-5)
+            assert_close(prefixes[1].log_probs(), prefixes[0].log_probs(), NETWORK)
     assert backbone.weights == plain.weights
     assert backbone.shape == plain.shape
 

@@ -23,6 +23,7 @@ from coala.decoding import Guidance, generate
 from coala.features import extract
 from coala.values import ConvexHead, Generation, Pair, Turn, user
 from tests.menagerie import CONTEXT, tiny_backbone
+from tests.tolerances import NETWORK
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]  # Llama and Qwen2 share keys and values among query heads
 PROMPTS = [user("tell me a story"), user("what do you think of a good film? the end"), user("hello")]
@@ -394,7 +395,7 @@ def test_prompts_are_pooled_as_at_extraction(models: dict[str, Model], pooling: 
     rows = [backbone.render(prompt).tokens for prompt in PROMPTS]
     prefix = backbone.start(rows, spec.layer, scored=POOLINGS[pooling].scored)
     assert found is not None
-    np.testing.assert_allclose(POOLINGS[pooling].prompt(prefix).numpy(), found, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(POOLINGS[pooling].prompt(prefix).numpy(), found, rtol=NETWORK, atol=NETWORK)
 
 
 @pytest.mark.parametrize("guidance", [*GUIDED, Guidance("none")], ids=str)

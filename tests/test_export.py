@@ -27,6 +27,7 @@ from coala.store import save_features, save_head
 from coala.values import Certificate, CoalaError, ConvexHead, FeatureSet, SpecMismatch, Turn, user
 
 from .menagerie import tiny_backbone
+from .tolerances import NETWORK, of_network
 
 KINDS = ("gpt2", "llama", "qwen2")
 PROMPTS = ["tell me a story", "hello there, what do you think?", "a", "the quick brown fox " * 3]
@@ -88,8 +89,8 @@ def together(head: ConvexHead, model: LanguageModel, prompts: list[tuple[Turn, .
 
 
 def close(found: Any, expected: Any) -> None:
-    """Equal to 1e-6 of the largest score: sums of float32 in another order."""
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * max(1.0, float(np.abs(expected).max())))
+    """Equal but for sums of float32 in another order."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=of_network(expected))
 
 
 def loaded(folder: Path) -> tuple[Any, Any]:
@@ -212,7 +213,7 @@ def test_other_families(kind: str, tmp_path: Path) -> None:
     model = load_backbone(tiny_backbone(kind, tmp_path / "model"), device="cpu")
     made = export_reward_model(head_of(model, 1, "mean_all", "prompt"), model, tmp_path / "out")
     # Not one pass with the same rows: last digits differ.
-    assert made.difference < 5e-6
+    assert made.difference < NETWORK
 
 
 def test_the_cut_leaves_out_what_is_above(models: dict[str, LanguageModel], tmp_path: Path) -> None:
@@ -367,7 +368,7 @@ def test_a_linear_head_needs_no_code(kind: str, models: dict[str, LanguageModel]
     close([found["score"] for found in pipe(texts, **options)], expected)
     # Stock classes pass a mask, and with it other kernels.
     found = [one["score"] for one in pipe(texts, batch_size=3, **options)]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    close(found, expected)
 
 
 def test_a_linear_head_is_refused_with_the_reason(models: dict[str, LanguageModel], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from coala.store import Run, StoreError, save_head
 from coala.values import CoalaError, ConvexHead, user
 
 from .menagerie import tiny_backbone
+from .tolerances import NETWORK
 
 REPLIES = ["once upon a time", "I am well, thank you!", "no", "the quick brown fox", "a long evening, it's 2024"]
 
@@ -66,7 +67,7 @@ def test_a_run_becomes_a_folder(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = call("export", run, "--out", out)
     assert "trust_remote_code" in found.stdout
-    assert last_json(found)["difference"] < 5e-6
+    assert last_json(found)["difference"] < NETWORK
     reward = as_reward_func(run)
     tokenizer: Any = CoalaTokenizer.from_pretrained(out)
     inputs = tokenizer(text=["hello"] * 5, text_pair=REPLIES, padding=True, return_tensors="pt")

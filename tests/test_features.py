@@ -28,6 +28,7 @@ from coala.features.plan import _forest
 from coala.store import FeatureStore, StoreError
 from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, Turn, user
 from tests.menagerie import BACKBONES, tiny_backbone
+from tests.tolerances import NETWORK
 from tests.waiting import PATIENCE, wait_for
 
 WORDS = [
@@ -122,8 +123,8 @@ def test_features_are_those_of_rows_by_themselves(
     spec = backbone.spec(**options)
     features = extract(pairs, backbone, spec, batch_tokens=batch_tokens)
     expected = naive(pairs, backbone, spec)
-    np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=NETWORK, atol=NETWORK)
+    np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=NETWORK, atol=NETWORK)
     assert features.group.tolist() == [pair.group for pair in pairs]
     assert features.spec == spec
 
@@ -135,8 +136,8 @@ def test_other_backbones(tmp_path: Path, name: str) -> None:
     spec = backbone.spec(max_tokens=40)
     features = extract(pairs, backbone, spec, batch_tokens=120)
     expected = naive(pairs, backbone, spec)
-    np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=NETWORK, atol=NETWORK)
+    np.testing.assert_allclose(features.rejected, expected[:, 1], rtol=NETWORK, atol=NETWORK)
     assert survey(pairs, backbone, spec).facts["empty_replies"] == 1
 
 
@@ -155,7 +156,7 @@ def test_prompts_are_pooled_as_rows_by_themselves(backbone: LanguageModel, optio
     pairs, spec = some_pairs(8), backbone.spec(**options)
     features = extract(pairs, backbone, spec, prompt_features=True, batch_tokens=150)
     plain = extract(pairs, backbone, spec, batch_tokens=150)
-    np.testing.assert_allclose(features.chosen, plain.chosen, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.chosen, plain.chosen, rtol=NETWORK, atol=NETWORK)
     assert features.prompt is not None
     for pair, found in zip(pairs, features.prompt, strict=True):
         tokens = backbone.render(pair.prompt, max_tokens=spec.max_tokens).tokens
@@ -164,7 +165,7 @@ def test_prompts_are_pooled_as_rows_by_themselves(backbone: LanguageModel, optio
             expected = np.average(states[:, :-1], axis=0, weights=np.exp(states[:, -1]))
         else:
             expected = states[-1] if spec.pooling == "last" else states.mean(0)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=NETWORK, atol=NETWORK)
 
 
 def test_each_prompt_is_encoded_once(backbone: LanguageModel) -> None:
@@ -197,7 +198,7 @@ def test_log_ratios_are_those_of_transformers(folder: Path, backbone: LanguageMo
     features = extract(pairs, backbone, spec, log_ratios=True, prompt_features=True, batch_tokens=150)
     expected = [log_prob(pair, pair.chosen) - log_prob(pair, pair.rejected) for pair in pairs]
     np.testing.assert_allclose(features.log_ratio, expected, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(features.chosen, naive(pairs, backbone, spec)[:, 0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.chosen, naive(pairs, backbone, spec)[:, 0], rtol=NETWORK, atol=NETWORK)
 
 
 def test_logits_are_computed_in_chunks(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +214,7 @@ def test_logits_are_computed_in_chunks(backbone: LanguageModel, monkeypatch: pyt
     monkeypatch.setattr(coala.backbone.network, "LOGITS", 5 * backbone.shape.vocabulary)
     monkeypatch.setattr(Network, "log_probs", counted)
     chunked = extract(pairs, backbone, spec, log_ratios=True)
-    np.testing.assert_allclose(chunked.log_ratio, whole.log_ratio, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(chunked.log_ratio, whole.log_ratio, rtol=NETWORK, atol=NETWORK)
     assert max(asked) == 5
     assert sum(asked) == survey(pairs, backbone, spec).reply_lengths.sum()
 
@@ -232,7 +233,7 @@ def test_prompts_of_an_encoder_leave_its_closing_token_out(tmp_path: Path) -> No
     assert features.prompt is not None
     expected = backbone.hidden([row.tokens], spec.layer)[0, row.stop - 1].numpy()
     assert row.stop == len(row.tokens) - 1
-    np.testing.assert_allclose(features.prompt[0], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.prompt[0], expected, rtol=NETWORK, atol=NETWORK)
 
 
 @pytest.mark.parametrize("more", [{}, {"prompt_features": True, "log_ratios": True}], ids=["plain", "all"])
@@ -411,7 +412,7 @@ def test_several_layers_come_from_one_pass(backbone: LanguageModel, monkeypatch:
     once = sum(asked)
     for features, spec in zip(many, specs, strict=True):
         alone = extract(pairs, backbone, spec)
-        np.testing.assert_allclose(features.chosen, alone.chosen, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(features.chosen, alone.chosen, rtol=NETWORK, atol=NETWORK)
         assert features.spec == spec
     assert sum(asked) == 7 * once
     with pytest.raises(CoalaError, match="differ in more than layer and pooling"):
@@ -616,7 +617,7 @@ def test_passes_are_halved_when_memory_is_short(backbone: LanguageModel, monkeyp
     monkeypatch.setattr(Network, "run", small)
     notes: list[str] = []
     features = extract(pairs, backbone, spec, on_note=notes.append)
-    np.testing.assert_allclose(features.chosen, expected.chosen, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features.chosen, expected.chosen, rtol=NETWORK, atol=NETWORK)
     failures = [tokens for tokens in asked if tokens > most]
     assert failures
     assert failures == sorted(failures, reverse=True)  # never asked again for what did not fit

@@ -18,6 +18,7 @@ from coala.values import CoalaError, Generation, Pair, user
 from tests.conftest import REPOSITORY
 from tests.evaluation_helpers import called, write_lines
 from tests.judge_server import JudgeServer, say, user_text
+from tests.tolerances import NETWORK
 
 
 def run(*arguments: object, code: int = 0, **environment: str) -> tuple[dict[str, Any], str, str]:
@@ -186,7 +187,7 @@ def test_a_local_model_judges_by_its_next_token(folder: Path) -> None:
             values.append(sum(float(logits[at - 1, row.tokens[at]]) for at in range(row.start, len(row.tokens))))
         found.append(1 / (1 + math.exp(values[1] - values[0])))
     mine = [row.preference for row in rows if row.prompt_id == prompt_id(Pair(user("question 1"), "", "", ""))]
-    assert mine == pytest.approx(found, abs=1e-5)
+    assert mine == pytest.approx(found, abs=NETWORK)
     assert abs(mine[0] - 0.5) > 1e-3
     # A question that does not fit into the context is a failure; half of it would have been judged otherwise.
     (own / "p.txt").write_text("{question}: {answer_a} or {answer_b}?" + " the film" * 130)

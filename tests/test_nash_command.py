@@ -191,13 +191,23 @@ main()
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_stage_ends_with_the_same_pairs_and_weights(place: Path, whole: Any) -> None:
-    reference, out = whole[0], place / "killed" / "run"
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ("judge",),  # test_nash_llm.py ends the others in this process
+        pytest.param(("sample", "judge", "score", "train", "save", "export"), marks=pytest.mark.nightly),
+    ],
+    ids=["one", "all"],
+)
+def test_a_run_killed_in_every_stage_ends_with_the_same_pairs_and_weights(
+    place: Path, whole: Any, stages: tuple[str, ...], tmp_path: Path
+) -> None:
+    reference, out = whole[0], tmp_path / "killed" / "run"
     log = place / "judge.log"
     log.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     kept_early = 5
-    for stage in ("sample", "judge", "score", "train", "save", "export"):
+    for stage in stages:
         ended = subprocess.run(
             [sys.executable, "-c", KILLED, stage, *arguments(place, out)],
             env=environment,
@@ -270,7 +280,7 @@ def test_the_head_of_an_alignment_judges_and_plays(place: Path, tmp_path: Path) 
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(60, 20))
     evaluation = {"prompts": 2, "max_new_tokens": 4}
     settings = {"pairs": [str(pairs)], "eval_fraction": 0.3, "model": {"name": str(model)}, "evaluation": evaluation}
-    align(Recipe.model_validate(settings), Run(tmp_path / "coala"))
+    align(Recipe.model_validate({**settings, "head": {"method": "linear"}}), Run(tmp_path / "coala"))
     step = ["--outer", 1, "-k", 1, "--candidates", 3, "--pairs", "all", "--max-new-tokens", 4, "--device", "cpu"]
     step += ["--prompts-per-step", 4, "--learning-rate", 1e-3, "--eta", 1]
     for oracle in ("head", "convex-head"):

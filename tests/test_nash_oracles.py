@@ -23,6 +23,7 @@ from coala.nash.pair_head import choose_pair_head, fit_pair_head
 from coala.values import CoalaError, ConvexHead, Pair, user
 from tests.menagerie import tiny_backbone
 from tests.test_nash_game import games, seeds
+from tests.tolerances import NETWORK
 
 CYCLE = PreferenceGame([[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]], labels=["a", "b", "c"])
 
@@ -243,7 +244,7 @@ def test_heads_judge_by_the_features_of_extraction(backbone: Any) -> None:
     asked: list[Example] = [{"prompt": pair.prompt} for pair in rows]
     a, b = [pair.chosen for pair in rows], [pair.rejected for pair in rows]
     drawn = extract(rows, backbone, spec)
-    np.testing.assert_allclose(features(backbone, spec, asked, a, batch_size=2), drawn.chosen, atol=1e-5)
+    np.testing.assert_allclose(features(backbone, spec, asked, a, batch_size=2), drawn.chosen, atol=NETWORK)
     draw = np.random.default_rng(0)
     none = np.zeros((0, backbone.width + 1))
     head = ConvexHead(none, none, draw.normal(size=backbone.width + 1), spec, temperature=2.0)
@@ -268,8 +269,8 @@ def test_a_language_model_sees_both_answers(backbone: Any, tmp_path: Path) -> No
         prompt = user(f"question 0 m: {a} M: {b}")
         (m, _), (M, _) = log_likelihood([prompt, prompt], ["m", "M"], backbone)
         logits.append(m - M)
-    assert found.preference == pytest.approx((expit(logits[0]) + 1 - expit(logits[1])) / 2, abs=1e-5)
-    assert found.disagreement == pytest.approx(abs(expit(logits[0]) + expit(logits[1]) - 1), abs=1e-5)
+    assert found.preference == pytest.approx((expit(logits[0]) + 1 - expit(logits[1])) / 2, abs=NETWORK)
+    assert found.disagreement == pytest.approx(abs(expit(logits[0]) + expit(logits[1]) - 1), abs=NETWORK)
     oracle = from_pairwise_lm(backbone)
     # The shipped instructions are longer than this model's context: not judged rather than judged on a stump.
     assert ask(oracle, examples(1), ["yes"], ["no"])[0].preference is None
@@ -289,13 +290,13 @@ def test_a_reward_model_is_bradley_terry_whatever_the_batch() -> None:
     asked, a, b = examples(3), ["a", "a longer answer", "hello"], ["it is well", "b", "once upon a time"]
     one, many = (from_reward_model(model, tokenizer, "rm", batch_size=size, max_tokens=90) for size in (1, 4))
     first = [v.preference for v in ask(one, asked, a, b)]
-    np.testing.assert_allclose([v.preference for v in ask(many, asked, a, b)], first, atol=1e-5)
+    np.testing.assert_allclose([v.preference for v in ask(many, asked, a, b)], first, atol=NETWORK)
     with torch.no_grad():
         scores = [
             float(model(input_ids=torch.tensor([tokenizer.encode(f"Human: question 0\n\nAssistant: {text}")])).logits)
             for text in ("a", "it is well")
         ]
-    assert first[0] == pytest.approx(expit(scores[0] - scores[1]), abs=1e-5)
+    assert first[0] == pytest.approx(expit(scores[0] - scores[1]), abs=NETWORK)
 
 
 # --- the matrix --------------------------------------------------------------------------------------------------

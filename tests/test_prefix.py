@@ -13,6 +13,7 @@ import torch
 import coala.backbone.attention
 from coala.backbone import POOLINGS, BackboneError, LanguageModel, load_backbone
 from tests.menagerie import CONTEXT, DECODERS, tiny_backbone
+from tests.tolerances import NETWORK
 
 TREELESS = {"gpt-neo", "bloom", "mamba"}
 # Their attention is a loop of their own, or none.
@@ -337,7 +338,7 @@ def test_scores_are_the_attention_that_the_model_tells(
             for b, row in enumerate(rows):
                 assert torch.equal(scored[b, : len(row), :-1], plain[b, : len(row)])
                 weights = scored[b, : len(row), -1].exp()
-                torch.testing.assert_close(weights, expected[b][layer], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(weights, expected[b][layer], rtol=NETWORK, atol=NETWORK)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])

@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import chi2_contingency, chisquare
 from typer.testing import CliRunner
 
+import coala.survey.records
 from coala.cli.survey import app
 from coala.store import save_generations
 from coala.survey import Check, Prompt, Records, Survey, ballot, build, load_survey, read_votes, save_survey
@@ -22,6 +23,7 @@ from coala.survey.form import clean
 from coala.survey.records import new_token
 from coala.values import CoalaError, Generation
 from tests.survey_raters import made_up
+from tests.waiting import Clock
 
 
 def reply(prompt: str, text: str) -> Generation:
@@ -317,9 +319,11 @@ def test_no_method_is_named_where_answers_are_kept(tmp_path: Path) -> None:
     assert not any(b"QUOKKA" in p.read_bytes() or b"WOMBAT" in p.read_bytes() for p in tmp_path.glob("*.sqlite*"))
 
 
-def test_votes_are_read_by_method_whatever_the_order(tmp_path: Path) -> None:
+def test_votes_are_read_by_method_whatever_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     survey = made_up(n=4, repeats=2, checks=2)
     records = Records(tmp_path, survey)
+    clock = Clock()
+    monkeypatch.setattr(coala.survey.records, "time", clock)
     for number in range(3):
         rater = records.rater(begun(records))
         assert rater is not None
@@ -330,6 +334,7 @@ def test_votes_are_read_by_method_whatever_the_order(tmp_path: Path) -> None:
                 right = survey.checks[item.index].right
                 wanted = (right + 1) % 4 if number == 1 and item.index == 0 else right
             records.view(rater, page)
+            clock.move(3)
             records.answer(rater, page, item.order.index(wanted))
     votes = read_votes(survey, records.raters())
     assert {vote.method for vote in votes.votes} == {2}
@@ -337,7 +342,7 @@ def test_votes_are_read_by_method_whatever_the_order(tmp_path: Path) -> None:
     assert [reason for _, reason in votes.excluded] == ["failed 1 of 2 attention checks, at most 0 allowed"]
     assert len(votes.counted()) == 2 * 8
     assert Counter(one.same for one in votes.repeated) == {True: 8, False: 4}
-    assert all(vote.seconds is not None and 0 <= vote.seconds < 5 for vote in votes.votes)
+    assert {vote.seconds for vote in votes.votes} == {3}
     slow = made_up(n=4, repeats=2, checks=2, max_failed_checks=1, min_seconds=60)
     assert {reason for _, reason in read_votes(slow, records.raters()).excluded} == {"median below 60 s per question"}
 
