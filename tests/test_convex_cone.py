@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coala.convex import Program, Status, certify, largest_sparsity, sample_patterns, solve
-from coala.convex.barrier import Barrier, interior_directions
-from coala.convex.cronos import Cronos, Penalties, exact_u_step, repair
+from coala.convex.barrier import Barrier
+from coala.convex.cones import interior_directions, nearest
+from coala.convex.cronos import Cronos, Penalties, exact_u_step
 from coala.convex.linear import nystrom, nystrom_preconditioner, pcg, weighted_grams
 from coala.convex.program import in_double
 
@@ -200,16 +201,27 @@ def test_fixed_point_is_the_optimum() -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_repair_is_feasible_keeps_predictions_and_leaves_the_feasible_alone() -> None:
+@pytest.mark.parametrize("kind", ["plain", "duplicate rows", "zero row"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_nearest_feasible_weights_are_the_projection_on_the_cones(kind: str, scale: float) -> None:
+    """Of weights far outside and of weights a hair outside: the error is relative to the distance."""
+    from scipy.optimize import nnls
+
     with jax.enable_x64(True):
-        program = degenerate("zero row", TALL, 0.1, 7)
+        program = degenerate(kind, TALL, 0.1, 7)
         inside = interior_directions(program)
-        u = jnp.asarray(np.random.default_rng(0).standard_normal(program.zeros().shape))
-        assert float(program.violation(u)) > 0.1
-        repaired = repair(program, u, inside)
-        assert feasible(program, np.asarray(repaired))
-        np.testing.assert_allclose(program.predict(repaired), program.predict(u), atol=1e-9)
-        np.testing.assert_array_equal(repair(program, repaired, inside), repaired)
+        rng = np.random.default_rng(0)
+        u = np.asarray(nearest(program, jnp.asarray(rng.standard_normal(program.zeros().shape)), inside))
+        u = u + scale * rng.standard_normal(u.shape)
+        found = np.asarray(nearest(program, jnp.asarray(u), inside))
+        np.testing.assert_array_equal(nearest(program, jnp.asarray(found), inside), found)
+    assert feasible(program, found)
+    for side in range(2):
+        for i in np.flatnonzero(program.patterns.any(axis=0)):
+            signed = np.where(program.patterns[:, i, None], program.X, -np.asarray(program.X))
+            # Moreau: what a projection on the cone adds is minus the projection on its polar.
+            distance = np.linalg.norm(signed.T @ nnls(signed.T, -u[side, :, i])[0])
+            assert np.linalg.norm((found - u)[side, :, i]) <= 1.02 * distance + 1e-13 * np.linalg.norm(u[side, :, i])
 
 
 def test_interior_directions_have_nearly_the_largest_margin() -> None:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coala.convex.linear import matmul, pcg, weighted_grams
+from coala.convex.cones import columns, constrained, interior_directions
+from coala.convex.linear import cholesky, cholesky_solve, matmul, pcg, weighted_grams
 from coala.convex.program import Program, group_norms, in_double
 
 
@@ -153,21 +154,21 @@ class Barrier:
         d = program.X.shape[1]
         grams = weighted_grams(program.X, jnp.moveaxis(stiffness, 1, 0).reshape(n, 2 * P))
         first, second = norms.matrices() + grams.reshape(2, P, d, d)
-        both = _cholesky(first + second)
-        share = _solve(both, first)
+        both = cholesky(first + second)
+        share = cholesky_solve(both, first)
         parallel = first - matmul(jnp.swapaxes(first, -1, -2), share)
         parallel = (parallel + jnp.swapaxes(parallel, -1, -2)) / 2
         if self._direct(program):
             blocks = jnp.zeros((P, d, P, d), parallel.dtype).at[jnp.arange(P), :, jnp.arange(P)].set(parallel)
-            factor = _cholesky(overlap + blocks.reshape(P * d, P * d))
+            factor = cholesky(overlap + blocks.reshape(P * d, P * d))
         else:
-            factor = _cholesky(overlap + parallel)
+            factor = cholesky(overlap + parallel)
 
         def precondition(r: jax.Array) -> jax.Array:
-            r_first, r_sum = _columns(r[0]), _columns(r[0] + r[1])
+            r_first, r_sum = columns(r[0]), columns(r[0] + r[1])
             target = r_first - matmul(jnp.swapaxes(share, -1, -2), r_sum)
-            difference = _solve(factor, target.reshape(*factor.shape[:-2], -1, 1)).reshape(P, d, 1)
-            w = _solve(both, r_sum - matmul(first, difference))
+            difference = cholesky_solve(factor, target.reshape(*factor.shape[:-2], -1, 1)).reshape(P, d, 1)
+            w = cholesky_solve(both, r_sum - matmul(first, difference))
             return jnp.stack([w + difference, w])[..., 0].swapaxes(-1, -2)
 
         def operator(u: jax.Array) -> jax.Array:
@@ -231,71 +232,3 @@ class _SmoothNorms(NamedTuple):
 def _smooth(u: jax.Array, mu: jax.Array, sparsity: jax.Array) -> jax.Array:
     """The t > ||u|| with sparsity (t^2 - ||u||^2) = mu t, (2, P): minimises sparsity t - mu log(t^2 - ||u||^2) / 2."""
     return (mu + jnp.sqrt(mu**2 + 4 * (sparsity * group_norms(u)) ** 2)) / (2 * sparsity)
-
-
-def constrained(program: Program) -> jax.Array:
-    """Which constraints can bind, (n, P): those of patterns with an open row, on rows that are not zero."""
-    return program.patterns.any(axis=0) & (program.X != 0).any(axis=1)[:, None]
-
-
-_Margins = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-@jax.jit
-def interior_directions(program: Program) -> jax.Array:
-    """Directions h_i (d, P) of nearly largest margin: E_i x.h_i >= ||x||/2 on every row, ||h_i|| close to the least.
-
-    An interior-point method for min ||h_i||^2/2 subject to E_i x.h_i >= ||x||, until every row has half its margin.
-    Zero for closed patterns and for patterns that no gate makes. Wants float64.
-    """
-    lengths = jnp.linalg.norm(program.X, axis=1, keepdims=True)
-    program = replace(program, X=program.X / jnp.where(lengths > 0, lengths, 1.0))
-    bound = constrained(program)
-    n = len(bound)
-    identity = jnp.eye(program.X.shape[1], dtype=program.X.dtype)
-
-    def cone(h: jax.Array) -> jax.Array:
-        return jnp.where(bound, program.cone(h[None])[0], 1.0)
-
-    def adjoint(s: jax.Array) -> jax.Array:
-        return program.cone_adjoint(jnp.where(bound, s, 0.0)[None])[0]
-
-    def advance(state: _Margins) -> _Margins:
-        h, slack, multipliers, steps = state
-        mu = 0.1 * (slack * multipliers).sum(axis=0) / n
-        stiffness = jnp.where(bound, multipliers / slack, 0.0)
-        missing = jnp.where(bound, cone(h) - slack - 1, 0.0)
-        aim = mu / slack - multipliers - stiffness * missing
-        right = adjoint(multipliers + aim) - h
-        dh = _rows(_solve(_cholesky(weighted_grams(program.X, stiffness) + identity), _columns(right)))
-        ds = jnp.where(bound, cone(dh) + missing, 0.0)
-        dL = mu / slack - multipliers - stiffness * ds
-        ratios = jnp.maximum(-ds / slack, -dL / multipliers).max(axis=0, initial=0.0)
-        length = jnp.minimum(1.0, 0.99 / jnp.where(ratios > 0, ratios, 0.5))
-        return h + length * dh, slack + length * ds, multipliers + length * dL, steps + 1
-
-    def unfinished(state: _Margins) -> jax.Array:
-        return jnp.asarray((cone(state[0]).min(initial=1.0) < 0.5) & (state[3] < 60))
-
-    one = jnp.ones_like(bound, program.X.dtype)
-    # Multipliers and slacks must grow to the inverse square of the margin: an ample start saves most of the steps.
-    h = jax.lax.while_loop(unfinished, advance, (program.zeros()[0], 10 * one, 100 * one, jnp.asarray(0)))[0]
-    return jnp.where(program.patterns.any(axis=0) & (cone(h).min(axis=0, initial=1.0) >= 0.5), h, 0.0)
-
-
-def _columns(u: jax.Array) -> jax.Array:
-    """(d, P) as P columns (P, d, 1)."""
-    return u.T[..., None]
-
-
-def _rows(columns: jax.Array) -> jax.Array:
-    """The inverse of :func:`_columns`."""
-    return columns[..., 0].T
-
-
-def _cholesky(A: jax.Array) -> jax.Array:
-    return jnp.asarray(jnp.linalg.cholesky(A, symmetrize_input=False))
-
-
-def _solve(factor: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.asarray(jax.scipy.linalg.cho_solve((factor, True), right))

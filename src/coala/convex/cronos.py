@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coala.convex.barrier import constrained, interior_directions
+from coala.convex.cones import interior_directions, nearest
 from coala.convex.linear import NystromSketch, matmul, nystrom, nystrom_preconditioner, pcg, weighted_grams
 from coala.convex.newton import GatedNewton
-from coala.convex.program import Program, gated_product, gated_product_adjoint, group_norms, in_double
+from coala.convex.program import DualPoint, Program, gated_product, gated_product_adjoint, in_double
 from coala.convex.prox import group_soft_threshold, project_orthant
 from coala.convex.solvers import solve
 
@@ -125,14 +125,23 @@ class Cronos:
         penalties, iterate = _balanced(rotated, penalties, iterate)
         return self._factored(state._replace(penalties=penalties, iterate=iterate))
 
-    def solution(self, program: Program, state: CronosState) -> tuple[jax.Array, jax.Array]:
-        """v, made feasible in float64 (:func:`repair`), and the multipliers -cone * nu >= 0 of the cones."""
+    def solution(self, program: Program, state: CronosState) -> tuple[jax.Array, DualPoint]:
+        """The feasible weights nearest to v, in float64, and ADMM's dual point: y - F u and -cone * nu >= 0.
+
+        Bounds from the residual of u and from -cone * nu meet as soon as ADMM rests, however far v is from the cones.
+        """
         with jax.enable_x64(True):
-            v, nu, penalty = in_double((state.iterate.v, state.iterate.nu, state.penalties.cone))
-            value = _repaired_in_place(in_double(program), matmul(state.rotation, v), state.inside)
+            exact = in_double(program)
+            u, v, nu, penalty = in_double((state.iterate.u, state.iterate.v, state.iterate.nu, state.penalties.cone))
+            value, residual = _answer(exact, matmul(state.rotation, jnp.stack([u, v])), state.inside)
             multipliers = -penalty * nu
         # NumPy arrays keep their 64 bits outside the context.
-        return np.asarray(value), np.asarray(multipliers)  # type: ignore[return-value]
+        dual = DualPoint(np.asarray(residual), np.asarray(multipliers))  # type: ignore[arg-type]
+        return np.asarray(value), dual  # type: ignore[return-value]
+
+    def movement(self, program: Program, state: CronosState) -> jax.Array:
+        """How far the last step was from changing nothing: the largest relative residual of Algorithm 2."""
+        return _movement(state.rotated, state.iterate)
 
     def _first_penalties(self, program: Program) -> Penalties:
         one = jnp.ones((), program.X.dtype)
@@ -243,21 +252,22 @@ def exact_u_step(
     return _by_sum_and_difference(target, lambda b: b / diagonal, invert_difference)
 
 
-def repair(program: Program, u: jax.Array, inside: jax.Array) -> jax.Array:
-    """Feasible weights with the predictions of u: v_i + t_i h_i and w_i + t_i h_i with the smallest such t_i >= 0.
-
-    ``inside`` (d, P) holds h_i inside the cones; the price is 2 sparsity t_i ||h_i||. A pattern without an interior
-    (h_i = 0) gets zero weights.
-    """
-    bound = constrained(program)
-    room = program.cone(inside[None])[0]
-    ratios = jnp.maximum(-program.cone(u), 0.0).max(axis=0) / jnp.where(bound & (room > 0), room, jnp.inf)
-    # A hair more, or rounding of the sum leaves the tightest row outside again.
-    t = ratios.max(axis=0, initial=0.0) * (1 + 1e-9)
-    return jnp.asarray(jnp.where(group_norms(inside) > 0, u + t * inside, 0.0))
+@jax.jit
+def _answer(program: Program, u_and_v: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The feasible weights nearest to v, and y - F u."""
+    u, v = u_and_v
+    return nearest(program, v, inside), program.y - program.predict(u)
 
 
-_repaired_in_place = jax.jit(repair)
+@jax.jit
+def _movement(program: Program, iterate: Iterate) -> jax.Array:
+    u, v, _, s, _, moved = iterate
+    image, norm = program.cone(u), jnp.linalg.norm
+    apart = jnp.stack([norm(u - v), norm(image - s)])
+    sizes = jnp.stack([jnp.maximum(norm(u), norm(v)), jnp.maximum(norm(image), norm(s))])
+    residuals = jnp.where(sizes > 0, jnp.maximum(apart, moved) / jnp.where(sizes > 0, sizes, 1.0), 0.0)
+    # Below that there is nothing but rounding.
+    return jnp.maximum(residuals.max(), 8 * np.finfo(u.dtype).eps)
 
 
 def _by_sum_and_difference(

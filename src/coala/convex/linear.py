@@ -19,6 +19,16 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision="highest")
 
 
+def cholesky(A: jax.Array) -> jax.Array:
+    """The lower factors L of L L^T = A, (..., d, d)."""
+    return jnp.asarray(jnp.linalg.cholesky(A, symmetrize_input=False))
+
+
+def cholesky_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
+    """(L L^T)^-1 ``right`` (..., d, k) for lower factors L."""
+    return jnp.asarray(jax.scipy.linalg.cho_solve((factor, True), right))
+
+
 class LinearSolve(NamedTuple):
     """Outcome of :func:`pcg`: the approximate solution, ||residual|| / ||right-hand side||, iterations made."""
 

@@ -37,6 +37,16 @@ class Bounds(NamedTuple):
         return self.objective - self.lower
 
 
+class DualPoint(NamedTuple):
+    """A residual (n,) and multipliers of the cones (2, n, P) that bound a :class:`Program` from below.
+
+    For solvers whose best dual point does not belong to their best feasible weights.
+    """
+
+    residual: jax.Array
+    multipliers: jax.Array
+
+
 class GroupProgram(Protocol):
     """min_u loss(predict(u)) + sum_i levels_i ||u_i|| + 1/2 sum_i ridges_i ||u_i||^2, u (d, P); ``loss`` separable.
 
@@ -211,12 +221,13 @@ class Program:
         """How far the worst cone constraint is from holding; 0 when u is feasible."""
         return jnp.maximum(-self.cone(u), 0.0).max(initial=0.0)
 
-    def bounds(self, u: jax.Array, multipliers: jax.Array) -> Bounds:
+    def bounds(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> Bounds:
         """Objective (infinite at an infeasible u) and the dual value of the scaled residual and multipliers.
 
-        Dual feasible are z, L >= 0 with ||X^T(+-D_i z + E_i L_i)|| <= sparsity for every pattern and sign.
+        Dual feasible are z, L >= 0 with ||X^T(+-D_i z + E_i L_i)|| <= sparsity for every pattern and sign. Of
+        ``multipliers`` alone the residual is that of u.
         """
-        z = self.y - self.predict(u)
+        z, multipliers = self._dual_point(u, multipliers)
         multipliers = jnp.maximum(multipliers, 0.0)
         largest = group_norms(self.predict_adjoint(z) + self.cone_adjoint(multipliers)).max(initial=0.0)
         # A repaired point touches a constraint, where rounding may leave it a few units in the last place outside.
@@ -224,12 +235,18 @@ class Program:
         objective = jnp.where(self.violation(u) <= rounding, self.objective(u), jnp.inf)
         return Bounds(objective, _scaled_dual_value(self.y, z, largest, self.sparsity, signed=False))
 
-    def duality_gap(self, u: jax.Array, multipliers: jax.Array) -> jax.Array:
+    def _dual_point(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> DualPoint:
+        if isinstance(multipliers, DualPoint):
+            return multipliers
+        return DualPoint(self.y - self.predict(u), multipliers)
+
+    def duality_gap(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> jax.Array:
         return self.bounds(u, multipliers).gap
 
-    def kkt(self, u: jax.Array, multipliers: jax.Array) -> jax.Array:
+    def kkt(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> jax.Array:
         """Largest of stationarity, feasibility and complementarity violation, the first relative to the sparsity."""
-        gradient = self.predict_adjoint(self.predict(u) - self.y) - self.cone_adjoint(multipliers)
+        z, multipliers = self._dual_point(u, multipliers)
+        gradient = -self.predict_adjoint(z) - self.cone_adjoint(multipliers)
         levels = jnp.full(self.patterns.shape[1], self.sparsity, self.X.dtype)
         return jnp.stack(
             [

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ S = TypeVar("S")
 
 
 class Status(Enum):
-    """How a solve ended; a stalled one has reached the precision of its arithmetic above the tolerance."""
+    """How a solve ended; a stalled one has ceased to move above the tolerance: its arithmetic allows no more."""
 
     CONVERGED = "converged"
     STALLED = "stalled"
@@ -33,7 +33,8 @@ class Solver(Protocol[P_contra, S]):
     """What ``solve`` drives. States are pytrees; ``solution`` gives primal weights and dual
     multipliers (or None), JAX or NumPy arrays.
 
-    A solver whose state holds the products that a certificate needs may offer ``bounds(program, state) -> Bounds``.
+    A solver whose state holds the products that a certificate needs may offer ``bounds(program, state) -> Bounds``;
+    one whose gap may rise for long before it falls, ``movement(program, state)``: a number that falls to 0 on the way.
     """
 
     def init(self, program: P_contra, start: jax.Array | None = None) -> S: ...
@@ -81,56 +82,80 @@ def solve(
     patience: int | None = 10,
     start: jax.Array | None = None,
     exact: bool = True,
+    keep: Literal["best", "last"] = "best",
     on_step: Callable[[int, np.ndarray, dict[str, Any]], None] | None = None,
 ) -> Solution:
     """Step until the certified gap is at most ``tolerance`` times the objective.
 
-    The gap is looked at every ``check_every`` steps; each look makes a row of the history. A gap that ``patience``
-    looks have not lowered by a thousandth ends the solve as stalled; None never gives up before ``max_steps``.
-    With ``exact`` the last word is a certificate in float64; without it, the program's own precision is trusted. The
-    lower bound is the best one seen.
+    The gap is looked at every ``check_every`` steps; each look makes a row of the history. Both bounds are the best
+    seen, and ``keep`` says whose weights are returned: the best or the last looked at.
+    A solve ends as stalled when neither the gap nor the solver's ``movement`` has fallen by a thousandth during the
+    last ``patience`` looks and during the second half of all looks, which any method that closes in like 1/k survives;
+    None never gives up before ``max_steps``.
+    With ``exact`` the last word is a certificate in float64; without it, the program's own precision is trusted.
     ``on_step`` gets the step, the weights and that step's history row. Never raises for want of convergence: see
     ``Solution.status``.
     """
     state = solver.init(program, start)
-    own_bounds = getattr(solver, "bounds", None)
+    own_bounds, movement = getattr(solver, "bounds", None), getattr(solver, "movement", None)
     history: list[dict[str, Any]] = []
-    status, lower, stale, best = Status.MAX_STEPS, -np.inf, 0, np.inf
+    status, lower = Status.MAX_STEPS, -np.inf
+    kept: Any = None  # weights and multipliers of ``objective``
     witness: tuple[Any, Any] = (None, None)  # what the lower bound was computed from
     proven = -np.inf  # the best lower bound in float64
+    gaps, moves = _Lowest(), _Lowest()
     for step in range(max_steps + 1):
         if step % check_every == 0 or step == max_steps:
             value, multipliers = solver.solution(program, state)
             if own_bounds is not None:
-                objective, dual = map(float, jax.device_get(tuple(own_bounds(program, state))))
+                here, dual = map(float, jax.device_get(tuple(own_bounds(program, state))))
             elif value.dtype == np.float64:
                 # A solver that works in float64 whatever the program's type is looked at in float64.
-                objective, dual = certify(program, value, multipliers)
+                here, dual = certify(program, value, multipliers)
             else:
-                objective, dual = map(float, jax.device_get(tuple(_bounds(program, value, multipliers))))
+                here, dual = map(float, jax.device_get(tuple(_bounds(program, value, multipliers))))
+            if kept is None or keep == "last" or not here >= objective:
+                kept, objective = (value, multipliers), here
             if dual > lower:
                 lower, witness = dual, (value, multipliers)
-            row: dict[str, Any] = {"step": step, "objective": objective, "gap": objective - lower}
+            row: dict[str, Any] = {"step": step, "objective": here, "gap": here - lower}
             history.append(row)
             if on_step is not None:
                 on_step(step, np.asarray(value), row)
             if objective - lower <= tolerance * abs(objective):
                 if exact:
-                    objective, dual = certify(program, value, multipliers)
-                    proven = lower = max(proven, dual)
+                    objective, dual = certify(program, *kept)
+                    proven = max(proven, dual)
+                    if objective - proven > tolerance * abs(objective) and witness[0] is not kept[0]:
+                        proven = max(proven, certify(program, *witness)[1])
+                    lower = proven
                 if objective - lower <= tolerance * abs(objective):
                     status = Status.CONVERGED
                     break
-            stale = stale + 1 if objective - lower >= best * 0.999 else 0
-            best = min(best, objective - lower)
-            if patience is not None and stale >= patience:
+            gaps.look(objective - lower)
+            if movement is not None:
+                moves.look(float(movement(program, state)))
+            last = max(gaps.lowest_at, moves.lowest_at)
+            if patience is not None and len(history) - last >= max(patience, last):
                 status = Status.STALLED
                 break
         if step < max_steps:
             state = solver.step(program, state)
     if exact and status is not Status.CONVERGED:
-        objective, dual = certify(program, value, multipliers)
+        objective, dual = certify(program, *kept)
         lower = max(proven, dual)
-        if witness[0] is not None and witness[0] is not value:
+        if witness[0] is not None and witness[0] is not kept[0]:
             lower = max(lower, certify(program, *witness)[1])
-    return Solution(np.asarray(value), status, step, objective, objective - lower, history)
+    return Solution(np.asarray(kept[0]), status, step, objective, objective - lower, history)
+
+
+class _Lowest:
+    """The lowest of the numbers looked at, and the look that lowered it by a thousandth last."""
+
+    def __init__(self) -> None:
+        self.value, self.looks, self.lowest_at = np.inf, 0, 0
+
+    def look(self, value: float) -> None:
+        self.looks += 1
+        if value < self.value and not value > 0.999 * self.value:
+            self.value, self.lowest_at = value, self.looks

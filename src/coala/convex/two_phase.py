@@ -151,7 +151,7 @@ def fit_paper(task: PairTask, loss: PairLoss, *, n_patterns: int) -> TwoPhase:
     """
     rows = _Rows.of(task, n_patterns)
     program = rows.program(PAPER_SPARSITY)
-    first = solve(program, Cronos.paper(), max_steps=PAPER_STEPS, tolerance=1e-9, patience=None)
+    first = solve(program, Cronos.paper(), max_steps=PAPER_STEPS, tolerance=1e-9, patience=None, keep="last")
     network = recover_network(first.value)
     descent = AdamW(jax.random.key(task.seed))
     second = rows.phase_two(network, loss, PAPER_RIDGE, np.ones(task.n_pairs, bool), descent)
