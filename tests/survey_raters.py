@@ -188,7 +188,7 @@ class HttpRater:
     def _send_and_hang_up(self, path: str, fields: dict[str, str]) -> None:
         body = urlencode(fields)
         with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as raw:
-            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
             whole = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
             # Sometimes not even the whole request gets out.
             raw.sendall(whole[: self._rng.choice([len(whole), len(whole), len(whole) - 3, len(head) // 2])])

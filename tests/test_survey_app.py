@@ -176,6 +176,87 @@ def test_withdrawing_asks_first_then_the_link_opens_nothing(client: TestClient, 
     assert client.post(f"{path}/begin", data={"agree": "yes"}).status_code == 410
 
 
+# --- pages of other sites ----------------------------------------------------------------------------------------
+
+STRANGERS = [
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+    {"Origin": "https://evil.example"},
+    {"Origin": "http://testserver:9"},
+    {"Origin": "null"},
+]
+
+
+@pytest.mark.parametrize("stranger", STRANGERS, ids=str)
+def test_forms_of_other_sites_change_nothing(client: TestClient, records: Records, stranger: dict[str, str]) -> None:
+    path = begin(client)
+    client.post(f"{path}/1", data={"choice": "A"})
+    before = records.raters()
+    for target, fields in (
+        (f"{path}/1", {"choice": "B"}),
+        (f"{path}/2", {"choice": "B"}),
+        (f"{path}/withdraw", {"sure": "yes"}),
+        (f"/s/{records.open_token()}/begin", {"agree": "yes"}),
+    ):
+        answer = client.post(target, data=fields, headers=stranger)
+        assert answer.status_code == 403
+        assert answer.text.startswith("<!DOCTYPE html>")
+        assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS
+    refused = client.post("/admin/invitations", data={"n": 1}, headers=ORGANISER | stranger)
+    assert refused.status_code == 403
+    assert records.raters() == before
+    # A link may stand anywhere.
+    assert client.get(f"{path}/1", headers=stranger).status_code == 200
+    assert client.get("/", headers=stranger).status_code == 200
+
+
+@pytest.mark.parametrize("own", [{}, {"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://testserver"}], ids=str)
+def test_forms_of_its_own_pages_are_taken(client: TestClient, records: Records, own: dict[str, str]) -> None:
+    path = begin(client)
+    assert client.post(f"{path}/1", data={"choice": "A"}, headers=own).status_code == 303
+    assert records.n_answers == 1
+
+
+def test_links_are_known_to_the_server_alone(client: TestClient, records: Records) -> None:
+    """A token that somebody made up opens nothing; those of the first page and of invitations do."""
+    action = re.search(r'action="/s/([\w-]+)/begin"', client.get("/").text)
+    assert action is not None
+    changed = [action[1][:at] + ("A" if action[1][at] != "A" else "B") + action[1][at + 1 :] for at in range(21)]
+    for token in (*changed, "x" * 22, "A" * 22, action[1] + "A", action[1][:-1], "\u00e4" * 22):
+        assert client.post(f"/s/{quote(token)}/begin", data={"agree": "yes"}).status_code == 404
+    assert records.raters() == []
+    assert client.post(f"/s/{action[1]}/begin", data={"agree": "yes"}).status_code == 303
+    (invited,) = records.invite(1)
+    assert client.post(f"/s/{invited}/begin", data={"agree": "yes"}).status_code == 303
+
+
+def test_links_hold_when_the_server_starts_again_and_not_elsewhere(tmp_path: Path, survey: Survey) -> None:
+    (tmp_path / "other").mkdir()
+    first, again, other = Records(tmp_path, survey), Records(tmp_path, survey), Records(tmp_path / "other", survey)
+    token = first.open_token()
+    assert first.made(token)
+    assert again.made(token)
+    assert not other.made(token)
+
+
+def test_names_of_others_lead_nowhere(survey: Survey, records: Records) -> None:
+    """By DNS rebinding a page reaches a server of this machine under a name of its own."""
+    site = "https://survey.example"
+    app = create_app(survey, records, admin_token=PASSWORD, local=True, site=site)
+    client = TestClient(app, follow_redirects=False, base_url="http://127.0.0.1:8000")
+    for host in ("evil.example", "127.0.0.1.evil.example", "[::1].evil.example", "localhost:80.evil.example", ""):
+        for path in ("/", "/admin", "/page.css", "/s/x"):
+            answer = client.get(path, headers={"Host": host} | ORGANISER)
+            assert answer.status_code == 403
+            assert "--site" in answer.text
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:9", "survey.example"):
+        assert client.get("/", headers={"Host": host}).status_code == 200
+    # A proxy that keeps the browser's word on where a form comes from but not the name; links are the site's.
+    made = client.post("/admin/invitations", data={"n": 1}, headers=ORGANISER | {"Origin": site})
+    assert made.status_code == 200
+    assert re.search(rf"{site}/s/[\w-]{{22}}<", made.text)
+
+
 # --- the organiser, headers, failures ----------------------------------------------------------------------------
 
 

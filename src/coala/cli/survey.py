@@ -18,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Ask people which reply is best, wi
 
 ADMIN = "COALA_SURVEY_ADMIN_TOKEN"
 SHORTEST_TOKEN = 16
+GRACE = 5.0  # seconds in which pages at hand are finished
 
 
 @app.command(
@@ -125,22 +126,24 @@ def serve(
     invited_only: Annotated[
         bool, typer.Option("--invited-only", help="Only who has a personal link (made on the organiser's page).")
     ] = False,
+    site: Annotated[
+        str | None,
+        typer.Option(help="Address by which people reach it through a proxy, such as https://survey.example."),
+    ] = None,
 ) -> None:
     """Serve the survey until Ctrl-C; start it again at any time, answers are kept in SURVEY/answers.sqlite.
 
     The organiser's page is /admin; its password is the environment's COALA_SURVEY_ADMIN_TOKEN, or is made and printed.
     """
-    import socket
-
     from coala.cli.screen import say
     from coala.survey import Records, load_survey
-    from coala.survey.records import new_token
     from coala.values import CoalaError
 
     try:
-        import uvicorn
-
         from coala.survey.app import create_app
+        from coala.survey.records import new_token
+        from coala.web.listening import Patient, listen, server
+        from coala.web.strangers import LOOPBACK, origin_of
     except ImportError as error:
         raise CoalaError(
             f"Serving needs {error.name or 'a package'}, which is not installed: pip install 'coala-align[serve]'."
@@ -149,39 +152,23 @@ def serve(
     token = os.environ.get(ADMIN)
     if token is not None and len(token) < SHORTEST_TOKEN:
         raise CoalaError(f"{ADMIN} has {len(token)} characters; expected at least {SHORTEST_TOKEN}, hard to guess.")
-    # Made here: a port that is taken should be told before a password is printed. Named as TCP, for asyncio sends small
-    # packets at once only on sockets that say so; pages would take 40 ms longer.
-    listening = socket.socket(
-        socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
-    )
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise CoalaError(
-            f"Cannot listen on {host}, port {port} ({error.strerror}). Give another --port or --host, or end the "
-            "program that uses it."
-        ) from None
-    with listening:
+    known = None if site is None else origin_of(site)
+    local = host in LOOPBACK
+    # Made here: a port that is taken should be told before a password is printed.
+    with listen(host, port) as listening:
         records = Records(survey, loaded)
-        site = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        say(f"survey: {site}/   organiser: {site}/admin")
+        here = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        say(f"survey: {known or here}/   organiser: {known or here}/admin")
         if token is None:
             token = new_token()
             say(f"password of the organiser's page, shown this once (any user name): {token}")
-        if host not in ("127.0.0.1", "::1", "localhost"):
+        if not local:
             say("note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it.")
-        # No access log: it would hold personal links. No server header: it tells a reader nothing they need.
-        config = uvicorn.Config(
-            create_app(loaded, records, admin_token=token, invited_only=invited_only),
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            log_level="warning",
+        app = create_app(
+            loaded, records, admin_token=token, invited_only=invited_only, local=local or known is not None, site=known
         )
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            server(app, head_time=Patient.head_time, read_time=Patient.read_time, grace=GRACE).run(sockets=[listening])
         finally:
             records.close()
 

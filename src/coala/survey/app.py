@@ -11,7 +11,7 @@ import binascii
 import hmac
 import sqlite3
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,49 +20,31 @@ from urllib.parse import parse_qs
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coala.survey.form import Survey
 from coala.survey.page import environment
-from coala.survey.records import Rater, Records, new_token
+from coala.survey.records import Rater, Records
+from coala.web.bodies import TooLarge, TooSlow, replay, whole_body
+from coala.web.strangers import foreign, known_host, names_of, security_headers
 
 LARGEST_BODY = 16 * 1024
 LONGEST_FIELD = 200
 MOST_INVITATIONS = 1000
 NOT_YET = "Please answer the pages before this one first."
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src data:; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "X-Robots-Tag": "noindex",
-    # A page from a cache could show an answer that was replaced since, or one rater's page to another.
-    "Cache-Control": "no-store",
-}
+BODY_TIME = 20.0
+HEADERS = security_headers(form_action="'self'")
 Fields = Mapping[str, list[str]]
 
 
 async def form_fields(request: Request) -> Fields:
-    """The fields of a form; HTTPException for a body that is too large, of another type, or not text."""
+    """The fields of a form; HTTPException for a body of another type, or not text."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "This address takes the form of its page, nothing else.")
-    body = b""
-    # Counted as it comes: a declared length may be absent or wrong.
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > LARGEST_BODY:
-                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "That is more than this form can hold.")
-    except ClientDisconnect:
-        raise HTTPException(HTTPStatus.BAD_REQUEST, "The form did not arrive whole.") from None
+    body = await request.body()
     try:
         return parse_qs(body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=50)
     except (UnicodeDecodeError, ValueError):
@@ -72,11 +54,22 @@ async def form_fields(request: Request) -> Fields:
 Form = Annotated[Fields, Depends(form_fields)]
 
 
-def create_app(survey: Survey, records: Records, *, admin_token: str, invited_only: bool = False) -> FastAPI:
-    """The application. Pages for the organiser ask for ``admin_token`` as the password of HTTP Basic authentication."""
+def create_app(
+    survey: Survey,
+    records: Records,
+    *,
+    admin_token: str,
+    invited_only: bool = False,
+    local: bool = False,
+    site: str | None = None,
+) -> FastAPI:
+    """The application. Pages for the organiser ask for ``admin_token`` as the password of HTTP Basic authentication.
+
+    ``local``: answer to this machine's own names alone, and that of ``site``, the origin by which others know the
+    server if a proxy stands before it.
+    """
     # No generated documentation: its pages fetch scripts from elsewhere. No redirects made of a request's Host.
     app = FastAPI(title=survey.title, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(_Headers)
     pages = environment()
     here = Path(__file__).parent
     look = (here.parent / "report" / "page.css").read_text("utf-8") + (here / "pages" / "survey.css").read_text("utf-8")
@@ -89,6 +82,11 @@ def create_app(survey: Survey, records: Records, *, admin_token: str, invited_on
     def message(heading: str, *paragraphs: str, status: int = 200, link: str = "", link_text: str = "") -> HTMLResponse:
         values = {"heading": heading, "paragraphs": paragraphs, "link": link, "link_text": link_text}
         return page("message.html", status, alarm=status >= 400, **values)
+
+    def no_page(status: int, *paragraphs: str) -> Response:
+        return message("That did not work", *paragraphs, status=status)
+
+    app.add_middleware(_Gate, names=names_of(site) if local else None, site=site, refuse=no_page)
 
     def taking_part(token: str) -> Rater:
         rater = records.rater(token)
@@ -138,7 +136,7 @@ def create_app(survey: Survey, records: Records, *, admin_token: str, invited_on
     def first() -> Response:
         if invited_only:
             return message(survey.title, "This survey is by invitation: open the personal link you were given.")
-        return welcome(new_token())
+        return welcome(records.open_token())
 
     @app.get("/page.css")
     def style() -> Response:
@@ -156,6 +154,9 @@ def create_app(survey: Survey, records: Records, *, admin_token: str, invited_on
 
     @app.post("/s/{token}/begin")
     def begin(token: str, fields: Form) -> Response:
+        # Nobody takes part by a link that a page elsewhere made up.
+        if records.rater(token) is None and not records.made(token):
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is not known. Check that it was copied whole.")
         entered = [_one(fields, f"field{i + 1}")[:LONGEST_FIELD] for i in range(len(survey.fields))]
         if _one(fields, "agree") != "yes":
             return welcome(token, HTTPStatus.UNPROCESSABLE_ENTITY, "Please tick the box if you take part.", entered)
@@ -229,7 +230,7 @@ def create_app(survey: Survey, records: Records, *, admin_token: str, invited_on
                 headers={"WWW-Authenticate": 'Basic realm="survey", charset="UTF-8"'},
             )
         # A browser sends a password it knows along with requests that other sites begin.
-        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        if foreign(request.headers, site):
             raise HTTPException(HTTPStatus.FORBIDDEN, "Open this page by its own address.")
 
     def overview(links: list[str]) -> HTMLResponse:
@@ -257,7 +258,9 @@ def create_app(survey: Survey, records: Records, *, admin_token: str, invited_on
             raise HTTPException(
                 HTTPStatus.UNPROCESSABLE_ENTITY, f"Give a number of links from 1 to {MOST_INVITATIONS}."
             )
-        return overview([f"{request.base_url}s/{token}" for token in records.invite(int(wanted))])
+        # A Host can be made up by who asks; the site is the organiser's own word.
+        start = f"{site}/" if site else str(request.base_url)
+        return overview([f"{start}s/{token}" for token in records.invite(int(wanted))])
 
     @app.exception_handler(AnyHTTPException)
     def refused(_: Request, error: AnyHTTPException) -> Response:
@@ -288,13 +291,23 @@ def create_app(survey: Survey, records: Records, *, admin_token: str, invited_on
     return app
 
 
-class _Headers:
-    """Adds the security headers to every response, those of errors among them."""
+class _Gate:
+    """Refuses what must not reach ``app``, and adds the security headers to every response, those of errors among them.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    ``names``, unless ``None``, are those that the server answers to. Forms are taken from the survey's own pages alone,
+    whole within a time and a size; links may be anywhere.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, names: Collection[str] | None, site: str | None, refuse: Callable[..., Response]
+    ) -> None:
+        self._app, self._names, self._site, self._refuse = app, names, site, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -302,7 +315,32 @@ class _Headers:
                     headers[name] = value
             await send(message)
 
-        await self._app(scope, receive, sending)
+        found = await self._passed(scope, receive)
+        if isinstance(found, Response):
+            await found(scope, receive, sending)
+        elif found is not None:
+            await self._app(scope, found, sending)
+
+    async def _passed(self, scope: Scope, receive: Receive) -> Receive | Response | None:
+        """What to read the request from, or the answer to it; ``None`` if the client has gone."""
+        headers = Headers(scope=scope)
+        if self._names is not None and not known_host(headers, self._names):
+            return self._refuse(
+                HTTPStatus.FORBIDDEN,
+                f"This server answers to these names alone: {', '.join(self._names)}.",
+                "If a proxy passes on another name, start the survey with --site https://NAME.",
+            )
+        if scope["method"] in ("GET", "HEAD"):
+            return receive
+        if foreign(headers, self._site):
+            return self._refuse(HTTPStatus.FORBIDDEN, "Open the survey by its own address and answer there.")
+        try:
+            body = await whole_body(headers, receive, most=LARGEST_BODY, seconds=BODY_TIME)
+        except TooLarge:
+            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "That is more than this form can hold.")
+        except TooSlow:
+            return self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The form did not arrive in time. Please send it again.")
+        return None if body is None else replay(body, receive)
 
 
 def _one(fields: Fields, name: str) -> str:

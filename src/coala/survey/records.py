@@ -7,6 +7,8 @@ aside. Positions are stored, not methods.
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
 import re
 import secrets
@@ -25,6 +27,8 @@ from coala.values import CoalaError
 
 FILE = "answers.sqlite"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{22}")
+# Bytes of a token: drawn, and made of them with a key of the file's own.
+RANDOM, MARK = 10, 6
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS raters (
@@ -79,7 +83,10 @@ class Records:
                 for statement in SCHEMA.split(";\n"):
                     db.execute(statement)
                 db.execute("INSERT OR IGNORE INTO about VALUES ('survey', ?)", (survey.digest,))
+                db.execute("INSERT OR IGNORE INTO about VALUES ('key', ?)", (secrets.token_hex(32),))
             (found,) = self._db.execute("SELECT value FROM about WHERE name = 'survey'").fetchone()
+            (key,) = self._db.execute("SELECT value FROM about WHERE name = 'key'").fetchone()
+            self._key = bytes.fromhex(key)
         except sqlite3.Error as error:
             raise CoalaError(
                 f"{path}: cannot be used as the survey's answers ({error}). "
@@ -101,6 +108,21 @@ class Records:
         with self._change() as db:
             db.executemany("INSERT INTO raters (token) VALUES (?)", [(token,) for token in tokens])
         return tokens
+
+    def open_token(self) -> str:
+        """A token for whoever comes: 80 random bits and 48 by which :meth:`made` knows it. Nothing is kept of it."""
+        drawn = secrets.token_bytes(RANDOM)
+        return base64.urlsafe_b64encode(drawn + self._mark(drawn)).decode().rstrip("=")
+
+    def made(self, token: str) -> bool:
+        """Whether :meth:`open_token` made it, on these records, now or before."""
+        if not TOKEN.fullmatch(token):
+            return False
+        found = base64.urlsafe_b64decode(token + "==")
+        return hmac.compare_digest(found[RANDOM:], self._mark(found[:RANDOM]))
+
+    def _mark(self, drawn: bytes) -> bytes:
+        return hmac.digest(self._key, drawn, "sha256")[:MARK]
 
     def begin(self, token: str, entered: Mapping[str, str], *, invited_only: bool = False) -> bool:
         """Deal a ballot to the rater of ``token``; nothing changes for one who has begun. False: not invited.
