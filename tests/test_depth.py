@@ -116,12 +116,12 @@ def test_few_pairs_mean_the_last_layer_at_no_cost(backbone: LanguageModel) -> No
     assert found.layer == found.n_layers == backbone.n_layers
     assert (found.pairs, found.share) == (0, 0.0)
     said = r"--layer auto: layer 2 of 2, the last: 10 % of the tokens are 1\d pairs in 1\d groups, too few to tell .*"
-    assert re.fullmatch(said.replace(" 2 ", f" {found.n_layers} ").replace("of 2,", f"of {found.n_layers},"), str(found))
+    assert re.fullmatch(
+        said.replace(" 2 ", f" {found.n_layers} ").replace("of 2,", f"of {found.n_layers},"), str(found)
+    )
 
 
-def test_one_pass_says_what_each_layer_by_itself_says(
-    backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_pass_says_what_each_layer_by_itself_says(backbone: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depth, "FEWEST_PAIRS", 10)
     pairs, spec = some_pairs(60, 20), backbone.spec()
     # Groups are counted as if they shared nothing with each other: more than all of it fits all.

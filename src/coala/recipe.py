@@ -42,7 +42,9 @@ class ModelSettings(_Strict):
     max_tokens: int | None = Field(None, ge=2, description="prompt plus reply; the model's context if not given")
     prefixes: int = Field(1, ge=1, description="fit the head on this many prefixes of every reply; 1 is the whole")
     batch_tokens: int = Field(4096, ge=1)
-    device: str = Field("auto", description="auto, cpu, cuda, ... or offload: layers that do not fit stay in CPU memory or on disk")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, ... or offload: layers that do not fit stay in CPU memory or on disk"
+    )
     adapter: str | None = Field(None, description="folder or hub name of a LoRA adapter of the model")
     quantise: Quantise | None = None
     dtype: Annotated[Dtype, BeforeValidator(_usual_name)] = "auto"
@@ -92,7 +94,8 @@ class EvaluationSettings(_Strict):
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, ge=0)
     judge: str | None = Field(
-        None, description="head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file; none: only the head's scores"
+        None,
+        description="head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file; none: only the head's scores",
     )
     labeller: str | None = Field(None, description="the scorer that made the labels, in the same form; shown beside it")
 

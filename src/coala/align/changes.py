@@ -98,5 +98,3 @@ def _undone(setting: str) -> tuple[str, ...] | None:
 
 def _listed(parts: list[str]) -> str:
     return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else "nothing"
-
-

@@ -73,5 +73,3 @@ def check_model(recipe: Recipe) -> None:
         )
     if found.encoder and recipe.log_ratios:
         raise CoalaError(f"{settings.name} is an encoder: it gives no log ratios. Fix: leave --reference-scale out.")
-
-

@@ -377,7 +377,9 @@ def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
         lines.append(f"{few} tell accuracy within about {min(width, 50):.0f} points only: hold out more{more}")
     prompts = len({conversation_text(pair.prompt) for pair in held_out})
     if recipe.evaluation.prompts > prompts:
-        lines.append(f"{recipe.evaluation.prompts} prompts are to be answered; {prompts} are held out: all are answered")
+        lines.append(
+            f"{recipe.evaluation.prompts} prompts are to be answered; {prompts} are held out: all are answered"
+        )
     return lines
 
 

@@ -34,7 +34,6 @@ from coala.cli.compiled import keep_compiled
 INTERRUPTED = 130
 
 
-
 class _Group(TyperGroup):
     """Says in our own words what is wrong with the value of a flag."""
 

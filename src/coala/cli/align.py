@@ -34,7 +34,9 @@ def align(
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter of the model: a folder or hub name.")] = None,
     quantise: Annotated[Quantise | None, typer.Option(help="By bitsandbytes.")] = None,
     layer: Annotated[str | None, LAYER_OPTION] = None,
-    pooling: Annotated[Pooling | None, typer.Option(help="How states become one vector; mean is over the reply.")] = None,
+    pooling: Annotated[
+        Pooling | None, typer.Option(help="How states become one vector; mean is over the reply.")
+    ] = None,
     prefixes: Annotated[int | None, typer.Option(help="Fit on this many prefixes of every reply.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward pass.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply.")] = None,
