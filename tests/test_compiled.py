@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,19 @@ def test_a_second_process_reads_what_the_first_compiled_and_a_broken_file_is_com
 ) -> None:
     save_features(tmp_path / "features", random_features(40, 6))
     told, _ = fitted(tmp_path / "features", tmp_path / "head")
-    kept = {path.name: path.read_bytes() for path in cache_folder().iterdir()}
+    kept = {path.name: path.read_bytes() for path in cache_folder().glob("*-cache")}
     assert len(kept) > 3
     again, _ = fitted(tmp_path / "features", tmp_path / "again")
-    assert {path.name: path.read_bytes() for path in cache_folder().iterdir()} == kept
-    for path in cache_folder().iterdir():
-        path.write_bytes(path.read_bytes()[:100])
+    assert {path.name: path.read_bytes() for path in cache_folder().glob("*-cache")} == kept
+    for place, name in enumerate(sorted(kept)):
+        half = len(kept[name]) // 2
+        (cache_folder() / name).write_bytes([kept[name][:half], bytes(half), b"", os.urandom(half)][place % 4])
     broken, errors = fitted(tmp_path / "features", tmp_path / "broken")
     assert "Error" not in errors
+    # Each was compiled once more, and is whole again for the next.
+    programs = [path for path in cache_folder().iterdir() if path.name in kept]
+    assert len(programs) == len(kept)
+    assert all(compiled._is_whole(path) for path in programs)
     gaps = [json.loads(line)["relative_gap"] for line in (told, again, broken)]
     assert gaps[0] == gaps[1] == gaps[2]
 
@@ -72,6 +78,51 @@ def test_nothing_is_made_before_something_is_compiled(home: Path, monkeypatch: p
     keep_compiled()
     assert os.environ[NAME] == str(cache_folder())
     assert not list(home.iterdir())
+
+
+def damaged(whole: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "one byte": whole[:1],
+        "half": whole[: len(whole) // 2],
+        "all but one": whole[:-1],
+        "zeros": bytes(len(whole)),
+        "noise": os.urandom(len(whole)),
+        "changed": whole[:40] + bytes([whole[40] ^ 1]) + whole[41:],
+    }
+
+
+@pytest.mark.parametrize("how", sorted(damaged(bytes(99))))
+def test_a_file_that_a_kill_left_half_written_is_deleted(
+    home: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    folder = cache_folder()
+    folder.mkdir(parents=True)
+    whole = zlib.compress(os.urandom(500))
+    (folder / "sound-cache").write_bytes(whole)
+    keep_compiled()
+    # Damaged after the first look, and in the same moment at the worst.
+    (folder / "broken-cache").write_bytes(damaged(whole)[how])
+    del os.environ[NAME]
+    keep_compiled()
+    assert {path.name for path in folder.iterdir()} == {"sound-cache", compiled.LOOKED}
+    assert (folder / "sound-cache").read_bytes() == whole
+
+
+def test_what_was_looked_at_is_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    folder = cache_folder()
+    folder.mkdir(parents=True)
+    for age, name in enumerate(("old-cache", "new-cache")):
+        (folder / name).write_bytes(zlib.compress(bytes(100)))
+        os.utime(folder / name, (age + 1, age + 1))
+    keep_compiled()
+    looked: list[str] = []
+    monkeypatch.setattr(compiled, "_is_whole", lambda path: bool(looked.append(path.name)) or True)
+    del os.environ[NAME]
+    keep_compiled()
+    assert looked == ["new-cache"]
 
 
 def test_the_oldest_go_when_there_is_too_much(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coala.align.counting import Counts, Guess, count
-from coala.align.depth import MOST_PAIRS
+from coala.align.depth import FEWEST_PAIRS, MOST_PAIRS, SHARE
 from coala.align.needs import Needs, Parts, Shortage, mends_of
 from coala.align.probe import probed
 from coala.costs import (
@@ -236,9 +236,10 @@ def _extraction(recipe: Recipe, shape: Shape, counts: Counts, layer: int) -> dic
             found = {name: flops + logits for name, flops in found.items()}
     found = {name: counts.scaled(flops) for name, flops in found.items()}
     if recipe.model.layer == "auto":
-        # All layers of a sample of the pairs.
-        share = min(1.0, MOST_PAIRS / max(1, counts.pairs("train")))
-        found["layer"] = round(share * found["extraction"])
+        # All layers of a sample of the pairs, at most; none where it would be too small to tell.
+        pairs = max(1, counts.pairs("train"))
+        share = min(SHARE, MOST_PAIRS / pairs)
+        found["layer"] = round(share * found["extraction"]) if share * pairs >= FEWEST_PAIRS else 0
     return found
 
 

@@ -24,6 +24,7 @@ from coala.store import (
     load_head,
     load_json,
     load_judgements,
+    load_object,
     load_pairs,
     read_as,
 )
@@ -93,6 +94,9 @@ def make_report(run: Run) -> dict[str, Any]:
         "seconds": seconds,
         "gflops": sum(fact.get("flops", 0) for fact in facts.values()) / 1e9,
     }
+    choice = _layer_choice(run) if recipe.model.layer == "auto" else {}
+    if choice:
+        summary["layer"] = choice["told"]
     content: dict[str, Any] = {
         "title": f"{Path(recipe.model.name).name}: {len(train)} pairs",
         "command": f"coala align --recipe {run.path / 'run.json'} --out NEW",
@@ -110,7 +114,7 @@ def make_report(run: Run) -> dict[str, Any]:
             "spec": asdict(head.spec),
         },
         "curves": curves,
-        "layers": load_json(run.path / "layer.json") if (run.path / "layer.json").exists() else [],
+        "layers": choice.get("scores", []),
         "path": _marked(path, {} if certificate is None else certificate.facts),
         "scores": {name: head.score(getattr(held_out, name), held_out.prompt) for name in ("chosen", "rejected")},
         "reliability": reliable,
@@ -158,6 +162,15 @@ ROLES = {
     "judge": "The judge named in the settings",
     "labeller": "The scorer that labelled the training pairs: tells whether guidance reached its goal, not more",
 }
+
+
+def _layer_choice(run: Run) -> dict[str, Any]:
+    """How the layer was chosen; of a run of before that kept its table alone, that."""
+    path = run.path / "layer.json"
+    found = load_json(path) if path.exists() else {}
+    if isinstance(found, list):
+        return {"scores": found, "told": "--layer auto"}
+    return load_object(path, "scores", "told") if found else {}
 
 
 def _judge_name(text: str, judgements: Sequence[Judgement]) -> tuple[str, str]:

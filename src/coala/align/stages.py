@@ -9,7 +9,7 @@ owns it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,12 +22,13 @@ from coala.store import (
     FeatureStore,
     claim,
     digest,
+    discard,
     file_digest,
     link_features,
     load_features,
     load_generations,
     load_head,
-    load_json,
+    load_object,
     load_pairs,
     save_features,
     save_generations,
@@ -40,10 +41,16 @@ from coala.store import (
 from coala.values import Pair, conversation_text
 
 if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
     from coala.decoding import Guidance
+    from coala.values import ConvexHead, Generation
 
 
 PORTION = 32  # rows decoded together
+# On a CPU the same number of rows takes as many times as long: progress and what a kill costs go by portions.
+SLOW_PORTION = 8
+MOST_WIDTH = 10.0  # points of accuracy within which held-out pairs should tell
+PORTIONS = "portions"  # folder of replies that are not all written yet
 
 
 # --- the stages --------------------------------------------------------------------------------------------------
@@ -71,6 +78,8 @@ def _pairs(job: Work) -> None:
             train, evaluation = list(findings[0].pairs), list(findings[1].pairs)
         else:
             train, evaluation = split(findings[0].pairs, recipe.eval_fraction, seed=recipe.seed)
+        for line in power_of(evaluation, recipe):
+            job.note(line)
         save_pairs(job.path("pairs-train.jsonl"), train)
         save_pairs(job.path("pairs-eval.jsonl"), evaluation)
         return {
@@ -103,7 +112,8 @@ def _features(job: Work) -> None:
             backbone = job.backbone()
             pairs = load_pairs(source)
             spec = backbone.spec(layer, model.pooling, model.ends_with_eos, model.max_tokens)
-            plan = survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
+            known = job.loaded.pop("plan", None) if part == "train" else None
+            plan = known or survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
             in_all = plan.facts["tokens"]
             target = job.path(f"features/{part}")
             # All that decides the bits of the features, and so the same for every head, seed and sweep.
@@ -162,7 +172,8 @@ def _features(job: Work) -> None:
 
 def _layer(job: Work) -> int:
     """The layer asked for, or the one that a sample of the training pairs speaks for."""
-    from coala.align.depth import choose_layer, layer_table
+    from coala.align.depth import SHARE, choose_layer
+    from coala.features import survey
 
     model = job.recipe.model
     if model.layer != "auto":
@@ -172,19 +183,24 @@ def _layer(job: Work) -> int:
     def work() -> None:
         backbone, pairs = job.backbone(), load_pairs(source)
         spec = backbone.spec(-1, model.pooling, model.ends_with_eos, model.max_tokens)
-        scores = choose_layer(
+        # The rows are those of the extraction, whatever its layer.
+        job.loaded["plan"] = plan = survey(pairs, backbone, spec, prompt_features=job.recipe.prompt_features)
+        choice = choose_layer(
             pairs,
             backbone,
             spec,
+            plan=plan,
             batch_tokens=model.batch_tokens,
             seed=job.recipe.seed,
             on_batch=lambda done, total, tokens: job.show("layer", done, total, "pairs of a sample, all layers"),
         )
-        save_json(job.path("layer.json"), layer_table(scores))
+        save_json(job.path("layer.json"), choice.to_dict())
 
-    job.once("layer", {"pairs": file_digest(source), "model": job.model_stamp()}, ["layer.json"], work)
-    chosen: int = next(row["layer"] for row in load_json(job.path("layer.json")) if row["chosen"])
-    return chosen
+    inputs = {"pairs": file_digest(source), "model": job.model_stamp(), "share": SHARE}
+    job.once("layer", inputs, ["layer.json"], work)
+    found = load_object(job.path("layer.json"), "layer", "told")
+    job.note(found["told"])
+    return int(found["layer"])
 
 
 def _head(job: Work) -> None:
@@ -248,28 +264,12 @@ def _replies(job: Work) -> None:
             "settings": [settings.max_new_tokens, settings.temperature, job.recipe.seed],
         }
 
-        def work(method: str = method, stage: str = stage) -> dict[str, Any]:
-            from coala.decoding import generate
-
+        def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
+            job.show(stage, 0, len(chosen))
             backbone, head, guidance = job.backbone(), load_head(job.path("head")), guidance_of(job.recipe)
             guidance = guidance.at(settings.temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
-            replies = []
-            # In portions only so that progress shows: a reply does not depend on what is decoded beside it.
-            for first in range(0, len(chosen), PORTION):
-                job.show(stage, first, len(chosen))
-                some = chosen[first : first + PORTION]
-                replies += generate(
-                    [pair.prompt for pair in some],
-                    backbone,
-                    head,
-                    rule,
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    seed=job.recipe.seed,
-                    prompt_ids=[prompt_id(pair) for pair in some],
-                    batch_size=max(1, PORTION // rule.rows),
-                )
+            replies = _written(job, stage, chosen, backbone, head, rule, digest(inputs))
             prompts = {prompt_id(pair): pair.prompt for pair in chosen}
             save_generations(job.path(f"generations-{method}.jsonl"), replies, prompts)
             flops: int = sum(
@@ -286,6 +286,50 @@ def _replies(job: Work) -> None:
             return {"n": len(replies), "flops": flops * rule.written}
 
         job.once(stage, inputs, [f"generations-{method}.jsonl"], work)
+    discard(job.path(PORTIONS))
+
+
+def _written(
+    job: Work,
+    stage: str,
+    chosen: Sequence[Pair],
+    backbone: LanguageModel,
+    head: ConvexHead,
+    rule: Guidance,
+    about: str,
+) -> list[Generation]:
+    """A reply to each of ``chosen``, kept portion by portion under ``about``, the digest of all that decides them.
+
+    Portions are always the same prompts, so that a resumed run decodes what an unbroken one would have.
+    """
+    from coala.decoding import generate
+
+    settings = job.recipe.evaluation
+    rows = PORTION if backbone.device.type != "cpu" else SLOW_PORTION
+    at_once = max(1, rows // rule.rows)
+    path = job.path(f"{PORTIONS}/{stage}-{about[:12]}.jsonl")
+    replies = load_generations(path) if path.exists() else []
+    ids = [prompt_id(pair) for pair in chosen]
+    if [reply.prompt_id for reply in replies] != ids[: len(replies)] or len(replies) % at_once:
+        replies = []
+    job.show(stage, len(replies), len(chosen))
+    for first in range(len(replies), len(chosen), at_once):
+        some = slice(first, first + at_once)
+        replies += generate(
+            [pair.prompt for pair in chosen[some]],
+            backbone,
+            head,
+            rule,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=job.recipe.seed,
+            prompt_ids=ids[some],
+            batch_size=at_once,
+        )
+        if len(replies) < len(chosen):
+            save_generations(path, replies)
+        job.show(stage, len(replies), len(chosen), f"{len(replies)} of {len(chosen)} replies")
+    return replies
 
 
 def _judgements(job: Work) -> None:
@@ -319,6 +363,25 @@ def _judgements(job: Work) -> None:
             save_judgements(job.path(f"judgements-{name}.jsonl"), found.judgements)
 
         job.once(stage, inputs, [f"judgements-{name}.jsonl"], work)
+
+
+def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
+    """What so many held-out pairs cannot show, and what is asked for beyond what they have."""
+    lines = []
+    groups = len({pair.group for pair in held_out})
+    # Half the width of the interval of a share near a half.
+    width = 100 * 1.96 * (0.25 / max(1, groups)) ** 0.5
+    if width > MOST_WIDTH:
+        more = "" if recipe.eval_pairs else f" (--eval-fraction is {recipe.eval_fraction:g})"
+        few = f"{len(held_out)} held-out pair{'' if len(held_out) == 1 else 's'} in {groups} group"
+        few += "" if groups == 1 else "s"
+        lines.append(f"{few} tell accuracy within about {min(width, 50):.0f} points only: hold out more{more}")
+    prompts = len({conversation_text(pair.prompt) for pair in held_out})
+    if recipe.evaluation.prompts > prompts:
+        lines.append(
+            f"{recipe.evaluation.prompts} prompts are to be answered; {prompts} are held out: all are answered"
+        )
+    return lines
 
 
 def prompt_id(pair: Pair) -> str:

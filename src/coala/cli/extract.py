@@ -54,13 +54,13 @@ def extract(
 
     Example: `coala extract pairs.jsonl --model ./my-model --out features`
     """
-    from coala.align.depth import choose_layer, layer_table
+    from coala.align.depth import choose_layer
     from coala.backbone import load_backbone
     from coala.cli.screen import emit, progress, say, table
     from coala.data import read_pairs
     from coala.features import Job, survey, workers
     from coala.features import extract as extract_features
-    from coala.store import FeatureStore, Run, load_json, save_features, save_json
+    from coala.store import FeatureStore, Run, load_object, save_features, save_json
 
     with Run(out).held(), progress() as show:
         found = list(read_pairs(pairs, format))
@@ -80,24 +80,26 @@ def extract(
             return lambda done, total, tokens: show(stage, tokens, in_all, f"{done:,} of {total:,} pairs")
 
         spec = backbone.spec(pooling=pooling, max_tokens=max_tokens)
+        plan = survey(found, backbone, spec, prompt_features=prompt_features)
+        rows: list[dict[str, Any]] = []
+        number = layer
         if layer == "auto":
-            # Chosen once: what continues a killed run reads the same layer.
+            # Chosen once: what resumes a killed run reads the same layer.
             if not (out / "layer.json").exists():
-                scores = choose_layer(
+                choice = choose_layer(
                     found,
                     backbone,
                     spec,
+                    plan=plan,
                     batch_tokens=batch_tokens,
                     on_batch=lambda done, total, tokens: show("layer", done, total, "pairs of a sample, all layers"),
                 )
-                save_json(out / "layer.json", layer_table(scores))
-            rows = load_json(out / "layer.json")
-            spec = backbone.spec(next(row["layer"] for row in rows if row["chosen"]), pooling, max_tokens=max_tokens)
-        else:
-            rows = []
-            spec = backbone.spec(int(layer), pooling, max_tokens=max_tokens)
+                save_json(out / "layer.json", choice.to_dict())
+            kept = load_object(out / "layer.json", "layer", "scores", "told")
+            say(kept["told"])
+            rows, number = kept["scores"], kept["layer"]
+        spec = backbone.spec(int(number), pooling, max_tokens=max_tokens)
         shards = FeatureStore(out / "shards")
-        plan = survey(found, backbone, spec, prompt_features=prompt_features)
         options: dict[str, Any] = {
             "prefixes": prefixes,
             "batch_tokens": batch_tokens,

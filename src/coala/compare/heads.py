@@ -16,6 +16,7 @@ from coala.store import FeatureStore, load_features, save_features, save_head, s
 from coala.values import FeatureSet
 
 if TYPE_CHECKING:
+    from coala.align.depth import LayerChoice
     from coala.backbone import LanguageModel
     from coala.convex import Fit
 
@@ -55,8 +56,8 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
     layer: int = -1 if method.layer == "auto" else method.layer
     if method.layer == "auto":
         with costs.of("search") as about:
-            layers, about["flops"] = _chosen_layer(work, method, backbone)
-        layer = next(row["layer"] for row in layers if row["chosen"])
+            choice, about["flops"] = _chosen_layer(work, method, backbone)
+        layer, layers = choice.layer, choice.to_dict()["scores"]
     spec = backbone.spec(layer, method.pooling, work.model.ends_with_eos, work.model.max_tokens)
     facts: dict[str, Any] = {}
     for part in ("train", "test"):
@@ -89,9 +90,9 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
     return {**facts, "layers": layers}
 
 
-def _chosen_layer(work: Work, method: Method, backbone: LanguageModel) -> tuple[list[dict[str, Any]], int]:
-    """Scores of layers on a sample, and the FLOPs of reading that sample at full depth."""
-    from coala.align.depth import choose_layer, layer_table
+def _chosen_layer(work: Work, method: Method, backbone: LanguageModel) -> tuple[LayerChoice, int]:
+    """The layer that a sample speaks for, and the FLOPs of reading that sample at full depth."""
+    from coala.align.depth import choose_layer
     from coala.costs import extraction_flops
     from coala.features import survey
 
@@ -99,10 +100,12 @@ def _chosen_layer(work: Work, method: Method, backbone: LanguageModel) -> tuple[
     most = work.study.evaluation.layer_sample
     spec = backbone.spec(-1, method.pooling, work.model.ends_with_eos, work.model.max_tokens)
     seed = work.study.split.seed
-    scores = choose_layer(sample, backbone, spec, most_pairs=most, batch_tokens=work.model.batch_tokens, seed=seed)
     plan = survey(sample, backbone, spec)
+    choice = choose_layer(
+        sample, backbone, spec, plan=plan, most_pairs=most, batch_tokens=work.model.batch_tokens, seed=seed
+    )
     whole = extraction_flops(backbone.shape, plan.lengths, own=plan.own_lengths)
-    return layer_table(scores), round(whole * min(1.0, most / len(sample)))
+    return choice, round(whole * choice.share)
 
 
 def loaded(work: Work, part: str) -> FeatureSet:

@@ -233,6 +233,14 @@ def working_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def discard(path: Path) -> None:
+    """Delete a file or folder that nothing needs any more, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # --- locks -------------------------------------------------------------------------------------------------------
 
 
