@@ -48,4 +48,12 @@ def battles(
     why = place_alone(*zip(*both, strict=True)) if both else ""
     remarks = (f"{several} games give verdicts that differ; the last counts, as published",) if several else ()
     first, second = zip(*names, strict=True) if names else ((), ())
-    return Battles(np.array(first), np.array(second), np.array(outcomes), np.array(questions), failed, remarks, {names[0]: why} if why else {})
+    return Battles(
+        np.array(first),
+        np.array(second),
+        np.array(outcomes),
+        np.array(questions),
+        failed,
+        remarks,
+        {names[0]: why} if why else {},
+    )

@@ -18,7 +18,6 @@ from coala.evaluation.judges.protocol import JudgeFailure
 from coala.evaluation.mtbench import ERROR, HIGHEST, LOWEST, parse_game, parse_rating, ratings_in
 from coala.evaluation.rows import as_number, shown
 
-
 _BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 
 
@@ -26,7 +25,8 @@ _BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECAS
 class Answer:
     """What a judge said: ``text``, why it ended, and for one-token verdicts the likeliest first tokens (nats).
 
-    ``reasoning`` is what the endpoint gave as thoughts, apart from the text; no verdict is read from it. Kept as it came, so that a verdict can be read again without being bought again.
+    ``reasoning`` is what the endpoint gave as thoughts, apart from the text; no verdict is read from it. Kept as it
+    came, so that a verdict can be read again without being bought again.
     """
 
     text: str
