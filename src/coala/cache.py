@@ -1,11 +1,14 @@
 """Answers that were paid for, kept in one SQLite file: a key gives the text it was put with.
 
 Made for kills and for company: every answer is committed on its own, in a write-ahead log that several threads and
-processes share. Knows nothing of what keys and answers mean.
+processes share. SQLite takes a log that is damaged or gone for one that ends sooner; so the number of answers is kept
+beside the file too, and what is missing is told. Knows nothing of what keys and answers mean.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import threading
 import time
@@ -22,7 +25,8 @@ _PATIENCE = 60.0  # seconds to wait for another process to finish its write
 class VerdictCache:
     """Texts by key in the file ``path``, which is made if its folder exists; safe for threads and processes.
 
-    Raises :class:`CoalaError` for a file that is something else, damaged, or cannot be written.
+    ``damage`` says, in a sentence, that answers which were kept are gone; empty if none are. Raises
+    :class:`CoalaError` for a file that is something else, damaged, or cannot be written.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -30,6 +34,8 @@ class VerdictCache:
         self._lock = threading.Lock()
         if not self.path.parent.is_dir():
             raise CoalaError(f"{self.path.parent}: there is no such folder to keep verdicts in. Make it first.")
+        was_there = self.path.exists()
+        self._count: int | None = None  # the file beside, open
         try:
             # One connection behind a lock: a verdict takes seconds to buy and a millisecond to keep.
             self._connection = sqlite3.connect(
@@ -39,6 +45,7 @@ class VerdictCache:
             raise self._fault(error) from None
         try:
             self._prepare()
+            self.damage = self._missing(was_there)
         except sqlite3.Error as error:
             self._connection.close()
             raise self._fault(error) from None
@@ -54,6 +61,8 @@ class VerdictCache:
     def put(self, key: str, answer: str) -> None:
         """Keep ``answer``; on return it is on disk. An earlier one under the same key is replaced."""
         self._run("INSERT OR REPLACE INTO verdicts (key, answer) VALUES (?, ?)", key, answer)
+        # After the answer: a kill in between leaves a count that is too low, which is no damage.
+        self._write_count(self._counted())
 
     def __bool__(self) -> bool:
         """An empty cache is one all the same: without this, `if cache` would tell it from a full one."""
@@ -65,6 +74,9 @@ class VerdictCache:
     def close(self) -> None:
         with self._lock:
             self._connection.close()
+            if self._count is not None:
+                os.close(self._count)
+                self._count = None
 
     def __enter__(self) -> VerdictCache:
         return self
@@ -96,7 +108,43 @@ class VerdictCache:
         self._connection.execute(
             "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID"
         )
+        # Counted in the same transaction as the answer, so that a lost part of the log takes the count back with it.
+        self._connection.execute("CREATE TABLE IF NOT EXISTS puts (n INTEGER NOT NULL)")
+        self._connection.execute("INSERT INTO puts SELECT count(*) FROM verdicts WHERE NOT EXISTS (SELECT 1 FROM puts)")
+        self._connection.execute(
+            "CREATE TRIGGER IF NOT EXISTS counted AFTER INSERT ON verdicts BEGIN UPDATE puts SET n = n + 1; END"
+        )
         self._connection.execute("COMMIT")
+
+    def _counted(self) -> int:
+        """How often an answer was put, by the database."""
+        return int(self._run("SELECT n FROM puts")[0][0])
+
+    def _write_count(self, n: int) -> None:
+        if self._count is not None:
+            # Always of one length: a reader never finds half a number.
+            os.pwrite(self._count, b"%020d\n" % n, 0)
+
+    def _missing(self, was_there: bool) -> str:
+        """What is said of answers that were put and are gone; said once."""
+        # Whoever cannot write the count loses the check, not the answers.
+        with contextlib.suppress(OSError):
+            beside = self.path.with_name(f"{self.path.name}-count")
+            self._count = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if self._count is None:
+            return ""
+        now, written = self._counted(), os.pread(self._count, 32, 0)
+        before = int(written) if written.strip().isdigit() else 0
+        if before <= now:
+            return ""
+        self._write_count(now)
+        return (
+            f"{self.path}: {before - now} of {before} answers that were kept here are gone: its write-ahead log "
+            f"({self.path.name}-wal) was damaged or deleted, or the file is an older copy. They will be asked for "
+            "again."
+            if was_there
+            else ""
+        )
 
     def _run(self, statement: str, *values: str) -> list[Any]:
         try:

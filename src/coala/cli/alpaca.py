@@ -135,6 +135,7 @@ def alpaca(
     """
     from coala.cli.screen import finish, say, table
     from coala.evaluation.alpaca import read_annotations, read_output_lengths
+    from coala.evaluation.order_effects import remarks_on
     from coala.report import Evaluation
     from coala.values import CoalaError
 
@@ -187,6 +188,8 @@ def alpaca(
     folder = run.path / "alpaca" / "-".join(stem(str(part)) for part in parts)
     saved = _save(folder, held)
     found = control.figures(read_annotations(saved["annotations"]), None, alone=True)
+    more = (*held.chosen.remarks, *remarks_on(held.found.judgements))
+    remarks = (*found.remarks, *(said for said in more if said not in found.remarks))
     rate = ["judged by", held.chosen.judge.name]
     table([*found.shown, rate, *judged_rows(held.found)], [found.raw.model, "percent"])
     if held.found.stopped:
@@ -203,15 +206,17 @@ def alpaca(
         settings={**control.settings, **described(run, manner), "orders": "one, drawn" if one_order else "both"},
         facts={
             **found.facts,
-            **spending(held.found.n_unjudged, held.found.n_comparisons, held.found.stopped, held.found.cost),
+            **spending(
+                held.found.n_unjudged, held.found.n_comparisons, held.found.stopped, held.found.cost, held.found.words
+            ),
         },
         failures=held.found.failures,
         samples=comparisons(held.ours, held.reference, held.found.judgements, held.prompts),
-        remarks=found.remarks,
+        remarks=remarks,
     )
     paths = {role: str(path) for role, path in saved.items()}
     result = {**found.result, "judge": held.chosen.judge.name, **about(held.found), **paths}
-    finish(result | keep(run, evaluation), found.remarks)
+    finish(result | keep(run, evaluation), remarks)
     if held.found.stopped:
         raise typer.Exit(NOT_ALL)
 
@@ -261,9 +266,9 @@ class _Control:
         raw = win_rate(rows, outputs)
         shown = [
             ["win rate", interval(raw.win_rate)],
-            ["standard error", f"{raw.standard_error:.4f}"],
+            ["standard error", _number(raw.standard_error)],
             ["wins / losses / ties", f"{raw.n_wins} / {raw.n_wins_base} / {raw.n_draws}"],
-            ["discrete", f"{raw.discrete:.4f}"],
+            ["discrete", _number(raw.discrete)],
             ["excluding ties", interval(raw.excluding_ties)],
             ["average length", f"{raw.average_length} characters"],
             ["reference", f"{raw.baseline}, {raw.baseline_length:.0f} characters on average"],
@@ -278,7 +283,7 @@ class _Control:
             beside = f"n = {controlled.win_rate.n}, against {controlled.baseline} ({mean})"
             error = controlled.standard_error
             shown.insert(1, ["length-controlled", f"{interval(controlled.win_rate)} {beside}"])
-            shown.insert(3, ["its published error" if self.files else "its standard error", f"{error:.4f}"])
+            shown.insert(3, ["its published error" if self.files else "its standard error", _number(error)])
             result["length_controlled"] = {k: v for k, v in vars(controlled).items() if k != "predictions"}
             figures.append(figure("length-controlled win rate", controlled.win_rate, "percent", 50.0))
             facts["standard error of the length-controlled"] = error
@@ -297,6 +302,8 @@ class _Control:
 
         from coala.evaluation.length_control import length_controlled, read_calibration, read_difficulty
 
+        if rows.nothing_said:
+            return None
         if self.difficulty is None or self.calibration is None:
             if not alone or not np.isfinite(rows.preference).any():
                 return None
@@ -366,6 +373,10 @@ def _samples(path: Path) -> list[Any]:
         )
         for row in spread(whole)
     ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
 def _penalty(text: str) -> float | Literal["cv"] | None:

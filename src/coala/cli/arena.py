@@ -31,6 +31,7 @@ from coala.cli.judging import (
     Cache,
     Concurrency,
     KeyEnv,
+    Local,
     MaxCalls,
     MaxTokens,
     Sampling,
@@ -96,6 +97,7 @@ def arena(
     temperature: Temperature = None,
     limit: Limit = None,
     by: Annotated[str, typer.Option("--judge", help="arena, or a folder with a judge.yaml of mode arena.")] = "arena",
+    local: Local = None,
     base_url: BaseUrl = None,
     key_env: KeyEnv = "OPENAI_API_KEY",
     cache: Cache = None,
@@ -119,6 +121,7 @@ def arena(
     from coala.cli.screen import finish, interval, say, table
     from coala.evaluation.arena import read_battles, score
     from coala.evaluation.judges import read_instructions
+    from coala.evaluation.order_effects import remarks_on
     from coala.report import Evaluation
     from coala.values import CoalaError
 
@@ -138,7 +141,7 @@ def arena(
             manner=manner,
             limit=limit,
             by=by,
-            local=None,
+            local=local,
             service=service,
             cache=cache,
             concurrency=concurrency,
@@ -146,7 +149,8 @@ def arena(
         )
         assert held.battles is not None
         if not len(held.battles):
-            raise CoalaError("No game has a verdict: see the failures above, and judge again.")
+            words = "; ".join(f"{kind}: {text}" for kind, text in held.found.words.items())
+            raise CoalaError(f"No game has a verdict. {words or 'The judge said nothing.'} The replies are kept.")
         battles, baseline = held.battles, held.reference[0].method
         files, judge = {"prompts": prompts, **_given(reference), **held.chosen.files}, held.chosen.facts
         settings = described(run, manner)
@@ -161,7 +165,8 @@ def arena(
     rows = []
     for one in sorted(scores.values(), key=lambda one: -one.score.value):
         rating = f"{one.rating:.1f}" if math.isfinite(one.rating) else "-"
-        ends = f"[{one.published_interval.low:.2f}, {one.published_interval.high:.2f}]"
+        spread = one.published_interval
+        ends = f"[{spread.low:.2f}, {spread.high:.2f}]" if math.isfinite(spread.value) else spread.absent
         counts = f"{one.wins} / {one.losses} / {one.ties}"
         cells = [one.model, interval(one.score), ends, interval(one.excluding_ties), counts, rating, str(one.score.n)]
         rows.append([*cells, *([interval(controlled.scores[one.model])] if controlled else [])])
@@ -176,11 +181,15 @@ def arena(
         figures += [figure(f"{n}, style controlled", value, "percent", 50.0) for n, value in controlled.scores.items()]
     facts: dict[str, Any] = {"baseline": baseline, "games without a verdict": battles.n_failed}
     facts |= {f"{one.model}, win / loss / tie": f"{one.wins} / {one.losses} / {one.ties}" for one in scores.values()}
+    remarks = battles.remarks
     if held is not None:
+        remarks = (*held.chosen.remarks, *remarks, *remarks_on(held.found.judgements))
         table(judged_rows(held.found))
         result |= {"judge": held.chosen.judge.name, **about(held.found)}
         figures += order_figures(held.found)
-        facts |= spending(held.found.n_unjudged, held.found.n_comparisons, held.found.stopped, held.found.cost)
+        facts |= spending(
+            held.found.n_unjudged, held.found.n_comparisons, held.found.stopped, held.found.cost, held.found.words
+        )
         if held.found.stopped:
             say(f"stopped: {held.found.stopped}")
     whose = ", ".join(scores)
@@ -196,9 +205,9 @@ def arena(
         facts=facts,
         failures=held.found.failures if held is not None else {},
         samples=[] if held is None else comparisons(held.ours, held.reference, held.found.judgements, held.prompts),
-        remarks=battles.remarks,
+        remarks=remarks,
     )
-    finish(result | keep(run, evaluation), battles.remarks)
+    finish(result | keep(run, evaluation), remarks)
     if held is not None and held.found.stopped:
         raise typer.Exit(NOT_ALL)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from coala.cli.judging import Chosen, Service, choose, tell_failures
+from coala.cli.judging import VERDICTS, Chosen, Service, choose, tell_failures
 
 if TYPE_CHECKING:
     from coala.align.answers import Asked, Manner
@@ -85,7 +85,7 @@ def hold(
             f"{error}\nThe prompts come without a baseline's replies: name them with --reference FILE, or compare with "
             "the run's own model by --reference unguided."
         ) from None
-    chosen = choose(by, local, service, cache or run.path / "verdicts.sqlite")
+    chosen = choose(by, local, service, cache or run.path / VERDICTS)
     with nullcontext() if chosen.kept is None else chosen.kept, progress() as show:
         ours = answer(run, asked, manner, on_reply=lambda done, total: show("replies", done, total))
         if reference == UNGUIDED:
@@ -103,7 +103,7 @@ def hold(
             chosen.judge,
             swap=True if orders == "both" else "drawn",
             prompts={one.id: one.prompt for one in asked},
-            concurrency=concurrency if chosen.kept is not None else 1,
+            concurrency=chosen.at_once(concurrency),
             on_progress=lambda done, total: show("judge", done, total),
             on_failure=tell_failures(),
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -220,6 +221,14 @@ def synthesize(
     dollars: Annotated[float | None, typer.Option(min=0, help="Spend no more dollars, at the recipe's prices.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Conversations held at a time.")] = None,
     requests_per_minute: Annotated[float | None, typer.Option(min=0, help="Requests sent per minute at most.")] = None,
+    send_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Send this environment variable as the recipe asks, although it is not named as a key or goes out "
+            "unencrypted; repeat.",
+        ),
+    ] = None,
 ) -> None:
     """Let a student and a tutor talk through any OpenAI-compatible endpoint, and keep what they say.
 
@@ -249,7 +258,7 @@ def synthesize(
         concurrency=concurrency,
         requests_per_minute=requests_per_minute,
     )
-    keys = _keys(settings)
+    keys = _keys(settings, send_key or (), str(recipe))
     path = out.with_name(out.name + ".journal")
     with _opened(path) as file, progress() as show:
         journal = read_journal(_contents(file), str(path))
@@ -281,18 +290,35 @@ def _row(conversation: dict[str, object]) -> bytes:
     return (json.dumps(conversation, ensure_ascii=False) + "\n").encode()
 
 
-def _keys(settings: SynthesisRecipe) -> dict[str, str]:
-    """The secrets the agents name, from the environment."""
-    from coala.data.agents import SynthesisError
+def _keys(settings: SynthesisRecipe, confirmed: Sequence[str], file: str) -> dict[str, str]:
+    """The secrets that the agents name, from the environment; says which of them goes where.
 
-    keys = {}
-    for name in {settings.student.key, settings.tutor.key} - {""}:
+    A recipe may be a stranger's: it names variables and hosts, so it could have any secret sent anywhere. What leaves
+    this machine and is not named as an API key, or would go out unencrypted, is sent only if ``confirmed``.
+    """
+    from coala.cli.screen import say
+    from coala.data.agents import SynthesisError
+    from coala.data.endpoint import bare
+    from coala.data.http import is_loopback
+
+    keys: dict[str, str] = {}
+    places = dict.fromkeys((agent.key, agent.base_url) for agent in (settings.student, settings.tutor) if agent.key)
+    for name, address in places:
         if not (value := os.environ.get(name, "").strip()):
             raise SynthesisError(
                 f"The recipe takes an API key from the environment variable {name}, which is not set. "
                 'Set it, or write `key: ""` for an endpoint without one.'
             )
+        asks, anyway = f"{file}: asks to send the value of ${name} to {bare(address)}", f"add --send-key {name}"
+        if name not in confirmed and not is_loopback(address):
+            if not re.fullmatch(r"\w*API_?(KEY|TOKEN)\w*", name, re.IGNORECASE | re.ASCII):
+                expected = "expected a variable named as an API key, such as OPENAI_API_KEY"
+                raise SynthesisError(f"{asks}; {expected}. Fix: name the right variable, or {anyway}.")
+            if not address.startswith("https://"):
+                raise SynthesisError(f'{asks} unencrypted; expected https. Fix: write https, `key: ""`, or {anyway}.')
         keys[name] = value
+    for name, address in places:
+        say(f"sends the value of ${name} to {bare(address)} (named in {file})")
     return keys
 
 

@@ -26,22 +26,24 @@ from coala.cli.judging import (
     Service,
     Timeout,
     about,
-    chat_facts,
-    chat_judge,
+    asking,
     choose,
     cost_rows,
     judged_rows,
+    kept_beside,
     load_replies,
     order_figures,
     spending,
     spent,
     stem,
     tell_failures,
+    told,
 )
 from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of, spread
 
 if TYPE_CHECKING:
+    from coala.cli.judging import Chosen
     from coala.evaluation.grading import Answered
     from coala.store import Run
     from coala.values import Generation, Turn
@@ -96,6 +98,7 @@ def judge(
     from coala.evaluation.arena_judging import battles
     from coala.evaluation.harness import judge_many
     from coala.evaluation.judges import ChatJudge
+    from coala.evaluation.order_effects import remarks_on
     from coala.report import Evaluation
     from coala.store import save_judgements
     from coala.values import CoalaError
@@ -106,7 +109,8 @@ def judge(
     target = out or sides[0].parent / f"judgements-{stem(named)}.jsonl"
     run = run_of(into, *sides)
     service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
-    chosen = choose(named, local, service, cache or target.parent / "verdicts.sqlite")
+    kept = cache or kept_beside(sides[0].parent, target.parent)
+    chosen = choose(named, local, service, kept)
     with nullcontext() if chosen.kept is None else chosen.kept, progress() as show:
         prompts = _prompts(pairs, sides[0], mine, needed=chosen.sees_prompts)
         found = judge_many(
@@ -115,7 +119,7 @@ def judge(
             chosen.judge,
             swap=not one_order,
             prompts=prompts,
-            concurrency=concurrency if chosen.kept is not None else 1,
+            concurrency=chosen.at_once(concurrency),
             on_progress=lambda done, total: show("judge", done, total),
             on_failure=tell_failures(),
         )
@@ -126,14 +130,16 @@ def judge(
             fought = battles(mine, theirs, chosen.judge, prompts)
     save_judgements(target, found.judgements)
     rate = win_rate(found.judgements)
+    remarks = (*chosen.remarks, *remarks_on(found.judgements))
     result: dict[str, Any] = {"out": str(target), "judge": chosen.judge.name, "win_rate": rate, **about(found)}
-    rows = [["win rate", str(rate)], *judged_rows(found)]
+    rows = [["win rate", told(rate)], *judged_rows(found)]
     figures = [figure("win rate", rate, even=0.5), *order_figures(found)]
     if fought is not None and len(fought):
         points = next(iter(score(fought, str(fought.second[0])).values())).score
+        remarks += fought.remarks
         result["arena"] = points
         figures.insert(1, figure("percent of battles, a strong verdict being three", points, "percent", 50.0))
-        rows.insert(1, ["percent of battles, a strong verdict being three", str(points)])
+        rows.insert(1, ["percent of battles, a strong verdict being three", told(points)])
     ahead = found.judgements[0].first if found.judgements else "nothing to judge"
     table(rows, [ahead, f"judged by {chosen.judge.name}"])
     if found.stopped:
@@ -149,12 +155,13 @@ def judge(
             files={"replies": sides[0], "reference": sides[1], "judgements": target, **chosen.files},
             judge=chosen.facts,
             settings={"orders": "ours first" if one_order else "both"},
-            facts=spending(found.n_unjudged, found.n_comparisons, found.stopped, found.cost),
+            facts=spending(found.n_unjudged, found.n_comparisons, found.stopped, found.cost, found.words),
             failures=found.failures,
+            remarks=remarks,
             samples=comparisons(mine, theirs, found.judgements, prompts, names=(names[0], names[1])),
         )
         result |= keep(run, evaluation)
-    finish(result, ())
+    finish(result, remarks)
     if found.stopped:
         raise typer.Exit(NOT_ALL)
 
@@ -167,6 +174,7 @@ def grade(
     by: Annotated[
         str, typer.Option("--judge", help="grade, a folder with judge.yaml, or a .jsonl of prompt templates.")
     ] = "grade",
+    local: Local = None,
     model: Model = None,
     base_url: BaseUrl = None,
     key_env: KeyEnv = "OPENAI_API_KEY",
@@ -187,6 +195,7 @@ def grade(
     `coala eval grade question.jsonl answers.jsonl --references gpt-4.jsonl --model gpt-4 --out graded.jsonl`
     """
     from coala.evaluation.grading import read_answered
+    from coala.evaluation.judges import read_instructions
 
     answered = read_answered(questions, answers, references)
     service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
@@ -194,9 +203,8 @@ def grade(
     grade_all(
         answered,
         by,
-        service,
+        asking(read_instructions(by, kind="single"), local, service, cache or kept_beside(answers.parent, out.parent)),
         out=out,
-        cache=cache,
         concurrency=concurrency,
         run=run_of(into, answers, out),
         files=files,
@@ -206,10 +214,9 @@ def grade(
 def grade_all(
     answered: Sequence[Answered],
     by: str,
-    service: Service,
+    named: Chosen,
     *,
     out: Path,
-    cache: Path | None,
     concurrency: int,
     run: Run | None,
     files: Mapping[str, Path],
@@ -218,23 +225,27 @@ def grade_all(
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Buy the grades, write them to ``out``, show and keep what they come to; exit code 1 if the judge stopped."""
+    """Have ``named``, called ``by``, grade; write the grades to ``out``, show and keep what they come to.
+
+    Exit code 1 if the judge stopped.
+    """
     import json
 
     from coala.cli.screen import finish, progress, say, table
     from coala.evaluation import mtbench
     from coala.evaluation.grading import grade_many
-    from coala.evaluation.judges import read_instructions
+    from coala.evaluation.judges import ChatJudge
     from coala.report import Evaluation, Sample
     from coala.store import write_atomic
     from coala.values import CoalaError
 
-    chosen, kept = chat_judge(read_instructions(by, kind="single"), service, cache or out.parent / "verdicts.sqlite")
-    with kept, progress() as show:
+    chosen = named.judge
+    assert isinstance(chosen, ChatJudge)
+    with nullcontext() if named.kept is None else named.kept, progress() as show:
         found = grade_many(
             answered,
             chosen,
-            concurrency=concurrency,
+            concurrency=named.at_once(concurrency),
             on_progress=lambda done, total: show("grade", done, total),
             on_failure=tell_failures(),
         )
@@ -243,20 +254,21 @@ def grade_all(
     write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
     ratings, remarks = mtbench.read_ratings(out)
     scores = mtbench.scores(ratings)
+    remarks = (*named.remarks, *remarks, *(f"{m}: {said}" for m, one in scores.items() for said in one.remarks))
     figures = []
     for one in scores.values():
         parts = {"overall": one.overall, **{f"turn {turn}": value for turn, value in one.by_turn.items()}}
-        table([[name, str(value)] for name, value in parts.items()], [one.model, f"graded by {chosen.name}"])
+        table([[name, told(value)] for name, value in parts.items()], [one.model, f"graded by {chosen.name}"])
         parts |= dict(one.by_category)
         figures += [figure(f"{one.model}, {name}", value, "plain") for name, value in parts.items()]
-    table(cost_rows(found.failures, found.cost, f"{found.n_unjudged} of {found.n_grades} grades"))
+    table(cost_rows(found.failures, found.cost, f"{found.n_unjudged} of {found.n_grades} grades", found.words))
     if found.stopped:
         say(f"stopped: {found.stopped}")
     result = {
         "out": str(out),
         "judge": chosen.name,
         "scores": {name: {"overall": one.overall, "by_turn": one.by_turn} for name, one in scores.items()},
-        **spent(found.failures, found.n_unjudged, found.stopped, found.cost),
+        **spent(found.failures, found.n_unjudged, found.stopped, found.cost, found.words),
     }
     names = ", ".join(scores)
     evaluation = Evaluation(
@@ -266,9 +278,9 @@ def grade_all(
         command=command_line(),
         figures=figures,
         files={**files, "grades": out},
-        judge=chat_facts(chosen),
+        judge=named.facts,
         settings=settings or {},
-        facts=spending(found.n_unjudged, found.n_grades, found.stopped, found.cost),
+        facts=spending(found.n_unjudged, found.n_grades, found.stopped, found.cost, found.words),
         failures=found.failures,
         samples=[
             Sample(

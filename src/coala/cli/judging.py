@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from coala.evaluation.harness import Judged
     from coala.evaluation.judges import Cost, Instructions, Judge, OpenAIJudge
     from coala.report import Figure
-    from coala.values import Generation, Turn
+    from coala.values import Estimate, Generation, Turn
 
 By = Annotated[
     str | None,
@@ -27,9 +27,11 @@ By = Annotated[
     ),
 ]
 Local = Annotated[
-    str | None, typer.Option(help="Judge with this model, loaded here, by the log-probabilities of the verdicts.")
+    str | None,
+    typer.Option(metavar="MODEL", help="Judge with this model, loaded here, by the log-probabilities of the verdicts."),
 ]
 OneOrder = Annotated[bool, typer.Option("--one-order", help="Ask about each prompt in one order only, at half cost.")]
+VERDICTS = "verdicts.sqlite"
 NOT_ALL = 1  # exit code: there are results, but the judge stopped before the end
 
 Model = Annotated[str | None, typer.Option(help="Model that judges, as the endpoint names it.")]
@@ -38,7 +40,10 @@ BaseUrl = Annotated[
 ]
 KeyEnv = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
 Cache = Annotated[
-    Path | None, typer.Option(help="File in which answers are kept, to be shared at will; beside OUT if not given.")
+    Path | None,
+    typer.Option(
+        help="File in which answers are kept, to be shared at will; verdicts.sqlite beside the replies if not given."
+    ),
 ]
 Concurrency = Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")]
 MaxCalls = Annotated[int | None, typer.Option(min=0, help="Stop after so many requests.")]
@@ -73,7 +78,7 @@ class Service:
 class Chosen:
     """A judge, where its answers are kept if they are paid for, and what a record tells of it: facts and files.
 
-    ``local`` judges run here, one comparison at a time; ``sees_prompts`` those that cannot do without them.
+    ``is_local`` judges run here, one comparison at a time; ``sees_prompts`` those that cannot do without them.
     """
 
     judge: Judge
@@ -81,6 +86,16 @@ class Chosen:
     facts: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     sees_prompts: bool = False
+    is_local: bool = True
+
+    def at_once(self, concurrency: int) -> int:
+        """How many comparisons at a time."""
+        return 1 if self.is_local else concurrency
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was asked otherwise than the judge's file says."""
+        return tuple(getattr(self.judge, "remarks", ()))
 
 
 def choose(by: str, local: str | None, service: Service, cache: Path) -> Chosen:
@@ -107,11 +122,42 @@ def choose(by: str, local: str | None, service: Service, cache: Path) -> Chosen:
         scorer = named.scorer()
         files = {} if named.path is None else {"judge": named.path}
         return Chosen(scorer, facts={"name": scorer.name}, files=files)
-    instructions = read_instructions(by)
+    return asking(read_instructions(by), local, service, cache)
+
+
+def asking(instructions: Instructions, local: str | None, service: Service, cache: Path) -> Chosen:
+    """The judge that asks a model as ``instructions`` say: the one loaded here, or one behind an endpoint."""
     if local is not None:
-        return _local(local, instructions)
+        return _local(local, instructions, service, cache)
     judge, kept = chat_judge(instructions, service, cache)
-    return Chosen(judge, kept, chat_facts(judge), sees_prompts=True)
+    return Chosen(judge, kept, chat_facts(judge), sees_prompts=True, is_local=False)
+
+
+def kept_beside(replies: Path, out: Path) -> Path:
+    """Where answers are kept if nothing is said: in the folder ``replies``, so that another OUT finds them again.
+
+    The folder ``out`` is taken if an earlier judging has kept its answers there, or ``replies`` cannot be written.
+    """
+    from coala.cli.screen import say
+
+    home, other = replies / VERDICTS, out / VERDICTS
+    if not home.exists() and (other.exists() or not os.access(replies, os.W_OK)):
+        return other
+    if other.exists() and other.resolve() != home.resolve():
+        say(f"note: answers are kept in {home}; those in {other} are not read. Give --cache {other} to read them.")
+    return home
+
+
+def opened(cache: Path) -> VerdictCache:
+    """The file of answers; says so if some that were kept there are lost."""
+    from coala.cache import VerdictCache
+    from coala.cli.screen import say
+
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    kept = VerdictCache(cache)
+    if kept.damage:
+        say(f"warning: {kept.damage}")
+    return kept
 
 
 def chat_facts(judge: OpenAIJudge) -> dict[str, Any]:
@@ -137,7 +183,8 @@ def _told_of(instructions: Instructions) -> dict[str, Any]:
 
 
 def chat_judge(instructions: Instructions, service: Service, cache: Path) -> tuple[OpenAIJudge, VerdictCache]:
-    from coala.cache import VerdictCache
+    from coala.cli.screen import say
+    from coala.data.http import is_loopback
     from coala.evaluation.judges import Budget, OpenAIJudge, Patience
     from coala.values import CoalaError
 
@@ -147,8 +194,10 @@ def chat_judge(instructions: Instructions, service: Service, cache: Path) -> tup
             f"The environment variable {service.key_env} holds no key. Set it, name another with --key-env, or give "
             "the --base-url of an endpoint that needs none."
         )
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    kept = VerdictCache(cache)
+    address = service.base_url or ""
+    if key and address.startswith("http://") and not is_loopback(address):
+        say(f"warning: the key in {service.key_env} goes to {bare(address)} unencrypted. Use https if it is a secret.")
+    kept = opened(cache)
     try:
         judge = OpenAIJudge(
             instructions,
@@ -167,12 +216,14 @@ def chat_judge(instructions: Instructions, service: Service, cache: Path) -> tup
     return judge, kept
 
 
-def _local(name: str, instructions: Instructions) -> Chosen:
+def _local(name: str, instructions: Instructions, service: Service, cache: Path) -> Chosen:
     from coala.backbone import load_backbone
     from coala.decoding import log_likelihood
-    from coala.evaluation.judges import JudgeFailure, LanguageModelJudge
-    from coala.values import Pair
+    from coala.evaluation.judges import ChatJudge, JudgeFailure, LocalEndpoint
+    from coala.values import CoalaError, Pair
 
+    if service.sampling:
+        raise CoalaError("--sampling has no effect on --local, which samples nothing. Leave it out.")
     model = load_backbone(name)
 
     def log_probs(prompt: Sequence[Turn], replies: Sequence[str]) -> list[float]:
@@ -182,9 +233,13 @@ def _local(name: str, instructions: Instructions) -> Chosen:
             raise JudgeFailure("too long", f"The question takes {tokens} tokens; {name} reads {model.max_tokens}.")
         return [value for value, _ in log_likelihood([prompt] * len(replies), replies, model)]
 
-    judge = LanguageModelJudge(f"{instructions.name} {Path(name).name}", instructions, log_probs)
-    facts = {"name": judge.name, "model": name, "weights": model.spec().weights, **_told_of(instructions)}
-    return Chosen(judge, facts=facts, sees_prompts=True)
+    spec = model.spec()
+    # The model by its content: a folder that was moved judges nothing again, one that was changed does.
+    endpoint = LocalEndpoint(instructions, log_probs, f"local {spec.weights} {spec.template} {model.max_tokens}")
+    kept = opened(cache)
+    judge = ChatJudge(instructions, endpoint, model=Path(name).name, keeper=kept, ask_again=service.ask_again)
+    facts = {"name": judge.name, "model": name, "weights": spec.weights, **_told_of(instructions)}
+    return Chosen(judge, kept, facts, sees_prompts=True)
 
 
 def _head(run: Path) -> Chosen:
@@ -267,13 +322,16 @@ def tell_failures() -> Any:
 
 def about(found: Judged) -> dict[str, Any]:
     """Order effects, failures and cost for the JSON line."""
-    costs = spent(found.failures, found.n_unjudged, found.stopped, found.cost)
+    costs = spent(found.failures, found.n_unjudged, found.stopped, found.cost, found.words)
     return {"n_comparisons": found.n_comparisons, **vars(found.consistency), **costs}
 
 
-def spent(failures: Mapping[str, int], n_unjudged: int, stopped: str, cost: Cost) -> dict[str, Any]:
+def spent(
+    failures: Mapping[str, int], n_unjudged: int, stopped: str, cost: Cost, words: Mapping[str, str]
+) -> dict[str, Any]:
     return {
         "failures": failures,
+        "failure_words": words,
         "n_unjudged": n_unjudged,
         "stopped": stopped,
         "cost": {**vars(cost), "tokens": cost.tokens},
@@ -294,26 +352,42 @@ def order_figures(found: Judged) -> list[Figure]:
     ]
 
 
-def spending(n_unjudged: int, n: int, stopped: str, cost: Cost) -> dict[str, Any]:
+def spending(n_unjudged: int, n: int, stopped: str, cost: Cost, words: Mapping[str, str]) -> dict[str, Any]:
     """What was judged and at what cost, for a record."""
     said = f"{cost.calls} calls, {cost.answers} answers, {cost.tokens} tokens; {cost.kept} taken from the cache"
     found: dict[str, Any] = {"not judged": f"{n_unjudged} of {n}"}
+    found |= {f"the first failure, {kind}": text for kind, text in words.items()}
     return found | ({"stopped": stopped} if stopped else {}) | {"cost of the last call": said}
 
 
 def judged_rows(found: Judged) -> list[list[str]]:
     about = found.consistency
     return [
-        ["position bias", f"{about.position_bias}; {about.n_first} times the first, {about.n_second} the second"],
-        ["inconsistency", str(about.inconsistency)],
-        ["preference for the first", str(about.first_place)],
-        *cost_rows(found.failures, found.cost, f"{found.n_unjudged} of {found.n_comparisons} comparisons"),
+        *(
+            [
+                [
+                    "position bias",
+                    f"{about.position_bias}; {about.n_first} times the first, {about.n_second} the second",
+                ],
+                ["inconsistency", str(about.inconsistency)],
+                ["preference for the first", str(about.first_place)],
+            ]
+            if about.position_bias.n
+            else [["position bias", "no verdicts in both orders"]]
+        ),
+        *cost_rows(found.failures, found.cost, f"{found.n_unjudged} of {found.n_comparisons} comparisons", found.words),
     ]
 
 
-def cost_rows(failures: Mapping[str, int], cost: Cost, unjudged: str) -> list[list[str]]:
+def told(found: Estimate) -> str:
+    """An estimate over verdicts, for a table."""
+    return str(found) if found.n else "no verdicts"
+
+
+def cost_rows(failures: Mapping[str, int], cost: Cost, unjudged: str, words: Mapping[str, str]) -> list[list[str]]:
     return [
         ["failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items()) or "none"],
+        *([f"the first of them ({kind})", text] for kind, text in words.items()),
         ["not judged", unjudged],
         ["cost", f"{cost.calls} calls, {cost.answers} answers, {cost.tokens} tokens; {cost.kept} taken from the cache"],
     ]

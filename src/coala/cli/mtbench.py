@@ -17,6 +17,7 @@ from coala.cli.judging import (
     Cache,
     Concurrency,
     KeyEnv,
+    Local,
     MaxCalls,
     MaxTokens,
     Model,
@@ -51,6 +52,7 @@ def mtbench(
     by: Annotated[
         str, typer.Option("--judge", help="grade, a folder with judge.yaml, or a .jsonl of prompt templates.")
     ] = "grade",
+    local: Local = None,
     model: Model = None,
     base_url: BaseUrl = None,
     key_env: KeyEnv = "OPENAI_API_KEY",
@@ -84,7 +86,8 @@ def mtbench(
         )
     service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
     manner = manner_of(unguided, max_new_tokens, temperature, seed)
-    _whole(run, questions, references, name or own_name(run, manner), manner, limit, by, service, cache, concurrency)
+    named = name or own_name(run, manner)
+    _whole(run, questions, references, named, manner, limit, by, local, service, cache, concurrency)
 
 
 def _whole(
@@ -95,6 +98,7 @@ def _whole(
     manner: Manner,
     limit: int | None,
     by: str,
+    local: str | None,
     service: Service,
     cache: Path | None,
     concurrency: int,
@@ -102,16 +106,15 @@ def _whole(
     """Answers in the published form, then grades for them."""
     from coala.align.answers import converse
     from coala.cli.judge import grade_all
-    from coala.cli.judging import chat_judge, stem
+    from coala.cli.judging import VERDICTS, asking, stem
     from coala.cli.screen import progress
     from coala.evaluation.grading import read_answered, read_questions
     from coala.evaluation.judges import read_instructions
     from coala.store import write_atomic
 
     asked = read_questions(questions)[:limit]
-    cache = cache or run.path / "verdicts.sqlite"
     # What can be wrong with the judge is told before hours of answering.
-    chat_judge(read_instructions(by, kind="single"), service, cache)[1].close()
+    judge = asking(read_instructions(by, kind="single"), local, service, cache or run.path / VERDICTS)
     with progress() as show:
         turns = [(one.question, one.turns) for one in asked]
         replies = converse(run, turns, manner, on_reply=lambda done, total: show("replies", done, total))
@@ -124,9 +127,10 @@ def _whole(
     grade_all(
         read_answered(questions, answers, references),
         by,
-        service,
-        out=answers.with_name(f"{answers.stem}-{'-'.join(map(stem, filter(None, (by, service.model))))}.jsonl"),
-        cache=cache,
+        judge,
+        out=answers.with_name(
+            f"{answers.stem}-{'-'.join(map(stem, filter(None, (by, local or service.model))))}.jsonl"
+        ),
         concurrency=concurrency,
         run=run,
         files={
@@ -152,7 +156,10 @@ def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
                 [
                     one.model,
                     f"{one.wins} / {one.losses} / {one.ties}",
-                    *(f"{rate.value:.4f}" for rate in (one.win_rate, one.loss_rate)),
+                    *(
+                        f"{rate.value:.4f}" if rate.value == rate.value else rate.absent
+                        for rate in (one.win_rate, one.loss_rate)
+                    ),
                     *map(interval, (one.adjusted, one.excluding_ties)),
                     str(one.n_errors),
                 ]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -18,6 +19,7 @@ from coala.data.budget import Budget
 from coala.data.findings import printable
 from coala.data.http import Address, Answer, Unanswered
 from coala.data.journal import Usage
+from coala.data.secrets import strike
 
 Post = Callable[[Address, Mapping[str, str], bytes, float], Awaitable[Answer]]
 LONGEST_WAIT = 60.0  # seconds, unless the endpoint itself asks for more
@@ -44,6 +46,7 @@ class Endpoint:
         self.requests = self.retries = 0
         self._post = post
         self._keys = keys
+        self._secrets = tuple(keys.values())
         self._free_at = 0.0  # when the next request may start
         self._paused_until: dict[str, float] = {}
         self._addresses: dict[str, Address] = {}
@@ -68,22 +71,24 @@ class Endpoint:
             self.requests += 1
             try:
                 answer = await self._post(address, headers, body, self.limits.timeout)
+                said = _said(answer, self._secrets)
                 used = Usage()
                 if answer.status == 200:
                     used = bound
                     reply, used = _read(answer, agent, bound)
+                    reply = replace(reply, text=self._struck(reply.text), model=self._struck(reply.model))
                 else:
-                    trouble = f"status {answer.status}: {_said(answer)}"
+                    trouble = f"status {answer.status}: {said}"
                     wait = _retry_after(answer)
-                    if answer.status == 400 and "content_filter" in _said(answer):
+                    if answer.status == 400 and "content_filter" in said:
                         reply = Reply("", "content_filter", agent.model)
-                    elif answer.status not in PASSING or "insufficient_quota" in _said(answer):
-                        raise _refused(agent, answer)
+                    elif answer.status not in PASSING or "insufficient_quota" in said:
+                        raise _refused(agent, answer, said, self._secrets)
             except Unanswered as error:
-                trouble = str(error)
+                trouble = self._struck(str(error))
                 used = bound if error.sent else Usage()
             except ValueError as error:
-                trouble = str(error)
+                trouble = self._struck(str(error))
             finally:
                 await self.budget.settle((bound.tokens, bound.nanodollars), used)
                 count(used)
@@ -100,18 +105,21 @@ class Endpoint:
                     # Spread out, so that what failed together does not come back together.
                     await asyncio.sleep(longest * (0.5 + 0.5 * chance(seed, len(body), time_of_asking)))
         raise SynthesisError(
-            f"{agent.base_url}: no usable answer after {self.limits.retries + 1} requests "
+            f"{bare(agent.base_url)}: no usable answer after {self.limits.retries + 1} requests "
             f"(last: {printable(trouble)}). "
             "Finished conversations are kept: run the same command again once the endpoint is well, or raise "
             "limits.retries."
         )
+
+    def _struck(self, text: str) -> str:
+        return strike(text, self._secrets)
 
     def _address(self, agent: Agent) -> tuple[Address, dict[str, str]]:
         address = self._addresses.get(agent.base_url)
         if address is None:
             address = Address.of(agent.base_url.rstrip("/") + "/chat/completions")
             self._addresses[agent.base_url] = address
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if agent.key and (key := self._keys.get(agent.key)):
             headers["Authorization"] = f"Bearer {key}"
         return address, headers
@@ -182,8 +190,15 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _said(answer: Answer) -> str:
-    return printable(" ".join(answer.body[:500].decode("utf-8", "replace").split()))[:300]
+def bare(address: str) -> str:
+    """An address without the name and password that it may hold."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", address)
+
+
+def _said(answer: Answer, secrets: Sequence[str]) -> str:
+    # Struck out before it is cut: a part of a key is a part of a secret.
+    text = strike(answer.body[:5000].decode("utf-8", "replace"), secrets)
+    return printable(" ".join(text[:500].split()))[:300]
 
 
 def _retry_after(answer: Answer) -> float | None:
@@ -199,7 +214,14 @@ def _retry_after(answer: Answer) -> float | None:
     return min(max(wait, 0.0), 86_400.0) if wait == wait else None
 
 
-def _refused(agent: Agent, answer: Answer) -> SynthesisError:
+def _refused(agent: Agent, answer: Answer, said: str, secrets: Sequence[str]) -> SynthesisError:
+    if 300 <= answer.status < 400:
+        there = printable(strike(answer.headers.get("location", "another address"), secrets))[:120]
+        return SynthesisError(
+            f"{bare(agent.base_url)}: redirects to {there} (status {answer.status}); redirects are not followed, since "
+            "the key would go there. Fix: write that address as base_url, if you trust it. Finished conversations are "
+            "kept."
+        )
     mend = {
         401: f"Set the environment variable {agent.key or '(none is named: set `key`)'} to a valid key.",
         403: "Check that the key may use this model.",
@@ -207,6 +229,6 @@ def _refused(agent: Agent, answer: Answer) -> SynthesisError:
         429: "The account has no credit left.",
     }.get(answer.status, "Mend the recipe or the endpoint.")
     return SynthesisError(
-        f"{agent.base_url}: refused a request to {agent.model} with status {answer.status}: {_said(answer)}. {mend} "
+        f"{bare(agent.base_url)}: refused a request to {agent.model} with status {answer.status}: {said}. {mend} "
         "Finished conversations are kept."
     )

@@ -6,6 +6,7 @@ The standard library alone; no proxies, no redirects. Knows nothing of what is s
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import ssl
 import time
 from collections import defaultdict
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 from coala.data.agents import SynthesisError
 
+MOST_INTERIM = 16  # answers of status 1xx before the one that counts
 LARGEST = 16 * 2**20  # bytes of one answer
 IDLE = 4.0  # seconds after which a connection is not used again: servers close theirs after five
 
@@ -61,6 +63,15 @@ class Address:
         is_tls = parts.scheme == "https"
         query = f"?{parts.query}" if parts.query else ""
         return cls(host, port or (443 if is_tls else 80), path + query, is_tls)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine: localhost, 127.0.0.0/8 or ::1."""
+    host = (urlsplit(url).hostname or "").removesuffix(".")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -134,10 +145,17 @@ async def _exchange(
     writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
     await writer.drain()
     status, found = await _head(reader)
-    while 100 <= status < 200:  # interim answers
+    interim = 0
+    while 100 <= status < 200:
+        interim += 1
+        if interim > MOST_INTERIM:
+            raise ValueError(f"over {MOST_INTERIM} answers of status 1xx")
         status, found = await _head(reader)
     coding = found.get("transfer-encoding", "").lower()
     reusable = found.get("connection", "").lower() != "close"
+    # What is not compressed cannot unpack into more than was sent.
+    if found.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise ValueError(f"a compressed answer ({found['content-encoding'][:40]!r}), which was not asked for")
     if status in (204, 304):
         return Answer(status, found, b""), reusable
     if coding == "chunked":
@@ -168,16 +186,16 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
-    parts: list[bytes] = []
-    total = 0
+    content = bytearray()  # not a list: chunks may be of one byte each
     while size := _size((await reader.readuntil(b"\r\n")).decode("latin-1").split(";")[0].strip(), 16):
-        total += size
-        _size(str(total), 10)
-        parts.append(await reader.readexactly(size))
+        _size(str(len(content) + size), 10)
+        content += await reader.readexactly(size)
         await reader.readexactly(2)
-    while (await reader.readuntil(b"\r\n")) != b"\r\n":  # trailers
-        pass
-    return b"".join(parts)
+    trailers = 0
+    while (last := await reader.readuntil(b"\r\n")) != b"\r\n":
+        trailers += len(last)
+        _size(str(trailers), 10)
+    return bytes(content)
 
 
 def _size(written: str, base: int) -> int:

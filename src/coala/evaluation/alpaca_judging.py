@@ -23,8 +23,9 @@ def annotation_rows(
 
     ``preference`` is 1 + P(ours is better), the mean of both orders where both were judged; null where a verdict failed
     or was never given, so that no row is missing and difficulties by position stay in place. Rows judged in both orders
-    have both, our reply shown second and first, in ``preference_by_order``; rows judged in one tell it in ``judge_saw_swapped_order``: whether our reply was shown first. ``instructions`` and ``datasets`` are by
-    prompt id; judgements name our side by ``method``.
+    have both, our reply shown second and first, in ``preference_by_order``; rows judged in one tell it in
+    ``judge_saw_swapped_order``: whether our reply was shown first. ``instructions`` and ``datasets`` are by prompt id;
+    judgements name our side by ``method``.
     """
     side = {mine.prompt_id: mine.method for mine in ours}
     found: dict[str, list[tuple[bool, float | None]]] = defaultdict(list)
@@ -38,7 +39,7 @@ def annotation_rows(
         verdicts = found.get(mine.prompt_id, [])
         known = [value for _, value in verdicts if value is not None]
         whole = bool(verdicts) and len(known) == len(verdicts)
-        row = {
+        row: dict[str, Any] = {
             "dataset": (datasets or {}).get(mine.prompt_id, ""),
             "instruction": instructions[mine.prompt_id],
             "output_1": theirs[mine.prompt_id].text,

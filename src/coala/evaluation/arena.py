@@ -35,9 +35,9 @@ Rule = Literal["last", "unanimous"]
 class Battles:
     """Battles of ``first`` against ``second`` (n,) on ``question``: ``outcome`` 1 when first wins, 0, 1/2 for a tie.
 
-    ``n_failed`` counts games without a verdict; ``nothing_said`` tells, for a model against the baseline, why its verdicts say
-    nothing (:func:`coala.evaluation.order_effects.place_alone`). A model against itself is refused: in the published design matrix its
-    second entry overwrites the first and shifts every rating.
+    ``n_failed`` counts games without a verdict; ``nothing_said`` tells, for a model against the baseline, why its
+    verdicts say nothing (:func:`coala.evaluation.order_effects.place_alone`). A model against itself is refused: in the
+    published design matrix its second entry overwrites the first and shifts every rating.
     """
 
     first: NDArray[np.str_]
@@ -98,8 +98,9 @@ class Score:
 def parse_verdict(judgment: str, rule: Rule = "last") -> str | None:
     """``A>>B``, ``A>B``, ``A=B``, ``B>A`` or ``B>>A``; None where the judgement gives no such verdict.
 
-    Thoughts are taken off first; where one has no end there is no verdict. Double brackets count, single ones only if there is no double one. Of several, the last ("last", since 2025), or
-    none at all unless they agree ("unanimous", the code of 2024). ``A<B`` is read as ``B>A``.
+    Thoughts are taken off first; where one has no end there is no verdict. Double brackets count, single ones only if
+    there is no double one. Of several, the last ("last", since 2025), or none at all unless they agree ("unanimous",
+    the code of 2024). ``A<B`` is read as ``B>A``.
     """
     return _verdict_of(verdicts_in(judgment), rule)
 

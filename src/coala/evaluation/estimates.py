@@ -300,10 +300,8 @@ def win_rate(
     facts.append(f"{tied} tied and {'counted one half' if ties == 'half' else 'left out'}")
     if failed:
         facts.append(f"{failed} failed and left out")
-    if twice[0]:
-        why = "" if once[0] or once[1] else place_alone(*twice)
-    else:
-        why = place_alone_once(*once)
+    mixed = bool(twice[0]) and any(once)
+    why = "" if mixed else place_alone(*twice) if twice[0] else place_alone_once(*once)
     if why:
         n = len(twice[0]) or sum(map(len, once))
         return void("win rate", n, ", ".join([why, *facts[2:]]))

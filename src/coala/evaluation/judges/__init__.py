@@ -8,7 +8,7 @@ the shipped instructions.
 from coala.evaluation.judges.chat import ChatJudge, Keeper, Memory, OpenAIJudge
 from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint, Patience
 from coala.evaluation.judges.instructions import SHIPPED, Exchange, Instructions, Prompt, asked, read_instructions
-from coala.evaluation.judges.language_model import LanguageModelJudge
+from coala.evaluation.judges.language_model import LanguageModelJudge, LocalEndpoint
 from coala.evaluation.judges.named import NamedJudge, local_judge, named_judge
 from coala.evaluation.judges.protocol import Cost, Judge, JudgeFailure, JudgeStopped, Paid, preference
 from coala.evaluation.judges.replay import ReplayJudge
@@ -31,6 +31,7 @@ __all__ = [
     "JudgeStopped",
     "Keeper",
     "LanguageModelJudge",
+    "LocalEndpoint",
     "Memory",
     "NamedJudge",
     "OpenAIEndpoint",

@@ -52,7 +52,7 @@ def bounded_client(openai: Any, clock: Clock) -> Any:
             raise Unbounded(f"the answer has over {LARGEST >> 20} MiB")
         base = importlib.import_module(type(response).__module__.partition(".")[0]).SyncByteStream
 
-        class Counted(base):  # type: ignore[misc]
+        class Counted(base):  # type: ignore[misc, valid-type]
             def __init__(self, stream: Any) -> None:
                 self._stream = stream
 

@@ -38,11 +38,6 @@ class Endpoint(Protocol):
     @property
     def cost(self) -> Cost: ...
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What was asked otherwise than the judge's file says, in words."""
-        ...
-
     def ask(self, request: Mapping[str, Any]) -> Answer:
         """The answer, or JudgeFailure for this request, or JudgeStopped for all."""
         ...
@@ -213,8 +208,8 @@ class OpenAIEndpoint:
             said = f"{self._where} takes {change.name} in place of {change.old}"
         elif change.lasts:
             said = (
-                f"{self._where} takes at most {change.limit:,} tokens for an answer: the judge asked for {wanted:,} and "
-                "gets that; an answer that reaches the limit is a failure (cut short)"
+                f"{self._where} takes at most {change.limit:,} tokens for an answer, so the judge asks for that in "
+                f"place of {wanted:,}; an answer that reaches the limit is a failure (cut short)"
             )
         else:
             said = (

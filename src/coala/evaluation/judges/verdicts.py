@@ -25,7 +25,8 @@ _BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECAS
 class Answer:
     """What a judge said: ``text``, why it ended, and for one-token verdicts the likeliest first tokens (nats).
 
-    ``reasoning`` is what the endpoint gave as thoughts, apart from the text; no verdict is read from it. Kept as it came, so that a verdict can be read again without being bought again.
+    ``reasoning`` is what the endpoint gave as thoughts, apart from the text; no verdict is read from it. Kept as it
+    came, so that a verdict can be read again without being bought again.
     """
 
     text: str
