@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from coala.convex.linear import cholesky, cholesky_solve, matmul, weighted_grams
+from coala.convex.linear import cholesky, cholesky_solve, weighted_grams
 from coala.convex.program import Program, group_norms
 
 

@@ -99,7 +99,7 @@ def solve(
     state = solver.init(program, start)
     own_bounds, at_rest = getattr(solver, "bounds", None), getattr(solver, "at_rest", None)
     history: list[dict[str, Any]] = []
-    status, lower = Status.MAX_STEPS, -np.inf
+    status, objective, lower = Status.MAX_STEPS, np.inf, -np.inf
     kept: Any = None  # weights and multipliers of ``objective``
     witness: tuple[Any, Any] = (None, None)  # what the lower bound was computed from
     proven = -np.inf  # the best lower bound in float64
