@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -51,6 +51,58 @@ class Instance:
         return self.cone(dtype).relaxation
 
 
+THIN_KINDS = (
+    "plain",
+    "rank deficient",
+    "duplicate rows",
+    "nearly duplicate rows",
+    "large constant",
+    "one gate",
+    "fewer rows than columns",
+    "tiny sparsity",
+    "large features",
+    "small features",
+    "large labels",
+    "weighted rows",
+    "unequal columns",
+)
+
+
+def thin(kind: str, seed: int, n: int, d: int, P: int, relative: float, pad: tuple[int, int, int]) -> Program:
+    """Rows of unit norm with decaying columns and a constant one: gates whose cones are thin. In float64.
+
+    (n, d + 1, P), filled up to ``pad`` with rows and columns of zeros and closed patterns, which change no solution.
+    """
+    rng = np.random.default_rng(seed)
+    n = min(n, d // 2) if kind == "fewer rows than columns" else n
+    X = rng.standard_normal((n, d)) / np.sqrt(np.arange(1, d + 1))
+    if kind == "rank deficient":
+        X[:, d // 2 :] = X[:, : d - d // 2]
+    elif "duplicate" in kind:
+        noise = 1e-4 if kind.startswith("nearly") else 0.0
+        X[n // 2 : 2 * (n // 2)] = X[: n // 2] + noise * rng.standard_normal((n // 2, d))
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    X = np.concatenate([X, np.full((n, 1), 10.0 if kind == "large constant" else 0.3)], axis=1)
+    if kind == "weighted rows":
+        X *= 10 ** rng.uniform(-0.5, 0.5, (n, 1))
+    elif kind == "unequal columns":
+        X *= 10 ** rng.uniform(-2, 2, d + 1)
+    a, b = rng.standard_normal((2, d + 1))
+    y = np.where(np.abs(X @ a) - np.abs(X @ b) + 0.3 * rng.standard_normal(n) > 0, 1.0, -1.0)
+    X *= {"large features": 1e6, "small features": 1e-6}.get(kind, 1.0)
+    y *= 1e6 if kind == "large labels" else 1.0
+    patterns, _ = sample_patterns(X, 1 if kind == "one gate" else P, jax.random.key(seed))
+    missing = [(0, full - here) for full, here in zip(pad, (n, d + 1, patterns.shape[1]), strict=True)]
+    program = Program(
+        jnp.asarray(np.pad(X, missing[:2])),
+        jnp.asarray(np.pad(y, missing[0])),
+        jnp.asarray(np.pad(patterns, (missing[0], missing[2]))),
+        jnp.asarray(1.0),
+    )
+    relative = 1e-4 if kind == "tiny sparsity" else relative
+    return replace(program, sparsity=relative * largest_sparsity(program))
+
+
 @dataclass(frozen=True)
 class PairInstance:
     """A random pairwise program with m gates; ``margins`` gives each pair its own."""
@@ -85,7 +137,7 @@ class PairInstance:
 
 GATED = [
     Instance(n, d, P, relative, seed)
-    for seed, (n, d, P) in enumerate([(30, 4, 6), (30, 4, 6), (30, 4, 6), (30, 4, 6), (12, 15, 4)])
+    for seed, (n, d, P) in enumerate([(40, 6, 5), (40, 6, 5), (40, 6, 5), (40, 6, 5), (12, 15, 4)])
     for relative in (0.5, 0.1, 0.01, 0.001)
 ]
 PAIRWISE = [

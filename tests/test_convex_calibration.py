@@ -48,7 +48,7 @@ def test_the_minimum_is_scipy_s(seed: int, offset: float) -> None:
     assert found == pytest.approx(best.x, abs=1e-4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(-1e3, 1e3).filter(lambda x: x == 0 or abs(x) > 1e-6), min_size=1, max_size=20),
     st.floats(1e-6, 1e6),
@@ -65,7 +65,7 @@ def test_any_margins_give_a_bounded_temperature_that_scales_with_them(values: li
     assert fit_temperature(np.concatenate([margins, margins * 0])) == pytest.approx(temperature, rel=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 1000), st.floats(0.01, 100))
 def test_no_other_temperature_is_better_where_the_minimum_is_attained(seed: int, ratio: float) -> None:
     margins = held_out(1.0, 30, seed)

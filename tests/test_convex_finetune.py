@@ -393,7 +393,7 @@ DEGENERATE_CASES = (  # shape, loss, ridge, cap
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kind=st.sampled_from(DEGENERATE), case=st.sampled_from(DEGENERATE_CASES), seed=st.integers(0, 99))
 def test_degenerate_features_are_solved_and_certified(kind: str, case: Any, seed: int) -> None:
     shape, loss, ridge, cap = case

@@ -61,7 +61,7 @@ def test_a_sparsity_of_zero_is_refused() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     shape=st.sampled_from([(12, 4), (6, 9)]),
     seed=st.integers(0, 10_000),

@@ -196,6 +196,10 @@ def _exact_step(
     program: GroupProgram, weights: jax.Array, direction: jax.Array, z: jax.Array, dz: jax.Array
 ) -> jax.Array:
     """The t in [0, 64] that minimises the objective along ``weights + t direction``: bisection on its derivative."""
+    # Nor beyond where the penalties alone exceed the objective: in a direction that no row sees, a tiny step is far.
+    reach, length = (jnp.sum(program.levels * group_norms(x)) for x in (weights, direction))
+    farthest = (_value(program, weights, z) + reach) / jnp.where(length > 0, length, 1.0)
+    end = jnp.where(length > 0, jnp.minimum(farthest, 64.0), 64.0)
     a, b, c = ((x * y).sum(axis=0) for x, y in ((weights, weights), (weights, direction), (direction, direction)))
 
     def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -208,5 +212,5 @@ def _exact_step(
         return jnp.where(derivative < 0, t, low), jnp.where(derivative < 0, high, t)
 
     zero = jnp.zeros((), weights.dtype)
-    low, high = jax.lax.fori_loop(0, 36, halve, (zero, zero + 64))
+    low, high = jax.lax.fori_loop(0, 36, halve, (zero, end.astype(zero.dtype)))
     return jnp.asarray((low + high) / 2)

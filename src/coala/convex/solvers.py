@@ -34,7 +34,7 @@ class Solver(Protocol[P_contra, S]):
     multipliers (or None), JAX or NumPy arrays.
 
     A solver whose state holds the products that a certificate needs may offer ``bounds(program, state) -> Bounds``;
-    one whose gap may rise for long before it falls, ``movement(program, state)``: a number that falls to 0 on the way.
+    one whose gap may stand still for long before it falls, ``at_rest(program, state) -> bool``.
     """
 
     def init(self, program: P_contra, start: jax.Array | None = None) -> S: ...
@@ -89,21 +89,21 @@ def solve(
 
     The gap is looked at every ``check_every`` steps; each look makes a row of the history. Both bounds are the best
     seen, and ``keep`` says whose weights are returned: the best or the last looked at.
-    A solve ends as stalled when neither the gap nor the solver's ``movement`` has fallen by a thousandth during the
-    last ``patience`` looks and during the second half of all looks, which any method that closes in like 1/k survives;
-    None never gives up before ``max_steps``.
+    A solve ends as stalled when the gap has not fallen by a thousandth during the last ``patience`` looks, nor during
+    the second half of all looks, which any method that closes in like 1/k survives, and the solver, if it can tell, is
+    at rest. None never gives up before ``max_steps``.
     With ``exact`` the last word is a certificate in float64; without it, the program's own precision is trusted.
     ``on_step`` gets the step, the weights and that step's history row. Never raises for want of convergence: see
     ``Solution.status``.
     """
     state = solver.init(program, start)
-    own_bounds, movement = getattr(solver, "bounds", None), getattr(solver, "movement", None)
+    own_bounds, at_rest = getattr(solver, "bounds", None), getattr(solver, "at_rest", None)
     history: list[dict[str, Any]] = []
-    status, lower = Status.MAX_STEPS, -np.inf
+    status, objective, lower = Status.MAX_STEPS, np.inf, -np.inf
     kept: Any = None  # weights and multipliers of ``objective``
     witness: tuple[Any, Any] = (None, None)  # what the lower bound was computed from
     proven = -np.inf  # the best lower bound in float64
-    gaps, moves = _Lowest(), _Lowest()
+    lowest, lowest_at = np.inf, 0  # the gap, and the look that lowered it by a thousandth last
     for step in range(max_steps + 1):
         if step % check_every == 0 or step == max_steps:
             value, multipliers = solver.solution(program, state)
@@ -132,11 +132,10 @@ def solve(
                 if objective - lower <= tolerance * abs(objective):
                     status = Status.CONVERGED
                     break
-            gaps.look(objective - lower)
-            if movement is not None:
-                moves.look(float(movement(program, state)))
-            last = max(gaps.lowest_at, moves.lowest_at)
-            if patience is not None and len(history) - last >= max(patience, last):
+            if objective - lower < lowest and not objective - lower > 0.999 * lowest:
+                lowest, lowest_at = objective - lower, len(history)
+            stale = patience is not None and len(history) - lowest_at >= max(patience, lowest_at)
+            if stale and (at_rest is None or at_rest(program, state)):
                 status = Status.STALLED
                 break
         if step < max_steps:
@@ -147,15 +146,3 @@ def solve(
         if witness[0] is not None and witness[0] is not kept[0]:
             lower = max(lower, certify(program, *witness)[1])
     return Solution(np.asarray(kept[0]), status, step, objective, objective - lower, history)
-
-
-class _Lowest:
-    """The lowest of the numbers looked at, and the look that lowered it by a thousandth last."""
-
-    def __init__(self) -> None:
-        self.value, self.looks, self.lowest_at = np.inf, 0, 0
-
-    def look(self, value: float) -> None:
-        self.looks += 1
-        if value < self.value and not value > 0.999 * self.value:
-            self.value, self.lowest_at = value, self.looks
