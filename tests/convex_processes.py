@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from coala.convex.rows import open_rows, solve_bytes
 from coala.convex.sharding import row_mesh, spread
 
 from .menagerie_convex import Instance, PairInstance
+from .waiting import linger
 
 
 def programs() -> list[GatedProgram | PairProgram]:
@@ -80,7 +80,7 @@ def from_file(path: str) -> dict[str, Any]:
         nonlocal peak
         while not done.is_set():
             peak = max(peak, anonymous_bytes())
-            time.sleep(0.002)
+            linger(0.002)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.align import align, load_run, make_report, summary_rows
+from coala.align import align, course, load_run, make_report, summary_rows
 from coala.data import DataError
 from coala.decoding import generate
 from coala.evaluation import accuracy_of_margins
@@ -212,7 +212,19 @@ def test_a_head_is_refused_on_another_model(finished: Run, tmp_path: Path) -> No
         load_run(run)
 
 
+def test_a_stage_in_a_process_of_its_own_gives_the_same_bytes(
+    finished: Run, pairs: Path, model: Path, tmp_path: Path
+) -> None:
+    run, told = Run(tmp_path / "run"), Counter[str]()
+    shutil.copytree(finished.path, run.path)
+    shutil.rmtree(run.path / "head")
+    course._in_a_process("head", recipe(pairs, model), run, lambda stage, *_: told.update([stage]), None, 1)
+    assert set(told) == {"head"}
+    assert values_of(run.path) == values_of(finished.path)
+
+
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_stages_in_processes_of_their_own_give_the_same_bytes(
     finished: Run, pairs: Path, model: Path, tmp_path: Path
 ) -> None:

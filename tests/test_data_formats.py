@@ -393,7 +393,7 @@ def _csv(rows: Rows, delimiter: str) -> bytes:
 
 
 def _parquet(rows: Rows) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     from pyarrow import parquet
 
     sink = pyarrow.BufferOutputStream()

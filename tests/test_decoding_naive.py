@@ -345,7 +345,7 @@ def texts(replies: list[Generation]) -> list[str]:
 # One architecture for every mode, and every architecture for one of each kind; the others take longer.
 QUICK = (GUIDED[0], GUIDED[5], GUIDED[6], BEAMS[0])
 CASES = [
-    pytest.param(name, pooling, mode, marks=() if name == "llama" or mode in QUICK else pytest.mark.slow)
+    pytest.param(name, pooling, mode, marks=() if name == "llama" or mode in QUICK else pytest.mark.nightly)
     for name, pooling in [*((name, "mean") for name in ARCHITECTURES), ("gpt2", "last"), ("qwen2", "attn")]
     for mode in (*GUIDED, *BEAMS)
 ]

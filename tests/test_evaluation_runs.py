@@ -359,6 +359,7 @@ def test_alpaca_end_to_end_by_an_endpoint_is_bought_once(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # test_judges_endpoint.py kills while verdicts are bought; replies are resumed above
 def test_kills_in_the_middle_lose_no_reply_and_buy_no_verdict_twice(run: Path, tmp_path: Path) -> None:
     answered = JudgeServer(lambda body, before: say("m", top=[("m", -0.3), ("M", -1.5)], finish="length", delay=0.05))
     rows = [{"instruction": text, "output": "x", "generator": "base"} for text in INSTRUCTIONS]

@@ -423,7 +423,7 @@ def test_one_step_of_a_trainer(
     method: str, conversational: bool, models: dict[str, LanguageModel], tmp_path: Path
 ) -> None:
     trl = pytest.importorskip("trl", reason="needs trl: pip install 'coala-align[baselines]'")
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'coala-align[baselines]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = models["qwen2"]

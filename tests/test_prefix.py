@@ -64,8 +64,15 @@ def agrees(prefix: Any, backbone: LanguageModel, rows: list[list[int]], layer: i
         close(prefix.log_probs()[b], log_probs)
 
 
-@pytest.mark.parametrize("tree", ["auto", "never"])
-@pytest.mark.parametrize("layer", [-1, 1])
+@pytest.mark.parametrize(
+    ("layer", "tree"),
+    [
+        (-1, "auto"),
+        (1, "never"),
+        pytest.param(1, "auto", marks=pytest.mark.nightly),
+        pytest.param(-1, "never", marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_decoding_equals_the_uncached_model(load: Load, name: str, layer: int, tree: Any) -> None:
     backbone = load(name)

@@ -493,8 +493,7 @@ def test_a_failure_of_the_engine_costs_the_replies_at_hand_and_no_more(parts: An
         worker.start()
         for tickets in ([ticket(0), ticket(1)], [ticket(2)]):
             worker.take(tickets)
-            while worker.unfinished:
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(wait_for, lambda: not worker.unfinished)
         await worker.close()
 
     asyncio.run(run())

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from .waiting import PATIENCE
-
 TESTS = Path(__file__).resolve().parent
 CLOCKS = {
     *("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"),
@@ -30,7 +28,7 @@ WAITS = {
     *("acquire", "create_connection", "settimeout", "urlopen", "HTTPConnection", "TextIteratorStreamer"),
     *("post", "request", "stream", "put", "options", "head", "Client", "select"),
 }
-# What may be asked to wait shortly: limits of the product under test.
+SHORTEST = 120  # seconds
 SKIPS = {"skip", "skipif", "importorskip", "xfail"}
 
 
@@ -70,7 +68,7 @@ def faults(source: str) -> Iterator[tuple[int, str]]:
             continue
         last = name_of(node.func).rpartition(".")[2]
         given = {word.arg: word.value for word in node.keywords}
-        if last == "settings" and "deadline" in given:
+        if last == "settings" and ast.unparse(given.get("deadline", ast.Constant(None))) != "None":
             yield node.lineno, "has a deadline of its own for examples"
         if last in WAITS:
             limit = given.get("timeout")
@@ -78,7 +76,7 @@ def faults(source: str) -> Iterator[tuple[int, str]]:
                 limit = next(iter(node.args), None)
             if limit is None and last == "create_connection" and len(node.args) > 1:
                 limit = node.args[1]
-            if isinstance(limit, ast.Constant) and isinstance(limit.value, int | float) and limit.value < PATIENCE:
+            if isinstance(limit, ast.Constant) and isinstance(limit.value, int | float) and limit.value < SHORTEST:
                 yield node.lineno, f"gives up after {limit.value} s"
         if last in SKIPS and "mark.xfail" not in ast.unparse(node.func):
             reason = given.get("reason") or (next(iter(node.args), None) if last == "skip" else None)
