@@ -236,17 +236,32 @@ def test_without_a_name_the_first_words_are_the_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"turns": [{"role": "user", "text": ""}]}, ":1: turns[0].text: empty; text; fill it in or delete the row"),
-        ({"turns": []}, ":1: turns: an empty list; a list of messages; write [{role, content}, ...]"),
-        ({"turns": "hello"}, ':1: turns: the text "hello"; a list of messages'),
-        ({"messages": [{"role": "judge", "content": "x"}]}, ":1: messages[0].role: a speaker that is the text"),
-        ({"messages": [{"role": "system", "content": ""}]}, ":1: messages: no turns; a conversation; delete the row"),
-        ({"past_convo": [1]}, ":1: past_convo[0]: the number 1; text"),
-        ({"past_convo": {}}, ":1: past_convo: an empty object; a list of texts"),
-        ({"conversation": "hello"}, ':1: conversation[0]: the text "hello"; Teacher: ... or Student: ...'),
-        ({"c_h": 3, "c_r": []}, ":1: c_h: the number 3; a list of messages"),
-        ({"text": "x"}, ":1: the fields text; messages, conversations, turns, c_h and c_r, past_convo or conversation"),
-        (3, ":1: the number 3; an object with named fields"),
+        (
+            {"turns": [{"role": "user", "text": ""}]},
+            ":1: turns[0].text: found empty text, expected text. Fix: fill it in or delete the row.",
+        ),
+        (
+            {"turns": []},
+            ":1: turns: found an empty list, expected a list of messages. Fix: write [{role, content}, ...].",
+        ),
+        ({"turns": "hello"}, ':1: turns: found the text "hello", expected a list of messages'),
+        ({"messages": [{"role": "judge", "content": "x"}]}, ":1: messages[0].role: found a speaker that is the text"),
+        (
+            {"messages": [{"role": "system", "content": ""}]},
+            ":1: messages: found no turns, expected a conversation. Fix: delete the row.",
+        ),
+        ({"past_convo": [1]}, ":1: past_convo[0]: found the number 1, expected text"),
+        ({"past_convo": {}}, ":1: past_convo: found an empty object, expected a list of texts"),
+        (
+            {"conversation": "hello"},
+            ':1: conversation[0]: found the text "hello", expected Teacher: ... or Student: ...',
+        ),
+        ({"c_h": 3, "c_r": []}, ":1: c_h: found the number 3, expected a list of messages"),
+        (
+            {"text": "x"},
+            ":1: found the fields text, expected messages, conversations, turns, c_h and c_r, past_convo",
+        ),
+        (3, ":1: found the number 3, expected an object with named fields"),
     ],
 )
 def test_bad_conversations_are_refused(tmp_path: Path, row: Any, said: str) -> None:
@@ -261,9 +276,9 @@ def test_an_unknown_shape_is_named(tmp_path: Path) -> None:
         CoalaError, match="no conversation format 'dialog'; expected auto or one of bridge, cima, turns"
     ):
         list(read_conversations(written(tmp_path, {}), "dialog"))
-    with pytest.raises(DataError, match="there is no such file"):
+    with pytest.raises(DataError, match="found no such file"):
         list(read_conversations(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match=r"turns: the field is missing \(there are messages\)"):
+    with pytest.raises(DataError, match=r"turns: found no such field \(there are messages\)"):
         list(read_conversations(written(tmp_path, {"messages": []}), "turns"))
 
 

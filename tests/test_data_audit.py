@@ -95,7 +95,7 @@ def test_features_are_judged_beside_the_cues() -> None:
     assert "see more than the best cue" in result.verdicts[-1]
     with pytest.raises(DataError, match=r"features of shape \(299, 6\) for 300 pairs; a row per pair"):
         audit(pairs, seed=0, features=features[1:])
-    with pytest.raises(DataError, match="1 pairs in 1 group; at least two groups"):
+    with pytest.raises(DataError, match="1 pairs in 1 group, expected at least two groups"):
         audit(pairs[:1], seed=0)
 
 

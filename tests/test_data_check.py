@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coala.data import DataError, Finding, check, read_pairs
-from coala.data.files import MAX_ROW_BYTES
+from coala.data import DataError, Finding, check, read_pairs, records
 from coala.values import Pair
 
 GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
@@ -32,210 +32,318 @@ HUMAN = "\n\nHuman: hi\n\nAssistant:"
 # file name, its content, what the one error says after "FILE"
 HOSTILE: list[tuple[str, str | bytes, str]] = [
     # whole files
-    ("empty.jsonl", "", ": no rows; at least one; was the file written to its end?"),
-    ("blank.jsonl", "\n  \n\n", ": no rows; at least one; was the file written to its end?"),
-    ("empty.json", "", ": no rows; at least one"),
-    ("none.json", "[]", ": no rows; at least one"),
-    ("empty.csv", "", ": no rows; at least one"),
-    ("header.csv", "prompt,chosen,rejected\n", ": no rows; at least one"),
+    ("empty.jsonl", "", ": found no rows, expected at least one. Fix: check that the file was written to its end."),
+    (
+        "blank.jsonl",
+        "\n  \n\n",
+        ": found no rows, expected at least one. Fix: check that the file was written to its end.",
+    ),
+    ("empty.json", "", ": found no rows, expected at least one. Fix: check that the file was written to its end."),
+    ("none.json", "[]", ": found no rows, expected at least one. Fix: check that the file was written to its end."),
+    ("empty.csv", "", ": found no rows, expected at least one. Fix: check that the file was written to its end."),
+    (
+        "header.csv",
+        "prompt,chosen,rejected\n",
+        ": found no rows, expected at least one. Fix: check that the file was written to its end.",
+    ),
     (
         "a.txt",
         GOOD,
-        ": the ending .txt is not known; one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, or these with",
+        ": found the ending .txt, expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, or one of the",
     ),
-    ("noending", GOOD, ": the ending none is not known"),
-    ("a.gz", gzip.compress(GOOD.encode()), ": the ending .gz is not known"),
-    ("a.jsonl.gz", GOOD, ": is not gzip although its name ends in .gz; gzip data; take .gz off the name"),
+    (
+        "noending",
+        GOOD,
+        ": found a name without an ending, expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, or o",
+    ),
+    (
+        "a.gz",
+        gzip.compress(GOOD.encode()),
+        ": found the ending .gz, expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, or one of thes",
+    ),
+    (
+        "a.jsonl.gz",
+        GOOD,
+        ": found plain data under a name that ends in .gz, expected gzip data. Fix: take .gz off the name.",
+    ),
     (
         "cut.jsonl.gz",
         gzip.compress(GOOD.encode() * 99)[:-12],
-        ": the gzip stream breaks off; a whole file; fetch or copy",
+        ": found a gzip stream that breaks off, expected a whole file. Fix: fetch or copy the file again.",
     ),
-    ("crc.jsonl.gz", gzip.compress(GOOD.encode())[:-8] + b"\0" * 8, ": the gzip data are damaged (CRC check failed"),
-    ("utf16.jsonl", GOOD.encode("utf-16"), ": is UTF-16; UTF-8; save it as UTF-8"),
-    ("nul.json", b"[\0\0]", ": NUL bytes; text; the file is damaged or not text"),
-    ("open.json", f"[{GOOD},{GOOD}", ": the JSON breaks off before its end; a closed list; fetch or write it again"),
-    ("half.json", f'[{GOOD}, {{"prompt": "a', ": the JSON breaks off before its end"),
+    (
+        "crc.jsonl.gz",
+        gzip.compress(GOOD.encode())[:-8] + b"\0" * 8,
+        ": found damaged gzip data (CRC check failed 0x0 != 0x9fdfbae8), expected a sound file. Fix: fetch or",
+    ),
+    (
+        "utf16.jsonl",
+        GOOD.encode("utf-16"),
+        ": found UTF-16, expected UTF-8. Fix: save it as UTF-8, e.g. iconv -f UTF-16 -t UTF-8.",
+    ),
+    ("nul.json", b"[\0\0]", ": found NUL bytes, expected text. Fix: fetch the file again: it is damaged or no text."),
+    (
+        "open.json",
+        f"[{GOOD},{GOOD}",
+        ": found JSON that breaks off before its end, expected a closed list. Fix: fetch or write the file ag",
+    ),
+    (
+        "half.json",
+        f'[{GOOD}, {{"prompt": "a',
+        ": found JSON that breaks off before its end, expected a closed list. Fix: fetch or write the file ag",
+    ),
     (
         "bad.json",
         f"[{GOOD} {GOOD}]",
-        ": not JSON at line 2 column 2 (Expecting ',' delimiter); a list of objects; mend the file",
+        ": found invalid JSON at line 2 column 2 (Expecting ',' delimiter), expected a list of objects. Fix: ",
     ),
-    ("lone.json", '"text"', ": a lone JSON str; a list of objects; write one object per pair"),
-    ("junk.parquet", b"PAR1junkPAR1", ": not readable as parquet ("),
+    (
+        "lone.json",
+        '"text"',
+        ': found the text "text" alone, expected a list of objects. Fix: write one object per pair.',
+    ),
+    (
+        "junk.parquet",
+        b"PAR1junkPAR1",
+        ": found data not readable as parquet (Parquet file size is 12 bytes, smaller than the size reported ",
+    ),
     (
         "twice.csv",
         "prompt,chosen,chosen\np,a,b\n",
-        ": chosen: the column is there twice; each column once; rename or drop one",
+        ": chosen: found two columns of this name, expected each column once. Fix: rename or drop one of them",
     ),
     (
         "semi.csv",
         "prompt;chosen;rejected\np;a;b\n",
-        ": one column named 'prompt;chosen;rejected'; columns parted by commas",
+        ": found one column named 'prompt;chosen;rejected', expected columns separated by commas. Fix: save i",
     ),
     (
         "latin.csv",
         "prompt,chosen,rejected\np,é,b\n".encode("latin-1"),
-        ": byte 0xe9 at position 26 is not UTF-8; UTF-8 text; conv",
+        ": found the byte 0xe9 at position 26, which is not UTF-8, expected UTF-8 text. Fix: convert the file",
     ),
     # columns
     (
         "cols.jsonl",
         '{"foo": 1, "bar": 2}\n',
-        ": the columns foo, bar; prompt, chosen, rejected, or a known format; rename",
+        ": found the columns foo, bar, expected prompt, chosen, rejected, or a known format. Fix: rename the ",
     ),
-    ("keyless.jsonl", "{}\n", ": the columns (none); prompt, chosen, rejected"),
+    (
+        "keyless.jsonl",
+        "{}\n",
+        ": found the columns (none), expected prompt, chosen, rejected, or a known format. Fix: rename the co",
+    ),
     (
         "norej.jsonl",
         without("rejected"),
-        ": rejected: the field is missing in every row (there are prompt, chosen); both replies",
+        ": rejected: found no such field in any row (there are prompt, chosen), expected both replies. Fix: a",
     ),
     (
         "nocho.jsonl",
         without("chosen"),
-        ": chosen: the field is missing in every row (there are prompt, rejected); both replies",
+        ": chosen: found no such field in any row (there are prompt, rejected), expected both replies. Fix: a",
     ),
     (
         "chat.jsonl",
         '{"messages": [{"role": "user", "content": "hi"}]}\n',
-        ": these are conversations, not pairs; a chosen",
+        ": found conversations, not pairs, expected a chosen and a rejected reply per row. Fix: make pairs of",
     ),
     # rows that cannot be read
     (
         "half.jsonl",
         GOOD + GOOD[:20],
-        ":2: the line breaks off in the middle; a whole JSON object; complete or delete the line",
+        ":2: found a line that breaks off in the middle, expected a whole JSON object. Fix: complete or delet",
     ),
     (
         "json.jsonl",
         GOOD + "{'prompt': 1}\n" + GOOD,
-        ":2: not JSON at column 2 (Expecting property name enclosed in double",
+        ":2: found invalid JSON at column 2 (Expecting property name enclosed in double quotes), expected one",
     ),
-    ("nul.jsonl", GOOD.encode() + b"\0\0\0\n", ":2: NUL bytes; text; the file is damaged or not text: fetch it again"),
+    (
+        "nul.jsonl",
+        GOOD.encode() + b"\0\0\0\n",
+        ":2: found NUL bytes, expected text. Fix: fetch the file again: it is damaged or no text.",
+    ),
     (
         "latin.jsonl",
         GOOD.encode() + '{"prompt": "é"}\n'.encode("latin-1"),
-        ":2: byte 0xe9 at position 13 is not UTF-8; UTF-8",
+        ":2: found the byte 0xe9 at position 13, which is not UTF-8, expected UTF-8 text. Fix: convert the fi",
     ),
     (
         "list.jsonl",
         GOOD + '["p", "a", "b"]\n',
-        ":2: a list of 3; an object with named fields; write each pair as an object",
+        ":2: found a list of 3, expected an object with named fields. Fix: write each pair as an object.",
     ),
-    ("text.jsonl", GOOD + '"p"\n', ':2: the text "p"; an object with named fields'),
-    ("number.json", f"[{GOOD}, 3]", ":2: the number 3; an object with named fields"),
-    ("null.jsonl", GOOD + "null\n", ":2: null; an object with named fields"),
-    ("deep.jsonl", GOOD + DEEP, ":2: JSON nested too deep; a flat object of fields; keep the fields of a pair only"),
-    ("digits.jsonl", GOOD + '{"prompt": ' + "9" * 5000 + "}\n", ":2: not readable as JSON (Exceeds the limit"),
-    ("key.jsonl", GOOD + '{"chosen": "a", "chosen": "b"}\n', ":2: chosen: the field is there twice; each field once"),
+    (
+        "text.jsonl",
+        GOOD + '"p"\n',
+        ':2: found the text "p", expected an object with named fields. Fix: write each pair as an object.',
+    ),
+    (
+        "number.json",
+        f"[{GOOD}, 3]",
+        ":2: found the number 3, expected an object with named fields. Fix: write each pair as an object.",
+    ),
+    (
+        "null.jsonl",
+        GOOD + "null\n",
+        ":2: found null, expected an object with named fields. Fix: write each pair as an object.",
+    ),
+    (
+        "deep.jsonl",
+        GOOD + DEEP,
+        ":2: found JSON nested too deep, expected a flat object of fields. Fix: keep the fields of a pair onl",
+    ),
+    (
+        "digits.jsonl",
+        GOOD + '{"prompt": ' + "9" * 5000 + "}\n",
+        ":2: found an integer of thousands of digits, expected ordinary numbers. Fix: mend or delete the row.",
+    ),
+    (
+        "key.jsonl",
+        GOOD + '{"chosen": "a", "chosen": "b"}\n',
+        ":2: chosen: found two fields of this name, expected each field once. Fix: keep one of the two.",
+    ),
     (
         "ragged.csv",
         "prompt,chosen,rejected\np,a,b\np,a\n",
-        ":2: 2 fields under 3 columns; as many fields as columns; mend",
+        ":2: found 2 fields under 3 columns, expected as many fields as columns. Fix: put fields that hold th",
     ),
     (
         "quote.csv",
         'prompt,chosen,rejected\np,a,b\np,"a,b\n',
-        ":2: unexpected end of data; closed quotes; mend the quoting",
+        ":2: found broken quoting (unexpected end of data), expected closed quotes. Fix: close the quote that",
     ),
     # fields
     (
         "missing.jsonl",
         GOOD + without("rejected"),
-        ":2: rejected: the field is missing (there are prompt, chosen); text; add",
+        ":2: rejected: found no such field (there are prompt, chosen), expected text. Fix: add or rename the ",
     ),
-    ("nulled.jsonl", GOOD + row(rejected=None), ":2: rejected: null; text; fill it in or delete the row"),
-    ("nothing.jsonl", GOOD + row(chosen=""), ":2: chosen: empty; text; fill it in or delete the row"),
+    (
+        "nulled.jsonl",
+        GOOD + row(rejected=None),
+        ":2: rejected: found null, expected text. Fix: fill it in or delete the row.",
+    ),
+    (
+        "nothing.jsonl",
+        GOOD + row(chosen=""),
+        ":2: chosen: found empty text, expected text. Fix: fill it in or delete the row.",
+    ),
     (
         "white.jsonl",
         GOOD + row(chosen=" \n\t\u00a0"),
-        ":2: chosen: white space only; text; fill it in or delete the row",
+        ":2: chosen: found only white space, expected text. Fix: fill it in or delete the row.",
     ),
-    ("zero.jsonl", GOOD + row(prompt="\u200b\ufeff"), ":2: prompt: white space only; text"),
-    ("num.jsonl", GOOD + row(chosen=3), ":2: chosen: the number 3; "),
-    ("nan.jsonl", GOOD + row(rejected=float("nan")), ":2: rejected: NaN; "),
-    ("bool.jsonl", GOOD + row(prompt=True), ":2: prompt: true; text; write it as one string"),
-    ("dict.jsonl", GOOD + row(prompt={"text": "p"}), ":2: prompt: an object with text; text; write it as one string"),
+    (
+        "zero.jsonl",
+        GOOD + row(prompt="\u200b\ufeff"),
+        ":2: prompt: found only white space, expected text. Fix: fill it in or delete the row.",
+    ),
+    ("num.jsonl", GOOD + row(chosen=3), ":2: chosen: found the number 3, expected text. Fix: write it as one string."),
+    (
+        "nan.jsonl",
+        GOOD + row(rejected=float("nan")),
+        ":2: rejected: found NaN, expected text. Fix: write it as one string.",
+    ),
+    ("bool.jsonl", GOOD + row(prompt=True), ":2: prompt: found true, expected text. Fix: write it as one string."),
+    (
+        "dict.jsonl",
+        GOOD + row(prompt={"text": "p"}),
+        ":2: prompt: found an object with text, expected text. Fix: write it as one string.",
+    ),
     (
         "same.jsonl",
         GOOD + row(rejected="a"),
-        ":2: rejected: the same text as chosen; two different replies; delete the row",
+        ":2: rejected: found the same text as in chosen, expected two different replies. Fix: delete the row.",
     ),
-    ("same2.jsonl", GOOD + row(rejected=" a\n"), ":2: rejected: the same text as chosen"),
+    (
+        "same2.jsonl",
+        GOOD + row(rejected=" a\n"),
+        ":2: rejected: found the same text as in chosen, expected two different replies. Fix: delete the row.",
+    ),
     (
         "surrogate.jsonl",
         GOOD + row(chosen="x\ud800"),
-        r":2: chosen: a lone surrogate \ud800 at character 2; text that UTF-8",
+        ":2: chosen: found a lone surrogate \\ud800 at character 2, expected text that UTF-8 can hold. Fix: wr",
     ),
-    ("nulchar.jsonl", GOOD + row(chosen="a\0"), ":2: chosen: a NUL character at 2; text; delete the character"),
+    (
+        "nulchar.jsonl",
+        GOOD + row(chosen="a\0"),
+        ":2: chosen: found a NUL character at 2, expected text. Fix: delete the character.",
+    ),
     (
         "group.jsonl",
         GOOD + row(group=["a"]),
-        ":2: group: a list of 1; a name or a number; write it as text, or drop the field",
+        ":2: group: found a list of 1, expected a name or a number. Fix: write it as text, or drop the field.",
     ),
     (
         "apart.jsonl",
         '{"chosen": "yes", "rejected": "no"}\n',
-        ":1: prompt: none, and chosen and rejected share no beginning",
+        ":1: prompt: found no prompt, and no beginning that chosen and rejected share, expected a prompt. Fix",
     ),
     # messages
     (
         "role.jsonl",
         GOOD + row(prompt=[{"role": "tool", "content": "x"}]),
-        ':2: prompt[0].role: a speaker that is the text "tool"',
+        ":2: prompt[0].role: found a tool's turn (tool), expected a user, an assistant or a system. Fix: leav",
     ),
     (
         "turn.jsonl",
         GOOD + row(prompt=["hi"]),
-        ':2: prompt[0]: the text "hi"; a message {role, content}; write it as such',
+        ':2: prompt[0]: found the text "hi", expected a message {role, content}. Fix: write it as such an obj',
     ),
     (
         "keys.jsonl",
         GOOD + row(prompt=[{"who": "user", "said": "x"}]),
-        ":2: prompt[0]: an object with who, said; a message",
+        ":2: prompt[0]: found an object with who, said, expected a message {role, content} or {from, value}. ",
     ),
     (
         "turns.jsonl",
         GOOD + row(prompt=[]),
-        ":2: prompt: an empty list; at least one message; fill it in or delete the row",
+        ":2: prompt: found an empty list, expected at least one message. Fix: fill it in or delete the row.",
     ),
     (
         "said.jsonl",
         GOOD + row(prompt=[{"role": "user", "content": None}]),
-        ":2: prompt[0].content: null; text; fill it in",
+        ":2: prompt[0].content: found null, expected text. Fix: fill it in or delete the row.",
     ),
     (
         "image.jsonl",
         GOOD + row(prompt=[{"role": "user", "content": [{"type": "image"}]}]),
-        ":2: prompt[0].content: a part that is",
+        ":2: prompt[0].content: found a part that is an object with type, expected parts of text. Fix: leave ",
     ),
     (
         "end.jsonl",
         GOOD + row(chosen=[{"role": "user", "content": "x"}], rejected=[{"role": "assistant", "content": "y"}]),
-        ":2: chosen: a user turn at the end; one assistant turn; end both sides with one reply",
+        ":2: chosen: found a user turn at the end, expected one assistant turn. Fix: end both sides with one ",
     ),
     (
         "long.jsonl",
         GOOD + row(chosen=[{"role": r, "content": r} for r in ("user", "assistant", "user")], rejected=TALK),
-        ":2: prompt: chosen and rejected share no first turn; the same prompt on both sides; add a prompt column",
+        ":2: prompt: found no first turn that chosen and rejected share, expected the same prompt on both sid",
     ),
     # other formats
     (
         "hh.jsonl",
         json.dumps({"chosen": HUMAN + " a", "rejected": HUMAN}) + "\n",
-        ":1: rejected: the last Assistant turn is empty",
+        ":1: rejected: found an empty last Assistant turn, expected a reply. Fix: fill it in or delete the ro",
     ),
     (
         "hh2.jsonl",
         json.dumps({"chosen": HUMAN + " a", "rejected": "\n\nHuman: \n\nAssistant: b"}) + "\n",
-        ":1: rejected: turn 1 (user) is empty; text; fill it in or delete the row",
+        ":1: rejected: found an empty turn 1 (user), expected text. Fix: fill it in or delete the row.",
     ),
     (
         "alpaca.jsonl",
         '{"instruction": "i", "input": "", "output": ["a"]}\n',
-        ":1: output: a list of 1; a list [good, bad]; write",
+        ":1: output: found a list of 1, expected a list [good, bad]. Fix: write the preferred reply, then the",
     ),
-    ("alpaca2.jsonl", '{"instruction": "i", "output": ["a", null]}\n', ":1: output[1]: null; text"),
+    (
+        "alpaca2.jsonl",
+        '{"instruction": "i", "output": ["a", null]}\n',
+        ":1: output[1]: found null, expected text. Fix: fill it in or delete the row.",
+    ),
     (
         "share.jsonl",
         json.dumps({"conversations": TALK, "chosen": {"from": "gpt", "value": ""}, "rejected": "b"}) + "\n",
@@ -244,22 +352,22 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "shp.jsonl",
         '{"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}\n',
-        ":1: labels: the number 2; one of 1, 0",
+        ":1: labels: found the number 2, expected one of 1, 0. Fix: mend the label or delete the row.",
     ),
     (
         "llmbar.jsonl",
         '{"input": "h", "output_1": "a", "output_2": "b", "label": NaN}\n',
-        ":1: label: NaN; one of 1, 2; mend the",
+        ":1: label: found NaN, expected one of 1, 2. Fix: mend the label or delete the row.",
     ),
     (
         "imdb.jsonl",
         '{"text": "t", "label": -1}\n',
-        ":1: label: the number -1; one of 1, pos, positive, 0, neg, negative",
+        ":1: label: found the number -1, expected one of 1, pos, positive, 0, neg, negative. Fix: mend the la",
     ),
     (
         "uf.jsonl",
         '{"instruction": "i", "completions": [{"response": "a"}]}\n',
-        ":1: completions[0].overall_score: null; a finite",
+        ":1: completions[0].overall_score: found null, expected a finite number. Fix: mend the score or delet",
     ),
     (
         "uf2.jsonl",
@@ -269,9 +377,13 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "steer.jsonl",
         '{"prompt": "p", "response": "r", "helpfulness": NaN}\n',
-        ":1: helpfulness: NaN; a finite number; mend the",
+        ":1: helpfulness: found NaN, expected a finite number. Fix: mend the score or delete the row.",
     ),
-    ("bench.jsonl", '{"prompt": "p", "chosen": ["a"], "rejected": ["b", ""]}\n', ":1: rejected[1]: empty; text"),
+    (
+        "bench.jsonl",
+        '{"prompt": "p", "chosen": ["a"], "rejected": ["b", ""]}\n',
+        ":1: rejected[1]: found empty text, expected text. Fix: fill it in or delete the row.",
+    ),
 ]
 
 
@@ -283,7 +395,7 @@ def test_hostile_input(tmp_path: Path, name: str, content: str | bytes, said: st
     assert len(found.errors) == 1, [str(e) for e in found.errors]
     message = str(found.errors[0])
     assert message.startswith(f"{path}{said}")
-    assert len([part for part in message.split("; ") if part]) >= 3, "found; expected; mend"
+    assert re.search(r": found .+, expected .+\. Fix: .+\.$", message, re.DOTALL), message
     with pytest.raises(DataError) as raised:
         list(read_pairs(path))
     assert str(raised.value) == message
@@ -303,7 +415,10 @@ def test_one_bad_row_hides_no_other(tmp_path: Path) -> None:
     assert found.n_pairs == 2
     with pytest.raises(DataError) as raised:
         found.raise_for_errors()
-    assert str(raised.value).count("\n") == 2
+    assert str(raised.value).count("\n") == 3
+    assert str(raised.value).endswith(
+        "3 bad rows, 2 sound pairs. Mend the bad rows, or leave them out with --skip-bad."
+    )
     assert raised.value.findings == found.errors
 
 
@@ -319,7 +434,7 @@ def test_a_file_of_noise_is_given_up(tmp_path: Path) -> None:
     path.write_bytes(b"noise\n" * 100_000)
     errors = check(path).errors
     assert len(errors) == 101
-    assert "the first 100 lines are all unreadable" in str(errors[-1])
+    assert "nothing readable in the first 100 lines" in str(errors[-1])
 
 
 def test_places_that_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,31 +444,37 @@ def test_places_that_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.chdir(tmp_path)
     assert (
-        said("none.jsonl") == "none.jsonl: there is no such file; a file or a hub data set owner/name; check the path"
+        said("none.jsonl")
+        == "none.jsonl: found no such file, expected a file or a hub data set owner/name. Fix: check the path."
     )
     (tmp_path / "folder").mkdir()
-    assert said("folder/none.jsonl").startswith("folder/none.jsonl: there is no such file")
-    assert said("folder") == "folder: this is a folder; a file; it holds no data file"
+    assert said("folder/none.jsonl").startswith("folder/none.jsonl: found no such file")
+    assert said("folder") == "folder: found a folder, expected a file. Fix: name a data file; this folder holds none."
     (tmp_path / "folder/train.jsonl").touch()
-    assert said("folder").endswith("a file; name its files: train.jsonl")
-    assert "cannot be read (embedded null byte)" in said("a\0.jsonl")
-    with pytest.raises(DataError, match="no file was named"):
+    assert said("folder").endswith("expected a file. Fix: name its files: train.jsonl.")
+    assert "an unreadable file (embedded null byte)" in said("a\0.jsonl")
+    with pytest.raises(DataError, match="found no file, expected at least one"):
         check([])
     if os.geteuid():
         (tmp_path / "locked.jsonl").touch(mode=0)
-        assert "cannot be read (Permission denied)" in said("locked.jsonl")
+        assert "an unreadable file (Permission denied)" in said("locked.jsonl")
 
 
 def test_an_unknown_format_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'hh'; auto or one of sharegpt, bridge, hh-rlhf, .*--format"):
+    with pytest.raises(
+        DataError, match=r"found 'hh', expected auto or one of sharegpt, swift, bridge, hh-rlhf, .*--format"
+    ):
         check(tmp_path, "hh")
 
 
-def test_a_line_without_end(tmp_path: Path) -> None:
+def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_ROW_BYTES", 2**20)
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"prompt": "' + b"x" * (MAX_ROW_BYTES + 9) + b'"}\n' + GOOD.encode(), 1))
+    path.write_bytes(gzip.compress(b'{"prompt": "' + b"x" * (2**20 + 9) + b'"}\n' + GOOD.encode(), 1))
     found = check(path)
-    assert [str(e) for e in found.errors] == [f"{path}:1: a line of over 64 MiB; one pair per line; break the lines"]
+    assert [str(e) for e in found.errors] == [
+        f"{path}:1: found a line of over 1 MiB, expected one pair per line. Fix: break the file into lines."
+    ]
     assert found.n_pairs == 1
 
 
@@ -377,11 +498,11 @@ def test_duplicates_and_few_conflicts_are_warnings(tmp_path: Path) -> None:
     assert (found.counts["duplicates"], found.counts["conflicts"]) == (1, 1)
     duplicate, conflict = kinds(found.warnings)
     assert duplicate == (
-        f"{path}:61: the same pair as {path}:4; 1 of 62 pairs are such repeats; each pair once; "
-        "delete the repeats: they count double"
+        f"{path}:61: found the same pair as in {path}:4 (1 of 62 pairs are such repeats), expected each pair once. "
+        "Fix: delete the repeats, which count double."
     )
     assert conflict.startswith(
-        f"{path}:62: prefers the reply that {path}:6 rejects; 3.2% of the pairs contradict another"
+        f"{path}:62: found the preferred reply rejected in {path}:6; 3.2% of the pairs contradict another"
     )
 
 
@@ -389,7 +510,7 @@ def test_many_conflicts_are_an_error(tmp_path: Path) -> None:
     pairs = [(f"p{k}", f"a{k}", f"b{k}") for k in range(10)]
     found = check(write(tmp_path / "a.jsonl", pairs + [(p, b, a) for p, a, b in pairs[:4]]))
     assert found.counts["conflicts"] == 4
-    assert "was a column swapped" in str(found.errors[0])
+    assert "check whether chosen and rejected are swapped" in str(found.errors[0])
 
 
 def test_the_same_replies_to_another_prompt_are_no_duplicate(tmp_path: Path) -> None:
@@ -399,42 +520,42 @@ def test_the_same_replies_to_another_prompt_are_no_duplicate(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("longer", "way"), [(54, "longer"), (6, "shorter"), (30, "")])
 def test_length_bias(tmp_path: Path, longer: int, way: str) -> None:
-    pairs = [(f"p{k}", *(("good one", "bad") if k < longer else ("yes", "not this"))) for k in range(60)]
+    pairs = [(f"p{k}", *((f"good one {k}", "bad") if k < longer else ("yes", f"not this {k}"))) for k in range(60)]
     found = check(write(tmp_path / "a.jsonl", pairs))
     assert found.counts["chosen_longer"] == pytest.approx(longer / 60)
     assert found.counts["length_rule_accuracy"] == pytest.approx(max(longer, 60 - longer) / 60)
-    said = [w for w in kinds(found.warnings) if "the longer reply in" in w]
+    said = [w for w in kinds(found.warnings) if "the longer reply chosen in" in w]
     assert len(said) == bool(way)
     assert all(f"taking the {way} one is right for 90.0%" in w and "of 60 pairs" in w for w in said)
 
 
 def test_equal_lengths_leave_the_length_rule_at_chance(tmp_path: Path) -> None:
-    found = check(write(tmp_path / "a.jsonl", [(f"p{k}", "aa", "bb") for k in range(40)]))
+    found = check(write(tmp_path / "a.jsonl", [(f"p{k}", f"a{k:02}", f"b{k:02}") for k in range(40)]))
     assert found.counts["length_rule_accuracy"] == 0.5
     assert found.warnings == ()
 
 
 def test_leaks_are_found_by_prompt_and_by_group(tmp_path: Path) -> None:
-    train = write(tmp_path / "train.jsonl", [("p", "a", "b"), ("q", "a", "b")])
-    test = write(tmp_path / "test.jsonl", [("p", "c", "d"), ("r", "a", "b")])
+    train = write(tmp_path / "train.jsonl", [("p", "a1", "b1"), ("q", "a2", "b2"), ("t", "a3", "b3")])
+    test = write(tmp_path / "test.jsonl", [("p", "c", "d"), ("r", "a1", "b1")])
     found = check(train, against=test)
     assert found.counts["shared_prompts"] == found.counts["shared_groups"] == 1
     assert (
-        f"{test}:1: prompt: 1 of 2 pairs have a prompt that the training pairs have too; none; take"
+        f"{test}:1: prompt: found 1 of 2 pairs with a prompt that the training pairs have too, expected none. Fix: take"
         in kinds(found.warnings)[1]
     )
-    assert found.n_pairs == 2
+    assert found.n_pairs == 3
     apart = write(tmp_path / "apart.jsonl", [("s", "a", "b")])
     assert check(train, against=[apart]).warnings == ()
 
 
 def test_one_fixed_prompt_is_no_leak_but_a_shared_reply_is(tmp_path: Path) -> None:
-    reviews = [{"text": f"{word} {k}", "label": label} for k in range(4) for label, word in enumerate(("bad", "good"))]
-    for name, part in (("train", reviews[:4]), ("test", reviews[4:]), ("leak", [*reviews[4:], *reviews[:2]])):
+    reviews = [{"text": f"{word} {k}", "label": label} for k in range(7) for label, word in enumerate(("bad", "good"))]
+    for name, part in (("train", reviews[:6]), ("test", reviews[6:]), ("leak", [*reviews[6:], *reviews[:2]])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     assert check(tmp_path / "train.json", against=tmp_path / "test.json").warnings == ()
     (leak, *_) = kinds(check(tmp_path / "train.json", against=tmp_path / "leak.json").warnings)
-    assert "have a group" in leak or "have a reply" in leak
+    assert "with a group" in leak or "with a reply" in leak
 
 
 def test_errors_of_the_other_file_are_listed(tmp_path: Path) -> None:
@@ -448,16 +569,16 @@ def characters(pair: Pair) -> int:
 
 
 def test_pairs_longer_than_the_model_takes(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [("p", "a" * k, "b") for k in (2, 20, 30)])
+    path = write(tmp_path / "a.jsonl", [(f"p{k}", "a" * k, f"b {k}") for k in (2, 20, 30)])
     found = check(path, count_tokens=characters, max_tokens=10)
     assert found.counts["too_long"] == 2
     assert kinds(found.warnings) == [
-        f"{path}:3: 31 tokens, the longest of 2 of 3 pairs that are too long (rows 2, 3); at most 10; "
-        "they will be cut; shorten or drop them"
+        f"{path}:3: found 33 tokens, the longest of 2 of 3 pairs that are too long (rows 2, 3), expected at most 10. "
+        "Fix: shorten or drop them, or they will be cut."
     ]
     every = check(path, count_tokens=characters, max_tokens=1)
     assert "raise max_tokens or take a model with a longer context" in str(every.errors[0])
-    assert check(path, count_tokens=characters, max_tokens=31).warnings == ()
+    assert check(path, count_tokens=characters, max_tokens=33).warnings == ()
     with pytest.raises(DataError, match="a limit without a way to count"):
         check(path, max_tokens=10)
 
@@ -478,25 +599,31 @@ def test_swapped_labels_are_suspected(tmp_path: Path) -> None:
 def test_scores_against_the_columns(tmp_path: Path, place: str) -> None:
     def scored(good: float, bad: float, k: int) -> str:
         scores = {"score_chosen": good, "score_rejected": bad}
-        return row(prompt=f"p{k}", **(scores if place == "columns" else {"metadata": scores}))
+        return row(
+            prompt=f"p{k}",
+            chosen=f"yes {k}",
+            rejected=f"no {k}",
+            **(scores if place == "columns" else {"metadata": scores}),
+        )
 
     path = tmp_path / "a.jsonl"
     path.write_text(scored(1, 2, 0) + scored(2, 1, 1) + scored(1, 1, 2) + scored(0, 2, 3) + scored(float("nan"), 2, 4))
+    inside = "" if place == "columns" else "metadata."
     assert kinds(check(path).warnings) == [
-        f"{path}:1: score_chosen: score_rejected is the higher (2 rows in all); score_chosen above score_rejected; "
-        "are the columns swapped?",
-        f"{path}:3: score_chosen: chosen and rejected score the same; score_chosen above score_rejected; "
-        "such pairs carry no preference: leave them out?",
+        f"{path}:1: {inside}score_chosen: found the better rating in {inside}score_rejected (2 rows in all), "
+        f"expected the better one in {inside}score_chosen. Fix: check whether chosen and rejected are swapped.",
+        f"{path}:3: {inside}score_chosen: found the same rating in {inside}score_chosen and {inside}score_rejected, "
+        f"expected the better one in {inside}score_chosen. Fix: leave such pairs out: they carry no preference.",
     ]
 
 
 def test_ties_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    lines = [{"prompt": f"p{k}", "response 1": "a", "response 2": "b", "label": k % 3} for k in range(9)]
+    lines = [{"prompt": f"p{k}", "response 1": f"a {k}", "response 2": f"b {k}", "label": k % 3} for k in range(9)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = check(path)
     assert found.n_pairs == 6
-    assert kinds(found.warnings) == [f"{path}:3: label: a tie (3 rows in all); a preference; it was left out"]
+    assert kinds(found.warnings) == [f"{path}:3: label: left out: a tie (3 rows in all)"]
 
 
 def test_messages_can_be_printed_anywhere(tmp_path: Path) -> None:
@@ -515,14 +642,14 @@ def test_real_sets_have_true_findings_only(shared: Path) -> None:
         found = check(shared / "data" / f"{name}.jsonl.gz")
         return [(e.row, e.field, e.found) for e in found.errors]
 
-    same = "the same text as chosen"
-    assert errors("hh_rlhf_harmless/train") == [(601, "chosen", "the last Assistant turn is empty")]
-    assert errors("hh_rlhf_harmless/test") == [(79, "chosen", "the last Assistant turn is empty")]
+    same = "the same text as in chosen"
+    assert errors("hh_rlhf_harmless/train") == [(601, "chosen", "an empty last Assistant turn")]
+    assert errors("hh_rlhf_harmless/test") == [(79, "chosen", "an empty last Assistant turn")]
     assert errors("ultrafeedback_sample/train") == [
-        (28, "rejected", "white space only"),
+        (28, "rejected", "only white space"),
         (258, "rejected", same),
         (552, "rejected", same),
-        (710, "chosen", "empty"),
+        (710, "chosen", "empty text"),
         (777, "rejected", same),
         (851, "rejected", same),
     ]

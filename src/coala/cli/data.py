@@ -50,23 +50,32 @@ def check(
     max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply; the model's context.")] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Read every row and list what is wrong: FILE:ROW: FIELD: found; expected; how to mend. Exit code 2 on errors."""
-    from coala.cli.screen import emit
+    """Read every row and list what is wrong: FILE:ROW: FIELD: found X, expected Y. Fix: Z. Exit code 2 on errors."""
+    from coala.cli.screen import emit, say
     from coala.data import check as check_pairs
+    from coala.data.findings import few
+    from coala.data.signs import special_tokens
 
     count_tokens = None
+    special: list[str] = []
     if model is not None:
         from coala.backbone import load_backbone
 
         backbone = load_backbone(model)
         max_tokens = max_tokens or backbone.max_tokens
 
+        special = special_tokens(backbone.tokenizer)
+
         def count_tokens(pair: Pair) -> int:
             return backbone.count_tokens(pair)
 
-    findings = check_pairs(pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens)
-    for finding in (*findings.errors, *findings.warnings, *findings.notes):
-        write(finding)
+    findings = check_pairs(
+        pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens, special_tokens=special
+    )
+    for line in (*few(findings.errors), *findings.warnings, *findings.notes):
+        write(line)
+    if findings.way_on:
+        say(findings.way_on)
     emit({"pairs": findings.n_pairs, "errors": len(findings.errors), "warnings": len(findings.warnings)})
     if findings.errors:
         raise typer.Exit(2)
@@ -77,13 +86,13 @@ def convert(
     pairs: Sources,
     out: Annotated[Path, typer.Option(help="File to write: one pair per line, TRL's conversational format.")],
     format: Format = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors, and say so.")] = False,
 ) -> None:
-    """Write pairs of any known format in one plain form."""
+    """Write pairs of any known format in one plain form. What is not read is named."""
     from coala.cli.screen import emit
-    from coala.data import read_pairs
     from coala.store import save_pairs
 
-    found = list(read_pairs(pairs, format))
+    found = _sound(pairs, format, skip_bad)
     save_pairs(out, found)
     emit({"pairs": len(found), "out": out}, alone=True)
 
@@ -138,7 +147,6 @@ def audit(
     which that cue says nothing. Conversations: `--format conversations` audits their alternating pairs.
     """
     from coala.cli.screen import emit, progress, say, table
-    from coala.data import read_pairs
     from coala.data.audit import audit as look
     from coala.data.audit import balance as take_out
     from coala.data.audit_page import render
@@ -147,18 +155,14 @@ def audit(
 
     if (balance is None) != (balanced is None):
         raise CoalaError("--balance CUE and --balanced FILE go together: the cue to take out, and where to write.")
-    found = _sound(pairs, format) if skip_bad else list(read_pairs(pairs, format))
+    found = _sound(pairs, format, skip_bad)
     extracted = load_features(features) if features is not None else None
     with progress() as show:
         result = look(
             found,
             seed=seed,
             features=None if extracted is None else extracted.chosen - extracted.rejected,
-            against=None
-            if against is None
-            else _sound(against, format)
-            if skip_bad
-            else [*read_pairs(against, format)],
+            against=None if against is None else _sound(against, format, skip_bad),
             repeats=repeats,
             on_progress=lambda name, done, total: show("audit", done, total, name),
         )
@@ -199,14 +203,18 @@ def audit(
     emit(summary)
 
 
-def _sound(names: list[str], format: str) -> list[Pair]:
-    """The pairs that can be read; what cannot is counted aloud."""
+def _sound(names: list[str], format: str, skip_bad: bool) -> list[Pair]:
+    """The pairs that can be read. Warnings are said aloud; bad rows end it, or are left out and counted."""
     from coala.cli.screen import say
-    from coala.data import check as check_pairs
+    from coala.data.doctor import gather
 
-    findings = check_pairs(names, format)
-    if findings.errors:
+    findings = gather(names, format)
+    if not (skip_bad and findings.pairs):
+        findings.raise_for_errors()
+    elif findings.errors:
         say(f"{len(findings.errors)} findings left out, the first: {findings.errors[0]}")
+    for warning in findings.warnings:
+        say(str(warning))
     return list(findings.pairs)
 
 

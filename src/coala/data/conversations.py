@@ -7,12 +7,15 @@ Knows nothing of preference formats. Whether what the pairs teach is more than a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any, Literal
 
+from coala.data.context import in_context
 from coala.data.files import Source, records, sources
 from coala.data.findings import DataError, Fault, Finding, describe, listed
+from coala.data.records import names
+from coala.data.serialised import opened
 from coala.data.turns import Row, digest, is_messages, merged, named_group, same_reply, sound_text, text, turns
 from coala.values import CoalaError, Pair, Role, Turn
 
@@ -86,7 +89,8 @@ def read_conversations(source: Source, format: str = "auto") -> Iterator[tuple[s
                     raise DataError([event])
                 continue
             try:
-                found.append(conversation(event.value, format))
+                row = opened(event.value)[0] if isinstance(event.value, Mapping) else event.value
+                found.append(conversation(row, format))
             except Fault as fault:
                 raise DataError([fault.at(event.file, event.row)]) from None
         for k in whole([said for _, said in found]):
@@ -119,9 +123,10 @@ def conversation(row: Any, format: str = "auto") -> tuple[str, list[Turn]]:
         if format == name or (format == "auto" and fields <= set(row)):
             for field in sorted(fields - set(row)):
                 raise Fault(
-                    field, f"the field is missing (there are {listed(row) or 'none'})", "turns", "add or rename it"
+                    field, f"no such field (there are {listed(row) or 'none'})", "turns", "add or rename the field"
                 )
             said, group = make(row)
+            said = in_context(row, said, fields, ("system",))
             if not said:
                 raise Fault(min(fields), "no turns", "a conversation", "delete the row")
             return group or named_group(row) or _first_words(said), said
@@ -131,6 +136,14 @@ def conversation(row: Any, format: str = "auto") -> tuple[str, list[Turn]]:
 
 def is_conversation(row: Row) -> bool:
     return any(fields <= set(row) for fields, _ in SHAPES.values())
+
+
+def shape_columns(row: Row) -> Set[str]:
+    """The columns whose words a conversation takes."""
+    for fields, _ in SHAPES.values():
+        if fields <= set(row):
+            return fields | {"question", "student_incorrect_solution"} if fields == {"conversation"} else fields
+    return frozenset()
 
 
 def _first_words(said: Sequence[Turn]) -> str:
@@ -204,6 +217,13 @@ def _turns_field(row: Row) -> Shaped:
     """Our own form: ``{"group" or "id", "turns": [{"role", "text"}]}``."""
     return _messages("turns")(row)
 
+
+# What the tutoring data sets say about their dialogues.
+SHAPES_LEFT = names(
+    "e z_what z_why c_r_ c_revision img prep obj color grammarRules engPrep engColor engObj studentActions "
+    "tutorResponses tutorActions tutorKeys student_profile teacher_described_confusion self-typical-interactions "
+    "ground_truth mood field"
+)
 
 SHAPES: Mapping[str, tuple[frozenset[str], Callable[[Row], Shaped]]] = {
     "bridge": (frozenset({"c_h", "c_r"}), _bridge),

@@ -15,6 +15,7 @@ from coala.data.cues import share
 from coala.data.files import Source
 from coala.data.findings import DataError, Finding, Findings, Severity
 from coala.data.formats import Located, read
+from coala.data.signs import markup, no_replies, power
 from coala.values import Estimate, Pair
 
 MAX_CONFLICTS = (
@@ -32,6 +33,7 @@ def check(
     against: Source | None = None,
     count_tokens: Callable[[Pair], int] | None = None,
     max_tokens: int | None = None,
+    special_tokens: Sequence[str] = (),
 ) -> Findings:
     """Read every row of ``source`` (as :func:`coala.data.read_pairs` takes it) and list what is wrong.
 
@@ -39,7 +41,10 @@ def check(
     replies, each is preferred once: a few are human disagreement, many a mixed-up column); every pair too long.
     Warnings, each with its count: duplicates, fewer conflicts, ties, pairs whose prompt and longer reply pass
     ``max_tokens`` by ``count_tokens`` (they would be cut), length bias, groups or prompts shared with ``against``
-    (the other side of a split; its own errors are listed too), and signs that chosen and rejected are swapped.
+    (the other side of a split; its own errors are listed too), signs that chosen and rejected are swapped, one or two
+    pairs alone, a side that says the same in every row (an error where that is a name or a label), and texts that hold
+    ``special_tokens`` of a model or, where none are given, those of common chat templates. A note tells how many
+    held-out pairs it takes to see a difference.
     Raises :class:`DataError` for ``max_tokens`` without ``count_tokens`` and for an unknown ``format`` only.
     """
     if max_tokens is not None and count_tokens is None:
@@ -56,10 +61,16 @@ def check(
         listed += _repeats(located, counts)
         listed += _lengths(located, counts)
         listed += _direction(located, counts)
+        listed += no_replies(located)
+        listed += markup(located, special_tokens, counts)
         if count_tokens is not None and max_tokens is not None:
             listed += _too_long(located, count_tokens, max_tokens, counts)
     if against is not None:
-        listed += _leaks(located, _gather(against, format, listed), counts)
+        other = _gather(against, format, listed)
+        listed += _leaks(located, other, counts)
+        listed += power(located, other)
+    elif located:
+        listed += power(located)
 
     def of(severity: Severity) -> tuple[Finding, ...]:
         return tuple(finding for finding in listed if finding.severity == severity)
@@ -82,6 +93,18 @@ def _gather(source: Source, format: str, listed: list[Finding]) -> list[Located]
             listed.append(event)
     listed.extend(kinds.values())
     return located
+
+
+def gather(source: Source, format: str = "auto") -> Findings:
+    """What reading alone finds, without a look at what the pairs teach; as :func:`check` gives it."""
+    listed: list[Finding] = []
+    located = _gather(source, format, listed)
+    listed += no_replies(located)
+
+    def of(severity: Severity) -> tuple[Finding, ...]:
+        return tuple(finding for finding in listed if finding.severity == severity)
+
+    return Findings(of("error"), of("warning"), of("note"), tuple(one.pair for one in located))
 
 
 def _whole(file: str, field: str, found: str, expected: str, mend: str, severity: Severity = "error") -> Finding:
@@ -120,20 +143,22 @@ def _repeats(located: Sequence[Located], counts: dict[str, int | float]) -> Iter
         one, same = twice[0]
         yield Finding(
             *(one.file, one.row, ""),
-            f"the same pair as {same.file}:{same.row}; {len(twice)} of {len(located)} pairs are such repeats",
+            f"the same pair as in {same.file}:{same.row} ({len(twice)} of {len(located)} pairs are such repeats)",
             "each pair once",
-            "delete the repeats: they count double",
+            "delete the repeats, which count double",
             severity="warning",
         )
     if against:
         one, reverse = against[0]
         part = 2 * len(against) / len(located)
         mend = (
-            "keep what most annotators said" if part <= MAX_CONFLICTS else "was a column swapped in part of the file?"
+            "keep what most annotators said"
+            if part <= MAX_CONFLICTS
+            else "check whether chosen and rejected are swapped in part of the file"
         )
         yield Finding(
             *(one.file, one.row, ""),
-            f"prefers the reply that {reverse.file}:{reverse.row} rejects; {part:.1%} of the pairs contradict another",
+            f"the preferred reply rejected in {reverse.file}:{reverse.row}; {part:.1%} of the pairs contradict another",
             f"at most {MAX_CONFLICTS:.0%}",
             mend,
             severity="warning" if part <= MAX_CONFLICTS else "error",
@@ -157,9 +182,9 @@ def _lengths(located: Sequence[Located], counts: dict[str, int | float]) -> Iter
         yield _whole(
             located[0].file,
             "chosen",
-            f"the longer reply in {_percent(longer)}: taking the {way} one is right for {rule:.1%}",
-            "near one half",
-            f"a model can learn to write {'more' if way == 'longer' else 'less'}; compare with that rule",
+            f"the longer reply chosen in {_percent(longer)} (taking the {way} one is right for {rule:.1%})",
+            "about one half",
+            f"compare with that rule: a model can learn from this to write {'more' if way == 'longer' else 'less'}",
             "warning",
         )
 
@@ -186,7 +211,7 @@ def _too_long(
             f"at most {limit}",
             "raise max_tokens or take a model with a longer context"
             if every
-            else "they will be cut; shorten or drop them",
+            else "shorten or drop them, or they will be cut",
             severity="error" if every else "warning",
         )
 
@@ -220,9 +245,9 @@ def _leaks(train: Sequence[Located], test: Sequence[Located], counts: dict[str, 
             one.file,
             one.row,
             what,
-            f"{n} of {len(test)} pairs have a {what} that the training pairs have too",
+            f"{n} of {len(test)} pairs with a {what} that the training pairs have too",
             "none",
-            "take those pairs out of one side: the evaluation is not held out",
+            "take those pairs out of one side, or the evaluation is not held out",
             severity="warning",
         )
 
@@ -272,8 +297,8 @@ def _direction(located: Sequence[Located], counts: dict[str, int | float]) -> It
         yield _whole(
             located[0].file,
             "chosen",
-            f"looks the worse reply in {_percent(doubt)} that cheap signs can tell apart ({parts})",
-            "the better reply under chosen",
-            "a suspicion only: read a few with `coala data show`, and swap the columns if they are reversed",
+            f"the worse-looking reply in {_percent(doubt)} that cheap signs can tell apart ({parts})",
+            "the better reply",
+            "read a few with `coala data show` (this is a suspicion only), and swap the columns if they are reversed",
             "warning",
         )

@@ -6,6 +6,7 @@ Knows nothing of formats or files; every message of the package is built here.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +20,7 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One remark: ``FILE:ROW: FIELD: what was found; what is expected; how to mend``.
+    """One remark: ``FILE:ROW: FIELD: found X, expected Y. Fix: Z.``; without ``expected``, ``found`` is a sentence.
 
     ``row`` counts from 1: the line of a JSON Lines file, the record of any other; ``None`` speaks of the whole file.
     ``count`` is the number of rows the remark holds for, ``row`` being the first of them.
@@ -37,19 +38,21 @@ class Finding:
     def __str__(self) -> str:
         place = self.file if self.row is None else f"{self.file}:{self.row}"
         found = f"{self.found} ({self.count} rows in all)" if self.count > 1 else self.found
-        said = "; ".join(part for part in (found, self.expected, self.mend) if part)
+        said = f"found {found}, expected {self.expected}" if self.expected else found
+        if self.mend:
+            said = f"{said}. Fix: {self.mend}."
         return printable(": ".join(part for part in (place, self.field, said) if part))
 
 
 class DataError(CoalaError):
     """Data that cannot be used as they are; ``findings`` says where, why and what to do."""
 
-    def __init__(self, findings: Sequence[Finding]) -> None:
+    def __init__(self, findings: Sequence[Finding], way_on: str = "") -> None:
         self.findings = tuple(findings)
         lines = [str(finding) for finding in self.findings[:SHOWN]]
         if len(self.findings) > SHOWN:
             lines.append(f"... and {len(self.findings) - SHOWN} more; `coala data check` lists them all.")
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join([*lines, way_on] if way_on else lines))
 
 
 class Fault(Exception):
@@ -90,7 +93,33 @@ class Findings:
     def raise_for_errors(self) -> None:
         """Raise :class:`DataError` with the errors, if there is one."""
         if self.errors:
-            raise DataError(self.errors)
+            raise DataError(self.errors, self.way_on)
+
+    @property
+    def way_on(self) -> str:
+        """What to do where some rows are bad and others are sound; empty otherwise."""
+        rows = {(one.file, one.row) for one in self.errors if one.row is not None}
+        if not rows or not self.pairs:
+            return ""
+        return (
+            f"{len(rows)} bad row{'s' * (len(rows) > 1)}, {self.n_pairs} sound pair{'s' * (self.n_pairs > 1)}. "
+            "Mend the bad rows, or leave them out with --skip-bad."
+        )
+
+
+def few(findings: Sequence[Finding], most: int = SHOWN) -> list[str]:
+    """The findings as lines; of one kind, ``most`` are spelled out and the rest counted."""
+    lines: list[str] = []
+    seen: Counter[tuple[str, ...]] = Counter()
+    for one in findings:
+        kind = (one.file, one.field, one.found, one.expected, one.mend)
+        seen[kind] += 1
+        if seen[kind] <= most:
+            lines.append(str(one))
+    for (file, where, found, *_), n in seen.items():
+        if n > most:
+            lines.append(printable(f"{file}: {where}: {found}: {n - most} more rows of this kind"))
+    return lines
 
 
 def printable(text: str) -> str:

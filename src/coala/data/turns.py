@@ -13,15 +13,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coala.data.findings import Fault, NoPreference, describe, listed
+from coala.data.unread import alike, is_empty, refuse, tokens_of
 from coala.values import Pair, Role, Turn
 
 Row = Mapping[str, Any]
 
 ROLE_NAMES: Mapping[str, Role] = {
-    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "student"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatbot", "ai", "chatgpt", "tutor", "teacher"), "assistant"),
 }
+_TOOL_ROLES = (
+    "tool",
+    "function",
+    "observation",
+    "function_call",
+    "tool_call",
+    "function_response",
+    "tool_response",
+    "ipython",
+)
 GROUP_FIELDS = ("group", "conversation_id", "prompt_id", "post_id", "movie")
 # Nothing a reader would see: white space proper, zero-width characters, a stray byte-order mark.
 INVISIBLE = "".join(map(chr, (*range(0x1C, 0x21), 0x85, 0xA0, *range(0x2000, 0x2010), 0x2028, 0x2029))) + (
@@ -33,7 +44,7 @@ _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 def text(row: Row, field: str) -> str:
     """The text of a field: present, a string, with something to see in it, and writable as UTF-8."""
     if field not in row:
-        raise Fault(field, f"the field is missing (there are {listed(row) or 'none'})", "text", "add or rename it")
+        raise Fault(field, f"no such field (there are {listed(row) or 'none'})", "text", "add or rename the field")
     return sound_text(row[field], field)
 
 
@@ -42,7 +53,7 @@ def sound_text(value: Any, field: str) -> str:
         mend = "fill it in or delete the row" if value is None else "write it as one string"
         raise Fault(field, describe(value), "text", mend)
     if not value.strip(INVISIBLE):
-        found = "white space only" if value else "empty"
+        found = "only white space" if value else "empty text"
         raise Fault(field, found, "text", "fill it in or delete the row")
     unwritable(value, field)
     return value
@@ -68,14 +79,20 @@ def role(value: Any, field: str) -> Role:
     """``assistant`` for gpt, tutor, teacher and the like; ``user`` for human, student and the like."""
     if isinstance(value, str) and (found := ROLE_NAMES.get(value.strip().lower())):
         return found
+    if isinstance(value, str) and value.strip().lower() in _TOOL_ROLES:
+        mend = "leave the row out (tool turns are not read), or write what the tool said into another turn"
+        raise Fault(field, f"a tool's turn ({value})", "a user, an assistant or a system", mend)
     raise Fault(field, f"a speaker that is {describe(value)}", f"one of {', '.join(ROLE_NAMES)}", "rename the speaker")
 
 
 def turns(value: Any, field: str, *, skip_empty: bool = False) -> list[Turn]:
-    """Messages ``{role, content}``, ShareGPT's ``{from, value}`` or ``{role or user, text}``, in order.
+    """Messages ``{role, content}``, ShareGPT's ``{from, value}`` or ``{role or user, text}``, in order; or one such.
 
-    An empty system message says nothing and is left out; any other empty turn is an error unless ``skip_empty``.
+    An empty system message says nothing and is left out; any other empty turn is an error unless ``skip_empty``. Tool
+    calls and images in a message are errors; other fields are for :mod:`coala.data.unread` to name.
     """
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise Fault(field, describe(value), "a list of messages {role, content}", "write it as such a list")
     if not value:
@@ -85,6 +102,9 @@ def turns(value: Any, field: str, *, skip_empty: bool = False) -> list[Turn]:
         place = f"{field}[{number}]"
         if not isinstance(message, Mapping):
             raise Fault(place, describe(message), "a message {role, content}", "write it as such an object")
+        for key, held in message.items():
+            if key not in ("role", "from", "user", "content", "value", "text"):
+                refuse(str(key), held, f"{place}.{key}")
         who = next((key for key in ("role", "from", "user") if key in message), None)
         what = next((key for key in ("content", "value", "text") if key in message), None)
         if who is None or what is None:
@@ -94,15 +114,20 @@ def turns(value: Any, field: str, *, skip_empty: bool = False) -> list[Turn]:
             said = _parts(said, f"{place}.{what}")
         if said in (None, "") and (skip_empty or speaker == "system"):
             continue
+        if said in (None, "") and not is_empty(message.get("refusal")):
+            mend = "move the words of refusal to content"
+            raise Fault(f"{place}.refusal", "a reply that stands outside content", "a reply in content", mend)
         made.append(Turn(speaker, sound_text(said, f"{place}.{what}")))
     return made
 
 
 def _parts(parts: list[Any], field: str) -> str:
     """The text of a message written in parts, which must all be text."""
+    if parts and all(isinstance(part, str) for part in parts):
+        return "".join(parts)
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Fault(field, f"a part that is {describe(part)}", "text parts only", "leave out images and tools")
+            raise Fault(field, f"a part that is {describe(part)}", "parts of text", "leave out images and tools")
     return "".join(part["text"] for part in parts)
 
 
@@ -133,7 +158,7 @@ def transcript(value: Any, field: str) -> list[Turn]:
         spoken.pop()
     for number, (speaker, words) in enumerate(spoken):
         if not words.strip(INVISIBLE):
-            raise Fault(field, f"turn {number + 1} ({speaker}) is empty", "text", "fill it in or delete the row")
+            raise Fault(field, f"an empty turn {number + 1} ({speaker})", "text", "fill it in or delete the row")
     return merged(Turn(speaker, words) for speaker, words in spoken)
 
 
@@ -172,7 +197,7 @@ def shared_text(first: str, second: str) -> int:
 def label(row: Row, field: str, meanings: Mapping[str, Any]) -> Any:
     """What a label means; numbers may be written as text or as a float without fraction."""
     if field not in row:
-        raise Fault(field, "the field is missing", f"one of {', '.join(meanings)}", "add or rename it")
+        raise Fault(field, "no such field", f"one of {', '.join(meanings)}", "add or rename it")
     value = row[field]
     name = str(int(value)) if isinstance(value, float) and value.is_integer() else value
     if isinstance(name, int) and not isinstance(name, bool) and abs(name) < 1000:
@@ -227,14 +252,39 @@ def group_of(row: Row, prompt: Sequence[Turn]) -> str:
 
 
 def pair(row: Row, prompt: Sequence[Turn], chosen: str, rejected: str, group: str | None = None) -> Pair:
-    """The pair, unless its prompt is empty or its replies are the same."""
+    """The pair, unless its prompt is empty, or its replies are the same or names of columns or models."""
     if not prompt:
         raise Fault(
-            "prompt", "no prompt", "what the replies answer", "add it, or give both replies with what they share"
+            "prompt", "no prompt", "what the replies answer", "add a prompt column, or begin both replies with it"
         )
     if same_reply(chosen, rejected):
-        raise Fault("rejected", "the same text as chosen", "two different replies", "delete the row")
+        raise alike(row)
+    if are_names(row, chosen, rejected):
+        found = f"names of columns or models ({describe(chosen)}, {describe(rejected)}) in place of replies"
+        mend = "put the replies' own texts there (two replies and a `winner` that names one of them are read, too)"
+        raise Fault("chosen", found, "the text of a reply", mend)
     return Pair(tuple(prompt), chosen, rejected, group if group is not None else group_of(row, prompt))
+
+
+_NAME = re.compile(
+    r"(model|response|answer|output|assistant|completion|reply|option|candidate|conversation)[ _-]?([ab]|[0-2])"
+    r"|(gpt|claude|gemini|palm|bard|llama|vicuna|alpaca|koala|mistral|mixtral|qwen|gemma|phi|falcon|zephyr|tulu|yi|"
+    r"dolly|mpt|deepseek|wizardlm|command|chatglm|pythia|starchat|ultralm|text-davinci|o1|o3|grok|nova|smollm)"
+    r"[-_.]?v?\d[\w.:-]*|(meta-)?(llama|mistral|mixtral|qwen|gemma|vicuna|claude|gpt|gemini|falcon)-[\w.:-]+",
+    re.IGNORECASE,
+)
+
+
+def is_name(said: str) -> bool:
+    """Whether a text is no more than the name of a model (``gpt-4``) or of one of two sides (``response_a``)."""
+    return bool(_NAME.fullmatch(said.strip()))
+
+
+def are_names(row: Row, *said: str) -> bool:
+    """Whether all texts are names of columns of the row, or values of its columns of models."""
+    known = {str(key).strip().lower() for key in row}
+    known |= {v.strip().lower() for k, v in row.items() if isinstance(v, str) and "model" in tokens_of(str(k))}
+    return all(one.strip().lower() in known for one in said)
 
 
 def same_reply(first: str, second: str) -> bool:
@@ -251,9 +301,9 @@ def best_against_lower(
     Scores are compared from left to right; of equal best the first is taken. The same text twice makes no pair.
     """
     if len(replies) < 2:
-        raise NoPreference("", "an only reply", "two or more to compare", "it was left out")
+        raise NoPreference("", "left out: one reply alone prefers nothing")
     top, best = max(replies, key=lambda one: one[0])
     made = [pair(row, prompt, best, said) for s, said in replies if s < top and not same_reply(best, said)]
     if not made:
-        raise NoPreference("", "all replies score the same", "a difference", "it was left out")
+        raise NoPreference("", "left out: all replies score the same")
     return made

@@ -13,21 +13,55 @@ from itertools import chain, islice
 from math import inf
 from pathlib import Path
 
-from coala.data.conversations import Context, alternate, conversation, is_conversation, whole
-from coala.data.files import Record, Source, records, sources
-from coala.data.findings import DataError, Fault, Finding, describe, listed
-from coala.data.formats.labelled import autoj, bridge, llmbar, read_helpsteer, shp, ultrafeedback
-from coala.data.formats.reader import Located, Reader, Reading, by_row
+from coala.data.conversations import (
+    SHAPES_LEFT,
+    Context,
+    alternate,
+    conversation,
+    is_conversation,
+    shape_columns,
+    whole,
+)
+from coala.data.files import Source, parted, records, sources
+from coala.data.findings import DataError, Fault, Finding, listed
+from coala.data.formats.battles import (
+    alternative,
+    battle,
+    battle_columns,
+    is_alternative,
+    is_battle,
+    is_ranked,
+    ranked,
+)
+from coala.data.formats.intake import Intake
+from coala.data.formats.labelled import (
+    BRIDGE_LEFT,
+    HELPSTEER_COLUMNS,
+    ULTRAFEEDBACK_LEFT,
+    autoj,
+    bridge,
+    llmbar,
+    read_helpsteer,
+    shp,
+    ultrafeedback,
+    ultrafeedback_columns,
+)
+from coala.data.formats.reader import Located, Reader, Reading, by_row, only
 from coala.data.formats.replies import (
     CHOSEN,
+    PREFERENCE,
     PROMPTS,
     REJECTED,
     alpaca,
+    alpaca_columns,
+    conversation_field,
+    hh_columns,
     hh_rlhf,
     is_columns,
     is_hh,
     is_preference,
     is_texts,
+    mapped,
     read_columns,
     read_preference,
     rewardbench,
@@ -35,6 +69,7 @@ from coala.data.formats.replies import (
     strings,
 )
 from coala.data.formats.reviews import read_imdb
+from coala.data.records import Record
 from coala.data.turns import is_messages
 from coala.values import Role, Turn
 
@@ -82,27 +117,39 @@ def _conversations(records: Iterable[Record], faults: list[Finding]) -> Iterator
 _ALL = (
     Reader(
         "sharegpt",
-        "conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}",
-        lambda row: is_messages(row.get("conversations")) and "chosen" in row and "rejected" in row,
-        by_row(sharegpt),
+        "conversations (or messages): [{from, value}], chosen: {from, value}, rejected: {from, value}",
+        lambda row: is_messages(row.get(conversation_field(row))) and "chosen" in row and "rejected" in row,
+        by_row(sharegpt, lambda row: {conversation_field(row), "chosen", "rejected"}),
+        lambda row: {conversation_field(row), "chosen", "rejected"},
+    ),
+    Reader(
+        "swift",
+        "messages that end with the chosen reply, and rejected_response or rejected_messages",
+        is_alternative,
+        by_row(alternative, only("messages", "rejected_response", "rejected_messages")),
+        only("messages", "rejected_response", "rejected_messages"),
     ),
     Reader(
         "bridge",
         "c_h: chat, c_r: the tutor's reply, c_r_: an expert's better one",
         lambda row: {"c_h", "c_r", "c_r_"} <= set(row),
-        by_row(bridge),
+        by_row(bridge, only("c_h", "c_r", "c_r_")),
+        only("c_h", "c_r", "c_r_"),
+        left=BRIDGE_LEFT,
     ),
     Reader(
         "hh-rlhf",
         r"chosen, rejected: transcripts '\n\nHuman: ...\n\nAssistant: ...'; or prompt (a transcript) and two replies",
         is_hh,
-        by_row(hh_rlhf),
+        by_row(hh_rlhf, hh_columns),
+        hh_columns,
     ),
     Reader(
         "rewardbench",
         "prompt, chosen: [texts], rejected: [texts] (version 2; version 1 is `preference`)",
         lambda row: "prompt" in row and (is_texts(row.get("chosen")) or is_texts(row.get("rejected"))),
-        by_row(rewardbench),
+        by_row(rewardbench, only(*PREFERENCE)),
+        only(*PREFERENCE),
     ),
     Reader(
         "alpaca",
@@ -111,61 +158,89 @@ _ALL = (
             "instruction" in row
             and (isinstance(row.get("output"), list) or ("input" in row and strings(row, "chosen", "rejected")))
         ),
-        by_row(alpaca),
+        by_row(alpaca, alpaca_columns),
+        alpaca_columns,
     ),
     Reader(
         "ultrafeedback",
         "instruction, completions: [{response, overall_score}]; the best against each lower one",
         lambda row: isinstance(row.get("completions"), list) and ("instruction" in row or "prompt" in row),
-        by_row(ultrafeedback),
+        by_row(ultrafeedback, ultrafeedback_columns),
+        ultrafeedback_columns,
+        left=ULTRAFEEDBACK_LEFT,
+    ),
+    Reader(
+        "ranked",
+        "prompt, answers: [{answer, rank}]; the first in rank against each other one",
+        is_ranked,
+        by_row(ranked, only("prompt", "answers")),
+        only("prompt", "answers"),
     ),
     Reader(
         "helpsteer",
         "prompt, response, helpfulness, ...; the most helpful reply to a prompt against each less helpful one",
         lambda row: {"prompt", "response", "helpfulness"} <= set(row),
         read_helpsteer,
+        HELPSTEER_COLUMNS,
     ),
     Reader(
         "shp",
         "history, human_ref_A, human_ref_B, labels (1: A is better, 0: B)",
         lambda row: {"history", "human_ref_A", "human_ref_B", "labels"} <= set(row),
-        by_row(shp),
+        by_row(shp, only("history", "human_ref_A", "human_ref_B", "labels")),
+        only("history", "human_ref_A", "human_ref_B", "labels"),
     ),
     Reader(
         "llmbar",
         "input, output_1, output_2, label (1 or 2: the better one)",
         lambda row: {"input", "output_1", "output_2", "label"} <= set(row),
-        by_row(llmbar),
+        by_row(llmbar, only("input", "output_1", "output_2", "label")),
+        only("input", "output_1", "output_2", "label"),
     ),
     Reader(
         "autoj",
         "prompt, response 1, response 2, label (0: the first is better, 1: the second, 2: a tie)",
         lambda row: {"prompt", "response 1", "response 2", "label"} <= set(row),
-        by_row(autoj),
+        by_row(autoj, only("prompt", "response 1", "response 2", "label")),
+        only("prompt", "response 1", "response 2", "label"),
+    ),
+    Reader(
+        "battles",
+        "conversation_a, conversation_b (or response_a, answer_1, ...) and winner: model_a, b, A>B, tie, ...",
+        is_battle,
+        by_row(battle, battle_columns),
+        battle_columns,
     ),
     Reader(
         "imdb",
         "text, label (1 or pos, 0 or neg), movie; a positive review against a negative one",
         lambda row: {"text", "label"} <= set(row) and not {"chosen", "rejected"} & set(row),
         read_imdb,
+        only("text", "label", "movie"),
+        around=(),
     ),
     Reader(
         "preference",
         "prompt, chosen, rejected: texts or lists of {role, content}; the prompt may be what both begin with",
         is_preference,
         read_preference,
+        only(*PREFERENCE),
     ),
     Reader(
         "columns",
         f"other names: {listed(PROMPTS, 5)}; {listed(CHOSEN, 5)}; {listed(REJECTED, 5)}",
         is_columns,
         read_columns,
+        mapped,
     ),
     Reader(
         "conversations",
         "messages, conversations, turns, ...: each reply against the same speaker's next one; only when asked for",
         is_conversation,
         read_alternating,
+        shape_columns,
+        around=("system",),
+        left=SHAPES_LEFT,
     ),
 )
 
@@ -180,12 +255,12 @@ def read(
     Raises :class:`DataError` only for a ``format`` that is not in :data:`READERS`.
     """
     if format != "auto" and format not in READERS:
-        raise DataError(
-            [Finding("format", None, "", repr(format), f"auto or one of {', '.join(READERS)}", "mend --format")]
-        )
+        fix = "give --format one of these"
+        raise DataError([Finding("format", None, "", repr(format), f"auto or one of {', '.join(READERS)}", fix)])
     for name in sources(source):
         faults: list[Finding] = []
-        rows = _objects(records(name), faults)
+        intake = Intake(name, faults)
+        rows = intake.opened(records(name))
         if format == "auto":
             head = list(islice(rows, LOOKED_AT))
             rows = chain(head, rows)
@@ -201,18 +276,21 @@ def read(
         make = reader.pairs
         if reader.name == "conversations":
             # A hub data set is not fetched twice, and a pipe flows once: they are held instead.
-            again = partial(_again, name) if Path(name).is_file() else None
+            again = partial(_again, name) if Path(parted(name)[0]).is_file() else None
             make = partial(read_alternating, speaker=role, context=context, again=again)
-        for event in make(rows):
+        for event in make(intake.checked(rows, reader)):
             # Rows were read ahead: what is wrong with a later row waits for its turn.
             while faults and _order(faults[0]) < _order(event):
                 yield faults.pop(0)
             yield event
         yield from faults
+        yield from intake.remarks()
 
 
 def _again(name: str) -> Iterator[Record]:
-    return _objects(records(name), [])
+    """The records that :func:`read` makes pairs of, once more."""
+    intake = Intake(name, [])
+    return intake.checked(intake.opened(records(name)), READERS["conversations"])
 
 
 def _order(event: Located | Finding) -> float:
@@ -220,18 +298,6 @@ def _order(event: Located | Finding) -> float:
     if event.row is None:
         return 0 if isinstance(event, Finding) and event.severity == "note" else inf
     return event.row
-
-
-def _objects(events: Iterable[Record | Finding], faults: list[Finding]) -> Iterator[Record]:
-    """The records that are objects; findings, and those that are not, are set aside in ``faults``."""
-    for event in events:
-        if isinstance(event, Finding):
-            faults.append(event)
-        elif not isinstance(event.value, Mapping):
-            fault = Fault("", describe(event.value), "an object with named fields", "write each pair as an object")
-            faults.append(fault.at(event.file, event.row))
-        else:
-            yield event
 
 
 def _recognise(name: str, head: list[Record]) -> Reader | Finding:
@@ -243,11 +309,11 @@ def _recognise(name: str, head: list[Record]) -> Reader | Finding:
         reader = next(reader for reader in _ALL if votes[reader.name] == most)
         if reader.name != "conversations":
             return reader
-        found = "these are conversations, not pairs"
+        found = "conversations, not pairs"
         mend = "make pairs of them with `coala data alternate`, or say --format conversations"
         return Finding(name, None, "", found, "a chosen and a rejected reply per row", mend)
     if not head:
-        return Finding(name, None, "", "no rows", "at least one", "")
+        return Finding(name, None, "", "no rows", "at least one", "check the file")
     keys = list(dict.fromkeys(str(key) for record in head for key in record.value))
     sides = [
         side
@@ -256,7 +322,7 @@ def _recognise(name: str, head: list[Record]) -> Reader | Finding:
     ]
     if len(sides) == 1:
         missing = "rejected" if sides == ["chosen"] else "chosen"
-        found = f"the field is missing in every row (there are {listed(keys)})"
+        found = f"no such field in any row (there are {listed(keys)})"
         return Finding(name, None, missing, found, "both replies", "add it or rename its column")
     mend = "rename the columns, or name the format (`coala data formats` lists them)"
     return Finding(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
+from coala.data.context import in_context
 from coala.data.conversations import bridge_session
-from coala.data.files import Record
 from coala.data.findings import Fault, NoPreference, describe
-from coala.data.formats.reader import Reading, by_row
+from coala.data.formats.reader import Reading, by_row, only
 from coala.data.formats.replies import last_reply
+from coala.data.records import Record, names
 from coala.data.turns import (
     Row,
     best_against_lower,
@@ -33,7 +34,7 @@ def two_answers(
     """``meanings`` of the label: True when the first answer is the better, False the second, None a tie (left out)."""
     asked, replies, first_wins = text(row, prompt), (text(row, first), text(row, second)), label(row, field, meanings)
     if first_wins is None:
-        raise NoPreference(field, "a tie", "a preference", "it was left out")
+        raise NoPreference(field, "left out: a tie")
     chosen, rejected = replies if first_wins else replies[::-1]
     return [pair(row, user(asked), chosen, rejected)]
 
@@ -69,6 +70,18 @@ def bridge(row: Row) -> list[Pair]:
 # --- scored replies ----------------------------------------------------------------------------------------------
 
 
+BRIDGE_LEFT = names("c_revision e z_what z_why")  # how and why the expert rewrote the reply
+# Critiques by another model, the principle a reply was asked to follow, and reference answers.
+ULTRAFEEDBACK_LEFT = names(
+    "correct_answers incorrect_answers completions[].annotations completions[].critique completions[].principle "
+    "completions[].custom_system_prompt completions[].model"
+)
+
+
+def ultrafeedback_columns(row: Row) -> Set[str]:
+    return {"instruction" if "instruction" in row else "prompt", "completions"}
+
+
 def ultrafeedback(row: Row) -> list[Pair]:
     """``completions: [{response, overall_score, ...}]``: the best against every strictly lower one.
 
@@ -94,6 +107,7 @@ def ultrafeedback(row: Row) -> list[Pair]:
 
 _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 _HELPSTEER_SCORES = ("helpfulness", "correctness", "coherence")
+HELPSTEER_COLUMNS = only("prompt", "response", *_HELPSTEER_SCORES)
 
 
 def _helpsteer_prompt(said: str) -> list[Turn]:
@@ -108,20 +122,22 @@ def read_helpsteer(records: Iterable[Record]) -> Reading:
 
     Correctness, then coherence, break ties of helpfulness. A pair stands at the first row of its prompt.
     """
-    asked: dict[str, list[tuple[Record, tuple[float, ...], str]]] = {}
+    asked: dict[tuple[str, tuple[Turn, ...]], list[tuple[Record, tuple[float, ...], str]]] = {}
     for record in records:
         row = record.value
         try:
             given = [name for name in _HELPSTEER_SCORES if name == "helpfulness" or row.get(name) is not None]
             scores = tuple(number(row.get(name), name) for name in given)
-            asked.setdefault(text(row, "prompt"), []).append((record, scores, text(row, "response")))
+            # Rows of one prompt and different surroundings answer different things.
+            key = (text(row, "prompt"), tuple(in_context(row, user("?"), HELPSTEER_COLUMNS(row))))
+            asked.setdefault(key, []).append((record, scores, text(row, "response")))
         except Fault as fault:
             yield fault.at(record.file, record.row)
-    for prompt, replies in asked.items():
+    for (prompt, _), replies in asked.items():
         first = replies[0][0]
         scored = [(scores, said) for _, scores, said in replies]
 
         def make(row: Row, prompt: str = prompt, scored: list[Any] = scored) -> list[Pair]:
             return best_against_lower(row, _helpsteer_prompt(prompt), scored)
 
-        yield from by_row(make)([first])
+        yield from by_row(make, HELPSTEER_COLUMNS)([first])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 
-from coala.data.files import Record
+from coala.data.context import PARTS, Around, in_context
 from coala.data.findings import Fault, Finding
-from coala.data.turns import Row
+from coala.data.records import Record
+from coala.data.turns import Row, group_of
 from coala.values import Pair
 
 
@@ -28,22 +29,42 @@ class Reader:
     """One format. ``about`` says in a line what its rows look like.
 
     ``matches`` tells from one row whether this is the format, and never raises. ``pairs`` turns the records of one
-    file into located pairs, with a :class:`~coala.data.findings.Finding` for each row that gives none.
+    file into located pairs, with a :class:`~coala.data.findings.Finding` for each row that gives none. ``columns``
+    are those of a row whose words it takes; ``around`` the parts of the prompt that it finds beside them (see
+    :mod:`coala.data.context`); ``left`` what rows of this format are known to have and pairs do not need. Any
+    other column is named.
     """
 
     name: str
     about: str
     matches: Callable[[Row], bool]
     pairs: Callable[[Iterable[Record]], Reading]
+    columns: Callable[[Row], Set[str]]
+    around: Around = PARTS
+    left: frozenset[str] = frozenset()
 
 
-def by_row(make: Callable[[Row], list[Pair]]) -> Callable[[Iterable[Record]], Reading]:
-    """The ``pairs`` of a format whose rows stand alone."""
+def only(*names: str) -> Callable[[Row], Set[str]]:
+    """``columns`` that are the same for every row."""
+    taken = frozenset(names)
+    return lambda row: taken
+
+
+def placed(row: Row, one: Pair, used: Set[str]) -> Pair:
+    """The pair with what stands around its prompt in other columns."""
+    prompt = tuple(in_context(row, one.prompt, used))
+    return one if prompt == one.prompt else Pair(prompt, one.chosen, one.rejected, group_of(row, prompt))
+
+
+def by_row(
+    make: Callable[[Row], list[Pair]], columns: Callable[[Row], Set[str]]
+) -> Callable[[Iterable[Record]], Reading]:
+    """The ``pairs`` of a format whose rows stand alone, their prompts completed by what stands around them."""
 
     def read(records: Iterable[Record]) -> Reading:
         for record in records:
             try:
-                made = make(record.value)
+                made = [placed(record.value, one, columns(record.value)) for one in make(record.value)]
             except Fault as fault:
                 yield fault.at(record.file, record.row)
                 continue

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Set
 from typing import Any
 
-from coala.data.files import Record
 from coala.data.findings import Fault, Finding, describe
 from coala.data.formats.reader import Reading, by_row
+from coala.data.records import Record
 from coala.data.turns import (
     Row,
     is_transcript,
-    number,
     optional_text,
     pair,
     same_reply,
@@ -23,12 +21,25 @@ from coala.data.turns import (
     transcript,
     turns,
 )
+from coala.data.unread import alike
 from coala.values import Pair, Turn, user
 
 PROMPTS = ("prompt", "question", "instruction", "query", "input", "context", "history", "post", "problem")
-CHOSEN = ("chosen", "better", "preferred", "accepted", "winner", "good", "chosen_response", "response_chosen")
+CHOSEN = (
+    "chosen",
+    "better",
+    "preferred",
+    "accepted",
+    "winner",
+    "good",
+    "chosen_response",
+    "response_chosen",
+    "response",
+)
 REJECTED = ("rejected", "worse", "dispreferred", "declined", "loser", "bad", "rejected_response", "response_rejected")
-_SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+
+
+PREFERENCE = frozenset(("prompt", "chosen", "rejected"))
 
 
 def last_reply(said: list[Turn], field: str, shared: int) -> str:
@@ -56,11 +67,14 @@ def preference(row: Row) -> list[Pair]:
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         if "prompt" not in row:
             if same_reply(chosen, rejected):
-                raise Fault("rejected", "the same text as chosen", "two different replies", "delete the row")
+                raise alike(row)
             cut = shared_text(chosen, rejected)
             if not chosen[:cut].strip():
                 raise Fault(
-                    "prompt", "none, and chosen and rejected share no beginning", "a prompt", "add a prompt column"
+                    "prompt",
+                    "no prompt, and no beginning that chosen and rejected share",
+                    "a prompt",
+                    "add a prompt column",
                 )
             return [pair(row, user(chosen[:cut]), chosen[cut:], rejected[cut:])]
         prompt = turns(given, "prompt") if isinstance(given, list) else list(user(text(row, "prompt")))
@@ -71,45 +85,21 @@ def preference(row: Row) -> list[Pair]:
         prompt = turns(given, "prompt") if isinstance(given, list) else list(user(text(row, "prompt")))
         return [pair(row, prompt, last_reply(better, "chosen", 0), last_reply(worse, "rejected", 0))]
     if better == worse:
-        raise Fault("rejected", "the same text as chosen", "two different replies", "delete the row")
+        raise alike(row)
     shared = shared_turns(better, worse)
     if not shared:
-        found = "chosen and rejected share no first turn"
+        found = "no first turn that chosen and rejected share"
         raise Fault("prompt", found, "the same prompt on both sides", "add a prompt column")
     prompt = better[:shared]
     if given is not None:
         named = turns(given, "prompt") if isinstance(given, list) else list(user(text(row, "prompt")))
         if not {turn.text.strip() for turn in named} <= {turn.text.strip() for turn in prompt}:
-            found = "not among the turns that chosen and rejected begin with"
+            found = "a prompt that is not among the turns that chosen and rejected begin with"
             raise Fault("prompt", found, "one prompt", "drop the prompt column, or the turns that contradict it")
     return [pair(row, prompt, last_reply(better, "chosen", shared), last_reply(worse, "rejected", shared))]
 
 
-def read_preference(records: Iterable[Record]) -> Reading:
-    rows = by_row(preference)
-    for record in records:
-        yield from rows([record])
-        yield from _scores(record)
-
-
-def _scores(record: Record) -> Iterator[Finding]:
-    """Scores that contradict the columns: the strongest sign of swapped labels a file can give."""
-    row = record.value
-    about = row.get("metadata")
-    for better, worse in _SCORES:
-        for place in (row, about if isinstance(about, Mapping) else {}):
-            try:
-                difference = number(place.get(better), better) - number(place.get(worse), worse)
-            except Fault:
-                continue
-            if difference < 0:
-                found, mend = f"{worse} is the higher", "are the columns swapped?"
-            elif difference == 0:
-                found, mend = "chosen and rejected score the same", "such pairs carry no preference: leave them out?"
-            else:
-                continue
-            yield Finding(record.file, record.row, better, found, f"{better} above {worse}", mend, severity="warning")
-            return
+read_preference = by_row(preference, lambda row: PREFERENCE)
 
 
 def alias(row: Row, names: tuple[str, ...]) -> str | None:
@@ -122,30 +112,34 @@ def is_columns(row: Row) -> bool:
     return None not in found and found != ["prompt", "chosen", "rejected"]
 
 
+def mapping(row: Row) -> dict[str, str | None]:
+    """The row's own names of prompt, chosen and rejected."""
+    return {"prompt": alias(row, PROMPTS), "chosen": alias(row, CHOSEN), "rejected": alias(row, REJECTED)}
+
+
+def mapped(row: Row) -> Set[str]:
+    return {one for one in mapping(row).values() if one is not None}
+
+
 def read_columns(records: Iterable[Record]) -> Reading:
-    """Columns under other names, as ``question, better, worse``, and ``system``; the mapping comes out as a note."""
+    """Columns under other names, as ``question, better, worse``; the mapping comes out as a note."""
     named = False
+
+    def make(row: Row) -> list[Pair]:
+        new = mapping(row)
+        for name, old in new.items():
+            if old is None:
+                text(row, name)
+        plain = {name: row[old] for name, old in new.items() if old is not None}
+        return preference({**{key: value for key, value in row.items() if key not in new.values()}, **plain})
+
     for record in records:
-        row = record.value
-        new = {"prompt": alias(row, PROMPTS), "chosen": alias(row, CHOSEN), "rejected": alias(row, REJECTED)}
+        new = mapping(record.value)
         if not named and None not in new.values():
             named = True
             said = ", ".join(f"{old} as {name}" for name, old in new.items() if old != name)
             yield Finding(record.file, record.row, "", f"read {said}", "", "", severity="note")
-
-        def make(row: Row, new: dict[str, str | None] = new) -> list[Pair]:
-            for name, old in new.items():
-                if old is None:
-                    text(row, name)
-            plain = {name: row[old] for name, old in new.items() if old is not None}
-            rest = {key: value for key, value in row.items() if key not in new.values()}
-            system = optional_text(row, "system")
-            made = preference({**rest, **plain})
-            if not system or made[0].prompt[0].role == "system":
-                return made
-            return [replace(one, prompt=(Turn("system", system), *one.prompt)) for one in made]
-
-        yield from by_row(make)([record])
+        yield from by_row(make, mapped)([record])
 
 
 def hh_rlhf(row: Row) -> list[Pair]:
@@ -153,11 +147,11 @@ def hh_rlhf(row: Row) -> list[Pair]:
     if is_transcript(row.get("chosen")) or is_transcript(row.get("rejected")):
         better, worse = transcript(row.get("chosen"), "chosen"), transcript(row.get("rejected"), "rejected")
         if better == worse:
-            raise Fault("rejected", "the same text as chosen", "two different replies", "delete the row")
+            raise alike(row)
         # An empty last reply was left out by transcript(): say so rather than call the turns different.
         for field, said in (("chosen", better), ("rejected", worse)):
             if said[-1].role != "assistant":
-                raise Fault(field, "the last Assistant turn is empty", "a reply", "fill it in or delete the row")
+                raise Fault(field, "an empty last Assistant turn", "a reply", "fill it in or delete the row")
         shared = shared_turns(better, worse)
         return [pair(row, better[:shared], last_reply(better, "chosen", shared), last_reply(worse, "rejected", shared))]
     prompt = transcript(row.get("prompt"), "prompt")
@@ -172,17 +166,14 @@ def is_hh(row: Row) -> bool:
     return is_transcript(row.get("prompt")) and replies
 
 
+def alpaca_columns(row: Row) -> Set[str]:
+    return {"instruction", "input", *(("output",) if "output" in row else ("chosen", "rejected"))}
+
+
 def alpaca(row: Row) -> list[Pair]:
-    """``instruction, input, output: [good, bad]`` (or chosen, rejected); LLaMA-Factory's ``system, history``."""
+    """``instruction, input, output: [good, bad]`` (or chosen, rejected)."""
     asked, more = text(row, "instruction"), optional_text(row, "input")
-    prompt = [Turn("system", said)] if (said := optional_text(row, "system")) else []
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(one, list) and len(one) == 2 for one in history):
-        raise Fault("history", describe(history), "a list of [question, answer]", "write it so, or drop the field")
-    for k, (question, answer) in enumerate(history):
-        prompt.append(Turn("user", sound_text(question, f"history[{k}][0]")))
-        prompt.append(Turn("assistant", sound_text(answer, f"history[{k}][1]")))
-    prompt.append(Turn("user", f"{asked}\n\n{more}" if more else asked))
+    prompt = user(f"{asked}\n\n{more}" if more else asked)
     if "output" not in row:
         return [pair(row, prompt, text(row, "chosen"), text(row, "rejected"))]
     replies = row["output"]
@@ -191,11 +182,23 @@ def alpaca(row: Row) -> list[Pair]:
     return [pair(row, prompt, sound_text(replies[0], "output[0]"), sound_text(replies[1], "output[1]"))]
 
 
+def hh_columns(row: Row) -> Set[str]:
+    if is_transcript(row.get("chosen")) or is_transcript(row.get("rejected")):
+        return {"chosen", "rejected"}
+    return {
+        "prompt",
+        *(("chosen_response", "rejected_response") if "chosen_response" in row else ("chosen", "rejected")),
+    }
+
+
+def conversation_field(row: Row) -> str:
+    return "conversations" if "conversations" in row else "messages"
+
+
 def sharegpt(row: Row) -> list[Pair]:
-    """``conversations: [{from, value}]`` with ``chosen`` and ``rejected`` as {from, value}, a list of one, or text."""
-    prompt = turns(row.get("conversations"), "conversations")
-    if system := optional_text(row, "system"):
-        prompt.insert(0, Turn("system", system))
+    """``conversations`` (or ``messages``) with ``chosen`` and ``rejected`` as a message, a list of one, or text."""
+    field = conversation_field(row)
+    prompt = turns(row.get(field), field)
 
     def reply(field: str) -> str:
         value = row.get(field)
@@ -203,7 +206,10 @@ def sharegpt(row: Row) -> list[Pair]:
             return text(row, field)
         return last_reply(turns(value if isinstance(value, list) else [value], field), field, 0)
 
-    return [pair(row, prompt, reply("chosen"), reply("rejected"))]
+    chosen, rejected = reply("chosen"), reply("rejected")
+    if len(prompt) > 1 and prompt[-1] == Turn("assistant", chosen):  # the whole conversation, its last reply included
+        prompt.pop()
+    return [pair(row, prompt, chosen, rejected)]
 
 
 def rewardbench(row: Row) -> list[Pair]:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 
-from coala.data.files import Record
 from coala.data.findings import Fault, Finding
 from coala.data.formats.reader import Located, Reading
+from coala.data.records import Record
 from coala.data.turns import digest, label, named_group, same_reply, sound_text, text
 from coala.values import Pair, user
 
@@ -58,10 +58,8 @@ def read_imdb(records: Iterable[Record]) -> Reading:
         if not same_reply(good_text, bad_text):
             yield Located(record.file, record.row, Pair(prompt, good_text, bad_text, name or digest(good_text)))
     if example:
-        found = f"{unused} reviews found no partner of the other sentiment"
-        yield Finding(
-            example[0].file, None, "label", found, "as many of each", "they were left out", severity="warning"
-        )
+        found = f"{unused} reviews without a partner of the other sentiment; they were left out"
+        yield Finding(example[0].file, None, "label", found, "as many of each", "add reviews", severity="warning")
 
 
 def _families(surplus: Mapping[str, int]) -> dict[str, str]:
