@@ -17,10 +17,11 @@ from coala.values import CoalaError
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
+    from coala.backbone.template import Renderer
 
 
 class OnProgress(Protocol):
-    """Called with a stage, units done, units in all (``None``: unknown) and a note."""
+    """Called with a stage, units done, units in all (``None``: unknown) and a note; without a stage, with a line."""
 
     def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
 
@@ -48,6 +49,15 @@ class Work:
             self.loaded["backbone"] = open_backbone(self.recipe)
         model: LanguageModel = self.loaded["backbone"]
         return model
+
+    def renderer(self) -> Renderer:
+        """How the model writes conversations, without its weights."""
+        if "backbone" in self.loaded:
+            return self.backbone().renderer
+        from coala.backbone.load import read_conversations
+
+        names = ("revision", "template", "adapter", "trust_remote_code")
+        return read_conversations(self.recipe.model.name, **{n: getattr(self.recipe.model, n) for n in names})
 
     def model_stamp(self) -> Any:
         """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""

@@ -49,6 +49,8 @@ def chat(
     from coala.cli.screen import emit, say
 
     backbone, head, guidance = load_run(run)
+    for line in backbone.reads(head.spec):
+        say(line)
     guidance = guidance.changed(mode=mode, strength=strength)
     if mode is None:
         guidance = guidance.at(temperature)

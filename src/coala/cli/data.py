@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -53,16 +53,18 @@ def check(
     from coala.data import check as check_pairs
 
     count_tokens = None
+    as_read: dict[str, Any] = {}
     if model is not None:
         from coala.backbone import load_backbone
 
         backbone = load_backbone(model)
+        as_read = {"refusal": backbone.refusal, "specials": backbone.specials}
         max_tokens = max_tokens or backbone.max_tokens
 
         def count_tokens(pair: Pair) -> int:
             return backbone.count_tokens(pair)
 
-    findings = check_pairs(pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens)
+    findings = check_pairs(pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens, **as_read)
     for finding in (*findings.errors, *findings.warnings, *findings.notes):
         print(finding)
     emit({"pairs": findings.n_pairs, "errors": len(findings.errors), "warnings": len(findings.warnings)})

@@ -98,6 +98,8 @@ def extract(
         else:
             rows = []
             spec = backbone.spec(whole_number(layer), pooling, max_tokens=max_tokens)
+        for line in backbone.reads(spec, found[0] if found else None):
+            say(line)
         shards = FeatureStore(out / "shards")
         plan = survey(found, backbone, spec, prompt_features=prompt_features)
         options: dict[str, Any] = {

@@ -40,7 +40,7 @@ def generate(
     from dataclasses import replace
 
     from coala.align import load_run
-    from coala.cli.screen import emit, side_by_side
+    from coala.cli.screen import emit, say, side_by_side
     from coala.decoding import generate as generate_replies
     from coala.values import CoalaError, user
 
@@ -48,6 +48,8 @@ def generate(
     if not texts or not all(text.strip() for text in texts):
         raise CoalaError('There is no prompt, or an empty one. Give it in quotes: coala generate RUN "prompt".')
     backbone, head, guidance = load_run(run)
+    for line in backbone.reads(head.spec):
+        say(line)
     guidance = guidance.changed(mode=mode, strength=strength, candidates=candidates)
     if mode is None:
         guidance = guidance.at(temperature)

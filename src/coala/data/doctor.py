@@ -32,6 +32,8 @@ def check(
     against: Source | None = None,
     count_tokens: Callable[[Pair], int] | None = None,
     max_tokens: int | None = None,
+    refusal: Callable[[Pair], str] | None = None,
+    specials: Callable[[str], list[str]] | None = None,
 ) -> Findings:
     """Read every row of ``source`` (as :func:`coala.data.read_pairs` takes it) and list what is wrong.
 
@@ -40,12 +42,17 @@ def check(
     Warnings, each with its count: duplicates, fewer conflicts, ties, pairs whose prompt and longer reply pass
     ``max_tokens`` by ``count_tokens`` (they would be cut), length bias, groups or prompts shared with ``against``
     (the other side of a split; its own errors are listed too), and signs that chosen and rejected are swapped.
-    Raises :class:`DataError` for ``max_tokens`` without ``count_tokens`` and for an unknown ``format`` only.
+    ``refusal`` tells why a model's chat template does not take a pair (an error of that row), ``specials`` which of its
+    special tokens are written out in a text (a warning: in prompts they are read as plain text, a stop token at the end
+    of a reply is left out). Raises :class:`DataError` for ``max_tokens`` without ``count_tokens`` and for an unknown
+    ``format`` only.
     """
     if max_tokens is not None and count_tokens is None:
         raise DataError([_whole("max_tokens", "", "a limit without a way to count", "a tokenizer", "name the model")])
     listed: list[Finding] = []
     located = _gather(source, format, listed)
+    if refusal is not None:
+        located = _taken(located, refusal, listed)
     counts: dict[str, int | float] = {
         "pairs": len(located),
         "groups": len({one.pair.group for one in located}),
@@ -58,6 +65,8 @@ def check(
         listed += _direction(located, counts)
         if count_tokens is not None and max_tokens is not None:
             listed += _too_long(located, count_tokens, max_tokens, counts)
+        if specials is not None:
+            listed += _written_out(located, specials, counts)
     if against is not None:
         listed += _leaks(located, _gather(against, format, listed), counts)
 
@@ -99,6 +108,51 @@ def _mark(*texts: str) -> bytes:
 
 def _asked(pair: Pair) -> bytes:
     return _mark(*(part for turn in pair.prompt for part in (turn.role, turn.text)))
+
+
+# --- as a model reads it -----------------------------------------------------------------------------------------
+
+
+def _taken(located: Sequence[Located], refusal: Callable[[Pair], str], listed: list[Finding]) -> list[Located]:
+    """The pairs that a model's chat template takes."""
+    taken = []
+    for one in located:
+        reason = refusal(one.pair)
+        if not reason:
+            taken.append(one)
+            continue
+        listed.append(
+            Finding(
+                *(one.file, one.row, "prompt"),
+                reason,
+                "a conversation that the model's chat template takes",
+                "change its roles, use the template dialogue, or leave the row out (--skip-bad)",
+            )
+        )
+    return taken
+
+
+def _written_out(
+    located: Sequence[Located], specials: Callable[[str], list[str]], counts: dict[str, int | float]
+) -> Iterable[Finding]:
+    """Special tokens of the model in texts: what was text once would open a turn or end a reply."""
+    places = {
+        "prompt": ("they are read as plain text where a user wrote them", lambda p: [t.text for t in p.prompt]),
+        "reply": ("a stop token at the end is left out", lambda p: [p.chosen, p.rejected]),
+    }
+    for field, (what, texts) in places.items():
+        with_some = [(one, found) for one in located if (found := specials("\n".join(texts(one.pair))))]
+        counts[f"special_tokens_in_{field}"] = len(with_some)
+        if with_some:
+            one, found = with_some[0]
+            yield Finding(
+                *(one.file, one.row, field),
+                f"special tokens of the model are written out ({', '.join(sorted(found)[:3])}); {what}",
+                "texts without the marks of a template",
+                "take them out, unless the model is meant to read them",
+                severity="warning",
+                count=len(with_some),
+            )
 
 
 # --- repeats -----------------------------------------------------------------------------------------------------
