@@ -92,6 +92,21 @@ def open_backbone(recipe: Recipe, named_by: Path | None = None) -> LanguageModel
         raise CoalaError(f"{named_by}: {error}") from error
 
 
+def check_model(recipe: Recipe) -> None:
+    """Raise what loading the recipe's model would, as far as that is known before any work."""
+    from coala.backbone.load import check_asked
+    from coala.permission import permitted
+
+    model = recipe.model
+    names = ("revision", "device", "dtype", "adapter", "quantise")
+    with permitted(code=model.trust_remote_code):
+        check_asked(
+            model.name,
+            layer=None if model.layer == "auto" else model.layer,
+            **{name: getattr(model, name) for name in names},
+        )
+
+
 def loading(recipe: Recipe) -> dict[str, Any]:
     """The arguments of ``coala.backbone.load_backbone`` for the recipe's model."""
     names = ("revision", "template", "device", "dtype", "trust_remote_code", "adapter", "quantise")

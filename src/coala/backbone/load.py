@@ -100,6 +100,32 @@ def load_backbone(
     return LanguageModel(network, renderer, name=name, revision=commit, weights=weights, generates=generates)
 
 
+def check_asked(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    quantise: str | None = None,
+    layer: int | None = None,
+    download: bool = True,
+) -> None:
+    """Raise what :func:`load_backbone` would for these settings, as far as that is known without reading weights."""
+    from coala.backbone.outline import outline
+
+    place(device, dtype, quantise, None)
+    folder, name, _ = find(str(model), revision, download=download)
+    refuse_foreign_code(check_files(folder), name)
+    if adapter is not None:
+        find_adapter(str(adapter), download=download)
+    if layer is not None:
+        with quiet(), _told(name):
+            n_layers = outline(folder).n_layers
+        if not -n_layers - 1 <= layer <= n_layers:
+            raise BackboneError(f"Layer {layer}; {name} has hidden states 0 (embedding) to {n_layers} (final).")
+
+
 def read_conversations(
     model: str | Path,
     *,

@@ -128,6 +128,7 @@ def run_and_show(
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
     from coala.align import summary_rows
+    from coala.align.job import check_model
     from coala.align.plan import make_plan
     from coala.align.plan_lines import first_lines
     from coala.cli.screen import emit, progress, say, side_by_side, table
@@ -139,6 +140,7 @@ def run_and_show(
         run.restart()
     planned = None
     if not (run.path / "run.json").exists():
+        check_model(settings)
         # What cannot fit is refused now, with the flag that would make it fit, not after hours.
         # Input that cannot be read is for the stages to name, in their order.
         with suppress(CoalaError):

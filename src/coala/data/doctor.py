@@ -136,7 +136,7 @@ def _written_out(
     located: Sequence[Located], specials: Callable[[str], list[str]], counts: dict[str, int | float]
 ) -> Iterable[Finding]:
     """Special tokens of the model in texts: what was text once would open a turn or end a reply."""
-    places = {
+    places: dict[str, tuple[str, Callable[[Pair], list[str]]]] = {
         "prompt": ("they are read as plain text where a user wrote them", lambda p: [t.text for t in p.prompt]),
         "reply": ("a stop token at the end is left out", lambda p: [p.chosen, p.rejected]),
     }
