@@ -17,10 +17,11 @@ from coala.values import CoalaError
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
+    from coala.backbone.template import Renderer
 
 
 class OnProgress(Protocol):
-    """Called with a stage, units done, units in all (``None``: unknown) and a note."""
+    """Called with a stage, units done, units in all (``None``: unknown) and a note; without a stage, with a line."""
 
     def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
 
@@ -60,6 +61,15 @@ class Work:
         model: LanguageModel = self.loaded["backbone"]
         return model
 
+    def renderer(self) -> Renderer:
+        """How the model writes conversations, without its weights."""
+        if "backbone" in self.loaded:
+            return self.backbone().renderer
+        from coala.backbone.load import read_conversations
+
+        names = ("revision", "template", "adapter", "trust_remote_code")
+        return read_conversations(self.recipe.model.name, **{n: getattr(self.recipe.model, n) for n in names})
+
     def model_stamp(self) -> Any:
         """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""
         folders = [Path(name) for name in (self.recipe.model.name, self.recipe.model.adapter) if name]
@@ -91,6 +101,21 @@ def open_backbone(recipe: Recipe, named_by: Path | None = None) -> LanguageModel
         return load_backbone(**options)
     except NotCached as error:
         raise CoalaError(f"{named_by}: {error}") from error
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raise what loading the recipe's model would, as far as that is known before any work."""
+    from coala.backbone.load import check_asked
+    from coala.permission import permitted
+
+    model = recipe.model
+    names = ("revision", "device", "dtype", "adapter", "quantise")
+    with permitted(code=model.trust_remote_code):
+        check_asked(
+            model.name,
+            layer=None if model.layer == "auto" else model.layer,
+            **{name: getattr(model, name) for name in names},
+        )
 
 
 def loading(recipe: Recipe) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": run.settings,
         "summary": summary,
+        "reads": facts.get("features-train", {}).get("reads", []),
         "data_findings": facts["pairs"]["findings"],
         "head": {
             "certificate": None

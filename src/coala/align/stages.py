@@ -64,13 +64,17 @@ def _pairs(job: Work) -> None:
         "pairs": [source_digest(s) for s in recipe.pairs],
         "eval_pairs": [source_digest(s) for s in recipe.eval_pairs],
         "settings": [recipe.format, recipe.skip_bad, recipe.eval_fraction, recipe.seed],
+        # The model's chat template decides which rows there are.
+        "model": [recipe.model.name, recipe.model.revision, recipe.model.template, recipe.model.adapter],
     }
 
     def work() -> dict[str, Any]:
         job.show("pairs", 0, None)
-        findings = [check(recipe.pairs, recipe.format, against=recipe.eval_pairs or None)]
+        renderer = job.renderer()
+        as_read: dict[str, Any] = {"refusal": renderer.refusal_of, "specials": renderer.specials}
+        findings = [check(recipe.pairs, recipe.format, against=recipe.eval_pairs or None, **as_read)]
         if recipe.eval_pairs:
-            findings.append(check(recipe.eval_pairs, recipe.format))
+            findings.append(check(recipe.eval_pairs, recipe.format, **as_read))
         for found in findings:
             if not (recipe.skip_bad and found.pairs):
                 found.raise_for_errors()
@@ -112,6 +116,10 @@ def _features(job: Work) -> None:
             backbone = job.backbone()
             pairs = load_pairs(source)
             spec = backbone.spec(layer, model.pooling, model.ends_with_eos, model.max_tokens)
+            reads = backbone.reads(spec, pairs[0] if pairs else None)
+            if part == "train":
+                for line in reads:
+                    job.note(line)
             known = job.loaded.pop("plan", None) if part == "train" else None
             plan = known or survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
             in_all = plan.facts["tokens"]
@@ -156,13 +164,14 @@ def _features(job: Work) -> None:
                 if job.cache is not None:
                     link_features(folder, target)
             if reused:
-                return {**plan.facts, "reused": str(folder)}
+                return {**plan.facts, "reads": reads, "reused": str(folder)}
             shape, top = backbone.shape, None if extras["log_ratios"] else spec.layer
             head = head_flops(shape, plan.reply_lengths) if extras["log_ratios"] else 0
             flops = extraction_flops(shape, plan.lengths, own=plan.own_lengths, layer=top) + head
             lengths, own = distinct_lengths(plan.tokens)
             return {
                 **plan.facts,
+                "reads": reads,
                 "flops": flops,
                 "flops_bound": extraction_flops(shape, lengths, own=own, layer=top) + head,
             }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coala.backbone.adapters import apply, check_base, find_adapter
-from coala.backbone.checkpoint import kind_of, stored, weight_files, weights_digest
+from coala.backbone.checkpoint import kind_of, read_json, stored, weight_files, weights_digest
 from coala.backbone.checks import check_cache, check_states, check_weights
 from coala.backbone.files import check_files, find
 from coala.backbone.kinds import SUPPORTED, brief, encoder_options, read_config, refuse_foreign_code
@@ -98,6 +98,56 @@ def load_backbone(
         weights = hashlib.sha256("\n".join([weights, *changes]).encode()).hexdigest()
     name = f"{name}+{adapted.name}" if adapted else name
     return LanguageModel(network, renderer, name=name, revision=commit, weights=weights, generates=generates)
+
+
+def check_asked(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    quantise: str | None = None,
+    layer: int | None = None,
+    download: bool = True,
+) -> None:
+    """Raise what :func:`load_backbone` would for these settings, as far as that is known without reading weights."""
+    from coala.backbone.outline import outline
+
+    place(device, dtype, quantise, None)
+    folder, name, _ = find(str(model), revision, download=download)
+    refuse_foreign_code(check_files(folder), name)
+    if adapter is not None:
+        find_adapter(str(adapter), download=download)
+    if layer is not None:
+        with quiet(), _told(name):
+            n_layers = outline(folder).n_layers
+        if not -n_layers - 1 <= layer <= n_layers:
+            raise BackboneError(f"Layer {layer}; {name} has hidden states 0 (embedding) to {n_layers} (final).")
+
+
+def read_conversations(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    template: str = "auto",
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    download: bool = True,
+) -> Renderer:
+    """How :func:`load_backbone` of the same arguments writes conversations; no weight is read."""
+    trusted = trust_remote_code or permission().code
+    folder, name, _ = find(str(model), revision, download=download)
+    refuse_foreign_code(check_files(folder), name, trusted)
+    adapted = None if adapter is None else find_adapter(str(adapter), download=download)
+    with quiet(), _told(name):
+        config, encoder = read_config(folder, name, trusted)
+        place = adapted.folder if adapted is not None and adapted.has_tokenizer else folder
+        tokenizer = load_tokenizer(place, name, trusted)
+        generation = folder / "generation_config.json"
+        eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+        eos = getattr(config.get_text_config(), "eos_token_id", None) if eos is None else eos
+        return Renderer(tokenizer, template, stop_tokens=stop_tokens(eos, tokenizer), encoder=encoder)
 
 
 @contextmanager

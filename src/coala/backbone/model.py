@@ -83,6 +83,11 @@ class LanguageModel:
         return self._network.causal
 
     @property
+    def renderer(self) -> Renderer:
+        """What writes conversations for it."""
+        return self._renderer
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer of transformers that comes with it."""
         return self._renderer.tokenizer
@@ -163,6 +168,28 @@ class LanguageModel:
     @cached_property
     def _plain(self) -> Renderer:
         return Renderer(self.tokenizer, "continuation", stop_tokens=self.stop_tokens)
+
+    def reads(self, spec: FeatureSpec, pair: Pair | None = None) -> tuple[str, ...]:
+        """How conversations are read, in lines for a user: template, layer, pooling, oddities, ``pair`` as written."""
+        kind = self._renderer.kind
+        layer = "the embedding" if spec.layer == 0 else f"layer {spec.layer} of {self.n_layers}"
+        lines = [f"reads: {kind} template, {layer}, pooling {spec.pooling}", *self._renderer.notes]
+        if pair is not None:
+            row = self.render(pair.prompt, pair.chosen, max_tokens=spec.max_tokens, ends_with_eos=spec.ends_with_eos)
+            prompt, reply = (
+                str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+                for tokens in (row.tokens[: row.start], row.tokens[row.start : row.stop])
+            )
+            lines.append(f"example: {_short(prompt, 300)!r} | {_short(reply, 120)!r}")
+        return tuple(lines)
+
+    def refusal(self, pair: Pair) -> str:
+        """Why the chat template does not take this pair; empty if it does."""
+        return self._renderer.refusal_of(pair)
+
+    def specials(self, text: str) -> list[str]:
+        """The model's special tokens that are written out in a text."""
+        return self._renderer.specials(text)
 
     def count_tokens(self, pair: Pair) -> int:
         """Tokens of the prompt with its longer reply, nothing cut off."""
@@ -247,6 +274,12 @@ class LanguageModel:
     @cached_property
     def _obstacle(self) -> str:
         return tree_obstacle(self._network)
+
+
+def _short(text: str, longest: int) -> str:
+    """Both ends of a text."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 def _about(spec: FeatureSpec) -> str:

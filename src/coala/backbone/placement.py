@@ -99,8 +99,13 @@ def _device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(device)
-    except RuntimeError as error:
-        raise BackboneError(f"Device {device!r}; expected auto, cpu, cuda, cuda:0, ... or {OFFLOAD}.") from error
+    except RuntimeError:
+        where = None
+    if where is None or where.type not in ("cpu", "cuda") or (where.type == "cpu" and where.index not in (None, 0)):
+        raise BackboneError(
+            f"Device {device!r} is not supported; expected auto, cpu, cuda, cuda:0, ... or {OFFLOAD}. Fix: use one of "
+            "them, such as device='cpu'."
+        )
     if where.type == "cuda" and (not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()):
         raise BackboneError(f"Device {device!r}: torch finds {torch.cuda.device_count()} GPU(s). Use device='cpu'.")
     return where

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
+from coala.backbone.chat import ANSWERED, ASKED, ASKED_AGAIN, ChatTemplate, Refused, continues
 from coala.backbone.network import BackboneError
-from coala.values import Turn, conversation_text
+from coala.values import Pair, Turn
 
 Template = Literal["chat", "dialogue", "continuation"]
+# Special tokens that open or close a turn, not a text.
+_OF_A_TURN = re.compile(r"system|user|human|assistant|role|turn|header|inst|im_", re.I)
+# Characters that stand for special tokens written out in a text, until it is encoded.
+_HIDDEN = 0x10F000
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 
@@ -41,13 +48,29 @@ class Renderer:
         self.tokenizer = tokenizer
         self.stop_tokens = stop_tokens
         self.kind = self._choose(template, encoder)
+        self.chat: ChatTemplate | None = None
+        self._hidden: dict[str, str] = {}
         plain = self._encode("a")
         whole = [int(token) for token in tokenizer.encode("a", add_special_tokens=True)]
         at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), len(whole))
         # What the tokenizer puts before and after a text by itself; a decoder's reply goes where the latter would be.
         self.before, self.after = whole[:at], whole[at + len(plain) :] if encoder else []
+        self.opening: list[int] = self.before
         if self.kind == "chat":
             self.before = self.after = []  # the template writes them out
+            self.chat = ChatTemplate(tokenizer)
+            self._hidden = {token: chr(_HIDDEN + i) for i, token in enumerate(self._special())}
+            self.opening = self._find_opening()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how this model's conversations are written."""
+        if self.chat is not None:
+            return tuple(self.chat.notes)
+        has_chat = bool(getattr(self.tokenizer, "chat_template", None))
+        if self.kind == "dialogue" and not has_chat:
+            return ("The model has no chat template; conversations are written as 'Human: ...' and 'Assistant: ...'.",)
+        return ()
 
     def _choose(self, template: str, encoder: bool) -> Template:
         has_chat = bool(getattr(self.tokenizer, "chat_template", None))
@@ -67,20 +90,20 @@ class Renderer:
 
     def prompt_text(self, prompt: Sequence[Turn]) -> str:
         """What the model reads before the reply."""
-        if self.kind == "chat":
-            return self._chat(prompt, add_generation_prompt=True)
+        if self.chat is not None:
+            return self.chat.prompt(self._guarded(prompt))
         if self.kind == "continuation":
             return "".join(turn.text for turn in prompt)
         lines = [f"{SPEAKERS[turn.role]}: {turn.text}" for turn in prompt]
-        return "\n\n".join([*lines, f"{SPEAKERS['assistant']}:"])
+        return "\n\n".join(lines if continues(prompt) else [*lines, f"{SPEAKERS['assistant']}:"])
 
     def reply_text(self, prompt: Sequence[Turn], reply: str, prompt_text: str) -> tuple[str, str]:
         """The reply as it follows ``prompt_text``, and what the template puts behind it."""
-        if self.kind == "continuation":
+        if self.kind == "continuation" or (self.kind == "dialogue" and continues(prompt)):
             return reply, ""
-        if self.kind == "dialogue":
+        if self.chat is None:
             return f" {reply}" if reply else "", ""
-        whole = self._chat([*prompt, Turn("assistant", reply)], add_generation_prompt=False)
+        whole = self.chat.whole(self._guarded(prompt), reply)
         rest = whole.removeprefix(prompt_text) if whole.startswith(prompt_text) else ""
         # Templates may put a space before a reply, or strip it.
         for text in (reply, reply.strip()):
@@ -89,24 +112,99 @@ class Renderer:
                 return glue + text, suffix
         return reply, ""
 
-    def _chat(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    def refusal(self, prompt: Sequence[Turn], reply: str) -> str:
+        """Why the chat template does not take a row; empty if it does."""
+        if self.chat is None:
+            return ""
         try:
-            # Templates of thinking models would open a thought; preference pairs hold none. Others ignore the word.
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-            )
-        except Exception as error:  # a template raises whatever its author chose
-            raise BackboneError(
-                f"The chat template refuses the conversation {conversation_text(turns)[:80]!r}: {error}. "
-                "Use roles in the order it expects, or template 'dialogue'."
-            ) from error
-        return str(text)
+            self.prompt_text(prompt)
+            self.chat.whole(self._guarded(prompt), reply)
+        except Refused as error:
+            return error.reason
+        return ""
+
+    def refusal_of(self, pair: Pair) -> str:
+        """Why the chat template does not take a pair; empty if it does."""
+        return self.refusal(pair.prompt, pair.chosen) or self.refusal(pair.prompt, pair.rejected)
+
+    def specials(self, text: str) -> list[str]:
+        """The special tokens that are written out in a text."""
+        return [token for token in self._special() if token in text]
+
+    def _special(self) -> list[str]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        found = {str(token.content) for token in added if getattr(token, "special", False)}
+        found |= {str(token) for token in self.tokenizer.all_special_tokens}
+        # The longest first, for one may begin like another.
+        return sorted((token for token in found if len(token) > 1), key=lambda token: (-len(token), token))
+
+    def _guarded(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Turns whose users cannot open another one: their special tokens are hidden, to be encoded as plain text."""
+        return [Turn(t.role, self._hide(t.text)) if t.role == "user" else t for t in turns]
+
+    def _hide(self, text: str) -> str:
+        for token, mark in self._hidden.items():
+            text = text.replace(token, mark)
+        return text
+
+    def bare_reply(self, reply: str) -> str:
+        """A reply without the stop token that some data write out at its end; one is added where it is asked for."""
+        for token in self._stop_texts:
+            text = reply.rstrip()
+            if text.endswith(token):
+                return text.removesuffix(token)
+        return reply
+
+    @cached_property
+    def _stop_texts(self) -> list[str]:
+        if self.chat is None:
+            return []
+        texts = (str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.stop_tokens))
+        return [text for text in texts if text in self._special()]
 
     # --- tokens --------------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
-        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
+        if not self._hidden or not any(mark in text for mark in self._hidden.values()):
+            return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
+        names = {mark: token for token, mark in self._hidden.items()}
+        found: list[int] = []
+        for piece in re.split(f"([{re.escape(''.join(names))}])", text):
+            if piece in names:
+                found += self._spelt(names[piece])
+            elif piece:
+                found += [int(token) for token in self.tokenizer.encode(piece, add_special_tokens=False)]
+        return found
+
+    def _spelt(self, token: str) -> list[int]:
+        """A special token as the text that it is written in."""
+        tokens = self.tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
+        if self.tokenizer.convert_tokens_to_ids(token) not in tokens:
+            return [int(one) for one in tokens]
+        halves = (self.tokenizer.encode(part, add_special_tokens=False) for part in (token[:1], token[1:]))
+        return [int(one) for half in halves for one in half]
+
+    def _find_opening(self) -> list[int]:
+        """The special tokens that a template writes once, before everything: a cut row keeps them."""
+        assert self.chat is not None
+        asked = Turn("user", ASKED)
+        for turns in ([asked, Turn("assistant", ANSWERED), Turn("user", ASKED_AGAIN)], [asked]):
+            try:
+                tokens = self._encode(self.chat.prompt(turns))
+            except Refused:
+                continue
+            special = {self.tokenizer.convert_tokens_to_ids(token) for token in self._special()}
+            found: list[int] = []
+            for token in tokens:
+                name = str(self.tokenizer.convert_ids_to_tokens(token))
+                begins = token == self.tokenizer.bos_token_id and not found
+                if not begins and (
+                    token not in special or tokens.count(token) > 1 or len(turns) == 1 or _OF_A_TURN.search(name)
+                ):
+                    break
+                found.append(token)
+            return found
+        return []
 
     def _continue(self, text: str, before: str, before_tokens: list[int]) -> list[int]:
         """Tokens of ``text`` as they follow ``before``, whose own tokens stay what they are."""
@@ -131,6 +229,7 @@ class Renderer:
         prompt_tokens = [*self.before, *body]
         reply_tokens: list[int] = []
         if reply is not None:
+            reply = self.bare_reply(reply)
             written, suffix = self.reply_text(prompt, reply, text)
             reply_tokens = self._continue(written, text, body)
             if ends_with_eos:
@@ -162,8 +261,8 @@ class Renderer:
         return 0
 
     def _cut(self, tokens: list[int], kept: int) -> list[int]:
-        """The last ``kept`` tokens, behind what the tokenizer begins every text with."""
-        opening = self.before[: max(kept - 1, 0)]
+        """The last ``kept`` tokens, behind what every text begins with."""
+        opening = self.opening[: max(kept - 1, 0)] if tokens[: len(self.opening)] == self.opening else []
         return [*opening, *tokens[len(tokens) - (kept - len(opening)) :]]
 
     def _opening(self) -> list[int]:
@@ -194,4 +293,7 @@ class Renderer:
         content = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         template = getattr(self.tokenizer, "chat_template", None) if self.kind == "chat" else None
         parts = [self.kind, json.dumps(template, sort_keys=True), content, str(self.before), str(self.after)]
+        if self.chat is not None:
+            parts += self.chat.facts
+            parts += [f"opening {self.opening}"] if self.opening else []
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -65,6 +65,8 @@ def chat(
 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     found = opened(run, sampling, mode, strength=strength, rule=rule)
+    for line in found.backbone.reads(found.head.spec):
+        say(line)
     talk = _Talk(
         found.backbone,
         found.head,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -54,24 +54,20 @@ def check(
     from coala.cli.screen import emit, say
     from coala.data import check as check_pairs
     from coala.data.findings import few
-    from coala.data.signs import special_tokens
 
     count_tokens = None
-    special: list[str] = []
+    as_read: dict[str, Any] = {}
     if model is not None:
         from coala.backbone import load_backbone
 
         backbone = load_backbone(model)
+        as_read = {"refusal": backbone.refusal, "specials": backbone.specials}
         max_tokens = max_tokens or backbone.max_tokens
-
-        special = special_tokens(backbone.tokenizer)
 
         def count_tokens(pair: Pair) -> int:
             return backbone.count_tokens(pair)
 
-    findings = check_pairs(
-        pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens, special_tokens=special
-    )
+    findings = check_pairs(pairs, format, against=against, count_tokens=count_tokens, max_tokens=max_tokens, **as_read)
     for line in (*few(findings.errors), *findings.warnings, *findings.notes):
         write(line)
     if findings.way_on:

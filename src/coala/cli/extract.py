@@ -99,6 +99,8 @@ def extract(
             say(kept["told"])
             rows, number = kept["scores"], kept["layer"]
         spec = backbone.spec(int(number), pooling, max_tokens=max_tokens)
+        for line in backbone.reads(spec, found[0] if found else None):
+            say(line)
         shards = FeatureStore(out / "shards")
         options: dict[str, Any] = {
             "prefixes": prefixes,

@@ -48,7 +48,7 @@ def generate(
     from dataclasses import replace
 
     from coala.cli.answering import conversation, opened, room
-    from coala.cli.screen import emit, side_by_side
+    from coala.cli.screen import emit, say, side_by_side
     from coala.decoding import generate as generate_replies
     from coala.values import CoalaError, Turn
 
@@ -57,6 +57,8 @@ def generate(
         raise CoalaError('There is no prompt, or an empty one. Give it in quotes: coala generate RUN "prompt".')
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     found = opened(run, sampling, mode, strength=strength, rule=rule, candidates=candidates)
+    for line in found.backbone.reads(found.head.spec):
+        say(line)
     asked = [conversation(system, Turn("user", text)) for text in texts]
     mend = "Shorten it, or say --cut to lose its beginning."
     lengths = [room(found.backbone, prompt, max_new_tokens, cut=cut, mend=mend) for prompt in asked]

@@ -71,6 +71,9 @@ def progress() -> Iterator[OnProgress]:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: float, total: float | None, note: str = "") -> None:
+            if not stage:
+                say(note)
+                return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note=note)
             bars.update(tasks[stage], completed=done, total=total, note=visible(note))
@@ -85,6 +88,9 @@ def _lines() -> OnProgress:
     last: dict[str, float] = {}
 
     def show(stage: str, done: float, total: float | None, note: str = "") -> None:
+        if not stage:
+            say(note)
+            return
         now = monotonic()
         began.setdefault(stage, now)
         finished = total is not None and done >= total

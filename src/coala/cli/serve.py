@@ -74,6 +74,8 @@ def serve(
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
     with listen(host, port) as listening:
         backbone, head, guidance = load_run(run)
+        for line in backbone.reads(head.spec):
+            say(line)
         served = Served(name or run.resolve().name, backbone, head, guidance)
         app = create_app(served, limits, key=key, local=local and key is None)
         site = f"http://{f'[{host}]' if ':' in host else host}:{port}"

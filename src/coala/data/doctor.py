@@ -34,6 +34,8 @@ def check(
     count_tokens: Callable[[Pair], int] | None = None,
     max_tokens: int | None = None,
     special_tokens: Sequence[str] = (),
+    refusal: Callable[[Pair], str] | None = None,
+    specials: Callable[[str], list[str]] | None = None,
 ) -> Findings:
     """Read every row of ``source`` (as :func:`coala.data.read_pairs` takes it) and list what is wrong.
 
@@ -45,12 +47,17 @@ def check(
     pairs alone, a side that says the same in every row (an error where that is a name or a label), and texts that hold
     ``special_tokens`` of a model or, where none are given, those of common chat templates. A note tells how many
     held-out pairs it takes to see a difference.
-    Raises :class:`DataError` for ``max_tokens`` without ``count_tokens`` and for an unknown ``format`` only.
+    ``refusal`` tells why a model's chat template does not take a pair (an error of that row), ``specials`` which of its
+    special tokens are written out in a text (a warning: in prompts they are read as plain text, a stop token at the end
+    of a reply is left out). Raises :class:`DataError` for ``max_tokens`` without ``count_tokens`` and for an unknown
+    ``format`` only.
     """
     if max_tokens is not None and count_tokens is None:
         raise DataError([_whole("max_tokens", "", "a limit without a way to count", "a tokenizer", "name the model")])
     listed: list[Finding] = []
     located = _gather(source, format, listed)
+    if refusal is not None:
+        located = _taken(located, refusal, listed)
     counts: dict[str, int | float] = {
         "pairs": len(located),
         "groups": len({one.pair.group for one in located}),
@@ -62,7 +69,10 @@ def check(
         listed += _lengths(located, counts)
         listed += _direction(located, counts)
         listed += no_replies(located)
-        listed += markup(located, special_tokens, counts)
+        if specials is None:
+            listed += markup(located, special_tokens, counts)
+        else:
+            listed += _written_out(located, specials, counts)
         if count_tokens is not None and max_tokens is not None:
             listed += _too_long(located, count_tokens, max_tokens, counts)
     if against is not None:
@@ -122,6 +132,51 @@ def _mark(*texts: str) -> bytes:
 
 def _asked(pair: Pair) -> bytes:
     return _mark(*(part for turn in pair.prompt for part in (turn.role, turn.text)))
+
+
+# --- as a model reads it -----------------------------------------------------------------------------------------
+
+
+def _taken(located: Sequence[Located], refusal: Callable[[Pair], str], listed: list[Finding]) -> list[Located]:
+    """The pairs that a model's chat template takes."""
+    taken = []
+    for one in located:
+        reason = refusal(one.pair)
+        if not reason:
+            taken.append(one)
+            continue
+        listed.append(
+            Finding(
+                *(one.file, one.row, "prompt"),
+                reason,
+                "a conversation that the model's chat template takes",
+                "change its roles, use the template dialogue, or leave the row out (--skip-bad)",
+            )
+        )
+    return taken
+
+
+def _written_out(
+    located: Sequence[Located], specials: Callable[[str], list[str]], counts: dict[str, int | float]
+) -> Iterable[Finding]:
+    """Special tokens of the model in texts: what was text once would open a turn or end a reply."""
+    places: dict[str, tuple[str, Callable[[Pair], list[str]]]] = {
+        "prompt": ("they are read as plain text where a user wrote them", lambda p: [t.text for t in p.prompt]),
+        "reply": ("a stop token at the end is left out", lambda p: [p.chosen, p.rejected]),
+    }
+    for field, (what, texts) in places.items():
+        with_some = [(one, found) for one in located if (found := specials("\n".join(texts(one.pair))))]
+        counts[f"special_tokens_in_{field}"] = len(with_some)
+        if with_some:
+            one, found = with_some[0]
+            yield Finding(
+                *(one.file, one.row, field),
+                f"special tokens of the model are written out ({', '.join(sorted(found)[:3])}); {what}",
+                "texts without the marks of a template",
+                "take them out, unless the model is meant to read them",
+                severity="warning",
+                count=len(with_some),
+            )
 
 
 # --- repeats -----------------------------------------------------------------------------------------------------

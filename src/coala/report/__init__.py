@@ -19,6 +19,7 @@ no interval is known.
                     program, statement   str, what was solved and what is proved of it
                     seconds, gflops      whole run
     data_findings   [{severity: "error" | "warning" | "note", text}]
+    reads           [str], how the model reads a conversation: template, layer, pooling, oddities, one example
     head            {certificate: {...}, n_neurons, gate_on, temperature, spec: {...}}; the certificate has the fields
                     of :class:`coala.values.Certificate` and relative_gap; of its facts these are put into words:
                     method, separable, gates_estimate {largest_violation, starts}, cv {signal_found},

@@ -21,6 +21,7 @@ KEYS = (
         "settings",
         "summary",
         "data_findings",
+        "reads",
         "head",
         "curves",
         "layers",

@@ -44,6 +44,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "summary": summary,
         "verdicts": [sentence.replace(" %", "\u00a0%") for sentence in verdicts(content)],
         "tiles": _tiles(content, summary, head),
+        "reads": [str(line) for line in content.get("reads") or []],
         "findings": _rows(content.get("data_findings")),
         "data_read": content.get("data_findings") is not None,
         "certificate": _certificate(summary, head),
