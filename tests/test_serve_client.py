@@ -280,7 +280,7 @@ def test_models_and_errors_are_of_the_clients_types(here: Here, client: openai.O
         answer = ask(here, "chat", {**CHAT, **body})
         assert answer.status_code == status
         ErrorObject.model_validate(answer.json()["error"], strict=True)
-    with pytest.raises(openai.BadRequestError, match="tools: not supported by this server. Fix: leave it out"):
+    with pytest.raises(openai.BadRequestError, match=r"tools: not supported by this server\. Fix: leave it out"):
         client.chat.completions.create(model="tiny", messages=[USER], tools=[{"type": "function"}])  # type: ignore
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +63,7 @@ def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @given(draw=st.data())
 def test_bytes_of_any_reply_are_its_text(reader: tuple[Any, Reader], draw: st.DataObject) -> None:
     """Whatever a model writes, bytes that are no characters too; all at once or a few at a time."""
-    backbone, read = reader
+    _, read = reader
     tokens = draw.draw(st.lists(st.integers(1, 330), max_size=14))
     pieces = read.pieces(tokens)
     spelt = read.spelling.spelt(tokens, pieces, first=True)
