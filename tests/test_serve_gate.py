@@ -309,7 +309,7 @@ def test_pages_of_other_sites_reach_nothing(here: Here) -> None:
     body = json.dumps(CHAT)
     for path in ("/", "/v1/models", "/healthz"):  # a name that leads here by DNS rebinding
         refused(httpx.get(f"{here.url}{path}", headers={"Host": "evil.example"}), 403)
-    for host in ("127.0.0.1.evil.example", "localhost.evil.example:80", "[::2]", "evil"):
+    for host in ("127.0.0.1.evil.example", "localhost.evil.example:80", "[::2]", "[::1].evil.example", "evil"):
         refused(httpx.get(f"{here.url}/", headers={"Host": host}), 403)
     for host in ("localhost", "localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
         assert httpx.get(f"{here.url}/", headers={"Host": host}).status_code == 200
@@ -318,6 +318,9 @@ def test_pages_of_other_sites_reach_nothing(here: Here) -> None:
         refused(answer, 415)
     for site in ("cross-site", "same-site"):
         refused(httpx.post(f"{here.url}{POSTED[0]}", content=body, headers={**JSON, "Sec-Fetch-Site": site}), 403)
+    for origin in ("http://evil.example", "null", "http://localhost:1"):
+        refused(httpx.post(f"{here.url}{POSTED[0]}", content=body, headers={**JSON, "Origin": origin}), 403)
+    assert httpx.post(f"{here.url}{POSTED[0]}", content=body, headers={**JSON, "Origin": here.url}).status_code == 200
     preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(f"{here.url}{POSTED[0]}", headers=preflight)
     refused(answer, 405)

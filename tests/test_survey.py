@@ -20,7 +20,7 @@ from coala.store import save_generations
 from coala.survey import Check, Prompt, Records, Survey, ballot, build, load_survey, read_votes, save_survey
 from coala.survey.ballot import answer_order
 from coala.survey.form import clean
-from coala.survey.records import new_token
+from coala.survey.records import COUNT, FILE, new_token
 from coala.values import CoalaError, Generation
 from tests.survey_raters import made_up
 from tests.waiting import Clock
@@ -307,6 +307,42 @@ def test_records_are_synced_before_they_are_acknowledged(tmp_path: Path, records
     # Another connection sees it at once: nothing is left in an open transaction.
     with sqlite3.connect(tmp_path / "answers.sqlite") as other:
         assert other.execute("SELECT choice FROM answers").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize("damage", ["none", "gone", "cut", "overwritten", "uncounted"])
+def test_answers_that_a_damaged_log_loses_are_missed(
+    tmp_path: Path, survey: Survey, records: Records, damage: str
+) -> None:
+    """As a kill leaves the files: SQLite itself opens them all, with fewer answers."""
+    rater = records.rater(begun(records))
+    assert rater is not None
+    for page in range(3):
+        records.answer(rater, page, 0)
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in (FILE, f"{FILE}-wal", COUNT):
+        (there / name).write_bytes((tmp_path / name).read_bytes())
+    log = there / f"{FILE}-wal"
+    whole = log.read_bytes()
+    if damage == "gone":
+        log.unlink()
+    elif damage == "cut":
+        log.write_bytes(whole[:-100])
+    elif damage == "overwritten":
+        at = len(whole) // 2
+        log.write_bytes(whole[:at] + bytes(byte ^ 255 for byte in whole[at : at + 100]) + whole[at + 100 :])
+    elif damage == "uncounted":
+        (there / COUNT).unlink()
+    if damage in ("none", "uncounted"):
+        again = Records(there, survey)
+        assert again.n_answers == 3
+        again.close()
+        return
+    with pytest.raises(CoalaError, match=r"answers are missing.*Put a backup back"):
+        Records(there, survey)
+    (there / COUNT).unlink()  # as it says
+    if damage != "gone":
+        assert Records(there, survey).n_answers < 3
 
 
 def test_no_method_is_named_where_answers_are_kept(tmp_path: Path) -> None:

@@ -90,7 +90,16 @@ def test_the_site_behind_a_proxy() -> None:
     assert not foreign(Headers(headers), origin_of("https://Survey.Example:443/"))
     assert foreign(Headers(headers), origin_of("http://survey.example"))
     assert "survey.example" in names_of("https://survey.example:8443")
-    for wrong in ("survey.example", "ftp://a", "https://", "https://a/path", "https://a:b", "https://a?x", "https://[", ""):
+    for wrong in (
+        "survey.example",
+        "ftp://a",
+        "https://",
+        "https://a/path",
+        "https://a:b",
+        "https://a?x",
+        "https://[",
+        "",
+    ):
         with pytest.raises(CoalaError, match="expected an address"):
             origin_of(wrong)
 
@@ -113,7 +122,9 @@ def sender(parts: list[bytes], gone: bool = False) -> Any:
     return receive
 
 
-def taken(parts: list[bytes], most: int = 10, seconds: float = 60.0, gone: bool = False, **headers: str) -> bytes | None:
+def taken(
+    parts: list[bytes], most: int = 10, seconds: float = 60.0, gone: bool = False, **headers: str
+) -> bytes | None:
     named = Headers({name.replace("_", "-"): value for name, value in headers.items()})
     return asyncio.run(whole_body(named, sender(parts, gone), most=most, seconds=seconds))
 

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from coala.serve import bodies, schemas
+from coala.serve import bodies, schemas, shapes
 from coala.serve.answers import Answering, Ask, Gone, Replying
 from coala.serve.contract import ANSWERS, contract
 from coala.serve.errors import Refusal, failure, too_busy
@@ -137,7 +137,7 @@ def create_app(
             top = body.top_logprobs or 0
             n_top = top if body.logprobs or top else None
         else:
-            texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+            texts = body.prompt if isinstance(body.prompt, list) else [body.prompt or ""]
             prompts = tuple(user(text) if body.render == "turn" else text for text in texts)
             wanted = body.max_tokens or min(SHORT_REPLY, limits.max_tokens)
             n_top = body.logprobs
@@ -238,17 +238,17 @@ def create_app(
                 HTTPStatus.BAD_REQUEST, f"{name} has no head to score with. Ask {served.name}.", param="model"
             )
 
-    @app.post("/v1/chat/completions", responses=ANSWERS[schemas.ChatAnswer], response_model=None)
+    @app.post("/v1/chat/completions", responses=ANSWERS[shapes.ChatAnswer], response_model=None)
     async def chat(request: Request) -> Response:
         """A reply to a conversation, guided by the head."""
         return await replying("chat", await bodies.read(request, schemas.ChatRequest), request)
 
-    @app.post("/v1/completions", responses=ANSWERS[schemas.CompletionAnswer], response_model=None)
+    @app.post("/v1/completions", responses=ANSWERS[shapes.CompletionAnswer], response_model=None)
     async def completions(request: Request) -> Response:
         """Replies to texts, guided by the head."""
         return await replying("text", await bodies.read(request, schemas.CompletionRequest), request)
 
-    @app.post("/v1/score", responses=ANSWERS[schemas.ScoreAnswer], response_model=None)
+    @app.post("/v1/score", responses=ANSWERS[shapes.ScoreAnswer], response_model=None)
     async def score_replies(request: Request) -> Response:
         """The head's scores of replies to one prompt, higher is preferred."""
         body = await bodies.read(request, schemas.ScoreRequest)
@@ -273,7 +273,7 @@ def create_app(
         ]
         return JSONResponse({"object": "list", "model": body.model, "data": data, "usage": usage})
 
-    @app.post("/v1/rerank", responses=ANSWERS[schemas.RerankAnswer], response_model=None)
+    @app.post("/v1/rerank", responses=ANSWERS[shapes.RerankAnswer], response_model=None)
     async def rerank(request: Request) -> Response:
         """Documents by the head's score of each as a reply to the query, best first."""
         body = await bodies.read(request, schemas.RerankRequest)
@@ -297,17 +297,17 @@ def create_app(
     def about(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": began, "owned_by": "coala"}
 
-    @app.get("/v1/models", responses=ANSWERS[schemas.ModelList], response_model=None)
+    @app.get("/v1/models", responses=ANSWERS[shapes.ModelList], response_model=None)
     async def models() -> Response:
         """The guided model and the plain one."""
         return JSONResponse({"object": "list", "data": [about(name) for name in served.names]})
 
-    @app.get("/v1/models/{model}", responses=ANSWERS[schemas.ModelFacts], response_model=None)
+    @app.get("/v1/models/{model}", responses=ANSWERS[shapes.ModelFacts], response_model=None)
     async def model(model: str) -> Response:
         """One of them."""
         return JSONResponse(about(model_of(model)))
 
-    @app.get("/healthz", responses=ANSWERS[schemas.Health], response_model=None)
+    @app.get("/healthz", responses=ANSWERS[shapes.Health], response_model=None)
     async def health() -> Response:
         """Whether the server does its work; 503 once it does not."""
         status = "ending" if app.state.ending else "ok" if worker.alive else "broken"

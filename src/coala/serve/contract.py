@@ -10,12 +10,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from coala.serve import schemas
+from coala.serve import schemas, shapes
 from coala.serve.limits import Limits
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": schemas.ErrorAnswer, "description": "What was wrong with the request"},
-    "5XX": {"model": schemas.ErrorAnswer, "description": "What failed here"},
+    "4XX": {"model": shapes.ErrorAnswer, "description": "What was wrong with the request"},
+    "5XX": {"model": shapes.ErrorAnswer, "description": "What failed here"},
 }
 # With stream: true.
 _STREAMED: dict[str, Any] = {"text/event-stream": {}}
@@ -23,10 +23,10 @@ _STREAMED: dict[str, Any] = {"text/event-stream": {}}
 
 def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     whole: dict[str, Any] = {"model": model, "description": "The answer"}
-    if model in (schemas.ChatAnswer, schemas.CompletionAnswer):
+    if model in (shapes.ChatAnswer, shapes.CompletionAnswer):
         whole["content"] = dict(_STREAMED)
     found = {200: whole, **_PROBLEMS}
-    if model is schemas.Health:
+    if model is shapes.Health:
         found[503] = {"model": model, "description": "Not at work"}
     return found
 
@@ -34,8 +34,8 @@ def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 ANSWERS: Mapping[type[BaseModel], dict[int | str, dict[str, Any]]] = {
     model: _answers(model)
     for model in (
-        *(schemas.ChatAnswer, schemas.CompletionAnswer, schemas.ScoreAnswer, schemas.RerankAnswer),
-        *(schemas.ModelList, schemas.ModelFacts, schemas.Health),
+        *(shapes.ChatAnswer, shapes.CompletionAnswer, shapes.ScoreAnswer, shapes.RerankAnswer),
+        *(shapes.ModelList, shapes.ModelFacts, shapes.Health),
     )
 }
 

@@ -1,4 +1,4 @@
-"""What requests may hold and what replies look like: the OpenAI protocol, and what COALA adds to it.
+"""What requests may hold: the OpenAI protocol, and what COALA adds to it.
 
 Strict: a field that does not exist, a number in quotes or one out of range is an error, never guessed at. Fields of the
 protocol that this server has no use for are taken if they ask for nothing. Limits that a server sets at its start are
@@ -108,9 +108,6 @@ class _Strict(BaseModel):
         made = handler(core)
         handler.resolve_ref_schema(made)["additionalProperties"] = {"type": "null"}
         return made
-
-
-# --- what is asked --------------------------------------------------------------------------------------------------
 
 
 class TextPart(_Strict):
@@ -280,7 +277,9 @@ class ChatRequest(_Asked):
 class CompletionRequest(_Asked):
     """Texts to be continued as they stand; with render "turn" each is one turn of a user, as in `coala generate`."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1), QUICK] = ""
+    prompt: Text | Annotated[list[Text], Field(min_length=1), QUICK] | None = Field(
+        None, description="what begins a text of the model's own if absent"
+    )
     render: Literal["raw", "turn"] | None = Field(None, description="how the model reads a prompt: raw if absent")
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES), WHOLE] | None = None
@@ -309,159 +308,3 @@ class RerankRequest(_Strict):
     documents: Annotated[list[Text | Document], Field(min_length=1), QUICK]
     top_n: Count | None = None
     return_documents: bool | None = None
-
-
-# --- what is answered -----------------------------------------------------------------------------------------------
-
-
-class Problem(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    error: Problem
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Facts(BaseModel):
-    """What COALA tells of a reply: the head's score, the model's own log-probability, nats spent on guidance."""
-
-    score: float | None
-    log_prob: float | None
-    divergence: float | None
-
-
-class Settings(BaseModel):
-    """What a reply can be had again with."""
-
-    seed: int
-    guidance: str
-
-
-class CompletionSettings(Settings):
-    """How the model read the prompts, and what follows of it for the head, if anything does."""
-
-    render: Literal["raw", "turn"]
-    note: str | None
-
-
-class Alternative(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenFacts(Alternative):
-    top_logprobs: list[Alternative]
-
-
-class ChatLogProbs(BaseModel):
-    content: list[TokenFacts]
-    refusal: None
-
-
-class ChatReply(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatReply
-    logprobs: ChatLogProbs | None
-    finish_reason: Literal["stop", "length"]
-    coala: Facts
-
-
-class _Answer(BaseModel):
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    usage: Usage
-    coala: Settings
-
-
-class ChatAnswer(_Answer):
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-
-
-class CompletionLogProbs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: CompletionLogProbs | None
-    finish_reason: Literal["stop", "length"]
-    coala: Facts
-
-
-class CompletionAnswer(_Answer):
-    object: Literal["text_completion"]
-    coala: CompletionSettings
-    choices: list[CompletionChoice]
-
-
-class Position(BaseModel):
-    text: str
-    score: float
-
-
-class ReplyScore(BaseModel):
-    object: Literal["score"]
-    index: int
-    score: float
-    dropped_tokens: int
-    positions: list[Position] | None
-
-
-class ScoreAnswer(BaseModel):
-    object: Literal["list"]
-    model: str
-    data: list[ReplyScore]
-    usage: Usage
-
-
-class Ranked(BaseModel):
-    index: int
-    relevance_score: float
-    document: Document | None
-
-
-class RerankAnswer(BaseModel):
-    id: str
-    model: str
-    results: list[Ranked]
-    usage: Usage
-
-
-class ModelFacts(BaseModel):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[ModelFacts]
-
-
-class Health(BaseModel):
-    status: Literal["ok", "ending", "broken"]
-    model: str

@@ -19,13 +19,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from coala.survey.ballot import Item, ballot
 from coala.survey.form import Survey
 from coala.values import CoalaError
 
 FILE = "answers.sqlite"
+# How many changes have been acknowledged, beside the file that holds them: SQLite takes a log that is damaged or gone
+# for one that ends earlier, without a word.
+COUNT = "answers.count"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{22}")
 # Bytes of a token: drawn, and made of them with a key of the file's own.
 RANDOM, MARK = 10, 6
@@ -72,7 +75,10 @@ class Records:
         """Open ``answers.sqlite`` in ``folder``, or begin it. CoalaError if it is damaged or of another survey."""
         self._survey = survey
         self._lock = threading.RLock()
+        self._count: BinaryIO | None = None
         path = Path(folder) / FILE
+        # Read before the answers, which are never behind it.
+        acknowledged = _count(Path(folder) / COUNT)
         try:
             # Autocommit mode: transactions begin and end where `_change` says, nowhere else.
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
@@ -84,6 +90,8 @@ class Records:
                     db.execute(statement)
                 db.execute("INSERT OR IGNORE INTO about VALUES ('survey', ?)", (survey.digest,))
                 db.execute("INSERT OR IGNORE INTO about VALUES ('key', ?)", (secrets.token_hex(32),))
+                db.execute("INSERT OR IGNORE INTO about VALUES ('changes', '0')")
+            (changes,) = self._db.execute("SELECT value FROM about WHERE name = 'changes'").fetchone()
             (found,) = self._db.execute("SELECT value FROM about WHERE name = 'survey'").fetchone()
             (key,) = self._db.execute("SELECT value FROM about WHERE name = 'key'").fetchone()
             self._key = bytes.fromhex(key)
@@ -97,10 +105,21 @@ class Records:
                 f"{path}: holds answers to another survey than the {len(survey.questions)} questions beside it. "
                 "Put the survey's file back, or serve the other survey from another folder."
             )
+        if int(changes) < acknowledged:
+            raise CoalaError(
+                f"{path}: holds {changes} changes, and {acknowledged} were acknowledged: answers are missing, for its "
+                f"log ({FILE}-wal) was damaged or deleted. Put a backup back; to go on without them delete {COUNT}."
+            )
+        try:
+            self._count = _opened(Path(folder) / COUNT)
+        except OSError as error:
+            raise CoalaError(f"{path.with_name(COUNT)}: cannot be written ({error.strerror}).") from None
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
+            if self._count is not None:
+                self._count.close()
 
     def invite(self, n: int) -> list[str]:
         """``n`` new personal tokens, for raters who have not begun."""
@@ -217,9 +236,17 @@ class Records:
     def _change(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
+            before = self._db.total_changes
             try:
                 yield self._db
+                counting = self._count if self._db.total_changes > before else None
+                if counting is not None:
+                    self._db.execute("UPDATE about SET value = CAST(value AS INTEGER) + 1 WHERE name = 'changes'")
+                    (count,) = self._db.execute("SELECT value FROM about WHERE name = 'changes'").fetchone()
                 self._db.execute("COMMIT")
+                if counting is not None:
+                    counting.seek(0)
+                    counting.write(f"{int(count):020d}\n".encode())
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
@@ -248,3 +275,17 @@ class Records:
 def new_token() -> str:
     """128 random bits as 22 characters that a link may hold."""
     return secrets.token_urlsafe(16)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file to be written in place, at once; what is there stays."""
+    path.touch()
+    return path.open("r+b", buffering=0)
+
+
+def _count(path: Path) -> int:
+    """The number of changes acknowledged; 0 where nobody counted, or the count itself is damaged."""
+    try:
+        return int(path.read_bytes()[:20])
+    except (OSError, ValueError):
+        return 0
