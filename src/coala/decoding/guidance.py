@@ -55,8 +55,8 @@ class Guidance:
     log-odds of preference, as far as held-out pairs vouch for them (:attr:`coala.ConvexHead.evidence`): strength 1
     takes the head at its word, and a head that is no better than chance changes nothing at any strength. The others
     look at the candidates of one choice alone, whatever the evidence: min-max normalised to [0, 1] (``"min-max"``, the
-    paper's), as they are (``"raw"``), or in standard deviations from their mean (``"z-score"``). ``strength`` is that of mode and rule (:func:`usual_strength`) if not
-    given.
+    paper's), as they are (``"raw"``), or in standard deviations from their mean (``"z-score"``). ``strength`` is that
+    of mode and rule (:func:`usual_strength`) if not given.
 
     Strength 0 is unguided in every mode but ``beam``, which then is plain beam search. ``block`` and ``best_of`` keep
     each candidate with probability proportional to exp(strength x log-odds) by the calibrated rule; by the others the
