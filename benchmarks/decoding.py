@@ -152,8 +152,8 @@ def main() -> None:
             )
         return [Generation("", "", "", out.shape[1] - row.shape[1], seed, 0.0, 0.0)]
 
-    every, fifth = Guidance("token", strength=args.strength), Guidance("prefix", strength=args.strength)
-    shift = Guidance("shift", budget=args.tokens / 4)
+    every, fifth = (Guidance(mode, strength=args.strength, rule="min-max") for mode in ("token", "prefix"))
+    shift = Guidance("shift", rule="min-max", budget=args.tokens / 4)
     anew = partial(Anew, backbone)
     ways: dict[str, Callable[[int], list[Generation]]] = {
         "plain": lambda seed: decode(Guidance("none"), seed, guided=False),

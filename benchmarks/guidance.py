@@ -2,6 +2,7 @@
 
     python benchmarks/guidance.py film
     python benchmarks/guidance.py stories --model STORIES    # a folder with the 260K-parameter story model
+    python benchmarks/guidance.py film --permutations 400 --pairs 135
 
 Linear heads are fitted on samples of the model itself, ranked by a labeller, either on whole replies or on eight
 prefixes of each. The judge of the table shares no word and no training data with the labeller: the film task's own, and
@@ -31,6 +32,7 @@ from coala.convex import fit
 from coala.costs import body_flops, head_flops, token_flops
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
+from coala.decoding.guidance import Mode
 from coala.decoding.sampling import gumbel, restrict, stream_key
 from coala.evaluation import WordJudge, mean_estimate, paired_difference, perplexity, win_rate
 from coala.features import extract
@@ -128,6 +130,34 @@ def heads(task: Task) -> dict[str, ConvexHead]:
     }
 
 
+def permuted(task: Task, count: int, n_pairs: int) -> dict[str, Any]:
+    """Heads of labels that are drawn for each group: what they vouch for, per root mean square of held-out margins."""
+    everything = extract(task.pairs, task.backbone, task.backbone.spec(task.layer, "mean"))
+    rows = []
+    for seed in range(count):
+        draw = np.random.default_rng(seed)
+        take = np.sort(draw.permutation(len(everything))[: n_pairs or None])
+        some = everything.take(take)
+        names, member = np.unique(some.group, return_inverse=True)
+        swapped = (draw.random(len(names)) < 0.5)[member][:, None]
+        chosen = np.where(swapped, some.rejected, some.chosen)
+        rejected = np.where(swapped, some.chosen, some.rejected)
+        found = fit(replace(some, chosen=chosen, rejected=rejected), method="linear")
+        assert found.held_out is not None
+        size = float(np.sqrt((found.held_out.margins**2).mean()))
+        rows.append((size / found.head.temperature, size * found.head.evidence))
+    slope, least = np.array(rows).T
+    found_slopes = {"fitted": slope, "least": least}
+    summary = {
+        name: {"above_0": float((values > 0.01).mean()), "mean": float(values.mean()), "most": float(values.max())}
+        for name, values in found_slopes.items()
+    }
+    for name, values in summary.items():
+        print(f"{name:7} slope: above 0.01 in {values['above_0']:.3f} of {count}, mean {values['mean']:.4f}, ", end="")
+        print(f"largest {values['most']:.3f}")
+    return {"permutations": count, "pairs": len(take), **summary}
+
+
 # --- what is measured -----------------------------------------------------------------------------------------------
 
 
@@ -189,44 +219,56 @@ def control(task: Task, seed: int, candidates: int = 5) -> list[Generation]:
 
 def rules() -> Iterator[tuple[str, Guidance]]:
     """Head and guidance of every row of the table."""
+    for which in ("full", "prefixes"):
+        for strength in (8.0, 16.0, 24.0, 32.0):
+            yield which, Guidance("block", strength)
+        for strength in (4.0, 8.0, 16.0):
+            yield which, Guidance("token", strength)
+            yield which, Guidance("shift", strength)
+        yield which, Guidance("best_of")
+
+    def by_choice(mode: Mode, **settings: Any) -> Guidance:
+        """By what the candidates of one choice are worth among themselves, whatever the evidence."""
+        return Guidance(mode, **{"rule": "min-max", **settings})
+
     for k in ("full", "prefixes"):
-        yield k, Guidance("token")
-        yield k, Guidance("token", strength=4)
-        yield k, Guidance("block", block_tokens=10)
-        yield k, Guidance("best_of")
-        yield k, Guidance("shift", budget=20.0, candidates=10)
-    yield "prefixes", Guidance("token", strength=3)
-    yield "prefixes", Guidance("token", strength=6)
-    yield "prefixes", Guidance("block", block_tokens=5)
-    yield "prefixes", Guidance("block", candidates=10, block_tokens=10)
-    yield "prefixes", Guidance("block", candidates=10, block_tokens=5)
-    yield "prefixes", Guidance("block", candidates=20, block_tokens=5)
-    yield "prefixes", Guidance("block", block_tokens=3)
-    yield "prefixes", Guidance("block", candidates=10, block_tokens=3)
-    yield "prefixes", Guidance("shift", strength=4.0)
-    yield "prefixes", Guidance("shift", budget=40.0, candidates=10)
-    yield "prefixes", Guidance("shift", budget=80.0)
-    yield "prefixes", Guidance("beam", strength=0.1)
+        yield k, by_choice("token")
+        yield k, by_choice("token", strength=4)
+        yield k, by_choice("block", block_tokens=10)
+        yield k, by_choice("best_of")
+        yield k, by_choice("shift", budget=20.0, candidates=10)
+    yield "prefixes", by_choice("token", strength=3)
+    yield "prefixes", by_choice("token", strength=6)
+    yield "prefixes", by_choice("block", block_tokens=5)
+    yield "prefixes", by_choice("block", candidates=10, block_tokens=10)
+    yield "prefixes", by_choice("block", candidates=10, block_tokens=5)
+    yield "prefixes", by_choice("block", candidates=20, block_tokens=5)
+    yield "prefixes", by_choice("block", block_tokens=3)
+    yield "prefixes", by_choice("block", candidates=10, block_tokens=3)
+    yield "prefixes", by_choice("shift", strength=4.0)
+    yield "prefixes", by_choice("shift", budget=40.0, candidates=10)
+    yield "prefixes", by_choice("shift", budget=80.0)
+    yield "prefixes", by_choice("beam", strength=0.1)
     yield "full", Guidance.paper()
     yield "full", Guidance.paper(8)
-    yield "full", Guidance("token", strength=1)
-    yield "full", Guidance("token", strength=3)
-    yield "full", Guidance("token", rule="z-score", strength=1)
-    yield "full", Guidance("token", strength=4, candidates=10)
-    yield "full", Guidance("token", rule="raw", strength=32)
+    yield "full", by_choice("token", strength=1)
+    yield "full", by_choice("token", strength=3)
+    yield "full", by_choice("token", rule="z-score", strength=1)
+    yield "full", by_choice("token", strength=4, candidates=10)
+    yield "full", by_choice("token", rule="raw", strength=32)
     for budget in (5.0, 10.0, 20.0, 40.0, 80.0):
-        yield "full", Guidance("shift", budget=budget)
-    yield "full", Guidance("shift", strength=2.0)
-    yield "full", Guidance("shift", strength=4.0)
-    yield "full", Guidance("shift", budget=40.0, candidates=10)
-    yield "full", Guidance("shift", budget=20.0, rule="z-score")
-    yield "full", Guidance("shift", budget=20.0, rule="raw")
-    yield "full", Guidance("block", block_tokens=5)
-    yield "full", Guidance("block", candidates=10, block_tokens=10)
-    yield "full", Guidance("best_of", candidates=20)
-    yield "full", Guidance("beam", strength=0.0)
-    yield "full", Guidance("beam", strength=0.1)
-    yield "full", Guidance("beam", strength=0.5)
+        yield "full", by_choice("shift", budget=budget)
+    yield "full", by_choice("shift", strength=2.0)
+    yield "full", by_choice("shift", strength=4.0)
+    yield "full", by_choice("shift", budget=40.0, candidates=10)
+    yield "full", by_choice("shift", budget=20.0, rule="z-score")
+    yield "full", by_choice("shift", budget=20.0, rule="raw")
+    yield "full", by_choice("block", block_tokens=5)
+    yield "full", by_choice("block", candidates=10, block_tokens=10)
+    yield "full", by_choice("best_of", candidates=20)
+    yield "full", by_choice("beam", strength=0.0)
+    yield "full", by_choice("beam", strength=0.1)
+    yield "full", by_choice("beam", strength=0.5)
 
 
 def main() -> None:
@@ -237,12 +279,17 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=4)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--only", default="", help="rows whose guidance has this in its name")
+    parser.add_argument("--permutations", type=int, default=0, help="instead: fits to labels that say nothing")
+    parser.add_argument("--pairs", type=int, default=0, help="of permutations: pairs of each, drawn anew; 0: all")
     args = parser.parse_args()
     if args.task == "stories" and (args.model is None or not (args.model / "config.json").exists()):
         print("the story model is not there: give its folder with --model")
         print(json.dumps({"skipped": "no story model"}))
         return
     task = film(args.prompts) if args.task == "film" else stories(args.prompts, args.model)
+    if args.permutations:
+        print(json.dumps({"task": args.task, **permuted(task, args.permutations, args.pairs)}))
+        return
     backbone, fitted = task.backbone, heads(task)
 
     def replies(rule: Guidance, head: ConvexHead | None = None, seed: int = 0) -> list[Generation]:

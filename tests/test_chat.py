@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import select
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 
 from coala.align import load_run
 from coala.cli import app as cli
-from coala.cli.chat import COMMANDS
+from coala.cli.chat import COMMANDS, _Talk
 from coala.decoding import generate
 from coala.export.rewards import score_replies
 from coala.values import Turn, user
@@ -101,6 +103,11 @@ def test_scores_after_every_token(served_run: Path, parts: Any) -> None:
         ("/guide perhaps", "expected on or off"),
         ("/score", "there is no reply yet"),
         ("/new now", "is no command"),
+        ("/retry", "there is no reply yet"),
+        ("/retry now", "is no command"),
+        ("/temperature -1", "temperature is -1.0"),
+        ("/temperature inf", "temperature is inf"),
+        ("/temperature warm", "could not convert 'warm'"),
     ],
 )
 def test_commands_that_do_not_fit_are_told_and_change_nothing(
@@ -113,6 +120,79 @@ def test_commands_that_do_not_fit_are_told_and_change_nothing(
         generate([user("hello")], backbone, head, guidance, max_new_tokens=8, seed=0)[0].text
     )
     assert json.loads(out[-2]) == {"replies": 1}
+
+
+def test_system_temperature_and_another_try(served_run: Path, parts: Any) -> None:
+    backbone, head, guidance = parts
+    lines = ("hello", "/retry", "/system be kind", "/temperature 0", "and then", "/system", "/strength 3")
+    out, err = talk(served_run, *lines, options=("--system", "be brief", "--temperature", "0.5"))
+    said = [Turn("system", "be brief"), Turn("user", "hello")]
+    first, second = (
+        generate([said], backbone, head, guidance, max_new_tokens=8, seed=seed, temperature=0.5)[0].text
+        for seed in (0, 1)
+    )
+    asked = [Turn("system", "be kind"), said[1], Turn("assistant", second), Turn("user", "and then")]
+    third = generate([asked], backbone, head, guidance, max_new_tokens=8, seed=2, temperature=0.0)[0].text
+    assert "\n".join(out).startswith("\n".join((first, second, third)))
+    for told in (
+        "sampling: temperature 0.5 (as asked), top-p 0.9 (default)",
+        "system prompt set",
+        "no system prompt",
+        "temperature is 0",
+        "strength is 3: token, calibrated 3",
+    ):
+        assert told in err
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_what_was_written(
+    parts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone, head, guidance = parts
+    whole = generate([user("hello")], backbone, head, guidance, max_new_tokens=40, seed=0)[0].text
+    chat = _Talk(backbone, head, guidance, 40, 1.0, 0, guided=True)
+
+    class Interrupting(io.StringIO):
+        """A terminal at which somebody presses Ctrl-C when the third piece of a reply appears."""
+
+        pieces = 0
+
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            self.pieces += 1
+            if self.pieces == 3:
+                signal.raise_signal(signal.SIGINT)
+            return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Interrupting())
+        assert chat.answer("hello")
+    assert chat.interrupted
+    assert "stopped; what was written stays" in capsys.readouterr().err
+    kept = chat.turns[-1]
+    assert kept.role == "assistant"
+    assert kept.text
+    assert whole.startswith(kept.text)
+    assert len(kept.text) < len(whole)
+    # Where nothing is shown yet, the message is taken back too.
+    chat.compare = True
+    with monkeypatch.context() as patched:
+        patched.setattr("coala.decoding.generate", _interrupted)
+        assert not chat.answer("more")
+    assert chat.turns[-1] is kept
+
+
+def _interrupted(*_: Any, **__: Any) -> Any:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_conversation_that_is_too_long_is_refused_or_cut(served_run: Path, parts: Any) -> None:
+    backbone = parts[0]
+    long = "a film " * backbone.max_tokens
+    _, err = talk(served_run, long)
+    assert "context_length: the prompt has" in err
+    assert "/new forgets the conversation" in err
+    _, err = talk(served_run, long, options=("--cut",))
+    assert "tokens are cut" in err
 
 
 @pytest.mark.slow
@@ -146,8 +226,8 @@ def test_on_a_terminal_tokens_have_colours(served_run: Path, parts: Any) -> None
     os.write(terminal, b"/score\n")
     until(b"after each token")
     os.write(terminal, b"/quit\n")
-    until(b'{"replies": 1}')
     os.waitpid(pid, 0)
+    assert b'"replies"' not in shown, "JSON is for pipes"
     backbone, head, guidance = parts
     reply = generate([user("hello")], backbone, head, guidance, max_new_tokens=6, seed=0)[0].text
     coloured = re.findall(r"\x1b\[48;5;(\d+);38;5;\d+m(.*?)\x1b\[0m", shown.decode(errors="replace"), re.S)

@@ -134,9 +134,9 @@ def test_any_margins_give_a_slope_that_scales_and_that_copies_do_not_raise(
     assert again <= slope * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 100])
+@pytest.mark.parametrize("n", [1, 4, 5, 100])
 def test_margins_that_are_all_right_vouch_for_what_so_many_can(n: int) -> None:
-    """n equal margins: n softplus(-slope) is the drop of the likelihood from its supremum; none for fewer than 3."""
+    """n equal margins: n softplus(-slope) is the drop of the likelihood from its supremum; none for fewer than 5."""
     found = least_slope(np.full(n, 2.0))
     assert found == pytest.approx(0 if n * np.log(2) <= DROP else -np.log(np.expm1(DROP / n)) / 2)
 
@@ -149,11 +149,11 @@ def test_margins_that_say_nothing_vouch_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("n", [15, 60, 500])
-def test_chance_is_taken_for_evidence_once_in_forty(n: int) -> None:
+def test_chance_is_taken_for_evidence_once_in_two_hundred(n: int) -> None:
     rng = np.random.default_rng(n)
     slopes = np.array([least_slope(rng.standard_normal(n)) for _ in range(2000)])
-    # 1 in 40 has a standard deviation of 0.0035 among 2000; few margins make the likelihood less than normal.
-    assert (slopes > 0).mean() < 0.025 + 4 * 0.0035
+    # 1 in 200 has a standard deviation of 0.0016 among 2000; few margins make the likelihood less than normal.
+    assert (slopes > 0).mean() < 0.005 + 4 * 0.0016
     assert np.mean([1 / fit_temperature(rng.standard_normal(n)) > 0.01 for _ in range(200)]) > 0.3, "which the fit is"
 
 

@@ -135,6 +135,12 @@ def test_settings_say_what_they_do() -> None:
     assert Guidance().changed(rule="min-max") == Guidance(rule="min-max")
     assert Guidance().changed(rule="min-max", strength=3.0).mode == "token", "the best wins, at any strength"
     assert Guidance().changed(strength=3.0) == Guidance(strength=3.0)
+    for mode in MODES:  # the usual strength is the mode's own; another one stays
+        assert Guidance().changed(mode=mode) == Guidance(mode)
+        assert Guidance(strength=3.0).changed(mode=mode) == Guidance(mode, strength=3.0)
+    assert Guidance().at(0.0) == Guidance("token")
+    assert Guidance(strength=3.0).at(0.0) == Guidance("token", strength=3.0)
+    assert Guidance("beam").at(0.0) == Guidance("beam")
     named = {str(Guidance(mode, rule=rule, strength=3)) for mode in MODES for rule in ("calibrated", "min-max")}
     assert len(named) == 2 * len(MODES)
 

@@ -152,12 +152,13 @@ def test_guided_and_unguided_side_by_side(browser: Any, served_run: Path) -> Non
     from coala.values import user
 
     backbone, head, guidance = load_run(served_run)
+    guidance = guidance.changed(rule="min-max")
     prompt = "<img src=x onerror=alert(1)> tell me <b>more"
     with Here(backbone, head, guidance=guidance) as here, Page(browser, here.url) as seen:
         page = seen.page
         page.get_by_label("Prompt").fill(prompt)
         slider = page.get_by_role("slider", name=re.compile("Strength"))
-        page.get_by_label("Mode").select_option("block")  # which has no strength: the slider means tokens
+        page.get_by_label("Mode").select_option("block")  # which has no strength by that rule: the slider means tokens
         assert page.locator("#strength-shown").inner_text() == "does nothing here"
         slider.focus()
         for _ in range(8):

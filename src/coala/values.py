@@ -184,7 +184,7 @@ class ConvexHead:
     With ``gate_on`` "reply", z = x; with "prompt", z = (p, 1) for the features p of the prompt, and for any one prompt
     the head is linear. A ReLU neuron (Theta_1i, theta_2i) is gates_i = Theta_1i, weights_i = theta_2i Theta_1i; a
     linear probe has m = 0. ``gates`` and ``weights`` are (m, d + 1), ``linear`` is (d + 1,). ``temperature`` turns
-    score differences into probabilities; ``least_slope``, at most 1 / temperature, is the lower end of the 95 %
+    score differences into probabilities; ``least_slope``, at most 1 / temperature, is the lower end of the 99 %
     interval of log-odds per unit of score (0: no better than chance, as far as held-out pairs tell), ``None`` where it
     was not estimated. ``certificate`` says what was proved.
     """

@@ -58,7 +58,7 @@ def _held_out(run: Path, head: ConvexHead) -> Estimate | None:
 
 def _told(accuracy: Estimate) -> str:
     value, low, high = (100 * end for end in (accuracy.value, accuracy.low, accuracy.high))
-    found = f"held-out accuracy {value:.1f} % "
+    found = f"accuracy {value:.1f} % "
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"The head cannot be told from chance: {found}of n = {accuracy.n}, too few pairs for an interval."
     found += f"[{low:.1f}, {high:.1f}], n = {accuracy.n}"

@@ -112,6 +112,7 @@ def make_report(run: Run) -> dict[str, Any]:
             "n_neurons": head.n_neurons,
             "gate_on": head.gate_on,
             "temperature": head.temperature,
+            "least_slope": head.least_slope,
             "spec": asdict(head.spec),
         },
         "curves": curves,

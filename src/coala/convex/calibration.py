@@ -11,8 +11,9 @@ import numpy as np
 
 from coala.values import CoalaError
 
-# Half the square of the normal quantile of a two-sided 95 % interval: the log-likelihood that its ends may lose.
-DROP = 1.959963984540054**2 / 2
+# Half the square of the normal quantile of a two-sided 99 % interval: the log-likelihood that its ends may lose. Not
+# 95 %, since a fit has chosen its ridge on the margins that it is judged by (docs/decoding.md).
+DROP = 2.5758293035489004**2 / 2
 # The temperature lies within this factor of the margins' root mean square.
 WIDEST = 1e3
 
@@ -62,15 +63,15 @@ def fit_temperature(
 
 
 def least_slope(margins: np.ndarray, group: np.ndarray | None = None) -> float:
-    """The lower end, at least 0, of the 95 % interval of the slope b in P(right) = sigmoid(b margin).
+    """The lower end, at least 0, of the 99 % interval of the slope b in P(right) = sigmoid(b margin).
 
     ``margins`` (n,) of held-out pairs; pairs of one ``group`` (n,) may hang together. The interval is that of the
-    profile likelihood: all slopes whose log-likelihood is within 1.92 of the largest, which holds for few pairs and
+    profile likelihood: all slopes whose log-likelihood is within 3.32 of the largest, which holds for few pairs and
     for margins that are all right, where a standard error does not. Groups widen it by the design effect of the mean
     margin (Kish 1965). Scaling the margins by c divides the slope by c.
 
     It is 0 where what is seen cannot be told from chance: of sets of margins that have nothing to do with the
-    preference, for about 39 in 40.
+    preference, for about 199 in 200.
 
     Raises:
         CoalaError: for margins that are not finite.

@@ -22,8 +22,17 @@ Float64 = NDArray[np.float64]
 PAPER_EVERY = 5
 # Modes in which one of several sampled continuations is kept.
 RANKING: tuple[Mode, ...] = ("block", "best_of")
-# The strength of a rule that is not given one: see docs/decoding.md for how the calibrated one was measured.
-STRENGTH: Mapping[Rule, float] = {"calibrated": 16.0, "min-max": 2.0, "raw": 2.0, "z-score": 2.0}
+
+
+def usual_strength(mode: Mode, rule: Rule) -> float:
+    """The strength of a mode and rule that are not given one; docs/decoding.md has the measurements.
+
+    Candidates that are whole blocks differ by more than tokens do, and there are few of them: it takes more strength to
+    have as much of the head, and costs less.
+    """
+    if rule != "calibrated":
+        return 2.0
+    return 24.0 if mode in RANKING else 8.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class Guidance:
     log-odds of preference, as far as held-out pairs vouch for them (:attr:`coala.ConvexHead.evidence`): strength 1
     takes the head at its word, and a head that is no better than chance changes nothing at any strength. The others
     look at the candidates of one choice alone, whatever the evidence: min-max normalised to [0, 1] (``"min-max"``, the
-    paper's), as they are (``"raw"``), or in standard deviations from their mean (``"z-score"``). ``strength`` is the
-    rule's own (:data:`STRENGTH`) if not given.
+    paper's), as they are (``"raw"``), or in standard deviations from their mean (``"z-score"``). ``strength`` is that
+    of mode and rule (:func:`usual_strength`) if not given.
 
     Strength 0 is unguided in every mode but ``beam``, which then is plain beam search. ``block`` and ``best_of`` keep
     each candidate with probability proportional to exp(strength x log-odds) by the calibrated rule; by the others the
@@ -59,7 +68,7 @@ class Guidance:
     """
 
     mode: Mode = "block"
-    strength: float = None  # type: ignore[assignment]  # the rule's own
+    strength: float = None  # type: ignore[assignment]  # the usual one
     every: int | None = None
     candidates: int = 5
     top_k: int = 50
@@ -73,7 +82,7 @@ class Guidance:
         _one_of("mode", self.mode, get_args(Mode))
         _one_of("rule", self.rule, get_args(Rule))
         if self.strength is None:
-            object.__setattr__(self, "strength", STRENGTH[self.rule])
+            object.__setattr__(self, "strength", usual_strength(self.mode, self.rule))
         _number("strength", self.strength, "a finite number of at least 0", lambda x: math.isfinite(x) and x >= 0)
         if self.every is not None:
             _count("every", self.every, 1)
@@ -102,17 +111,18 @@ class Guidance:
 
     def at(self, temperature: float) -> Guidance:
         """Itself; at temperature 0, where samples do not differ, mode ``token`` instead of one of several samples."""
-        return replace(self, mode="token") if temperature == 0 and self.mode in RANKING else self
+        return self.changed(mode="token") if temperature == 0 and self.mode in RANKING else self
 
     def changed(self, **settings: Any) -> Guidance:
         """With these settings, where they are not ``None``.
 
-        A new rule brings its own strength, if none is given. By the rules that keep the best of samples, however
-        small its lead, a strength says nothing to ``block`` and ``best_of``: given without a mode it means ``token``.
+        A new rule brings its own strength if none is given, and so does a new mode to the usual strength. By the rules
+        that keep the best of samples, however small its lead, a strength says nothing to ``block`` and ``best_of``:
+        given without a mode it means ``token``.
         """
         given = {name: value for name, value in settings.items() if value is not None}
         rule = given.get("rule", self.rule)
-        if rule != self.rule:
+        if rule != self.rule or self.strength == usual_strength(self.mode, self.rule):
             given.setdefault("strength", None)
         if given.get("strength") and "mode" not in given and self.mode in RANKING and rule != "calibrated":
             given["mode"] = "token"

@@ -16,6 +16,7 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
     return [
         *_data(content.get("data_findings") or []),
         *_ranking(summary),
+        *_evidence(content.get("head") or {}, (content.get("settings") or {}).get("guidance") or {}),
         *_linear(summary, content.get("head") or {}),
         *_calibration(content.get("reliability") or {}, summary),
         *_lengths(content.get("by_length") or []),
@@ -51,6 +52,15 @@ def _ranking(summary: Mapping[str, Any]) -> list[str]:
             "reaches: a part of what it learnt does not carry over to new pairs."
         )
     return sentences
+
+
+def _evidence(head: Mapping[str, Any], guidance: Mapping[str, Any]) -> list[str]:
+    if head.get("least_slope") != 0:
+        return []
+    start = "Cross-validation on the training pairs cannot tell the head from chance"
+    if guidance.get("rule") == "calibrated":
+        return [f"{start}, so its guidance leaves the text as it is."]
+    return [f"{start}; by rule {guidance.get('rule', 'unknown')} it guides at full strength all the same."]
 
 
 def _linear(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[str]:

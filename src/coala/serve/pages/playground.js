@@ -165,8 +165,8 @@ $("ask").addEventListener("submit", (event) => {
 });
 $("best").addEventListener("click", () => run(best));
 $("stop").addEventListener("click", () => running?.abort());
-// Modes that keep the best of samples know no strength: moving it asks for one that does.
-const ranks = () => ["block", "best_of"].includes($("mode").value);
+// Where the best of samples is kept whatever its lead there is no strength: moving it asks for a mode that has one.
+const ranks = () => document.body.dataset.rule !== "calibrated" && ["block", "best_of"].includes($("mode").value);
 const showStrength = () => {
   $("strength").classList.toggle("idle", ranks());
   $("strength-shown").value = ranks() ? "does nothing here" : $("strength").value;
