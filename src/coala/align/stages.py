@@ -109,6 +109,7 @@ def _features(job: Work) -> None:
         inputs = {"pairs": file_digest(source), "model": job.model_stamp(), "layer": layer, **extras}
 
         def work(part: str = part, stage: str = stage, source: Path = source, prefixes: int = prefixes) -> Any:
+            job.show(stage, 0, None, "loading the model")
             backbone = job.backbone()
             pairs = load_pairs(source)
             spec = backbone.spec(layer, model.pooling, model.ends_with_eos, model.max_tokens)
@@ -181,6 +182,7 @@ def _layer(job: Work) -> int:
     source = job.path("pairs-train.jsonl")
 
     def work() -> None:
+        job.show("layer", 0, None)
         backbone, pairs = job.backbone(), load_pairs(source)
         spec = backbone.spec(-1, model.pooling, model.ends_with_eos, model.max_tokens)
         # The rows are those of the extraction, whatever its layer.
@@ -214,6 +216,7 @@ def _head(job: Work) -> None:
     }
 
     def work() -> None:
+        job.show("head", 0, None)
         features = load_features(job.path("features/train"), mmap=True)
 
         def fitted(**options: Any) -> Fit:
@@ -265,7 +268,7 @@ def _replies(job: Work) -> None:
         }
 
         def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
-            job.show(stage, 0, len(chosen))
+            job.show(stage, 0, None, "loading the model")
             backbone, head, guidance = job.backbone(), load_head(job.path("head")), guidance_of(job.recipe)
             guidance = guidance.at(settings.temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
