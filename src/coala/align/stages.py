@@ -307,8 +307,7 @@ def _written(
     from coala.decoding import generate
 
     settings = job.recipe.evaluation
-    rows = PORTION if backbone.device.type != "cpu" else SLOW_PORTION
-    at_once = max(1, rows // rule.rows)
+    at_once = max(1, rows_at_once(backbone) // rule.rows)
     path = job.path(f"{PORTIONS}/{stage}-{about[:12]}.jsonl")
     replies = load_generations(path) if path.exists() else []
     ids = [prompt_id(pair) for pair in chosen]
@@ -365,6 +364,11 @@ def _judgements(job: Work) -> None:
             save_judgements(job.path(f"judgements-{name}.jsonl"), found.judgements)
 
         job.once(stage, inputs, [f"judgements-{name}.jsonl"], work)
+
+
+def rows_at_once(backbone: LanguageModel) -> int:
+    """Rows that are decoded together."""
+    return SLOW_PORTION if backbone.device.type == "cpu" else PORTION
 
 
 def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
