@@ -90,9 +90,7 @@ def operations(flops: int) -> str:
 
 def interval(seconds: Estimate) -> str:
     """A duration with its interval."""
-    return (
-        f"about {_lasting(seconds.value)} [{_lasting(seconds.low)}, {_lasting(seconds.high)}] from {seconds.n} batch{'' if seconds.n == 1 else 'es'}"
-    )
+    return f"about {_lasting(seconds.value)} [{_lasting(seconds.low)}, {_lasting(seconds.high)}] from {seconds.n} batch{'' if seconds.n == 1 else 'es'}"
 
 
 def _lasting(seconds: float) -> str:

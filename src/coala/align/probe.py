@@ -96,9 +96,7 @@ def measured_rates(
     return rest or found, spent, n
 
 
-def affordable(
-    trees: Sequence[range], batch: range, cost: NDArray[np.float64], most: float
-) -> range | None:
+def affordable(trees: Sequence[range], batch: range, cost: NDArray[np.float64], most: float) -> range | None:
     """Consecutive trees of a batch, the first that can be afforded on, that cost no more than ``most`` together."""
     start = stop = None
     for tree in trees:
