@@ -1,4 +1,4 @@
-"""Remaining time: an estimate of work done since the start, by a clock of the test's own, and none where none is known."""
+"""Remaining time: estimated from work done since the start, by a clock of the test's own; none where none is known."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer import Typer
@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 from coala.align import align
 from coala.align.counting import Guess, count
 from coala.align.needs import size
-from coala.align.probe import measured_rates
 from coala.align.plan import PlanError, fit_flops, make_plan
 from coala.align.plan_lines import first_lines, table_rows
+from coala.align.probe import measured_rates
 from coala.backbone import load_backbone, outline
 from coala.cli.plan import plan as plan_command
 from coala.costs import Stopwatch, decoding_bytes, pass_bytes

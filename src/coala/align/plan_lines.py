@@ -19,8 +19,8 @@ def first_lines(plan: Plan) -> list[str]:
     lines = [
         f"{plan.pairs:,} pairs, {plan.rows:,} distinct rows: {tokens['computed']:,} tokens to encode, {share:.2f} of a "
         f"loop over pairs ({plan.counted})",
-        f"{operations(sum(flops[name] for name in DONE if name in flops))}, {operations(flops['extraction'])} of it for "
-        "features",
+        f"{operations(sum(flops[name] for name in DONE if name in flops))}, "
+        f"{operations(flops['extraction'])} of it for features",
     ]
     if plan.seconds is not None:
         lines[-1] += f": {interval(plan.seconds)}"
@@ -90,7 +90,8 @@ def operations(flops: int) -> str:
 
 def interval(seconds: Estimate) -> str:
     """A duration with its interval."""
-    return f"about {_lasting(seconds.value)} [{_lasting(seconds.low)}, {_lasting(seconds.high)}] from {seconds.n} batch{'' if seconds.n == 1 else 'es'}"
+    ends = f"[{_lasting(seconds.low)}, {_lasting(seconds.high)}]"
+    return f"about {_lasting(seconds.value)} {ends} from {seconds.n} batch{'' if seconds.n == 1 else 'es'}"
 
 
 def _lasting(seconds: float) -> str:

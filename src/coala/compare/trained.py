@@ -135,7 +135,11 @@ def _settings(work: Work) -> TrainSettings:
 
 
 def _train(
-    work: Work, pairs: Sequence[Pair], settings: TrainSettings, out: Path, evaluated: Sequence[Pair] | None,
+    work: Work,
+    pairs: Sequence[Pair],
+    settings: TrainSettings,
+    out: Path,
+    evaluated: Sequence[Pair] | None,
     stage: str = "training",
 ) -> Trained:
     from coala.baselines import train

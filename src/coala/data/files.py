@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from coala.data.findings import DataError, Fault, Finding, listed
+from coala.data.hub import ask_once
 
 MAX_ROW_BYTES = 64 * 2**20  # one row; a longer "line" is a file without line breaks
 GIVE_UP = 100  # unreadable lines at the head of a file after which it is not read as lines at all
@@ -325,6 +326,7 @@ def _hub(name: str) -> Iterator[Record | Finding]:
         raise Fault("", found, "a file, or datasets", "check the path, or pip install 'coala-align[hub]'") from None
     dataset, _, part = name.partition(":")
     try:
+        ask_once(dataset)
         rows = load_dataset(dataset, split=part or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield Record(name, number, row)

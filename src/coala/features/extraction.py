@@ -52,15 +52,14 @@ def extract(
     layers above ``spec.layer`` and the language-model head, at every token of a reply.
 
     ``batch_tokens`` bounds the tokens of one forward pass, padding counted, but for a longer row. With a ``store``,
-    shards (of ``shard_rows`` rows, 2,048 unless given, or fewer long ones) are written as they come, and what is made of
-    one is kept about every 20 seconds by ``clock``; an extraction that was killed resumes there, and on the same machine
-    the result is bit for bit that of an unbroken run. Several processes may extract into one store at the same time: they share the shards between them and end with
-    the same features. The store also receives ``facts.json``, the counts of :class:`Survey`. ``plan`` is what
-    :func:`survey` made of the same arguments, if the caller has it already.
-    ``on_batch(done_pairs, total_pairs, tokens)`` is called with what is there before the first pass and after every
-    pass. Where memory is short for
-    ``batch_tokens`` passes are halved, which may change the last bits; ``on_note`` is told, as it is of a shard whose
-    bytes are not those that were written, which is made again.
+    shards (of ``shard_rows`` rows, 2,048 unless given, or fewer long ones) are written as they come, and what is made
+    of one is kept about every 20 seconds by ``clock``; an extraction that was killed resumes there, and on the same
+    machine the result is bit for bit that of an unbroken run. Several processes may extract into one store at the same
+    time: they share the shards between them and end with the same features. The store also receives ``facts.json``,
+    the counts of :class:`Survey`. ``plan`` is what :func:`survey` made of the same arguments, if the caller has it
+    already. ``on_batch(done_pairs, total_pairs, tokens)`` is called with what is there before the first pass and after
+    every pass. Where memory is short for ``batch_tokens`` passes are halved, which may change the last bits;
+    ``on_note`` is told, as it is of a shard whose bytes are not those that were written, which is made again.
 
     Raises ``SpecMismatch`` if ``spec`` is not of ``backbone``, ``StoreError`` if the store holds another extraction,
     ``BackboneError`` for ``log_ratios`` of a model without a language-model head.

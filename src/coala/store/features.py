@@ -32,7 +32,6 @@ from coala.store.files import (
 from coala.store.values import read_spec
 from coala.values import FeatureSet
 
-
 Arrays = dict[str, NDArray[Any]]
 
 
