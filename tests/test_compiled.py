@@ -93,9 +93,7 @@ def damaged(whole: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", sorted(damaged(bytes(99))))
-def test_a_file_that_a_kill_left_half_written_is_deleted(
-    home: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_a_file_that_a_kill_left_half_written_is_deleted(home: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     folder = cache_folder()
     folder.mkdir(parents=True)

@@ -142,7 +142,7 @@ def test_recipes_that_do_not_fit_are_explained(changes: dict[str, Any], said: st
 def test_flags_replace_limits() -> None:
     recipe = parse_recipe(document(limits={"retries": 2}), "r", 7, tokens=9, dollars=None)
     assert (recipe.conversations, recipe.limits.tokens, recipe.limits.retries) == (7, 9, 2)
-    with pytest.raises(SynthesisError, match="dollars: found 0.0, expected more than 0"):
+    with pytest.raises(SynthesisError, match=r"dollars: found 0\.0, expected more than 0"):
         parse_recipe(document(), "r", dollars=0.0)
 
 

@@ -274,7 +274,8 @@ def test_the_survey_counts_what_is_encoded(backbone: LanguageModel) -> None:
     extract(pairs, backbone, spec, batch_tokens=1, on_batch=lambda *now: seen.append(now))
     assert seen[-1] == (3, 3, plan.facts["tokens"])
     assert seen == sorted(seen)
-    assert len(seen) == len(plan.trees())
+    # Once with what is there before anything is read, then after every pass.
+    assert len(seen) == 1 + len(plan.trees())
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 500])
@@ -466,10 +467,10 @@ def ticking(seconds: float) -> Callable[[], float]:
 
 @pytest.mark.parametrize("seconds", [0.0, 8.0, 30.0], ids=["fast", "medium", "slow"])
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_slow_extraction_loses_a_few_batches_and_no_bit(
+def test_a_slow_extraction_loses_a_few_passes_and_no_bit(
     backbone: LanguageModel, tmp_path: Path, seconds: float, at: int
 ) -> None:
-    """One shard of many batches, killed after ``at`` of them: what was older than 20 seconds is there."""
+    """One shard of many passes, killed after ``at`` of them: what was older than 20 seconds is there."""
     pairs, spec = some_pairs(24), backbone.spec()
     unbroken = FeatureStore(tmp_path / "unbroken")
     expected = extract(pairs, backbone, spec, batch_tokens=90, store=unbroken)
@@ -487,11 +488,12 @@ def test_a_slow_extraction_loses_a_few_batches_and_no_bit(
     resumed = extract(
         pairs, backbone, spec, batch_tokens=90, store=store, on_batch=lambda d, t, tokens: told_again.append(tokens)
     )
-    n_batches = len(survey(pairs, backbone, spec).batches(90))
-    # The clock is asked once at the start and once after each batch; the batch at which the kill falls is lost.
-    every = {0.0: n_batches, 8.0: 3, 30.0: 1}[seconds]
+    n_passes: list[int] = []
+    extract(pairs, backbone, spec, batch_tokens=90, on_batch=lambda done, total, tokens: n_passes.append(done))
+    # The clock is asked once at the start and once after each pass; the pass at which the kill falls is lost.
+    every = {0.0: len(n_passes), 8.0: 3, 30.0: 1}[seconds]
     kept = (at - 1) // every * every
-    assert len(told_again) == 1 + n_batches - kept
+    assert len(told_again) == len(n_passes) - kept
     assert told_again[0] == told[kept]
     assert same(resumed, expected)
     assert contents(store.folder) == contents(unbroken.folder)

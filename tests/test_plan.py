@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +27,7 @@ from coala.align.counting import Guess, count
 from coala.align.needs import size
 from coala.align.plan import PlanError, fit_flops, make_plan
 from coala.align.plan_lines import first_lines, table_rows
+from coala.align.probe import measured_rates
 from coala.backbone import load_backbone, outline
 from coala.backbone.network import Network
 from coala.cli.plan import plan as plan_command
@@ -420,6 +423,38 @@ def test_the_time_told_is_the_time_taken(tmp_path: Path, shared: Path, monkeypat
     assert plan.seconds.value == pytest.approx(watch.seconds, rel=0.25)
 
 
+@given(
+    st.lists(st.floats(1, 1e4), min_size=1, max_size=30),
+    st.floats(0.0, 50.0),
+    st.floats(0.01, 10.0),
+    st.integers(1, 5),
+)
+def test_a_probe_keeps_to_its_time_as_far_as_the_smallest_tree_allows(
+    costs: list[float], seconds: float, pace: float, width: int
+) -> None:
+    """On a machine whose pace does not change: no part is begun that ends too late, but for the first."""
+    cost = np.array(sorted(costs, reverse=True))
+    trees = [range(i, i + 1) for i in range(len(cost))]
+    batches = [range(i, min(i + width, len(cost))) for i in range(0, len(cost), width)]
+    read: list[range] = []
+
+    def timed(rows: range) -> tuple[float, float]:
+        read.append(rows)
+        flops = float(cost[rows.start : rows.stop].sum())
+        return flops * pace / 1000, flops
+
+    rates, spent, n = measured_rates(trees, batches, cost, range(len(batches)), timed, seconds)
+    least = cost.min() * pace / 1000
+    assert rates
+    assert spent <= max(seconds, least) * (1 + 1e-9)
+    assert n == len(read) - (1 if 2 * least > seconds else 2)
+    for took, flops in rates:
+        assert took / flops == pytest.approx(pace / 1000)
+    # Everything is read where there is time for it.
+    if seconds > 3 * cost.sum() * pace / 1000:
+        assert n == len(batches)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -450,7 +485,7 @@ def test_the_command_shows_and_refuses(tmp_path: Path) -> None:
     assert "--quantise 4bit" in str(short.exception)
     assert json.loads(short.output.strip().split("\n")[-1])["mends"]
     for arguments, said in [
-        (["--gpu-memory", "much"], "is no size"),
+        (["--gpu-memory", "much"], "expected a size"),
         (["--rows", "9", "--tokens-per-prompt", "3"], "expected both"),
     ]:
         wrong = _command("--config", str(config), *arguments)

@@ -119,8 +119,8 @@ def choose_layer(
     groups = len({pair.group for pair in sample})
     if read is None or len(sample) < FEWEST_PAIRS or groups < FEWEST_GROUPS:
         why = (
-            f"the last: {100 * share:g} % of the tokens are {_n(len(sample), 'pair')} in {_n(groups, 'group')}, too few "
-            f"to tell layers apart ({FEWEST_PAIRS} in {FEWEST_GROUPS} are needed)"
+            f"the last: {100 * share:g} % of the tokens are {_n(len(sample), 'pair')} in {_n(groups, 'group')}, too "
+            f"few to tell layers apart ({FEWEST_PAIRS} in {FEWEST_GROUPS} are needed)"
         )
         return LayerChoice(last, n_layers, why, (), 0, 0.0)
     specs = [backbone.spec(layer, spec.pooling, spec.ends_with_eos, spec.max_tokens) for layer in layers]

@@ -9,12 +9,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coala.align.counting import Counts, Guess, count
 from coala.align.depth import FEWEST_PAIRS, MOST_PAIRS, SHARE
 from coala.align.needs import Needs, Parts, Shortage, mends_of
-from coala.align.probe import probed
+from coala.align.probe import probed, reply_seconds
 from coala.costs import (
     Shape,
     ask_driver,
@@ -28,9 +27,6 @@ from coala.costs import (
 )
 from coala.recipe import HeadSettings, Recipe
 from coala.values import CoalaError, Estimate
-
-if TYPE_CHECKING:
-    pass
 
 # Of a solve of the pairwise program: steps of Newton's method, and of conjugate gradients in each.
 NEWTON_STEPS, PCG_STEPS = 10, 20
@@ -47,7 +43,8 @@ class Plan:
     ``tokens``: ``computed``; ``distinct``, the least possible; ``pair_by_pair``, each reply with its prompt, as a loop
     over pairs would encode them; ``counted`` says how. ``flops``: ``extraction``, ``least`` (a lower bound for it),
     ``pair_by_pair``, ``fit`` (at most, by the usual steps of a solve) and ``replies`` (at most). ``seconds`` is the
-    time of the extraction; None, with the reason in ``probe``, if it was not measured. ``room`` holds the bytes there
+    time of the extraction, ``reply_seconds`` that of the replies at most; None, with the reason in ``probe``, if it was
+    not measured. ``room`` holds the bytes there
     are of device, host and disk, None if nobody tells. ``workers`` processes share the extraction. ``mends`` are the
     flags that make the run fit: any one of them, or, with ``together``, all of them.
     """
@@ -75,6 +72,7 @@ class Plan:
     mends: tuple[str, ...]
     together: bool
     workers: int = 1
+    reply_seconds: float | None = None
 
     def require(self, *, certain: bool = False) -> None:
         """Raise :class:`PlanError` if something is short; ``certain``: only if even the smallest passes do not fit."""
@@ -129,7 +127,7 @@ def make_plan(
         "host": available_bytes() if memory is None else memory,
         "disk": shutil.disk_usage(Path()).free if disk is None else disk,
     }
-    seconds, probe = None, "not asked for"
+    seconds, probe, replies = None, "not asked for", None
     if probe_seconds > 0:
         short = [s for s in Needs(recipe, outline, counts, on_gpu, room, n_workers).shortages() if s.certain]
         reason = (
@@ -152,6 +150,9 @@ def make_plan(
                 counts = count(recipe, outline, tokenizer=folder, guess=guess, rows=rows, shares=backbone.shares)
             seconds = probed(recipe, backbone, counts, probe_seconds)
             probe = seconds.method
+            if counts.prompts and not outline.encoder:
+                flops = _extraction(recipe, outline.shape, counts, backbone.spec(-1).layer)["extraction"]
+                replies = reply_seconds(recipe, backbone, counts, seconds.value / max(1, flops))
     needs = Needs(recipe, outline, counts, on_gpu, room, n_workers)
     shortages = needs.shortages()
     mends, together = mends_of(recipe, outline, counts, on_gpu, room, n_workers) if shortages else ((), False)
@@ -187,6 +188,7 @@ def make_plan(
         mends=mends,
         together=together,
         workers=n_workers,
+        reply_seconds=replies,
     )
 
 

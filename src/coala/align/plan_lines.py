@@ -19,8 +19,8 @@ def first_lines(plan: Plan) -> list[str]:
     lines = [
         f"{plan.pairs:,} pairs, {plan.rows:,} distinct rows: {tokens['computed']:,} tokens to encode, {share:.2f} of a "
         f"loop over pairs ({plan.counted})",
-        f"{operations(sum(flops[name] for name in DONE if name in flops))}, of them {operations(flops['extraction'])} "
-        "for features",
+        f"{operations(sum(flops[name] for name in DONE if name in flops))}, "
+        f"{operations(flops['extraction'])} of it for features",
     ]
     if plan.seconds is not None:
         lines[-1] += f": {interval(plan.seconds)}"
@@ -59,9 +59,14 @@ def table_rows(plan: Plan) -> list[tuple[str, str]]:
     }
     rows += [(f"  {name}", operations(plan.flops[name]) + told.get(name, "")) for name in DONE if name in plan.flops]
     by_one = " by one process" if plan.workers > 1 else ""
-    rows.append(("time", f"of the extraction{by_one}: " + (interval(plan.seconds) if plan.seconds else plan.probe)))
     if plan.seconds:
+        rows.append(("time", "without loading the model, the fit and judging"))
+        rows.append(("  extraction", interval(plan.seconds) + by_one))
+        if plan.reply_seconds is not None:
+            rows.append(("  replies", f"up to about {_lasting(plan.reply_seconds)}, if all run to their full length"))
         rows.append(("  probe", plan.probe))
+    else:
+        rows.append(("time", plan.probe))
     for name, stages in (("device memory", plan.device_bytes), ("memory", plan.host_bytes)):
         room = plan.room[_KEYS[name]]
         for stage, parts in stages.items():
@@ -85,9 +90,8 @@ def operations(flops: int) -> str:
 
 def interval(seconds: Estimate) -> str:
     """A duration with its interval."""
-    return (
-        f"about {_lasting(seconds.value)} [{_lasting(seconds.low)}, {_lasting(seconds.high)}] (n={seconds.n} batches)"
-    )
+    ends = f"[{_lasting(seconds.low)}, {_lasting(seconds.high)}]"
+    return f"about {_lasting(seconds.value)} {ends} from {seconds.n} batch{'' if seconds.n == 1 else 'es'}"
 
 
 def _lasting(seconds: float) -> str:

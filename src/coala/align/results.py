@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ from coala.values import CoalaError, conversation_text
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.decoding import Guidance
-    from coala.values import ConvexHead, Judgement
+    from coala.values import ConvexHead, Estimate, Judgement
 
 
 def load_run(
@@ -211,24 +212,49 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
     """The short table a command prints."""
     summary = content["summary"]
 
-    def percent(estimate: Any) -> str:
-        value, low, high = (100 * getattr(estimate, name) for name in ("value", "low", "high"))
-        return f"{value:.1f} % [{low:.1f}, {high:.1f}], n = {estimate.n}"
-
     rows = [
         ["pairs", f"{summary['n_train']} to fit, {summary['n_eval']} held out"],
-        ["ranking accuracy", percent(summary["accuracy_eval"])],
-        ["a linear head", percent(summary["linear_accuracy_eval"])],
-        ["calibration error", percent(summary["calibration_error"])],
+        ["ranking accuracy", _against_chance(summary["accuracy_eval"])],
+        ["a linear head", _percent(summary["linear_accuracy_eval"])],
+        ["calibration error", _calibration(summary["calibration_error"], content.get("reliability"))],
         ["neurons", f"{content['head']['n_neurons']}{_gates(content['head'])}"],
         ["certified gap", _gap(summary["certified_gap"])],
         ["seconds", f"{summary['seconds']:.1f}"],
         ["GFLOPs", f"{summary['gflops']:,.1f}"],
     ]
-    rows += [[f"guided wins ({r['judge']})", percent(r["estimate"])] for r in content.get("win_rates", [])]
+    if "layer" in summary:
+        rows.insert(1, ["layer", summary["layer"].removeprefix("--layer auto: layer ")])
+    rows += [[f"guided wins ({r['judge']})", _against_chance(r["estimate"])] for r in content.get("win_rates", [])]
     for name, value in content.get("perplexity", {}).items():
         rows.append([f"perplexity, {name}", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}], n = {value.n}"])
     return rows
+
+
+def _percent(estimate: Estimate) -> str:
+    """``46.7 % [24.8, 69.9], n = 15``, or that nothing is known and why."""
+    if not estimate.n or not math.isfinite(estimate.value):
+        return "unknown: there is nothing to tell it from" + (f" ({estimate.method})" if estimate.method else "")
+    value, low, high = (100 * end for end in (estimate.value, estimate.low, estimate.high))
+    groups = ", all of one group" if "one group" in estimate.method else ""
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}], n = {estimate.n}{groups}"
+
+
+def _against_chance(estimate: Estimate) -> str:
+    """The same of a share that a coin would have at one half."""
+    told = _percent(estimate)
+    if told.startswith("unknown"):
+        return told
+    if estimate.low > 0.5:
+        return f"{told}: better than chance"
+    if estimate.high < 0.5:
+        return f"{told}: worse than chance"
+    return f"{told}: not distinguishable from chance (50 %)"
+
+
+def _calibration(error: Estimate, reliable: Any) -> str:
+    """The error beside the one that faultless probabilities would have by chance, on so few pairs."""
+    told, chance = _percent(error), getattr(reliable, "error_by_chance", math.nan)
+    return told if not math.isfinite(chance) else f"{told} ({100 * chance:.1f} % by chance alone)"
 
 
 def _gates(head: Mapping[str, Any]) -> str:

@@ -113,6 +113,7 @@ def _features(job: Work) -> None:
         inputs = {"pairs": file_digest(source), "model": job.model_stamp(), "layer": layer, **extras}
 
         def work(part: str = part, stage: str = stage, source: Path = source, prefixes: int = prefixes) -> Any:
+            job.show(stage, 0, None, "loading the model")
             backbone = job.backbone()
             pairs = load_pairs(source)
             spec = backbone.spec(layer, model.pooling, model.ends_with_eos, model.max_tokens)
@@ -190,6 +191,7 @@ def _layer(job: Work) -> int:
     source = job.path("pairs-train.jsonl")
 
     def work() -> None:
+        job.show("layer", 0, None)
         backbone, pairs = job.backbone(), load_pairs(source)
         spec = backbone.spec(-1, model.pooling, model.ends_with_eos, model.max_tokens)
         # The rows are those of the extraction, whatever its layer.
@@ -223,6 +225,7 @@ def _head(job: Work) -> None:
     }
 
     def work() -> None:
+        job.show("head", 0, None)
         features = load_features(job.path("features/train"), mmap=True)
 
         def fitted(**options: Any) -> Fit:
@@ -274,7 +277,7 @@ def _replies(job: Work) -> None:
         }
 
         def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
-            job.show(stage, 0, len(chosen))
+            job.show(stage, 0, None, "loading the model")
             backbone, head, guidance = job.backbone(), load_head(job.path("head")), guidance_of(job.recipe)
             guidance = guidance.at(settings.temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
@@ -314,8 +317,7 @@ def _written(
     from coala.decoding import generate
 
     settings = job.recipe.evaluation
-    rows = PORTION if backbone.device.type != "cpu" else SLOW_PORTION
-    at_once = max(1, rows // rule.rows)
+    at_once = max(1, rows_at_once(backbone) // rule.rows)
     path = job.path(f"{PORTIONS}/{stage}-{about[:12]}.jsonl")
     replies = load_generations(path) if path.exists() else []
     ids = [prompt_id(pair) for pair in chosen]
@@ -372,6 +374,11 @@ def _judgements(job: Work) -> None:
             save_judgements(job.path(f"judgements-{name}.jsonl"), found.judgements)
 
         job.once(stage, inputs, [f"judgements-{name}.jsonl"], work)
+
+
+def rows_at_once(backbone: LanguageModel) -> int:
+    """Rows that are decoded together."""
+    return SLOW_PORTION if backbone.device.type == "cpu" else PORTION
 
 
 def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:

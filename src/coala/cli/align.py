@@ -56,7 +56,7 @@ def align(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Compares guided with unguided replies: head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file."
+            help="Compares guided with unguided replies: head:RUN, rule:NAME[:ARGUMENT], words:FILE or a file of words."
         ),
     ] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Share of groups held out.")] = None,

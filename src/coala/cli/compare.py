@@ -72,7 +72,10 @@ def compare(
             def on_cell(done: int, total: int, cell: Any, note: str) -> None:
                 show("cells", done, total, f"{done} of {total}  {note}")
 
-            run(study, folder, on_cell=on_cell, retry=retry, memory=limit)
+            def on_work(cell: Any, stage: str, done: float, total: float | None, note: str) -> None:
+                show(f"{cell.id}: {stage}", done, total, note)
+
+            run(study, folder, on_cell=on_cell, on_work=on_work, retry=retry, memory=limit)
     command = f"coala compare {recipe}" + "".join(f" --set {option}" for option in set_ or [])
     content = write_report(study, folder, command=command, machine=_machine())
     head, *rows = summary_rows(content)

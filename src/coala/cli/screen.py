@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from coala.cli.terminal import json_text, visible, write
@@ -17,6 +18,8 @@ from coala.cli.terminal import json_text, visible, write
 if TYPE_CHECKING:
     from coala.align import OnProgress
     from coala.values import Estimate
+
+EVERY = 5.0  # seconds between two lines of progress
 
 
 # Whether the command at hand was given --json.
@@ -53,18 +56,25 @@ def say(message: str) -> None:
 def progress() -> Iterator[OnProgress]:
     """One bar per stage with elapsed and remaining time; plain lines now and then when stderr is not a terminal."""
     if not sys.stderr.isatty():
-        yield _lines()
+        yield progress_lines(say)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+    from rich.text import Text
+
+    from coala.cli.pace import Pace
+
+    pace = Pace()
+
+    class Left(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(pace.told(task.fields["stage"]))
 
     columns = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<10}", markup=False),
         BarColumn(bar_width=30),
         TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        Left(),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
@@ -74,35 +84,39 @@ def progress() -> Iterator[OnProgress]:
             if not stage:
                 say(note)
                 return
+            pace.report(stage, done, total)
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, note=note)
+                tasks[stage] = bars.add_task(stage, total=total, stage=stage, note=visible(note))
             bars.update(tasks[stage], completed=done, total=total, note=visible(note))
 
         yield show
 
 
-def _lines() -> OnProgress:
-    from time import monotonic
+def progress_lines(write_line: Callable[[str], None], clock: Callable[[], float] = monotonic) -> OnProgress:
+    """A line per stage at its start and end, and one in between when ``EVERY`` seconds have passed."""
+    from coala.cli.pace import Pace
 
-    began: dict[str, float] = {}
+    pace = Pace(clock)
     last: dict[str, float] = {}
+    ended: set[str] = set()
 
     def show(stage: str, done: float, total: float | None, note: str = "") -> None:
         if not stage:
-            say(note)
+            write_line(note)
             return
-        now = monotonic()
-        began.setdefault(stage, now)
-        finished = total is not None and done >= total
-        if not finished and now - last.get(stage, now - 6) < 5:
+        pace.report(stage, done, total)
+        now, finished = clock(), total is not None and done >= total
+        if finished:
+            if stage in ended:
+                return
+            ended.add(stage)
+        elif stage in last and now - last[stage] < EVERY:
             return
-        if finished and last.get(stage) == -1.0:
-            return
-        last[stage] = -1.0 if finished else now
-        share = f"{100 * done / total:3.0f}%" if total else f"{done:g}"
-        spent = now - began[stage]
-        left = f", {spent * (total - done) / done:.0f} s left" if total and 0 < done < total else ""
-        say(f"{stage:<10} {share} {spent:.0f} s{left} {note}".rstrip())
+        else:
+            ended.discard(stage)
+        last[stage] = now
+        share = f"{100 * done / total:3.0f}%" if total else ("" if total is None and not done else f"{done:g}")
+        write_line(f"{stage:<16} {share:>4} {pace.told(stage)} {note}".rstrip())
 
     return show
 

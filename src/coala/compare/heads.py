@@ -76,6 +76,9 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
                 batch_tokens=work.model.batch_tokens,
                 store=shards,
                 plan=plan,
+                on_batch=lambda done, total, n, part=part, most=plan.facts["tokens"]: work.show(
+                    f"features of {part}", n, most, f"{done:,} of {total:,} pairs"
+                ),
             )
             save_features(work.folder / part, features)
             shards.discard()
@@ -193,6 +196,7 @@ def _fit(work: Work, features: FeatureSet) -> Fit:
         tolerance=method.head.tolerance,
         seed=work.cell.seed or 0,
         scratch=scratch(work.folder / "scratch"),
+        on_step=lambda stage, step, total, info: work.show("head", step, total, stage),
         **options,
     )
 

@@ -12,8 +12,8 @@ import select
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from coala.compare.study import Study
 from coala.store import save_json
 
 _POLL = 0.05
+_LISTEN = 0.5
 _TOLD = 4000
 
 
@@ -51,8 +52,12 @@ class Processes:
                     pipe.close()
         self._errors.close()
 
-    def carry_out(self, cell: Cell, memory: int | None = None) -> tuple[int, bool]:
+    def carry_out(
+        self, cell: Cell, memory: int | None = None, listen: Callable[[], None] = lambda: None
+    ) -> tuple[int, bool]:
         """The exit code of the cell's process, and whether it was ended for taking more than ``memory`` bytes.
+
+        ``listen`` is called now and then while it runs.
 
         What a process that did not end by itself wrote last to stderr is left in the cell's folder.
         """
@@ -60,29 +65,30 @@ class Processes:
         forked = self._study.device == "cpu" and sys.platform == "linux" and not says_peak(self._study, cell)
         self._errors.seek(0)
         self._errors.truncate()
-        code, over = (self._forked if forked else self._anew)(cell, memory)
+        code, over = (self._forked if forked else self._anew)(cell, memory, listen)
         if code not in (0, 1):
             self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _TOLD))
             told = self._errors.read().decode(errors="replace")
             save_json(self._out / "cells" / cell.id / "stderr.json", {"stderr": told})
         return code, over
 
-    def _anew(self, cell: Cell, memory: int | None) -> tuple[int, bool]:
+    def _anew(self, cell: Cell, memory: int | None, listen: Callable[[], None]) -> tuple[int, bool]:
         command = [sys.executable, "-m", "coala.compare", str(self._out), cell.id]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._errors) as process:
             try:
-                while memory is not None and process.poll() is None:
-                    if _resident(process.pid) > memory:
+                while True:
+                    with suppress(subprocess.TimeoutExpired):
+                        return process.wait(_LISTEN if memory is None else _POLL), False
+                    listen()
+                    if memory is not None and _resident(process.pid) > memory:
                         process.kill()
                         process.wait()
                         return process.returncode, True
-                    time.sleep(_POLL)
-                return process.wait(), False
             except BaseException:
                 process.kill()
                 raise
 
-    def _forked(self, cell: Cell, memory: int | None) -> tuple[int, bool]:
+    def _forked(self, cell: Cell, memory: int | None, listen: Callable[[], None]) -> tuple[int, bool]:
         parent = self._parent(library_set(self._study, cell))
         if parent is None:
             return 2, False
@@ -95,8 +101,9 @@ class Processes:
         if not pid:
             return 2, False
         try:
-            while not select.select([parent.stdout], [], [], None if memory is None or over else _POLL)[0]:
-                if memory is not None and _resident(pid) > memory:
+            while not select.select([parent.stdout], [], [], _LISTEN if memory is None or over else _POLL)[0]:
+                listen()
+                if memory is not None and not over and _resident(pid) > memory:
                     os.kill(pid, 9)
                     over = True
         except BaseException:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,9 @@ from coala.compare.cell import CELL, PLAN, read, write
 from coala.compare.data import prepare
 from coala.compare.matrix import Cell, cells, spec_of
 from coala.compare.processes import Processes
+from coala.compare.progress import FILE, Listener
 from coala.compare.study import Study
-from coala.store import Run, digest, load_json, save_json
+from coala.store import Run, digest, discard, load_json, save_json
 from coala.values import CoalaError
 
 
@@ -24,6 +26,16 @@ class OnCell(Protocol):
     """Called before and after each cell: cells done, cells in all, the cell at work or just ended, and a note."""
 
     def __call__(self, done: int, total: int, cell: Cell, note: str) -> None: ...
+
+
+class OnWork(Protocol):
+    """Called while a cell runs: what it is at, units done, units in all (None: unknown) and a note."""
+
+    def __call__(self, cell: Cell, stage: str, done: float, total: float | None, note: str) -> None: ...
+
+
+def _unheard(cell: Cell, stage: str, done: float, total: float | None, note: str) -> None:
+    pass
 
 
 def _silent(done: int, total: int, cell: Cell, note: str) -> None:
@@ -35,6 +47,7 @@ def run(
     out: Path,
     *,
     on_cell: OnCell = _silent,
+    on_work: OnWork = _unheard,
     retry: bool = False,
     memory: int | None = None,
     only: Callable[[Cell], bool] | None = None,
@@ -59,7 +72,7 @@ def run(
                 if only is not None and not only(cell):
                     continue
                 on_cell(number, len(everything), cell, cell.id)
-                note = _bring(study, cell, out, stamps[cell.id], retry, memory, processes)
+                note = _bring(study, cell, out, stamps[cell.id], retry, memory, processes, on_work)
                 on_cell(number + 1, len(everything), cell, f"{cell.id}: {note}")
 
 
@@ -74,7 +87,14 @@ def _refuse_other(out: Path, everything: list[Cell], stamps: dict[str, str]) -> 
 
 
 def _bring(
-    study: Study, cell: Cell, out: Path, stamp: str, retry: bool, memory: int | None, processes: Processes
+    study: Study,
+    cell: Cell,
+    out: Path,
+    stamp: str,
+    retry: bool,
+    memory: int | None,
+    processes: Processes,
+    on_work: OnWork,
 ) -> str:
     folder = out / "cells" / cell.id
     found = read(folder)
@@ -87,7 +107,9 @@ def _bring(
         _fail(study, cell, out, stamp, f"it needs {', '.join(missing)}, which failed", planned=False)
         return "failed: " + missing[0] + " is not there"
     began = time.monotonic()
-    code, over = processes.carry_out(cell, memory)
+    discard(folder / FILE)
+    code, over = processes.carry_out(cell, memory, Listener(folder, partial(on_work, cell)))
+    discard(folder / FILE)
     found = read(folder)
     if over:
         _fail(study, cell, out, stamp, f"its process took more than the {memory or 0:,} bytes it was given")

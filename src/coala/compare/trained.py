@@ -113,7 +113,7 @@ def count_training(work: Work) -> dict[str, Any]:
     pairs, target = work.part("train"), work.folder / "run"
     # A counter that was cut off has not counted all: begin again.
     shutil.rmtree(target, ignore_errors=True)
-    trained, flops = torch_flops(lambda: _train(work, pairs, settings, target, None))
+    trained, flops = torch_flops(lambda: _train(work, pairs, settings, target, None, "counting"))
     shutil.rmtree(target, ignore_errors=True)
     return {"train": flops, "formula": trained.flops, "pairs": len(pairs), "counter": "torch.utils.flop_counter"}
 
@@ -135,10 +135,16 @@ def _settings(work: Work) -> TrainSettings:
 
 
 def _train(
-    work: Work, pairs: Sequence[Pair], settings: TrainSettings, out: Path, evaluated: Sequence[Pair] | None
+    work: Work,
+    pairs: Sequence[Pair],
+    settings: TrainSettings,
+    out: Path,
+    evaluated: Sequence[Pair] | None,
+    stage: str = "training",
 ) -> Trained:
     from coala.baselines import train
 
+    work.show(stage, 0, None)
     return train(
         cast("Method", work.method.kind),
         pairs,
@@ -149,6 +155,7 @@ def _train(
         revision=work.revision,
         template=work.model.template,
         device=work.study.device,
+        on_step=lambda step, steps, logs: work.show(stage, step, steps, "steps"),
     )
 
 
@@ -160,7 +167,7 @@ def _trial(work: Work, settings: TrainSettings, rate: float) -> dict[str, Any]:
         return found
     folder = work.folder / "trials" / f"{rate:g}"
     settings = replace(settings, learning_rate=rate, seed=work.study.seeds[0])
-    trained = _train(work, work.part("fit"), settings, folder, None)
+    trained = _train(work, work.part("fit"), settings, folder, None, f"training at rate {rate:g}")
     validation = work.part("validation")
     about: dict[str, Any] = {
         "rate": rate,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from coala.compare.data import part
 from coala.compare.matrix import Cell
+from coala.compare.progress import Teller
 from coala.compare.study import Method, Model, Study
 from coala.costs import Meter, peak_memory
 from coala.store import load_generations, load_json, save_generations
@@ -40,6 +42,11 @@ class Work:
     study: Study
     cell: Cell
     out: Path
+
+    @cached_property
+    def show(self) -> Teller:
+        """Tells whoever waits for this cell how far it is."""
+        return Teller(self.folder)
 
     @property
     def folder(self) -> Path:
@@ -183,6 +190,8 @@ def replies_of(
     if not pairs:
         return {}
     seed = work.study.seeds[0] if work.cell.seed is None else work.cell.seed
+    most, n_pieces = len(pairs) * settings.max_new_tokens, count(1)
+    work.show("replies", 0, most)
     with costs.of("replies"):
         replies = generate(
             [pair.prompt for pair in pairs],
@@ -194,6 +203,7 @@ def replies_of(
             seed=seed,
             prompt_ids=[prompt_id(pair) for pair in pairs],
             batch_size=16,
+            on_token=lambda index, piece: work.show("replies", next(n_pieces), most, "tokens at most"),
         )
     save_generations(work.folder / "generations.jsonl", replies)
     texts = [Pair(pair.prompt, reply.text, reply.text, pair.group) for pair, reply in zip(pairs, replies, strict=True)]

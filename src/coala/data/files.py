@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 
 from coala.data import json_files, tables
 from coala.data.findings import DataError, Fault, Finding, listed
+from coala.data.hub import ask_once
 from coala.data.records import MAX_ROW_BYTES, Record, Rows, Unpacked, whole
 
 __all__ = ["MAX_ROW_BYTES", "Record", "Source", "is_hub_name", "parted", "records", "source_digest", "sources"]
@@ -178,6 +179,7 @@ def _hub(name: str) -> Rows:
         raise Fault("", found, "a file, or datasets", "check the path, or pip install 'coala-align[hub]'") from None
     dataset, _, part = name.partition(":")
     try:
+        ask_once(dataset)
         rows = load_dataset(dataset, split=part or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield Record(name, number, row)

@@ -34,7 +34,7 @@ def names(specs: Sequence[FeatureSpec]) -> list[str]:
 
 
 class Encoder:
-    """Encodes batches of whole trees, in smaller passes once the device has run out of memory."""
+    """Encodes whole trees pass by pass, in smaller passes once the device has run out of memory."""
 
     def __init__(
         self,
@@ -51,15 +51,27 @@ class Encoder:
         self._layers = sorted({spec.layer for spec in specs})
         self._scored = any(POOLINGS[spec.pooling].scored for spec in specs)
         self._lengths, self._own = plan.lengths, plan.own_lengths
+        # Where the tree of each trunk ends.
+        self._stop = {tree.start: tree.stop for tree in plan.trees()}
         self._most_tokens = most_tokens
         self._slack = PASS_TOKENS / backbone.width
         # Of the pass that was tried last: its tokens, and whether it was of one row.
         self._asked, self._single = 0, False
 
-    def __call__(self, batch: range) -> Encoded:
+    def passes(self, batch: range) -> list[list[int]]:
+        """The trunks of a batch by the passes they are read in; a pass is not the same beside other trunks."""
+        return self._passes([row for row in batch if self._plan.parent[row] == row], self._lengths)
+
+    def rows(self, trunks: Sequence[int]) -> NDArray[np.int64]:
+        """The rows of the trees of ``trunks``, ascending."""
+        found = [np.arange(trunk, self._stop[trunk]) for trunk in sorted(trunks)]
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+    def __call__(self, trunks: Sequence[int]) -> Encoded:
+        """The arrays of :meth:`rows` of trunks that are read in one pass, and in more if memory is short."""
         while True:
             try:
-                return self._encode(batch)
+                return self._encode(trunks)
             except torch.OutOfMemoryError as error:
                 if self._single:
                     raise CoalaError(
@@ -78,18 +90,19 @@ class Encoder:
         empty = np.empty((0, self._prefixes, self._backbone.width), dtype=np.float32)
         return {**dict.fromkeys(names(self._specs), empty), **({"log_probs": np.empty(0)} if self._log_probs else {})}
 
-    def _encode(self, batch: range) -> Encoded:
+    def _encode(self, trunks: Sequence[int]) -> Encoded:
         out: Encoded = {}
+        every = self.rows(trunks)
 
         def keep(rows: Sequence[int], states: Sequence[Tensor], final: Tensor | None) -> None:
             for name, array in self._pooled(rows, states, final).items():
                 # Not of the backbone's width everywhere: a few models project between their layers and their ends.
-                found = out.setdefault(name, np.empty((len(batch), *array.shape[1:]), array.dtype))
-                found[np.asarray(rows) - batch.start] = array
+                found = out.setdefault(name, np.empty((len(every), *array.shape[1:]), array.dtype))
+                found[np.searchsorted(every, np.asarray(rows))] = array
 
         parent = self._plan.parent
         children: dict[int, list[int]] = {}
-        for row in batch:
+        for row in every.tolist():
             if parent[row] != row:
                 children.setdefault(int(parent[row]), []).append(row)
 
@@ -111,7 +124,7 @@ class Encoder:
                 keep(part, found.states, found.final)
                 descend(found, part)
 
-        for group in self._passes([row for row in batch if parent[row] == row], self._lengths):
+        for group in self._passes(trunks, self._lengths):
             self._note_pass(group, self._lengths)
             reading = self._backbone.read(
                 [self._plan.tokens[row].tolist() for row in group],

@@ -20,7 +20,9 @@ from coala.store import FeatureStore, save_json
 from coala.values import CoalaError, FeatureSet, FeatureSpec, Pair
 
 OnBatch = Callable[[int, int, int], None]
-# What is made of a shard is kept after this many seconds, with the batch that is being encoded then.
+# In a piece, beside the arrays: the rows they are of.
+ROWS = "rows"
+# What is made of a shard is kept after this many seconds, with the pass that is being made then.
 PIECE_SECONDS = 20.0
 
 
@@ -50,15 +52,14 @@ def extract(
     layers above ``spec.layer`` and the language-model head, at every token of a reply.
 
     ``batch_tokens`` bounds the tokens of one forward pass, padding counted, but for a longer row. With a ``store``,
-    shards (of ``shard_rows`` rows, 2,048 unless given, or fewer long ones) are written as they come, and what is made of
-    one is kept about every 20 seconds by ``clock``; an extraction that was killed resumes there, and on the same machine
-    the result is bit for bit that of an unbroken run. Several processes may extract into one store at the same time: they share the shards between them and end with
-    the same features. The store also receives ``facts.json``, the counts of :class:`Survey`. ``plan`` is what
-    :func:`survey` made of the same arguments, if the caller has it already.
-    ``on_batch(done_pairs, total_pairs, tokens)`` is called with what is there before the first batch and after every
-    batch. Where memory is short for
-    ``batch_tokens`` passes are halved, which may change the last bits; ``on_note`` is told, as it is of a shard whose
-    bytes are not those that were written, which is made again.
+    shards (of ``shard_rows`` rows, 2,048 unless given, or fewer long ones) are written as they come, and what is made
+    of one is kept about every 20 seconds by ``clock``; an extraction that was killed resumes there, and on the same
+    machine the result is bit for bit that of an unbroken run. Several processes may extract into one store at the same
+    time: they share the shards between them and end with the same features. The store also receives ``facts.json``,
+    the counts of :class:`Survey`. ``plan`` is what :func:`survey` made of the same arguments, if the caller has it
+    already. ``on_batch(done_pairs, total_pairs, tokens)`` is called with what is there before the first pass and after
+    every pass. Where memory is short for ``batch_tokens`` passes are halved, which may change the last bits;
+    ``on_note`` is told, as it is of a shard whose bytes are not those that were written, which is made again.
 
     Raises ``SpecMismatch`` if ``spec`` is not of ``backbone``, ``StoreError`` if the store holds another extraction,
     ``BackboneError`` for ``log_ratios`` of a model without a language-model head.
@@ -109,34 +110,39 @@ def extract_many(
     encoder = Encoder(plan, backbone, specs, prefixes, log_ratios, batch_tokens, on_note)
 
     def made(number: int) -> Encoded:
-        batches = shards[number]
-        kept = [] if store is None else store.pieces(number, on_note)
-        done = kept[-1][0] if kept else 0
-        encoded: list[Encoded] = [arrays for _, arrays in kept]
-        if done > len(batches) or sum(map(_n_rows, encoded)) != sum(map(len, batches[:done])):
-            raise CoalaError(f"The pieces of shard {number} are not of its batches. Delete the folder of shards.")
+        passes = [trunks for batch in shards[number] for trunks in encoder.passes(batch)]
+        rows = [encoder.rows(trunks) for trunks in passes]
+        encoded, done = ([], 0) if store is None else _kept(store, number, rows, on_note)
+        for arrays in encoded:
+            progress.mark(arrays[ROWS])
         fresh: list[Encoded] = []
         began = clock()
-        for place in range(done, len(batches)):
-            fresh.append(encoder(batches[place]))
-            progress(batches[place])
-            # The last batch makes the shard whole, which is kept as it is.
-            if store is not None and place + 1 < len(batches) and clock() - began >= PIECE_SECONDS:
-                store.write_piece(number, (done, place + 1), _joined(fresh))
-                encoded, fresh, done, began = [*encoded, *fresh], [], place + 1, clock()
-        return _joined([*encoded, *fresh])
+        for place in range(done, len(passes)):
+            fresh.append({**encoder(passes[place]), ROWS: rows[place]})
+            progress(rows[place])
+            # The last pass makes the shard whole, which is kept as it is.
+            if store is not None and place + 1 < len(passes) and clock() - began >= PIECE_SECONDS:
+                encoded.append(_joined(fresh))
+                store.write_piece(number, (done, place + 1), encoded[-1])
+                fresh, done, began = [], place + 1, clock()
+        whole = _joined([*encoded, *fresh])
+        order = np.argsort(whole.pop(ROWS))
+        return {name: array[order] for name, array in whole.items()}
 
     if store is None:
-        progress(range(0))
+        progress()
         parts = [made(number) for number in range(len(shards))]
     else:
         about = _plan(plan, backbone, specs, batch_tokens, shards, log_ratios, prefixes)
         finished = store.begin(about, on_note)
         save_json(store.folder / "facts.json", plan.facts)
-        for number in range(len(shards)):
-            here = shards[number] if number in finished else shards[number][: store.done_batches(number)]
-            progress.mark(_span(here) if here else range(0))
-        progress(range(0))
+        for number, batches in enumerate(shards):
+            if number in finished:
+                progress.mark(_span(batches))
+            elif n_passes := store.done_in_pieces(number):
+                passes = [trunks for batch in batches for trunks in encoder.passes(batch)]
+                progress.mark(encoder.rows([trunk for trunks in passes[:n_passes] for trunk in trunks]))
+        progress()
         parts = _filled(store, len(shards), finished, made, lambda n: progress(_span(shards[n])))
     rows = _joined(parts) if parts else encoder.nothing()
     chosen, rejected = plan.index.T
@@ -159,12 +165,26 @@ def extract_many(
     ]
 
 
-def _n_rows(encoded: Encoded) -> int:
-    return len(encoded["features"])
+def _kept(
+    store: FeatureStore, number: int, rows: list[NDArray[np.int64]], on_note: Callable[[str], None] | None
+) -> tuple[list[Encoded], int]:
+    """The pieces there are of a shard, and how many of its passes they hold.
+
+    Where memory was short passes were others: what is not of the same rows is made again.
+    """
+    encoded: list[Encoded] = []
+    done = 0
+    for stop, arrays in store.pieces(number, on_note):
+        wanted = rows[done:stop]
+        if stop > len(rows) or ROWS not in arrays or not np.array_equal(arrays[ROWS], np.concatenate(wanted)):
+            break
+        encoded.append(arrays)
+        done = stop
+    return encoded, done
 
 
-def _span(shard: list[range]) -> range:
-    return range(shard[0].start, shard[-1].stop)
+def _span(shard: list[range]) -> NDArray[np.int64]:
+    return np.arange(shard[0].start, shard[-1].stop)
 
 
 def _filled(
@@ -257,12 +277,13 @@ class _Progress:
         self._own = plan.own_lengths
         self._done = np.zeros(len(plan.tokens), dtype=bool)
 
-    def mark(self, rows: range) -> None:
+    def mark(self, rows: NDArray[np.int64]) -> None:
         """Count rows as done without telling."""
-        self._done[rows.start : rows.stop] = True
+        self._done[rows] = True
 
-    def __call__(self, rows: range) -> None:
-        self.mark(rows)
+    def __call__(self, rows: NDArray[np.int64] | None = None) -> None:
+        if rows is not None:
+            self.mark(rows)
         if self._on_batch is not None:
             pairs = int(self._done[self._rows].all(axis=1).sum())
             self._on_batch(pairs, len(self._rows), int(self._own[self._done].sum()))

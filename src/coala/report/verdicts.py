@@ -87,8 +87,8 @@ def _calibration(found: Mapping[str, Any], summary: Mapping[str, Any]) -> list[s
     error, chance = Interval(found.get("error")), found.get("error_by_chance")
     if confidence is None or not accuracy:
         return []
-    start = f"It gives the reply that it prefers {100 * confidence:.1f} % on average and is right in "
-    start += f"{100 * accuracy.value:.1f} %"
+    start = f"On average it gives {100 * confidence:.1f} % to the reply it prefers, and it is right in "
+    start += f"{100 * accuracy.value:.1f} % of cases"
     if accuracy.below(confidence):
         return [f"{start}: its probabilities are too sure, as they stand."]
     if accuracy.above(confidence):

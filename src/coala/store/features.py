@@ -43,7 +43,7 @@ class FeatureStore:
 
     ``plan`` fixes which rows a shard holds; a shard is written once, whole, and never touched again, so what a resumed
     or shared extraction leaves behind is byte for byte what an unbroken one would have left. On a slow machine a shard
-    takes long: until it is whole, its batches are kept in pieces, wherever those were cut. A shard or piece carries the
+    takes long: until it is whole, its passes are kept in pieces, wherever those were cut. A shard or piece carries the
     digest of its arrays; one that is not what was written is deleted, told, and made again.
     """
 
@@ -78,11 +78,11 @@ class FeatureStore:
             path.unlink(missing_ok=True)
 
     def write_piece(self, shard: int, span: tuple[int, int], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep what is made so far of a shard: its batches from ``span[0]`` on, before ``span[1]``."""
+        """Keep what is made so far of a shard: its passes from ``span[0]`` on, before ``span[1]``."""
         self._write(self.folder / f"piece-{shard:05d}-{span[0]:05d}-{span[1]:05d}.safetensors", arrays)
 
     def pieces(self, shard: int, on_note: Callable[[str], None] | None = None) -> list[tuple[int, Arrays]]:
-        """The sound pieces of a shard that follow one another from its first batch on, each with where it ends.
+        """The sound pieces of a shard that follow one another from its first pass on, each with where it ends.
 
         Whoever asks has claimed the shard. Others are of no use and deleted.
         """
@@ -100,8 +100,8 @@ class FeatureStore:
                     on_note(str(error).replace("Run again: it", "It"))
         return found
 
-    def done_batches(self, shard: int) -> int:
-        """How many batches of a shard are in pieces, as their names say."""
+    def done_in_pieces(self, shard: int) -> int:
+        """How many passes of a shard are in pieces, as their names say."""
         done = 0
         for first, stop in sorted(self._pieces(shard)):
             done = stop if first == done else done
