@@ -107,6 +107,7 @@ def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
         "own": [{"prompt_id": "1", "prompt": "a", "category": "d"}, {"prompt": "b"}, {"prompt": "a"}],
         "arena": [{"question_id": "1", "turns": [{"content": text}]} for text in "aba"],
         "messages": [{"prompt": [{"role": "user", "content": text}]} for text in "aba"],
+        "vicuna": [{"question_id": i, "text": text, "category": "d"} for i, text in enumerate("aba")],
     }
     for name, rows in forms.items():
         found = read_prompts(write_lines(tmp_path / f"{name}.jsonl", rows))
@@ -121,7 +122,7 @@ def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
         ({"text": "x"}, "instruction or prompt or turns: found no such field among 'text'"),
         ({"instruction": " "}, "an empty text"),
         ({"prompt": [{"role": "user"}]}, "expected one text, or messages"),
-        ({"turns": ["a", "b"]}, "expected one text, or messages"),
+        ({"turns": ["a", "b"]}, "found 2 turns; expected one text, or messages.*coala eval mtbench"),
         ({"prompt": [{"role": "oracle", "content": "x"}]}, "has role 'oracle'"),
     ):
         with pytest.raises(CoalaError, match=words):
@@ -425,8 +426,19 @@ def test_a_local_model_judges_end_to_end(run: Path, prompts: Path, tmp_path: Pat
     result, _, _ = called(app, "alpaca", *options, "--local", model)
     rows = [json.loads(line) for line in Path(result["annotations"]).read_text().splitlines()]
     assert all(1 < row["preference"] < 2 for row in rows)
-    assert result["raw"]["win_rate"]["value"] == pytest.approx(100 * np.mean([row["preference"] - 1 for row in rows]))
-    (record,) = kept(run)
+    # This model prefers the same place whatever stands there: both orders of every row say so, and no rate is printed.
+    both = np.array([row["preference_by_order"] for row in rows])
+    assert both.mean(1) == pytest.approx([row["preference"] for row in rows])
+    assert ((both[:, 0] < 1.5) != (both[:, 1] < 1.5)).all()
+    rate = result["raw"]["win_rate"]
+    assert (rate["value"], rate["low"], rate["high"], rate["n"]) == (None, None, None, 4)
+    assert "length_controlled" not in result
+    assert any("reads only the place" in remark for remark in result["remarks"])
+    # The file of annotations says so by itself, and nothing is judged again.
+    assert called(app, "alpaca", result["annotations"])[0]["raw"]["win_rate"]["value"] is None
+    again, _, _ = called(app, "alpaca", *options, "--local", model)
+    assert (again["cost"]["answers"], again["cost"]["kept"]) == (0, 8)
+    record = max(kept(run), key=lambda one: len(one["samples"]))
     assert record["judge"]["weights"] == load_head(run / "head").spec.weights
     assert record["judge"]["mode"] == "weighted"
 

@@ -294,7 +294,8 @@ class OpenAIEndpoint:
                 return JudgeStopped(f"{said} It asks to wait {after:.0f} s: run again then; what was bought is kept.")
             return _Again("rate limit" if code == 429 else "server error", said, after)
         failure = JudgeFailure("rejected", said)
-        change = change_for(words, request) if code in (400, 413, 422) else None
+        # The client puts the status before the server's words, and a number there would be taken for a limit.
+        change = change_for(words.removeprefix(f"Error code: {code}"), request) if code in (400, 413, 422) else None
         return failure if change is None else _Otherwise(failure, change)
 
     def _wait(self, after: float | None, attempt: int, plain: str) -> None:
