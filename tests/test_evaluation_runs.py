@@ -473,6 +473,30 @@ def test_mtbench_end_to_end(run: Path, tmp_path: Path, server: JudgeServer) -> N
         called(app, "mtbench", "--questions", questions)
 
 
+def test_a_local_model_grades_and_fights_an_arena(run: Path, prompts: Path, tmp_path: Path) -> None:
+    questions = write_lines(tmp_path / "q.jsonl", [{"question_id": i, "turns": ["tell", "more"]} for i in range(2)])
+    for mode, text in (("grade", "{question} {answer}"), ("arena", "{question} {answer_a} {answer_b}")):
+        (tmp_path / mode).mkdir()
+        two = "  - {user: two.txt, turns: 2}\n" if mode == "grade" else ""
+        (tmp_path / mode / "judge.yaml").write_text(f"mode: {mode}\nprompts:\n  - {{user: p.txt}}\n{two}")
+        (tmp_path / mode / "p.txt").write_text(text)
+        (tmp_path / mode / "two.txt").write_text("{question_1} {answer_1} {question_2} {answer_2}")
+    model = json.loads((run / "run.json").read_text())["model"]["name"]
+    common = ["--run", run, "--local", model, "--max-new-tokens", 4]
+    graded = ["mtbench", *common, "--questions", questions, "--judge", tmp_path / "grade"]
+    result, _, _ = called(app, *graded)
+    (scores,) = result["scores"].values()
+    assert (scores["overall"]["n"], result["cost"]["answers"]) == (4, 4)
+    assert 1 <= scores["overall"]["value"] <= 10
+    assert called(app, *graded)[0]["cost"]["answers"] == 0
+    fought = ["arena", *common, "--prompts", prompts, "--reference", "unguided", "--judge", tmp_path / "arena"]
+    found, _, _ = called(app, *fought, "--limit", 4)
+    assert (found["cost"]["answers"], found["failures"]) == (8, {})
+    assert called(app, *fought, "--limit", 4)[0]["cost"]["answers"] == 0
+    with pytest.raises(CoalaError, match="samples nothing"):
+        called(app, *fought, "--sampling", "temperature=1")
+
+
 def test_arena_end_to_end(run: Path, prompts: Path, server: JudgeServer) -> None:
     common = ["--run", run, "--prompts", prompts, "--base-url", server.url, "--model", "m", "--name", "mine"]
     result, _, _ = called(app, "arena", *common, "--draws", 50, "--limit", 8)
