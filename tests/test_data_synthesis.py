@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -453,6 +453,10 @@ def test_a_journal_of_another_recipe_is_refused() -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", None),
         (b"", None),
         (b"\xff" * 3_000_000, None),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: identity\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 40 + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", None),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 5000 + b"0\r\n\r\n", b"a" * 5000),
     ],
 )  # fmt: skip
 def test_answers_as_servers_write_them(raw: bytes, body: bytes | None) -> None:
@@ -477,6 +481,97 @@ def test_answers_as_servers_write_them(raw: bytes, body: bytes | None) -> None:
         assert raised.value.sent
     else:
         assert asyncio.run(main()).body == body
+
+
+KEY = "sk-a-long-secret"
+
+
+def test_a_key_that_an_endpoint_echoes_is_struck_out() -> None:
+    recipe = replace(recipe_for("http://me:word@127.0.0.1/v1", 1), limits=Limits(retries=0, concurrency=1))
+    recipe = replace(recipe, student=replace(recipe.student, key="K"), tutor=replace(recipe.tutor, key="K"))
+
+    def answering(status: int, **headers: str) -> Any:
+        async def post(address: Address, sent: Mapping[str, str], body: bytes, timeout: float) -> Answer:
+            assert sent["Authorization"] == f"Bearer {KEY}"
+            assert sent["Accept-Encoding"] == "identity"
+            said = {"choices": [{"message": {"content": f"I saw {KEY} in {body[-9:]!r}"}}], "model": KEY}
+            return Answer(status, headers, json.dumps(said).encode())
+
+        return post
+
+    lines: list[bytes] = []
+
+    async def record(raw: bytes) -> None:
+        lines.append(raw)
+
+    asyncio.run(synthesize(recipe, Journal(), record, keys={"K": KEY}, post=answering(200)))
+    assert any(b"I saw ***" in raw for raw in lines)
+    assert not any(KEY.encode() in raw for raw in lines)
+    for status, words in ((400, r"\*\*\*"), (503, r"\*\*\*"), (307, "redirects are not followed")):
+        post = answering(status, location=f"http://else.where/{KEY}")
+        with pytest.raises(SynthesisError, match=words) as raised:
+            asyncio.run(synthesize(recipe, Journal(), no_record, keys={"K": KEY}, post=post))
+        assert KEY not in str(raised.value)
+        assert "word@" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "confirmed", "words"),
+    [
+        ("OPENAI_API_KEY", "https://api.example/v1", False, ""),
+        ("MY_SECRET", "http://127.0.0.1:8000/v1", False, ""),
+        ("MY_SECRET", "http://[::1]:8000/v1", False, ""),
+        ("MY_SECRET", "https://api.example/v1", False, "expected a variable named as an API key"),
+        ("MY_SECRET", "https://api.example/v1", True, ""),
+        ("OPENAI_API_KEY", "http://api.example/v1", False, "unencrypted; expected https"),
+        ("OPENAI_API_KEY", "http://127.0.0.1.api.example/v1", False, "unencrypted"),
+        ("OPENAI_API_KEY", "http://localhost@api.example/v1", False, "unencrypted"),
+        ("OPENAI_API_KEY", "http://api.example/v1", True, ""),
+    ],
+)
+def test_a_recipe_says_which_key_goes_where(
+    name: str,
+    url: str,
+    confirmed: bool,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from coala.cli.data import _keys
+
+    monkeypatch.setenv(name, KEY)
+    recipe = recipe_for(url)
+    recipe = replace(recipe, student=replace(recipe.student, key=name), tutor=replace(recipe.tutor, key=name))
+    if words:
+        with pytest.raises(SynthesisError, match=words) as raised:
+            _keys(recipe, (), "r.yaml")
+        assert f"--send-key {name}" in str(raised.value)
+        assert KEY not in str(raised.value)
+        return
+    assert _keys(recipe, (name,) * confirmed, "r.yaml") == {name: KEY}
+    assert capsys.readouterr().err == f"sends the value of ${name} to {url} (named in r.yaml)\n"
+
+
+def test_thoughts_are_no_part_of_a_conversation() -> None:
+    recipe = replace(recipe_for("http://127.0.0.1/v1", 2), limits=Limits(retries=0, concurrency=1, attempts=2))
+    n = 0
+
+    async def post(address: Address, sent: Mapping[str, str], body: bytes, timeout: float) -> Answer:
+        nonlocal n
+        n += 1
+        text = "<think>I will never say" if n == 1 else f"<think>Let me see.</think>\n\nIt is {n}."
+        return Answer(200, {}, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+
+    lines: list[bytes] = []
+
+    async def record(raw: bytes) -> None:
+        lines.append(raw)
+
+    summary = asyncio.run(synthesize(recipe, Journal(), record, post=post))
+    said = [turn["text"] for held in kept(lines).values() for turn in held["turns"]]
+    assert summary.kept == 2
+    assert sum(summary.dropped.values()) == 1
+    assert all(text.startswith("It is ") for text in said)
 
 
 # --- screening ---------------------------------------------------------------------------------------------------

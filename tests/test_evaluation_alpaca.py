@@ -577,7 +577,7 @@ def test_published_files_are_read_in_every_form(tmp_path: Path) -> None:
         ({"preference": 3}, r"a.jsonl:2: preference: found 3; expected a number from 0 to 2"),
         ({"preference": 0.5}, "from 1 to 2, or 0 for a tie"),
         ({"preference": "x"}, "preference: found 'x'"),
-        ({"len_2": None}, "len_2 or output_2: found no such field among"),
+        ({"len_2": None}, "len_2: found null or an empty cell; expected a number"),
         ({"len_2": -1}, "at least 0|from 0"),
         ({"generator_2": "other"}, "One|one model"),
         ({"instruction": 3}, "instruction: found 3; expected a text"),

@@ -207,7 +207,7 @@ def test_stored_values_stand_in_for_judgements(tmp_path: Path) -> None:
         ({"turn": 1.5}, "r.jsonl:1: turn: found 1.5; expected a whole number"),
         ({"turn": "x"}, "turn: found 'x'"),
         ({"judgment": 3}, "judgment: found 3; expected a text"),
-        ({"judgment": None, "score": None}, "score: found no such field"),
+        ({"judgment": None, "score": None}, "score: found null or an empty cell"),
         ({"model": ""}, "model: found ''"),
         ({"question_id": True}, "question_id: found True"),
     ],

@@ -101,7 +101,7 @@ def test_reading_scores(tmp_path: Path) -> None:
     assert read_scores(table).margin.tolist() == [0.5, 0]
     for change, words in (
         ({"chosen_score": "good"}, r"s.jsonl:1: chosen_score: found 'good'; expected a number"),
-        ({"chosen_score": None}, "chosen_score or score_chosen or scores_chosen"),
+        ({"chosen_score": None}, "chosen_score: found null or an empty cell"),
         ({"chosen_score": math.inf}, "found inf"),
         ({"chosen_score": 1e308, "rejected_score": -1e308}, "found a margin of inf"),
         ({"subset": " "}, "subset: found ' '"),

@@ -107,6 +107,7 @@ def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
         "own": [{"prompt_id": "1", "prompt": "a", "category": "d"}, {"prompt": "b"}, {"prompt": "a"}],
         "arena": [{"question_id": "1", "turns": [{"content": text}]} for text in "aba"],
         "messages": [{"prompt": [{"role": "user", "content": text}]} for text in "aba"],
+        "vicuna": [{"question_id": i, "text": text, "category": "d"} for i, text in enumerate("aba")],
     }
     for name, rows in forms.items():
         found = read_prompts(write_lines(tmp_path / f"{name}.jsonl", rows))
@@ -121,7 +122,7 @@ def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
         ({"text": "x"}, "instruction or prompt or turns: found no such field among 'text'"),
         ({"instruction": " "}, "an empty text"),
         ({"prompt": [{"role": "user"}]}, "expected one text, or messages"),
-        ({"turns": ["a", "b"]}, "expected one text, or messages"),
+        ({"turns": ["a", "b"]}, "found 2 turns; expected one text, or messages.*coala eval mtbench"),
         ({"prompt": [{"role": "oracle", "content": "x"}]}, "has role 'oracle'"),
     ):
         with pytest.raises(CoalaError, match=words):
@@ -420,8 +421,19 @@ def test_a_local_model_judges_end_to_end(run: Path, prompts: Path, tmp_path: Pat
     result, _, _ = called(app, "alpaca", *options, "--local", model)
     rows = [json.loads(line) for line in Path(result["annotations"]).read_text().splitlines()]
     assert all(1 < row["preference"] < 2 for row in rows)
-    assert result["raw"]["win_rate"]["value"] == pytest.approx(100 * np.mean([row["preference"] - 1 for row in rows]))
-    (record,) = kept(run)
+    # This model prefers the same place whatever stands there: both orders of every row say so, and no rate is printed.
+    both = np.array([row["preference_by_order"] for row in rows])
+    assert both.mean(1) == pytest.approx([row["preference"] for row in rows])
+    assert ((both[:, 0] < 1.5) != (both[:, 1] < 1.5)).all()
+    rate = result["raw"]["win_rate"]
+    assert (rate["value"], rate["low"], rate["high"], rate["n"]) == (None, None, None, 4)
+    assert "length_controlled" not in result
+    assert any("reads only the place" in remark for remark in result["remarks"])
+    # The file of annotations says so by itself, and nothing is judged again.
+    assert called(app, "alpaca", result["annotations"])[0]["raw"]["win_rate"]["value"] is None
+    again, _, _ = called(app, "alpaca", *options, "--local", model)
+    assert (again["cost"]["answers"], again["cost"]["kept"]) == (0, 8)
+    record = max(kept(run), key=lambda one: len(one["samples"]))
     assert record["judge"]["weights"] == load_head(run / "head").spec.weights
     assert record["judge"]["mode"] == "weighted"
 
@@ -454,6 +466,30 @@ def test_mtbench_end_to_end(run: Path, tmp_path: Path, server: JudgeServer) -> N
     assert saved["scores"]["mine"]["overall"] == result["scores"]["mine"]["overall"]
     with pytest.raises(CoalaError, match="Give either a file of judgements"):
         called(app, "mtbench", "--questions", questions)
+
+
+def test_a_local_model_grades_and_fights_an_arena(run: Path, prompts: Path, tmp_path: Path) -> None:
+    questions = write_lines(tmp_path / "q.jsonl", [{"question_id": i, "turns": ["tell", "more"]} for i in range(2)])
+    for mode, text in (("grade", "{question} {answer}"), ("arena", "{question} {answer_a} {answer_b}")):
+        (tmp_path / mode).mkdir()
+        two = "  - {user: two.txt, turns: 2}\n" if mode == "grade" else ""
+        (tmp_path / mode / "judge.yaml").write_text(f"mode: {mode}\nprompts:\n  - {{user: p.txt}}\n{two}")
+        (tmp_path / mode / "p.txt").write_text(text)
+        (tmp_path / mode / "two.txt").write_text("{question_1} {answer_1} {question_2} {answer_2}")
+    model = json.loads((run / "run.json").read_text())["model"]["name"]
+    common = ["--run", run, "--local", model, "--max-new-tokens", 4]
+    graded = ["mtbench", *common, "--questions", questions, "--judge", tmp_path / "grade"]
+    result, _, _ = called(app, *graded)
+    (scores,) = result["scores"].values()
+    assert (scores["overall"]["n"], result["cost"]["answers"]) == (4, 4)
+    assert 1 <= scores["overall"]["value"] <= 10
+    assert called(app, *graded)[0]["cost"]["answers"] == 0
+    fought = ["arena", *common, "--prompts", prompts, "--reference", "unguided", "--judge", tmp_path / "arena"]
+    found, _, _ = called(app, *fought, "--limit", 4)
+    assert (found["cost"]["answers"], found["failures"]) == (8, {})
+    assert called(app, *fought, "--limit", 4)[0]["cost"]["answers"] == 0
+    with pytest.raises(CoalaError, match="samples nothing"):
+        called(app, *fought, "--sampling", "temperature=1")
 
 
 def test_arena_end_to_end(run: Path, prompts: Path, server: JudgeServer) -> None:

@@ -57,9 +57,10 @@ class Manner:
 def read_prompts(path: Path | str) -> list[Asked]:
     """The prompts of a file, in its order.
 
-    Rows of AlpacaEval (``instruction``, perhaps ``dataset``) or of Arena-Hard (``uid`` or ``question_id``, ``prompt``
-    or ``turns``, ``category``); rows of ``prompt`` (a text or messages) with perhaps ``prompt_id`` and ``category``; or
-    pairs in any known format, each prompt once. A prompt that is there again gets an id of its own, ``-2`` behind it.
+    Rows of AlpacaEval (``instruction``, perhaps ``dataset``), of Arena-Hard (``uid`` or ``question_id``, ``prompt`` or
+    ``turns``, ``category``) or of Vicuna's questions (``question_id``, ``text``); rows of ``prompt`` (a text or
+    messages) with perhaps ``prompt_id`` and ``category``; or pairs in any known format, each prompt once. A prompt that
+    is there again gets an id of its own, ``-2`` behind it.
     """
     rows = read_rows(path)
     if not rows:
@@ -192,10 +193,18 @@ def _generated(some: Sequence[Asked], backbone: Any, head: Any, rule: Any, optio
 
 
 def _prompt(row: Row) -> tuple[Turn, ...]:
-    name = row.name_of("instruction", "prompt", "turns")
+    # `text` is a prompt beside the number of a question only: a run's replies have it too.
+    known = ("instruction", "prompt", "turns", *(("text",) if row.get("question_id") is not None else ()))
+    name = row.name_of(*known)
     if name is None:
-        row.text("instruction", "prompt", "turns")  # raises: none of them is there
-    value = row.get("instruction", "prompt", "turns")
+        row.text(*known)  # raises: none of them is there
+    value = row.get(*known)
+    if name == "turns" and isinstance(value, list) and len(value) > 1:
+        mend = (
+            "A comparison has one prompt and one reply. Fix: have conversations graded with `coala eval mtbench --run "
+            "RUN --questions FILE`, or keep the first turn only."
+        )
+        raise row.fault("turns", f"{len(value)} turns", "one text, or messages with role and content", mend)
     if isinstance(value, str):
         if not value.strip():
             raise row.fault(str(name), "an empty text", "a prompt", _MEND)

@@ -47,6 +47,7 @@ from coala.cli.judging import (
     order_figures,
     spending,
     stem,
+    told_interval,
 )
 from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of, spread
@@ -260,16 +261,15 @@ class _Control:
 
     def figures(self, rows: Annotations, outputs: Float | None, *, alone: bool) -> _Found:
         """All figures of annotated rows; ``alone`` controls length by them alone where there are no files."""
-        from coala.cli.screen import interval
         from coala.evaluation.alpaca import win_rate
 
         raw = win_rate(rows, outputs)
         shown = [
-            ["win rate", interval(raw.win_rate)],
+            ["win rate", told_interval(raw.win_rate)],
             ["standard error", _number(raw.standard_error)],
             ["wins / losses / ties", f"{raw.n_wins} / {raw.n_wins_base} / {raw.n_draws}"],
             ["discrete", _number(raw.discrete)],
-            ["excluding ties", interval(raw.excluding_ties)],
+            ["excluding ties", told_interval(raw.excluding_ties)],
             ["average length", f"{raw.average_length} characters"],
             ["reference", f"{raw.baseline}, {raw.baseline_length:.0f} characters on average"],
         ]
@@ -282,7 +282,7 @@ class _Control:
             mean = f"{controlled.baseline_length:.0f} characters"
             beside = f"n = {controlled.win_rate.n}, against {controlled.baseline} ({mean})"
             error = controlled.standard_error
-            shown.insert(1, ["length-controlled", f"{interval(controlled.win_rate)} {beside}"])
+            shown.insert(1, ["length-controlled", f"{told_interval(controlled.win_rate)} {beside}"])
             shown.insert(3, ["its published error" if self.files else "its standard error", _number(error)])
             result["length_controlled"] = {k: v for k, v in vars(controlled).items() if k != "predictions"}
             figures.append(figure("length-controlled win rate", controlled.win_rate, "percent", 50.0))

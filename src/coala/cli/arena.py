@@ -41,6 +41,7 @@ from coala.cli.judging import (
     judged_rows,
     order_figures,
     spending,
+    told_interval,
 )
 from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of
@@ -118,7 +119,7 @@ def arena(
 
     `coala eval arena --run RUN --prompts question.jsonl --reference gpt-4-0314.jsonl --model gpt-4`
     """
-    from coala.cli.screen import finish, interval, say, table
+    from coala.cli.screen import finish, say, table
     from coala.evaluation.arena import read_battles, score
     from coala.evaluation.judges import read_instructions
     from coala.evaluation.order_effects import remarks_on
@@ -168,8 +169,16 @@ def arena(
         spread = one.published_interval
         ends = f"[{spread.low:.2f}, {spread.high:.2f}]" if math.isfinite(spread.value) else spread.absent
         counts = f"{one.wins} / {one.losses} / {one.ties}"
-        cells = [one.model, interval(one.score), ends, interval(one.excluding_ties), counts, rating, str(one.score.n)]
-        rows.append([*cells, *([interval(controlled.scores[one.model])] if controlled else [])])
+        cells = [
+            one.model,
+            told_interval(one.score),
+            ends,
+            told_interval(one.excluding_ties),
+            counts,
+            rating,
+            str(one.score.n),
+        ]
+        rows.append([*cells, *([told_interval(controlled.scores[one.model])] if controlled else [])])
     head = ["model", "score, over questions", f"over rows ({board.value})", "excluding ties", "win / loss / tie"]
     table(rows, [*head, "rating", "battles", *(["style controlled"] if controlled else [])])
     result: dict[str, Any] = {"baseline": baseline, "scores": scores, "failed_games": battles.n_failed}

@@ -65,10 +65,10 @@ def matrix(
     """
     from contextlib import nullcontext
 
-    from coala.cache import VerdictCache
     from coala.cli.comal_entrants import entrants_of, prompt_id, texts_of
     from coala.cli.comal_inputs import examples_of
     from coala.cli.comal_oracles import check_oracle, oracle_of
+    from coala.cli.judging import opened
     from coala.cli.screen import emit, progress, say, table
     from coala.nash.matrix import win_rate_matrix
     from coala.nash.report import matrix_page, matrix_rows, nash_rows
@@ -107,7 +107,7 @@ def matrix(
         rows = [example for example in examples for _ in range(samples)]
         group = [number for number in range(len(examples)) for _ in range(samples)]
         verdicts = cache or run.path.parent / "verdicts.sqlite"
-        with VerdictCache(verdicts) if named.kept else nullcontext() as keeper:
+        with opened(verdicts) if named.kept else nullcontext() as keeper:
             rates = win_rate_matrix(
                 answers,
                 rows,

@@ -107,9 +107,9 @@ def train(
     """
     from contextlib import nullcontext
 
-    from coala.cache import VerdictCache
     from coala.cli.comal_inputs import examples_of, start_of
     from coala.cli.comal_oracles import oracle_of
+    from coala.cli.judging import opened
     from coala.cli.screen import emit, progress, say, table
     from coala.nash.comal import run_comal
     from coala.nash.llm import LowRank, load_policy, require_training
@@ -175,7 +175,7 @@ def train(
     verdicts = cache or run.path.parent / "verdicts.sqlite"
     if named.kept:
         verdicts.parent.mkdir(parents=True, exist_ok=True)
-    with VerdictCache(verdicts) if named.kept else nullcontext() as keeper, progress() as show:
+    with opened(verdicts) if named.kept else nullcontext() as keeper, progress() as show:
         run_comal(
             policy,
             examples,

@@ -384,6 +384,13 @@ def told(found: Estimate) -> str:
     return str(found) if found.n else "no verdicts"
 
 
+def told_interval(found: Estimate) -> str:
+    """The same without its n, for tables that have it in a column."""
+    from coala.cli.screen import interval
+
+    return interval(found) if found.n else "no verdicts"
+
+
 def cost_rows(failures: Mapping[str, int], cost: Cost, unjudged: str, words: Mapping[str, str]) -> list[list[str]]:
     return [
         ["failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items()) or "none"],

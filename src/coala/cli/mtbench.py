@@ -24,6 +24,7 @@ from coala.cli.judging import (
     Sampling,
     Service,
     Timeout,
+    told_interval,
 )
 from coala.cli.options import Download, TrustCode
 from coala.cli.records import RunOption, command_line, figure, keep, run_of, spread
@@ -145,7 +146,7 @@ def _whole(
 
 def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
     """Figures of judgements that are there."""
-    from coala.cli.screen import finish, interval, table
+    from coala.cli.screen import finish, table
     from coala.evaluation import mtbench as bench
 
     if bench.is_pairwise(judgements):
@@ -160,7 +161,7 @@ def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
                         f"{rate.value:.4f}" if rate.value == rate.value else rate.absent
                         for rate in (one.win_rate, one.loss_rate)
                     ),
-                    *map(interval, (one.adjusted, one.excluding_ties)),
+                    *map(told_interval, (one.adjusted, one.excluding_ties)),
                     str(one.n_errors),
                 ]
                 for one in contests.values()
@@ -186,7 +187,7 @@ def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
     for one in scores.values():
         parts = {"overall": one.overall}
         parts |= {f"turn {turn}": value for turn, value in one.by_turn.items()} | dict(one.by_category)
-        table([[name, interval(value), str(value.n)] for name, value in parts.items()], [one.model, "score", "n"])
+        table([[name, told_interval(value), str(value.n)] for name, value in parts.items()], [one.model, "score", "n"])
         figures += [figure(f"{one.model}, {name}", value, "plain") for name, value in parts.items()]
     remarks += _said(scores)
     failures = {f"error, {one.model}": one.n_errors for one in scores.values() if one.n_errors}

@@ -16,6 +16,7 @@ from coala.data.budget import Budget, OutOfBudget
 from coala.data.endpoint import Endpoint, Post, most
 from coala.data.http import Connections
 from coala.data.journal import VERSION, Journal, Usage, line, text_digest
+from coala.data.reasoning import spoken
 from coala.data.screening import cleaned, fault
 
 Record = Callable[[bytes], Awaitable[None]]
@@ -279,8 +280,11 @@ class _Run:
             before = attempt.usage
             reply = await self.endpoint.ask(agent, chat, drawn.temperature, seed, attempt.count)
             self.forecast.count(place, before, attempt.usage)
-            text = cleaned(reply.text, speaker)
-            finish = "stop" if agent.keep_cut and reply.finish == "length" else reply.finish
+            said = spoken(reply.text)
+            text = cleaned(said or "", speaker)
+            # A thought without an end was cut, whatever the endpoint says of it.
+            finish = reply.finish if said is not None else "length"
+            finish = "stop" if agent.keep_cut and finish == "length" else finish
             if reason := fault(text, finish, speaker, attempt.said):
                 return f"{speaker}: {reason}"
             attempt.said.append(text)

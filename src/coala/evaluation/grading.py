@@ -65,7 +65,7 @@ def read_questions(path: Path | str) -> list[Question]:
             raise row.fault("turns", f"{len(turns)} turns", "1 or 2", "Mend or delete the row.")
         if name in found:
             raise row.fault("question_id", f"{shown(name)} again", "each question once", "Delete one of them.")
-        found[name] = Question(name, row.label("category") if row.get("category") is not None else "", turns)
+        found[name] = Question(name, row.label("category") if row.get("category") not in (None, "") else "", turns)
     return list(found.values())
 
 

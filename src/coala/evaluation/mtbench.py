@@ -148,7 +148,8 @@ def read_ratings(path: Path | str, categories: Mapping[str, str] | None = None) 
             several += len(ratings_in(text)) > 1
             differing += stored is not None and stored != score
         question = row.label("question_id")
-        category = row.label("category") if row.get("category") is not None else (categories or {}).get(question, "")
+        named = row.get("category") not in (None, "")
+        category = row.label("category") if named else (categories or {}).get(question, "")
         ratings.append(Rating(row.label("model"), question, _turn(row), category, _judge(row), score))
     remarks = []
     if differing:

@@ -174,6 +174,8 @@ def _figure(one: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 def _value(one: Mapping[str, Any]) -> str:
     estimate = Interval(one.get("estimate"))
+    if not estimate:
+        return "void" if "; void: " in estimate.method else "unknown" if estimate.n else "no verdicts"
     if one.get("form") == "share":
         return estimate.percent()
     return estimate.plain() + (" %" if one.get("form") == "percent" and estimate else "")

@@ -152,7 +152,8 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[st
 def _win_rate(row: Mapping[str, Any]) -> list[str]:
     rate, name = Interval(row.get("estimate")), row.get("judge") or "the judge"
     if not rate:
-        return [f"The judge {name} decided nothing: there is no win rate."]
+        _, void, why = rate.method.partition("; void: ")
+        return [f"The judge {name} decided nothing: there is no win rate{f' ({why})' if void else ''}."]
     start = f"The judge {name} prefers the guided reply in {rate.percent()} of {_count(rate.n, 'comparison')}"
     if rate.above(0.5):
         return [f"{start}: guidance helps by this judge."]

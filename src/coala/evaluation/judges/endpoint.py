@@ -274,8 +274,10 @@ class OpenAIEndpoint:
         return JudgeFailure("not read", f"{self._where}: {error}. Check that it is a chat endpoint.")
 
     def _refused(self, error: Any, request: Mapping[str, Any]) -> Exception:
-        words = self._struck(str(error.message))
-        code, said = error.status_code, f"{self._where} answered {error.status_code}: {shown(words, 200)}."
+        code = error.status_code
+        # The client puts the status before the server's words; it would be said twice, and taken for a limit of tokens.
+        words = self._struck(str(error.message)).removeprefix(f"Error code: {code} - ")
+        said = f"{self._where} answered {code}: {shown(words, 200)}."
         if 300 <= code < 400:
             there = shown(self._struck(error.response.headers.get("location", "another address")), 120)
             return JudgeStopped(

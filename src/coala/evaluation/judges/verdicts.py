@@ -129,14 +129,22 @@ def _check_whole(answer: Answer, instructions: Instructions) -> None:
     if answer.refusal or answer.finish == "content_filter":
         raise JudgeFailure("refused", f"The judge refused: {shown(answer.refusal or answer.finish)}.")
     # A one-token verdict always ends at its limit.
-    if answer.finish == "length" and instructions.mode != "weighted":
+    if instructions.mode == "weighted":
+        return
+    if answer.finish == "length":
         raise JudgeFailure("cut short", "The answer ended at its limit of tokens. Raise max_tokens of the judge.")
     # An object may hold anything in its texts.
-    is_object = instructions.parser == "json" and answer.text.lstrip().startswith("{")
+    is_object = instructions.parser == "json" and _unblocked(answer.text).startswith("{")
     if not is_object and spoken(answer.text) is None:
         raise JudgeFailure("cut short", "The answer is a thought without an end. Raise max_tokens of the judge.")
     if answer.reasoning and not answer.text.strip():
         raise JudgeFailure("no verdict", "The answer is empty: the judge thought and said nothing.")
+
+
+def _unblocked(text: str) -> str:
+    """A text without the code block that may be around the whole of it."""
+    block = _BLOCK.fullmatch(text.strip())
+    return (block[1] if block else text).strip()
 
 
 def _none(answer: Answer) -> JudgeFailure:
@@ -151,16 +159,16 @@ def _field(answer: Answer, name: str, instructions: Instructions) -> Any:
             raise ValueError("a field comes twice")
         return dict(pairs)
 
-    try:
-        document = json.loads(answer.text, object_pairs_hook=once)
-    except (ValueError, RecursionError):
-        # Thoughts before the object, or a code block around it.
-        said = (spoken(answer.text) or "").strip()
-        block = _BLOCK.fullmatch(said)
+    document, fault = None, ""
+    # As it came first: the object's own texts may hold marks of thoughts.
+    for text in dict.fromkeys((_unblocked(answer.text), _unblocked(spoken(answer.text) or ""))):
         try:
-            document = json.loads(block[1] if block else said, object_pairs_hook=once)
+            document, fault = json.loads(text, object_pairs_hook=once), ""
+            break
         except (ValueError, RecursionError) as error:
-            raise JudgeFailure("no verdict", f"The answer is not JSON ({ascii(str(error))[1:-1]}).") from None
+            fault = fault or ascii(str(error))[1:-1]
+    if fault:
+        raise JudgeFailure("no verdict", f"The answer is not JSON ({fault}).")
     wanted = instructions.schema()
     if not isinstance(document, dict) or wanted is None or set(document) != set(wanted["properties"]):
         found = ascii(sorted(document)) if isinstance(document, dict) else shown(document)
