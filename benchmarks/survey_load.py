@@ -54,7 +54,7 @@ def by_http(survey: Survey, n: int, kills: int) -> dict[str, float]:
         save_survey(folder, survey)
         with Server(folder) as server:
             began = time.perf_counter()
-            raters = crowd(server, n, kills, patience=500)
+            raters = crowd(server, n, kills)
             spent = time.perf_counter() - began
             log = server.log
         noted = {rater.token: rater.picked for rater in raters}

@@ -132,8 +132,9 @@ def test_a_baseline_and_a_head_are_compared(made: Path, small: Path) -> None:
     notes: list[str] = []
     run(given, small, on_cell=lambda done, total, cell, note: notes.append(note))
     assert all(note.endswith("already done") for note in notes if ": " in note)
+    full = {"source": "trl", "adapter": False, "rates": [1e-3, 1e-2], "change": {**CHANGE, "clip": 2.0}}
     with pytest.raises(CoalaError, match="made with other settings"):
-        run(small_study(made, beta=0.7), small)
+        run(small_study(made, settings={"full": full}), small)
 
 
 @pytest.mark.nightly

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,14 @@ def number_of(body: dict[str, Any]) -> int:
 
 
 def test_an_honest_judge_costs_one_call_per_order(serve: Serve) -> None:
-    server = serve(honest)
+    meeting, arrived = threading.Barrier(2, timeout=PATIENCE), count()
+
+    def met(body: dict[str, Any], before: int) -> dict[str, Any]:
+        if next(arrived) < 2:
+            meeting.wait()  # the first two are asked at a time
+        return honest(body, before)
+
+    server = serve(met)
     ours, theirs, prompts = sides(6)
     progress: list[tuple[int, int]] = []
     found = judge_many(

@@ -172,7 +172,9 @@ def job_of(folder: Path, backbone: LanguageModel, store: Path, n: int = 40) -> J
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [False, True], ids=["in peace", "one killed"])
+@pytest.mark.parametrize(
+    "killed", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["in peace", "one killed"]
+)
 def test_workers_share_and_change_nothing(
     folder: Path, backbone: LanguageModel, tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,10 +276,8 @@ def test_the_command_with_workers(folder: Path, tmp_path: Path) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(30, 10))
     for name, more in (("one", []), ("two", ["--workers", "2"])):
         command = ["extract", str(pairs), "--model", str(folder), "--out", str(tmp_path / name), *more]
-        done = subprocess.run(
-            [sys.executable, "-m", "coala", *command], env=ENVIRONMENT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.stderr
     one, two = (load_features(tmp_path / name) for name in ("one", "two"))
     assert same(one, two)
     assert np.isfinite(one.chosen).all()
