@@ -127,6 +127,7 @@ def _short(text: str) -> str:
 def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float]) -> str:
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, NullFormatter
 
     key = re.sub(r"\W", "-", name)[:80]
     # "default" first: the reader's own matplotlib settings must not change the figure.
@@ -138,6 +139,11 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float]) -> s
         axes = figure.subplots()
         axes.set_facecolor("none")
         draw(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                # 1e-4, not a power set as mathematics: parsing those takes most of the time of a figure.
+                axis.set_major_formatter(LogFormatter(labelOnlyBase=True))
+                axis.set_minor_formatter(NullFormatter())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = text.getvalue()

@@ -333,6 +333,7 @@ def drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], he
     """What ``draw`` puts on the axes it is given, ``height`` inches tall; ``name`` is the figure's own on its page."""
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, NullFormatter
 
     # "default" first: the reader's own matplotlib settings must not change the page.
     with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": f"coala-{name}"}]):
@@ -340,6 +341,11 @@ def drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], he
         axes = figure.subplots()
         axes.set_facecolor("none")
         draw(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                # 1e-4, not a power set as mathematics: parsing those takes most of the time of a figure.
+                axis.set_major_formatter(LogFormatter(labelOnlyBase=True))
+                axis.set_minor_formatter(NullFormatter())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     return Drawing(_inline(text.getvalue(), name), title, caption)
