@@ -157,8 +157,8 @@ def _least_offset(program: Program, needed: jax.Array, moving: jax.Array, first:
         moved = c + length * dc
         new = _Approach(moved, slack_of(moved), multipliers + length * dL, steps + 1)
         sound = (jnp.isfinite(new.offset).all(axis=1) & (new.slack > 0).all(axis=1))[:, None, :]
-        kept = [jnp.where(sound, a, b) for a, b in zip(new[:3], state[:3], strict=True)]
-        return _Approach(*kept, new.steps)
+        c, slack, multipliers = (jnp.where(sound, a, b) for a, b in zip(new[:3], state[:3], strict=True))
+        return _Approach(c, slack, multipliers, new.steps)
 
     def unfinished(state: _Approach) -> jax.Array:
         return (left(state) > 0.04).any() & (state.steps < 20)
