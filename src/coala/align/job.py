@@ -54,10 +54,15 @@ class Work:
         """How the model writes conversations, without its weights."""
         if "backbone" in self.loaded:
             return self.backbone().renderer
+        if "renderer" in self.loaded:
+            kept: Renderer = self.loaded["renderer"]
+            return kept
         from coala.backbone.load import read_conversations
 
         names = ("revision", "template", "adapter", "trust_remote_code")
-        return read_conversations(self.recipe.model.name, **{n: getattr(self.recipe.model, n) for n in names})
+        options = {name: getattr(self.recipe.model, name) for name in names}
+        found = self.loaded["renderer"] = read_conversations(self.recipe.model.name, **options)
+        return found
 
     def model_stamp(self) -> Any:
         """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""

@@ -140,7 +140,9 @@ def run_and_show(
         run.restart()
     planned = None
     if not (run.path / "run.json").exists():
-        check_model(settings)
+        # Pairs that are not here are for the first stage to name.
+        if all(Path(name).exists() for name in (*settings.pairs, *settings.eval_pairs)):
+            check_model(settings)
         # What cannot fit is refused now, with the flag that would make it fit, not after hours.
         # Input that cannot be read is for the stages to name, in their order.
         with suppress(CoalaError):
