@@ -208,14 +208,16 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued(tokenizer: Any, befo
 def test_a_cut_prompt_keeps_the_token_that_opens_every_text(tokenizer: Any) -> None:
     first = "<|endoftext|>"
     assert tokenizer.convert_tokens_to_ids(first) in tokenizer.all_special_ids
-    for template, kept in ((first + CHATML, True), (CHATML, False)):
-        tokenizer.chat_template = template
+    # Some models call the mark of a turn their opening token; in front of half a turn it would open another.
+    for template, opens, kept in ((first + CHATML, None, True), (CHATML, None, False), (CHATML, "<|im_start|>", False)):
+        tokenizer.chat_template, tokenizer.bos_token = template, opens
         renderer = Renderer(tokenizer, "chat", stop_tokens=frozenset())
         whole = renderer.render(turns(("user", "a long story " * 30)), "yes", max_tokens=1 << 20)
         row = renderer.render(turns(("user", "a long story " * 30)), "yes", max_tokens=40)
         assert len(row.tokens) == 40
         assert (tokenizer.decode(row.tokens[:1]) == first) == kept
         assert row.tokens[1:] == whole.tokens[-39:]
+        assert len(renderer.opening) == kept
 
 
 def test_a_user_cannot_open_a_turn_and_a_stop_token_is_not_doubled(tokenizer: Any) -> None:

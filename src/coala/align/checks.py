@@ -1,6 +1,6 @@
 """What can be known to fail before any work is done: settings against the model, the machine and the files they name.
 
-Reads configurations, never weights or pairs, and writes nothing but a lock that goes again.
+Reads configurations and the headers of weights, never weights or pairs, and writes nothing but a lock that goes again.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def check_model(recipe: Recipe) -> None:
     """The same of what is read of the model, and of guidance; no weights are needed."""
     from coala.align.stages import guidance_of
     from coala.backbone import outline
-    from coala.backbone.adapters import find_adapter
-    from coala.backbone.placement import place
+    from coala.backbone.load import check_asked
+    from coala.permission import permitted
 
     settings = recipe.model
     guidance_of(recipe)
-    place(settings.device, settings.dtype, settings.quantise, None)
-    if settings.adapter is not None:
-        find_adapter(settings.adapter)
+    names = ("revision", "device", "dtype", "adapter", "quantise")
+    with permitted(code=settings.trust_remote_code):
+        check_asked(settings.name, **{name: getattr(settings, name) for name in names})
     if settings.trust_remote_code:
         return  # what its own code makes of it is known once that has run
     found = outline(settings.name, settings.revision)

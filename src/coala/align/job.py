@@ -65,10 +65,15 @@ class Work:
         """How the model writes conversations, without its weights."""
         if "backbone" in self.loaded:
             return self.backbone().renderer
+        if "renderer" in self.loaded:
+            kept: Renderer = self.loaded["renderer"]
+            return kept
         from coala.backbone.load import read_conversations
 
         names = ("revision", "template", "adapter", "trust_remote_code")
-        return read_conversations(self.recipe.model.name, **{n: getattr(self.recipe.model, n) for n in names})
+        options = {name: getattr(self.recipe.model, name) for name in names}
+        found = self.loaded["renderer"] = read_conversations(self.recipe.model.name, **options)
+        return found
 
     def model_stamp(self) -> Any:
         """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""
@@ -101,21 +106,6 @@ def open_backbone(recipe: Recipe, named_by: Path | None = None) -> LanguageModel
         return load_backbone(**options)
     except NotCached as error:
         raise CoalaError(f"{named_by}: {error}") from error
-
-
-def check_model(recipe: Recipe) -> None:
-    """Raise what loading the recipe's model would, as far as that is known before any work."""
-    from coala.backbone.load import check_asked
-    from coala.permission import permitted
-
-    model = recipe.model
-    names = ("revision", "device", "dtype", "adapter", "quantise")
-    with permitted(code=model.trust_remote_code):
-        check_asked(
-            model.name,
-            layer=None if model.layer == "auto" else model.layer,
-            **{name: getattr(model, name) for name in names},
-        )
 
 
 def loading(recipe: Recipe) -> dict[str, Any]:

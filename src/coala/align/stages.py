@@ -70,8 +70,11 @@ def _pairs(job: Work) -> None:
 
     def work() -> dict[str, Any]:
         job.show("pairs", 0, None)
-        renderer = job.renderer()
-        as_read: dict[str, Any] = {"refusal": renderer.refusal_of, "specials": renderer.specials}
+        # The tokenizer is read at the first pair, so that pairs that are not there are named first.
+        as_read: dict[str, Any] = {
+            "refusal": lambda pair: job.renderer().refusal_of(pair),
+            "specials": lambda text: job.renderer().specials(text),
+        }
         findings = [check(recipe.pairs, recipe.format, against=recipe.eval_pairs or None, **as_read)]
         if recipe.eval_pairs:
             findings.append(check(recipe.eval_pairs, recipe.format, **as_read))

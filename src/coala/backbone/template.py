@@ -198,9 +198,8 @@ class Renderer:
             for token in tokens:
                 name = str(self.tokenizer.convert_ids_to_tokens(token))
                 begins = token == self.tokenizer.bos_token_id and not found
-                if not begins and (
-                    token not in special or tokens.count(token) > 1 or len(turns) == 1 or _OF_A_TURN.search(name)
-                ):
+                once = token in special and tokens.count(token) == 1 and len(turns) > 1
+                if _OF_A_TURN.search(name) or not (begins or once):
                     break
                 found.append(token)
             return found

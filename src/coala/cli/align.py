@@ -133,7 +133,6 @@ def run_and_show(
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
     from coala.align import check_settings, evidence_notes, summary_rows
-    from coala.align.job import check_model
     from coala.align.plan import make_plan
     from coala.align.plan_lines import first_lines
     from coala.align.stages import guidance_of
@@ -145,7 +144,6 @@ def run_and_show(
     check_settings(settings, run, cache, restart=restart)
     planned = None
     if restart or not (run.path / "run.json").exists():
-        check_model(settings)
         # What cannot fit is refused now, with the flag that would make it fit, not after hours.
         # Input that cannot be read is for the stages to name, in their order.
         with suppress(CoalaError):

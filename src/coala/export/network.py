@@ -43,11 +43,19 @@ def rendering(backbone: LanguageModel, head: ConvexHead) -> dict[str, Any]:
     ends = [t for t in (tokenizer.eos_token_id, min(stops, default=None)) if t is not None]
     if head.spec.ends_with_eos and not ends:
         raise ExportError("The spec ends replies with a stop token, and this tokenizer has none.")
+    odd = [] if renderer.chat is None else renderer.chat.facts
+    if odd:
+        raise ExportError(
+            f"The chat template of {backbone.name} is written otherwise than transformers alone would "
+            f"({'; '.join(odd)[:120]}), so that an exported folder would read other texts than the head was fitted on. "
+            "Fix: score with it here (coala.export.RewardFunction), or fit the head with --template dialogue."
+        )
     openings = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
     return {
         "kind": renderer.kind,
         "before": list(renderer.before),
         "after": list(renderer.after),
+        "kept": list(renderer.opening),
         "opening": openings[0] if openings else None,
         "end": ends[0] if ends else None,
         "stop_tokens": sorted(stops),

@@ -193,7 +193,8 @@ class CoalaTokenizer(PreTrainedTokenizerFast):
         budget = limit - len(self._about["after"])
         if len(prompt) + len(reply) > budget:
             kept = max(min(len(prompt), max(limit // 4, 1)), budget - len(reply))
-            opening = self._about["before"][: max(kept - 1, 0)]
+            first = self._about.get("kept") or self._about["before"]
+            opening = first[: max(kept - 1, 0)] if prompt[: len(first)] == first else []
             prompt = [*opening, *prompt[len(prompt) - (kept - len(opening)) :]]
             reply = reply[: max(budget - len(prompt), 0)]
         return prompt, reply
