@@ -20,7 +20,7 @@ no interval is known.
                     seconds, gflops      whole run
     data_findings   [{severity: "error" | "warning" | "note", text}]
     head            {certificate: {...}, n_neurons, gate_on, temperature, least_slope, spec: {...}}; the certificate has
-                    the fields of :class:`coala.values.Certificate` and relative_gap; of its facts these are put into words:
+                    the fields of :class:`coala.values.Certificate` and relative_gap; these facts are put into words:
                     method, separable, gates_estimate {largest_violation, starts}, cv {signal_found},
                     phase_one {relative_gap}; all are listed
     curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}: mean margins divided by their
