@@ -483,6 +483,11 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
             {"head": {"n_neurons": 0, "certificate": {"facts": {"cv": {"signal_found": False}}}}},
             "found no signal: on held-out",
         ),
+        ({"head": {"least_slope": 0.0}, "settings": {"guidance": {"rule": "calibrated"}}}, "leaves the text as it is"),
+        (
+            {"head": {"least_slope": 0.0}, "settings": {"guidance": {"rule": "min-max"}}},
+            "at full strength all the same",
+        ),
         ({"head": {"n_neurons": 3, "certificate": {"facts": {"separable": True}}}}, "keeps its scores finite"),
         ({"path": [{"beta_rel": b, "cv_nll": 0.7 - b / 10, "n_neurons": 0} for b in (0.1, 0.6)]}, "no signal"),
         ({"path": [{"beta_rel": b, "cv_nll": 0.6 + b / 10, "n_neurons": 4} for b in (0.1, 0.6)]}, "longer path"),

@@ -19,10 +19,14 @@ OWN = "the model's generation_config"
 
 @dataclass(frozen=True)
 class Opened:
-    """A finished run's model and head, and how they reply: what the flags, the run and the model itself come to."""
+    """A finished run's model and head, and how they reply: what the flags, the run and the model itself come to.
+
+    ``chosen`` is the guidance that was asked for, ``guidance`` what it is at this temperature.
+    """
 
     backbone: LanguageModel
     head: ConvexHead
+    chosen: Guidance
     guidance: Guidance
     temperature: float
 
@@ -49,7 +53,7 @@ def opened(run: Path, sampling: Mapping[str, float | None], mode: str | None, **
     temperature = chosen["temperature"][0]
     for note in evidence_notes(run, head, changed):
         say(f"note: {note}")
-    return Opened(backbone, head, changed if mode else cooled(changed, temperature), temperature)
+    return Opened(backbone, head, changed, changed if mode else cooled(changed, temperature), temperature)
 
 
 def cooled(guidance: Guidance, temperature: float) -> Guidance:

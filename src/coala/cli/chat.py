@@ -70,11 +70,11 @@ def chat(
     talk = _Talk(
         found.backbone,
         found.head,
-        found.guidance,
+        found.chosen,
         max_new_tokens,
         found.temperature,
         seed,
-        guided=found.guidance.mode != "none",
+        guided=found.chosen.mode != "none",
         system=system,
         cut=cut,
     )
@@ -107,7 +107,7 @@ class _Talk:
 
     backbone: LanguageModel
     head: ConvexHead
-    guidance: Guidance
+    chosen: Guidance
     max_new_tokens: int
     temperature: float
     seed: int
@@ -118,6 +118,11 @@ class _Talk:
     interrupted: bool = False
     replies: int = 0
     turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def guidance(self) -> Guidance:
+        """What was chosen, as it is at this temperature."""
+        return self.chosen.at(self.temperature)
 
     def obey(self, line: str) -> None:
         """A command; one that is not known or does not fit is told so and changes nothing."""
@@ -133,10 +138,10 @@ class _Talk:
                 if value not in ("on", "off"):
                     raise CoalaError(f"found {value!r}; expected on or off.")
                 self.guided = value == "on"
-                if self.guided and self.guidance.mode == "none":
-                    self.guidance = replace(self.guidance, mode="token")
+                if self.guided and self.chosen.mode == "none":
+                    self.chosen = self.chosen.changed(mode="token")
             elif command == "strength":
-                self.guidance = self.guidance.changed(strength=_number(value))
+                self.chosen = self.chosen.changed(strength=_number(value))
                 if not self.guided:
                     say(f"strength is {self.guidance.strength:g}; replies stay plain until /guide on")
                 else:
@@ -170,7 +175,7 @@ class _Talk:
         if not 0 <= temperature < math.inf:
             raise CoalaError(f"temperature is {temperature}; expected a finite number of at least 0 (0 is greedy).")
         self.temperature = temperature
-        self.guidance = cooled(self.guidance, temperature)
+        cooled(self.chosen, temperature)
         say(f"temperature is {temperature:g}")
 
     def retry(self) -> None:

@@ -21,8 +21,7 @@ no interval is known.
     data_findings   [{severity: "error" | "warning" | "note", text}]
     reads           [str], how the model reads a conversation: template, layer, pooling, oddities, one example
     head            {certificate: {...}, n_neurons, gate_on, temperature, least_slope, spec: {...}}; the certificate has
-                    the fields of :class:`coala.values.Certificate` and relative_gap; of its facts these are put into
-                    words:
+                    the fields of :class:`coala.values.Certificate` and relative_gap; these facts are put into words:
                     method, separable, gates_estimate {largest_violation, starts}, cv {signal_found},
                     phase_one {relative_gap}; all are listed
     curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}: mean margins divided by their
