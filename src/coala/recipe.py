@@ -156,8 +156,8 @@ class Recipe(_Strict):
             return str(Path(name).resolve()) if Path(name).exists() else name
 
         def judge(named: str) -> str:
-            kind, colon, rest = named.partition(":")
-            return f"{kind}:{absolute(rest)}" if colon and kind in ("head", "words") else absolute(named)
+            kind, _, rest = named.partition(":")
+            return f"{kind}:{absolute(rest)}" if rest and kind in ("head", "words") else absolute(named)
 
         judges = {k: judge(v) for k in ("judge", "labeller") if (v := getattr(self.evaluation, k)) is not None}
         return self.model_copy(

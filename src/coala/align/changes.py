@@ -43,11 +43,11 @@ def adopt(recipe: Recipe, run: Run) -> list[str]:
     undone: set[str] = set()
     refused = {}
     for name, sides in differing.items():
-        parts = _undone(name)
-        if parts is None:
+        decided = _undone(name)
+        if decided is None:
             refused[name] = sides
         else:
-            undone |= set(parts)
+            undone |= set(decided)
     if refused:
         raise run.refusal(refused)
     read = [(one.prompt_features, one.log_ratios) for one in (before, recipe)]

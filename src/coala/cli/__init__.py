@@ -53,7 +53,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            cause = error.__cause__
+            cause: Any = error.__cause__
             if hasattr(error, "message") and hasattr(cause, "errors"):
                 from coala.messages import joined, sentences
 

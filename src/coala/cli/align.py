@@ -22,7 +22,7 @@ def align(
         "runs/run"
     ),
     eval_pairs: Annotated[
-        list[str] | None, typer.Option("--eval", help="Held-out pairs; without it whole groups of PAIRS are held out.")
+        list[str] | None, typer.Option("--eval", help="Held-out pairs (default: whole groups of PAIRS are held out).")
     ] = None,
     format: Annotated[str | None, typer.Option(help="Format of the pairs; recognised if not given.")] = None,
     skip_bad: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -76,9 +76,7 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
                 batch_tokens=work.model.batch_tokens,
                 store=shards,
                 plan=plan,
-                on_batch=lambda done, total, n, part=part, most=plan.facts["tokens"]: work.show(
-                    f"features of {part}", n, most, f"{done:,} of {total:,} pairs"
-                ),
+                on_batch=_told(work, part, plan.facts["tokens"]),
             )
             save_features(work.folder / part, features)
             shards.discard()
@@ -91,6 +89,15 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
         if part == "train":
             facts = {"spec": asdict(spec), "n_layers": backbone.n_layers, **plan.facts}
     return {**facts, "layers": layers}
+
+
+def _told(work: Work, part: str, most: int) -> Callable[[int, int, int], None]:
+    """Tells how far the extraction of a part is, by tokens: long rows come first."""
+
+    def tell(done: int, total: int, tokens: int) -> None:
+        work.show(f"features of {part}", tokens, most, f"{done:,} of {total:,} pairs")
+
+    return tell
 
 
 def _chosen_layer(work: Work, method: Method, backbone: LanguageModel) -> tuple[LayerChoice, int]:

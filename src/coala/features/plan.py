@@ -1,4 +1,4 @@
-"""What an extraction will read: the distinct rows, which of them share their beginning, and who is read beside whom.
+"""What an extraction will read: the distinct rows, which rows share a prefix, and how rows are batched.
 
 Knows tokens and counts; nothing of models beyond how they render a row and whether its beginning can be shared.
 """

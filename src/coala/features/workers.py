@@ -100,7 +100,7 @@ def workers(
 @contextmanager
 def _deaf() -> Iterator[None]:
     """Processes started now hear no Ctrl-C, which reaches all of a terminal: the one that asked ends the others."""
-    # Started later it would open this thread's ears again.
+    # Starting it later would unblock SIGINT in this thread.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -117,7 +117,7 @@ def _help(job: Job, threads: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """A process that was killed ends nobody: what still ran would begin anew where its heir has already finished."""
+    """SIGKILL leaves children running: exit with the parent, so that a restarted run does not race with them."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -40,13 +40,14 @@ class NamedJudge:
 
 def named_judge(text: str) -> NamedJudge | None:
     """``head:RUN``, ``rule:...``, ``words:FILE`` or ``replay:FILE``; None for what has none of these forms."""
-    kind, colon, rest = text.partition(":")
-    if not colon or kind not in KINDS:
+    named, colon, rest = text.partition(":")
+    kind = next((one for one in KINDS if colon and one == named), None)
+    if kind is None:
         return None
     if not rest:
         example = {"head": "head:runs/mine", "rule": f"rule:{next(iter(RULES))}", "replay": "replay:judgements.jsonl"}
         raise CoalaError(f"--judge {text}: names none; expected one such as {example.get(kind, 'words:judge.json')}.")
-    return NamedJudge(kind, rest)  # type: ignore[arg-type]  checked above
+    return NamedJudge(kind, rest)
 
 
 def local_judge(text: str) -> NamedJudge:
