@@ -355,8 +355,9 @@ def turns(prompt: Prompt, what: str = "a prompt") -> tuple[Turn, ...]:
             f"Found one message as {what}; expected a conversation. Fix: put the messages of each prompt in a list, "
             'as in [[{"role": "user", "content": "..."}]].'
         )
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise CoalaError(f"Found a {_kind(prompt)} as {what}; expected a text, or a list of turns or messages.")
+    given: Any = prompt  # callers have no types to keep them
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise CoalaError(f"Found a {_kind(given)} as {what}; expected a text, or a list of turns or messages.")
     return tuple(turn if isinstance(turn, Turn) else _turn(turn, what) for turn in prompt)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,11 @@ def sampled(given: Mapping[str, float | None], recipe: Recipe, model: Any) -> di
     own = {"temperature": recipe.evaluation.temperature, **recipe.guidance.model_dump()}
     config = getattr(model, "generation_config", None)
     suggested = {} if config is None else config.to_diff_dict()
-    fits = {"temperature": lambda x: x >= 0, "top_p": lambda x: 0 < x <= 1, "top_k": lambda x: x >= 0}
+    fits: dict[str, Callable[[float], bool]] = {
+        "temperature": lambda x: x >= 0,
+        "top_p": lambda x: 0 < x <= 1,
+        "top_k": lambda x: x >= 0,
+    }
     found: dict[str, tuple[float, str]] = {}
     for name, fit in fits.items():
         flag, hint = given.get(name), suggested.get(name)

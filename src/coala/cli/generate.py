@@ -50,7 +50,7 @@ def generate(
     from coala.cli.answering import conversation, opened, room
     from coala.cli.screen import emit, say, side_by_side
     from coala.decoding import generate as generate_replies
-    from coala.values import CoalaError, Turn
+    from coala.values import CoalaError, Generation, Turn
 
     texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts or not all(text.strip() for text in texts):
@@ -68,7 +68,7 @@ def generate(
     streams = len(texts) == 1 and not compare
     replies = {}
     for name, guidance in rules.items():
-        made = {}
+        made: dict[int, Generation] = {}
         for length in set(lengths):  # one, unless the context is nearly full
             some = [i for i, own in enumerate(lengths) if own == length]
             several = generate_replies(

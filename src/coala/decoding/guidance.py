@@ -81,7 +81,8 @@ class Guidance:
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
         _one_of("rule", self.rule, get_args(Rule))
-        if self.strength is None:
+        given: Any = self.strength
+        if given is None:
             object.__setattr__(self, "strength", usual_strength(self.mode, self.rule))
         _number("strength", self.strength, "a finite number of at least 0", lambda x: math.isfinite(x) and x >= 0)
         if self.every is not None:
