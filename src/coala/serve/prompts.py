@@ -42,7 +42,7 @@ def rendered(
         read, most = row.tokens, head.spec.max_tokens
         if head.needs_prompt and length > most:
             cut = backbone.raw(prompt, max_tokens=most) if isinstance(prompt, str) else None
-            read = (cut or backbone.render(prompt, max_tokens=most)).tokens  # type: ignore[arg-type]
+            read = (cut or backbone.render(prompt, max_tokens=most)).tokens
         found.append(Rendered(row.tokens, read, raw))
         yield
     return found
