@@ -39,11 +39,8 @@ def test_every_benchmark_is_here() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    # Decoding puts memories of its own into the model: what it relies on may change unnoticed.
-    "name",
-    [name if name == "decoding" else pytest.param(name, marks=pytest.mark.nightly) for name in SMALL],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_runs(name: str, shared: Path, tmp_path: Path) -> None:
     data = shared / "data"
     words = SMALL[name].format(tmp=tmp_path, data=data, stories=data / "models" / "stories260K-hf").split()

@@ -17,8 +17,8 @@ import pytest
 pytest.importorskip("trl", reason="a comparison trains its baselines with the extra baselines")
 
 from coala.compare import cells, content_of, run, statuses, summary_rows, write_report
-from coala.compare.cell import read
-from coala.compare.matrix import says_peak
+from coala.compare.cell import carry_out, read
+from coala.compare.matrix import Cell, says_peak
 from coala.compare.processes import Processes
 from coala.compare.study import Study, study_of
 from coala.store import save_pairs
@@ -95,7 +95,22 @@ def small_study(made: Path, **change: Any) -> Study:
 
 @pytest.fixture(scope="module")
 def small(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small study, its cells carried out in this process: each of its own would load its libraries anew."""
     out = tmp_path_factory.mktemp("out") / "small"
+
+    def here(self: Processes, cell: Cell, *_: Any, **__: Any) -> tuple[int, bool]:
+        return carry_out(out, cell.id), False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Processes, "carry_out", here)
+        run(small_study(made), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def apart(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small study, every cell in a process as in use."""
+    out = tmp_path_factory.mktemp("out") / "apart"
     run(small_study(made), out)
     return out
 
@@ -181,7 +196,6 @@ def test_costs_are_counted_and_add_up(made: Path, small: Path) -> None:
     assert linear["of"]["dpo (full)"]["flops"] == linear["counter"]["run"] / dpo["counter"]["run"]
     assert dpo["of"]["dpo (full)"]["flops"] == 1
     assert dpo["measured"]["seconds"]["mean"] > 0
-    assert dpo["measured"]["peak_bytes"]["host"] > dpo["measured"]["own_bytes"]["host"] > 0
 
 
 def test_no_test_pair_decides_a_rate(made: Path, small: Path) -> None:
@@ -195,7 +209,7 @@ def test_no_test_pair_decides_a_rate(made: Path, small: Path) -> None:
     assert found["result"]["rate"] == best["rate"]
 
 
-def test_a_fork_that_dies_says_why_and_the_next_one_works(made: Path, small: Path) -> None:
+def test_a_fork_that_dies_says_why_and_processes_work_after_it(made: Path, small: Path) -> None:
     given = small_study(made)
     base = next(cell for cell in cells(given) if cell.kind == "base")
     gone = replace(base, id="gone")
@@ -203,19 +217,25 @@ def test_a_fork_that_dies_says_why_and_the_next_one_works(made: Path, small: Pat
         assert processes.carry_out(gone) == (2, False)
         assert "StopIteration" in (small / "cells/gone/stderr.json").read_text()
         assert processes.carry_out(base) == (0, False)
+        peak = next(cell for cell in cells(given) if says_peak(given, cell))
+        assert processes.carry_out(peak) == (0, False)
     assert not (small / "cells" / base.id / "stderr.json").exists()
     shutil.rmtree(small / "cells/gone")
 
 
-def test_peaks_are_those_of_processes_that_share_nothing(made: Path, small: Path) -> None:
+@pytest.mark.nightly
+def test_peaks_are_those_of_processes_that_share_nothing(made: Path, small: Path, apart: Path) -> None:
     given = small_study(made)
-    told = {cell.id: (read(small / "cells" / cell.id) or {})["costs"] for cell in cells(given)}
+    assert decided(content_of(given, apart)) == decided(content_of(given, small))
+    told = {cell.id: (read(apart / "cells" / cell.id) or {})["costs"] for cell in cells(given)}
     for cell in cells(given):
         peaks = [
             part["measured"].get("peak_bytes") for part in told[cell.id].values() if "peak_bytes" in part["measured"]
         ]
         assert all(bool(peak) == says_peak(given, cell) for peak in peaks), cell.id
     assert any(not says_peak(given, cell) and told[cell.id] for cell in cells(given))
+    rows = {row["label"]: row["costs"]["measured"] for row in content_of(given, apart)["places"][0]["methods"]}
+    assert rows["dpo (full)"]["peak_bytes"]["host"] > rows["dpo (full)"]["own_bytes"]["host"] > 0
 
 
 @pytest.mark.nightly

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from coala.cache import VerdictCache
 from coala.cli import comal
 from coala.cli.comal_inputs import examples_of, kind_of_run, start_of
 from coala.cli.comal_oracles import oracle_of
@@ -190,24 +191,40 @@ main()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "stages",
-    [
-        ("judge",),  # test_nash_llm.py ends the others in this process
-        pytest.param(("sample", "judge", "score", "train", "save", "export"), marks=pytest.mark.nightly),
-    ],
-    ids=["one", "all"],
-)
-def test_a_run_killed_in_every_stage_ends_with_the_same_pairs_and_weights(
-    place: Path, whole: Any, stages: tuple[str, ...], tmp_path: Path
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing catches it."""
+
+
+def test_a_run_ended_while_judging_asks_again_for_what_was_not_kept(
+    place: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference, out = whole[0], tmp_path / "killed" / "run"
-    log = place / "judge.log"
+    """test_nash_llm.py ends the other stages."""
+    out, log, kept_early = tmp_path / "killed" / "run", place / "judge.log", 5
+    log.unlink(missing_ok=True)
+    own, calls = VerdictCache.put, []
+
+    def put(self: VerdictCache, key: str, answer: str) -> None:
+        calls.append(key)
+        if len(calls) > kept_early:
+            raise Killed
+        own(self, key, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VerdictCache, "put", put)
+        with pytest.raises(Killed):
+            run(*arguments(place, out))
+    ends_as_the_whole(place, whole[0], out, len(log.read_text().splitlines()) - kept_early)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_run_killed_in_every_stage_ends_with_the_same_pairs_and_weights(
+    place: Path, whole: Any, tmp_path: Path
+) -> None:
+    out, log, kept_early = tmp_path / "killed" / "run", place / "judge.log", 5
     log.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    kept_early = 5
-    for stage in stages:
+    for stage in ("sample", "judge", "score", "train", "save", "export"):
         ended = subprocess.run(
             [sys.executable, "-c", KILLED, stage, *arguments(place, out)],
             env=environment,
@@ -219,6 +236,11 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_pairs_and_weights(
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         if stage == "judge":
             in_flight = len(log.read_text().splitlines()) - kept_early
+    ends_as_the_whole(place, whole[0], out, in_flight)
+
+
+def ends_as_the_whole(place: Path, reference: Path, out: Path, in_flight: int) -> None:
+    """Carries the run in ``out`` to its end: the same bytes, and no verdict asked for again that was kept."""
     _, found = run(*arguments(place, out))
     for file in sorted(reference.rglob("*.jsonl")):
         assert file.read_bytes() == (out / file.relative_to(reference)).read_bytes(), file
@@ -227,7 +249,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_pairs_and_weights(
     assert (reference / "model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
     assert load_json(out / "report.json")["steps"] == load_json(reference / "report.json")["steps"]
     # What was kept before the kill is not asked for again; what was not, once more.
-    times = Counter(log.read_text().splitlines())
+    times = Counter((place / "judge.log").read_text().splitlines())
     assert sum(count - 1 for count in times.values()) == in_flight
     assert max(times.values()) <= 2
     assert found["run"] == str(out)
