@@ -102,7 +102,8 @@ def insistent(show: OnProgress) -> Iterator[OnProgress]:
     Python drops exceptions of finalisers and of callbacks of its garbage collector, KeyboardInterrupt among them: who
     presses Ctrl-C at such a moment would be ignored.
     """
-    if threading.current_thread() is not threading.main_thread():
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield show
         return
     pressed = False
@@ -117,11 +118,11 @@ def insistent(show: OnProgress) -> Iterator[OnProgress]:
             raise KeyboardInterrupt
         show(stage, done, total, note)
 
-    before = signal.signal(signal.SIGINT, press)
+    signal.signal(signal.SIGINT, press)
     try:
         yield showing
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def progress_lines(write_line: Callable[[str], None], clock: Callable[[], float] = monotonic) -> OnProgress:
