@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from coala.align import load_run
 from coala.cli import app as cli
 from coala.cli.chat import COMMANDS, _Talk
+from coala.cli.terminal import visible
 from coala.decoding import generate
 from coala.export.rewards import score_replies
 from coala.values import Turn, user
@@ -49,7 +50,7 @@ def test_replies_strength_and_conversation(served_run: Path, parts: Any) -> None
     third = generate([user("hello")], backbone, head, plain, max_new_tokens=8, seed=2)[0].text
     turns = [Turn("user", "hello"), Turn("assistant", third), Turn("user", "hello")]
     fourth = generate([turns], backbone, head, plain, max_new_tokens=8, seed=3)[0].text
-    assert "\n".join(out).startswith("\n".join((first, second, third, fourth)))
+    assert "\n".join(out).startswith(visible("\n".join((first, second, third, fourth))))
     assert json.loads(out[-2]) == {"replies": 4}
     assert "could not" not in err
 
@@ -67,7 +68,7 @@ def test_compare_shows_both_and_goes_on_with_the_guided_one(served_run: Path, pa
     assert out[0].split(" | ") == [f"{'unguided':<48}", "guided"]
     for column, text in enumerate(both):
         shown = "".join(line.split(" | ")[column] for line in out[2:] if " | " in line)
-        assert re.sub(r"\s", "", shown) == re.sub(r"\s", "", text)
+        assert re.sub(r"\s", "", shown) == re.sub(r"\s", "", visible(text))
     wanted = float(score_replies([user("hello")], [both[1]], head, backbone)[0])
     (told,) = (line for line in out if line.startswith("score "))
     assert float(told.split()[1]) == pytest.approx(wanted, abs=2e-4)
@@ -116,9 +117,8 @@ def test_commands_that_do_not_fit_are_told_and_change_nothing(
     out, err = talk(served_run, line, "hello")
     backbone, head, guidance = parts
     assert said in err
-    assert "\n".join(out).startswith(
-        generate([user("hello")], backbone, head, guidance, max_new_tokens=8, seed=0)[0].text
-    )
+    reply = generate([user("hello")], backbone, head, guidance, max_new_tokens=8, seed=0)[0].text
+    assert "\n".join(out).startswith(visible(reply))
     assert json.loads(out[-2]) == {"replies": 1}
 
 
@@ -133,7 +133,7 @@ def test_system_temperature_and_another_try(served_run: Path, parts: Any) -> Non
     )
     asked = [Turn("system", "be kind"), said[1], Turn("assistant", second), Turn("user", "and then")]
     third = generate([asked], backbone, head, guidance, max_new_tokens=8, seed=2, temperature=0.0)[0].text
-    assert "\n".join(out).startswith("\n".join((first, second, third)))
+    assert "\n".join(out).startswith(visible("\n".join((first, second, third))))
     for told in (
         "sampling: temperature 0.5 (as asked), top-p 0.9 (default)",
         "system prompt set",

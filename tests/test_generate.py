@@ -18,6 +18,7 @@ from coala.align import evidence_notes, load_run
 from coala.cli import app as cli
 from coala.cli import screen
 from coala.cli.answering import room, sampled
+from coala.cli.terminal import visible
 from coala.decoding import Guidance, generate
 from coala.recipe import load_recipe
 from coala.store import Run, load_generations, save_features, save_generations
@@ -45,7 +46,7 @@ def test_several_prompts_are_shown_with_their_replies(served_run: Path, parts: A
     rule = replace(guidance, top_k=7, top_p=0.5)
     wanted = [reply.text for reply in generate(prompts, backbone, head, rule, max_new_tokens=6, seed=0)]
     assert [reply["text"] for reply in found["guided"]] == wanted
-    assert out.startswith(f"> hello\n\n{wanted[0]}\n\n> a film\n\n{wanted[1]}\n")
+    assert out.startswith(visible(f"> hello\n\n{wanted[0]}\n\n> a film\n\n{wanted[1]}\n"))
     assert "sampling: temperature 1 (default), top-p 0.5 (as asked), top-k 7 (as asked)" in err
     assert "never calibrated" in err
 

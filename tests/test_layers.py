@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "backbone": ({"costs"}, {"torch", "transformers"}),
     "convex": (set(), {"jax"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
-    "decoding": ({"backbone"}, {"torch"}),
+    "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
     "evaluation": ({"data"}, {"scipy"}),
     "baselines": ({"store", "costs", "backbone"}, {"torch"}),
     "nash": ({"store", "costs", "backbone", "decoding", "evaluation", "baselines"}, {"scipy"}),
@@ -92,6 +93,11 @@ def files() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def part_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
@@ -114,7 +120,7 @@ def test_imports_point_down(path: Path) -> None:
         return  # the lazy public surface names everything
     assert part in ALLOWED, f"{part} has no row in the layer table"
     below = ALLOWED[part][0] | (set() if part == "values" else GROUND)
-    for name in imports(ast.parse(path.read_text())):
+    for name in imports(parsed(path)):
         words = name.split(".")
         if words[0] == "coala":
             assert len(words) > 1, "import the module, not the package"
@@ -129,7 +135,7 @@ def test_imports_point_down(path: Path) -> None:
 def test_heavy_libraries_stay_inside_functions(path: Path) -> None:
     part = part_of(path)
     heavy = set() if part == "__init__" else ALLOWED[part][1]
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     top_level = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     for name in imports(ast.Module(body=list(top_level), type_ignores=[])):
         root = name.split(".")[0]
@@ -140,7 +146,7 @@ def test_heavy_libraries_stay_inside_functions(path: Path) -> None:
 def test_only_the_cli_reads_the_environment_or_prints(path: Path) -> None:
     if part_of(path) == "cli":
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"line {node.lineno} prints"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
@@ -151,6 +157,6 @@ def test_only_store_writes_files() -> None:
     for path in files():
         if part_of(path) in {"store", "cli"}:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in {"write_text", "write_bytes", "mkdir", "unlink"}, f"{path.name}:{node.lineno}"

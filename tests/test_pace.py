@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import signal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coala.cli.pace import LEAST_SECONDS, LEAST_SHARE, Pace, lasting
-from coala.cli.screen import EVERY, progress_lines
+from coala.cli.screen import EVERY, insistent, progress_lines
 
 
 class Clock:
@@ -97,3 +99,22 @@ def test_lines_come_at_the_start_at_the_end_and_now_and_then() -> None:
     assert "about 1 min 35 s left" in lines[1]
     assert lines[-1].split()[:2] == ["stage", "100%"]
     assert not any(re.search(r"\b0 s left", line) for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_a_finaliser_swallows_comes_at_the_next_report() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    told: list[float] = []
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), insistent(lambda _, done, *rest: told.append(done)) as show:  # noqa: PT012
+        show("stage", 0, 9)
+        Finalised()
+        gc.collect()
+        told.append(1)  # nobody was interrupted
+        show("stage", 2, 9)
+    assert told == [0, 1]
+    assert signal.getsignal(signal.SIGINT) is before

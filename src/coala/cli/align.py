@@ -136,7 +136,7 @@ def run_and_show(
     from coala.align.plan import make_plan
     from coala.align.plan_lines import first_lines
     from coala.align.stages import guidance_of
-    from coala.cli.screen import emit, progress, say, side_by_side, table
+    from coala.cli.screen import emit, insistent, progress, say, side_by_side, table
     from coala.store import Run, load_head
     from coala.values import CoalaError
 
@@ -154,7 +154,7 @@ def run_and_show(
             planned.require(certain=True)
     if restart:
         run.restart()
-    with progress() as show:
+    with progress() as shown, insistent(shown) as show:
         content = run_align(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
     table(summary_rows(content))
     for note in evidence_notes(run.path, load_head(run.path / "head"), guidance_of(settings)):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coala.choices import Mode, Rule
 from coala.cli.options import Download, TrustCode
-from coala.cli.terminal import write
+from coala.cli.terminal import styled, write
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -40,11 +41,9 @@ HEAT = ((124, 231), (173, 16), (223, 16), (255, 16), (153, 16), (74, 16), (25, 2
 def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    mode: Annotated[str | None, typer.Option(help="block, token, prefix, shift, best_of, beam or none.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="How the head guides decoding.")] = None,
     strength: Annotated[float | None, typer.Option(help="Guidance strength; 0 is unguided.")] = None,
-    rule: Annotated[
-        str | None, typer.Option(help="How scores count: calibrated (by their evidence), min-max, raw or z-score.")
-    ] = None,
+    rule: Annotated[Rule | None, typer.Option(help="How scores count; calibrated: by their evidence.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy; the recipe's or the model's own if not given.")
@@ -266,7 +265,7 @@ class _Talk:
             return
         low, high = min(found.scores), max(found.scores)
         if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-            write("".join(map(_heat, found.pieces, _shares(found.scores))))
+            styled("".join(map(_heat, found.pieces, _shares(found.scores))))
         else:
             write(" ".join(f"{score:.2f}" for score in found.scores))
         write(f"after each token: {low:.4f} to {high:.4f}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from coala.choices import Mode, Rule
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
 
@@ -17,11 +18,9 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; none: one per stdin line.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt, before every prompt.")] = None,
-    mode: Annotated[str | None, typer.Option(help="block, token, prefix, shift, best_of, beam or none.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="How the head guides decoding.")] = None,
     strength: Annotated[float | None, typer.Option(help="Guidance strength; 0 is unguided.")] = None,
-    rule: Annotated[
-        str | None, typer.Option(help="How scores count: calibrated (by their evidence), min-max, raw or z-score.")
-    ] = None,
+    rule: Annotated[Rule | None, typer.Option(help="How scores count; calibrated: by their evidence.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Candidates per guided step.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[

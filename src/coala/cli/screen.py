@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from time import monotonic
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from coala.cli.terminal import json_text, visible, write
@@ -90,6 +93,36 @@ def progress() -> Iterator[OnProgress]:
             bars.update(tasks[stage], completed=done, total=total, note=visible(note))
 
         yield show
+
+
+@contextmanager
+def insistent(show: OnProgress) -> Iterator[OnProgress]:
+    """``show``, which raises a Ctrl-C again that was lost.
+
+    Python drops exceptions of finalisers and of callbacks of its garbage collector, KeyboardInterrupt among them: who
+    presses Ctrl-C at such a moment would be ignored.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield show
+        return
+    pressed = False
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def showing(stage: str, done: float, total: float | None, note: str = "") -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        show(stage, done, total, note)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield showing
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def progress_lines(write_line: Callable[[str], None], clock: Callable[[], float] = monotonic) -> OnProgress:
