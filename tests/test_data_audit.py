@@ -93,7 +93,7 @@ def test_features_are_judged_beside_the_cues() -> None:
     assert result.features_gain is not None
     assert result.features_gain.low > 0.3
     assert "see more than the best cue" in result.verdicts[-1]
-    with pytest.raises(DataError, match=r"features of shape \(299, 6\) for 300 pairs; a row per pair"):
+    with pytest.raises(DataError, match=r"features of shape \(299, 6\) for 300 pairs, expected a row per pair"):
         audit(pairs, seed=0, features=features[1:])
     with pytest.raises(DataError, match="1 pairs in 1 group, expected at least two groups"):
         audit(pairs[:1], seed=0)
@@ -238,7 +238,7 @@ def test_what_is_balanced_says_nothing_any_more(cue: str) -> None:
 def test_pairs_that_are_nothing_but_the_cue_cannot_be_balanced() -> None:
     with pytest.raises(DataError, match="0 of 200 pairs are left once surface is taken out"):
         balance(talk(200, " ?"), "surface", seed=0)
-    with pytest.raises(DataError, match="'lenght'; one of length, position words"):
+    with pytest.raises(DataError, match="'lenght', expected one of length, position words"):
         balance(talk(20), "lenght", seed=0)
 
 

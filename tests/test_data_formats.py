@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from coala.data import READERS, DataError, check, read_pairs, source_digest
 from coala.data.doctor import gather
 from coala.data.turns import INVISIBLE
+from coala.data.unread import is_empty
 from coala.store import load_pairs, save_pairs
 from coala.values import Pair, Turn, user
 
@@ -279,10 +280,10 @@ ALIASES = [("question", "better", "worse"), ("query", "preferred", "dispreferred
 
 @pytest.mark.parametrize("columns", ALIASES, ids="/".join)
 @SETTINGS
-@given(asked=texts, ab=two(texts), system=st.one_of(st.none(), texts))
+@given(asked=texts, ab=two(texts), system=st.one_of(st.sampled_from([None, "", "None", "null"]), texts))
 def test_other_column_names(read_back: Any, columns: Any, asked: str, ab: Any, system: str | None) -> None:
     row = {**dict(zip(columns, (asked, *ab), strict=True)), "system": system}
-    turns = ((Turn("system", system),) if system else ()) + user(asked)
+    turns = (() if system is None or is_empty(system) else (Turn("system", system),)) + user(asked)
     assert read_back([row], "columns") == [make(turns, *ab)]
 
 

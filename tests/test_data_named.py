@@ -382,7 +382,7 @@ def test_wide_encodings_without_a_mark_are_named(tmp_path: Path, encoding: str, 
 
 
 def test_nested_columns_of_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     from pyarrow import parquet
 
     columns = {"role": ["user", "assistant"], "content": ["Q", "Good"]}
@@ -406,7 +406,7 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name
 
 
 def test_a_parquet_file_that_repeats_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     from pyarrow import parquet
 
     monkeypatch.setattr(records, "FREE_BYTES", 2**20)

@@ -102,7 +102,12 @@ def _is_rows(value: Any) -> bool:
 
 def _parts(value: dict[str, Any]) -> dict[str, Any]:
     """The fields that hold rows, if this is a container of them and no row itself."""
-    parts = {key: held for key, held in value.items() if _is_rows(held) and key not in _OF_A_ROW}
+    # What a row's own field holds is rows only if these look like rows themselves.
+    parts = {
+        key: held
+        for key, held in value.items()
+        if _is_rows(held) and key not in _OF_A_ROW and (key not in FIELDS or _has_fields(held))
+    }
     if set(parts) >= {"features", "rows"}:  # how the hub's server describes columns
         del parts["features"]
     if parts and FIELDS & (set(value) - set(parts)):
