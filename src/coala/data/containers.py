@@ -206,7 +206,10 @@ def _from_lists(value: dict[str, list[Any]]) -> list[Any] | None:
     held = list(value.values())
     if all(_are_messages(one) for one in held) or not FIELDS & set(value):
         return None  # a lone row of messages, or splits
-    if len(value) == 1 and all(isinstance(one, dict) for one in held[0]):
+    if len(value) == 1 and (
+        all(isinstance(one, dict) for one in held[0])
+        or (set(value) <= _OF_A_ROW and not all(isinstance(one, list) for one in held[0]))
+    ):
         return None
     sizes = {key: len(one) for key, one in value.items()}
     if len(set(sizes.values())) != 1:
