@@ -55,7 +55,9 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 2.0, float("nan")])
 def test_a_fraction_that_leaves_a_side_empty(fraction: float) -> None:
-    with pytest.raises(DataError, match=f"found eval_fraction is {fraction}, expected more than 0 and less than 1. Fix: give e.g. 0.1"):
+    with pytest.raises(
+        DataError, match=f"eval_fraction is {fraction}, expected more than 0 and less than 1. Fix: give"
+    ):
         split(pairs_of(["a", "b"]), fraction, seed=0)
 
 

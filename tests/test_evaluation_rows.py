@@ -19,7 +19,7 @@ from coala.values import CoalaError
 from tests.evaluation_helpers import write_lines
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 CALIBRATION = length_control.Calibration(np.array([1.0, -2]), np.array([0.0, 1]), np.zeros(2), np.array([0.2, 0.7]))
