@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 import os
 import platform
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,6 +51,10 @@ with suppress(ImportError):
 
     for _part in ("connect", "read", "write", "pool"):
         setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE)
+
+# A shell makes what it puts into the background, and all that this starts, deaf to Ctrl-C; tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = REPOSITORY.parent / "shared"
 # Begun first, so that no process is left alone with one of them at the end.

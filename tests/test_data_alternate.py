@@ -132,6 +132,9 @@ def test_the_published_counts_follow_from_three_and_four_replies(tmp_path: Path)
     n4 = n_pairs - 2 * n_conversations
     n3 = n_conversations - n4
     assert (n3, n4) == (14_257, 12_364)
+    # Of each hundred conversations one is written out.
+    n_conversations, n3, n4 = 143 + 124, 143, 124
+    n_pairs = 2 * n3 + 3 * n4
     path = tmp_path / "talk.jsonl"
     with path.open("w") as file:
         for k in range(n_conversations):

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from coala.data import Findings, check, read_pairs, records
+from coala.cli import app
+from coala.data import Findings, check, files, read_pairs, records
 from coala.data.signs import pairs_needed, special_tokens
 from coala.data.unread import tokens_of
 from coala.values import Turn
@@ -382,7 +384,7 @@ def test_wide_encodings_without_a_mark_are_named(tmp_path: Path, encoding: str, 
 
 
 def test_nested_columns_of_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     from pyarrow import parquet
 
     columns = {"role": ["user", "assistant"], "content": ["Q", "Good"]}
@@ -406,7 +408,7 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name
 
 
 def test_a_parquet_file_that_repeats_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     from pyarrow import parquet
 
     monkeypatch.setattr(records, "FREE_BYTES", 2**20)
@@ -448,7 +450,7 @@ def test_too_many_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
     assert "more than 50 values" in str(error)
 
 
-@pytest.mark.parametrize("depth", [1_000, 100_000])
+@pytest.mark.parametrize("depth", [1_000, 20_000])
 @pytest.mark.parametrize("text", ["{}", '"{}"'])
 def test_deep_nesting_is_a_sentence(tmp_path: Path, depth: int, text: str) -> None:
     for name in ("a.json", "a.jsonl"):
@@ -491,3 +493,40 @@ def test_special_tokens_inside_texts(tmp_path: Path) -> None:
     assert not [one for one in check(path).warnings if "markup" in one.found]
     path.write_text(json.dumps(row(chosen="<|im_start|>assistant\nYes<|im_end|>")) + "\n")
     assert [one.field for one in check(path).warnings if "markup of chat templates" in one.found] == ["chosen"]
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_blank_lines_without_an_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """One between any two rows is how some write them; a file of nothing else is not read to its end."""
+    monkeypatch.setattr(records, "MAX_BLANK_LINES", 10)
+    line = '{"prompt": "p%d", "chosen": "a b", "rejected": "c d"}\n'
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(line % k for k in range(rows)) + "\n" * 10_000)
+    (error,) = [one for one in check(path).errors if "blank" in one.found]
+    assert error.row == 11 + 2 * rows
+    path.write_text("\n\n".join((line % k).strip() for k in range(40)))
+    assert check(path).n_pairs == 40
+
+
+@pytest.mark.parametrize("row", [{"prompt": [{"role": "user"}]}, {"turns": ["a", "b"]}], ids=str)
+def test_the_field_of_a_lone_row_is_no_container(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    assert [one.value for one in files.records(str(path)) if isinstance(one, records.Record)] == [row]
+
+
+def test_extract_says_what_reading_warns_of(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [
+        {
+            "prompt": f"p {k}",
+            "chosen": f"yes {k}",
+            "rejected": f"no {k}",
+            "remarks": f"a long remark on the pair {k} " * 4,
+        }
+        for k in range(9)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    (warning,) = [one for one in check(path).warnings if "remarks" in str(one)]
+    command = ["extract", str(path), "--model", str(tmp_path / "none"), "--out", str(tmp_path / "f")]
+    assert str(warning) in CliRunner().invoke(app, command).output.replace("\n", " ")

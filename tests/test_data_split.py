@@ -55,11 +55,13 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 2.0, float("nan")])
 def test_a_fraction_that_leaves_a_side_empty(fraction: float) -> None:
-    with pytest.raises(DataError, match=f"eval_fraction is {fraction}; more than 0 and less than 1; give e.g. 0.1"):
+    with pytest.raises(
+        DataError, match=f"eval_fraction is {fraction}, expected more than 0 and less than 1. Fix: give"
+    ):
         split(pairs_of(["a", "b"]), fraction, seed=0)
 
 
-@pytest.mark.parametrize(("names", "found"), [([], "0 pairs in 0 groups"), (["a"] * 3, "3 pairs in 1 group;")])
+@pytest.mark.parametrize(("names", "found"), [([], "0 pairs in 0 groups"), (["a"] * 3, "3 pairs in 1 group,")])
 def test_one_group_cannot_be_split(names: list[str], found: str) -> None:
     with pytest.raises(DataError, match=f"{found}.*evaluation file of its own"):
         split(pairs_of(names), seed=0)

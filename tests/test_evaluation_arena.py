@@ -149,10 +149,10 @@ def test_self_battles_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     games = [{"score": "A>B"}]
     path.write_text(json.dumps({"uid": "u", "model": BASELINE, "games": games}))
-    with pytest.raises(CoalaError, match=r"j.jsonl:1: model: found 'gpt-4-0314'; expected another model"):
+    with pytest.raises(CoalaError, match=r"j.jsonl:1: model: found 'gpt-4-0314', expected another model"):
         read_battles(path, baseline=BASELINE)
     path.write_text(json.dumps({"uid": "u", "model_a": "x", "model_b": "x", "winner": "tie"}))
-    with pytest.raises(CoalaError, match="Leave self-battles out"):
+    with pytest.raises(CoalaError, match="Fix: leave self-battles out"):
         read_battles(path)
     with pytest.raises(CoalaError, match="1 of 2 battles set a model against itself"):
         Battles(np.array(["a", "x"]), np.array(["b", "x"]), np.array([1, 0]), np.array(["1", "2"]))
@@ -161,11 +161,11 @@ def test_self_battles_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"uid": "u", "model": "m", "games": []}, "games: found a list of 0; expected a list of two games"),
+        ({"uid": "u", "model": "m", "games": []}, "games: found a list of 0, expected a list of two games"),
         ({"uid": "u", "model": "m", "games": [3]}, "games"),
-        ({"uid": "u", "model": "m", "games": [{"judgment": 3}]}, "games: found 3; expected texts"),
+        ({"uid": "u", "model": "m", "games": [{"judgment": 3}]}, "games: found 3, expected texts"),
         ({"uid": "u", "model": "m", "games": [{"score": None}]}, "found no game with a verdict"),
-        ({"uid": "u", "model": "m", "winner": "model_a"}, "winner: found 'model_a'; expected one of model, baseline"),
+        ({"uid": "u", "model": "m", "winner": "model_a"}, "winner: found 'model_a', expected one of model, baseline"),
         ({"uid": "u", "model": "m"}, "winner: found no such field among 'uid', 'model'"),
         ({"model": "m", "winner": "tie"}, "question_id or uid or question"),
     ],

@@ -68,7 +68,7 @@ def test_alpaca_options_are_explained(tmp_path: Path) -> None:
     for bad in ("0", "-3", "nan", "lasso"):
         with pytest.raises(CoalaError, match=r"expected a positive number, `cv` or `none`"):
             run("alpaca", tmp_path / "x", f"--penalty={bad}")
-    with pytest.raises(CoalaError, match=r"none.jsonl: there is no such file"):
+    with pytest.raises(CoalaError, match=r"none.jsonl: found no such file"):
         run("alpaca", tmp_path / "none.jsonl")
 
 

@@ -204,9 +204,9 @@ def test_stored_values_stand_in_for_judgements(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"turn": 1.5}, "r.jsonl:1: turn: found 1.5; expected a whole number"),
+        ({"turn": 1.5}, "r.jsonl:1: turn: found 1.5, expected a whole number"),
         ({"turn": "x"}, "turn: found 'x'"),
-        ({"judgment": 3}, "judgment: found 3; expected a text"),
+        ({"judgment": 3}, "judgment: found 3, expected a text"),
         ({"judgment": None, "score": None}, "score: found null or an empty cell"),
         ({"model": ""}, "model: found ''"),
         ({"question_id": True}, "question_id: found True"),
@@ -223,7 +223,7 @@ def test_bad_games_are_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     game = {"question_id": 1, "turn": 1, "model_1": "a", "model_2": "b", "g1_winner": "model_1", "g2_winner": "b"}
     path.write_text(json.dumps(game))
-    with pytest.raises(CoalaError, match="g2_winner: found 'b'; expected one of model_1, model_2, tie, error"):
+    with pytest.raises(CoalaError, match="g2_winner: found 'b', expected one of model_1, model_2, tie, error"):
         read_matches(path)
     path.write_text(json.dumps(game | {"model_2": "a", "g2_winner": "tie"}))
     with pytest.raises(CoalaError, match="another model than model_1"):

@@ -100,7 +100,7 @@ def test_reading_scores(tmp_path: Path) -> None:
     table.write_text("subset,chosen_score,rejected_score\ndonotanswer,1.5,1\ndonotanswer,2,2\n")
     assert read_scores(table).margin.tolist() == [0.5, 0]
     for change, words in (
-        ({"chosen_score": "good"}, r"s.jsonl:1: chosen_score: found 'good'; expected a number"),
+        ({"chosen_score": "good"}, r"s.jsonl:1: chosen_score: found 'good', expected a number"),
         ({"chosen_score": None}, "chosen_score: found null or an empty cell"),
         ({"chosen_score": math.inf}, "found inf"),
         ({"chosen_score": 1e308, "rejected_score": -1e308}, "found a margin of inf"),

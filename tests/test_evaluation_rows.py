@@ -19,7 +19,7 @@ from coala.values import CoalaError
 from tests.evaluation_helpers import write_lines
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 CALIBRATION = length_control.Calibration(np.array([1.0, -2]), np.array([0.0, 1]), np.zeros(2), np.array([0.2, 0.7]))
@@ -223,8 +223,8 @@ def test_damaged_gzip(tmp_path: Path, raw: bytes, cut: int) -> None:
         ("a.jsonl", b'{"a": 1}\n{', r"a.jsonl:2: found a line that breaks off"),
         ("a.jsonl", b'{"a": 1}\nx\n', r"a.jsonl:2: found invalid JSON at column 1"),
         ("a.jsonl", b'{"a": 1, "a": 2}', r"a.jsonl:1: a: found two fields of this name"),
-        ("a.jsonl", b'{"a": 1}\n3', r"a.jsonl:2: found 3; expected an object"),
-        ("a.jsonl", b"[1]", r"a.jsonl:1: found 1; expected an object"),
+        ("a.jsonl", b'{"a": 1}\n3', r"a.jsonl:2: found 3, expected an object"),
+        ("a.jsonl", b"[1]", r"a.jsonl:1: found 1, expected an object"),
         ("a.jsonl", b"[" * 200000, "nested too deep|breaks off"),
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "an integer of thousands of digits"),
         ("a.jsonl", b'{"a": "\xff"}', "byte 0xff at position 8, which is not UTF-8"),
@@ -243,13 +243,13 @@ def test_faults_are_explained(tmp_path: Path, name: str, content: bytes, words: 
 
 
 def test_paths_that_are_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CoalaError, match="there is no such file"):
+    with pytest.raises(CoalaError, match="found no such file, expected a file"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(CoalaError, match="this is a folder"):
+    with pytest.raises(CoalaError, match="found a folder, expected a file"):
         read_rows(tmp_path)
     # Neither is looked for on the hub.
     for name in ("a\0b", "runs/judgements"):
-        with pytest.raises(CoalaError, match="there is no such file"):
+        with pytest.raises(CoalaError, match="found no such file, expected a file"):
             read_rows(name)
 
 

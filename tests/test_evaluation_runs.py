@@ -122,7 +122,7 @@ def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
         ({"text": "x"}, "instruction or prompt or turns: found no such field among 'text'"),
         ({"instruction": " "}, "an empty text"),
         ({"prompt": [{"role": "user"}]}, "expected one text, or messages"),
-        ({"turns": ["a", "b"]}, "found 2 turns; expected one text, or messages.*coala eval mtbench"),
+        ({"turns": ["a", "b"]}, "found 2 turns, expected one text, or messages.*coala eval mtbench"),
         ({"prompt": [{"role": "oracle", "content": "x"}]}, "has role 'oracle'"),
     ):
         with pytest.raises(CoalaError, match=words):
@@ -154,7 +154,7 @@ def test_references_are_found_by_prompt_whatever_their_order(tmp_path: Path) -> 
         assert (one.text, one.method) == ("said", "m")
     with pytest.raises(CoalaError, match=r"no reply to 2 of 3 prompts \(the first is 'a'\)"):
         read_reference(write_lines(tmp_path / "few.json", outputs[:1]), asked)
-    with pytest.raises(CoalaError, match="found 'other'; expected 'ref' as before"):
+    with pytest.raises(CoalaError, match="found 'other', expected 'ref' as before"):
         read_reference(write_lines(tmp_path / "two.json", [*outputs, {**outputs[0], "generator": "other"}]), asked)
     with pytest.raises(CoalaError, match="output or text or messages or choices or chosen"):
         read_reference(write_lines(tmp_path / "none.json", [{"instruction": "a"}]), asked)

@@ -33,6 +33,7 @@ from coala.values import CoalaError
 # --- shares ------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 200), st.data())
 def test_intervals_of_a_share_agree_with_scipy(n: int, data: Any) -> None:
     k = data.draw(st.integers(0, n))
@@ -381,7 +382,7 @@ def test_agreement_at_its_limits() -> None:
     assert kappa.low < kappa.value < kappa.high
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(st.sampled_from([1, 2, 3, None]), min_size=3, max_size=3), min_size=2, max_size=12), st.randoms()
 )

@@ -6,18 +6,19 @@ import gzip
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+import coala.evaluation.judges.bounded_http
 from coala.data.secrets import strike
 from coala.evaluation import JudgeFailure, JudgeStopped, OpenAIJudge, read_instructions
 from coala.evaluation.judges import Answer, Patience, asked
 from coala.evaluation.judges.bounded_http import LARGEST
 from coala.evaluation.judges.token_limit import change_for
 from tests.judge_server import JudgeServer, Script, say
+from tests.waiting import PATIENCE, Clock
 
 KEY = "sk-a+secret/of=mine"
 EXCHANGE = asked(["question"], [["one"], ["two"]])
@@ -38,7 +39,7 @@ def serve() -> Iterator[Serve]:
 
 
 def judge(url: str, name: str = "pairwise", attempts: int = 1, **options: Any) -> OpenAIJudge:
-    patience = Patience(attempts=attempts, first_wait=0.01, timeout=options.pop("timeout", 5.0))
+    patience = Patience(attempts=attempts, first_wait=0.01, timeout=options.pop("timeout", PATIENCE))
     return OpenAIJudge(read_instructions(name), model="m", base_url=url, key=KEY, patience=patience, **options)
 
 
@@ -75,7 +76,11 @@ def test_compressed_and_oversized_answers_are_not_read(serve: Serve, status: int
     ],
     ids=["chunks", "events", "drip"],
 )
-def test_answers_without_an_end_are_left(head: bytes, rest: bytes | None, words: str) -> None:
+def test_answers_without_an_end_are_left(
+    head: bytes, rest: bytes | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(coala.evaluation.judges.bounded_http, "time", clock)
     listening = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:
@@ -87,7 +92,7 @@ def test_answers_without_an_end_are_left(head: bytes, rest: bytes | None, words:
                 while True:
                     connection.sendall(rest or b" ")
                     if rest is None:
-                        time.sleep(0.02)
+                        clock.move(1.0)
             except OSError:
                 return
 
@@ -96,7 +101,7 @@ def test_answers_without_an_end_are_left(head: bytes, rest: bytes | None, words:
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     # A byte now and then keeps any wait for the next one short: the whole answer has a limit.
     with pytest.raises(JudgeFailure, match=words):
-        judge(url, timeout=60.0 if rest else 0.5).settle(EXCHANGE)
+        judge(url).settle(EXCHANGE)
     listening.close()
     thread.join()
 

@@ -23,7 +23,7 @@ from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, 
 FOLDER = "replies"
 UNGUIDED = "unguided"
 PORTION = 16  # replies decoded together and kept together
-_MEND = "Mend or delete the row."
+_MEND = "mend or delete the row"
 OnReply = Callable[[int, int], None]
 
 
@@ -93,7 +93,7 @@ def read_reference(path: Path | str, asked: Sequence[Asked]) -> list[Generation]
     for row in read_rows(path):
         key, text, said = _reply(row)
         if name and said != name:
-            raise row.fault("generator", shown(said), f"{shown(name)} as before", "Give one model's replies per file.")
+            raise row.fault("generator", shown(said), f"{shown(name)} as before", "give one model's replies per file")
         name = said
         given.setdefault(key, []).append(text)
     lacking = [one for one in asked if one.key not in given]
@@ -201,8 +201,8 @@ def _prompt(row: Row) -> tuple[Turn, ...]:
     value = row.get(*known)
     if name == "turns" and isinstance(value, list) and len(value) > 1:
         mend = (
-            "A comparison has one prompt and one reply. Fix: have conversations graded with `coala eval mtbench --run "
-            "RUN --questions FILE`, or keep the first turn only."
+            "have conversations graded with `coala eval mtbench --run RUN --questions FILE`, or keep the first turn "
+            "only: a comparison has one prompt and one reply"
         )
         raise row.fault("turns", f"{len(value)} turns", "one text, or messages with role and content", mend)
     if isinstance(value, str):

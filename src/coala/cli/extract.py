@@ -57,13 +57,17 @@ def extract(
     from coala.align.depth import choose_layer
     from coala.backbone import load_backbone
     from coala.cli.screen import emit, progress, say, table
-    from coala.data import read_pairs
+    from coala.data.doctor import gather
     from coala.features import Job, survey, workers
     from coala.features import extract as extract_features
     from coala.store import FeatureStore, Run, load_object, save_features, save_json
 
     with Run(out).held(), progress() as show:
-        found = list(read_pairs(pairs, format))
+        gathered = gather(pairs, format)
+        gathered.raise_for_errors()
+        for warning in gathered.warnings:
+            say(str(warning))
+        found = list(gathered.pairs)
         loading: dict[str, Any] = {
             "model": model,
             "revision": revision,

@@ -223,9 +223,9 @@ def _read_checks(file: Path) -> list[Check]:
     for row in read_rows(file):
         answers, right = row.get("answers"), row.get("right")
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise row.fault("answers", "something else", "a list of texts", "Mend or delete the row.")
+            raise row.fault("answers", "something else", "a list of texts", "mend or delete the row")
         if isinstance(right, bool) or not isinstance(right, int):
-            raise row.fault("right", "something else", "the number of an answer, from 0", "Mend or delete the row.")
+            raise row.fault("right", "something else", "the number of an answer, from 0", "mend or delete the row")
         found.append(Check(clean(row.text("prompt")), tuple(map(clean, answers)), right))
     return found
 

@@ -102,7 +102,12 @@ def _is_rows(value: Any) -> bool:
 
 def _parts(value: dict[str, Any]) -> dict[str, Any]:
     """The fields that hold rows, if this is a container of them and no row itself."""
-    parts = {key: held for key, held in value.items() if _is_rows(held) and key not in _OF_A_ROW}
+    # What a row's own field holds is rows only if these look like rows themselves.
+    parts = {
+        key: held
+        for key, held in value.items()
+        if _is_rows(held) and key not in _OF_A_ROW and (key not in FIELDS or _has_fields(held))
+    }
     if set(parts) >= {"features", "rows"}:  # how the hub's server describes columns
         del parts["features"]
     if parts and FIELDS & (set(value) - set(parts)):
@@ -201,7 +206,10 @@ def _from_lists(value: dict[str, list[Any]]) -> list[Any] | None:
     held = list(value.values())
     if all(_are_messages(one) for one in held) or not FIELDS & set(value):
         return None  # a lone row of messages, or splits
-    if len(value) == 1 and all(isinstance(one, dict) for one in held[0]):
+    if len(value) == 1 and (
+        all(isinstance(one, dict) for one in held[0])
+        or (set(value) <= _OF_A_ROW and not all(isinstance(one, list) for one in held[0]))
+    ):
         return None
     sizes = {key: len(one) for key, one in value.items()}
     if len(set(sizes.values())) != 1:

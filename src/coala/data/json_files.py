@@ -95,7 +95,7 @@ def lines(name: str, stream: BinaryIO, part: str = "") -> Rows:
     """The rows of a JSON Lines file; of a file that turns out to be one document, what that holds."""
     first: Record | None = None  # a lone line may be a container: held until a second one comes
     sound = False
-    number = faults = 0
+    number = faults = blank = 0
     while raw := stream.readline(records.MAX_ROW_BYTES + 1):
         number += 1
         if len(raw) > records.MAX_ROW_BYTES:
@@ -105,6 +105,11 @@ def lines(name: str, stream: BinaryIO, part: str = "") -> Rows:
             yield Finding(name, number, "", found, "one pair per line", "break the file into lines")
             continue
         if not raw.strip():
+            blank += 1
+            if blank > number - blank + records.MAX_BLANK_LINES:
+                mend = "check that this is the file you meant, or delete the blank lines"
+                yield Finding(name, number, "", f"{blank:,} blank lines", "one pair per line", mend)
+                return
             continue
         opens = raw.lstrip().startswith((b"{", b"[")) and raw.rstrip().endswith((b"{", b"[", b","))
         if not sound and not faults and opens and not _is_whole(raw):

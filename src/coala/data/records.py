@@ -17,6 +17,7 @@ MAX_WHOLE_BYTES = 2**30  # a file that has to be read in one piece: .json, .csv,
 MAX_VALUES = 32 * 2**20  # values in such a file; each costs some 60 bytes beside its text
 MAX_ROW_VALUES = 2**20
 MAX_COLUMNS = 10_000
+MAX_BLANK_LINES = 2**20  # beside one for every other line
 MAX_RATIO = 200  # real text packs to a tenth, perhaps a fiftieth; a bomb to a thousandth
 FREE_BYTES = 256 * 2**20  # what any file may unpack to
 _PIECE = 2**20

@@ -331,7 +331,7 @@ def _names(row: Row, model: str | None, baseline: str | None) -> tuple[str, str]
     ours = row.label("model") if row.get("model") is not None or model is None else model
     other = row.label("baseline") if row.get("baseline") is not None or baseline is None else baseline
     if ours == other:
-        raise row.fault("model", shown(ours), "another model than the baseline", "Leave self-battles out.")
+        raise row.fault("model", shown(ours), "another model than the baseline", "leave self-battles out")
     return ours, other
 
 
@@ -340,13 +340,13 @@ def _battle(row: Row, model: str | None, baseline: str | None) -> tuple[tuple[st
     if row.get("model_a") is not None:
         pair = row.label("model_a"), row.label("model_b")
         if pair[0] == pair[1]:
-            raise row.fault("model_b", shown(pair[1]), "another model than model_a", "Leave self-battles out.")
+            raise row.fault("model_b", shown(pair[1]), "another model than model_a", "leave self-battles out")
         meaning = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
     else:
         pair = _names(row, model, baseline)
         meaning = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
     if winner not in meaning:
-        raise row.fault("winner", shown(winner), f"one of {', '.join(meaning)}", "Mend or delete the row.")
+        raise row.fault("winner", shown(winner), f"one of {', '.join(meaning)}", "mend or delete the row")
     return pair, meaning[winner]
 
 
@@ -354,7 +354,7 @@ def _games(row: Row, rule: Rule) -> tuple[list[str | None], int, int, int]:
     """The verdicts of a row's games, and how many differ from what is stored, think aloud, and give several."""
     games = row.fields["games"]
     if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(isinstance(game, dict) for game in games):
-        raise row.fault("games", shown(games), "a list of two games", "Mend or delete the row.")
+        raise row.fault("games", shown(games), "a list of two games", "mend or delete the row")
     verdicts: list[str | None] = []
     differing = thinking = several = 0
     for game in games:
@@ -363,7 +363,7 @@ def _games(row: Row, rule: Rule) -> tuple[list[str | None], int, int, int]:
             text = text.get("answer")
         if not isinstance(stored, str | None) or not isinstance(text, str | None):
             bad = text if isinstance(stored, str | None) else stored
-            raise row.fault("games", shown(bad), "texts under judgment and score", "Mend or delete the row.")
+            raise row.fault("games", shown(bad), "texts under judgment and score", "mend or delete the row")
         verdict = None if stored is None else _normal(stored.upper())
         if text is not None:
             said = verdicts_in(text)

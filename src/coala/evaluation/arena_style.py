@@ -66,7 +66,7 @@ def read_styles(path: Path | str) -> dict[str, Float]:
     for row in read_rows(path):
         question = row.label("question_id", "uid", "question")
         if question in found:
-            raise row.fault("question", f"{shown(question)} again", "one answer per question", "Delete one of them.")
+            raise row.fault("question", f"{shown(question)} again", "one answer per question", "delete one of them")
         found[question] = _style(row)
     return found
 
@@ -196,7 +196,7 @@ def _style(row: Row) -> Float:
     if isinstance(reply, dict):
         reply = reply.get("answer")
     if not isinstance(reply, str):
-        raise row.fault("messages", shown(said), "a list that ends in the reply", "Mend or delete the row.")
+        raise row.fault("messages", shown(said), "a list that ends in the reply", "mend or delete the row")
     return style_of(reply)
 
 
@@ -204,5 +204,5 @@ def _count(row: Row, name: str, value: Any) -> float:
     parts = list(value.values()) if isinstance(value, Mapping) else [value]
     numbers = [as_number(part) for part in parts]
     if any(number is None or not 0 <= number <= 1e9 for number in numbers):
-        raise row.fault(name, shown(value), "a count, or an object of counts", "Mend or delete the row.")
+        raise row.fault(name, shown(value), "a count, or an object of counts", "mend or delete the row")
     return sum(number for number in numbers if number is not None)

@@ -62,9 +62,9 @@ def read_questions(path: Path | str) -> list[Question]:
     for row in read_rows(path):
         name, turns = row.label("question_id"), _texts(row, row.get("turns"))
         if not 1 <= len(turns) <= 2:
-            raise row.fault("turns", f"{len(turns)} turns", "1 or 2", "Mend or delete the row.")
+            raise row.fault("turns", f"{len(turns)} turns", "1 or 2", "mend or delete the row")
         if name in found:
-            raise row.fault("question_id", f"{shown(name)} again", "each question once", "Delete one of them.")
+            raise row.fault("question_id", f"{shown(name)} again", "each question once", "delete one of them")
         found[name] = Question(name, row.label("category") if row.get("category") not in (None, "") else "", turns)
     return list(found.values())
 
@@ -81,10 +81,10 @@ def read_answered(questions: Path | str, answers: Path | str, references: Path |
     for row in read_rows(answers):
         question, said = row.label("question_id"), _choice(row)
         if question not in asked_for:
-            raise row.fault("question_id", shown(question), "a question of the question file", "Name the right files.")
+            raise row.fault("question_id", shown(question), "a question of the question file", "name the right files")
         about = asked_for[question]
         if len(said) != len(about.turns):
-            raise row.fault("choices", f"{len(said)} turns", str(len(about.turns)), "Answer every turn.")
+            raise row.fault("choices", f"{len(said)} turns", str(len(about.turns)), "answer every turn")
         references_to = given.get(question, ())
         found.append(Answered(question, about.category, row.label("model_id"), about.turns, said, references_to))
     return found
@@ -159,11 +159,11 @@ def _row(one: Answered, turn: int, by: ChatJudge, value: tuple[float, str] | Exc
 def _choice(row: Row) -> tuple[str, ...]:
     choices = row.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise row.fault("choices", shown(choices), "a list of objects with turns", "Mend or delete the row.")
+        raise row.fault("choices", shown(choices), "a list of objects with turns", "mend or delete the row")
     return _texts(row, choices[0].get("turns"))
 
 
 def _texts(row: Row, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise row.fault("turns", shown(value), "a list of texts", "Mend or delete the row.")
+        raise row.fault("turns", shown(value), "a list of texts", "mend or delete the row")
     return tuple(value)

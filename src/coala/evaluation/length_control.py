@@ -87,7 +87,7 @@ def read_difficulty(path: Path | str) -> Difficulty:
     for i, row in enumerate(read_rows(path)):
         values.append(row.value("instruction_difficulty"))
         if row.get("index") is not None and row.value("index") != i:
-            raise row.fault("index", str(row.get("index"))[:40], f"{i}, the row's place", "Sort the file by index.")
+            raise row.fault("index", str(row.get("index"))[:40], f"{i}, the row's place", "sort the file by index")
         key = row.get("instruction_sha256_16")
         if key is not None:
             places.setdefault(row.label("instruction_sha256_16"), i)
@@ -106,7 +106,7 @@ def read_calibration(path: Path | str) -> Calibration:
     y = np.array([row.value("preference", low=0, high=2) for row in rows])
     if y.max() > 1:
         if bad := next((i for i in range(len(y)) if 0 < y[i] < 1), None):
-            mend = "Write all of them on one scale."
+            mend = "write all of them on one scale"
             raise rows[bad].fault("preference", f"{y[bad]:g} in a file with values above 1", "one from 1 to 2", mend)
         y = np.where(y == 0, 0.5, y - 1)
     return Calibration(
@@ -125,7 +125,7 @@ def read_weights(path: Path | str) -> dict[str, Weights]:
     for row in read_rows(path):
         model = row.label("model")
         if model in found:
-            raise row.fault("model", f"{model} a second time", "each model once", "Delete one of the two.")
+            raise row.fault("model", f"{model} a second time", "each model once", "delete one of the two")
         found[model] = Weights(
             row.value("w_tanh_std_delta_len"), row.value("w_instruction_difficulty"), row.value("w_bias")
         )

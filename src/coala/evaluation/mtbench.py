@@ -181,7 +181,7 @@ def read_matches(path: Path | str) -> tuple[list[Match], tuple[str, ...]]:
                 name = row.text(f"g{game}_winner")
                 if name not in _OUTCOMES:
                     expected = ", ".join(_OUTCOMES)
-                    raise row.fault(f"g{game}_winner", shown(name), f"one of {expected}", "Mend or delete the row.")
+                    raise row.fault(f"g{game}_winner", shown(name), f"one of {expected}", "mend or delete the row")
                 stored = _OUTCOMES[name]
             if stored is None or row.get(f"g{game}_judgment") is not None:
                 text = row.text(f"g{game}_judgment", f"g{game}_winner")
@@ -195,7 +195,7 @@ def read_matches(path: Path | str) -> tuple[list[Match], tuple[str, ...]]:
                 outcomes.append(stored)
         models = row.label("model_1"), row.label("model_2")
         if models[0] == models[1]:
-            raise row.fault("model_2", shown(models[1]), "another model than model_1", "Delete the row.")
+            raise row.fault("model_2", shown(models[1]), "another model than model_1", "delete the row")
         matches.append(Match(*models, row.label("question_id"), _turn(row), _judge(row), (outcomes[0], outcomes[1])))
     remarks = []
     if differing:
@@ -323,7 +323,7 @@ def _number(rating: str) -> float:
 def _turn(row: Row) -> int:
     turn = row.value("turn", low=1, high=99)
     if turn != int(turn):
-        raise row.fault("turn", f"{turn:g}", "a whole number", "Mend the row.")
+        raise row.fault("turn", f"{turn:g}", "a whole number", "mend the row")
     return int(turn)
 
 

@@ -87,7 +87,7 @@ def read_scores(path: Path | str) -> Scored:
                 sides.append(row.value(*names))
         margin = sides[0] - sides[1]
         if not math.isfinite(margin):
-            raise row.fault(_CHOSEN[0], f"a margin of {margin}", "scores whose difference is finite", "Mend the row.")
+            raise row.fault(_CHOSEN[0], f"a margin of {margin}", "scores whose difference is finite", "mend the row")
         margins.append(margin)
         subsets.append(row.label("subset"))
         prompts.append(row.text("prompt") if isinstance(row.get("prompt"), str) else f"row {i}")

@@ -29,7 +29,7 @@ class Row:
     fields: Mapping[str, Any]
 
     def fault(self, field: str, found: str, expected: str, mend: str) -> CoalaError:
-        return CoalaError(f"{self.file}:{self.number}: {field}: found {found}; expected {expected}. {mend}")
+        return CoalaError(f"{self.file}:{self.number}: {field}: found {found}, expected {expected}. Fix: {mend}.")
 
     def name_of(self, *names: str) -> str | None:
         """The first of the names that has a value."""
@@ -45,9 +45,9 @@ class Row:
         if name is None:
             # The last name is the plainest one: the text itself, where others are derived from it.
             if empty := next((one for one in reversed(names) if one in self.fields), None):
-                raise self.fault(empty, "null or an empty cell", expected, "Fill it in, or delete the row.")
+                raise self.fault(empty, "null or an empty cell", expected, "fill it in, or delete the row")
             there = ", ".join(shown(key) for key in list(self.fields)[:12]) or "no field at all"
-            mend = "Add the field, or check that this is the file that was meant."
+            mend = "add the field, or check that this is the file you meant"
             raise self.fault(" or ".join(names), f"no such field among {there}", expected, mend)
         return name, self.fields[name]
 
@@ -55,7 +55,7 @@ class Row:
         """A text, which may be empty."""
         name, value = self._asked(names, "a text")
         if not isinstance(value, str):
-            raise self.fault(name, shown(value), "a text", "Mend or delete the row.")
+            raise self.fault(name, shown(value), "a text", "mend or delete the row")
         return value
 
     def label(self, *names: str) -> str:
@@ -64,7 +64,7 @@ class Row:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
             return str(value)
         if not isinstance(value, str) or not value.strip():
-            raise self.fault(name, shown(value), "a name or number", "Mend or delete the row.")
+            raise self.fault(name, shown(value), "a name or number", "mend or delete the row")
         return value
 
     def value(self, *names: str, low: float = -math.inf, high: float = math.inf) -> float:
@@ -75,7 +75,7 @@ class Row:
         name, value = self._asked(names, expected)
         number = as_number(value)
         if number is None or not low <= number <= high:
-            raise self.fault(name, shown(value), expected, "Mend or delete the row.")
+            raise self.fault(name, shown(value), expected, "mend or delete the row")
         return number
 
     def flag(self, *names: str) -> bool:
@@ -84,7 +84,7 @@ class Row:
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if not isinstance(value, bool):
-            raise self.fault(name, shown(value), "true or false", "Mend or delete the row.")
+            raise self.fault(name, shown(value), "true or false", "mend or delete the row")
         return value
 
 
@@ -93,15 +93,15 @@ def read_rows(path: Path | str) -> list[Row]:
     name = str(path)
     # A name without an ending would be looked for on the hub, where there are no judgements.
     if not Path(name).exists():
-        raise CoalaError(f"{shown_path(name)}: there is no such file. Check the path.")
+        raise CoalaError(f"{shown_path(name)}: found no such file, expected a file of rows. Fix: check the path.")
     rows = []
     for found in records(name):
         if isinstance(found, Finding):
             if found.severity != "note":  # a part that is left out is no small matter here
                 raise DataError([found])
         elif not isinstance(found.value, dict):
-            expected = "expected an object of fields. Mend or delete it."
-            raise CoalaError(f"{shown_path(name)}:{found.row}: found {shown(found.value)}; {expected}")
+            expected = "expected an object of fields. Fix: mend or delete it."
+            raise CoalaError(f"{shown_path(name)}:{found.row}: found {shown(found.value)}, {expected}")
         else:
             # An empty cell of a table is no value; an empty text of JSON is one.
             table = name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))

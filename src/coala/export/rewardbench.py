@@ -14,7 +14,7 @@ from coala.evaluation.rewardbench import Ranking, Scored
 from coala.evaluation.rows import Row, read_rows, shown
 from coala.values import ROLES, FeatureSpec, Pair, Role, Turn
 
-_MEND = "Mend or delete the row."
+_MEND = "mend or delete the row"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def read_benchmark(path: Path | str) -> Benchmark:
                     field,
                     f"{len(row.get(field))} texts",
                     "one reply",
-                    "Lists of replies are of RewardBench 2: give version 1.",
+                    "give version 1; lists of replies are of RewardBench 2",
                 )
         prompt = _conversation(row, "prompt", "user")
         replies = []
