@@ -85,7 +85,7 @@ def test_products_by_blocks_are_the_products(n: int, signs: tuple[float, ...]) -
         assert float(np.vdot(back, u)) == pytest.approx(float(np.vdot(image, image)), rel=1e2 * tolerance)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_width_of_a_block_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     program = programs()[0]
     expected = solved(program)
@@ -164,7 +164,7 @@ def test_devices_of_one_process_agree_with_one_device() -> None:
         assert_same(program, found, solved(program))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_agree_with_one() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
