@@ -193,7 +193,11 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("instance", [Instance(40, 6, 5, 0.1, 0), Instance(12, 15, 4, 0.05, 4)], ids=str)
+@pytest.mark.parametrize(
+    "instance",
+    [Instance(40, 6, 5, 0.1, 0), pytest.param(Instance(12, 15, 4, 0.05, 4), marks=pytest.mark.nightly)],
+    ids=str,
+)
 def test_every_solver_reaches_the_reference(name: str, instance: Instance) -> None:
     solver, steps, every = SOLVERS[name]
     with jax.enable_x64(True):
