@@ -61,7 +61,7 @@ def test_a_sparsity_of_zero_is_refused() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     shape=st.sampled_from([(12, 4), (6, 9)]),
     seed=st.integers(0, 10_000),
@@ -100,7 +100,7 @@ def test_reports_are_true(shape: tuple[int, int], seed: int, relative: float, fl
         assert optimum <= solution.objective + rounding
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2, 3))])
 def test_reaches_the_optimum_over_all_patterns(seed: int) -> None:
     X, y = data(8, 2, seed)
     sparsity = 0.05 * float(np.linalg.norm(X.T @ y))
