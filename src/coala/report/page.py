@@ -64,6 +64,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
             figures.reliability_curve(_mapping(content.get("reliability"))),
             figures.length_chart(_rows(content.get("by_length")), unit),
         ),
+        "layer_choice": summary.get("layer"),
         "layers": _rows(content.get("layers")),
         "path": _rows(content.get("path")),
         "ranking": _ranking(summary, _mapping(content.get("reliability"))),
