@@ -700,14 +700,14 @@ def test_killed_and_stopped_it_is_as_if_it_never_was(tmp_path: Path) -> None:
     """Killed twice, then out of budget, then finished: nothing is lost, doubled or overspent."""
     house, out, n, most = House(delay=0.02), tmp_path / "talk.jsonl", 60, 60_000
     journal = tmp_path / "talk.jsonl.journal"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with running(house) as url:
         recipe = recipe_for(url, n, limits={"concurrency": 8})
         path = written(tmp_path, recipe)
         for more in (60, 67):
             # Killed after so many more requests: in the middle of things whatever the machine's speed.
             goal = len(house.arrivals) + more
-            process = subprocess.Popen(command_for(path, out, "--tokens", str(most)), **quiet)
+            command = command_for(path, out, "--tokens", str(most))
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             wait_for(lambda goal=goal: len(house.arrivals) >= goal, process)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
