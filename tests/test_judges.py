@@ -370,7 +370,7 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "turns": ["a", "b"]}')
     for row, words in [
         ({"question_id": 2, "model_id": "m", "choices": [{"turns": ["x", "y"]}]}, "a question of the question file"),
-        ({"question_id": 1, "model_id": "m", "choices": [{"turns": ["x"]}]}, "Answer every turn"),
+        ({"question_id": 1, "model_id": "m", "choices": [{"turns": ["x"]}]}, "Fix: answer every turn"),
         ({"question_id": 1, "model_id": "m", "choices": []}, "a list of objects with turns"),
         ({"question_id": 1, "model_id": "m", "choices": [{"turns": [1]}]}, "a list of texts"),
     ]:
