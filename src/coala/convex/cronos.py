@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,7 @@ class Cronos:
     the gated solution and, with ``balance``, follow the residuals at powers of two steps.
     """
 
+    max_steps: ClassVar[int] = 10_000
     u_step: Literal["exact", "block", "nystrom"] = "exact"
     relaxation: float = 1.6
     penalty: float | None = None

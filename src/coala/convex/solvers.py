@@ -20,6 +20,8 @@ P = TypeVar("P")
 P_contra = TypeVar("P_contra", contravariant=True)
 S = TypeVar("S")
 
+MAX_STEPS = 100  # of solvers that close in quadratically, as Newton's method does
+
 
 class Status(Enum):
     """How a solve ended; a stalled one has ceased to move above the tolerance: its arithmetic allows no more."""
@@ -77,7 +79,7 @@ def solve(
     solver: Solver[P, S],
     *,
     tolerance: float = 1e-4,
-    max_steps: int = 100,
+    max_steps: int | None = None,
     check_every: int = 1,
     patience: int | None = 10,
     start: jax.Array | None = None,
@@ -92,10 +94,12 @@ def solve(
     A solve ends as stalled when the gap has not fallen by a thousandth during the last ``patience`` looks, nor during
     the second half of all looks, which any method that closes in like 1/k survives, and the solver, if it can tell, is
     at rest. None never gives up before ``max_steps``.
+    ``max_steps`` is the solver's own unless given: 100 for Newton's kind, thousands for ADMM.
     With ``exact`` the last word is a certificate in float64; without it, the program's own precision is trusted.
     ``on_step`` gets the step, the weights and that step's history row. Never raises for want of convergence: see
     ``Solution.status``.
     """
+    max_steps = int(getattr(solver, "max_steps", MAX_STEPS)) if max_steps is None else max_steps
     state = solver.init(program, start)
     own_bounds, at_rest = getattr(solver, "bounds", None), getattr(solver, "at_rest", None)
     history: list[dict[str, Any]] = []
