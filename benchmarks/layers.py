@@ -33,7 +33,7 @@ MODELS = ("stories260K-hf", "craftgpt-5m-hf", "film-lm")
 def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
     import numpy as np
 
-    from coala.align.depth import choose_layer, layer_table
+    from coala.align.depth import choose_layer
     from coala.backbone import load_backbone
     from coala.convex import fit
     from coala.data import check
@@ -43,12 +43,12 @@ def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
     folder = ROOT / "src" / "coala" / "assets" / model if model == "film-lm" else data / "models" / model
     backbone = load_backbone(folder, device="cpu")
     train, test = (check([str(data / name / f"{part}.jsonl.gz")]).pairs[:most] for part in SETS[name])
-    scores = choose_layer(train, backbone, backbone.spec())
-    chosen = next(score.layer for score in scores if score.chosen)
+    choice = choose_layer(train, backbone, backbone.spec())
+    chosen = choice.layer
     specs = {
         "mean, last layer": backbone.spec(),
         "last token, last layer": backbone.spec(pooling="last"),
-        f"mean, layer {chosen}": backbone.spec(layer=chosen),
+        f"mean, picked layer {chosen}": backbone.spec(layer=chosen),
     }
     parts = [extract_many(pairs, backbone, list(specs.values())) for pairs in (train, test)]
     margins = {}
@@ -61,7 +61,7 @@ def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
         "model": model,
         "train": len(train),
         "test": len(test),
-        "layers": layer_table(scores),
+        "layers": choice.to_dict()["scores"],
         "layer": chosen,
         "of": backbone.n_layers,
         "accuracy": {label: vars(accuracy_of_margins(m, group)) for label, m in margins.items()},

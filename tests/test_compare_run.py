@@ -95,7 +95,10 @@ def small_study(made: Path, **change: Any) -> Study:
 
 @pytest.fixture(scope="module")
 def small(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small study, its cells carried out in this process: each of its own would load its libraries anew."""
+    """The small study, its cells carried out in this process: each of its own would load its libraries anew.
+
+    What a fit counts here lacks the programs that this process had made before.
+    """
     out = tmp_path_factory.mktemp("out") / "small"
 
     def here(self: Processes, cell: Cell, *_: Any, **__: Any) -> tuple[int, bool]:
@@ -224,22 +227,21 @@ def test_a_fork_that_dies_says_why_and_processes_work_after_it(made: Path, small
 
 
 @pytest.mark.nightly
-def test_peaks_are_those_of_processes_that_share_nothing(made: Path, small: Path, apart: Path) -> None:
-    given = small_study(made)
-    assert decided(content_of(given, apart)) == decided(content_of(given, small))
-    told = {cell.id: (read(apart / "cells" / cell.id) or {})["costs"] for cell in cells(given)}
+def test_peaks_are_those_of_processes_that_share_nothing(made: Path, whole: Path) -> None:
+    given = study(made)
+    told = {cell.id: (read(whole / "cells" / cell.id) or {})["costs"] for cell in cells(given)}
     for cell in cells(given):
         peaks = [
             part["measured"].get("peak_bytes") for part in told[cell.id].values() if "peak_bytes" in part["measured"]
         ]
         assert all(bool(peak) == says_peak(given, cell) for peak in peaks), cell.id
     assert any(not says_peak(given, cell) and told[cell.id] for cell in cells(given))
-    rows = {row["label"]: row["costs"]["measured"] for row in content_of(given, apart)["places"][0]["methods"]}
+    rows = {row["label"]: row["costs"]["measured"] for row in content_of(given, whole)["places"][0]["methods"]}
     assert rows["dpo (full)"]["peak_bytes"]["host"] > rows["dpo (full)"]["own_bytes"]["host"] > 0
 
 
 @pytest.mark.nightly
-def test_killed_twice_and_resumed_it_reports_the_same(made: Path, small: Path, tmp_path: Path) -> None:
+def test_killed_twice_and_resumed_it_reports_the_same(made: Path, apart: Path, tmp_path: Path) -> None:
     """The whole group is killed, first in the middle of a training, then in that of a head."""
     out, given = tmp_path / "out", small_study(made)
     about = tmp_path / "study.json"
@@ -257,7 +259,7 @@ def test_killed_twice_and_resumed_it_reports_the_same(made: Path, small: Path, t
         assert "missing" in statuses(out).values()
     run(given, out)
     assert set(statuses(out).values()) == {"done"}
-    assert decided(content_of(given, out)) == decided(content_of(given, small))
+    assert decided(content_of(given, out)) == decided(content_of(given, apart))
 
 
 @pytest.mark.nightly
