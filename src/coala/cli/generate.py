@@ -24,7 +24,7 @@ def generate(
     candidates: Annotated[int | None, typer.Option(help="Candidates per guided step.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy; the recipe's or the model's own if not given.")
+        float | None, typer.Option(min=0.0, help="0 is greedy. Default: the recipe's, else the model's own.")
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Likeliest tokens that add up to this probability.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="So many likeliest tokens; 0 is all.")] = None,
