@@ -5,6 +5,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Tests start many processes; each reads what the first one has compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-nightly test-all test-shuffled coverage check bench clean help
 help:  ## list the targets

@@ -14,6 +14,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,12 +31,15 @@ from coala.data.synthesis import Summary, synthesize  # noqa: E402
 from tests.test_data_synthesis import (  # noqa: E402
     House,
     billed,
+    command_for,
     expected_rows,
-    killed_runs,
     recipe_for,
     rows,
+    running,
     scripted,
+    written,
 )
+from tests.waiting import wait_for  # noqa: E402
 
 
 async def at_once(address: object, headers: object, body: bytes, timeout: float) -> Answer:
@@ -65,6 +69,32 @@ def hold(url: str, n: int, post: Post | None, folder: Path) -> Summary:
         os.close(file)
 
 
+def killed(folder: Path, n: int, kills: int) -> dict[str, object]:
+    """``n`` conversations held by the command, which is killed ``kills`` times on its way and then left to finish."""
+    house, out, began = House(delay=0.02), folder / "talk.jsonl", time.perf_counter()
+    with running(house) as url:
+        recipe = recipe_for(url, n, limits={"concurrency": 16})
+        command = command_for(written(folder, recipe), out)
+        for k in range(kills):
+            # Killed after so many more requests: in the middle of things whatever the machine's speed.
+            goal = len(house.arrivals) + n * 5 // (kills + 1) + 7 * k
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            wait_for(lambda goal=goal: len(house.arrivals) >= goal, process)
+            process.kill()
+            process.wait()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    made = rows(out)
+    events = [json.loads(line)["kind"] for line in (folder / "talk.jsonl.journal").open()]
+    return {
+        "conversations": len(made),
+        "kills": kills,
+        "as_expected": made == expected_rows(recipe),
+        "given_up": events.count("given up"),
+        "faults": dict(house.answers),
+        "seconds": time.perf_counter() - began,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=2000)
@@ -72,19 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
         if args.kills:
-            began = time.perf_counter()
-            recipe, house, out, kills = killed_runs(Path(name), 1000, args.kills)
-            made, expected = rows(out), expected_rows(recipe)
-            events = [json.loads(line)["kind"] for line in (out.parent / "talk.jsonl.journal").open()]
-            result = {
-                "conversations": len(made),
-                "kills": kills,
-                "as_expected": made == expected,
-                "given_up": events.count("given up"),
-                "faults": dict(house.answers),
-                "seconds": time.perf_counter() - began,
-            }
-            print(json.dumps(result))
+            print(json.dumps(killed(Path(name), 1000, args.kills)))
             return
         ready: multiprocessing.Queue[int] = multiprocessing.Queue()
         server = multiprocessing.Process(target=serve, args=(ready,), daemon=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 import ipaddress
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 from hypothesis import settings
 
 from .waiting import PATIENCE
@@ -52,6 +55,9 @@ with suppress(ImportError):
     for _part in ("connect", "read", "write", "pool"):
         setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE)
 
+# The commands do not change while tests run; putting them together takes longer than most of them run.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
+
 # A shell makes what it puts into the background, and all that this starts, deaf to Ctrl-C; tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -68,6 +74,13 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What is imported by now stays: no collection walks through it again, and trainers ask for many collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,11 @@ SMALL = {
 
 def test_every_benchmark_is_here() -> None:
     assert {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_a_benchmark_imports_is_there(name: str) -> None:
+    runpy.run_path(str(REPOSITORY / "benchmarks" / f"{name}.py"), run_name="looked at")
 
 
 @pytest.mark.slow

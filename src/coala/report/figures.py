@@ -332,12 +332,13 @@ def _finite(values: Sequence[Any]) -> Any:
 def drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], height: float = 3.1) -> Drawing:
     """What ``draw`` puts on the axes it is given, ``height`` inches tall; ``name`` is the figure's own on its page."""
     import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, NullFormatter
 
     # "default" first: the reader's own matplotlib settings must not change the page.
     with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": f"coala-{name}"}]):
-        figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
+        figure = Figure(figsize=(5.4, height), facecolor="none")
         axes = figure.subplots()
         axes.set_facecolor("none")
         draw(axes)
@@ -346,9 +347,25 @@ def drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], he
                 # 1e-4, not a power set as mathematics: parsing those takes most of the time of a figure.
                 axis.set_major_formatter(LogFormatter(labelOnlyBase=True))
                 axis.set_minor_formatter(NullFormatter())
+        _fill(figure, axes)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     return Drawing(_inline(text.getvalue(), name), title, caption)
+
+
+def _fill(figure: Any, axes: Any, margin: float = 3.0) -> None:
+    """Let axes and labels fill the figure but for ``margin`` points: matplotlib's layout engines measure three times."""
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.17, top=0.96)
+    inner, outer, whole = axes.bbox, axes.get_tightbbox(), figure.bbox
+    pixels = margin * figure.dpi / 72
+    left, bottom = inner.x0 - outer.x0 + pixels, inner.y0 - outer.y0 + pixels
+    right, top = outer.x1 - inner.x1 + pixels, outer.y1 - inner.y1 + pixels
+    figure.subplots_adjust(
+        left=left / whole.width,
+        right=1 - right / whole.width,
+        bottom=bottom / whole.height,
+        top=1 - top / whole.height,
+    )
 
 
 def _inline(svg: str, name: str) -> str:
