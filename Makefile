@@ -28,6 +28,9 @@ demo: .venv/core  ## align the bundled film model on the bundled pairs, offline,
 # One file goes to one process, the longest files first: what a file's tests share is made once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# Most of what XLA compiles here runs a few times on a few rows; the nightly tests, test-all and users run it optimised.
+test test-shuffled: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+
 test: .venv/dev  ## run the tests, two at a time: at most five minutes on two cores
 	$(PYTEST) -m "not nightly"
 

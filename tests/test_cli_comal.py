@@ -199,6 +199,7 @@ def test_labels_cannot_break_the_page(n: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_papers_experiment(tmp_path: Path) -> None:
     _, found = run("paper", "--out", tmp_path / "paper.html", "--pairs", 1000, "--seeds", 1)
     text = (tmp_path / "paper.html").read_text()

@@ -38,6 +38,7 @@ def fitted(features: Path, out: Path) -> tuple[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_second_process_reads_what_the_first_compiled_and_a_broken_file_is_compiled_anew(
     home: Path, tmp_path: Path
 ) -> None:

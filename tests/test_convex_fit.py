@@ -97,6 +97,7 @@ def test_solver_without_gates_is_ridge_bradley_terry() -> None:
     np.testing.assert_allclose(model.linear, reference.ridge_bradley_terry(rows[0] - rows[1], 1e-2), atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_linear_truth_keeps_a_linear_head_as_good_as_the_probe() -> None:
     rng = np.random.default_rng(0)
     direction = rng.standard_normal(D)
@@ -135,6 +136,7 @@ def test_positive_control(seed: int) -> None:
     assert accuracy(fit(train, seed=seed).head, test) >= 0.845
 
 
+@pytest.mark.nightly
 def test_search_finds_the_gate_of_the_truth() -> None:
     rng = np.random.default_rng(2)
     a = np.eye(D)[0]
@@ -174,6 +176,7 @@ def prompt_features() -> tuple[FeatureSet, FeatureSet]:
     return sets[0], sets[1]
 
 
+@pytest.mark.nightly
 def test_a_preference_that_depends_on_the_prompt_is_learnt_by_gates_on_the_prompt() -> None:
     train, test = prompt_features()
     head = fit(train).head
@@ -442,7 +445,8 @@ def test_two_phase_head() -> None:
     assert relative_gap(result.head) <= 1e-9
 
 
-@pytest.mark.parametrize("phase_one", ["cronos", pytest.param("network", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("phase_one", ["cronos", "network"])
 def test_two_phase_with_other_solvers_of_phase_one(phase_one: Any) -> None:
     features = linear_features()
     result = fit(features, method="two-phase", n_patterns=8, phase_one=phase_one)
@@ -453,6 +457,7 @@ def test_two_phase_with_other_solvers_of_phase_one(phase_one: Any) -> None:
     assert result.solutions["phase-one"].objective > 0
 
 
+@pytest.mark.nightly
 def test_the_published_settings_say_how_far_from_the_optimum_they_stop() -> None:
     features = linear_features()
     result = fit(features, method="two-phase", paper=True, n_patterns=8)

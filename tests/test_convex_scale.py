@@ -156,6 +156,7 @@ def test_a_solve_from_a_file_takes_the_memory_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_devices_of_one_process_agree_with_one_device() -> None:
     result = answer(start("devices", flags="--xla_force_host_platform_device_count=4"))
     assert result["devices"] == 4

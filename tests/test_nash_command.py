@@ -195,6 +195,7 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing catches it."""
 
 
+@pytest.mark.nightly
 def test_a_run_ended_while_judging_asks_again_for_what_was_not_kept(
     place: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -396,6 +396,7 @@ def test_decoding_stays_below_its_bound(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_time_told_is_the_time_taken(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On 200 real pairs, by the clock of a machine that multiplies at an even pace and does nothing else."""
     clock, run = Clock(), Network.run

@@ -94,6 +94,7 @@ def test_it_ends_in_order_and_says_what_it_did(served_run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_not_done_in_time_is_cut_off(served_run: Path) -> None:
     with There(served_run, "--grace", "1", "--max-tokens", "16000", "--deadline", "300") as there:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16000, "stream": True}

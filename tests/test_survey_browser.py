@@ -66,6 +66,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_raters_in_a_browser_by_keyboard_by_touch_and_without_scripts(browser: Any, tmp_path: Path) -> None:
     survey = made_up(n=2, repeats=1, checks=1)
     save_survey(tmp_path, survey)
