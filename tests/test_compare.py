@@ -315,6 +315,7 @@ def test_the_papers_studies_are_planned_without_weights_or_pairs(name: str) -> N
     assert plan_total(planned)["cells"] == len(planned)
 
 
+@pytest.mark.nightly
 def test_training_an_8b_model_is_told_not_to_fit_a_laptop_card() -> None:
     given_study = load_study("coala-table6")
     rows = {row[0]: row for row in plan_rows(plan_study(given_study), given_study)}

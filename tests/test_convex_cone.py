@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from coala.convex import GatedNewton, Program, Status, certify, largest_sparsity, sample_patterns, solve
 from coala.convex.barrier import Barrier
-from coala.convex.cones import interior_directions, nearest
+from coala.convex.cones import interior_directions
+from coala.convex.cones import nearest as plain_nearest
 from coala.convex.cronos import Cronos, Penalties, exact_u_step
 from coala.convex.linear import nystrom, nystrom_preconditioner, pcg, weighted_grams
 from coala.convex.program import in_double
@@ -22,6 +23,7 @@ from coala.convex.program import in_double
 from . import reference
 from .menagerie_convex import THIN_KINDS, Instance, thin
 
+nearest = jax.jit(plain_nearest)
 KINDS = ("plain", "duplicate rows", "constant columns", "zero row", "equal labels", "zero features", "one open pattern")
 # The shapes of the menagerie, so that what compiles once serves both.
 WIDE = (12, 16, 4)
@@ -99,7 +101,7 @@ def both_enclose(kind: str, shape: tuple[int, int, int], relative: float, seed: 
         assert feasible(program, rough.value)
 
 
-test_barrier_and_cronos_enclose_the_optimum = settings(max_examples=10)(PROGRAMS(both_enclose))
+test_barrier_and_cronos_enclose_the_optimum = settings(max_examples=5)(PROGRAMS(both_enclose))
 test_barrier_and_cronos_enclose_many_optima = pytest.mark.nightly(settings(max_examples=40)(PROGRAMS(both_enclose)))
 
 
@@ -395,6 +397,7 @@ def test_grams() -> None:
     np.testing.assert_allclose(found, [X.T @ np.diag(column) @ X for column in weights.T], atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_nystrom_is_exact_on_low_rank_and_saves_conjugate_gradients() -> None:
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):

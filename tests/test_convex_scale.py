@@ -143,6 +143,7 @@ def test_spreading_needs_a_mesh() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_solve_from_a_file_takes_the_memory_predicted(tmp_path: Path) -> None:
     path, n, d = tmp_path / "rows.npy", 60_000, 256
     rng = np.random.default_rng(0)

@@ -292,6 +292,7 @@ def test_a_matrix_over_checkpoints(place: Path, whole: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_head_of_an_alignment_judges_and_plays(place: Path, tmp_path: Path) -> None:
     """The papers' systems in one command: model, prompts and pairs of a COALA run, and its guided policy beside it."""
     from coala.align import align

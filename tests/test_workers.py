@@ -272,6 +272,7 @@ def test_no_workers_are_refused(folder: Path, backbone: LanguageModel, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_with_workers(folder: Path, tmp_path: Path) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(30, 10))
     for name, more in (("one", []), ("two", ["--workers", "2"])):
