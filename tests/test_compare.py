@@ -294,14 +294,8 @@ def test_torch_counts_a_training_step_by_formula(attention: str) -> None:
 # --- plans -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.nightly) if n != "coala-table6" else n
-        for n in bundled()
-        if n.startswith(("coala-", "cvx-"))
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [n for n in bundled() if n.startswith(("coala-", "cvx-"))])
 def test_the_papers_studies_are_planned_without_weights_or_pairs(name: str) -> None:
     given_study = load_study(name)
     planned = plan_study(given_study)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cvxpy.error import SolverError
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from coala.convex import GatedNewton, Program, Status, certify, largest_sparsity, sample_patterns, solve
@@ -65,6 +66,14 @@ def optimum(program: Program) -> float:
     return value
 
 
+def optimum_or_other(program: Program) -> float:
+    """Of a drawn program; another is drawn where a cone is too thin a sliver for the reference."""
+    try:
+        return optimum(program)
+    except SolverError:
+        reject()
+
+
 def assert_encloses(solution: Any, best: float, slack: float = 1e-7) -> None:
     """objective - gap <= optimum <= objective, up to the error of the reference."""
     room = slack * max(best, 1.0)
@@ -79,18 +88,15 @@ def feasible(program: Program, u: np.ndarray) -> bool:
     return bool(inside.min(initial=0.0) >= -1e-13 * np.abs(inside).max(initial=1.0))
 
 
-PROGRAMS = given(
-    kind=st.sampled_from(KINDS),
-    shape=st.sampled_from([TALL, WIDE]),
-    relative=st.sampled_from([2.0, 0.3, 0.03, 0.003]),
-    seed=st.integers(0, 1000),
-)
+def programs(*shapes: tuple[int, int, int]) -> Any:
+    relative = st.sampled_from([2.0, 0.3, 0.03, 0.003])
+    return given(st.sampled_from(KINDS), st.sampled_from(shapes), relative, st.integers(0, 1000))
 
 
 def both_enclose(kind: str, shape: tuple[int, int, int], relative: float, seed: int) -> None:
     with jax.enable_x64(True):
         program = degenerate(kind, shape, relative, seed)
-        best = optimum(program)
+        best = optimum_or_other(program)
         found = solve(program, Barrier(), tolerance=1e-8, max_steps=40)
         assert_encloses(found, best)
         assert found.gap <= 1e-6 * max(found.objective, 1e-6)
@@ -101,18 +107,20 @@ def both_enclose(kind: str, shape: tuple[int, int, int], relative: float, seed: 
         assert feasible(program, rough.value)
 
 
-test_barrier_and_cronos_enclose_the_optimum = settings(max_examples=5)(PROGRAMS(both_enclose))
-test_barrier_and_cronos_enclose_many_optima = pytest.mark.nightly(settings(max_examples=40)(PROGRAMS(both_enclose)))
+test_barrier_and_cronos_enclose_the_optimum = settings(max_examples=5)(programs(TALL)(both_enclose))
+test_barrier_and_cronos_enclose_many_optima = pytest.mark.nightly(
+    settings(max_examples=40)(programs(TALL, WIDE)(both_enclose))
+)
 
 
-@pytest.mark.slow
-@settings(max_examples=8)
+@pytest.mark.nightly
+@settings(max_examples=20)
 @given(kind=st.sampled_from(KINDS), relative=st.sampled_from([2.0, 0.3, 0.03]), seed=st.integers(0, 1000))
 def test_float32_programs_are_certified_in_float64(kind: str, relative: float, seed: int) -> None:
     with jax.enable_x64(True):
         wide = degenerate(kind, TALL, relative, seed)
     program = narrow(wide)
-    best = optimum(program)
+    best = optimum_or_other(program)
     for solver, steps in ((Barrier(), 40), (Cronos(), 300)):
         found = solve(program, solver, tolerance=1e-5, max_steps=steps, check_every=20, patience=None)
         assert_encloses(found, best)

@@ -60,8 +60,8 @@ def test_a_sparsity_of_zero_is_refused() -> None:
         train(X, y, 0.3 * float(np.linalg.norm(X.T @ y)))
 
 
-@pytest.mark.slow
-@settings(max_examples=4)
+@pytest.mark.nightly
+@settings(max_examples=12)
 @given(
     shape=st.sampled_from([(12, 4), (6, 9)]),
     seed=st.integers(0, 10_000),

@@ -98,6 +98,7 @@ def test_the_width_of_a_block_does_not_matter(monkeypatch: pytest.MonkeyPatch) -
         jax.clear_caches()
 
 
+@pytest.mark.nightly
 def test_rows_of_a_file(tmp_path: Path) -> None:
     pairs = programs()[1]
     assert isinstance(pairs, PairProgram)

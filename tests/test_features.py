@@ -559,6 +559,7 @@ coala.features.extract(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_extraction_goes_on_where_it_was(
     folder: Path, backbone: LanguageModel, small_shards: None, tmp_path: Path
 ) -> None:

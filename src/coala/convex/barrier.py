@@ -57,23 +57,24 @@ class Barrier:
     def init(self, program: Program, start: jax.Array | None = None) -> BarrierState:
         """Enters the central path inside the cones; a ``start`` would have to be central too and is not used."""
         with jax.enable_x64(True):
-            state: BarrierState = self._init(in_double(program))
+            state: BarrierState = self._init(program)
             return state
 
     def step(self, program: Program, state: BarrierState) -> BarrierState:
         with jax.enable_x64(True):
-            new: BarrierState = self._step(in_double(program), state)
+            new: BarrierState = self._step(program, state)
             return new
 
     def solution(self, program: Program, state: BarrierState) -> tuple[jax.Array, jax.Array]:
         """The strictly feasible weights, or zero where that is better, and the multipliers of the cones."""
         with jax.enable_x64(True):
-            value = _better_of_zero_and(in_double(program), state.weights)
+            value = _better_of_zero_and(program, state.weights)
         # NumPy arrays keep their 64 bits outside the context.
         return np.asarray(value), np.asarray(state.multipliers)  # type: ignore[return-value]
 
     @partial(jax.jit, static_argnums=0)
     def _init(self, program: Program) -> BarrierState:
+        program = in_double(program)
         inside = interior_directions(program)
         program = replace(program, patterns=program.patterns & (group_norms(inside) > 0))
         bound = constrained(program)
@@ -98,7 +99,7 @@ class Barrier:
 
     @partial(jax.jit, static_argnums=0)
     def _step(self, program: Program, state: BarrierState) -> BarrierState:
-        program = replace(program, patterns=state.patterns)
+        program = replace(in_double(program), patterns=state.patterns)
         weights, multipliers, pull, mu = state.weights, state.multipliers, state.pull, state.mu
         bound = constrained(program)
         slack = jnp.where(bound, program.cone(weights), 1.0)
@@ -180,6 +181,7 @@ class Barrier:
 
 @jax.jit
 def _better_of_zero_and(program: Program, u: jax.Array) -> jax.Array:
+    program = in_double(program)
     return jnp.where(program.objective(u) < jnp.vdot(program.y, program.y) / 2, u, 0.0)
 
 

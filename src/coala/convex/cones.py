@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from coala.convex.linear import cholesky, cholesky_solve, weighted_grams
-from coala.convex.program import Program, group_norms
+from coala.convex.program import Program, group_norms, in_double
 
 
 def constrained(program: Program) -> jax.Array:
@@ -28,8 +28,9 @@ def interior_directions(program: Program) -> jax.Array:
     """Directions h_i (d, P) of nearly largest margin: E_i x.h_i >= ||x||/2 on every row, ||h_i|| close to the least.
 
     An interior-point method for min ||h_i||^2/2 subject to E_i x.h_i >= ||x||, until every row has half its margin.
-    Zero for closed patterns and for patterns that no gate makes. Wants float64.
+    Zero for closed patterns and for patterns that no gate makes. In float64; call under ``jax.enable_x64(True)``.
     """
+    program = in_double(program)
     lengths = jnp.linalg.norm(program.X, axis=1, keepdims=True)
     program = replace(program, X=program.X / jnp.where(lengths > 0, lengths, 1.0))
     bound = constrained(program)

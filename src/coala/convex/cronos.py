@@ -101,9 +101,8 @@ class Cronos:
     def init(self, program: Program, start: jax.Array | None = None) -> CronosState:
         """ADMM at rest at ``start`` (2, d, P) or zero; finds penalties, rotation, factor and interior directions."""
         with jax.enable_x64(True):
-            exact = in_double(program)
-            inside = interior_directions(exact)
-            rotated, spectrum, rotation = _rotate(exact)
+            inside = interior_directions(program)
+            rotated, spectrum, rotation = _rotate(program)
             overlap = self._overlap(rotated)
         dtype = program.X.dtype
         rotated, narrow_spectrum = _in_type((rotated, spectrum), dtype)
@@ -132,10 +131,9 @@ class Cronos:
         Bounds from the residual of u and from -cone * nu meet as soon as ADMM rests, however far v is from the cones.
         """
         with jax.enable_x64(True):
-            exact = in_double(program)
-            u, v, nu, penalty = in_double((state.iterate.u, state.iterate.v, state.iterate.nu, state.penalties.cone))
-            value, residual = _answer(exact, matmul(state.rotation, jnp.stack([u, v])), state.inside)
-            multipliers = -penalty * nu
+            value, residual, multipliers = _answer(
+                program, state.iterate, state.penalties.cone, state.rotation, state.inside
+            )
         # NumPy arrays keep their 64 bits outside the context.
         dual = DualPoint(np.asarray(residual), np.asarray(multipliers))  # type: ignore[arg-type]
         return np.asarray(value), dual  # type: ignore[return-value]
@@ -174,8 +172,7 @@ class Cronos:
             factor = _sketch(state.rotated, state.spectrum, state.penalties, self.rank, self.seed)
             return state._replace(factor=factor)
         with jax.enable_x64(True):
-            rotated, spectrum, penalties = in_double((state.rotated, state.spectrum, state.penalties))
-            inverse = _inverse(rotated, spectrum, penalties, state.overlap)
+            inverse = _inverse(state.rotated, state.spectrum, state.penalties, state.overlap)
         return state._replace(factor=(_in_type(inverse, dtype),))
 
     @partial(jax.jit, static_argnums=0)
@@ -257,10 +254,13 @@ def exact_u_step(
 
 
 @jax.jit
-def _answer(program: Program, u_and_v: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The feasible weights nearest to v, and y - F u."""
-    u, v = u_and_v
-    return nearest(program, v, inside), program.y - program.predict(u)
+def _answer(
+    program: Program, iterate: Iterate, cone: jax.Array, rotation: jax.Array, inside: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The feasible weights nearest to v, y - F u, and -cone * nu, in float64."""
+    program, iterate, cone = in_double((program, iterate, cone))
+    u, v = matmul(rotation, jnp.stack([iterate.u, iterate.v]))
+    return nearest(program, v, inside), program.y - program.predict(u), -cone * iterate.nu
 
 
 @jax.jit
@@ -289,6 +289,7 @@ def _diagonal(spectrum: jax.Array, penalties: Penalties) -> jax.Array:
 @jax.jit
 def _rotate(program: Program) -> tuple[Program, jax.Array, jax.Array]:
     """The program with X V, the eigenvalues (d,) and V, for X^T X = V diag V^T."""
+    program = in_double(program)
     spectrum, rotation = jnp.linalg.eigh(matmul(program.X.T, program.X))
     return replace(program, X=matmul(program.X, rotation)), jnp.maximum(spectrum, 0.0), rotation
 
@@ -296,6 +297,7 @@ def _rotate(program: Program) -> tuple[Program, jax.Array, jax.Array]:
 @jax.jit
 def _inverse(program: Program, spectrum: jax.Array, penalties: Penalties, overlap: jax.Array | None) -> jax.Array:
     """The inverse :func:`exact_u_step` asks for, or of the diagonal blocks (P, d, d), depending on ``overlap``."""
+    program, spectrum, penalties = in_double((program, spectrum, penalties))
     diagonal = _diagonal(spectrum, penalties)
     if overlap is None:
         shared = program.patterns.astype(program.X.dtype)

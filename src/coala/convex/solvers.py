@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
@@ -67,10 +67,16 @@ def _bounds(program: Any, value: jax.Array, multipliers: jax.Array | None) -> Bo
     return bounds
 
 
+@jax.jit
+def _bounds_in_double(program: Any, value: jax.Array, multipliers: jax.Array | None) -> Bounds:
+    # Widened inside: outside, each shape of each part would compile a conversion of its own.
+    return cast(Bounds, _bounds(*in_double((program, value, multipliers))))
+
+
 def certify(program: Any, value: Any, multipliers: Any = None) -> tuple[float, float]:
     """(objective, lower bound) of a program at ``value``, computed in float64 whatever the program's own type."""
     with jax.enable_x64(True):
-        objective, lower = _bounds(*in_double((program, value, multipliers)))
+        objective, lower = _bounds_in_double(program, value, multipliers)
         return float(objective), float(lower)
 
 

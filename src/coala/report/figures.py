@@ -349,12 +349,13 @@ def drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], he
                 axis.set_minor_formatter(NullFormatter())
         _fill(figure, axes)
         text = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
     return Drawing(_inline(text.getvalue(), name), title, caption)
 
 
 def _fill(figure: Any, axes: Any, margin: float = 3.0) -> None:
-    """Let axes and labels fill the figure but for ``margin`` points: matplotlib's layout engines measure three times."""
+    """Let axes and labels fill the figure but for ``margin`` points; matplotlib's own engines measure three times."""
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.17, top=0.96)
     inner, outer, whole = axes.bbox, axes.get_tightbbox(), figure.bbox
     pixels = margin * figure.dpi / 72
