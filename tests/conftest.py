@@ -48,6 +48,9 @@ settings.register_profile("everywhere", deadline=None)
 settings.register_profile("ci", settings.get_profile("everywhere"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "everywhere")
 
+# Looking for cycles at Python's own pace takes a twentieth of the time; each file begins with a search.
+gc.set_threshold(100_000, 50, 1000)
+
 # A busy machine is no refusal: httpx by itself gives a request up after five seconds.
 with suppress(ImportError):
     import httpx

@@ -246,6 +246,7 @@ def test_products_are_counted_as_often_as_they_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fit_counts_less_than_its_plan_and_is_not_changed() -> None:
     from coala.align.plan import fit_flops
     from coala.compare.counting import jax_products

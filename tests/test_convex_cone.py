@@ -150,6 +150,7 @@ def test_no_solver_stalls_on_thin_cones(kind: str, seeds: range) -> None:
             assert max(np.diff([row["objective"] for row in gated.history]), default=0) <= 1e-12 * gated.objective
 
 
+@pytest.mark.nightly
 def test_thin_cones_in_float32() -> None:
     with jax.enable_x64(True):
         programs = [narrow(thin_in_tall("plain", seed)) for seed in range(5)]
