@@ -32,14 +32,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from coala.comal.llm import LanguagePolicy, load_policy
+from coala.comal.loop import run_comal
+from coala.comal.matrix import win_rate_matrix
+from coala.comal.measures import cyclic_share
+from coala.comal.oracles import Oracle, ask
+from coala.comal.report import matrix_rows, nash_rows, summarise, update_rows
+from coala.comal.settings import COMALSettings
 from coala.evaluation.statistics import mean_estimate
-from coala.nash.comal import run_comal
-from coala.nash.llm import LanguagePolicy, load_policy
-from coala.nash.matrix import win_rate_matrix
-from coala.nash.measures import cyclic_share
-from coala.nash.oracles import Oracle, ask
-from coala.nash.report import matrix_rows, nash_rows, summarise, update_rows
-from coala.nash.settings import COMALSettings
 from coala.store import digest, load_json, load_lines, save_json, save_lines
 from coala.values import Estimate, user
 

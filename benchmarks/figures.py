@@ -21,10 +21,10 @@ import torch
 from matplotlib.figure import Figure
 
 from coala.convex import GatedNewton, Program, largest_sparsity, sample_patterns, solve
-from coala.convex.barrier import Barrier
-from coala.convex.cronos import Cronos, CronosState
-from coala.convex.losses import Logistic, SecondLayer
-from coala.convex.minimisers import DampedNewton, Nesterov
+from coala.convex.papers.barrier import Barrier
+from coala.convex.papers.cronos import Cronos, CronosState
+from coala.convex.papers.losses import Logistic, SecondLayer
+from coala.convex.papers.minimisers import DampedNewton, Nesterov
 
 
 def preferences(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

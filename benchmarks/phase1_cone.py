@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from coala.convex import Program, Status, largest_sparsity, sample_patterns, solve
-from coala.convex.barrier import Barrier
-from coala.convex.cronos import Cronos
+from coala.convex.papers.barrier import Barrier
+from coala.convex.papers.cronos import Cronos
 from coala.convex.program import in_double
 
 # Name, solver, tolerance, most steps, steps between looks.

@@ -5,10 +5,10 @@
     J = 1/2 ||sum_i theta_i (X Theta_i)_+ - y||^2 + sparsity/2 (||Theta||^2 + ||theta||^2)
 
 at sparsity 0.01 max_i ||X^T D_i y|| over 8 random gates; at its minimum it is the lifted objective of
-``coala.convex.patterns``. L-BFGS (SciPy) starts from random networks of 16 and 64 neurons; Adam takes full-batch steps
-on 64, its rate on a cosine schedule, with the weight decay in the loss so that it minimises the same J. Digits
-(scikit-learn, if it is installed): 1500 rows, 5 to 9 against 0 to 4, centred, mean squared norm 1, a constant feature
-of 1/sqrt(d). Compare seconds within one run only. Prints a table; the last line is JSON.
+``coala.convex.papers.patterns``. L-BFGS (SciPy) starts from random networks of 16 and 64 neurons; Adam takes
+full-batch steps on 64, its rate on a cosine schedule, with the weight decay in the loss so that it minimises the same
+J. Digits (scikit-learn, if it is installed): 1500 rows, 5 to 9 against 0 to 4, centred, mean squared norm 1, a constant
+feature of 1/sqrt(d). Compare seconds within one run only. Prints a table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
-from coala.convex.patterns import PatternGeneration
+from coala.convex.papers.patterns import PatternGeneration
 
 Data = tuple[np.ndarray, np.ndarray]
 RELATIVE = 0.01

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coala.convex.losses import Logistic, SecondLayer
-from coala.convex.minimisers import LBFGS, AdamW, DampedNewton, Minimiser, Nesterov
+from coala.convex.papers.losses import Logistic, SecondLayer
+from coala.convex.papers.minimisers import LBFGS, AdamW, DampedNewton, Minimiser, Nesterov
 from coala.convex.solvers import solve
 
 INSTANCES = [(60_000, 64, 1e-4), (60_000, 256, 1e-4), (6_000, 64, 1e-6)]  # pairs, neurons, ridge

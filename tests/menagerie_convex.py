@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coala.convex import GatedProgram, Logistic, PairLoss, PairProgram, Pointwise, Program, sample_patterns
-from coala.convex.losses import TwoScores
+from coala.convex.papers.losses import TwoScores
 from coala.convex.program import largest_sparsity
 from coala.values import FeatureSet, FeatureSpec
 

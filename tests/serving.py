@@ -74,7 +74,7 @@ class Here:
         **options: Any,
     ) -> None:
         from coala.serve.app import Served, create_app
-        from coala.serve.listening import listen, server
+        from coala.serve.uvicorn_server import listen, server
 
         limits = limits or Limits()
         self.served = Served("tiny", backbone, head, guidance or Guidance())

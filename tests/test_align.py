@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.align import align, course, load_run, make_report, summary_rows
+from coala.align import align, load_run, make_report, processes, summary_rows
 from coala.align.stages import prompt_id
 from coala.data import DataError
 from coala.decoding import generate
@@ -216,7 +216,7 @@ def test_a_stage_in_a_process_of_its_own_gives_the_same_bytes(
     shutil.copytree(finished.path, run.path)
     shutil.rmtree(run.path / "head")
     settings = recipe(pairs, model)
-    course._in_a_process("head", settings, run, lambda stage, *_: told.update([stage]), notes.append, None, 1)
+    processes._in_a_process("head", settings, run, lambda stage, *_: told.update([stage]), notes.append, None, 1)
     assert set(told) == {"head"}
     assert values_of(run.path) == values_of(finished.path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coala.cache import VerdictCache
+from coala.store.verdict_cache import VerdictCache
 
 
 def snapshot(path: Path, n: int, folder: Path) -> Path:

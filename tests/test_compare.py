@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 from coala.cli import app
 from coala.compare import bundled, cells, load_study, plan_rows, plan_study, plan_total
 from coala.compare.cell import read
+from coala.compare.cell_context import calibrated_nll, measured_margins
+from coala.compare.conclusions import of_flops, of_measured, of_ranking
+from coala.compare.costs import spread
 from coala.compare.data import limited, part, prepare
 from coala.compare.matrix import spec_of
 from coala.compare.page import render
 from coala.compare.progress import FILE, Listener, Teller
 from coala.compare.results import PUBLISHED_COSTS, curve_of, falling, finite
-from coala.compare.spent import spread
 from coala.compare.study import Study, study_of
 from coala.compare.text import _escaped, latex, markdown
-from coala.compare.verdicts import of_flops, of_measured, of_ranking
-from coala.compare.work import calibrated_nll, measured_margins
 from coala.recipe import RecipeError
 from coala.store import save_pairs
 from coala.values import CoalaError, Pair, user
@@ -226,7 +226,7 @@ def test_products_are_counted_as_often_as_they_run() -> None:
     import jax
     import jax.numpy as jnp
 
-    from coala.compare.counting import jax_products
+    from coala.compare.flop_counter import jax_products
 
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
 
@@ -248,9 +248,9 @@ def test_products_are_counted_as_often_as_they_run() -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_fit_counts_less_than_its_plan_and_is_not_changed() -> None:
-    from coala.align.plan import fit_flops
-    from coala.compare.counting import jax_products
+    from coala.compare.flop_counter import jax_products
     from coala.convex import fit
+    from coala.plan.plan import fit_flops
     from coala.recipe import HeadSettings
     from coala.values import FeatureSet, FeatureSpec
 
@@ -271,7 +271,7 @@ def test_torch_counts_a_training_step_by_formula(attention: str) -> None:
     import torch
     import transformers
 
-    from coala.compare.counting import torch_flops
+    from coala.compare.flop_counter import torch_flops
     from coala.costs import full_flops, transformer_shape
 
     config = transformers.GPT2Config(

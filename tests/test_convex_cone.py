@@ -14,11 +14,11 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from coala.convex import GatedNewton, Program, Status, certify, largest_sparsity, sample_patterns, solve
-from coala.convex.barrier import Barrier
-from coala.convex.cones import interior_directions
-from coala.convex.cones import nearest as plain_nearest
-from coala.convex.cronos import Cronos, Penalties, exact_u_step
 from coala.convex.linear import nystrom, nystrom_preconditioner, pcg, weighted_grams
+from coala.convex.papers.barrier import Barrier
+from coala.convex.papers.cones import interior_directions
+from coala.convex.papers.cones import nearest as plain_nearest
+from coala.convex.papers.cronos import Cronos, Penalties, exact_u_step
 from coala.convex.program import in_double
 
 from . import reference

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coala.convex import Logistic, PairLoss, Pointwise, Status, certify, finetune, solve
-from coala.convex.finetune import WIDEST_GRAM, default_minimiser
-from coala.convex.losses import BLOCK, SecondLayer, TwoScores, gram
-from coala.convex.minimisers import LBFGS, AdamW, DampedNewton, Minimiser, Nesterov, NesterovState
+from coala.convex.papers.finetune import WIDEST_GRAM, default_minimiser
+from coala.convex.papers.losses import BLOCK, SecondLayer, TwoScores, gram
+from coala.convex.papers.minimisers import LBFGS, AdamW, DampedNewton, Minimiser, Nesterov, NesterovState
 from coala.convex.pytree import pytree
 from coala.values import CoalaError
 

@@ -17,13 +17,13 @@ import pytest
 
 from coala.convex import Logistic, fit
 from coala.convex.fit import assemble
-from coala.convex.gates import separate
-from coala.convex.learn import Search, learn_gates, search_gates
+from coala.convex.gate_sampling import separate
+from coala.convex.gate_search import Search, learn_gates, search_gates
+from coala.convex.gate_sources import Learnt
 from coala.convex.pairwise import PairData, solve_pairs
 from coala.convex.path import Candidate, sparsest_within_an_error
 from coala.convex.prepare import Standardisation
 from coala.convex.rows import solve_bytes
-from coala.convex.sources import Learnt
 from coala.convex.validation import HeldOut, clustered_error, grouped_folds, rising_twice
 from coala.store import scratch
 from coala.values import CoalaError, ConvexHead, FeatureSet

@@ -13,7 +13,7 @@ from cvxpy.error import SolverError
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
-from coala.convex.patterns import NetworkSolution, PatternGeneration
+from coala.convex.papers.patterns import NetworkSolution, PatternGeneration
 from coala.convex.solvers import Status
 from coala.values import CoalaError
 

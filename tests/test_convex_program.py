@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from coala.convex import GatedNewton, GatedProgram, Program, Status, certify, sample_patterns, solve
 from coala.convex.linear import pcg
 from coala.convex.pairwise import PairProgram
+from coala.convex.papers.recover import recover_gated, recover_network
 from coala.convex.program import in_double, largest_sparsity
 from coala.convex.prox import group_soft_threshold, project_orthant
-from coala.convex.recover import recover_gated, recover_network
 from coala.convex.selftest import check_operators
 
 from . import reference

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from coala.convex.losses import Logistic, Pointwise, TwoScores
+from coala.convex.papers.losses import Logistic, Pointwise, TwoScores
 from coala.convex.pytree import pytree
 
 

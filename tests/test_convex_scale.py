@@ -17,7 +17,7 @@ import pytest
 
 from coala.convex import GatedProgram, PairProgram, certify
 from coala.convex import rows as rows_module
-from coala.convex.gates import ascend
+from coala.convex.gate_sampling import ascend
 from coala.convex.rows import BLOCK, available_bytes, check_memory, open_rows, solve_bytes
 from coala.convex.sharding import spread
 from coala.store import write_rows

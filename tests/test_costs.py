@@ -250,7 +250,7 @@ def test_a_shared_extraction_costs_what_the_counter_counts(family: str, layer: i
     """Trees of equal rows, so that no pass is padded: the trunks' pass, the branches' pass, and all of ``extract``."""
     from coala.backbone import load_backbone
     from coala.features import extract
-    from coala.features.plan import Survey
+    from coala.features.prefix_tree import PrefixTree
     from coala.values import Pair, user
 
     backbone = load_backbone(tiny_backbone(family, tmp_path))
@@ -264,7 +264,7 @@ def test_a_shared_extraction_costs_what_the_counter_counts(family: str, layer: i
         tokens += [whole, np.concatenate([whole[:shared], draw.integers(5, 300, long - shared, dtype=np.int32)])]
         trunk += [2 * tree, 2 * tree]
     rows = np.arange(2 * trees)
-    plan = Survey(
+    plan = PrefixTree(
         tokens,
         start=np.full(2 * trees, shared),
         stop=np.full(2 * trees, long),

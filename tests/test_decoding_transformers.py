@@ -214,7 +214,7 @@ def test_what_a_guided_loop_does_not_have_is_refused(both: Any) -> None:
 
 
 def test_a_held_model_has_no_text(both: Any) -> None:
-    from coala.backbone.held import hold
+    from coala.backbone.external_model import hold
 
     held = hold(both[1], [1])
     for use in (lambda: held.render(user("a")), lambda: held.decode([1]), lambda: held.template):

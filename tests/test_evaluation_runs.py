@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.align.answers import Asked, Manner, answer, converse, read_prompts, read_reference
+from coala.align.answers import PromptRow, ReplySettings, answer, converse, read_prompts, read_reference
 from coala.align.stages import prompt_id
 from coala.cli.evaluate import app
-from coala.cli.records import run_of
+from coala.cli.evaluation_record import run_of
 from coala.cli.survey import app as survey_app
 from coala.decoding import generate
 from coala.evaluation import RuleJudge, judge_many, win_rate
@@ -28,7 +28,7 @@ from coala.evaluation.alpaca import read_annotations
 from coala.evaluation.alpaca import win_rate as alpaca_win_rate
 from coala.evaluation.alpaca_judging import annotation_rows
 from coala.evaluation.length_control import length_controlled
-from coala.report import Evaluation, Figure, Sample, add_evaluation, verdicts, write_report
+from coala.report import Evaluation, Figure, Sample, add_evaluation, conclusions, write_report
 from coala.report.evaluations import saved_evaluations
 from coala.store import Run, StoreError, file_digest, load_generations, load_head, save_generations, save_pairs
 from coala.values import CoalaError, Estimate, Pair, Turn, user
@@ -44,7 +44,7 @@ INSTRUCTIONS = [f"tell me story {i}" for i in range(20)]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run that has answered the instructions."""
     run = small_run(tmp_path_factory.mktemp("small"))
-    answer(Run(run), read_prompts(outputs_file(run.parent)), Manner())
+    answer(Run(run), read_prompts(outputs_file(run.parent)), ReplySettings())
     return run
 
 
@@ -164,7 +164,7 @@ def test_replies_are_kept_by_portions_and_resumed_to_the_same_bytes(
     run: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, there = read_prompts(prompts), Run(run)
-    whole = answer(there, asked, Manner())
+    whole = answer(there, asked, ReplySettings())
     (path,) = (run / "replies").glob("*.jsonl")
     unbroken = path.read_bytes()
     assert [one.prompt_id for one in whole] == [one.id for one in asked]
@@ -177,7 +177,7 @@ def test_replies_are_kept_by_portions_and_resumed_to_the_same_bytes(
     assert alone[0].text == whole[17].text
     # Nothing is loaded when nothing is missing.
     monkeypatch.setattr("coala.align.answers.load_run", lambda path: pytest.fail("the model was loaded"))
-    assert answer(there, asked, Manner()) == whole
+    assert answer(there, asked, ReplySettings()) == whole
     monkeypatch.undo()
 
     class Killed(BaseException):
@@ -188,27 +188,27 @@ def test_replies_are_kept_by_portions_and_resumed_to_the_same_bytes(
 
     path.unlink()
     with pytest.raises(Killed):
-        answer(there, asked, Manner(), on_reply=kill)
+        answer(there, asked, ReplySettings(), on_reply=kill)
     assert load_generations(path) == whole[:16]
-    assert answer(there, asked, Manner()) == whole
+    assert answer(there, asked, ReplySettings()) == whole
     assert path.read_bytes() == unbroken
     # Other settings are other replies, beside these.
-    plain = answer(there, asked, Manner(guided=False))
-    other = answer(there, asked, Manner(seed=1))
+    plain = answer(there, asked, ReplySettings(guided=False))
+    other = answer(there, asked, ReplySettings(seed=1))
     assert len(list((run / "replies").glob("*.jsonl"))) == 3
     assert [one.text for one in plain] != [one.text for one in whole] != [one.text for one in other]
     assert path.read_bytes() == unbroken
     save_generations(path, whole[1:])
     with pytest.raises(StoreError, match="holds replies to other prompts"):
-        answer(there, asked, Manner())
+        answer(there, asked, ReplySettings())
 
 
 def test_conversations_see_what_was_said_before(run: Path) -> None:
     turns = [("a", ("tell me", "once more")), ("b", ("what do you think",)), ("c", ("no", "why not"))]
-    found = converse(Run(run), turns, Manner())
+    found = converse(Run(run), turns, ReplySettings())
     assert [len(one) for one in found] == [2, 1, 2]
     prompt = (Turn("user", "no"), Turn("assistant", found[2][0]), Turn("user", "why not"))
-    again = answer(Run(run), [Asked("a turn 2", "a", ()), Asked("c turn 2", "c", prompt)][1:], Manner())
+    again = answer(Run(run), [PromptRow("a turn 2", "a", ()), PromptRow("c turn 2", "c", prompt)][1:], ReplySettings())
     assert again[0].text == found[2][1]
 
 
@@ -454,7 +454,7 @@ def test_mtbench_end_to_end(run: Path, tmp_path: Path, server: JudgeServer) -> N
     # The second turn of an answer is what the model says to the whole conversation.
     answers = [json.loads(line) for line in (run / "mtbench" / "mine.jsonl").read_text().splitlines()]
     spoken = answers[3]["choices"][0]["turns"]
-    (again,) = converse(Run(run), [("3", ("tell me", "once more 3"))], Manner())
+    (again,) = converse(Run(run), [("3", ("tell me", "once more 3"))], ReplySettings())
     assert list(again) == spoken
     assert called(app, "mtbench", *common)[0]["cost"]["calls"] == 0
     (record,) = kept(run)
@@ -577,7 +577,7 @@ def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
 def test_sentences_on_evaluations_say_whether_there_is_a_difference() -> None:
     def said(low: float, high: float) -> str:
         row = {"title": "t", "files": [], "figures": [vars(Figure("f", Estimate(0.6, low, high, 9, ""), even=0.5))]}
-        return " ".join(verdicts({"evaluations": [row]}))
+        return " ".join(conclusions({"evaluations": [row]}))
 
     assert "above 50 %" in said(0.55, 0.7)
     assert "below 50 %" in said(0.3, 0.45)

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coala.backbone.network
-import coala.features.plan
+import coala.features.prefix_tree
 from coala.backbone import POOLINGS, BackboneError, LanguageModel, load_backbone
 from coala.backbone.network import Network
 from coala.features import distinct_tokens, extract, extract_many, survey
-from coala.features.plan import _forest
+from coala.features.prefix_tree import _forest
 from coala.store import FeatureStore, StoreError
 from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, Turn, user
 from tests.menagerie import BACKBONES, tiny_backbone
@@ -81,7 +81,7 @@ def backbone(folder: Path) -> LanguageModel:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coala.features.plan, "SHARD_ROWS", 8)
+    monkeypatch.setattr(coala.features.prefix_tree, "SHARD_ROWS", 8)
 
 
 def naive(pairs: list[Pair], backbone: LanguageModel, spec: Any) -> np.ndarray[Any, Any]:
@@ -544,12 +544,12 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[3]))
-import coala.features.plan
+import coala.features.prefix_tree
 from coala.backbone import load_backbone
 from coala.store import FeatureStore
 from tests.test_features import some_pairs
 from tests.waiting import linger
-coala.features.plan.SHARD_ROWS = 8
+coala.features.prefix_tree.SHARD_ROWS = 8
 backbone = load_backbone(sys.argv[1])
 coala.features.extract(
     some_pairs(40), backbone, backbone.spec(), batch_tokens=150, store=FeatureStore(Path(sys.argv[2])),

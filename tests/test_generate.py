@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import coala
 from coala.align import evidence_notes, load_run
 from coala.cli import app as cli
-from coala.cli import screen
+from coala.cli import output
 from coala.cli.answering import room, sampled
 from coala.cli.terminal import visible
 from coala.decoding import Guidance, generate
@@ -108,7 +108,7 @@ def test_a_generation_config_that_makes_no_sense_is_left_alone() -> None:
 @pytest.mark.parametrize("words", [[], ["--json"]], ids=["plain", "json"])
 def test_json_is_for_pipes_and_for_who_asks(terminal: bool, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    emit = screen.emit
+    emit = output.emit
 
     def watched(result: dict[str, Any], **options: Any) -> None:
         import sys
@@ -117,7 +117,7 @@ def test_json_is_for_pipes_and_for_who_asks(terminal: bool, words: list[str], mo
         seen.append(result)
         emit(result, **options)
 
-    monkeypatch.setattr(screen, "emit", watched)
+    monkeypatch.setattr(output, "emit", watched)
     done = CliRunner().invoke(cli, ["data", "formats", *words])
     assert done.exit_code == 0
     assert ('{"formats": [' in done.stdout) == (not terminal or bool(words))

@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coala.evaluation.judges.endpoint
-from coala.cache import VerdictCache
 from coala.evaluation import JudgeFailure, JudgeStopped, OpenAIJudge, judge_many, read_instructions, win_rate
 from coala.evaluation.judges import Answer, Budget, Patience, read_verdict
 from coala.evaluation.judges.endpoint import OpenAIEndpoint, _Again
 from coala.evaluation.judges.endpoint import _read as read_body
+from coala.store.verdict_cache import VerdictCache
 from coala.values import CoalaError, Generation, user
 from tests.evaluation_helpers import reply
 from tests.judge_server import HANG_UP, JudgeServer, Script, fail, say, user_text
@@ -538,7 +538,7 @@ def test_an_interrupt_does_not_wait_for_the_server_to_be_ready(serve: Serve) -> 
 
 CHILD = """
 import sys
-from coala.cache import VerdictCache
+from coala.store.verdict_cache import VerdictCache
 from coala.evaluation import judge_many
 from tests.test_judges_endpoint import make, sides
 class Server: url = sys.argv[1]

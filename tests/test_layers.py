@@ -22,7 +22,6 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "permission": (set(), set()),
     "store": (set(), set()),
     "__main__": ({"cli"}, set()),
-    "cache": (set(), set()),
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
     "data": (set(), set()),
@@ -32,7 +31,14 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
     "evaluation": ({"data"}, {"scipy"}),
     "baselines": ({"store", "costs", "backbone"}, {"torch"}),
-    "nash": ({"store", "costs", "backbone", "decoding", "evaluation", "baselines"}, {"scipy"}),
+    "nash": ({"store"}, {"scipy"}),
+    "comal": (
+        {
+            *("store", "costs", "recipe", "data", "backbone", "decoding", "evaluation", "baselines", "nash", "align"),
+        },
+        {"scipy"},
+    ),
+    "plan": ({"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "align"}, set()),
     "report": ({"store", "costs", "evaluation"}, set()),
     "export": (
         {"store", "costs", "backbone", "decoding", "evaluation", "align"},
@@ -59,15 +65,28 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "compare": (
         {
             *("store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "baselines", "align", "report"),
+            *("evaluation", "baselines", "align", "plan", "report"),
         },
         {"pydantic", "yaml"},
     ),
     "cli": (
         {
-            *("store", "cache", "costs", "recipe", "data", "backbone", "convex", "features"),
+            *("store", "costs", "recipe", "data", "backbone", "convex", "features"),
             "decoding",
-            *("evaluation", "nash", "report", "align", "survey", "serve", "export", "baselines", "compare", "web"),
+            *(
+                "evaluation",
+                "nash",
+                "comal",
+                "plan",
+                "report",
+                "align",
+                "survey",
+                "serve",
+                "export",
+                "baselines",
+                "compare",
+                "web",
+            ),
         },
         {"typer"},
     ),

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from coala.cache import VerdictCache
 from coala.cli import comal
-from coala.cli.comal_inputs import examples_of, kind_of_run, start_of
-from coala.cli.comal_oracles import oracle_of
-from coala.nash.oracles import ask
+from coala.comal.inputs import examples_of, kind_of_run, start_of
+from coala.comal.named_oracles import oracle_of
+from coala.comal.oracles import ask
 from coala.store import load_json, load_lines
+from coala.store.verdict_cache import VerdictCache
 from coala.values import CoalaError, Generation, Turn, user
 
 pytest.importorskip("trl", reason="needs the extra `baselines`")
 
-from coala.nash.llm import load_policy
+from coala.comal.llm import load_policy
 from tests.test_align import pair_rows, write_rows
 from tests.tiny_game import ANSWERS, PAPER, RPS, distribution, supervised_start
 from tests.waiting import PATIENCE
@@ -139,7 +139,7 @@ def test_training_leaves_a_model_and_a_report(place: Path, whole: Any) -> None:
 
 
 def test_a_finished_run_does_nothing_again(place: Path, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coala.nash.llm import LanguagePolicy
+    from coala.comal.llm import LanguagePolicy
 
     out, _, found, asked = whole
     for name in ("sample", "log_probs", "train", "save", "export"):
@@ -151,8 +151,8 @@ def test_a_finished_run_does_nothing_again(place: Path, whole: Any, monkeypatch:
 
 KILLED = """
 import os, signal, sys
-import coala.cache
-from coala.nash.llm import LanguagePolicy
+import coala.store.verdict_cache
+from coala.comal.llm import LanguagePolicy
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -173,7 +173,7 @@ stage = sys.argv[1]
 if stage == "sample":
     at(LanguagePolicy, "sample", 1)
 elif stage == "judge":
-    at(coala.cache.VerdictCache, "put", 5)
+    at(coala.store.verdict_cache.VerdictCache, "put", 5)
 elif stage == "score":
     at(LanguagePolicy, "log_probs", 1, before=True)
 elif stage == "train":

@@ -15,18 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from coala.comal.loop import run_comal
+from coala.comal.measures import cyclic_share, measure, reachable, remarks
+from coala.comal.oracles import from_callable, from_table
+from coala.comal.pairs import TrainRow, select, shard_of, targets, win_rates
+from coala.comal.settings import COMALSettings
 from coala.nash import solve
-from coala.nash.comal import run_comal
-from coala.nash.measures import cyclic_share, measure, reachable, remarks
-from coala.nash.oracles import from_callable, from_table
-from coala.nash.pairs import TrainRow, select, shard_of, targets, win_rates
-from coala.nash.settings import COMALSettings
 from coala.values import CoalaError
 from tests.test_nash_game import seeds
 
 trl = pytest.importorskip("trl", reason="needs the extra `baselines`")
 
-from coala.nash.llm import LowRank, load_policy  # noqa: E402
+from coala.comal.llm import LowRank, load_policy  # noqa: E402
 from tests.tiny_game import (  # noqa: E402
     ANSWERS,
     EXACT,

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from coala.cache import VerdictCache
+from coala.comal.matrix import empirical_nash, win_rate_matrix
+from coala.comal.model_oracles import features, from_coala_head, from_pairwise_lm, from_reward_model
+from coala.comal.oracles import Example, Oracle, ask, from_callable, from_judge, from_majority, from_scores, from_table
+from coala.comal.pair_head import choose_pair_head, fit_pair_head
 from coala.nash import PreferenceGame
-from coala.nash.matrix import empirical_nash, win_rate_matrix
-from coala.nash.model_oracles import features, from_coala_head, from_pairwise_lm, from_reward_model
-from coala.nash.oracles import Example, Oracle, ask, from_callable, from_judge, from_majority, from_scores, from_table
-from coala.nash.pair_head import choose_pair_head, fit_pair_head
+from coala.store.verdict_cache import VerdictCache
 from coala.values import CoalaError, ConvexHead, Pair, user
 from tests.menagerie import tiny_backbone
 from tests.test_nash_game import games, seeds

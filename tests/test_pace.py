@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coala.cli.output import EVERY, insistent, progress_lines
 from coala.cli.pace import LEAST_SECONDS, LEAST_SHARE, Pace, lasting
-from coala.cli.screen import EVERY, insistent, progress_lines
 
 
 class Clock:

@@ -23,11 +23,6 @@ from typer.testing import CliRunner
 
 import coala.costs.measured
 from coala.align import align
-from coala.align.counting import Guess, count
-from coala.align.needs import size
-from coala.align.plan import PlanError, fit_flops, make_plan
-from coala.align.plan_lines import first_lines, table_rows
-from coala.align.probe import measured_rates
 from coala.backbone import load_backbone, outline
 from coala.backbone.network import Network
 from coala.cli.plan import plan as plan_command
@@ -35,6 +30,11 @@ from coala.costs import Stopwatch, decoding_bytes, pass_bytes
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
 from coala.features import extract, survey
+from coala.plan.memory import size
+from coala.plan.plan import PlanError, fit_flops, make_plan
+from coala.plan.probe import measured_rates
+from coala.plan.text import first_lines, table_rows
+from coala.plan.tokens import Guess, count
 from coala.recipe import HeadSettings, Recipe
 from coala.store import Run, load_json, save_pairs
 from coala.values import CoalaError, Pair, user

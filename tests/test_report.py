@@ -28,7 +28,7 @@ from coala.evaluation import (
     reliability,
     share_estimate,
 )
-from coala.report import build_report, verdicts, write_report
+from coala.report import build_report, conclusions, write_report
 from coala.report.content import flops, number, seconds, size
 from coala.store import Run, load_json
 from coala.values import Certificate, CoalaError, Estimate
@@ -293,7 +293,7 @@ def test_page_says_what_was_found(page: str) -> None:
         "score 1.87",
     ):
         assert text in words
-    for sentence in verdicts(content):
+    for sentence in conclusions(content):
         assert sentence in words
 
 
@@ -378,7 +378,7 @@ def test_an_empty_report_says_so() -> None:
         "The command of this run was not saved",
     ):
         assert sentence in words
-    assert verdicts({}) == []
+    assert conclusions({}) == []
 
 
 def test_empty_and_null_values_are_borne() -> None:
@@ -416,7 +416,7 @@ def test_unknown_parts_are_refused() -> None:
         build_report({"settings": {"x": object()}})
 
 
-# --- verdicts ----------------------------------------------------------------------------------------------------
+# --- conclusions ----------------------------------------------------------------------------------------------------
 
 
 def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
@@ -493,16 +493,18 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
         ({"path": [{"beta_rel": b, "cv_nll": 0.6 + b / 10, "n_neurons": 4} for b in (0.1, 0.6)]}, "longer path"),
     ],
 )
-def test_verdicts(content: dict[str, Any], said: str) -> None:
-    assert any(said in sentence for sentence in verdicts(content)), verdicts(content)
+def test_conclusions(content: dict[str, Any], said: str) -> None:
+    assert any(said in sentence for sentence in conclusions(content)), conclusions(content)
 
 
-def test_verdicts_never_praise_within_the_noise() -> None:
+def test_conclusions_never_praise_within_the_noise() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
         value = float(rng.random())
         rate = estimate(value, max(0.0, value - 0.2), min(1.0, value + 0.2))
-        text = " ".join(verdicts({"win_rates": [{"judge": "j", "estimate": rate}], "summary": {"accuracy_eval": rate}}))
+        text = " ".join(
+            conclusions({"win_rates": [{"judge": "j", "estimate": rate}], "summary": {"accuracy_eval": rate}})
+        )
         praised = "guidance helps by this judge" in text
         assert praised == ("better than chance" in text and "no better than chance" not in text) == (rate.low > 0.5)
 

@@ -27,7 +27,7 @@ from coala.align import load_run
 from coala.decoding import Engine, Guidance, Request, generate
 from coala.export.rewards import score_replies
 from coala.serve import Limits
-from coala.serve.pieces import Reader
+from coala.serve.detokenize import Reader
 from coala.serve.scoring import score
 from coala.serve.worker import Ended, Failed, Ticket, Worker
 from coala.values import CoalaError, Turn, user

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 from coala.backbone import load_backbone
-from coala.serve.pieces import Reader
+from coala.serve.detokenize import Reader
 from coala.serve.spelling import Spelling
 
 from .menagerie import _bert_tokenizer, _chat_tokenizer, _gpt2_tokenizer, _llama_tokenizer, tiny_backbone

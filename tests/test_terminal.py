@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coala.cli.screen import emit, say, side_by_side, table
+from coala.cli.output import emit, say, side_by_side, table
 from coala.cli.terminal import visible, write
 
 CLI = Path(__file__).resolve().parent.parent / "src" / "coala" / "cli"

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import coala.features.plan
+import coala.features.prefix_tree
 import coala.store.files
-from coala.align.counting import Guess
-from coala.align.needs import OTHERS
-from coala.align.plan import make_plan
-from coala.align.plan_lines import first_lines, table_rows
 from coala.backbone import LanguageModel, load_backbone
 from coala.cli import app
-from coala.features import Job, extract, workers
+from coala.features import ExtractionTask, extract, workers
+from coala.plan.memory import OTHERS
+from coala.plan.plan import make_plan
+from coala.plan.text import first_lines, table_rows
+from coala.plan.tokens import Guess
 from coala.recipe import Recipe
 from coala.store import FeatureStore, Run, StoreError, claim, load_features, load_json
 from coala.values import CoalaError
@@ -56,7 +56,7 @@ def backbone(folder: Path) -> LanguageModel:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coala.features.plan, "SHARD_ROWS", 8)
+    monkeypatch.setattr(coala.features.prefix_tree, "SHARD_ROWS", 8)
 
 
 # --- locks -------------------------------------------------------------------------------------------------------
@@ -159,10 +159,10 @@ def test_a_full_disk_is_an_error_and_what_was_done_is_kept(
 # --- several processes -------------------------------------------------------------------------------------------
 
 
-def job_of(folder: Path, backbone: LanguageModel, store: Path, n: int = 40) -> Job:
+def job_of(folder: Path, backbone: LanguageModel, store: Path, n: int = 40) -> ExtractionTask:
     # The other processes know nothing of what a test patches here; shards are as small by an option.
-    coala.features.plan.SHARD_ROWS = 2048
-    return Job(
+    coala.features.prefix_tree.SHARD_ROWS = 2048
+    return ExtractionTask(
         {"model": str(folder), "template": "continuation"},
         some_pairs(n),
         backbone.spec(),

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from coala.comal.llm import LanguagePolicy
+from coala.comal.settings import COMALSettings
 from coala.nash import PreferenceGame
-from coala.nash.llm import LanguagePolicy
-from coala.nash.settings import COMALSettings
 from coala.values import user
 
 ANSWERS = ("a", "b", "c")

@@ -7,9 +7,9 @@ from typing import Any
 
 from coala.align.changes import adopt
 from coala.align.checks import check_settings
-from coala.align.course import carry_out
+from coala.align.context import OnNote, OnProgress, quiet
 from coala.align.evidence import evidence_notes
-from coala.align.job import OnNote, OnProgress, quiet
+from coala.align.processes import carry_out
 from coala.align.results import load_run, make_report, summary_rows
 from coala.recipe import Recipe
 from coala.store import Run

@@ -28,7 +28,7 @@ OnReply = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRow:
     """A prompt with its ``id``, which no other has; ``category`` is the benchmark's, or empty.
 
     ``key`` is what replies of a file are found by: the file's own name of the prompt, else its text.
@@ -45,7 +45,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Manner:
+class ReplySettings:
     """How a run answers: ``None`` is as its recipe says. ``guided`` false leaves the head out."""
 
     guided: bool = True
@@ -54,7 +54,7 @@ class Manner:
     seed: int = 0
 
 
-def read_prompts(path: Path | str) -> list[Asked]:
+def read_prompts(path: Path | str) -> list[PromptRow]:
     """The prompts of a file, in its order.
 
     Rows of AlpacaEval (``instruction``, perhaps ``dataset``), of Arena-Hard (``uid`` or ``question_id``, ``prompt`` or
@@ -67,7 +67,7 @@ def read_prompts(path: Path | str) -> list[Asked]:
         raise CoalaError(f"{path}: found no prompt; expected one at least. Is this the file that was meant?")
     if all(row.get("chosen") is not None and row.get("prompt_id") is None for row in rows):
         found = {prompt_id(pair): pair.prompt for pair in read_pairs(path)}
-        return [Asked(name, name, prompt) for name, prompt in found.items()]
+        return [PromptRow(name, name, prompt) for name, prompt in found.items()]
     asked = []
     seen: Counter[str] = Counter()
     for row in rows:
@@ -77,11 +77,11 @@ def read_prompts(path: Path | str) -> list[Asked]:
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}-{seen[name]}"
         kind = row.name_of("category", "dataset")
-        asked.append(Asked(unique, name, prompt, row.label(kind) if kind else ""))
+        asked.append(PromptRow(unique, name, prompt, row.label(kind) if kind else ""))
     return asked
 
 
-def read_reference(path: Path | str, asked: Sequence[Asked]) -> list[Generation]:
+def read_reference(path: Path | str, asked: Sequence[PromptRow]) -> list[Generation]:
     """A reply to each of ``asked``, in their order, from a file of another model's replies.
 
     AlpacaEval outputs (``instruction``, ``output``, ``generator``), a run's generations (``prompt_id``, ``text``),
@@ -112,7 +112,9 @@ def read_reference(path: Path | str, asked: Sequence[Asked]) -> list[Generation]
     return replies
 
 
-def answer(run: Run, asked: Sequence[Asked], manner: Manner, *, on_reply: OnReply | None = None) -> list[Generation]:
+def answer(
+    run: Run, asked: Sequence[PromptRow], manner: ReplySettings, *, on_reply: OnReply | None = None
+) -> list[Generation]:
     """The run's reply to each prompt, in their order; those that are kept are not made again.
 
     The model is loaded only if a reply is missing. Raises :class:`CoalaError` for a run without a head and for one in
@@ -153,7 +155,7 @@ def answer(run: Run, asked: Sequence[Asked], manner: Manner, *, on_reply: OnRepl
 
 
 def converse(
-    run: Run, questions: Sequence[tuple[str, Sequence[str]]], manner: Manner, *, on_reply: OnReply | None = None
+    run: Run, questions: Sequence[tuple[str, Sequence[str]]], manner: ReplySettings, *, on_reply: OnReply | None = None
 ) -> list[tuple[str, ...]]:
     """The run's replies to the turns of each question (id, turns), each given with all that was said before it."""
     said: list[tuple[Turn, ...]] = [() for _ in questions]
@@ -165,7 +167,7 @@ def converse(
         for i in here:
             name, turns = questions[i]
             said[i] = (*said[i], Turn("user", turns[number]))
-            asked.append(Asked(name if number == 0 else f"{name} turn {number + 1}", name, said[i]))
+            asked.append(PromptRow(name if number == 0 else f"{name} turn {number + 1}", name, said[i]))
 
         def tell(n: int, _: int, before: int = done) -> None:
             if on_reply is not None:
@@ -177,7 +179,9 @@ def converse(
     return [tuple(turn.text for turn in turns if turn.role == "assistant") for turns in said]
 
 
-def _generated(some: Sequence[Asked], backbone: Any, head: Any, rule: Any, options: dict[str, Any]) -> list[Generation]:
+def _generated(
+    some: Sequence[PromptRow], backbone: Any, head: Any, rule: Any, options: dict[str, Any]
+) -> list[Generation]:
     from coala.decoding import generate
 
     names = [one.id for one in some]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coala import evaluation
-from coala.align.job import open_backbone
+from coala.align.context import open_backbone
 from coala.align.stages import guidance_of, prompt_id
 from coala.permission import permitted
 from coala.recipe import recipe_of, refuse_asked_code

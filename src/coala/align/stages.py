@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.align.job import Work, loading
+from coala.align.context import StageContext, loading
 from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import HeadSettings, Recipe
 from coala.store import (
@@ -56,10 +56,10 @@ PORTIONS = "portions"  # folder of replies that are not all written yet
 # --- the stages --------------------------------------------------------------------------------------------------
 
 
-def _pairs(job: Work) -> None:
+def _pairs(context: StageContext) -> None:
     from coala.data import check, source_digest, split
 
-    recipe = job.recipe
+    recipe = context.recipe
     inputs = {
         "pairs": [source_digest(s) for s in recipe.pairs],
         "eval_pairs": [source_digest(s) for s in recipe.eval_pairs],
@@ -69,11 +69,11 @@ def _pairs(job: Work) -> None:
     }
 
     def work() -> dict[str, Any]:
-        job.show("pairs", 0, None)
+        context.show("pairs", 0, None)
         # The tokenizer is read at the first pair, so that pairs that are not there are named first.
         as_read: dict[str, Any] = {
-            "refusal": lambda pair: job.renderer().refusal_of(pair),
-            "specials": lambda text: job.renderer().specials(text),
+            "refusal": lambda pair: context.renderer().refusal_of(pair),
+            "specials": lambda text: context.renderer().specials(text),
         }
         findings = [check(recipe.pairs, recipe.format, against=recipe.eval_pairs or None, **as_read)]
         if recipe.eval_pairs:
@@ -86,9 +86,9 @@ def _pairs(job: Work) -> None:
         else:
             train, evaluation = split(findings[0].pairs, recipe.eval_fraction, seed=recipe.seed)
         for line in power_of(evaluation, recipe):
-            job.note(line)
-        save_pairs(job.path("pairs-train.jsonl"), train)
-        save_pairs(job.path("pairs-eval.jsonl"), evaluation)
+            context.note(line)
+        save_pairs(context.path("pairs-train.jsonl"), train)
+        save_pairs(context.path("pairs-eval.jsonl"), evaluation)
         return {
             "n_train": len(train),
             "n_eval": len(evaluation),
@@ -99,35 +99,38 @@ def _pairs(job: Work) -> None:
             ],
         }
 
-    job.once("pairs", inputs, ["pairs-train.jsonl", "pairs-eval.jsonl"], work)
+    context.once("pairs", inputs, ["pairs-train.jsonl", "pairs-eval.jsonl"], work)
 
 
-def _features(job: Work) -> None:
-    from coala.features import Job, distinct_lengths, extract, survey, workers
+def _features(context: StageContext) -> None:
+    from coala.features import ExtractionTask, distinct_lengths, extract, survey, workers
 
-    model = job.recipe.model
-    layer = _layer(job)
-    extras: dict[str, Any] = {"prompt_features": job.recipe.prompt_features, "log_ratios": job.recipe.log_ratios}
+    model = context.recipe.model
+    layer = _layer(context)
+    extras: dict[str, Any] = {
+        "prompt_features": context.recipe.prompt_features,
+        "log_ratios": context.recipe.log_ratios,
+    }
     for part in ("train", "eval"):
         stage = f"features-{part}"
-        source = job.path(f"pairs-{part}.jsonl")
+        source = context.path(f"pairs-{part}.jsonl")
         # A head is fitted on prefixes if asked for; what is held out is always whole replies.
         prefixes = model.prefixes if part == "train" else 1
-        inputs = {"pairs": file_digest(source), "model": job.model_stamp(), "layer": layer, **extras}
+        inputs = {"pairs": file_digest(source), "model": context.model_stamp(), "layer": layer, **extras}
 
         def work(part: str = part, stage: str = stage, source: Path = source, prefixes: int = prefixes) -> Any:
-            job.show(stage, 0, None, "loading the model")
-            backbone = job.backbone()
+            context.show(stage, 0, None, "loading the model")
+            backbone = context.backbone()
             pairs = load_pairs(source)
             spec = backbone.spec(layer, model.pooling, model.ends_with_eos, model.max_tokens)
             reads = backbone.reads(spec, pairs[0] if pairs else None)
             if part == "train":
                 for line in reads:
-                    job.note(line)
-            known = job.loaded.pop("plan", None) if part == "train" else None
+                    context.note(line)
+            known = context.loaded.pop("plan", None) if part == "train" else None
             plan = known or survey(pairs, backbone, spec, prompt_features=extras["prompt_features"])
             in_all = plan.facts["tokens"]
-            target = job.path(f"features/{part}")
+            target = context.path(f"features/{part}")
             # All that decides the bits of the features, and so the same for every head, seed and sweep.
             decides = [
                 spec,
@@ -138,19 +141,19 @@ def _features(job: Work) -> None:
                 backbone.dtype,
                 backbone.device.type,
             ]
-            folder = target if job.cache is None else job.cache / digest(*map(str, decides))
-            with nullcontext(True) if job.cache is None else claim(folder / "extraction.lock", wait=True):
-                reused = job.cache is not None and (folder / "features.json").exists()
+            folder = target if context.cache is None else context.cache / digest(*map(str, decides))
+            with nullcontext(True) if context.cache is None else claim(folder / "extraction.lock", wait=True):
+                reused = context.cache is not None and (folder / "features.json").exists()
                 if not reused:
                     shards = FeatureStore(folder / "shards")
                     options = {"batch_tokens": model.batch_tokens, "prefixes": prefixes, **extras}
 
                     def note(text: str) -> None:
-                        job.show(stage, 0, in_all, text)
+                        context.show(stage, 0, in_all, text)
 
-                    shared = Job(loading(job.recipe), pairs, spec, options, shards.folder)
+                    shared = ExtractionTask(loading(context.recipe), pairs, spec, options, shards.folder)
                     # Whoever finds no shard to make would load the model for nothing.
-                    helpful = max(1, min(job.n_workers, len(plan.shards(model.batch_tokens))))
+                    helpful = max(1, min(context.n_workers, len(plan.shards(model.batch_tokens))))
                     with workers(shared, helpful, on_note=note):
                         features = extract(
                             pairs,
@@ -160,12 +163,14 @@ def _features(job: Work) -> None:
                             store=shards,
                             plan=plan,
                             # Tokens, not pairs: long rows go first, so the first pairs cost the most.
-                            on_batch=lambda done, total, n: job.show(stage, n, in_all, f"{done:,} of {total:,} pairs"),
+                            on_batch=lambda done, total, n: context.show(
+                                stage, n, in_all, f"{done:,} of {total:,} pairs"
+                            ),
                             on_note=note,
                         )
                     save_features(folder, features)
                     shards.discard()
-                if job.cache is not None:
+                if context.cache is not None:
                     link_features(folder, target)
             if reused:
                 return {**plan.facts, "reads": reads, "reused": str(folder)}
@@ -180,75 +185,77 @@ def _features(job: Work) -> None:
                 "flops_bound": extraction_flops(shape, lengths, own=own, layer=top) + head,
             }
 
-        job.once(stage, inputs, [f"features/{part}/features.safetensors", f"features/{part}/features.json"], work)
+        context.once(stage, inputs, [f"features/{part}/features.safetensors", f"features/{part}/features.json"], work)
 
 
-def _layer(job: Work) -> int:
+def _layer(context: StageContext) -> int:
     """The layer asked for, or the one that a sample of the training pairs speaks for."""
-    from coala.align.depth import SHARE, choose_layer
+    from coala.align.layer_choice import SHARE, choose_layer
     from coala.features import survey
 
-    model = job.recipe.model
+    model = context.recipe.model
     if model.layer != "auto":
         return model.layer
-    source = job.path("pairs-train.jsonl")
+    source = context.path("pairs-train.jsonl")
 
     def work() -> None:
-        job.show("layer", 0, None)
-        backbone, pairs = job.backbone(), load_pairs(source)
+        context.show("layer", 0, None)
+        backbone, pairs = context.backbone(), load_pairs(source)
         spec = backbone.spec(-1, model.pooling, model.ends_with_eos, model.max_tokens)
         # The rows are those of the extraction, whatever its layer.
-        job.loaded["plan"] = plan = survey(pairs, backbone, spec, prompt_features=job.recipe.prompt_features)
+        context.loaded["plan"] = plan = survey(pairs, backbone, spec, prompt_features=context.recipe.prompt_features)
         choice = choose_layer(
             pairs,
             backbone,
             spec,
             plan=plan,
             batch_tokens=model.batch_tokens,
-            seed=job.recipe.seed,
-            on_batch=lambda done, total, tokens: job.show("layer", done, total, "pairs of a sample, all layers"),
+            seed=context.recipe.seed,
+            on_batch=lambda done, total, tokens: context.show("layer", done, total, "pairs of a sample, all layers"),
         )
-        save_json(job.path("layer.json"), choice.to_dict())
+        save_json(context.path("layer.json"), choice.to_dict())
 
-    inputs = {"pairs": file_digest(source), "model": job.model_stamp(), "share": SHARE}
-    job.once("layer", inputs, ["layer.json"], work)
-    found = load_object(job.path("layer.json"), "layer", "told")
-    job.note(found["told"])
+    inputs = {"pairs": file_digest(source), "model": context.model_stamp(), "share": SHARE}
+    context.once("layer", inputs, ["layer.json"], work)
+    found = load_object(context.path("layer.json"), "layer", "told")
+    context.note(found["told"])
     return int(found["layer"])
 
 
-def _head(job: Work) -> None:
+def _head(context: StageContext) -> None:
     from coala.convex import Fit, fit
 
-    settings = job.recipe.head
+    settings = context.recipe.head
     inputs = {
-        "features": file_digest(job.path("features/train/features.safetensors")),
+        "features": file_digest(context.path("features/train/features.safetensors")),
         "settings": settings.model_dump(),
-        "seed": job.recipe.seed,
+        "seed": context.recipe.seed,
     }
 
     def work() -> None:
-        job.show("head", 0, None)
-        features = load_features(job.path("features/train"), mmap=True)
+        context.show("head", 0, None)
+        features = load_features(context.path("features/train"), mmap=True)
 
         def fitted(**options: Any) -> Fit:
             return fit(
                 features,
                 reference_scale=settings.reference_scale,
                 tolerance=settings.tolerance,
-                seed=job.recipe.seed,
-                scratch=scratch(job.path("features")),
-                on_step=lambda stage, step, total, info: job.show("head", step, total, stage),
+                seed=context.recipe.seed,
+                scratch=scratch(context.path("features")),
+                on_step=lambda stage, step, total, info: context.show("head", step, total, stage),
                 **options,
             )
 
         result = fitted(**fit_options(settings))
         # Every head is shown beside the linear one, its own control (docs/departures.md).
         linear = result.head if not result.head.n_neurons else fitted(method="linear").head
-        save_head(job.path("head"), result.head)
-        save_json(job.path("head/fit.json"), {"path": result.path, "history": result.history, "linear": linear.linear})
+        save_head(context.path("head"), result.head)
+        save_json(
+            context.path("head/fit.json"), {"path": result.path, "history": result.history, "linear": linear.linear}
+        )
 
-    job.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
+    context.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
 
 
 def fit_options(settings: HeadSettings) -> dict[str, Any]:
@@ -265,28 +272,28 @@ def fit_options(settings: HeadSettings) -> dict[str, Any]:
     }
 
 
-def _replies(job: Work) -> None:
-    settings = job.recipe.evaluation
-    pairs = load_pairs(job.path("pairs-eval.jsonl"))
+def _replies(context: StageContext) -> None:
+    settings = context.recipe.evaluation
+    pairs = load_pairs(context.path("pairs-eval.jsonl"))
     chosen = list({conversation_text(pair.prompt): pair for pair in pairs}.values())[: settings.prompts]
     for method in ("unguided", "guided"):
         stage = f"replies-{method}"
         inputs = {
             "prompts": digest([asdict(pair)["prompt"] for pair in chosen]),
-            "head": file_digest(job.path("head/head.safetensors")),
-            "model": job.model_stamp(),
-            "guidance": job.recipe.guidance.model_dump(),
-            "settings": [settings.max_new_tokens, settings.temperature, job.recipe.seed],
+            "head": file_digest(context.path("head/head.safetensors")),
+            "model": context.model_stamp(),
+            "guidance": context.recipe.guidance.model_dump(),
+            "settings": [settings.max_new_tokens, settings.temperature, context.recipe.seed],
         }
 
         def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
-            job.show(stage, 0, None, "loading the model")
-            backbone, head, guidance = job.backbone(), load_head(job.path("head")), guidance_of(job.recipe)
+            context.show(stage, 0, None, "loading the model")
+            backbone, head, guidance = context.backbone(), load_head(context.path("head")), guidance_of(context.recipe)
             guidance = guidance.at(settings.temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
-            replies = _written(job, stage, chosen, backbone, head, rule, digest(inputs))
+            replies = _written(context, stage, chosen, backbone, head, rule, digest(inputs))
             prompts = {prompt_id(pair): pair.prompt for pair in chosen}
-            save_generations(job.path(f"generations-{method}.jsonl"), replies, prompts)
+            save_generations(context.path(f"generations-{method}.jsonl"), replies, prompts)
             flops: int = sum(
                 decoding_flops(
                     backbone.shape,
@@ -300,12 +307,12 @@ def _replies(job: Work) -> None:
             )
             return {"n": len(replies), "flops": flops * rule.written}
 
-        job.once(stage, inputs, [f"generations-{method}.jsonl"], work)
-    discard(job.path(PORTIONS))
+        context.once(stage, inputs, [f"generations-{method}.jsonl"], work)
+    discard(context.path(PORTIONS))
 
 
 def _written(
-    job: Work,
+    context: StageContext,
     stage: str,
     chosen: Sequence[Pair],
     backbone: LanguageModel,
@@ -319,14 +326,14 @@ def _written(
     """
     from coala.decoding import generate
 
-    settings = job.recipe.evaluation
+    settings = context.recipe.evaluation
     at_once = max(1, rows_at_once(backbone) // rule.rows)
-    path = job.path(f"{PORTIONS}/{stage}-{about[:12]}.jsonl")
+    path = context.path(f"{PORTIONS}/{stage}-{about[:12]}.jsonl")
     replies = load_generations(path) if path.exists() else []
     ids = [prompt_id(pair) for pair in chosen]
     if [reply.prompt_id for reply in replies] != ids[: len(replies)] or len(replies) % at_once:
         replies = []
-    job.show(stage, len(replies), len(chosen))
+    context.show(stage, len(replies), len(chosen))
     for first in range(len(replies), len(chosen), at_once):
         some = slice(first, first + at_once)
         replies += generate(
@@ -336,47 +343,47 @@ def _written(
             rule,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            seed=job.recipe.seed,
+            seed=context.recipe.seed,
             prompt_ids=ids[some],
             batch_size=at_once,
         )
         if len(replies) < len(chosen):
             save_generations(path, replies)
-        job.show(stage, len(replies), len(chosen), f"{len(replies)} of {len(chosen)} replies")
+        context.show(stage, len(replies), len(chosen), f"{len(replies)} of {len(chosen)} replies")
     return replies
 
 
-def _judgements(job: Work) -> None:
+def _judgements(context: StageContext) -> None:
     from coala.align.judges import judge_stamp, open_judge
     from coala.evaluation import judge_many
 
-    settings = job.recipe.evaluation
+    settings = context.recipe.evaluation
     for name, text in (("judge", settings.judge), ("labeller", settings.labeller)):
         if text is None:
             continue
         inputs = {
             "judge": judge_stamp(text),
-            "guided": file_digest(job.path("generations-guided.jsonl")),
-            "unguided": file_digest(job.path("generations-unguided.jsonl")),
+            "guided": file_digest(context.path("generations-guided.jsonl")),
+            "unguided": file_digest(context.path("generations-unguided.jsonl")),
         }
         stage = f"judgements-{name}"
 
         def work(name: str = name, text: str = text, stage: str = stage) -> None:
-            guided = load_generations(job.path("generations-guided.jsonl"))
-            unguided = load_generations(job.path("generations-unguided.jsonl"))
-            prompts = {prompt_id(pair): pair.prompt for pair in load_pairs(job.path("pairs-eval.jsonl"))}
-            job.show(stage, 0, 2 * len(guided))
+            guided = load_generations(context.path("generations-guided.jsonl"))
+            unguided = load_generations(context.path("generations-unguided.jsonl"))
+            prompts = {prompt_id(pair): pair.prompt for pair in load_pairs(context.path("pairs-eval.jsonl"))}
+            context.show(stage, 0, 2 * len(guided))
             found = judge_many(
                 guided,
                 unguided,
                 open_judge(text),
                 prompts=prompts,
-                on_progress=lambda done, total: job.show(stage, done, total, "verdicts"),
-                on_failure=lambda prompt, error: job.note(f"{stage}: no verdict on prompt {prompt}: {error}"),
+                on_progress=lambda done, total: context.show(stage, done, total, "verdicts"),
+                on_failure=lambda prompt, error: context.note(f"{stage}: no verdict on prompt {prompt}: {error}"),
             )
-            save_judgements(job.path(f"judgements-{name}.jsonl"), found.judgements)
+            save_judgements(context.path(f"judgements-{name}.jsonl"), found.judgements)
 
-        job.once(stage, inputs, [f"judgements-{name}.jsonl"], work)
+        context.once(stage, inputs, [f"judgements-{name}.jsonl"], work)
 
 
 def rows_at_once(backbone: LanguageModel) -> int:
@@ -414,7 +421,7 @@ def guidance_of(recipe: Recipe) -> Guidance:
     return Guidance(**recipe.guidance.model_dump())
 
 
-STAGES: dict[str, Callable[[Work], None]] = {
+STAGES: dict[str, Callable[[StageContext], None]] = {
     "pairs": _pairs,
     "features": _features,
     "head": _head,

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from coala.backbone import LanguageModel, load_backbone
-from coala.baselines import seam
+from coala.baselines import trl_adapter
 from coala.baselines.rows import PairRows, render_pairs
 from coala.baselines.settings import Lora, Method, TrainSettings, check_method
 from coala.costs import Shape, body_flops, peak_memory, training_flops
@@ -116,7 +116,7 @@ def train(
     ``StoreError`` if ``out`` holds another run, ``BackboneError`` for a model that our backbone cannot read.
     """
     check_method(method)
-    seam.require(settings)
+    trl_adapter.require(settings)
     if device not in ("auto", "cpu"):
         raise CoalaError(f"device is {device!r}; expected auto (a GPU if there is one) or cpu.")
     base = _Base.of(model, revision, template, trust_remote_code, pairs, eval_pairs, settings)
@@ -133,7 +133,7 @@ def train(
         run.start(about)
         if run.done(STAGE, about):
             return load_trained(run.path)
-        with seam.silence():
+        with trl_adapter.silence():
             on_cpu = device == "cpu" or not torch.accelerator.is_available()
             facts = _train(method, base, run.path, settings, on_cpu, trust_remote_code, on_step)
         # A trainer refers to itself: its model would stay on the card until the collector happens to run.
@@ -184,7 +184,7 @@ def whole_model(trained: Trained, folder: str | Path, *, trust_remote_code: bool
 
     target, revision = Path(folder), trained.revision or None
     if not (target / "merged.json").is_file():
-        with seam.silence():
+        with trl_adapter.silence():
             base = AutoModelForCausalLM.from_pretrained(
                 trained.model, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
@@ -255,7 +255,7 @@ def _train(
     if checkpoint is not None:
         logged = load_json(checkpoint / "trainer_state.json")["log_history"]
         before = max((entry.get("seconds", 0.0) for entry in logged), default=0.0)
-    tokenizer = seam.tokenizer_of(base.name, revision, trust_remote_code)
+    tokenizer = trl_adapter.tokenizer_of(base.name, revision, trust_remote_code)
     begun = time.perf_counter()
 
     def on_log(step: int, steps: int, logs: dict[str, float]) -> None:
@@ -263,7 +263,7 @@ def _train(
         if on_step is not None:
             on_step(step, steps, logs)
 
-    trainer = seam.build_trainer(
+    trainer = trl_adapter.build_trainer(
         method,
         base.rows,
         base.eval_rows,
@@ -301,7 +301,7 @@ def _train(
             "dropped_tokens": sum(pair.chosen.dropped + pair.rejected.dropped for pair in base.rows),
             "padding_token": int(tokenizer.pad_token_id),
             "device": str(trainer.args.device),
-            "versions": seam.versions(),
+            "versions": trl_adapter.versions(),
         },
     }
 

@@ -29,9 +29,9 @@ from coala.cli import (
     serve,
     survey,
 )
-from coala.cli.compiled import keep_compiled
-from coala.cli.screen import wants_json
+from coala.cli.output import wants_json
 from coala.cli.terminal import styled, visible, write
+from coala.cli.xla_cache import keep_compiled
 
 INTERRUPTED = 130
 

@@ -133,10 +133,10 @@ def run_and_show(
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.align import align as run_align
     from coala.align import check_settings, evidence_notes, summary_rows
-    from coala.align.plan import make_plan
-    from coala.align.plan_lines import first_lines
     from coala.align.stages import guidance_of
-    from coala.cli.screen import emit, insistent, progress, say, side_by_side, table
+    from coala.cli.output import emit, insistent, progress, say, side_by_side, table
+    from coala.plan.plan import make_plan
+    from coala.plan.text import first_lines
     from coala.store import Run, load_head
     from coala.values import CoalaError
 

@@ -11,20 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from coala.cli.contest import (
-    Contest,
-    Limit,
-    MaxNewTokens,
-    Prompts,
-    Reference,
-    Temperature,
-    Unguided,
-    described,
-    hold,
-    manner_of,
-    needed,
-    own_name,
-)
+from coala.cli.evaluation_record import RunOption, command_line, comparisons, figure, keep, run_of, spread
 from coala.cli.judging import (
     NOT_ALL,
     AskAgain,
@@ -50,7 +37,20 @@ from coala.cli.judging import (
     told_interval,
 )
 from coala.cli.options import Download, TrustCode
-from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of, spread
+from coala.cli.run_vs_reference import (
+    Contest,
+    Limit,
+    MaxNewTokens,
+    Prompts,
+    Reference,
+    Temperature,
+    Unguided,
+    described,
+    hold,
+    manner_of,
+    needed,
+    own_name,
+)
 
 if TYPE_CHECKING:
     from coala.evaluation.alpaca import Annotations, WinRate
@@ -134,7 +134,7 @@ def alpaca(
 
     `coala eval alpaca --run RUN --prompts alpaca_eval.json --model gpt-4-1106-preview`
     """
-    from coala.cli.screen import finish, say, table
+    from coala.cli.output import finish, say, table
     from coala.evaluation.alpaca import read_annotations, read_output_lengths
     from coala.evaluation.order_effects import remarks_on
     from coala.report import Evaluation

@@ -37,7 +37,7 @@ def opened(run: Path, sampling: Mapping[str, float | None], mode: str | None, **
     ``sampling`` holds the flags' temperature, top_p and top_k; see :func:`sampled` for those not given.
     """
     from coala.align import evidence_notes, load_run
-    from coala.cli.screen import say
+    from coala.cli.output import say
     from coala.recipe import recipe_of
     from coala.store import Run
 
@@ -58,7 +58,7 @@ def opened(run: Path, sampling: Mapping[str, float | None], mode: str | None, **
 
 def cooled(guidance: Guidance, temperature: float) -> Guidance:
     """The guidance at this temperature; says so where that is another mode."""
-    from coala.cli.screen import say
+    from coala.cli.output import say
 
     found = guidance.at(temperature)
     if found != guidance:
@@ -110,7 +110,7 @@ def room(backbone: LanguageModel, prompt: Sequence[Turn], max_new_tokens: int, *
 
     Raises :class:`CoalaError` for a prompt that leaves no room, unless it may be ``cut``; ``mend`` says what to do.
     """
-    from coala.cli.screen import say
+    from coala.cli.output import say
     from coala.values import CoalaError
 
     context = backbone.max_tokens

@@ -10,19 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from coala.cli.contest import (
-    Limit,
-    MaxNewTokens,
-    Prompts,
-    Reference,
-    Temperature,
-    Unguided,
-    described,
-    hold,
-    manner_of,
-    needed,
-    own_name,
-)
+from coala.cli.evaluation_record import RunOption, command_line, comparisons, figure, keep, run_of
 from coala.cli.judging import (
     NOT_ALL,
     AskAgain,
@@ -44,7 +32,19 @@ from coala.cli.judging import (
     told_interval,
 )
 from coala.cli.options import Download, TrustCode
-from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of
+from coala.cli.run_vs_reference import (
+    Limit,
+    MaxNewTokens,
+    Prompts,
+    Reference,
+    Temperature,
+    Unguided,
+    described,
+    hold,
+    manner_of,
+    needed,
+    own_name,
+)
 
 if TYPE_CHECKING:
     from coala.evaluation.arena import Battles
@@ -119,7 +119,7 @@ def arena(
 
     `coala eval arena --run RUN --prompts question.jsonl --reference gpt-4-0314.jsonl --model gpt-4`
     """
-    from coala.cli.screen import finish, say, table
+    from coala.cli.output import finish, say, table
     from coala.evaluation.arena import read_battles, score
     from coala.evaluation.judges import read_instructions
     from coala.evaluation.order_effects import remarks_on

@@ -60,7 +60,7 @@ def chat(
     Example: `coala chat runs/demo`   (then /help)
     """
     from coala.cli.answering import opened
-    from coala.cli.screen import emit, say
+    from coala.cli.output import emit, say
 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     found = opened(run, sampling, mode, strength=strength, rule=rule)
@@ -125,7 +125,7 @@ class _Talk:
 
     def obey(self, line: str) -> None:
         """A command; one that is not known or does not fit is told so and changes nothing."""
-        from coala.cli.screen import say
+        from coala.cli.output import say
         from coala.values import CoalaError
 
         command, _, value = line[1:].partition(" ")
@@ -168,7 +168,7 @@ class _Talk:
 
     def _warm(self, temperature: float) -> None:
         from coala.cli.answering import cooled
-        from coala.cli.screen import say
+        from coala.cli.output import say
         from coala.values import CoalaError
 
         if not 0 <= temperature < math.inf:
@@ -179,7 +179,7 @@ class _Talk:
 
     def retry(self) -> None:
         """Another reply to the last message, with the next seed."""
-        from coala.cli.screen import say
+        from coala.cli.output import say
 
         if not self.turns:
             say("/retry: there is no reply yet.")
@@ -192,7 +192,7 @@ class _Talk:
     def answer(self, line: str) -> bool:
         """The reply to a message, and whether there is one: Ctrl-C ends it, and takes both back if nothing is there."""
         from coala.cli.answering import conversation, room
-        from coala.cli.screen import say, side_by_side
+        from coala.cli.output import say, side_by_side
         from coala.values import CoalaError, Turn
 
         asked = [*self.turns, Turn("user", line)]
@@ -247,7 +247,7 @@ class _Talk:
     def score(self) -> None:
         """What the head makes of the last reply; on a terminal with a colour for every token."""
         from coala.cli.answering import conversation
-        from coala.cli.screen import say
+        from coala.cli.output import say
         from coala.serve.scoring import score
 
         if not self.turns:

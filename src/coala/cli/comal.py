@@ -91,13 +91,13 @@ def game(
     out: Annotated[Path | None, typer.Option(help="Page to write (.html), or the figure of the path (.svg).")] = None,
 ) -> None:
     """Solve a game: print its Nash policy, the path of the method and the duality gap."""
-    from coala.cli.screen import emit, progress, say
-    from coala.nash import read_game, solve
+    from coala.cli.output import emit, progress, say
+    from coala.nash import load_game, solve
     from coala.values import CoalaError
 
     if out is not None and out.suffix not in (".html", ".svg"):
         raise CoalaError(f"--out {out} ends in {out.suffix or 'nothing'}; expected a page (.html) or a figure (.svg).")
-    problem, start = read_game(read_json(file))
+    problem, start = load_game(file)
     updates = outer or (200 if method is Method.comal else 5000)
     with progress() as show:
         result = solve(
@@ -145,7 +145,7 @@ def paper(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each sampled method.")] = 5,
 ) -> None:
     """Run the paper's synthetic experiment (its Figures 1 and 2), noiseless and sampled, and write one page."""
-    from coala.cli.screen import emit, progress, table
+    from coala.cli.output import emit, progress, table
     from coala.nash.page import paper_page
     from coala.nash.paper import run_selections, run_study
     from coala.store import write_atomic
@@ -179,24 +179,11 @@ def paper(
     )
 
 
-def read_json(file: Path) -> Any:
-    import json
-
-    from coala.values import CoalaError
-
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CoalaError(f"{file}: could not be read ({error.strerror}). Give the path of a JSON file.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CoalaError(f"{file} is not JSON ({error}); see `coala comal game --help` for its form.") from error
-
-
 def _print_path(result: Result) -> None:
     """Nash strategy and the policies of a few updates, a table per prompt."""
     import numpy as np
 
-    from coala.cli.screen import table
+    from coala.cli.output import table
 
     solved, history = result.game, result.history
     last = len(history) - 1

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from coala.cli.comal_oracles import ORACLES
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
+from coala.comal.named_oracles import ORACLES
 
 
 class Mode(StrEnum):
@@ -65,13 +65,13 @@ def matrix(
     """
     from contextlib import nullcontext
 
-    from coala.cli.comal_entrants import entrants_of, prompt_id, texts_of
-    from coala.cli.comal_inputs import examples_of
-    from coala.cli.comal_oracles import check_oracle, oracle_of
     from coala.cli.judging import opened
-    from coala.cli.screen import emit, progress, say, table
-    from coala.nash.matrix import win_rate_matrix
-    from coala.nash.report import matrix_page, matrix_rows, nash_rows
+    from coala.cli.output import emit, progress, say, table
+    from coala.comal.entrants import entrants_of, prompt_id, texts_of
+    from coala.comal.inputs import examples_of
+    from coala.comal.matrix import win_rate_matrix
+    from coala.comal.named_oracles import check_oracle, oracle_of
+    from coala.comal.report import matrix_page, matrix_rows, nash_rows
     from coala.store import Run, digest, load_generations, save_generations, save_json, write_atomic
     from coala.values import CoalaError
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from coala.cli.comal_oracles import ORACLES
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
+from coala.comal.named_oracles import ORACLES
 
 
 class Loss(StrEnum):
@@ -107,14 +107,14 @@ def train(
     """
     from contextlib import nullcontext
 
-    from coala.cli.comal_inputs import examples_of, start_of
-    from coala.cli.comal_oracles import oracle_of
     from coala.cli.judging import opened
-    from coala.cli.screen import emit, progress, say, table
-    from coala.nash.comal import run_comal
-    from coala.nash.llm import LowRank, load_policy, require_training
-    from coala.nash.report import run_page, summarise, update_rows
-    from coala.nash.settings import COMALSettings
+    from coala.cli.output import emit, progress, say, table
+    from coala.comal.inputs import examples_of, start_of
+    from coala.comal.llm import LowRank, load_policy, require_training
+    from coala.comal.loop import run_comal
+    from coala.comal.named_oracles import oracle_of
+    from coala.comal.report import run_page, summarise, update_rows
+    from coala.comal.settings import COMALSettings
     from coala.store import Run, save_json, write_atomic
     from coala.values import CoalaError
 

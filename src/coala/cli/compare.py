@@ -45,7 +45,7 @@ def compare(
     `coala compare laptop --set seeds=[0] --out runs/quick`
     """
     from coala.cli.options import bytes_of
-    from coala.cli.screen import emit, progress, table
+    from coala.cli.output import emit, progress, table
     from coala.compare import PLAN_HEAD, load_study, plan_rows, plan_study, run, summary_rows, write_report
     from coala.compare.cell import PLAN
     from coala.recipe import set_option

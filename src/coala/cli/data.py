@@ -51,7 +51,7 @@ def check(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Read every row and list what is wrong: FILE:ROW: FIELD: found X, expected Y. Fix: Z. Exit code 2 on errors."""
-    from coala.cli.screen import emit, say
+    from coala.cli.output import emit, say
     from coala.data import check as check_pairs
     from coala.data.findings import few
 
@@ -85,7 +85,7 @@ def convert(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors, and say so.")] = False,
 ) -> None:
     """Write pairs of any known format in one plain form. What is not read is named."""
-    from coala.cli.screen import emit
+    from coala.cli.output import emit
     from coala.store import save_pairs
 
     found = _sound(pairs, format, skip_bad)
@@ -106,7 +106,7 @@ def alternate(
 
     Prints how well position cues alone (length, question marks) tell the two apart: what is learnt may be position.
     """
-    from coala.cli.screen import emit, say
+    from coala.cli.output import emit, say
     from coala.data import position_cues, read_pairs
     from coala.store import save_pairs
 
@@ -142,7 +142,7 @@ def audit(
     Prints a table of cue-only accuracies, biases, repeats and leaks. `--balance CUE` writes a part of the pairs on
     which that cue says nothing. Conversations: `--format conversations` audits their alternating pairs.
     """
-    from coala.cli.screen import emit, progress, say, table
+    from coala.cli.output import emit, progress, say, table
     from coala.data.audit import audit as look
     from coala.data.audit import balance as take_out
     from coala.data.audit_page import render
@@ -201,7 +201,7 @@ def audit(
 
 def _sound(names: list[str], format: str, skip_bad: bool) -> list[Pair]:
     """The pairs that can be read. Warnings are said aloud; bad rows end it, or are left out and counted."""
-    from coala.cli.screen import say
+    from coala.cli.output import say
     from coala.data.doctor import gather
 
     findings = gather(names, format)
@@ -242,7 +242,7 @@ def synthesize(
     import asyncio
     from dataclasses import asdict
 
-    from coala.cli.screen import emit, progress, say
+    from coala.cli.output import emit, progress, say
     from coala.data.agents import SynthesisError, read_recipe
     from coala.data.journal import conversation_of, read_journal
     from coala.data.synthesis import Progress
@@ -300,7 +300,7 @@ def _keys(settings: SynthesisRecipe, confirmed: Sequence[str], file: str) -> dic
     A recipe may be a stranger's: it names variables and hosts, so it could have any secret sent anywhere. What leaves
     this machine and is not named as an API key, or would go out unencrypted, is sent only if ``confirmed``.
     """
-    from coala.cli.screen import say
+    from coala.cli.output import say
     from coala.data.agents import SynthesisError
     from coala.data.endpoint import bare
     from coala.data.http import is_loopback
@@ -412,7 +412,7 @@ def show(
     """Print a few pairs, chosen and rejected side by side."""
     from itertools import islice
 
-    from coala.cli.screen import emit, side_by_side
+    from coala.cli.output import emit, side_by_side
     from coala.data import read_pairs
     from coala.values import conversation_text
 
@@ -426,7 +426,7 @@ def show(
 @app.command()
 def formats() -> None:
     """List the formats that are recognised."""
-    from coala.cli.screen import emit, table
+    from coala.cli.output import emit, table
     from coala.data import READERS
 
     table([[name, reader.about] for name, reader in READERS.items()], ["format", "rows look like"])

@@ -58,8 +58,8 @@ def export(
 
     `coala export exported --verify`
     """
-    from coala.cli.records import fitted
-    from coala.cli.screen import emit, table
+    from coala.cli.evaluation_record import fitted
+    from coala.cli.output import emit, table
     from coala.export import export_linear_head, export_reward_model, facts_of, verify_folder
     from coala.values import CoalaError
 
@@ -115,8 +115,8 @@ def lm_eval(
 
     Likelihoods are the base model's; where a task asks for them, guidance changes nothing.
     """
-    from coala.cli.records import command_line, keep, require_head
-    from coala.cli.screen import finish, interval, say, table
+    from coala.cli.evaluation_record import command_line, keep, require_head
+    from coala.cli.output import finish, interval, say, table
     from coala.report import Evaluation, Figure
     from coala.store import Run, save_json
     from coala.values import CoalaError

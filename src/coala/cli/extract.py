@@ -54,11 +54,11 @@ def extract(
 
     Example: `coala extract pairs.jsonl --model ./my-model --out features`
     """
-    from coala.align.depth import choose_layer
+    from coala.align.layer_choice import choose_layer
     from coala.backbone import load_backbone
-    from coala.cli.screen import emit, progress, say, table
+    from coala.cli.output import emit, progress, say, table
     from coala.data.doctor import gather
-    from coala.features import Job, survey, workers
+    from coala.features import ExtractionTask, survey, workers
     from coala.features import extract as extract_features
     from coala.store import FeatureStore, Run, load_object, save_features, save_json
 
@@ -112,7 +112,7 @@ def extract(
             "prompt_features": prompt_features,
             "log_ratios": log_ratios,
         }
-        job = Job(loading, found, spec, options, shards.folder)
+        job = ExtractionTask(loading, found, spec, options, shards.folder)
         with workers(job, n_workers, engine=engine.value, address=ray_address, on_note=say):
             features = extract_features(
                 found,

@@ -49,7 +49,7 @@ def fit(
     Example: `coala fit RUN/features/train --eval RUN/features/eval --out head`
     """
     from coala.align.stages import fit_options
-    from coala.cli.screen import emit, progress, say, table
+    from coala.cli.output import emit, progress, say, table
     from coala.convex import fit as fit_head
     from coala.evaluation import accuracy_of_margins
     from coala.recipe import HeadSettings

@@ -47,7 +47,7 @@ def generate(
     from dataclasses import replace
 
     from coala.cli.answering import conversation, opened, room
-    from coala.cli.screen import emit, say, side_by_side
+    from coala.cli.output import emit, say, side_by_side
     from coala.decoding import generate as generate_replies
     from coala.values import CoalaError, Generation, Turn
 

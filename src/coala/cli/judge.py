@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coala.cli.evaluation_record import RunOption, command_line, comparisons, figure, keep, run_of, spread
 from coala.cli.judging import (
     NOT_ALL,
     AskAgain,
@@ -40,7 +41,6 @@ from coala.cli.judging import (
     told,
 )
 from coala.cli.options import Download, TrustCode
-from coala.cli.records import RunOption, command_line, comparisons, figure, keep, run_of, spread
 
 if TYPE_CHECKING:
     from coala.cli.judging import Chosen
@@ -92,7 +92,7 @@ def judge(
 
     `coala eval judge RUN/generations-guided.jsonl RUN/generations-unguided.jsonl --model gpt-4o`
     """
-    from coala.cli.screen import finish, progress, say, table
+    from coala.cli.output import finish, progress, say, table
     from coala.evaluation import win_rate
     from coala.evaluation.arena import score
     from coala.evaluation.arena_judging import battles
@@ -231,7 +231,7 @@ def grade_all(
     """
     import json
 
-    from coala.cli.screen import finish, progress, say, table
+    from coala.cli.output import finish, progress, say, table
     from coala.evaluation import mtbench
     from coala.evaluation.grading import grade_many
     from coala.evaluation.judges import ChatJudge

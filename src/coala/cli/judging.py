@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from coala.cache import VerdictCache
     from coala.evaluation.harness import Judged
     from coala.evaluation.judges import Cost, Instructions, Judge, OpenAIJudge
     from coala.report import Figure
+    from coala.store.verdict_cache import VerdictCache
     from coala.values import Estimate, Generation, Turn
 
 By = Annotated[
@@ -138,7 +138,7 @@ def kept_beside(replies: Path, out: Path) -> Path:
 
     The folder ``out`` is taken if an earlier judging has kept its answers there, or ``replies`` cannot be written.
     """
-    from coala.cli.screen import say
+    from coala.cli.output import say
 
     home, other = replies / VERDICTS, out / VERDICTS
     if not home.exists() and (other.exists() or not os.access(replies, os.W_OK)):
@@ -150,8 +150,8 @@ def kept_beside(replies: Path, out: Path) -> Path:
 
 def opened(cache: Path) -> VerdictCache:
     """The file of answers; says so if some that were kept there are lost."""
-    from coala.cache import VerdictCache
-    from coala.cli.screen import say
+    from coala.cli.output import say
+    from coala.store.verdict_cache import VerdictCache
 
     cache.parent.mkdir(parents=True, exist_ok=True)
     kept = VerdictCache(cache)
@@ -183,7 +183,7 @@ def _told_of(instructions: Instructions) -> dict[str, Any]:
 
 
 def chat_judge(instructions: Instructions, service: Service, cache: Path) -> tuple[OpenAIJudge, VerdictCache]:
-    from coala.cli.screen import say
+    from coala.cli.output import say
     from coala.data.http import is_loopback
     from coala.evaluation.judges import Budget, OpenAIJudge, Patience
     from coala.values import CoalaError
@@ -305,7 +305,7 @@ def load_replies(path: Path) -> list[Generation]:
 
 def tell_failures() -> Any:
     """Says the first failures, and that there are more."""
-    from coala.cli.screen import say
+    from coala.cli.output import say
 
     n = 0
 
@@ -386,7 +386,7 @@ def told(found: Estimate) -> str:
 
 def told_interval(found: Estimate) -> str:
     """The same without its n, for tables that have it in a column."""
-    from coala.cli.screen import interval
+    from coala.cli.output import interval
 
     return interval(found) if found.n else "no verdicts"
 

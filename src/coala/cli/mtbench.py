@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coala.cli.contest import Limit, MaxNewTokens, Temperature, Unguided, described, manner_of, own_name
+from coala.cli.evaluation_record import RunOption, command_line, figure, keep, run_of, spread
 from coala.cli.judging import (
     AskAgain,
     Attempts,
@@ -27,10 +27,10 @@ from coala.cli.judging import (
     told_interval,
 )
 from coala.cli.options import Download, TrustCode
-from coala.cli.records import RunOption, command_line, figure, keep, run_of, spread
+from coala.cli.run_vs_reference import Limit, MaxNewTokens, Temperature, Unguided, described, manner_of, own_name
 
 if TYPE_CHECKING:
-    from coala.align.answers import Manner
+    from coala.align.answers import ReplySettings
     from coala.store import Run
 
 
@@ -96,7 +96,7 @@ def _whole(
     questions: Path,
     references: Path | None,
     name: str,
-    manner: Manner,
+    manner: ReplySettings,
     limit: int | None,
     by: str,
     local: str | None,
@@ -108,7 +108,7 @@ def _whole(
     from coala.align.answers import converse
     from coala.cli.judge import grade_all
     from coala.cli.judging import VERDICTS, asking, stem
-    from coala.cli.screen import progress
+    from coala.cli.output import progress
     from coala.evaluation.grading import read_answered, read_questions
     from coala.evaluation.judges import read_instructions
     from coala.store import write_atomic
@@ -146,7 +146,7 @@ def _whole(
 
 def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
     """Figures of judgements that are there."""
-    from coala.cli.screen import finish, table
+    from coala.cli.output import finish, table
     from coala.evaluation import mtbench as bench
 
     if bench.is_pairwise(judgements):

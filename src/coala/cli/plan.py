@@ -65,11 +65,11 @@ def plan(
     """
     from dataclasses import asdict
 
-    from coala.align.counting import Guess
-    from coala.align.plan import make_plan
-    from coala.align.plan_lines import table_rows
     from coala.cli.options import bytes_of
-    from coala.cli.screen import emit, table
+    from coala.cli.output import emit, table
+    from coala.plan.plan import make_plan
+    from coala.plan.text import table_rows
+    from coala.plan.tokens import Guess
     from coala.recipe import load_recipe, set_option
     from coala.values import CoalaError
 

@@ -14,7 +14,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     Example: `coala report runs/demo`
     """
     from coala.align import make_report, summary_rows
-    from coala.cli.screen import emit, table
+    from coala.cli.output import emit, table
     from coala.report.evaluations import saved_evaluations
     from coala.store import Run, StoreError
 

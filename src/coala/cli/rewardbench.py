@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coala.cli.evaluation_record import RunOption
 from coala.cli.options import Download, TrustCode
-from coala.cli.records import RunOption
 
 if TYPE_CHECKING:
     from coala.evaluation.rewardbench import Ranking
@@ -35,7 +35,7 @@ def from_scores(
     into: RunOption = None,
 ) -> None:
     """RewardBench: ranking accuracy by subset, a tie counting as wrong, and example-weighted section scores."""
-    from coala.cli.records import run_of
+    from coala.cli.evaluation_record import run_of
     from coala.evaluation.rewardbench import ranking, read_scores
 
     run = run_of(into, scores)
@@ -62,8 +62,8 @@ def by_head(
 
     A tie counts as wrong, as upstream. Replies to one prompt share its forward pass.
     """
-    from coala.cli.records import fitted
-    from coala.cli.screen import progress
+    from coala.cli.evaluation_record import fitted
+    from coala.cli.output import progress
     from coala.evaluation.rewardbench import ranking
     from coala.export.rewardbench import read_benchmark, results, score_rows
     from coala.features import extract
@@ -94,8 +94,8 @@ def by_head(
 
 def _tell(found: Ranking, run: Run | None, *, of: str, files: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The table, the record in the run's report, and the JSON line."""
-    from coala.cli.records import command_line, figure, keep
-    from coala.cli.screen import finish, interval, table
+    from coala.cli.evaluation_record import command_line, figure, keep
+    from coala.cli.output import finish, interval, table
     from coala.report import Evaluation
 
     named = {**found.sections, "all rows": found.rows}

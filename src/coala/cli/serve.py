@@ -44,14 +44,14 @@ def serve(
     `COALA_API_KEY=... coala serve runs/demo --host 0.0.0.0 --port 9000`
     """
     from coala.align import evidence_notes, load_run
-    from coala.cli.screen import emit, say
+    from coala.cli.output import emit, say
     from coala.values import CoalaError
 
     try:
         from coala.serve import Limits
         from coala.serve.app import Served, create_app
-        from coala.serve.listening import listen, server
         from coala.serve.memory import settle
+        from coala.serve.uvicorn_server import listen, server
     except ImportError as error:
         raise CoalaError(
             f"Serving needs {error.name or 'a package'}, which is not installed: pip install 'coala-align[serve]'."

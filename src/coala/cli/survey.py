@@ -62,7 +62,7 @@ def build(
     The same arguments make the same survey. Each rater sees answers in an order of their own, balanced over raters.
     """
     from coala.cli.judging import load_replies
-    from coala.cli.screen import emit, say
+    from coala.cli.output import emit, say
     from coala.survey import build as build_survey
     from coala.survey import save_survey
     from coala.survey.records import FILE
@@ -135,7 +135,7 @@ def serve(
 
     The organiser's page is /admin; its password is the environment's COALA_SURVEY_ADMIN_TOKEN, or is made and printed.
     """
-    from coala.cli.screen import say
+    from coala.cli.output import say
     from coala.survey import Records, load_survey
     from coala.values import CoalaError
 

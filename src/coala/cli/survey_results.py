@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coala.cli.records import RunOption, command_line, figure, keep, run_of, spread
+from coala.cli.evaluation_record import RunOption, command_line, figure, keep, run_of, spread
 from coala.cli.terminal import write
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def results(
     into: RunOption = None,
 ) -> None:
     """Win rates, differences, agreement and the quality of the votes: tables, a page, one JSON line."""
-    from coala.cli.screen import emit, say
+    from coala.cli.output import emit, say
     from coala.store import save_json, write_atomic
     from coala.survey import Records, analyse, load_survey, read_votes
     from coala.survey.page import results_page
@@ -122,7 +122,7 @@ def _vote_rows(survey: Survey, votes: Votes) -> Iterator[dict[str, Any]]:
 
 def _show(found: Results) -> None:
     """The tables on stdout."""
-    from coala.cli.screen import table
+    from coala.cli.output import table
     from coala.survey.page import p_value, percent, points, seconds
 
     def ends(low: float, high: float) -> str:

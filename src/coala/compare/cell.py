@@ -9,9 +9,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from coala.compare.cell_context import CellContext, Costs
 from coala.compare.matrix import Cell, cells
 from coala.compare.study import Study, study_of
-from coala.compare.work import Costs, Work
 from coala.store import claim, load_json, load_object, save_json
 from coala.values import CoalaError
 
@@ -46,7 +46,7 @@ def carry_out(out: Path, name: str, *, forked: bool = False) -> int:
         if cell.kind == "train":
             from coala.compare.trained import tidy
 
-            tidy(Work(study, cell, out))
+            tidy(CellContext(study, cell, out))
     return 0
 
 
@@ -78,16 +78,16 @@ def worded(error: BaseException) -> str:
 
 def _done(study: Study, cell: Cell, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     libraries(library_set(study, cell))
-    work, costs = Work(study, cell, out), Costs()
+    context, costs = CellContext(study, cell, out), Costs()
     if cell.kind == "train":
         from coala.compare.trained import train_cell
 
-        return train_cell(work, costs), costs.parts
+        return train_cell(context, costs), costs.parts
     if cell.kind == "count":
         from coala.compare.heads import count_head
         from coala.compare.trained import count_training
 
-        return (count_training if work.method.trained else count_head)(work), costs.parts
+        return (count_training if context.method.trained else count_head)(context), costs.parts
     from coala.compare import heads
 
     at_work = {
@@ -96,7 +96,7 @@ def _done(study: Study, cell: Cell, out: Path) -> tuple[dict[str, Any], dict[str
         "head": heads.head_cell,
         "adamw": heads.adamw_cell,
     }
-    return at_work[cell.kind](work, costs), costs.parts
+    return at_work[cell.kind](context, costs), costs.parts
 
 
 def library_set(study: Study, cell: Cell) -> str:
@@ -113,9 +113,9 @@ def libraries(name: str) -> None:
 
     if name == "train":
         import coala.baselines
-        from coala.baselines import seam, trl
+        from coala.baselines import trl, trl_adapter
 
-        seam.require(trl("sft"))
+        trl_adapter.require(trl("sft"))
         import trl as _trl
 
         _trl.SFTTrainer, _trl.DPOTrainer  # type: ignore[attr-defined]  # noqa: B018 - loads the lazy modules

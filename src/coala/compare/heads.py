@@ -9,63 +9,63 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, calibrated_nll, measured_margins, replies_of
 from coala.compare.matrix import features_key, features_method, prompt_features
 from coala.compare.study import Method
-from coala.compare.work import PER_TOKEN, SUM, Costs, Work, calibrated_nll, measured_margins, replies_of
 from coala.store import FeatureStore, load_features, save_features, save_head, scratch
 from coala.values import FeatureSet
 
 if TYPE_CHECKING:
-    from coala.align.depth import LayerChoice
+    from coala.align.layer_choice import LayerChoice
     from coala.backbone import LanguageModel
     from coala.convex import Fit
 
 
-def base_cell(work: Work, costs: Costs) -> dict[str, Any]:
+def base_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """The model nothing was done to: its own likelihoods as a reward, and its replies, which others are judged by."""
     from coala.baselines import TrainSettings, log_likelihoods
 
-    base = work.backbone
-    settings = TrainSettings(max_length=work.model.max_tokens, ends_with_eos=work.model.ends_with_eos)
-    batch = work.model.batch_tokens
+    base = context.backbone
+    settings = TrainSettings(max_length=context.model.max_tokens, ends_with_eos=context.model.ends_with_eos)
+    batch = context.model.batch_tokens
 
     def margins(pairs: Any, average: bool) -> Any:
         found = log_likelihoods(base, pairs, settings, batch_tokens=batch)
         return found.average_ratio if average else found.ratio
 
-    validation, test = work.part("validation"), work.part("test")
+    validation, test = context.part("validation"), context.part("test")
     by_validation = {
         average: measured_margins(margins(validation, average), validation)["accuracy"]["value"]
         for average in (False, True)
     }
     average = by_validation[True] > by_validation[False]
     result = measured_margins(margins(test, average), test)
-    return {"reward": PER_TOKEN if average else SUM, **result, **replies_of(work, base, base, costs)}
+    return {"reward": PER_TOKEN if average else SUM, **result, **replies_of(context, base, base, costs)}
 
 
 # --- features ----------------------------------------------------------------------------------------------------
 
 
-def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
+def features_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Features of training and test pairs by the frozen model; the layer chosen on a sample of the training pairs."""
     from coala.costs import extraction_flops, head_flops
     from coala.features import extract, survey
 
-    method, backbone = features_method(work.study, work.cell), work.backbone
+    method, backbone = features_method(context.study, context.cell), context.backbone
     layers: list[dict[str, Any]] = []
     layer: int = -1 if method.layer == "auto" else method.layer
     if method.layer == "auto":
         with costs.of("search") as about:
-            choice, about["flops"] = _chosen_layer(work, method, backbone)
+            choice, about["flops"] = _chosen_layer(context, method, backbone)
         layer, layers = choice.layer, choice.to_dict()["scores"]
-    spec = backbone.spec(layer, method.pooling, work.model.ends_with_eos, work.model.max_tokens)
+    spec = backbone.spec(layer, method.pooling, context.model.ends_with_eos, context.model.max_tokens)
     facts: dict[str, Any] = {}
     for part in ("train", "test"):
-        pairs = work.part(part)
+        pairs = context.part(part)
         prefixes = method.prefixes if part == "train" else 1
         with costs.of("features" if part == "train" else "evaluation") as about:
             plan = survey(pairs, backbone, spec, prompt_features=prompt_features(method))
-            shards = FeatureStore(work.folder / part / "shards")
+            shards = FeatureStore(context.folder / part / "shards")
             features = extract(
                 pairs,
                 backbone,
@@ -73,12 +73,12 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
                 prefixes=prefixes,
                 prompt_features=prompt_features(method),
                 log_ratios=method.log_ratios,
-                batch_tokens=work.model.batch_tokens,
+                batch_tokens=context.model.batch_tokens,
                 store=shards,
                 plan=plan,
-                on_batch=_told(work, part, plan.facts["tokens"]),
+                on_batch=_told(context, part, plan.facts["tokens"]),
             )
-            save_features(work.folder / part, features)
+            save_features(context.folder / part, features)
             shards.discard()
             top = None if method.log_ratios else spec.layer
             about["flops"] = extraction_flops(backbone.shape, plan.lengths, own=plan.own_lengths, layer=top) + (
@@ -91,53 +91,53 @@ def features_cell(work: Work, costs: Costs) -> dict[str, Any]:
     return {**facts, "layers": layers}
 
 
-def _told(work: Work, part: str, most: int) -> Callable[[int, int, int], None]:
+def _told(context: CellContext, part: str, most: int) -> Callable[[int, int, int], None]:
     """Tells how far the extraction of a part is, by tokens: long rows come first."""
 
     def tell(done: int, total: int, tokens: int) -> None:
-        work.show(f"features of {part}", tokens, most, f"{done:,} of {total:,} pairs")
+        context.show(f"features of {part}", tokens, most, f"{done:,} of {total:,} pairs")
 
     return tell
 
 
-def _chosen_layer(work: Work, method: Method, backbone: LanguageModel) -> tuple[LayerChoice, int]:
+def _chosen_layer(context: CellContext, method: Method, backbone: LanguageModel) -> tuple[LayerChoice, int]:
     """The layer that a sample speaks for, and the FLOPs of reading that sample at full depth."""
-    from coala.align.depth import choose_layer
+    from coala.align.layer_choice import choose_layer
     from coala.costs import extraction_flops
     from coala.features import survey
 
-    sample = work.part("train")
-    most = work.study.evaluation.layer_sample
-    spec = backbone.spec(-1, method.pooling, work.model.ends_with_eos, work.model.max_tokens)
-    seed = work.study.split.seed
+    sample = context.part("train")
+    most = context.study.evaluation.layer_sample
+    spec = backbone.spec(-1, method.pooling, context.model.ends_with_eos, context.model.max_tokens)
+    seed = context.study.split.seed
     plan = survey(sample, backbone, spec)
     choice = choose_layer(
-        sample, backbone, spec, plan=plan, most_pairs=most, batch_tokens=work.model.batch_tokens, seed=seed
+        sample, backbone, spec, plan=plan, most_pairs=most, batch_tokens=context.model.batch_tokens, seed=seed
     )
     whole = extraction_flops(backbone.shape, plan.lengths, own=plan.own_lengths)
     return choice, round(whole * choice.share)
 
 
-def loaded(work: Work, part: str) -> FeatureSet:
+def loaded(context: CellContext, part: str) -> FeatureSet:
     """The features this cell's method reads."""
-    name = f"{'.'.join(work.cell.place)}.features-{features_key(work.method)}"
-    return load_features(work.out / "cells" / name / part, mmap=True)
+    name = f"{'.'.join(context.cell.place)}.features-{features_key(context.method)}"
+    return load_features(context.out / "cells" / name / part, mmap=True)
 
 
 # --- convex heads ------------------------------------------------------------------------------------------------
 
 
-def head_cell(work: Work, costs: Costs) -> dict[str, Any]:
+def head_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Fit the head, rank the test pairs, and answer the held-out prompts guided by it."""
-    method, train, test = work.method, loaded(work, "train"), loaded(work, "test")
-    _keep_compiled(work)
+    method, train, test = context.method, loaded(context, "train"), loaded(context, "test")
+    _keep_compiled(context)
     with costs.of("head") as about, _compiling() as seconds:
-        fitted = _fit(work, train)
+        fitted = _fit(context, train)
         about["pairs"] = len(train)
         # XLA's work for shapes it has not seen, which no longer depends on how many pairs there are.
         about["measured"] = {"compiling": sum(seconds)}
-    save_head(work.folder / "head", fitted.head)
-    pairs = work.part("test")
+    save_head(context.folder / "head", fitted.head)
+    pairs = context.part("test")
     result = measured_margins(fitted.head.margins(test).astype(float), pairs)
     certificate = fitted.head.certificate
     result |= {
@@ -152,16 +152,16 @@ def head_cell(work: Work, costs: Costs) -> dict[str, Any]:
     if method.guidance is not None and method.guidance.mode != "none":
         from coala.decoding import Guidance
 
-        base = work.backbone
-        result |= replies_of(work, base, base, costs, fitted.head, Guidance(**method.guidance.model_dump()))
+        base = context.backbone
+        result |= replies_of(context, base, base, costs, fitted.head, Guidance(**method.guidance.model_dump()))
     return result
 
 
-def _keep_compiled(work: Work) -> None:
+def _keep_compiled(context: CellContext) -> None:
     """What one head's cell compiles, the next reads from the comparison's folder."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(work.out / "compiled"))  # type: ignore[no-untyped-call]
+    jax.config.update("jax_compilation_cache_dir", str(context.out / "compiled"))  # type: ignore[no-untyped-call]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # type: ignore[no-untyped-call]
 
 
@@ -180,11 +180,11 @@ def _compiling() -> Iterator[list[float]]:
     yield seconds
 
 
-def _fit(work: Work, features: FeatureSet) -> Fit:
+def _fit(context: CellContext, features: FeatureSet) -> Fit:
     from coala.align.stages import fit_options
     from coala.convex import Logistic, Pointwise, fit
 
-    method, beta = work.method, work.study.beta
+    method, beta = context.method, context.study.beta
     options: dict[str, Any] = fit_options(method.head)
     reference = None
     if method.reference != "none":
@@ -201,9 +201,9 @@ def _fit(work: Work, features: FeatureSet) -> Fit:
         features,
         reference_scale=reference,
         tolerance=method.head.tolerance,
-        seed=work.cell.seed or 0,
-        scratch=scratch(work.folder / "scratch"),
-        on_step=lambda stage, step, total, info: work.show("head", step, total, stage),
+        seed=context.cell.seed or 0,
+        scratch=scratch(context.folder / "scratch"),
+        on_step=lambda stage, step, total, info: context.show("head", step, total, stage),
         **options,
     )
 
@@ -225,13 +225,13 @@ def _phase_one(fitted: Fit) -> dict[str, Any] | None:
     return {"relative_gap": found.relative_gap, "steps": found.steps, "status": found.status.value}
 
 
-def count_head(work: Work) -> dict[str, Any]:
+def count_head(context: CellContext) -> dict[str, Any]:
     """FLOPs of extraction and of one fit by counters: PyTorch's, and one for JAX's matrix products."""
-    from coala.compare.counting import jax_products, standardisation_flops, torch_flops
+    from coala.compare.flop_counter import jax_products, standardisation_flops, torch_flops
     from coala.features import extract
 
-    method, backbone, pairs = work.method, work.backbone, work.part("train")
-    train = loaded(work, "train")
+    method, backbone, pairs = context.method, context.backbone, context.part("train")
+    train = loaded(context, "train")
 
     def read() -> FeatureSet:
         return extract(
@@ -241,12 +241,12 @@ def count_head(work: Work) -> dict[str, Any]:
             prefixes=method.prefixes,
             prompt_features=prompt_features(method),
             log_ratios=method.log_ratios,
-            batch_tokens=work.model.batch_tokens,
+            batch_tokens=context.model.batch_tokens,
         )
 
     _, extraction = torch_flops(read)
     with jax_products() as products:
-        _fit(work, train)
+        _fit(context, train)
     return {
         "features": extraction,
         "head": products.flops + standardisation_flops(len(train), train.width),
@@ -258,27 +258,27 @@ def count_head(work: Work) -> dict[str, Any]:
 # --- the control of the paper's Table 7 ----------------------------------------------------------------------------
 
 
-def adamw_cell(work: Work, costs: Costs) -> dict[str, Any]:
+def adamw_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """A two-layer ReLU network of 64 neurons on the same features, trained by AdamW on the pairwise logistic loss.
 
     What COALA's convex head stands in for: its rate is chosen on folds of whole groups among the training pairs.
     """
     from coala.convex.validation import grouped_folds
 
-    train, test = loaded(work, "train"), loaded(work, "test")
-    seed = work.cell.seed or 0
-    if work.cell.seed == work.study.seeds[0]:
+    train, test = loaded(context, "train"), loaded(context, "test")
+    seed = context.cell.seed or 0
+    if context.cell.seed == context.study.seeds[0]:
         fold = grouped_folds(train.group, 4, seed)
         held_out = np.ones(len(train), bool) if fold is None else fold == 0
         rows = []
-        with costs.of("search", rates=len(work.method.rates)):
-            for rate in work.method.rates:
+        with costs.of("search", rates=len(context.method.rates)):
+            for rate in context.method.rates:
                 scores = _adamw(train.take(~held_out if fold is not None else held_out), rate, seed)
                 margins = scores(train.take(held_out))
                 rows.append({"rate": rate, "nll": calibrated_nll(margins), "accuracy": float((margins > 0).mean())})
         rate = min(rows, key=lambda row: (row["nll"], row["rate"]))["rate"]
     else:
-        found = work.result(work.cell.id.rpartition(".s")[0] + f".s{work.study.seeds[0]}")
+        found = context.result(context.cell.id.rpartition(".s")[0] + f".s{context.study.seeds[0]}")
         rows, rate = [], found["rate"]
     with costs.of("head"):
         scores = _adamw(train, rate, seed)
@@ -286,7 +286,7 @@ def adamw_cell(work: Work, costs: Costs) -> dict[str, Any]:
         "rate": rate,
         "trials": rows,
         "reward": "score of the network",
-        **measured_margins(scores(test), work.part("test")),
+        **measured_margins(scores(test), context.part("test")),
     }
 
 

@@ -54,7 +54,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "title": content["title"],
         "reproduces": content["reproduces"],
         "facts": facts,
-        "verdicts": sentences(content),
+        "conclusions": sentences(content),
         "places": [
             {
                 "title": place_title(place),

@@ -1,7 +1,7 @@
 """What a study will cost before any of it is done: FLOPs, memory and time of every cell, from configurations alone.
 
 Tokens are counted where pairs and tokenizer are here, else taken as the study says. Heads are planned by
-:mod:`coala.align.plan`. Training is bounded from below:
+:mod:`coala.plan.plan`. Training is bounded from below:
 
     bytes = 4 P (weights) + 12 P' (gradients, both moments of Adam) + 4 P (DPO's reference, all weights trained)
             + activations of one batch + 8 rows T V (logits and their gradient)
@@ -32,9 +32,9 @@ from coala.store import save_json
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
-    from coala.align.counting import Counts, Guess
-    from coala.align.plan import Plan
     from coala.backbone import Outline
+    from coala.plan.plan import Plan
+    from coala.plan.tokens import Counts, Guess
 
 GIB = 2**30
 
@@ -136,7 +136,7 @@ class _Place:
     @property
     def guess(self) -> tuple[Guess | None, int | None]:
         """Tokens a text and pairs, as the study says, where the pairs are not here."""
-        from coala.align.counting import Guess
+        from coala.plan.tokens import Guess
 
         about = self.study.datasets[self.dataset]
         if self._files:
@@ -150,8 +150,8 @@ class _Place:
 
     @cached_property
     def counts(self) -> Counts:
-        from coala.align.counting import count
         from coala.backbone.files import has_tokenizer
+        from coala.plan.tokens import count
 
         folder = Path(self.study.models[self.model].path)
         guess, rows = self.guess
@@ -160,7 +160,7 @@ class _Place:
 
     def head_plan(self, method: Method) -> Plan:
         """The plan of a head's run; one for all methods whose recipe is the same."""
-        from coala.align.plan import make_plan
+        from coala.plan.plan import make_plan
 
         recipe = self.recipe(method)
         key = recipe.model_dump_json()

@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from coala.compare import verdicts
+from coala.compare import conclusions
 from coala.compare.cell import read
+from coala.compare.conclusions import main_coala
+from coala.compare.costs import Found, costs_of, put_shares, spread
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
 from coala.compare.matrix import Cell, cells
-from coala.compare.spent import Found, costs_of, put_shares, spread
 from coala.compare.study import Study
-from coala.compare.verdicts import main_coala
 from coala.evaluation import win_rate
 from coala.evaluation.statistics import clustered, mean_estimate, share_estimate
 from coala.values import Estimate, Judgement
@@ -104,8 +104,8 @@ def _place(study: Study, out: Path, place: tuple[str, str, str], here: Sequence[
     told["ranks"] = study.ranks
     if rows:
         told["differences"] = _differences(rows, group) if study.ranks else []
-        told["verdict"] = [*(verdicts.of_ranking(told) if study.ranks else ()), *verdicts.of_flops(told)]
-        told["measured"] = verdicts.of_measured(told)
+        told["verdict"] = [*(conclusions.of_ranking(told) if study.ranks else ()), *conclusions.of_flops(told)]
+        told["measured"] = conclusions.of_measured(told)
         told["layers"] = next(
             (
                 {"cell": c.id, "rows": found[c.id]["result"]["layers"]}

@@ -97,7 +97,7 @@ def _escaped(text: str) -> str:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The verdicts and every table, with machine, commit and command, for a repository's pages."""
+    """The conclusions and every table, with machine, commit and command, for a repository's pages."""
     counts = content["counts"]
     machine = "; ".join(f"{name} {value}" for name, value in sorted(content["machine"].items()))
     parts = [f"# {content['title']}", ""]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, measured_margins, prompts_of, replies_of
 from coala.compare.study import Setting, Study
-from coala.compare.work import PER_TOKEN, SUM, Costs, Work, measured_margins, prompts_of, replies_of
 from coala.store import load_json, save_json
 from coala.values import CoalaError, Pair
 
@@ -43,23 +43,23 @@ def settings_for(study: Study, setting: Setting, kind: str, *, max_tokens: int |
     return replace(found, **{"max_length": max_tokens, "ends_with_eos": ends_with_eos, **change})
 
 
-def train_cell(work: Work, costs: Costs) -> dict[str, Any]:
+def train_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Sweep (first seed) or look up the rate, train, and measure."""
-    study, cell = work.study, work.cell
-    kind, test = work.method.kind, work.part("test")
-    settings = _settings(work)
+    study, cell = context.study, context.cell
+    kind, test = context.method.kind, context.part("test")
+    settings = _settings(context)
     first = cell.seed == study.seeds[0]
-    trials, rate, average = _chosen(work, settings) if first else _as_first(work)
+    trials, rate, average = _chosen(context, settings) if first else _as_first(context)
     settings = replace(settings, learning_rate=rate, seed=cell.seed or 0)
-    curve = work.part("validation")[: study.evaluation.curve_pairs] if study.evaluation.curve_points else None
-    pairs = work.part("train")
+    curve = context.part("validation")[: study.evaluation.curve_pairs] if study.evaluation.curve_points else None
+    pairs = context.part("train")
     if curve and kind != "sft":
         steps = int(np.ceil(len(pairs) / (settings.batch_size * settings.accumulation)) * settings.epochs)
         settings = replace(settings, eval_every=max(1, round(steps / study.evaluation.curve_points)), log_every=1)
     else:
         curve = None
     with costs.of("train") as about:
-        trained = _train(work, pairs, settings, work.folder / "run", curve)
+        trained = _train(context, pairs, settings, context.folder / "run", curve)
         about["flops"] = trained.flops
         about["pairs"] = trained.facts["pairs"]
         about["tokens"] = trained.facts["tokens"]
@@ -74,7 +74,7 @@ def train_cell(work: Work, costs: Costs) -> dict[str, Any]:
         # A process's peak only grows: that of the first training in it is the training's own.
         lowest = min((*peaks, dict(trained.peak_bytes)), key=lambda peak: (peak.get("device", 0), peak.get("host", 0)))
         costs.parts["train"]["measured"]["peak_bytes"] = lowest
-    result = _measure(work, trained, test, average, costs)
+    result = _measure(context, trained, test, average, costs)
     return {
         "rate": rate,
         "reward": PER_TOKEN if average else SUM,
@@ -84,58 +84,60 @@ def train_cell(work: Work, costs: Costs) -> dict[str, Any]:
     }
 
 
-def _chosen(work: Work, settings: TrainSettings) -> tuple[list[dict[str, Any]], float, bool]:
+def _chosen(context: CellContext, settings: TrainSettings) -> tuple[list[dict[str, Any]], float, bool]:
     """Every trial, the rate that ranks validation pairs best, and whether its reward counts per token there."""
-    setting, kind = work.study.settings[work.cell.setting], work.method.kind
+    setting, kind = context.study.settings[context.cell.setting], context.method.kind
     rates = setting.tried(kind)
     if not rates:
         return [], setting.rates_for(kind)[0], False
-    trials = [_trial(work, settings, rate) for rate in rates]
+    trials = [_trial(context, settings, rate) for rate in rates]
     sound = [trial for trial in trials if trial["accuracy"] is not None]
     if not sound:
-        raise CoalaError(f"{work.cell.id}: training diverged at every rate of {', '.join(f'{r:g}' for r in rates)}.")
+        raise CoalaError(f"{context.cell.id}: training diverged at every rate of {', '.join(f'{r:g}' for r in rates)}.")
     best = max(sound, key=lambda trial: (trial["accuracy"]["value"], -trial["nll"], -trial["rate"]))
     return trials, best["rate"], bool(best["average"])
 
 
-def _as_first(work: Work) -> tuple[list[dict[str, Any]], float, bool]:
+def _as_first(context: CellContext) -> tuple[list[dict[str, Any]], float, bool]:
     """What the first seed's cell chose."""
-    found = work.result(work.cell.id.rpartition(".s")[0] + f".s{work.study.seeds[0]}")
+    found = context.result(context.cell.id.rpartition(".s")[0] + f".s{context.study.seeds[0]}")
     return [], found["rate"], found["reward"] == PER_TOKEN
 
 
-def count_training(work: Work) -> dict[str, Any]:
+def count_training(context: CellContext) -> dict[str, Any]:
     """FLOPs of one epoch on all training pairs at the chosen rate, by PyTorch's counter and by formula."""
-    from coala.compare.counting import torch_flops
+    from coala.compare.flop_counter import torch_flops
 
-    found = work.result(work.cell.id.removesuffix(".count") + f".s{work.study.seeds[0]}")
-    settings = replace(_settings(work), learning_rate=found["rate"], seed=work.cell.seed or 0, epochs=1.0, steps=None)
-    pairs, target = work.part("train"), work.folder / "run"
+    found = context.result(context.cell.id.removesuffix(".count") + f".s{context.study.seeds[0]}")
+    settings = replace(
+        _settings(context), learning_rate=found["rate"], seed=context.cell.seed or 0, epochs=1.0, steps=None
+    )
+    pairs, target = context.part("train"), context.folder / "run"
     # A counter that was cut off has not counted all: begin again.
     shutil.rmtree(target, ignore_errors=True)
-    trained, flops = torch_flops(lambda: _train(work, pairs, settings, target, None, "counting"))
+    trained, flops = torch_flops(lambda: _train(context, pairs, settings, target, None, "counting"))
     shutil.rmtree(target, ignore_errors=True)
     return {"train": flops, "formula": trained.flops, "pairs": len(pairs), "counter": "torch.utils.flop_counter"}
 
 
-def _settings(work: Work) -> TrainSettings:
+def _settings(context: CellContext) -> TrainSettings:
     import torch
 
-    model = work.model
+    model = context.model
     found: TrainSettings = settings_for(
-        work.study,
-        work.study.settings[work.cell.setting],
-        work.method.kind,
+        context.study,
+        context.study.settings[context.cell.setting],
+        context.method.kind,
         max_tokens=model.max_tokens,
         ends_with_eos=model.ends_with_eos,
     )
-    on_gpu = work.study.device == "auto" and torch.cuda.is_available()
+    on_gpu = context.study.device == "auto" and torch.cuda.is_available()
     # Mixed precision pays on a GPU only; on a CPU it would train something else, more slowly.
     return found if on_gpu else replace(found, bf16=False)
 
 
 def _train(
-    work: Work,
+    context: CellContext,
     pairs: Sequence[Pair],
     settings: TrainSettings,
     out: Path,
@@ -144,31 +146,31 @@ def _train(
 ) -> Trained:
     from coala.baselines import train
 
-    work.show(stage, 0, None)
+    context.show(stage, 0, None)
     return train(
-        cast("Method", work.method.kind),
+        cast("Method", context.method.kind),
         pairs,
-        work.start,
+        context.start,
         out=out,
         settings=settings,
         eval_pairs=evaluated,
-        revision=work.revision,
-        template=work.model.template,
-        device=work.study.device,
-        on_step=lambda step, steps, logs: work.show(stage, step, steps, "steps"),
+        revision=context.revision,
+        template=context.model.template,
+        device=context.study.device,
+        on_step=lambda step, steps, logs: context.show(stage, step, steps, "steps"),
     )
 
 
-def _trial(work: Work, settings: TrainSettings, rate: float) -> dict[str, Any]:
+def _trial(context: CellContext, settings: TrainSettings, rate: float) -> dict[str, Any]:
     """Train on the ``fit`` part at ``rate`` and measure on ``validation``; read back if it is there."""
-    done = work.folder / "trials" / f"{rate:g}.json"
+    done = context.folder / "trials" / f"{rate:g}.json"
     if done.is_file():
         found: dict[str, Any] = load_json(done)
         return found
-    folder = work.folder / "trials" / f"{rate:g}"
-    settings = replace(settings, learning_rate=rate, seed=work.study.seeds[0])
-    trained = _train(work, work.part("fit"), settings, folder, None, f"training at rate {rate:g}")
-    validation = work.part("validation")
+    folder = context.folder / "trials" / f"{rate:g}"
+    settings = replace(settings, learning_rate=rate, seed=context.study.seeds[0])
+    trained = _train(context, context.part("fit"), settings, folder, None, f"training at rate {rate:g}")
+    validation = context.part("validation")
     about: dict[str, Any] = {
         "rate": rate,
         "flops": trained.flops,
@@ -180,7 +182,7 @@ def _trial(work: Work, settings: TrainSettings, rate: float) -> dict[str, Any]:
     # An SFT model's reward may be its log-likelihood or that per token: whichever ranks validation pairs better.
     for average in (False, True) if trained.method == "sft" else (False,):
         try:
-            found = measured_margins(_margins(work, trained, validation, average), validation)
+            found = measured_margins(_margins(context, trained, validation, average), validation)
         except CoalaError:
             continue
         here = (found["accuracy"]["value"], -found["nll"])
@@ -192,7 +194,7 @@ def _trial(work: Work, settings: TrainSettings, rate: float) -> dict[str, Any]:
 
 
 def _margins(
-    work: Work,
+    context: CellContext,
     trained: Trained,
     pairs: Sequence[Pair],
     average: bool,
@@ -201,23 +203,25 @@ def _margins(
     from coala.baselines import reward_margins
 
     return reward_margins(
-        trained, pairs, work.backbone, policy=policy, average=average, batch_tokens=work.model.batch_tokens
+        trained, pairs, context.backbone, policy=policy, average=average, batch_tokens=context.model.batch_tokens
     )
 
 
-def _measure(work: Work, trained: Trained, test: Sequence[Pair], average: bool, costs: Costs) -> dict[str, Any]:
+def _measure(
+    context: CellContext, trained: Trained, test: Sequence[Pair], average: bool, costs: Costs
+) -> dict[str, Any]:
     from coala.baselines import drift
 
     # The base is first loaded here or after a trial's training, so that the peak of the first training is its own.
-    base = work.backbone
+    base = context.backbone
     policy = trained.backbone(device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
     with costs.of("evaluation"):
-        result = measured_margins(_margins(work, trained, test, average, policy), test)
+        result = measured_margins(_margins(context, trained, test, average, policy), test)
     if trained.method == "reward":
         return result
-    result |= replies_of(work, policy, base, costs)
-    settings = work.study.evaluation
-    pairs = prompts_of(work)[: settings.kl_prompts]
+    result |= replies_of(context, policy, base, costs)
+    settings = context.study.evaluation
+    pairs = prompts_of(context)[: settings.kl_prompts]
     if pairs:
         with costs.of("drift"):
             found = drift(
@@ -225,7 +229,7 @@ def _measure(work: Work, trained: Trained, test: Sequence[Pair], average: bool, 
                 base,
                 [pair.prompt for pair in pairs],
                 max_new_tokens=settings.max_new_tokens,
-                seed=work.cell.seed or 0,
+                seed=context.cell.seed or 0,
             )
         result["kl"] = asdict(found.kl)
     return result
@@ -241,10 +245,10 @@ def _curve(trained: Trained) -> list[dict[str, float]]:
     return rows
 
 
-def tidy(work: Work) -> None:
+def tidy(context: CellContext) -> None:
     """Drop what only training needed, once the cell is written; the model too, unless another cell starts from it."""
-    wanted = work.method.kind == "sft" and work.cell.seed == work.study.seeds[0]
-    shutil.rmtree(work.folder / "trials", ignore_errors=True)
-    shutil.rmtree(work.folder / "run" / "checkpoints", ignore_errors=True)
-    if not (wanted or work.study.keep_models):
-        shutil.rmtree(work.folder / "run", ignore_errors=True)
+    wanted = context.method.kind == "sft" and context.cell.seed == context.study.seeds[0]
+    shutil.rmtree(context.folder / "trials", ignore_errors=True)
+    shutil.rmtree(context.folder / "run" / "checkpoints", ignore_errors=True)
+    if not (wanted or context.study.keep_models):
+        shutil.rmtree(context.folder / "run", ignore_errors=True)

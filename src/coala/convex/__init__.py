@@ -3,19 +3,19 @@
 Arrays in, arrays out; pure JAX. Knows no files, models or devices, and changes no process-wide option.
 """
 
-from coala.convex.barrier import Barrier
 from coala.convex.calibration import fit_temperature, least_slope
-from coala.convex.cronos import Cronos
-from coala.convex.finetune import finetune
 from coala.convex.fit import Fit, fit
-from coala.convex.gates import sample_patterns
-from coala.convex.losses import Logistic, PairLoss, Pointwise, SecondLayer, TwoScores
-from coala.convex.minimisers import LBFGS, AdamW, DampedNewton, Nesterov
+from coala.convex.gate_sampling import sample_patterns
 from coala.convex.newton import GatedNewton
 from coala.convex.pairwise import PairProgram
-from coala.convex.patterns import NetworkSolution, PatternGeneration
+from coala.convex.papers.barrier import Barrier
+from coala.convex.papers.cronos import Cronos
+from coala.convex.papers.finetune import finetune
+from coala.convex.papers.losses import Logistic, PairLoss, Pointwise, SecondLayer, TwoScores
+from coala.convex.papers.minimisers import LBFGS, AdamW, DampedNewton, Nesterov
+from coala.convex.papers.patterns import NetworkSolution, PatternGeneration
+from coala.convex.papers.recover import recover_gated, recover_network
 from coala.convex.program import GatedProgram, Program, largest_sparsity
-from coala.convex.recover import recover_gated, recover_network
 from coala.convex.rows import open_rows
 from coala.convex.sharding import row_mesh, spread
 from coala.convex.solvers import Solution, Solver, Status, certify, solve

@@ -10,19 +10,19 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from coala.convex.account import OnFitStep, Recorder, gates_estimate, statement, validation_facts
 from coala.convex.calibration import fit_temperature, least_slope
-from coala.convex.finetune import Logistic, PairLoss, Pointwise
-from coala.convex.gates import sample_patterns
-from coala.convex.learn import Search
+from coala.convex.certificate import OnFitStep, Recorder, gates_estimate, statement, validation_facts
+from coala.convex.gate_sampling import sample_patterns
+from coala.convex.gate_search import Search
+from coala.convex.gate_sources import GateOn, GateSource, Learnt, Sampled
 from coala.convex.pairwise import WIDTHS
+from coala.convex.papers.finetune import Logistic, PairLoss, Pointwise
+from coala.convex.papers.two_phase import PhaseOne, TwoPhase, fit_paper, fit_two_phase
 from coala.convex.path import Choice, PairTask, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.rows import available_bytes, check_memory, solve_bytes
 from coala.convex.selftest import check_operators
 from coala.convex.solvers import Solution
-from coala.convex.sources import GateOn, GateSource, Learnt, Sampled
-from coala.convex.two_phase import PhaseOne, TwoPhase, fit_paper, fit_two_phase
 from coala.convex.validation import HeldOut, grouped_folds
 from coala.values import Certificate, CoalaError, ConvexHead, FeatureSet
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coala.convex.gate_sources import FOLD_TOLERANCE, GateOn, GateSource
 from coala.convex.pairwise import OnStep, PairData, PairModel, solve_pairs
-from coala.convex.sources import FOLD_TOLERANCE, GateOn, GateSource
 from coala.convex.validation import HeldOut, clustered_error, rising_twice
 
 RIDGES = tuple(10.0 ** (-k / 2) for k in range(13))

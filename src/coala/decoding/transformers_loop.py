@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coala.backbone.held import hold, prompts, require_held
+from coala.backbone.external_model import hold, prompts, require_held
 from coala.backbone.model import LanguageModel
 from coala.decoding.budget import Account
 from coala.decoding.decoder import Batch, Decoder

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coala.backbone import POOLINGS, LanguageModel, Reading
-from coala.features.plan import Survey
+from coala.features.prefix_tree import PrefixTree
 from coala.values import CoalaError, FeatureSpec
 
 # By name, one entry per row: "features" (rows, k, d) float32, one array for every spec ("features-1", ...), and where
@@ -38,7 +38,7 @@ class Encoder:
 
     def __init__(
         self,
-        plan: Survey,
+        plan: PrefixTree,
         backbone: LanguageModel,
         specs: Sequence[FeatureSpec],
         prefixes: int,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coala.backbone import LanguageModel
 from coala.features.encoding import Encoded, Encoder, names
-from coala.features.plan import Survey, survey
+from coala.features.prefix_tree import PrefixTree, survey
 from coala.store import FeatureStore, save_json
 from coala.values import CoalaError, FeatureSet, FeatureSpec, Pair
 
@@ -37,7 +37,7 @@ def extract(
     batch_tokens: int = 4096,
     shard_rows: int | None = None,
     store: FeatureStore | None = None,
-    plan: Survey | None = None,
+    plan: PrefixTree | None = None,
     on_batch: OnBatch | None = None,
     on_note: Callable[[str], None] | None = None,
     clock: Callable[[], float] = monotonic,
@@ -56,7 +56,7 @@ def extract(
     of one is kept about every 20 seconds by ``clock``; an extraction that was killed resumes there, and on the same
     machine the result is bit for bit that of an unbroken run. Several processes may extract into one store at the same
     time: they share the shards between them and end with the same features. The store also receives ``facts.json``,
-    the counts of :class:`Survey`. ``plan`` is what :func:`survey` made of the same arguments, if the caller has it
+    the counts of :class:`PrefixTree`. ``plan`` is what :func:`survey` made of the same arguments, if the caller has it
     already. ``on_batch(done_pairs, total_pairs, tokens)`` is called with what is there before the first pass and after
     every pass. Where memory is short for ``batch_tokens`` passes are halved, which may change the last bits;
     ``on_note`` is told, as it is of a shard whose bytes are not those that were written, which is made again.
@@ -92,7 +92,7 @@ def extract_many(
     batch_tokens: int = 4096,
     shard_rows: int | None = None,
     store: FeatureStore | None = None,
-    plan: Survey | None = None,
+    plan: PrefixTree | None = None,
     on_batch: OnBatch | None = None,
     on_note: Callable[[str], None] | None = None,
     clock: Callable[[], float] = monotonic,
@@ -246,7 +246,7 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
 
 
 def _plan(
-    plan: Survey,
+    plan: PrefixTree,
     backbone: LanguageModel,
     specs: Sequence[FeatureSpec],
     batch_tokens: int,
@@ -271,7 +271,7 @@ def _plan(
 class _Progress:
     """Turns rows done, in whatever order, into pairs done: a pair is done when all its rows are."""
 
-    def __init__(self, plan: Survey, on_batch: OnBatch | None) -> None:
+    def __init__(self, plan: PrefixTree, on_batch: OnBatch | None) -> None:
         self._on_batch = on_batch
         self._rows = plan.index if plan.prompt is None else np.concatenate([plan.index, plan.prompt[:, None]], axis=1)
         self._own = plan.own_lengths

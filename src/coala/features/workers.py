@@ -23,7 +23,7 @@ Engine = Literal["processes", "ray"]
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractionTask:
     """An extraction as another process can repeat it.
 
     ``model`` are the arguments of :func:`coala.backbone.load_backbone`, ``options`` those of
@@ -51,14 +51,14 @@ class Job:
 
 @contextmanager
 def workers(
-    job: Job,
+    task: ExtractionTask,
     n_workers: int,
     *,
     engine: Engine = "processes",
     address: str | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """While it lasts, ``n_workers`` - 1 other processes of this machine work on ``job`` beside this one.
+    """While it lasts, ``n_workers`` - 1 other processes of this machine work on ``task`` beside this one.
 
     With the engine ``ray``, ``n_workers`` tasks do, on the cluster at ``address`` (default: one started here), and this
     process waits for them first. Raises :class:`CoalaError` without Ray; a worker that fails is told to ``on_note``.
@@ -67,7 +67,7 @@ def workers(
     if n_workers < 1:
         raise CoalaError(f"{n_workers} workers; expected at least 1.")
     if engine == "ray":
-        _on_ray(job, n_workers, address, note)
+        _on_ray(task, n_workers, address, note)
         yield
         return
     if n_workers == 1:
@@ -78,7 +78,7 @@ def workers(
     mine = torch.get_num_threads()
     threads = max(1, mine // n_workers)
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=_help, args=(job, threads), daemon=True) for _ in range(n_workers - 1)]
+    others = [context.Process(target=_help, args=(task, threads), daemon=True) for _ in range(n_workers - 1)]
     try:
         with _deaf():
             for process in others:
@@ -110,10 +110,10 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _help(job: Job, threads: int) -> None:
-    """Work on ``job`` for as long as the process that asked for it lives."""
+def _help(task: ExtractionTask, threads: int) -> None:
+    """Work on ``task`` for as long as the process that asked for it lives."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    job.work(threads)
+    task.work(threads)
 
 
 def _die_with_parent() -> None:
@@ -124,7 +124,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _on_ray(job: Job, n_workers: int, address: str | None, note: Callable[[str], None]) -> None:
+def _on_ray(task: ExtractionTask, n_workers: int, address: str | None, note: Callable[[str], None]) -> None:
     try:
         import ray
     except ImportError as error:
@@ -140,8 +140,8 @@ def _on_ray(job: Job, n_workers: int, address: str | None, note: Callable[[str],
         own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         ray.init(address=address, log_to_driver=False, **({} if address else own))
     try:
-        task = ray.remote(num_cpus=1, max_retries=3)(Job.work)
-        for done in [task.remote(job) for _ in range(n_workers)]:
+        remote = ray.remote(num_cpus=1, max_retries=3)(ExtractionTask.work)
+        for done in [remote.remote(task) for _ in range(n_workers)]:
             try:
                 ray.get(done)
             except ray.exceptions.RayError as error:

@@ -6,7 +6,7 @@ and SciPy only.
 """
 
 from coala.nash.criteria import Note
-from coala.nash.game import Nash, PreferenceGame, duality_gap, kl_divergence, read_game
+from coala.nash.game import Nash, PreferenceGame, duality_gap, kl_divergence, load_game, read_game
 from coala.nash.selection import FixedPoint, selection_fixed_point
 from coala.nash.solvers import INNER_STEPS, METHODS, History, Result, solve
 
@@ -21,6 +21,7 @@ __all__ = [
     "Result",
     "duality_gap",
     "kl_divergence",
+    "load_game",
     "read_game",
     "selection_fixed_point",
     "solve",

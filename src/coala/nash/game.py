@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 
+from coala.documents import DocumentError, parse_json
 from coala.values import CoalaError
 
 Float = NDArray[np.float64]
@@ -219,6 +221,16 @@ class PreferenceGame:
         else:
             listed = list(self.weights)
         return _distribution(listed, self.prompts, "weights")
+
+
+def load_game(path: Path) -> tuple[PreferenceGame, Policy]:
+    """:func:`read_game` of a JSON file."""
+    try:
+        return read_game(parse_json(path.read_bytes()))
+    except OSError as error:
+        raise CoalaError(f"{path}: could not be read ({error.strerror}). Give the path of a JSON file.") from error
+    except DocumentError as error:
+        raise CoalaError(f"{path} is {error}; see `coala comal game --help` for its form.") from error
 
 
 def read_game(content: Any) -> tuple[PreferenceGame, Policy]:

@@ -27,7 +27,7 @@ no interval is known.
     curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}: mean margins divided by their
                     standard deviation (margins of two heads have no common scale), gap = objective - lower bound
     layers          [{layer, cost, nll, excess, excess_error, accuracy, chosen}], where the layer was chosen: the fields
-                    of :class:`coala.align.depth.LayerScore`
+                    of :class:`coala.align.layer_choice.LayerScore`
     path            [{tau, gate_on, beta_rel, relaxation, cv_nll, cv_se, cv_accuracy, n_neurons, selected}];
                     beta_rel null: the linear head
     scores          {chosen: [float], rejected: [float]}, held-out pairs
@@ -48,13 +48,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coala.report.conclusions import conclusions
 from coala.report.content import plain
 from coala.report.evaluations import Evaluation, Figure, Sample, save_evaluation, saved_evaluations
 from coala.report.page import render
-from coala.report.verdicts import verdicts
 from coala.store import Run, load_json, save_json, write_atomic
 
-__all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "build_report", "verdicts", "write_report"]
+__all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "build_report", "conclusions", "write_report"]
 
 
 def build_report(content: Mapping[str, Any]) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from coala.report import figures
+from coala.report.conclusions import certified_gap, conclusions
 from coala.report.content import Interval, flops, number, seconds, size
 from coala.report.evaluations import view
 from coala.report.figures import Drawing
-from coala.report.verdicts import certified_gap, verdicts
 
 
 def render(content: Mapping[str, Any]) -> str:
@@ -42,7 +42,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "created": content.get("created"),
         "settings": list(_flat(content.get("settings"))),
         "summary": summary,
-        "verdicts": [sentence.replace(" %", "\u00a0%") for sentence in verdicts(content)],
+        "conclusions": [sentence.replace(" %", "\u00a0%") for sentence in conclusions(content)],
         "tiles": _tiles(content, summary, head),
         "reads": [str(line) for line in content.get("reads") or []],
         "findings": _rows(content.get("data_findings")),

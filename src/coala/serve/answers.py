@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from starlette.types import Receive
 
+from coala.serve.detokenize import CONTEXT, UNFINISHED, Growing, Reader
 from coala.serve.errors import Refusal, failure, too_busy, too_late
-from coala.serve.pieces import CONTEXT, UNFINISHED, Growing, Reader
 from coala.serve.prompts import Prompt, TooLong
 from coala.serve.reading import Reading
 from coala.serve.work import Began, Busy, Ended, Failed, News, Piece, Ticket

@@ -21,16 +21,16 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from coala.serve import bodies, schemas, shapes
 from coala.serve.answers import Answering, Ask, Gone, Replying
 from coala.serve.contract import ANSWERS, contract
+from coala.serve.detokenize import Reader
 from coala.serve.errors import Refusal, failure, too_busy
 from coala.serve.gate import CLIENT_GONE, HEADERS, Gate
 from coala.serve.limits import Limits
 from coala.serve.metrics import TYPE, exposition
-from coala.serve.observing import Observed
-from coala.serve.pieces import Reader
 from coala.serve.prompts import Prompt, rendered
 from coala.serve.protocol import EventStream, Protocol, events
 from coala.serve.reading import Reading
 from coala.serve.scoring import Scored, read, weigh
+from coala.serve.server_metrics import Observed
 from coala.serve.work import Busy
 from coala.serve.worker import Worker
 from coala.values import ConvexHead, Turn, user

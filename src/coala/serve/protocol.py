@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from coala.serve.answers import Answering, Ask, Choice, Gone, Other, Replying, Told
+from coala.serve.detokenize import UNFINISHED
 from coala.serve.errors import Refusal
-from coala.serve.pieces import UNFINISHED
 from coala.values import Generation
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from coala.backbone import POOLINGS
-from coala.serve.pieces import Reader
+from coala.serve.detokenize import Reader
 from coala.serve.prompts import require_room, too_long
 from coala.values import ConvexHead, Float32, Turn
 

@@ -5,7 +5,7 @@ a failure is counted (:func:`coala.evaluation.win_rate`), never replaced by a co
 the shipped instructions.
 """
 
-from coala.evaluation.judges.chat import ChatJudge, Keeper, Memory, OpenAIJudge
+from coala.evaluation.judges.chat import ChatJudge, Memory, OpenAIJudge, VerdictStore
 from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint, Patience
 from coala.evaluation.judges.instructions import SHIPPED, Exchange, Instructions, Prompt, asked, read_instructions
 from coala.evaluation.judges.language_model import LanguageModelJudge, LocalEndpoint
@@ -29,7 +29,6 @@ __all__ = [
     "Judge",
     "JudgeFailure",
     "JudgeStopped",
-    "Keeper",
     "LanguageModelJudge",
     "LocalEndpoint",
     "Memory",
@@ -42,6 +41,7 @@ __all__ = [
     "ReplayJudge",
     "RuleJudge",
     "Verdict",
+    "VerdictStore",
     "WordJudge",
     "asked",
     "local_judge",

@@ -19,8 +19,8 @@ from coala.evaluation.judges.verdicts import Answer, Verdict, read_rating, read_
 from coala.values import CoalaError, Generation, Judgement, Turn, conversation_text
 
 
-class Keeper(Protocol):
-    """Where answers are kept by key; `coala.cache.VerdictCache` keeps them on disk."""
+class VerdictStore(Protocol):
+    """Where answers are kept by key; `coala.store.verdict_cache.VerdictCache` keeps them on disk."""
 
     def get(self, key: str) -> str | None: ...
 
@@ -54,7 +54,7 @@ class ChatJudge:
         endpoint: Endpoint,
         *,
         model: str | None = None,
-        keeper: Keeper | None = None,
+        keeper: VerdictStore | None = None,
         sampling: Mapping[str, Any] | None = None,
         ask_again: bool = False,
     ) -> None:
@@ -69,7 +69,7 @@ class ChatJudge:
         self.name = f"{instructions.name} {chosen}"
         self._endpoint, self._ask_again = endpoint, ask_again
         # Not `or`: an empty keeper may well be false.
-        self._keeper: Keeper = Memory() if keeper is None else keeper
+        self._keeper: VerdictStore = Memory() if keeper is None else keeper
         self._lock = threading.Lock()
         self._flights: dict[str, threading.Lock] = {}
         self._kept = 0
@@ -206,7 +206,7 @@ class OpenAIJudge(ChatJudge):
         model: str | None = None,
         base_url: str | None = None,
         key: str | None = None,
-        keeper: Keeper | None = None,
+        keeper: VerdictStore | None = None,
         sampling: Mapping[str, Any] | None = None,
         ask_again: bool = False,
         patience: Patience | None = None,

@@ -1,0 +1,89 @@
+"""The stages one after the other, in this process or each in one of its own.
+
+On a machine with a GPU each stage runs in a process of its own, so that torch and JAX never share the card. Knows
+nothing of what a stage does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from coala.align.context import OnNote, OnProgress, StageContext, quiet, silent
+from coala.align.stages import STAGES
+from coala.recipe import Recipe
+from coala.store import Run
+from coala.values import CoalaError
+
+
+def carry_out(
+    recipe: Recipe,
+    run: Run,
+    show: OnProgress | None = None,
+    note: OnNote = quiet,
+    *,
+    separate: bool | None = None,
+    cache: Path | None = None,
+    n_workers: int = 1,
+) -> None:
+    """Bring every stage of ``recipe`` up to date in ``run``; features are looked up in and added to ``cache``.
+
+    ``separate`` runs each stage in a process of its own (default: when the machine has an NVIDIA GPU). ``n_workers``
+    processes share the extraction, which changes nothing of its outcome.
+    """
+    show = silent if show is None else show
+    if separate is None:
+        separate = Path("/proc/driver/nvidia/version").exists()
+    if separate:
+        for stage in STAGES:
+            _in_a_process(stage, recipe, run, show, note, cache, n_workers)
+    else:
+        given = StageContext(recipe, run, show, note, cache, n_workers)
+        for work in STAGES.values():
+            work(given)
+
+
+def _in_a_process(
+    stage: str, recipe: Recipe, run: Run, show: OnProgress, note: OnNote, cache: Path | None, n_workers: int
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work_and_tell, args=(stage, recipe, run.path, theirs, cache, n_workers))
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            message = mine.recv()
+            if isinstance(message, CoalaError):
+                raise message
+            if isinstance(message, str):
+                note(message)
+            else:
+                show(*message)
+    except EOFError:
+        process.join()
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join()
+    if process.exitcode:
+        raise CoalaError(
+            f"The stage {stage!r} ended with exit code {process.exitcode}"
+            f"{' (killed, perhaps for lack of memory)' if process.exitcode == -9 else ''}. "
+            "Finished work is kept; rerun the same command to resume."
+        )
+
+
+def _work_and_tell(
+    stage: str, recipe: Recipe, path: Path, pipe: Connection, cache: Path | None, n_workers: int
+) -> None:
+    def show(stage: str, done: float, total: float | None, note: str = "") -> None:
+        pipe.send((stage, done, total, note))
+
+    try:
+        STAGES[stage](StageContext(recipe, Run(path), show, pipe.send, cache, n_workers))
+    except CoalaError as error:
+        pipe.send(CoalaError(str(error)))
+    finally:
+        pipe.close()

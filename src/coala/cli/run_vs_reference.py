@@ -1,0 +1,151 @@
+"""A run against a reference on a benchmark's prompts, end to end: replies, judgements, and what can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from coala.cli.judging import VERDICTS, Chosen, Service, choose, tell_failures
+
+if TYPE_CHECKING:
+    from coala.align.answers import PromptRow, ReplySettings
+    from coala.evaluation.arena import Battles
+    from coala.evaluation.harness import Judged
+    from coala.store import Run
+    from coala.values import Generation, Turn
+
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="The benchmark's prompts, for --run to answer; else a file is read.")
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Replies of the baseline to the same prompts: a file, or `unguided` for the run's own model without its "
+        "head; the outputs in the file of prompts if not given."
+    ),
+]
+Unguided = Annotated[bool, typer.Option("--unguided", help="Answer without the head: the base model by itself.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of a reply; as the run's recipe if not given.")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help="As the run's recipe if not given.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts only.")]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Both sides' replies in the order of the prompts, and what the judge said of them."""
+
+    asked: Sequence[PromptRow]
+    ours: Sequence[Generation]
+    reference: Sequence[Generation]
+    chosen: Chosen
+    found: Judged
+    battles: Battles | None
+
+    @property
+    def prompts(self) -> Mapping[str, Sequence[Turn]]:
+        return {one.id: one.prompt for one in self.asked}
+
+
+def hold(
+    run: Run,
+    prompts: Path,
+    reference: str | None,
+    *,
+    name: str,
+    manner: ReplySettings,
+    limit: int | None,
+    by: str,
+    local: str | None,
+    service: Service,
+    cache: Path | None,
+    concurrency: int,
+    orders: Literal["both", "drawn"],
+) -> Contest:
+    """Answer what is not answered yet, judge what is not judged yet."""
+    from coala.align.answers import UNGUIDED, answer, read_prompts, read_reference
+    from coala.cli.output import progress
+    from coala.evaluation.arena_judging import battles
+    from coala.evaluation.harness import judge_many
+    from coala.evaluation.judges import ChatJudge
+    from coala.values import CoalaError
+
+    asked = read_prompts(prompts)[:limit]
+    # What can be wrong with the judge or the reference is told before hours of answering.
+    try:
+        theirs = [] if reference == UNGUIDED else read_reference(reference or prompts, asked)
+    except CoalaError as error:
+        if reference is not None:
+            raise
+        raise CoalaError(
+            f"{error}\nThe prompts come without a baseline's replies: name them with --reference FILE, or compare with "
+            "the run's own model by --reference unguided."
+        ) from None
+    chosen = choose(by, local, service, cache or run.path / VERDICTS)
+    with nullcontext() if chosen.kept is None else chosen.kept, progress() as show:
+        ours = answer(run, asked, manner, on_reply=lambda done, total: show("replies", done, total))
+        if reference == UNGUIDED:
+            plain = replace(manner, guided=False)
+            theirs = answer(run, asked, plain, on_reply=lambda done, total: show("unguided", done, total))
+        ours = [replace(reply, method=name) for reply in ours]
+        method = UNGUIDED if reference == UNGUIDED else theirs[0].method
+        theirs = [
+            replace(reply, method=method if method != name else f"{method} (reference)", seed=ours[0].seed)
+            for reply in theirs
+        ]
+        found = judge_many(
+            ours,
+            theirs,
+            chosen.judge,
+            swap=True if orders == "both" else "drawn",
+            prompts={one.id: one.prompt for one in asked},
+            concurrency=chosen.at_once(concurrency),
+            on_progress=lambda done, total: show("judge", done, total),
+            on_failure=tell_failures(),
+        )
+        if found.stopped and all(judgement.preference is None for judgement in found.judgements):
+            raise CoalaError(f"{found.stopped} The replies are kept; run the same command again to go on.")
+        fought = None
+        if isinstance(chosen.judge, ChatJudge) and chosen.judge.instructions.mode == "arena":
+            fought = battles(ours, theirs, chosen.judge, {one.id: one.prompt for one in asked})
+    return Contest(asked, ours, theirs, chosen, found, fought)
+
+
+def needed(run: Path | None, prompts: Path | None, saved: Path | None, what: str) -> bool:
+    """Whether a run is to answer ``prompts``; else ``saved`` judgements are counted. CoalaError for neither or both."""
+    from coala.values import CoalaError
+
+    if (saved is None) == (prompts is None):
+        raise CoalaError(
+            f"Give either a file of {what}, or --run RUN and --prompts FILE to have a run answer and a judge judge."
+        )
+    if prompts is not None and run is None:
+        raise CoalaError("Whose replies? Name the run that answers the prompts with --run RUN.")
+    return prompts is not None
+
+
+def own_name(run: Run, manner: ReplySettings) -> str:
+    """What a run is called in results if nothing else is said."""
+    return run.path.resolve().name + ("" if manner.guided else " unguided")
+
+
+def manner_of(unguided: bool, max_new_tokens: int | None, temperature: float | None, seed: int) -> ReplySettings:
+    from coala.align.answers import ReplySettings
+
+    return ReplySettings(not unguided, max_new_tokens, temperature, seed)
+
+
+def described(run: Run, manner: ReplySettings) -> dict[str, Any]:
+    """How the run answered, for a record: flags over the recipe."""
+    settings = run.settings
+    return {
+        "model": settings["model"]["name"],
+        "guidance": settings["guidance"] if manner.guided else "none",
+        "max new tokens": manner.max_new_tokens or settings["evaluation"]["max_new_tokens"],
+        "temperature": settings["evaluation"]["temperature"] if manner.temperature is None else manner.temperature,
+        "seed": manner.seed,
+    }

@@ -1,0 +1,199 @@
+"""What a run of COMAL did, as numbers, as a table and as a page; and the page of a win-rate matrix.
+
+Reads a run folder; knows nothing of models or of how the run was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coala.comal.loop import STAGES
+from coala.comal.matrix import EmpiricalNash, WinRates
+from coala.comal.measures import remarks
+from coala.comal.settings import COMALSettings
+from coala.nash import plots
+from coala.nash.criteria import Note
+from coala.nash.page import Part, Picture, Table, render
+from coala.store import Run, load_json
+
+MIB = 2**20
+
+
+def summarise(folder: Path | str) -> dict[str, Any]:
+    """The numbers of a finished run: its settings with their notes, one row per step and one per outer update.
+
+    ``updates`` hold means over the steps of an update (``drift`` their sum, ``mass`` the least, ``kl_to_reference`` the
+    last), ``seconds`` by stage, and ``peak_bytes``, the process's highest use until then.
+    """
+    run = Run.open(folder)
+    about = run.settings
+    settings = COMALSettings(**about["settings"])
+    steps: list[dict[str, Any]] = []
+    updates: list[dict[str, Any]] = []
+    for outer in range(1, settings.outer_steps + 1):
+        rows: list[dict[str, Any]] = []
+        seconds = dict.fromkeys(STAGES, 0.0)
+        peak: dict[str, int] = {}
+        for inner in range(1, settings.inner_steps + 1):
+            row = load_json(run.path / f"outer-{outer:02d}/inner-{inner:02d}/log.json")
+            facts = {stage: run.facts(f"outer-{outer:02d}-inner-{inner:02d}-{stage}") for stage in STAGES}
+            for stage, fact in facts.items():
+                seconds[stage] += fact["seconds"]
+                peak |= {part: max(size, peak.get(part, 0)) for part, size in fact["peak_bytes"].items()}
+            rows.append({"outer": outer, "inner": inner, "judged": facts["judge"]["judged"], **row})
+        steps += rows
+        updates.append({"outer": outer, **_over(rows), "seconds": seconds, "peak_bytes": peak})
+    notes = [*settings.notes(), *_common(steps)]
+    return {
+        "settings": about["settings"],
+        "policy": about["policy"],
+        "oracle": about["oracle"],
+        "about": about.get("about", {}),
+        "notes": [{"level": note.level, "text": note.text} for note in notes],
+        "updates": updates,
+        "steps": steps,
+        "seconds": sum(sum(update["seconds"].values()) for update in updates),
+    }
+
+
+def _over(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = ("target_margin", "achieved", "transitive", "kl_to_policy", "tokens", "finished", "judge_disagreement")
+    cyclic = [row["cyclic"] for row in rows if row["cyclic"] is not None]
+    return {
+        **{name: float(np.mean([row[name] for row in rows])) for name in names},
+        "cyclic": float(np.mean(cyclic)) if cyclic else None,
+        "drift": float(np.sum([row["drift"] for row in rows])),
+        "mass": float(np.min([row["mass"] for row in rows])),
+        "kl_to_reference": float(rows[-1]["kl_to_reference"]),
+        "judged": sum(int(row["judged"]) for row in rows),
+        "judge_failures": sum(int(row["judge_failures"]) for row in rows),
+    }
+
+
+def _common(steps: Sequence[Mapping[str, Any]]) -> list[Note]:
+    """What the steps' numbers say, each remark once: of the last step it holds for, with how many."""
+    found: dict[str, tuple[Note, int]] = {}
+    for row in steps:
+        for note in remarks(row):
+            kind = note.text.rpartition(":")[2]
+            found[kind] = note, found.get(kind, (note, 0))[1] + 1
+    return [Note(note.level, f"{note.text} (in {times} of {len(steps)} steps)") for note, times in found.values()]
+
+
+def update_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table by outer update."""
+    head = ["update", "margin asked", "achieved", "transitive", "cyclic", "KL to ref", "drift", "mass", "tokens"]
+    head += ["orders disagree", "verdicts (failed)", "seconds", "peak MiB"]
+    rows = []
+    for update in summary["updates"]:
+        peak = update["peak_bytes"].get("device") or update["peak_bytes"].get("host") or 0
+        rows.append(
+            [
+                str(update["outer"]),
+                f"{update['target_margin']:.3g}",
+                f"{100 * update['achieved']:.0f} %",
+                f"{100 * update['transitive']:.0f} %",
+                "-" if update["cyclic"] is None else f"{100 * update['cyclic']:.1f} %",
+                f"{update['kl_to_reference']:.2f}",
+                f"{update['drift']:+.2f}",
+                f"{update['mass']:.2f}",
+                f"{update['tokens']:.1f}",
+                f"{update['judge_disagreement']:.3f}",
+                f"{update['judged']} ({update['judge_failures']})",
+                f"{sum(update['seconds'].values()):.0f}",
+                f"{peak / MIB:.0f}",
+            ]
+        )
+    return head, rows
+
+
+def run_page(summary: Mapping[str, Any], title: str) -> str:
+    """One self-contained HTML page."""
+    head, rows = update_rows(summary)
+    settings, steps = summary["settings"], summary["steps"]
+    seconds = [
+        [str(update["outer"]), *(f"{update['seconds'][stage]:.1f}" for stage in STAGES)]
+        for update in summary["updates"]
+    ]
+    lines = {
+        "asked": np.array([row["target_margin"] for row in steps]),
+        "achieved": np.array([abs(row["achieved"]) * row["target_margin"] for row in steps]),
+    }
+    words = f"Margin asked for and margin achieved by step, at the end {lines['asked'][-1]:.3g} and "
+    words += f"{lines['achieved'][-1]:.3g}."
+    parts = [
+        Part(
+            "Run",
+            [
+                f"{summary['policy']}; oracle {summary['oracle']}.",
+                f"eta {settings['eta']:g}, tau {settings['tau']:g} (eta tau {settings['ref_weight']:.3g}), "
+                f"{settings['outer_steps']} updates of {settings['inner_steps']} steps, loss {settings['inner_loss']}.",
+            ],
+            notes=[Note(note["level"], note["text"]) for note in summary["notes"]],
+        ),
+        Part(
+            "By update of the reference",
+            [
+                "Margin asked: root mean square of the differences of log-probabilities that the targets ask for, as "
+                "far as differences can meet them; achieved: the share of it that was reached, the effective eta as a "
+                "share of eta; transitive: that part's share of the targets; cyclic: the share of triples of answers "
+                "that go in a circle, where all pairs were judged. Drift: nats by which the sampled answers' "
+                "log-probability changed, summed over the steps; mass: the least share of probability kept in a step. "
+                "Peak: the process's highest use of memory until then.",
+            ],
+            [Picture(plots.curves(lines, "margin, nats", floor=1e-6, xlabel="step"), words, wide=True)]
+            if len(steps) > 1
+            else [],
+            [
+                Table(f"{summary['seconds']:.0f} seconds in all", head, rows),
+                Table("Seconds by stage", ["update", *STAGES], seconds),
+            ],
+        ),
+    ]
+    return render(title, parts, width=22)
+
+
+# --- matrices ----------------------------------------------------------------------------------------------------
+
+
+def matrix_rows(rates: WinRates) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a win-rate table: row beats column, in %, with 95 % intervals; the mean is over the others."""
+    head = ["row beats column, %", *rates.names, "mean", "characters"]
+    rows = []
+    for i, name in enumerate(rates.names):
+        cells = [
+            "50" if i == j else f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]" for j, e in enumerate(rates.intervals[i])
+        ]
+        mean = rates.averages[i]
+        rows.append([name, *cells, f"{mean.value:.1f} [{mean.low:.1f}, {mean.high:.1f}]", f"{rates.characters[i]:.0f}"])
+    return head, rows
+
+
+def nash_rows(nash: EmpiricalNash) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the mixture that none of the entrants beats, and of how far each alone is beaten."""
+    rows = [[name, f"{share:.3f}", f"{nash.gap[name]:.3f}"] for name, share in nash.mixture.items()]
+    return ["entrant", "in the Nash mixture", "gap alone"], rows
+
+
+def matrix_page(rates: WinRates, nash: EmpiricalNash, title: str, sentences: Sequence[str] = ()) -> str:
+    """One self-contained HTML page."""
+    head, rows = matrix_rows(rates)
+    alone = "It is the only one." if nash.unique else "It is one of several."
+    how = "who is preferred counts (a tie half)" if rates.mode == "hard" else "mean of the oracle's probabilities"
+    parts = [
+        Part("Win rates", list(sentences), tables=[Table(f"Win rates in %; {how}", head, rows)]),
+        Part(
+            "Empirical Nash mixture",
+            [
+                f"The mixture of these entrants that none of them beats. {alone} The gap of an entrant is what the one "
+                "that beats it most wins beyond what it loses, as a share; 0 if none does. Both are of the win rates "
+                "as measured and inherit their error."
+            ],
+            tables=[Table("Entrants", *nash_rows(nash))],
+        ),
+    ]
+    return render(title, parts, width=22)
