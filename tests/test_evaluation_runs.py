@@ -503,7 +503,7 @@ def test_arena_end_to_end(run: Path, prompts: Path, server: JudgeServer) -> None
     assert "percent of battles" in str(kept(run)[0]["figures"])
     with pytest.raises(CoalaError, match="not of mode arena"):
         called(app, "arena", *common, "--judge", "weighted")
-    with pytest.raises(CoalaError, match="Whose replies"):
+    with pytest.raises(CoalaError, match="--prompts needs --run RUN"):
         called(app, "arena", *common[2:])
 
 

@@ -605,7 +605,7 @@ def test_cache_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     other.execute("CREATE TABLE mine (x)")
     other.commit()
     other.close()
-    with pytest.raises(CoalaError, match="not one of verdicts"):
+    with pytest.raises(CoalaError, match="not a COALA verdict cache"):
         VerdictCache(tmp_path / "other.sqlite")
     with pytest.raises(CoalaError, match="no such folder"):
         VerdictCache(tmp_path / "nowhere" / "v.sqlite")

@@ -24,7 +24,7 @@ def align(
     eval_pairs: Annotated[
         list[str] | None, typer.Option("--eval", help="Held-out pairs (default: whole groups of PAIRS are held out).")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Format of the pairs; recognised if not given.")] = None,
+    format: Annotated[str | None, typer.Option(help="Format of the pairs (default: recognised).")] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out rows with errors (the report lists them) instead of stopping.")
     ] = False,

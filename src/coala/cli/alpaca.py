@@ -104,7 +104,7 @@ def alpaca(
     into: RunOption = None,
     prompts: Prompts = None,
     reference: Reference = None,
-    name: Annotated[str | None, typer.Option(help="The model's name; the run folder's if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name (default: the run folder's).")] = None,
     unguided: Unguided = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,

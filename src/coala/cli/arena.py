@@ -92,7 +92,7 @@ def arena(
     into: RunOption = None,
     prompts: Prompts = None,
     reference: Reference = None,
-    name: Annotated[str | None, typer.Option(help="The run's name; its folder's if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name (default: its folder's).")] = None,
     unguided: Unguided = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -131,7 +131,9 @@ def arena(
         assert prompts is not None
         assert run is not None
         if read_instructions(by).mode != "arena":
-            raise CoalaError(f"--judge {by} is not of mode arena, so that it says nothing of how much better.")
+            raise CoalaError(
+                f"--judge {by} does not use mode arena, so its verdicts carry no strength. Use --judge arena."
+            )
         service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
         manner = manner_of(unguided, max_new_tokens, temperature, seed)
         held = hold(

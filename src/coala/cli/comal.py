@@ -73,17 +73,18 @@ def game(
     file: Annotated[Path, typer.Argument(metavar="FILE.json", help="The game; its form is described below.")],
     method: Annotated[Method, typer.Option(help="Which method runs.")] = Method.comal,
     inner: Annotated[Inner, typer.Option(help="comal: Newton (`exact`) or a loss with inner steps.")] = Inner.exact,
-    eta: Annotated[float | None, typer.Option(help="Step size, not its inverse; 0.3 if not given.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Step size, not its inverse (default: 0.3).")] = None,
     beta: Annotated[float | None, typer.Option(help="Instead of --eta: its inverse, as in preference losses.")] = None,
     tau: Annotated[float, typer.Option(help="Strength of the regularisation (comal, inpo).")] = 0.1,
     outer: Annotated[
-        int | None, typer.Option(min=1, help="Updates made: 200 (comal) or 5000 if not given.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Number of updates (default: 200 for comal, else 5000).", show_default=False),
     ] = None,
     inner_steps: Annotated[
-        int | None, typer.Option(min=1, help="comal: inner updates per outer update; 25 if not given.")
+        int | None, typer.Option(min=1, help="comal: inner updates per outer update (default: 25).")
     ] = None,
     pairs_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Draw as many pairs per step; expectations if not given.")
+        int | None, typer.Option(min=1, help="Draw so many pairs per step (default: exact expectations).")
     ] = None,
     oracle: Annotated[Oracle | None, typer.Option(help="What the judge of a drawn pair tells; `labels`.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawn pairs.")] = 0,

@@ -53,7 +53,7 @@ def matrix(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     cache: Annotated[
-        Path | None, typer.Option(help="File of verdicts, to be shared; verdicts.sqlite beside OUT if not given.")
+        Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to OUT).")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what OUT holds and begin anew.")] = False,
     trust_remote_code: TrustCode = False,

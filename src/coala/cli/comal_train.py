@@ -61,49 +61,67 @@ def train(
     ] = None,
     *,
     oracle: Annotated[str, typer.Option(help="What prefers one answer to another; see below.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; the same command goes on with it.")],
-    eta: Annotated[float | None, typer.Option(help="Step size; 500 if not given, the published one.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Instead of --eta: its inverse.")] = None,
-    ref_weight: Annotated[float | None, typer.Option(help="eta tau, the reference's weight; 1/3 if not given.")] = None,
-    tau: Annotated[float | None, typer.Option(help="Instead of --ref-weight: strength of the regularisation.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; rerun the same command to resume.")],
+    eta: Annotated[float | None, typer.Option(help="Step size (default: 500, as published).")] = None,
+    beta: Annotated[float | None, typer.Option(help="1 / eta, instead of --eta.")] = None,
+    ref_weight: Annotated[float | None, typer.Option(help="Weight of the reference, eta x tau (default: 1/3).")] = None,
+    tau: Annotated[float | None, typer.Option(help="Strength of the regularisation, instead of --ref-weight.")] = None,
     outer: Annotated[int, typer.Option(min=1, help="Updates of the reference.")] = 3,
-    inner_steps: Annotated[int, typer.Option("--inner-steps", "-k", min=1, help="Steps between two of them, K.")] = 6,
+    inner_steps: Annotated[int, typer.Option("--inner-steps", "-k", min=1, help="Inner steps per update, K.")] = 6,
     loss: Annotated[Loss, typer.Option(help="Inner loss.")] = Loss.inpo,
     candidates: Annotated[int, typer.Option(min=2, help="Answers drawn per prompt and step.")] = 5,
-    pairs: Annotated[Pairs, typer.Option(help="Pairs trained on.")] = Pairs.random,
-    target: Annotated[Target, typer.Option(help="Targets.")] = Target.soft,
-    temperature: Annotated[float, typer.Option(help="Of the answers drawn; others than 1 solve another game.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="The same.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    prompts_per_step: Annotated[int | None, typer.Option(min=1, help="Prompts in turns; all if not given.")] = None,
-    anchor_nll: Annotated[float, typer.Option(min=0, help="Against drift of likelihood; see docs/nash.md.")] = 0.0,
+    pairs: Annotated[Pairs, typer.Option(help="Which pairs of candidates are trained on.")] = Pairs.random,
+    target: Annotated[
+        Target, typer.Option(help="What the loss aims at: the oracle's probability, a draw from it, or its winner.")
+    ] = Target.soft,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; anything but 1 changes the game that is solved.")
+    ] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold (1 = off); as --temperature.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    prompts_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per step, in turn (default: all).")
+    ] = None,
+    anchor_nll: Annotated[
+        float, typer.Option(min=0, help="Weight of a likelihood term against drift; see docs/nash.md.")
+    ] = 0.0,
     length_normalize: Annotated[bool, typer.Option("--length-normalize", help="Margins per token.")] = False,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, which begins anew in every step.")] = 5e-7,
-    epochs: Annotated[float, typer.Option(help="Over the pairs of a step.")] = 3.0,
+    learning_rate: Annotated[
+        float, typer.Option(help="AdamW learning rate (optimiser state is reset every step).")
+    ] = 5e-7,
+    epochs: Annotated[float, typer.Option(help="Epochs over each step's pairs.")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per forward pass.")] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per update.")] = 1,
-    schedule: Annotated[str, typer.Option(help="linear, constant, cosine, ...")] = "linear",
+    schedule: Annotated[str, typer.Option(help="Learning rate schedule: linear, constant, cosine, ...")] = "linear",
     lora_rank: Annotated[int, typer.Option(min=0, help="Train an adapter of this rank; 0: all weights.")] = 0,
-    lora_alpha: Annotated[int | None, typer.Option(min=1, help="Its scale times rank; twice the rank.")] = None,
-    lora_targets: Annotated[str | None, typer.Option(help="Its modules, by comma; peft's choice if not given.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
-    template: Annotated[str, typer.Option(help="auto, chat, dialogue or continuation.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the weights.")] = "float32",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast).")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    cache: Annotated[
-        Path | None, typer.Option(help="File of verdicts, to be shared; verdicts.sqlite beside RUN if not given.")
+    lora_alpha: Annotated[int | None, typer.Option(min=1, help="LoRA alpha (default: 2 x rank).")] = None,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Modules the adapter changes, separated by commas (default: peft's choice).")
     ] = None,
-    keep_policies: Annotated[bool, typer.Option("--keep-policies", help="Every step's, not references only.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and begin anew.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    template: Annotated[
+        str, typer.Option(help="How prompts are rendered: auto, chat, dialogue or continuation.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast).")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to RUN).")
+    ] = None,
+    keep_policies: Annotated[
+        bool, typer.Option("--keep-policies", help="Keep every step's weights, not only the references'.")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
     """Train towards the Nash policy: sample, judge, score and train, step by step, resumable at any moment.
 
-    The trained model is RUN/model, the report RUN/report.html; every verdict is kept and none is asked for twice.
+    The trained model is RUN/model, the report RUN/report.html; verdicts are cached, so none is paid for twice.
     """
     from contextlib import nullcontext
 

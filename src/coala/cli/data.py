@@ -218,9 +218,7 @@ def _sound(names: list[str], format: str, skip_bad: bool) -> list[Pair]:
 def synthesize(
     recipe: Annotated[Path, typer.Argument(help="YAML: two agents, fields, moods, lengths, limits.")],
     out: Annotated[Path, typer.Option(help="File to write: one conversation per line, in the order drawn.")],
-    conversations: Annotated[
-        int | None, typer.Option(min=1, help="How many; the recipe's number if not given.")
-    ] = None,
+    conversations: Annotated[int | None, typer.Option(min=1, help="How many (default: the recipe's number).")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Spend no more tokens than this, over all runs.")] = None,
     dollars: Annotated[float | None, typer.Option(min=0, help="Spend no more dollars, at the recipe's prices.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Conversations held at a time.")] = None,

@@ -97,12 +97,12 @@ def lm_eval(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas; `lm-eval ls tasks` lists them.")],
     include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
-    mode: Annotated[str | None, typer.Option(help="The guidance's mode; the run's own if not given.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Mode of guidance (default: the run's own).")] = None,
     strength: Annotated[float | None, typer.Option(help="The guidance's strength; 0 is unguided.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, to try.")] = None,
     gen_kwargs: Annotated[
-        str | None, typer.Option(help="Sampling, such as `do_sample=true,temperature=0.8`; a task's own if not given.")
+        str | None, typer.Option(help="Sampling, such as `do_sample=true,temperature=0.8` (default: the task's own).")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Render prompts by the tokenizer's chat template.")] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,

@@ -36,7 +36,7 @@ def fit(
     ] = False,
     loss: Annotated[Loss, typer.Option(help="Phase II loss: `pairwise` or `pointwise` (Eq. 9).")] = "pairwise",
     n_patterns: Annotated[
-        int | None, typer.Option(min=1, help="Gates at most (learnt) or sampled; the method's own if not given.")
+        int | None, typer.Option(min=1, help="Gates at most (learnt) or sampled (default: the method's own).")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Certified relative gap.")] = 1e-4,
     seed: Annotated[int, typer.Option(min=0)] = 0,

@@ -63,11 +63,9 @@ def judge(
     key_env: KeyEnv = "OPENAI_API_KEY",
     local: Local = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="Pairs with the prompts; pairs-eval.jsonl beside the replies if not given.")
+        Path | None, typer.Option(help="Pairs with the prompts (default: pairs-eval.jsonl next to the replies).")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where judgements go; judgements-JUDGE.jsonl beside A if not given.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file (default: judgements-JUDGE.jsonl next to A).")] = None,
     cache: Cache = None,
     one_order: Annotated[
         bool, typer.Option("--one-order", help="Ask with A first only; biased, at half cost.")
@@ -87,8 +85,7 @@ def judge(
 
     Tells win rate, position bias, inconsistency and cost.
 
-    An interrupted or stopped judging goes on with the same command; nothing is bought twice. Exit code 1: judged in
-    part.
+    Rerun the same command to resume; cached verdicts are not paid for twice. Exit code 1: judged in part.
 
     `coala eval judge RUN/generations-guided.jsonl RUN/generations-unguided.jsonl --model gpt-4o`
     """

@@ -34,28 +34,27 @@ OneOrder = Annotated[bool, typer.Option("--one-order", help="Ask about each prom
 VERDICTS = "verdicts.sqlite"
 NOT_ALL = 1  # exit code: there are results, but the judge stopped before the end
 
-Model = Annotated[str | None, typer.Option(help="Model that judges, as the endpoint names it.")]
+Model = Annotated[str | None, typer.Option(help="Judge model, as the endpoint names it.")]
 BaseUrl = Annotated[
-    str | None, typer.Option(envvar="OPENAI_BASE_URL", help="An OpenAI-compatible endpoint; none: OpenAI's own.")
+    str | None,
+    typer.Option(envvar="OPENAI_BASE_URL", help="Base URL of an OpenAI-compatible endpoint (default: OpenAI)."),
 ]
-KeyEnv = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
+KeyEnv = Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")]
 Cache = Annotated[
     Path | None,
-    typer.Option(
-        help="File in which answers are kept, to be shared at will; verdicts.sqlite beside the replies if not given."
-    ),
+    typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to the replies)."),
 ]
-Concurrency = Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")]
+Concurrency = Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests.")]
 MaxCalls = Annotated[int | None, typer.Option(min=0, help="Stop after so many requests.")]
-MaxTokens = Annotated[int | None, typer.Option(min=0, help="Send nothing more once so many tokens were used.")]
-Attempts = Annotated[int, typer.Option(min=1, help="Requests for one verdict when the endpoint fails.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")]
-AskAgain = Annotated[
-    bool, typer.Option("--ask-again", help="Buy kept answers anew from which no verdict could be read.")
-]
+MaxTokens = Annotated[int | None, typer.Option(min=0, help="Stop once so many tokens have been used.")]
+Attempts = Annotated[int, typer.Option(min=1, help="Attempts per verdict when the endpoint fails.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for one request.")]
+AskAgain = Annotated[bool, typer.Option("--ask-again", help="Ask again for cached answers that could not be parsed.")]
 Sampling = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=VALUE", help="Change the judge's sampling; without VALUE the name is not sent. Repeat."),
+    typer.Option(
+        metavar="NAME=VALUE", help="Override the judge's sampling; NAME without a value is not sent. Repeatable."
+    ),
 ]
 
 

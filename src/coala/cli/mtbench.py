@@ -44,7 +44,7 @@ def mtbench(
     ] = None,
     into: RunOption = None,
     references: Annotated[Path | None, typer.Option(help="Reference answers, for the judge of --run.")] = None,
-    name: Annotated[str | None, typer.Option(help="The run's name in answers; its folder's if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name in answers (default: its folder's).")] = None,
     unguided: Unguided = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,

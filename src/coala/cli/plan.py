@@ -31,7 +31,7 @@ def plan(
     eval_pairs: Annotated[
         list[str] | None, typer.Option("--eval", help="Held-out pairs; without it whole groups of PAIRS are held out.")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Format of the pairs; recognised if not given.")] = None,
+    format: Annotated[str | None, typer.Option(help="Format of the pairs (default: recognised).")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")] = None,
     template: Annotated[Template | None, typer.Option(help="How conversations are rendered.")] = None,

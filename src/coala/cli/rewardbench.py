@@ -52,7 +52,7 @@ def by_head(
         Path | None, typer.Option(help="Folder for results.json (upstream's form), scores.json and ranking.json.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="The model's name in the results; the run folder's if not given.")
+        str | None, typer.Option(help="The model's name in the results (default: the run folder's).")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 4096,
     trust_remote_code: TrustCode = False,

@@ -30,8 +30,12 @@ Reference = Annotated[
     ),
 ]
 Unguided = Annotated[bool, typer.Option("--unguided", help="Answer without the head: the base model by itself.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of a reply; as the run's recipe if not given.")]
-Temperature = Annotated[float | None, typer.Option(min=0.0, help="As the run's recipe if not given.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest reply, in tokens (default: as in the run's recipe).")
+]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.0, help="Sampling temperature (default: as in the run's recipe).")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts only.")]
 
 
@@ -124,7 +128,7 @@ def needed(run: Path | None, prompts: Path | None, saved: Path | None, what: str
             f"Give either a file of {what}, or --run RUN and --prompts FILE to have a run answer and a judge judge."
         )
     if prompts is not None and run is None:
-        raise CoalaError("Whose replies? Name the run that answers the prompts with --run RUN.")
+        raise CoalaError("--prompts needs --run RUN, the run that answers them.")
     return prompts is not None
 
 

@@ -65,7 +65,7 @@ def fit_temperature(
 def least_slope(margins: np.ndarray, group: np.ndarray | None = None) -> float:
     """The lower end, at least 0, of the 99 % interval of the slope b in P(right) = sigmoid(b margin).
 
-    ``margins`` (n,) of held-out pairs; pairs of one ``group`` (n,) may hang together. The interval is that of the
+    ``margins`` (n,) of held-out pairs; pairs of one ``group`` (n,) may be correlated. The interval is that of the
     profile likelihood: all slopes whose log-likelihood is within 3.32 of the largest, which holds for few pairs and
     for margins that are all right, where a standard error does not. Groups widen it by the design effect of the mean
     margin (Kish 1965). Scaling the margins by c divides the slope by c.

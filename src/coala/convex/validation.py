@@ -34,7 +34,7 @@ def log_loss(margins: np.ndarray, offset: np.ndarray | float = 0.0) -> np.ndarra
 
 
 def clustered_error(values: np.ndarray, group: np.ndarray) -> float:
-    """Standard error of ``values.mean()`` when values of one group hang together; nan for a single group."""
+    """Standard error of ``values.mean()`` when values within a group are correlated; nan for a single group."""
     _, member = np.unique(group, return_inverse=True)
     sums = np.bincount(member, values - values.mean())
     clusters = len(sums)

@@ -1,4 +1,4 @@
-"""Replies from prompts: :func:`generate`, and how guided choices hang together with unguided ones.
+"""Replies from prompts: :func:`generate`, and how guided and unguided sampling are coupled.
 
 Every sampled choice is coupled to unguided decoding. A step draws one Gumbel variable g(c) per token c of the
 restricted base distribution p, a function of (seed, prompt, step, c) alone. The unguided token is

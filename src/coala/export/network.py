@@ -153,7 +153,7 @@ def linear_network(head: ConvexHead, backbone: LanguageModel) -> tuple[Any, str]
     if tokenizer_of(backbone).encode("a") != [*_renderer_of(backbone).before, *_plain(backbone)] and (
         _renderer_of(backbone).kind != "chat"
     ):
-        raise ExportError(f"The tokenizer puts tokens behind a text that the head never saw. {whole}")
+        raise ExportError(f"The tokenizer appends tokens that were absent when the head was fitted. {whole}")
     source = _source(network, backbone.name)
     pad = _padding(head, backbone)
     config = copy.deepcopy(source.config)

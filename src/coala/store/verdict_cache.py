@@ -90,7 +90,7 @@ class VerdictCache:
         mark = self._run("PRAGMA application_id")[0][0]
         tables = self._run("SELECT count(*) FROM sqlite_master")[0][0]
         if mark not in (0, _MARK) or (mark == 0 and tables):
-            raise CoalaError(f"{self.path}: is a database, but not one of verdicts. Name another file.")
+            raise CoalaError(f"{self.path}: is a SQLite file but not a COALA verdict cache. Choose another file.")
         # Two processes that open a new file at once may refuse each other this one change whatever the timeout.
         until = time.monotonic() + _PATIENCE
         while True:

@@ -1,7 +1,7 @@
 """Judges: which of two replies is better, or how good one is. A judge sees texts, never how they were made.
 
 A judge is any object with a ``name`` and ``compare``. Failing is allowed: raise, or return a preference of ``None``;
-a failure is counted (:func:`coala.evaluation.win_rate`), never replaced by a coin. The folders beside this file are
+a failure is counted (:func:`coala.evaluation.win_rate`), never imputed at random. The folders beside this file are
 the shipped instructions.
 """
 
