@@ -3,8 +3,8 @@
     python benchmarks/layers.py [--data ../shared/data] [--out runs/layers]
 
 For every data set and model: the cheapest layer within the noise of the best on a sample of the training pairs
-(``coala.align.layer_choice``), then features of all training and test pairs at that layer, and at the last layer with
-both poolings, from one pass; a linear head on each. Differences are paired over the test pairs, by group. Prints a
+(``coala.alignment.layer_choice``), then features of all training and test pairs at that layer, and at the last layer
+with both poolings, from one pass; a linear head on each. Differences are paired over the test pairs, by group. Prints a
 table; the last line is JSON.
 """
 
@@ -33,7 +33,7 @@ MODELS = ("stories260K-hf", "craftgpt-5m-hf", "film-lm")
 def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
     import numpy as np
 
-    from coala.align.layer_choice import choose_layer
+    from coala.alignment.layer_choice import choose_layer
     from coala.backbone import load_backbone
     from coala.convex import fit
     from coala.data import check

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from coala.recipe import load_recipe
-from coala.store import Run, save_head
+from coala.store import RunFolder, save_head
 from coala.values import ConvexHead, Generation
 
 from .menagerie import tiny_backbone
@@ -45,7 +45,7 @@ def small_run(folder: Path, *, seed: int = 0) -> Path:
 
     model = load_backbone(tiny_backbone("llama", folder / "model"), device="cpu")
     settings = {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}, "evaluation": {"max_new_tokens": 6}}
-    made = Run(folder / "run")
+    made = RunFolder(folder / "run")
     made.start(load_recipe(None, settings, {}).model_dump(mode="json"))
     none = np.zeros((0, model.width + 1))
     save_head(

@@ -19,7 +19,7 @@ from coala.backbone import LanguageModel, load_backbone
 from coala.decoding import Guidance
 from coala.recipe import load_recipe
 from coala.serve import Limits
-from coala.store import Run, save_head
+from coala.store import RunFolder, save_head
 from coala.values import ConvexHead
 
 from .menagerie import tiny_backbone
@@ -53,7 +53,7 @@ def tiny_run(folder: Path, name: str = "tiny", gates: int = 0, **settings: int) 
     model = load_backbone(tiny_model(folder / "model", **settings), device="cpu")
     settings_of_run = {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}, "guidance": {"mode": "token"}}
     recipe = load_recipe(None, settings_of_run, {})
-    made = Run(folder / name)
+    made = RunFolder(folder / name)
     made.start(recipe.model_dump(mode="json"))
     draw = np.random.default_rng(0)
     many, width = (gates, model.width + 1), model.width + 1

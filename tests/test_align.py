@@ -16,14 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.align import align, load_run, make_report, processes, summary_rows
-from coala.align.stages import prompt_id
+from coala.alignment import align_recipe, load_parts, make_report, processes, summary_rows
+from coala.alignment.stages import prompt_id
 from coala.data import DataError
 from coala.decoding import generate
 from coala.evaluation import accuracy_of_margins
 from coala.export import score_replies
 from coala.recipe import Recipe, RecipeError, load_recipe, set_option
-from coala.store import Run, StoreError, file_digest, load_features, load_generations, load_head, load_pairs, save_head
+from coala.store import (
+    RunFolder,
+    StoreError,
+    file_digest,
+    load_features,
+    load_generations,
+    load_head,
+    load_pairs,
+    save_head,
+)
 from coala.values import CoalaError, Estimate, user
 
 from .menagerie import tiny_backbone
@@ -70,9 +79,9 @@ def recipe(pairs: Path, model: Path, /, **changes: Any) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def finished(pairs: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(tmp_path_factory.mktemp("runs") / "run")
-    align(recipe(pairs, model), run)
+def finished(pairs: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "run")
+    align_recipe(recipe(pairs, model), run)
     return run
 
 
@@ -106,7 +115,7 @@ def invoked(*words: str | Path, said: str | None = None) -> tuple[dict[str, Any]
     return result, done.stderr
 
 
-def test_a_run_holds_every_value_and_learns(finished: Run) -> None:
+def test_a_run_holds_every_value_and_learns(finished: RunFolder) -> None:
     content = json.loads((finished.path / "report.json").read_text())
     assert content["summary"]["n_train"] + content["summary"]["n_eval"] == 60
     # Chosen and rejected replies share no word: any sound head ranks nearly all of them right.
@@ -129,18 +138,20 @@ def test_a_run_holds_every_value_and_learns(finished: Run) -> None:
     assert load_head(finished.path / "head").spec == train.spec
 
 
-def test_a_second_run_skips_everything(finished: Run, pairs: Path, model: Path) -> None:
+def test_a_second_run_skips_everything(finished: RunFolder, pairs: Path, model: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and "report" not in p.name}
     notes: list[str] = []
-    align(recipe(pairs, model), finished, on_progress=lambda stage, done, total, note="": notes.append(note))
+    align_recipe(recipe(pairs, model), finished, on_progress=lambda stage, done, total, note="": notes.append(note))
     assert set(notes) == {"already done"}
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_gates_on_the_prompt_from_pairs_to_report(finished: Run, pairs: Path, model: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+def test_gates_on_the_prompt_from_pairs_to_report(
+    finished: RunFolder, pairs: Path, model: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
     settings = {"gate_on": "prompt", "method": "direct", "n_patterns": 2, "reference_scale": 0.01}
-    content = align(recipe(pairs, model, head=settings, evaluation={"prompts": 2, "max_new_tokens": 4}), run)
+    content = align_recipe(recipe(pairs, model, head=settings, evaluation={"prompts": 2, "max_new_tokens": 4}), run)
     assert len(content["samples"]) == 2
     train, held_out = (load_features(run.path / f"features/{part}") for part in ("train", "eval"))
     assert train.log_ratio is not None
@@ -158,7 +169,7 @@ def test_gates_on_the_prompt_from_pairs_to_report(finished: Run, pairs: Path, mo
     expected = accuracy_of_margins(head.margins(held_out), held_out.group)
     assert content["summary"]["accuracy_eval"] == expected
     assert ["neurons", "3, gates on the prompt"] in summary_rows(content)
-    backbone, loaded, guidance = load_run(run.path)
+    backbone, loaded, guidance = load_parts(run.path)
     reply = generate([user("tell me story 1")], backbone, loaded, guidance, max_new_tokens=4, seed=0)[0]
     assert np.isfinite(reply.score)
 
@@ -166,12 +177,12 @@ def test_gates_on_the_prompt_from_pairs_to_report(finished: Run, pairs: Path, mo
 def test_changed_pairs_are_noticed(pairs: Path, model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "pairs.jsonl"
     mine.write_bytes(pairs.read_bytes())
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     settings = recipe(mine, model, head={"method": "linear"}, evaluation={"prompts": 0})
-    align(settings, run)
+    align_recipe(settings, run)
     first = values_of(run.path)
     write_rows(mine, pair_rows(60, 20, seed=1))
-    align(settings, run)
+    align_recipe(settings, run)
     assert values_of(run.path)["head"] != first["head"]
     assert values_of(run.path)["pairs-train.jsonl"] != first["pairs-train.jsonl"]
 
@@ -180,24 +191,24 @@ def test_bad_pairs_leave_nothing_behind_and_can_be_skipped(pairs: Path, model: P
     rows = pair_rows(40, 10)
     rows[6]["rejected"] = rows[6]["chosen"]
     bad = write_rows(tmp_path / "bad.jsonl", rows)
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     with pytest.raises(DataError, match=r"bad\.jsonl:7: "):
-        align(recipe(bad, model), run)
+        align_recipe(recipe(bad, model), run)
     assert not run.path.exists()
     linear = {"method": "linear"}
-    content = align(recipe(bad, model, skip_bad=True, head=linear, evaluation={"prompts": 0}), run)
+    content = align_recipe(recipe(bad, model, skip_bad=True, head=linear, evaluation={"prompts": 0}), run)
     assert content["summary"]["n_train"] + content["summary"]["n_eval"] == 39
     assert any("bad.jsonl:7" in finding["text"] for finding in content["data_findings"])
 
 
 def test_a_model_that_is_not_there_leaves_nothing_behind(pairs: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     with pytest.raises(CoalaError, match="nowhere"):
-        align(recipe(pairs, tmp_path / "nowhere"), run)
+        align_recipe(recipe(pairs, tmp_path / "nowhere"), run)
     assert not run.path.exists()
 
 
-def test_a_head_is_refused_on_another_model(finished: Run, tmp_path: Path) -> None:
+def test_a_head_is_refused_on_another_model(finished: RunFolder, tmp_path: Path) -> None:
     other = tiny_backbone("llama", tmp_path / "other", seed=1)
     run = tmp_path / "run"
     run.mkdir()
@@ -206,13 +217,13 @@ def test_a_head_is_refused_on_another_model(finished: Run, tmp_path: Path) -> No
     (run / "run.json").write_text(json.dumps(settings))
     (run / "head").symlink_to(finished.path / "head")
     with pytest.raises(CoalaError, match="weights"):
-        load_run(run)
+        load_parts(run)
 
 
 def test_a_stage_in_a_process_of_its_own_gives_the_same_bytes(
-    finished: Run, pairs: Path, model: Path, tmp_path: Path
+    finished: RunFolder, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    run, told, notes = Run(tmp_path / "run"), Counter[str](), []
+    run, told, notes = RunFolder(tmp_path / "run"), Counter[str](), []
     shutil.copytree(finished.path, run.path)
     shutil.rmtree(run.path / "head")
     settings = recipe(pairs, model)
@@ -224,17 +235,17 @@ def test_a_stage_in_a_process_of_its_own_gives_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_stages_in_processes_of_their_own_give_the_same_bytes(
-    finished: Run, pairs: Path, model: Path, tmp_path: Path
+    finished: RunFolder, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run")
-    align(recipe(pairs, model), run, separate=True)
+    run = RunFolder(tmp_path / "run")
+    align_recipe(recipe(pairs, model), run, separate=True)
     assert values_of(run.path) == values_of(finished.path)
 
 
 def test_interrupted_twice_in_every_stage_it_gives_the_same_bytes(
-    finished: Run, pairs: Path, model: Path, tmp_path: Path
+    finished: RunFolder, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    run, met = Run(tmp_path / "run"), Counter[str]()
+    run, met = RunFolder(tmp_path / "run"), Counter[str]()
 
     def interrupt(stage: str, *told: Any) -> None:
         met[stage] += 1
@@ -243,7 +254,7 @@ def test_interrupted_twice_in_every_stage_it_gives_the_same_bytes(
 
     for _ in range(50):
         try:
-            align(recipe(pairs, model), run, on_progress=interrupt)
+            align_recipe(recipe(pairs, model), run, on_progress=interrupt)
         except KeyboardInterrupt:
             continue
         break
@@ -294,23 +305,23 @@ class TestCommands:
         assert "Traceback" not in said
         assert (tmp_path / "run/pairs-train.jsonl").exists()
 
-    def test_generate_prints_the_reply_and_json_last(self, finished: Run) -> None:
+    def test_generate_prints_the_reply_and_json_last(self, finished: RunFolder) -> None:
         result, _ = invoked("generate", finished.path, "tell me story", "--max-new-tokens", "6", "--compare")
         assert len(result["guided"]) == len(result["unguided"]) == 1
         assert result["guided"][0]["n_tokens"] <= 6
 
-    def test_chat_answers_and_obeys(self, finished: Run) -> None:
+    def test_chat_answers_and_obeys(self, finished: RunFolder) -> None:
         script = "/help\ntell me story\n/guide off\n/strength nonsense\n/new\nand another\n/quit\n"
         result, told = invoked("chat", finished.path, "--max-new-tokens", "4", said=script)
         assert result == {"replies": 2}
         assert "could not convert" in told
 
-    def test_report_is_made_again(self, finished: Run) -> None:
+    def test_report_is_made_again(self, finished: RunFolder) -> None:
         (finished.path / "report.html").unlink()
         assert invoked("report", finished.path)[0]["n_train"] > 0
         assert (finished.path / "report.html").exists()
 
-    def test_extract_and_fit_are_the_stages_of_align(self, finished: Run, model: Path, tmp_path: Path) -> None:
+    def test_extract_and_fit_are_the_stages_of_align(self, finished: RunFolder, model: Path, tmp_path: Path) -> None:
         pairs = finished.path / "pairs-train.jsonl"
         invoked("extract", pairs, "--model", model, "--out", tmp_path / "features")
         mine, theirs = load_features(tmp_path / "features"), load_features(finished.path / "features/train")
@@ -318,7 +329,7 @@ class TestCommands:
         invoked("fit", tmp_path / "features", "--out", tmp_path / "head")
         assert file_digest(tmp_path / "head/head.safetensors") == file_digest(finished.path / "head/head.safetensors")
 
-    def test_fit_says_what_it_proved(self, finished: Run, model: Path, tmp_path: Path) -> None:
+    def test_fit_says_what_it_proved(self, finished: RunFolder, model: Path, tmp_path: Path) -> None:
         pairs = finished.path / "pairs-train.jsonl"
         words = ["extract", pairs, "--model", model, "--out", tmp_path / "f", "--prompt-features", "--log-ratios"]
         assert invoked(*words)[0]["prompts"] > 0
@@ -346,7 +357,7 @@ class TestCommands:
         ],
     )
     def test_fit_s_methods(
-        self, finished: Run, tmp_path: Path, options: list[str], method: str, neurons: range
+        self, finished: RunFolder, tmp_path: Path, options: list[str], method: str, neurons: range
     ) -> None:
         result, _ = invoked("fit", finished.path / "features/train", "--out", tmp_path / "head", *options)
         assert result["facts"]["method"] == method
@@ -430,7 +441,7 @@ def test_help_imports_nothing_heavy() -> None:
     "content", ["{}", "x", *(pytest.param(text, marks=pytest.mark.nightly) for text in ("[]", "null", ""))]
 )
 def test_a_file_that_was_damaged_is_told_by_its_name_or_does_not_matter(
-    finished: Run, tmp_path: Path, content: str
+    finished: RunFolder, tmp_path: Path, content: str
 ) -> None:
     kinds = (".json", ".jsonl", ".safetensors")
     names = [f.relative_to(finished.path) for f in sorted(finished.path.rglob("*")) if f.suffix in kinds]
@@ -441,7 +452,7 @@ def test_a_file_that_was_damaged_is_told_by_its_name_or_does_not_matter(
         shutil.copytree(finished.path, broken)
         (broken / name).write_text(content)
         try:
-            make_report(Run(broken))
+            make_report(RunFolder(broken))
         except CoalaError as error:
             told[name] = str(error)
         shutil.rmtree(broken)
@@ -519,10 +530,10 @@ class TestRecipe:
 def test_a_layer_that_cannot_be_chosen_is_the_last_and_the_head_is_fitted_on_prefixes(
     pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     settings = recipe(pairs, model, head={"method": "linear"}, evaluation={"prompts": 0})
     asked = {**settings.model.model_dump(), "layer": "auto", "prefixes": 3}
-    content = align(settings.model_copy(update={"model": type(settings.model)(**asked)}), run)
+    content = align_recipe(settings.model_copy(update={"model": type(settings.model)(**asked)}), run)
     # 45 pairs; test_depth.py has enough to choose by.
     choice = json.loads((run.path / "layer.json").read_text())
     assert content["layers"] == choice["scores"] == []
@@ -536,12 +547,12 @@ def test_a_layer_that_cannot_be_chosen_is_the_last_and_the_head_is_fitted_on_pre
 
 
 def test_features_are_reused_across_runs(pairs: Path, model: Path, tmp_path: Path) -> None:
-    first, second = Run(tmp_path / "one"), Run(tmp_path / "two")
+    first, second = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
     cache = tmp_path / "cache"
     quick = {"evaluation": {"prompts": 0}}
-    align(recipe(pairs, model, head={"method": "linear", "tolerance": 1e-3}, **quick), first, cache=cache)
+    align_recipe(recipe(pairs, model, head={"method": "linear", "tolerance": 1e-3}, **quick), first, cache=cache)
     assert "reused" not in first.facts("features-train")
-    again = align(recipe(pairs, model, head={"method": "linear"}, **quick), second, cache=cache)
+    again = align_recipe(recipe(pairs, model, head={"method": "linear"}, **quick), second, cache=cache)
     assert second.facts("features-train")["reused"].startswith(str(cache))
     for part in ("train", "eval"):
         one, two = (run.path / "features" / part / "features.safetensors" for run in (first, second))
@@ -555,15 +566,15 @@ def test_features_are_reused_across_runs(pairs: Path, model: Path, tmp_path: Pat
 # --- settings that change --------------------------------------------------------------------------------------------
 
 
-def stamps(run: Run) -> dict[str, int]:
+def stamps(run: RunFolder) -> dict[str, int]:
     """When each stage's record was written."""
     return {path.stem: path.stat().st_mtime_ns for path in (run.path / "stages").glob("*.json")}
 
 
 @pytest.fixture
-def copied(finished: Run, tmp_path: Path) -> Run:
+def copied(finished: RunFolder, tmp_path: Path) -> RunFolder:
     shutil.copytree(finished.path, tmp_path / "run")
-    return Run(tmp_path / "run")
+    return RunFolder(tmp_path / "run")
 
 
 UPSTREAM = {"pairs", "features-train", "features-eval"}
@@ -586,11 +597,11 @@ REPLIES = {"replies-unguided", "replies-guided"}
     ids=["strength", "mode", "prompts", "length", "judge", "method", "tolerance"],
 )  # fmt: skip
 def test_what_a_setting_does_not_decide_is_kept(
-    copied: Run, pairs: Path, model: Path, changes: dict[str, Any], redone: set[str], kept: set[str]
+    copied: RunFolder, pairs: Path, model: Path, changes: dict[str, Any], redone: set[str], kept: set[str]
 ) -> None:
     before, notes = stamps(copied), []
     wanted = recipe(pairs, model, **changes)
-    align(wanted, copied, on_note=notes.append)
+    align_recipe(wanted, copied, on_note=notes.append)
     after = stamps(copied)
     assert {stage for stage in after if after[stage] != before.get(stage)} == redone
     assert {stage for stage in after if after[stage] == before.get(stage)} == kept
@@ -598,13 +609,13 @@ def test_what_a_setting_does_not_decide_is_kept(
     assert any(" -> " in note for note in notes)
     assert any("keeps pairs" in note and "features" in note.partition(";")[0] for note in notes)
     # The same again is a resume that does nothing.
-    align(wanted, copied)
+    align_recipe(wanted, copied)
     assert stamps(copied) == after
 
 
-def test_a_head_that_reads_prompts_has_them_extracted(copied: Run, pairs: Path, model: Path) -> None:
+def test_a_head_that_reads_prompts_has_them_extracted(copied: RunFolder, pairs: Path, model: Path) -> None:
     assert load_features(copied.path / "features/train").prompt is None
-    align(recipe(pairs, model, head={"gate_on": "prompt", "n_patterns": 2}, evaluation={"prompts": 0}), copied)
+    align_recipe(recipe(pairs, model, head={"gate_on": "prompt", "n_patterns": 2}, evaluation={"prompts": 0}), copied)
     assert load_features(copied.path / "features/train").prompt is not None
 
 
@@ -619,11 +630,11 @@ def test_a_head_that_reads_prompts_has_them_extracted(copied: Run, pairs: Path, 
     ],
 )  # fmt: skip
 def test_what_decides_the_features_is_refused_by_its_name_alone(
-    finished: Run, pairs: Path, model: Path, changes: dict[str, Any], said: str
+    finished: RunFolder, pairs: Path, model: Path, changes: dict[str, Any], said: str
 ) -> None:
     before = stamps(finished)
     with pytest.raises(StoreError) as caught:
-        align(recipe(pairs, model, **changes), finished)
+        align_recipe(recipe(pairs, model, **changes), finished)
     assert said in str(caught.value)
     assert "--restart" in str(caught.value)
     assert "guidance" not in str(caught.value)
@@ -632,10 +643,10 @@ def test_what_decides_the_features_is_refused_by_its_name_alone(
 
 @pytest.mark.parametrize("steps", range(12))
 def test_a_kill_while_settings_change_leaves_them_those_of_what_is_there(
-    copied: Run, pairs: Path, model: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    copied: RunFolder, pairs: Path, model: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     """Killed after any number of files, the run says its old settings, or its new ones and holds nothing of the old."""
-    from coala.align.changes import adopt
+    from coala.alignment.changes import adopt
 
     class Killed(BaseException):
         pass
@@ -674,12 +685,12 @@ def test_a_kill_while_settings_change_leaves_them_those_of_what_is_there(
         assert not any((copied.path / name).exists() for name in ("head", "generations-guided.jsonl", "report.html"))
 
 
-def test_a_run_of_before_a_setting_existed_goes_on(copied: Run, pairs: Path, model: Path) -> None:
+def test_a_run_of_before_a_setting_existed_goes_on(copied: RunFolder, pairs: Path, model: Path) -> None:
     settings = copied.settings
     del settings["evaluation"]["labeller"], settings["guidance"]["width"]
     (copied.path / "run.json").write_text(json.dumps(settings))
     before = stamps(copied)
-    align(recipe(pairs, model), copied)
+    align_recipe(recipe(pairs, model), copied)
     assert stamps(copied) == before
 
 
@@ -711,10 +722,10 @@ def test_a_run_of_before_a_setting_existed_goes_on(copied: Run, pairs: Path, mod
 def test_settings_are_checked_before_pairs_are_read(
     model: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     # The pairs do not exist: whoever read them first would say so.
     with pytest.raises(CoalaError, match=said):
-        align(recipe(tmp_path / "nowhere.jsonl", model, **changes), run)
+        align_recipe(recipe(tmp_path / "nowhere.jsonl", model, **changes), run)
     assert not run.path.exists()
 
 
@@ -723,12 +734,12 @@ def test_a_folder_that_is_no_run_is_refused_first(model: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     for out in (Path(), tmp_path, tmp_path / "precious", tmp_path / "precious" / "run"):
         with pytest.raises(StoreError, match=r"Fix: give another --out|choose another folder with --out"):
-            align(recipe(tmp_path / "nowhere.jsonl", model), Run(out))
+            align_recipe(recipe(tmp_path / "nowhere.jsonl", model), RunFolder(out))
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_restart_deletes_nothing_that_cannot_be_begun(finished: Run, pairs: Path, model: Path) -> None:
-    from coala.cli.align import run_and_show
+def test_restart_deletes_nothing_that_cannot_be_begun(finished: RunFolder, pairs: Path, model: Path) -> None:
+    from coala.cli.align_recipe import run_and_show
 
     before = values_of(finished.path)
     with pytest.raises(CoalaError, match="--layer is 99"):
@@ -736,13 +747,15 @@ def test_restart_deletes_nothing_that_cannot_be_begun(finished: Run, pairs: Path
     assert values_of(finished.path) == before
 
 
-def test_a_head_judges_the_replies_of_another_run(finished: Run, copied: Run, pairs: Path, model: Path) -> None:
+def test_a_head_judges_the_replies_of_another_run(
+    finished: RunFolder, copied: RunFolder, pairs: Path, model: Path
+) -> None:
     changes = {"evaluation": {"prompts": 3, "max_new_tokens": 5, "judge": f"head:{finished.path}"}}
-    content = align(recipe(pairs, model, **changes), copied)
+    content = align_recipe(recipe(pairs, model, **changes), copied)
     assert content["win_rates"][0]["judge"] == f"head {finished.path.name}"
     rate = content["win_rates"][0]["estimate"]
     # What the head says of the texts as a reward model says it; decoding saw their tokens, which may be others.
-    backbone, head, _ = load_run(finished.path)
+    backbone, head, _ = load_parts(finished.path)
     prompts = {prompt_id(pair): pair.prompt for pair in load_pairs(copied.path / "pairs-eval.jsonl")}
     guided, unguided = (load_generations(copied.path / f"generations-{how}.jsonl") for how in ("guided", "unguided"))
     asked = [prompts[reply.prompt_id] for reply in guided]
@@ -757,15 +770,15 @@ def test_a_head_judges_the_replies_of_another_run(finished: Run, copied: Run, pa
 
 
 def test_replies_resume_with_the_portion_that_was_lost(
-    copied: Run, pairs: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    copied: RunFolder, pairs: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coala.align import stages
+    from coala.alignment import stages
 
     monkeypatch.setattr(stages, "SLOW_PORTION", 2)
     wanted = recipe(pairs, model, evaluation={"prompts": 9, "max_new_tokens": 5}, guidance={"mode": "token"})
     whole, told = copied.path.parent / "whole", []
     shutil.copytree(copied.path, whole)
-    align(wanted, Run(whole))
+    align_recipe(wanted, RunFolder(whole))
 
     class Killed(Exception):
         pass
@@ -775,9 +788,9 @@ def test_replies_resume_with_the_portion_that_was_lost(
             raise Killed
 
     with pytest.raises(Killed):
-        align(wanted, copied, on_progress=kill)
+        align_recipe(wanted, copied, on_progress=kill)
     assert not (copied.path / "generations-guided.jsonl").exists()
-    align(wanted, copied, on_progress=lambda stage, done, total, note="": told.append((stage, done)))
+    align_recipe(wanted, copied, on_progress=lambda stage, done, total, note="": told.append((stage, done)))
     assert [done for stage, done in told if stage == "replies-guided"][:3] == [0, 4, 5]
     assert values_of(copied.path) == values_of(whole)
     assert not (copied.path / "portions").exists()
@@ -798,7 +811,7 @@ def test_replies_resume_with_the_portion_that_was_lost(
         (Estimate(float("nan"), 0.0, 1.0, 0, "no pairs"), "unknown: there is nothing to tell it from (no pairs)"),
     ],
 )
-def test_the_table_says_what_an_interval_leaves_open(finished: Run, accuracy: Estimate, said: str) -> None:
+def test_the_table_says_what_an_interval_leaves_open(finished: RunFolder, accuracy: Estimate, said: str) -> None:
     content = make_report(finished)
     content["summary"]["accuracy_eval"] = accuracy
     rows = dict(map(tuple, summary_rows(content)))
@@ -806,8 +819,8 @@ def test_the_table_says_what_an_interval_leaves_open(finished: Run, accuracy: Es
     assert rows["calibration error"].endswith(" % by chance alone)")
 
 
-def test_few_held_out_pairs_are_said_to_tell_little(pairs: Path, model: Path, copied: Run) -> None:
-    from coala.align.stages import power_of
+def test_few_held_out_pairs_are_said_to_tell_little(pairs: Path, model: Path, copied: RunFolder) -> None:
+    from coala.alignment.stages import power_of
 
     some = load_pairs(copied.path / "pairs-eval.jsonl")
     lines = power_of(some, recipe(pairs, model, evaluation={"prompts": 50}))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from coala.align import align
+from coala.alignment import align_recipe
 from coala.data import check, position_cues, read_pairs
 from coala.evaluation import WordJudge
 from coala.recipe import load_recipe
-from coala.store import Run
+from coala.store import RunFolder
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "coala" / "assets"
 
@@ -96,7 +96,7 @@ def test_the_demo_aligns_what_is_bundled(tmp_path: Path) -> None:
         },
         {"evaluation": {"prompts": 4, "max_new_tokens": 8}, "head": {"method": "linear"}},
     )
-    content = align(settings, Run(tmp_path / "run"))
+    content = align_recipe(settings, RunFolder(tmp_path / "run"))
     assert content["summary"]["certified_gap"] < 1e-4
     assert content["summary"]["accuracy_eval"].value > 0.5
     assert [rate["judge"] for rate in content["win_rates"]] == ["film-judge", "film-labeller"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from coala.align import load_run
+from coala.alignment import load_parts
 from coala.cli import app as cli
 from coala.cli.chat import COMMANDS, _Talk
 from coala.cli.terminal import visible
@@ -29,7 +29,7 @@ from .waiting import PATIENCE
 
 @pytest.fixture(scope="module")
 def parts(served_run: Path) -> Any:
-    return load_run(served_run)
+    return load_parts(served_run)
 
 
 def talk(run: Path, *lines: str, options: tuple[str, ...] = ()) -> tuple[list[str], str]:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.align.answers import PromptRow, ReplySettings, answer, converse, read_prompts, read_reference
-from coala.align.stages import prompt_id
+from coala.alignment.answers import PromptRow, ReplySettings, answer, converse, read_prompts, read_reference
+from coala.alignment.stages import prompt_id
 from coala.cli.evaluate import app
 from coala.cli.evaluation_record import run_of
 from coala.cli.survey import app as survey_app
@@ -30,7 +30,7 @@ from coala.evaluation.alpaca_judging import annotation_rows
 from coala.evaluation.length_control import length_controlled
 from coala.report import Evaluation, Figure, Sample, add_evaluation, conclusions, write_report
 from coala.report.evaluations import saved_evaluations
-from coala.store import Run, StoreError, file_digest, load_generations, load_head, save_generations, save_pairs
+from coala.store import RunFolder, StoreError, file_digest, load_generations, load_head, save_generations, save_pairs
 from coala.values import CoalaError, Estimate, Pair, Turn, user
 
 from .evaluation_helpers import called, reply, small_run, write_lines
@@ -44,7 +44,7 @@ INSTRUCTIONS = [f"tell me story {i}" for i in range(20)]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run that has answered the instructions."""
     run = small_run(tmp_path_factory.mktemp("small"))
-    answer(Run(run), read_prompts(outputs_file(run.parent)), ReplySettings())
+    answer(RunFolder(run), read_prompts(outputs_file(run.parent)), ReplySettings())
     return run
 
 
@@ -163,20 +163,20 @@ def test_references_are_found_by_prompt_whatever_their_order(tmp_path: Path) -> 
 def test_replies_are_kept_by_portions_and_resumed_to_the_same_bytes(
     run: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, there = read_prompts(prompts), Run(run)
+    asked, there = read_prompts(prompts), RunFolder(run)
     whole = answer(there, asked, ReplySettings())
     (path,) = (run / "replies").glob("*.jsonl")
     unbroken = path.read_bytes()
     assert [one.prompt_id for one in whole] == [one.id for one in asked]
     assert load_generations(path) == whole
     # A reply of the whole set is the reply that the prompt gets by itself.
-    from coala.align import load_run
+    from coala.alignment import load_parts
 
-    backbone, head, guidance = load_run(run)
+    backbone, head, guidance = load_parts(run)
     alone = generate([asked[17].prompt], backbone, head, guidance, max_new_tokens=6, seed=0, prompt_ids=[asked[17].id])
     assert alone[0].text == whole[17].text
     # Nothing is loaded when nothing is missing.
-    monkeypatch.setattr("coala.align.answers.load_run", lambda path: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("coala.alignment.answers.load_run", lambda path: pytest.fail("the model was loaded"))
     assert answer(there, asked, ReplySettings()) == whole
     monkeypatch.undo()
 
@@ -205,17 +205,19 @@ def test_replies_are_kept_by_portions_and_resumed_to_the_same_bytes(
 
 def test_conversations_see_what_was_said_before(run: Path) -> None:
     turns = [("a", ("tell me", "once more")), ("b", ("what do you think",)), ("c", ("no", "why not"))]
-    found = converse(Run(run), turns, ReplySettings())
+    found = converse(RunFolder(run), turns, ReplySettings())
     assert [len(one) for one in found] == [2, 1, 2]
     prompt = (Turn("user", "no"), Turn("assistant", found[2][0]), Turn("user", "why not"))
-    again = answer(Run(run), [PromptRow("a turn 2", "a", ()), PromptRow("c turn 2", "c", prompt)][1:], ReplySettings())
+    again = answer(
+        RunFolder(run), [PromptRow("a turn 2", "a", ()), PromptRow("c turn 2", "c", prompt)][1:], ReplySettings()
+    )
     assert again[0].text == found[2][1]
 
 
 def test_runs_that_cannot_answer_say_so(tmp_path: Path, prompts: Path) -> None:
     with pytest.raises(StoreError, match="is not a run folder"):
         called(app, "alpaca", "--run", tmp_path, "--prompts", prompts, "--judge", "rule:longer")
-    Run(tmp_path / "young").start({"pairs": ["x"], "model": {"name": "m"}})
+    RunFolder(tmp_path / "young").start({"pairs": ["x"], "model": {"name": "m"}})
     with pytest.raises(StoreError, match="no fitted head yet"):
         called(app, "alpaca", "--run", tmp_path / "young", "--prompts", prompts, "--judge", "rule:longer")
     with pytest.raises(StoreError, match="no fitted head yet, so it cannot judge"):
@@ -303,10 +305,10 @@ def test_alpaca_against_the_run_without_its_head_by_another_head(run: Path, prom
     assert result["raw"]["n_total"] == 6
     assert result["raw"]["baseline"] == "unguided"
     # By hand, with the scores of the other head.
-    from coala.align import load_run
+    from coala.alignment import load_parts
     from coala.export import score_replies
 
-    backbone, head, _ = load_run(judge)
+    backbone, head, _ = load_parts(judge)
     rows = [json.loads(line) for line in Path(result["annotations"]).read_text().splitlines()]
     asked = [user(row["instruction"]) for row in rows]
     scores = [score_replies(asked, [row[side] for row in rows], head, backbone) for side in ("output_2", "output_1")]
@@ -454,7 +456,7 @@ def test_mtbench_end_to_end(run: Path, tmp_path: Path, server: JudgeServer) -> N
     # The second turn of an answer is what the model says to the whole conversation.
     answers = [json.loads(line) for line in (run / "mtbench" / "mine.jsonl").read_text().splitlines()]
     spoken = answers[3]["choices"][0]["turns"]
-    (again,) = converse(Run(run), [("3", ("tell me", "once more 3"))], ReplySettings())
+    (again,) = converse(RunFolder(run), [("3", ("tell me", "once more 3"))], ReplySettings())
     assert list(again) == spoken
     assert called(app, "mtbench", *common)[0]["cost"]["calls"] == 0
     (record,) = kept(run)
@@ -529,7 +531,7 @@ def evaluation(files: dict[str, Path], **changes: Any) -> Evaluation:
 
 
 def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     (tmp_path / "generations-guided.jsonl").write_text("x")
     outside = tmp_path.parent / f"{tmp_path.name}-outside.jsonl"
     outside.write_text("y")
@@ -622,7 +624,7 @@ def test_every_evaluation_of_saved_judgements_lands_in_the_run(run: Path, tmp_pa
         assert all(one["estimate"]["n"] >= 1 for one in record["figures"] if one["estimate"]["value"] is not None)
     assert records["alpaca"]["judge"]["name"] == "gpt"
     assert records["mtbench"]["samples"][0]["verdict"] == "fine [[7]]"
-    write_report(Run(run), {})
+    write_report(RunFolder(run), {})
     page = (run / "report.html").read_text()
     for title in ("AlpacaEval 2: m against b", "MT-Bench: m", "Arena-Hard: m against gpt-4-0314", "RewardBench: s"):
         assert title in page
@@ -656,7 +658,7 @@ def win_rate_of(path: Path) -> float:
 
 @pytest.mark.slow
 def test_align_and_report_show_what_was_evaluated(tmp_path: Path) -> None:
-    from coala.align import align
+    from coala.alignment import align_recipe
     from coala.cli import app as whole
 
     from .menagerie import tiny_backbone
@@ -668,7 +670,7 @@ def test_align_and_report_show_what_was_evaluated(tmp_path: Path) -> None:
         head={"method": "linear"},
     )
     run = tmp_path / "run"
-    align(settings, Run(run))
+    align_recipe(settings, RunFolder(run))
     assert "Evaluations</h2>" not in (run / "report.html").read_text()
     found, _, remarks = called(app, "judge", run, "--judge", "rule:varied")
     assert f"shown in {run / 'report.html'}" in remarks
@@ -679,7 +681,7 @@ def test_align_and_report_show_what_was_evaluated(tmp_path: Path) -> None:
     assert title in table
     # Every stage is done: what `align` writes again at its end holds the evaluation too.
     (run / "report.html").unlink()
-    align(settings, Run(run))
+    align_recipe(settings, RunFolder(run))
     page = (run / "report.html").read_text()
     assert title in page
     assert "Made on other files" not in page

@@ -19,7 +19,7 @@ from coala.export import as_reward_func, read_benchmark, results, score_replies
 from coala.export.rewardbench import score_rows
 from coala.recipe import load_recipe
 from coala.report.evaluations import saved_evaluations
-from coala.store import Run, StoreError, save_head
+from coala.store import RunFolder, StoreError, save_head
 from coala.values import CoalaError, ConvexHead, user
 
 from .menagerie import tiny_backbone
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     model = load_backbone(tiny_backbone("qwen2", folder / "model"), device="cpu")
     recipe = load_recipe(None, {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}}, {})
-    made = Run(folder / "run")
+    made = RunFolder(folder / "run")
     made.start(recipe.model_dump(mode="json"))
     draw = np.random.default_rng(0)
     size = (4, model.width + 1)
@@ -126,14 +126,14 @@ def rows_of(n: int = 24) -> list[dict[str, Any]]:
 
 
 def test_rewardbench_with_a_runs_head(run: Path, tmp_path: Path) -> None:
-    from coala.align import load_run
+    from coala.alignment import load_parts
 
     rows = rows_of()
     file = tmp_path / "filtered.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = call("bench", "rewardbench", file, "--run", run, "--out", tmp_path / "bench", "--name", "mine")
-    model, head, _ = load_run(run)
-    (kept,) = saved_evaluations(Run.open(run))
+    model, head, _ = load_parts(run)
+    (kept,) = saved_evaluations(RunFolder.open(run))
     assert (kept["kind"], kept["of"]) == ("rewardbench", "mine")
     assert Path(last_json(found)["evaluation"]).is_file()
     right: dict[str, list[bool]] = {}

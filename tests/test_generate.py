@@ -14,20 +14,20 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import coala
-from coala.align import evidence_notes, load_run
+from coala.alignment import evidence_notes, load_parts
 from coala.cli import app as cli
 from coala.cli import output
 from coala.cli.answering import room, sampled
 from coala.cli.terminal import visible
 from coala.decoding import Guidance, generate
 from coala.recipe import load_recipe
-from coala.store import Run, load_generations, save_features, save_generations
+from coala.store import RunFolder, load_generations, save_features, save_generations
 from coala.values import CoalaError, ConvexHead, FeatureSet, Pair, Turn, turns, user
 
 
 @pytest.fixture(scope="module")
 def parts(served_run: Path) -> Any:
-    return load_run(served_run)
+    return load_parts(served_run)
 
 
 def run(folder: Path, *words: str) -> tuple[str, str, Any]:
@@ -128,9 +128,9 @@ def test_json_is_for_pipes_and_for_who_asks(terminal: bool, words: list[str], mo
 # --- what is said of a head -----------------------------------------------------------------------------------------
 
 
-def _run(folder: Path, head: ConvexHead, right: int, n: int) -> Run:
+def _run(folder: Path, head: ConvexHead, right: int, n: int) -> RunFolder:
     """A run folder whose head ranks ``right`` of ``n`` held-out pairs right."""
-    made = Run(folder)
+    made = RunFolder(folder)
     chosen = np.zeros((n, head.width), np.float32)
     direction = head.linear[:-1] / np.linalg.norm(head.linear[:-1])
     chosen[:right] += direction

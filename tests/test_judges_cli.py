@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coala.align.stages import prompt_id
+from coala.alignment.stages import prompt_id
 from coala.cli.evaluate import app
 from coala.evaluation import win_rate
 from coala.store import load_judgements, save_generations, save_pairs

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from coala.align import layer_choice
-from coala.align.layer_choice import LayerChoice, _judged, choose_layer
+from coala.alignment import layer_choice
+from coala.alignment.layer_choice import LayerChoice, _judged, choose_layer
 from coala.backbone import LanguageModel, load_backbone
 from coala.cli import app
 from coala.convex import fit

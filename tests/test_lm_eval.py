@@ -17,7 +17,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 import coala
-from coala.align import load_run
+from coala.alignment import load_parts
 from coala.export.harness import GuidedLM
 from coala.values import CoalaError
 
@@ -54,7 +54,7 @@ def task(folder: Path, answers: list[str], sample: str = "false") -> TaskManager
 
 @pytest.mark.parametrize("strength", [0.0, 4.0])
 def test_texts_are_those_of_the_guided_loop(served_run: Path, tmp_path: Path, strength: float) -> None:
-    backbone, head, guidance = load_run(served_run)
+    backbone, head, guidance = load_parts(served_run)
     guidance = replace(guidance, mode="token", strength=strength)
     expected = []
     for question in QUESTIONS:

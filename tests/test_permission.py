@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from coala.align import load_run
+from coala.alignment import load_parts
 from coala.backbone import BackboneError, load_backbone
 from coala.cli import app
 from coala.permission import Permission, permission, permitted
@@ -95,13 +95,13 @@ def test_the_flag_of_this_invocation_allows_it_and_lasts_no_longer(strange: tupl
     assert marker.exists()
     assert permission() == Permission()
     with pytest.raises(CoalaError, match="trust_remote_code"):
-        load_run(run)
-    load_run(run, trust_remote_code=True)
+        load_parts(run)
+    load_parts(run, trust_remote_code=True)
     # Silence in the run is no leave either: the model itself asks.
     settings(run, trust_remote_code=False)
     marker.unlink()
     with pytest.raises(BackboneError, match=r"Python code of its own.*--trust-remote-code"):
-        load_run(run)
+        load_parts(run)
     assert not marker.exists()
 
 
@@ -134,10 +134,10 @@ def test_a_hub_model_that_only_a_run_names_is_not_fetched(
     shutil.copytree(served_run, run)
     settings(run, name="stranger/model")
     with pytest.raises(CoalaError, match=r"run.json: stranger/model: no such folder.*not fetched.*--download"):
-        load_run(run)
+        load_parts(run)
     assert asked == [True]
     with pytest.raises(CoalaError, match="could not be fetched"):
-        load_run(run, download=True)
+        load_parts(run, download=True)
     code, text = said("generate", str(run), "hello", "--download")
     assert code
     assert "could not be fetched" in text
@@ -145,7 +145,7 @@ def test_a_hub_model_that_only_a_run_names_is_not_fetched(
     # An adapter of the run is such a name as well.
     settings(run, name=str(served_run.parent / "model"), adapter="stranger/adapter")
     with pytest.raises(CoalaError, match=r"run.json: stranger/adapter: .*--download|peft"):
-        load_run(run)
+        load_parts(run)
     assert False not in asked[3:]
 
 

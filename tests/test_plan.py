@@ -22,7 +22,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 import coala.costs.measured
-from coala.align import align
+from coala.alignment import align_recipe
 from coala.backbone import load_backbone, outline
 from coala.backbone.network import Network
 from coala.cli.plan import plan as plan_command
@@ -36,7 +36,7 @@ from coala.plan.probe import measured_rates
 from coala.plan.text import first_lines, table_rows
 from coala.plan.tokens import Guess, count
 from coala.recipe import HeadSettings, Recipe
-from coala.store import Run, load_json, save_pairs
+from coala.store import RunFolder, load_json, save_pairs
 from coala.values import CoalaError, Pair, user
 from tests.menagerie import tiny_backbone
 from tests.test_backbone_outline import PUBLISHED
@@ -96,8 +96,8 @@ def test_a_plan_is_what_the_run_records(tmp_path: Path, extra: dict[str, Any]) -
         guidance={"mode": "token"},
     )
     plan = make_plan(settings, probe_seconds=0)
-    run = Run(tmp_path / "run")
-    align(settings, run, separate=False)
+    run = RunFolder(tmp_path / "run")
+    align_recipe(settings, run, separate=False)
     facts = [load_json(run.path / f"stages/features-{part}.json")["facts"] for part in ("train", "eval")]
     assert plan.tokens["computed"] == sum(found["tokens"] for found in facts)
     assert plan.tokens["distinct"] == sum(found["distinct_tokens"] for found in facts)

@@ -30,7 +30,7 @@ from coala.evaluation import (
 )
 from coala.report import build_report, conclusions, write_report
 from coala.report.content import flops, number, seconds, size
-from coala.store import Run, load_json
+from coala.store import RunFolder, load_json
 from coala.values import Certificate, CoalaError, Estimate
 
 HOSTILE = (
@@ -311,7 +311,7 @@ def test_same_content_same_bytes() -> None:
 
 
 def test_written_files_agree(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     path = write_report(run, short_example())
     assert path == run.path / "report.html"
     page = build_report(short_example())
@@ -337,7 +337,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     content["head"]["spec"] = {HOSTILE: HOSTILE}
     content["summary"]["statement"] = HOSTILE
     content["summary"]["accuracy_eval"] = {**vars(content["summary"]["accuracy_eval"]), "method": HOSTILE}
-    written = write_report(Run(tmp_path), content).read_text(encoding="utf-8")
+    written = write_report(RunFolder(tmp_path), content).read_text(encoding="utf-8")
     seen = Page(written)
     names = [tag for tag, _ in seen.tags]
     assert "script" not in names

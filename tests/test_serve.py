@@ -23,7 +23,7 @@ pytest.importorskip("openai", reason="the extra `judge` is not installed")
 import httpx
 import openai
 
-from coala.align import load_run
+from coala.alignment import load_parts
 from coala.decoding import Engine, Guidance, Request, generate
 from coala.export.rewards import score_replies
 from coala.serve import Limits
@@ -42,7 +42,7 @@ PLAIN = Guidance("none")
 
 @pytest.fixture(scope="session")
 def parts(served_run: Path) -> tuple[Any, Any, Guidance]:
-    return load_run(served_run)
+    return load_parts(served_run)
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +506,7 @@ def test_a_reply_that_fails_is_an_error_without_a_trace(served_run: Path) -> Non
     """A model whose weights have become nan: every forward pass fails, the server does not."""
     import torch
 
-    backbone, head, guidance = load_run(served_run)
+    backbone, head, guidance = load_parts(served_run)
     with Here(backbone, head, guidance=guidance) as here, torch.no_grad():
         weight = backbone._network.causal.get_input_embeddings().weight
         whole = weight.clone()

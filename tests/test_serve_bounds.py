@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from coala.align import load_run
+from coala.alignment import load_parts
 from coala.backbone import load_backbone
 from coala.serve import bodies, schemas
 from coala.serve.answers import Answering, Gone
@@ -391,7 +391,7 @@ def test_nobody_reads_for_one_who_no_longer_waits(leaves: bool) -> None:
 
 @pytest.fixture(scope="module")
 def here(served_run: Path) -> Iterator[Here]:
-    backbone, head, guidance = load_run(served_run)
+    backbone, head, guidance = load_parts(served_run)
     with Here(backbone, head, guidance=guidance) as server:
         yield server
 

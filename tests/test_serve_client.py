@@ -32,7 +32,7 @@ from openai.types.chat import (
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import BaseModel
 
-from coala.align import load_run
+from coala.alignment import load_parts
 from coala.serve import schemas
 from coala.serve.bodies import parse
 from coala.serve.errors import Refusal
@@ -168,7 +168,7 @@ def test_turns_of_others_are_refused_by_name(role: str) -> None:
 
 @pytest.fixture(scope="module")
 def here(served_run: Path) -> Iterator[Here]:
-    backbone, head, guidance = load_run(served_run)
+    backbone, head, guidance = load_parts(served_run)
     with Here(backbone, head, guidance=guidance) as server:
         yield server
 

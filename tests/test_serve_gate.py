@@ -20,7 +20,7 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coala.align import load_run
+from coala.alignment import load_parts
 from coala.serve import Limits
 from coala.serve.gate import HEADERS
 
@@ -35,7 +35,7 @@ POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank")
 
 @pytest.fixture(scope="module")
 def parts(served_run: Path) -> Any:
-    return load_run(served_run)
+    return load_parts(served_run)
 
 
 @pytest.fixture(scope="module")

@@ -148,11 +148,11 @@ def bodies(page: Page, path: str) -> list[Any]:
 
 @pytest.mark.slow
 def test_guided_and_unguided_side_by_side(browser: Any, served_run: Path) -> None:
-    from coala.align import load_run
+    from coala.alignment import load_parts
     from coala.decoding import generate
     from coala.values import user
 
-    backbone, head, guidance = load_run(served_run)
+    backbone, head, guidance = load_parts(served_run)
     guidance = guidance.changed(rule="min-max")
     prompt = "<img src=x onerror=alert(1)> tell me <b>more"
     with Here(backbone, head, guidance=guidance) as here, Page(browser, here.url) as seen:
@@ -215,10 +215,10 @@ def test_guided_and_unguided_side_by_side(browser: Any, served_run: Path) -> Non
 @pytest.mark.slow
 def test_markup_that_a_model_writes_stays_text(browser: Any, served_run: Path) -> None:
     """Scores of hostile text: the strip shows it letter by letter and nothing of it becomes an element."""
-    from coala.align import load_run
+    from coala.alignment import load_parts
 
     hostile = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-    with Here(*load_run(served_run)[:2]) as here, Page(browser, here.url) as seen:
+    with Here(*load_parts(served_run)[:2]) as here, Page(browser, here.url) as seen:
         page = seen.page
         page.get_by_label("Prompt").fill(hostile)
         page.evaluate("(text) => heat({ guided: text }, undefined)", hostile)
@@ -232,9 +232,9 @@ def test_markup_that_a_model_writes_stays_text(browser: Any, served_run: Path) -
 
 @pytest.mark.slow
 def test_best_of_n_on_a_phone_and_problems_are_told(browser: Any, served_run: Path) -> None:
-    from coala.align import load_run
+    from coala.alignment import load_parts
 
-    with Here(*load_run(served_run)[:2]) as here, Page(browser, here.url, **PHONE) as seen:
+    with Here(*load_parts(served_run)[:2]) as here, Page(browser, here.url, **PHONE) as seen:
         page = seen.page
         page.get_by_role("button", name="Best of N").tap()
         assert page.locator("#table").is_hidden()  # the browser asks for a prompt
@@ -260,10 +260,10 @@ def test_best_of_n_on_a_phone_and_problems_are_told(browser: Any, served_run: Pa
 
 @pytest.mark.slow
 def test_stop_ends_the_replies_and_a_key_is_asked_for(browser: Any, served_run: Path) -> None:
-    from coala.align import load_run
+    from coala.alignment import load_parts
 
     key = "a key that is hard to guess"
-    with Here(*load_run(served_run)[:2], key=key, local=False) as here, Page(browser, here.url) as seen:
+    with Here(*load_parts(served_run)[:2], key=key, local=False) as here, Page(browser, here.url) as seen:
         page = seen.page
         page.get_by_label("Prompt").fill("hello")
         page.get_by_label("Tokens").fill("1024")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from coala.store import (
     FeatureStore,
-    Run,
+    RunFolder,
     StoreError,
     digest,
     file_digest,
@@ -241,7 +241,7 @@ class TestFeatureStore:
 
 class TestRun:
     def test_skips_what_is_done_and_notices_changes(self, tmp_path: Path) -> None:
-        run = Run(tmp_path / "run")
+        run = RunFolder(tmp_path / "run")
         run.start({"model": "a"})
         assert not run.done("s", {"in": 1})
         write_atomic(run.path / "out.json", "{}")
@@ -253,7 +253,7 @@ class TestRun:
         assert not run.done("s", {"in": 1})
 
     def test_other_settings_are_refused_and_both_sides_named(self, tmp_path: Path) -> None:
-        run = Run(tmp_path / "run")
+        run = RunFolder(tmp_path / "run")
         run.start({"model": {"name": "a", "layer": -1}})
         run.start({"model": {"name": "a", "layer": -1}})
         with pytest.raises(StoreError, match=r"\n  model\.layer: -1 -> 20\n"):
@@ -262,9 +262,9 @@ class TestRun:
     def test_a_folder_that_is_no_run_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "precious").write_text("data")
         with pytest.raises(StoreError, match="not a run folder"):
-            Run(tmp_path).start({})
+            RunFolder(tmp_path).start({})
         with pytest.raises(StoreError, match="not a run folder"):
-            Run(tmp_path).restart()
+            RunFolder(tmp_path).restart()
         assert (tmp_path / "precious").read_text() == "data"
 
 

@@ -428,7 +428,7 @@ def test_command_builds_from_files_of_several_methods(tmp_path: Path) -> None:
 
 
 def test_command_reads_prompts_of_a_runs_pairs(tmp_path: Path) -> None:
-    from coala.align.stages import prompt_id
+    from coala.alignment.stages import prompt_id
     from coala.store import save_pairs
     from coala.values import Pair, user
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coala.align.stages import prompt_id
+from coala.alignment.stages import prompt_id
 from coala.cli.evaluate import app
 from coala.evaluation.order_effects import place_alone, place_alone_once, remarks_on
 from coala.store import save_generations, save_pairs

@@ -25,7 +25,7 @@ from coala.plan.plan import make_plan
 from coala.plan.text import first_lines, table_rows
 from coala.plan.tokens import Guess
 from coala.recipe import Recipe
-from coala.store import FeatureStore, Run, StoreError, claim, load_features, load_json
+from coala.store import FeatureStore, RunFolder, StoreError, claim, load_features, load_json
 from coala.values import CoalaError
 
 from .menagerie import tiny_backbone
@@ -107,7 +107,7 @@ def test_a_run_folder_is_refused_to_a_second_process(folder: Path, tmp_path: Pat
 
 
 def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
-    with Run(tmp_path / "run").held():
+    with RunFolder(tmp_path / "run").held():
         assert (tmp_path / "run").exists()
     assert not (tmp_path / "run").exists()
 

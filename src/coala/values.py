@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -217,6 +218,19 @@ class ConvexHead:
             raise CoalaError(f"The head's temperature is {self.temperature}; expected a positive number.")
         if self.least_slope is not None and not 0 <= self.least_slope < float("inf"):
             raise CoalaError(f"The head's least slope is {self.least_slope}; expected a finite number of at least 0.")
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``folder``/head.safetensors and head.json; :meth:`load` reads them."""
+        from coala.store import save_head
+
+        save_head(Path(folder), self)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> ConvexHead:
+        """The head of a folder that :meth:`save` or a run wrote; CoalaError for one that is not whole."""
+        from coala.store import load_head
+
+        return load_head(Path(folder))
 
     @property
     def width(self) -> int:

@@ -24,7 +24,7 @@ from coala.baselines import trl_adapter
 from coala.baselines.rows import PairRows, render_pairs
 from coala.baselines.settings import Lora, Method, TrainSettings, check_method
 from coala.costs import Shape, body_flops, peak_memory, training_flops
-from coala.store import Run, StoreError, digest, load_json, save_json, write_atomic
+from coala.store import RunFolder, StoreError, digest, load_json, save_json, write_atomic
 from coala.values import CoalaError, Pair
 
 # on_step(step, steps, logs): what TRL logged at a step, under its names, and the seconds spent so far.
@@ -120,7 +120,7 @@ def train(
     if device not in ("auto", "cpu"):
         raise CoalaError(f"device is {device!r}; expected auto (a GPU if there is one) or cpu.")
     base = _Base.of(model, revision, template, trust_remote_code, pairs, eval_pairs, settings)
-    run = Run(out)
+    run = RunFolder(out)
     about = {
         "baseline": method,
         "weights": base.weights,
@@ -146,7 +146,7 @@ def train(
 
 def load_trained(folder: str | Path) -> Trained:
     """The baseline in a folder; ``StoreError`` if there is none or it is not finished."""
-    run = Run(folder)
+    run = RunFolder(folder)
     if not (run.path / "run.json").is_file() or "baseline" not in run.settings:
         raise StoreError(f"{folder}: is not the folder of a baseline. Make one with coala.baselines.train.")
     if not (run.path / "stages" / f"{STAGE}.json").is_file():

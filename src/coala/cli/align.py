@@ -131,16 +131,15 @@ def run_and_show(
     n_workers: int = 1,
 ) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
-    from coala.align import align as run_align
-    from coala.align import check_settings, evidence_notes, summary_rows
-    from coala.align.stages import guidance_of
+    from coala.alignment import align_recipe, check_settings, evidence_notes, summary_rows
+    from coala.alignment.stages import guidance_of
     from coala.cli.output import emit, insistent, progress, say, side_by_side, table
     from coala.plan.plan import make_plan
     from coala.plan.text import first_lines
-    from coala.store import Run, load_head
+    from coala.store import RunFolder, load_head
     from coala.values import CoalaError
 
-    run = Run(out)
+    run = RunFolder(out)
     check_settings(settings, run, cache, restart=restart)
     planned = None
     if restart or not (run.path / "run.json").exists():
@@ -155,7 +154,7 @@ def run_and_show(
     if restart:
         run.restart()
     with progress() as shown, insistent(shown) as show:
-        content = run_align(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
+        content = align_recipe(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
     table(summary_rows(content))
     for note in evidence_notes(run.path, load_head(run.path / "head"), guidance_of(settings)):
         say(f"note: {note}")

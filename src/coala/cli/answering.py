@@ -36,13 +36,13 @@ def opened(run: Path, sampling: Mapping[str, float | None], mode: str | None, **
 
     ``sampling`` holds the flags' temperature, top_p and top_k; see :func:`sampled` for those not given.
     """
-    from coala.align import evidence_notes, load_run
+    from coala.alignment import evidence_notes, load_parts
     from coala.cli.output import say
     from coala.recipe import recipe_of
-    from coala.store import Run
+    from coala.store import RunFolder
 
-    backbone, head, found = load_run(run)
-    chosen = sampled(sampling, recipe_of(Run.open(run).settings, run / "run.json"), backbone.transformer)
+    backbone, head, found = load_parts(run)
+    chosen = sampled(sampling, recipe_of(RunFolder.open(run).settings, run / "run.json"), backbone.transformer)
     say(f"sampling: {', '.join(f'{name} {value:g} ({source})' for name, (value, source) in chosen.items())}")
     if mode not in (None, "shift"):
         found = replace(found, budget=None)  # the recipe's is of another mode

@@ -72,7 +72,7 @@ def matrix(
     from coala.comal.matrix import win_rate_matrix
     from coala.comal.named_oracles import check_oracle, oracle_of
     from coala.comal.report import matrix_page, matrix_rows, nash_rows
-    from coala.store import Run, digest, load_generations, save_generations, save_json, write_atomic
+    from coala.store import RunFolder, digest, load_generations, save_generations, save_json, write_atomic
     from coala.values import CoalaError
 
     check_oracle(oracle)
@@ -83,7 +83,7 @@ def matrix(
         what = f"the name {twice[0]!r} twice" if twice else f"{len(found)} entrant"
         raise CoalaError(f"Found {what}; expected two entrants at least, by different names (NAME=ENTRANT).")
     examples = examples_of(prompts)
-    run = Run(out)
+    run = RunFolder(out)
     if restart:
         run.restart()
     sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}

@@ -133,7 +133,7 @@ def train(
     from coala.comal.named_oracles import oracle_of
     from coala.comal.report import run_page, summarise, update_rows
     from coala.comal.settings import COMALSettings
-    from coala.store import Run, save_json, write_atomic
+    from coala.store import RunFolder, save_json, write_atomic
     from coala.values import CoalaError
 
     require_training()
@@ -169,7 +169,7 @@ def train(
     if prompts is None and start.run is None:
         raise CoalaError("There are no prompts: give a file of them behind the model. Only a COALA run brings its own.")
     examples = examples_of(prompts if prompts is not None else _own_pairs(start.run))
-    run = Run(out)
+    run = RunFolder(out)
     named = oracle_of(oracle, start.run, device=device)
     for remark in named.remarks:
         say(remark)

@@ -15,7 +15,7 @@ from coala.cli.judging import bare
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.report import Evaluation, Figure, Sample
-    from coala.store import Run
+    from coala.store import RunFolder
     from coala.values import ConvexHead, Estimate, Generation, Judgement, Turn
 
 RunOption = Annotated[
@@ -24,33 +24,33 @@ RunOption = Annotated[
 ]
 
 
-def run_of(named: Path | None, *files: Path | None) -> Run | None:
+def run_of(named: Path | None, *files: Path | None) -> RunFolder | None:
     """The run that was named, else the one that the first of ``files`` to be in a run lies in."""
-    from coala.store import Run
+    from coala.store import RunFolder
 
     if named is not None:
-        return Run.open(named)
+        return RunFolder.open(named)
     for file in files:
         for folder in file.absolute().parents if file is not None else ():
             if (folder / "run.json").is_file() and (folder / "stages").is_dir():
-                return Run(folder)
+                return RunFolder(folder)
     return None
 
 
 def require_head(run: Path) -> None:
     """Say so if the run has no head."""
-    from coala.store import Run, StoreError
+    from coala.store import RunFolder, StoreError
 
-    if not (Run.open(run).path / "head" / "head.json").is_file():
+    if not (RunFolder.open(run).path / "head" / "head.json").is_file():
         raise StoreError(f"{run}: has no fitted head yet. Finish it with `coala align`, and try again.")
 
 
 def fitted(run: Path) -> tuple[LanguageModel, ConvexHead]:
     """Model and head of a run; says so if it has none."""
-    from coala.align import load_run
+    from coala.alignment import load_parts
 
     require_head(run)
-    backbone, head, _ = load_run(run)
+    backbone, head, _ = load_parts(run)
     return backbone, head
 
 
@@ -104,7 +104,7 @@ def spread(rows: Sequence[Any]) -> Sequence[Any]:
     return rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
 
 
-def keep(run: Run | None, evaluation: Evaluation) -> dict[str, Any]:
+def keep(run: RunFolder | None, evaluation: Evaluation) -> dict[str, Any]:
     """The evaluation into the run's report, if there is a run; what the JSON line tells of it."""
     from coala.cli.output import say
     from coala.report import add_evaluation

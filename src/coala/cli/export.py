@@ -118,7 +118,7 @@ def lm_eval(
     from coala.cli.evaluation_record import command_line, keep, require_head
     from coala.cli.output import finish, interval, say, table
     from coala.report import Evaluation, Figure
-    from coala.store import Run, save_json
+    from coala.store import RunFolder, save_json
     from coala.values import CoalaError
 
     try:
@@ -173,7 +173,7 @@ def lm_eval(
         settings={**settings, "gen_kwargs": gen_kwargs, "chat": chat, "tasks": names},
         facts={f"version of {task}": version for task, version in (found.get("versions") or {}).items()},
     )
-    finish({"run": run, "results": found["results"]} | keep(Run.open(run), evaluation), ())
+    finish({"run": run, "results": found["results"]} | keep(RunFolder.open(run), evaluation), ())
 
 
 def _estimate(value: float, name: str, values: Mapping[str, Any], found: Mapping[str, Any], task: str) -> Estimate:

@@ -54,15 +54,15 @@ def extract(
 
     Example: `coala extract pairs.jsonl --model ./my-model --out features`
     """
-    from coala.align.layer_choice import choose_layer
+    from coala.alignment.layer_choice import choose_layer
     from coala.backbone import load_backbone
     from coala.cli.output import emit, progress, say, table
     from coala.data.doctor import gather
     from coala.features import ExtractionTask, survey, workers
     from coala.features import extract as extract_features
-    from coala.store import FeatureStore, Run, load_object, save_features, save_json
+    from coala.store import FeatureStore, RunFolder, load_object, save_features, save_json
 
-    with Run(out).held(), progress() as show:
+    with RunFolder(out).held(), progress() as show:
         gathered = gather(pairs, format)
         gathered.raise_for_errors()
         for warning in gathered.warnings:

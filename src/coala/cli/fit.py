@@ -48,7 +48,7 @@ def fit(
 
     Example: `coala fit RUN/features/train --eval RUN/features/eval --out head`
     """
-    from coala.align.stages import fit_options
+    from coala.alignment.stages import fit_options
     from coala.cli.output import emit, progress, say, table
     from coala.convex import fit as fit_head
     from coala.evaluation import accuracy_of_margins

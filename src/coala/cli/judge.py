@@ -45,7 +45,7 @@ from coala.cli.options import Download, TrustCode
 if TYPE_CHECKING:
     from coala.cli.judging import Chosen
     from coala.evaluation.grading import Answered
-    from coala.store import Run
+    from coala.store import RunFolder
     from coala.values import Generation, Turn
 
 
@@ -215,7 +215,7 @@ def grade_all(
     *,
     out: Path,
     concurrency: int,
-    run: Run | None,
+    run: RunFolder | None,
     files: Mapping[str, Path],
     settings: Mapping[str, Any] | None = None,
     kind: str = "grade",
@@ -331,7 +331,7 @@ def _prompts(
     pairs: Path | None, replies: Path, mine: Sequence[Generation], *, needed: bool
 ) -> Mapping[str, Sequence[Turn]]:
     """Prompts by id, as far as they are there; CoalaError for one that is ``needed`` and is not."""
-    from coala.align.answers import read_prompts
+    from coala.alignment.answers import read_prompts
     from coala.values import CoalaError
 
     path = pairs or replies.parent / "pairs-eval.jsonl"

@@ -243,14 +243,14 @@ def _local(name: str, instructions: Instructions, service: Service, cache: Path)
 
 def _head(run: Path) -> Chosen:
     """The head of a run as a reward model: the higher score is preferred."""
-    from coala.align import load_run
+    from coala.alignment import load_parts
     from coala.evaluation.judges import HeadJudge
     from coala.export import score_replies
-    from coala.store import Run, StoreError
+    from coala.store import RunFolder, StoreError
 
-    if not (Run.open(run).path / "head" / "head.json").is_file():
+    if not (RunFolder.open(run).path / "head" / "head.json").is_file():
         raise StoreError(f"{run}: has no fitted head yet, so it cannot judge. Finish it with `coala align`.")
-    backbone, head, _ = load_run(run)
+    backbone, head, _ = load_parts(run)
     known: dict[tuple[str, str], float] = {}
 
     def score(prompt: Sequence[Turn], reply: Generation) -> float:

@@ -30,8 +30,8 @@ from coala.cli.options import Download, TrustCode
 from coala.cli.run_vs_reference import Limit, MaxNewTokens, Temperature, Unguided, described, manner_of, own_name
 
 if TYPE_CHECKING:
-    from coala.align.answers import ReplySettings
-    from coala.store import Run
+    from coala.alignment.answers import ReplySettings
+    from coala.store import RunFolder
 
 
 def mtbench(
@@ -92,7 +92,7 @@ def mtbench(
 
 
 def _whole(
-    run: Run,
+    run: RunFolder,
     questions: Path,
     references: Path | None,
     name: str,
@@ -105,7 +105,7 @@ def _whole(
     concurrency: int,
 ) -> None:
     """Answers in the published form, then grades for them."""
-    from coala.align.answers import converse
+    from coala.alignment.answers import converse
     from coala.cli.judge import grade_all
     from coala.cli.judging import VERDICTS, asking, stem
     from coala.cli.output import progress
@@ -144,7 +144,7 @@ def _whole(
     )
 
 
-def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
+def _saved(judgements: Path, questions: Path | None, run: RunFolder | None) -> None:
     """Figures of judgements that are there."""
     from coala.cli.output import finish, table
     from coala.evaluation import mtbench as bench
@@ -195,7 +195,7 @@ def _saved(judgements: Path, questions: Path | None, run: Run | None) -> None:
 
 
 def _keep(
-    run: Run | None,
+    run: RunFolder | None,
     judgements: Path,
     models: Mapping[str, Any],
     figures: list[Any],

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from coala.cli.terminal import json_text, visible, write
 
 if TYPE_CHECKING:
-    from coala.align import OnProgress
+    from coala.alignment import OnProgress
     from coala.values import Estimate
 
 EVERY = 5.0  # seconds between two lines of progress

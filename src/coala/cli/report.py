@@ -13,12 +13,12 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
     Example: `coala report runs/demo`
     """
-    from coala.align import make_report, summary_rows
+    from coala.alignment import make_report, summary_rows
     from coala.cli.output import emit, table
     from coala.report.evaluations import saved_evaluations
-    from coala.store import Run, StoreError
+    from coala.store import RunFolder, StoreError
 
-    opened = Run.open(run)
+    opened = RunFolder.open(run)
     if not (opened.path / "head" / "fit.json").is_file():
         raise StoreError(f"{run}: has no fitted head yet, so there is nothing to report. Finish it with `coala align`.")
     content = make_report(opened)

@@ -15,7 +15,7 @@ from coala.cli.options import Download, TrustCode
 
 if TYPE_CHECKING:
     from coala.evaluation.rewardbench import Ranking
-    from coala.store import Run
+    from coala.store import RunFolder
 
 
 class Weigh(StrEnum):
@@ -67,7 +67,7 @@ def by_head(
     from coala.evaluation.rewardbench import ranking
     from coala.export.rewardbench import read_benchmark, results, score_rows
     from coala.features import extract
-    from coala.store import Run, save_json
+    from coala.store import RunFolder, save_json
 
     benchmark = read_benchmark(file)
     backbone, head = fitted(run)
@@ -89,10 +89,12 @@ def by_head(
         save_json(out / "results.json", results(found, called, head.spec))
         save_json(out / "scores.json", score_rows(benchmark, chosen.tolist(), rejected.tolist()))
         save_json(out / "ranking.json", {"by_section": sections, **asdict(found), "overall": _finite(found.overall)})
-    _tell(found, Run.open(run), of=called, files={"benchmark": file}, settings={"weights": "published"})
+    _tell(found, RunFolder.open(run), of=called, files={"benchmark": file}, settings={"weights": "published"})
 
 
-def _tell(found: Ranking, run: Run | None, *, of: str, files: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+def _tell(
+    found: Ranking, run: RunFolder | None, *, of: str, files: Mapping[str, Path], settings: Mapping[str, Any]
+) -> None:
     """The table, the record in the run's report, and the JSON line."""
     from coala.cli.evaluation_record import command_line, figure, keep
     from coala.cli.output import finish, interval, table

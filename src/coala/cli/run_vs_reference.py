@@ -13,10 +13,10 @@ import typer
 from coala.cli.judging import VERDICTS, Chosen, Service, choose, tell_failures
 
 if TYPE_CHECKING:
-    from coala.align.answers import PromptRow, ReplySettings
+    from coala.alignment.answers import PromptRow, ReplySettings
     from coala.evaluation.arena import Battles
     from coala.evaluation.harness import Judged
-    from coala.store import Run
+    from coala.store import RunFolder
     from coala.values import Generation, Turn
 
 Prompts = Annotated[
@@ -56,7 +56,7 @@ class Contest:
 
 
 def hold(
-    run: Run,
+    run: RunFolder,
     prompts: Path,
     reference: str | None,
     *,
@@ -71,7 +71,7 @@ def hold(
     orders: Literal["both", "drawn"],
 ) -> Contest:
     """Answer what is not answered yet, judge what is not judged yet."""
-    from coala.align.answers import UNGUIDED, answer, read_prompts, read_reference
+    from coala.alignment.answers import UNGUIDED, answer, read_prompts, read_reference
     from coala.cli.output import progress
     from coala.evaluation.arena_judging import battles
     from coala.evaluation.harness import judge_many
@@ -132,18 +132,18 @@ def needed(run: Path | None, prompts: Path | None, saved: Path | None, what: str
     return prompts is not None
 
 
-def own_name(run: Run, manner: ReplySettings) -> str:
+def own_name(run: RunFolder, manner: ReplySettings) -> str:
     """What a run is called in results if nothing else is said."""
     return run.path.resolve().name + ("" if manner.guided else " unguided")
 
 
 def manner_of(unguided: bool, max_new_tokens: int | None, temperature: float | None, seed: int) -> ReplySettings:
-    from coala.align.answers import ReplySettings
+    from coala.alignment.answers import ReplySettings
 
     return ReplySettings(not unguided, max_new_tokens, temperature, seed)
 
 
-def described(run: Run, manner: ReplySettings) -> dict[str, Any]:
+def described(run: RunFolder, manner: ReplySettings) -> dict[str, Any]:
     """How the run answered, for a record: flags over the recipe."""
     settings = run.settings
     return {

@@ -43,7 +43,7 @@ def serve(
 
     `COALA_API_KEY=... coala serve runs/demo --host 0.0.0.0 --port 9000`
     """
-    from coala.align import evidence_notes, load_run
+    from coala.alignment import evidence_notes, load_parts
     from coala.cli.output import emit, say
     from coala.values import CoalaError
 
@@ -73,7 +73,7 @@ def serve(
         )
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
     with listen(host, port) as listening:
-        backbone, head, guidance = load_run(run)
+        backbone, head, guidance = load_parts(run)
         for line in backbone.reads(head.spec):
             say(line)
         served = Served(name or run.resolve().name, backbone, head, guidance)

@@ -208,7 +208,7 @@ def _beside(files: Sequence[Path]) -> list[str]:
 
 
 def _read_prompts(category: str, file: str) -> list[Prompt]:
-    from coala.align.answers import read_prompts
+    from coala.alignment.answers import read_prompts
     from coala.survey import Prompt
 
     return [Prompt(one.id, one.text, one.category or category or "questions") for one in read_prompts(file)]

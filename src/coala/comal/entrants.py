@@ -113,10 +113,10 @@ def _model(model: str, name: str, template: str, device: str) -> Entrant:
 
 def _checkpoints(run: Path, part: str, name: str, device: str) -> Iterator[Entrant]:
     """The policies of a COMAL run: its start, its references, the last one."""
-    from coala.store import Run, load_json
+    from coala.store import RunFolder, load_json
     from coala.values import CoalaError
 
-    settings = Run.open(run).settings
+    settings = RunFolder.open(run).settings
     outer, inner = settings["settings"]["outer_steps"], settings["settings"]["inner_steps"]
     about = settings.get("about")
     if about is None:
@@ -178,25 +178,25 @@ def _as_backbone(place: Path, about: Mapping[str, Any], device: str) -> Iterator
 def _guided(run: Path, part: str, name: str) -> Entrant:
     from dataclasses import replace
 
-    from coala.align.stages import guidance_of
+    from coala.alignment.stages import guidance_of
     from coala.recipe import recipe_of
-    from coala.store import Run, file_digest, load_head
+    from coala.store import RunFolder, file_digest, load_head
     from coala.values import CoalaError
 
     if part not in ("", "unguided"):
         raise CoalaError(f"{run}@{part}: expected {run} (guided) or {run}@unguided.")
     if not (run / "head").is_dir():
         raise CoalaError(f"{run}: has no head yet: run `coala align` again, which goes on where it was.")
-    guidance = guidance_of(recipe_of(Run.open(run).settings, run / "run.json"))
+    guidance = guidance_of(recipe_of(RunFolder.open(run).settings, run / "run.json"))
     if part:
         guidance = replace(guidance, mode="none")
 
     def answer(
         examples: Sequence[Example], samples: int, tokens: int, temperature: float, _: float, seed: int
     ) -> list[Generation]:
-        from coala.align import load_run
+        from coala.alignment import load_parts
 
-        backbone, head, _guidance = load_run(run)
+        backbone, head, _guidance = load_parts(run)
         return _generate(backbone, examples, samples, tokens, temperature, seed, head=head, guidance=guidance)
 
     identity = {

@@ -17,9 +17,9 @@ def kind_of_run(path: Path) -> str | None:
     """``comal``, ``baseline`` or ``coala`` for a run folder, None for anything else."""
     if not (path / "run.json").is_file():
         return None
-    from coala.store import Run
+    from coala.store import RunFolder
 
-    settings = Run.open(path).settings
+    settings = RunFolder.open(path).settings
     if settings.get("command") == "comal":
         return "comal"
     return "baseline" if "baseline" in settings else "coala" if "pairs" in settings else None
@@ -47,9 +47,9 @@ def start_of(model: str) -> Start:
         raise CoalaError(f"{path}: is the folder of a baseline. Give the model in it: {path / 'model'}.")
     if kind == "coala":
         from coala.recipe import recipe_of
-        from coala.store import Run
+        from coala.store import RunFolder
 
-        recipe = recipe_of(Run.open(path).settings, path / "run.json").model
+        recipe = recipe_of(RunFolder.open(path).settings, path / "run.json").model
         if recipe.adapter or recipe.quantise:
             raise CoalaError(
                 f"{path}: its model has an adapter or is quantised, and COMAL trains whole weights or an adapter of "

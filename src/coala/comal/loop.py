@@ -32,7 +32,7 @@ from coala.evaluation.judges import VerdictStore
 from coala.nash.criteria import Note
 from coala.nash.game import Float
 from coala.store import (
-    Run,
+    RunFolder,
     digest,
     file_digest,
     load_json,
@@ -119,7 +119,7 @@ def run_comal(
     """
     if not examples:
         raise CoalaError("There are no prompts; COMAL needs at least one.")
-    run = Run(folder)
+    run = RunFolder(folder)
     prompts = [policy.prompt_tokens(prompt_of(example)) for example in examples]
     with run.held():
         run.start(
@@ -156,7 +156,7 @@ def run_comal(
 
 @dataclass
 class _Loop:
-    run: Run
+    run: RunFolder
     policy: Policy
     prompts: list[list[int]]
     examples: Sequence[Example]

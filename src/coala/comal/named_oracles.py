@@ -239,7 +239,7 @@ def _head(rest: str, run: Path | None, *, pairwise: bool) -> Named:
     """The pair head fitted to a run's training features, and its worth on the held-out ones; or the run's own head."""
     import numpy as np
 
-    from coala.align import load_run
+    from coala.alignment import load_parts
     from coala.comal.model_oracles import from_coala_head
     from coala.comal.pair_head import choose_pair_head
     from coala.evaluation import accuracy_difference, accuracy_of_margins
@@ -252,7 +252,7 @@ def _head(rest: str, run: Path | None, *, pairwise: bool) -> Named:
             f"The oracle head is that of a COALA run, and {rest or 'the model given'} is none. Give the run as MODEL, "
             "or name it: --oracle head:RUN (made by `coala align`)."
         )
-    backbone, head, _ = load_run(path)
+    backbone, head, _ = load_parts(path)
     held_out = load_features(path / "features/eval")
     own = head.margins(held_out)
     if not pairwise:

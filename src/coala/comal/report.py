@@ -18,7 +18,7 @@ from coala.comal.settings import COMALSettings
 from coala.nash import plots
 from coala.nash.criteria import Note
 from coala.nash.page import Part, Picture, Table, render
-from coala.store import Run, load_json
+from coala.store import RunFolder, load_json
 
 MIB = 2**20
 
@@ -29,7 +29,7 @@ def summarise(folder: Path | str) -> dict[str, Any]:
     ``updates`` hold means over the steps of an update (``drift`` their sum, ``mass`` the least, ``kl_to_reference`` the
     last), ``seconds`` by stage, and ``peak_bytes``, the process's highest use until then.
     """
-    run = Run.open(folder)
+    run = RunFolder.open(folder)
     about = run.settings
     settings = COMALSettings(**about["settings"])
     steps: list[dict[str, Any]] = []

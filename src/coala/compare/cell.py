@@ -120,7 +120,7 @@ def libraries(name: str) -> None:
 
         _trl.SFTTrainer, _trl.DPOTrainer  # type: ignore[attr-defined]  # noqa: B018 - loads the lazy modules
     else:
-        import coala.align.stages
+        import coala.alignment.stages
         import coala.features
     if name == "head":
         import coala.convex

@@ -185,7 +185,7 @@ def replies_of(
 
     ``perplexity`` is that of the replies under ``base``, the model every method of this place starts from.
     """
-    from coala.align.stages import prompt_id
+    from coala.alignment.stages import prompt_id
     from coala.baselines import TrainSettings, log_likelihoods
     from coala.decoding import Guidance, generate
     from coala.evaluation import perplexity

@@ -16,7 +16,7 @@ from coala.store import FeatureStore, load_features, save_features, save_head, s
 from coala.values import FeatureSet
 
 if TYPE_CHECKING:
-    from coala.align.layer_choice import LayerChoice
+    from coala.alignment.layer_choice import LayerChoice
     from coala.backbone import LanguageModel
     from coala.convex import Fit
 
@@ -102,7 +102,7 @@ def _told(context: CellContext, part: str, most: int) -> Callable[[int, int, int
 
 def _chosen_layer(context: CellContext, method: Method, backbone: LanguageModel) -> tuple[LayerChoice, int]:
     """The layer that a sample speaks for, and the FLOPs of reading that sample at full depth."""
-    from coala.align.layer_choice import choose_layer
+    from coala.alignment.layer_choice import choose_layer
     from coala.costs import extraction_flops
     from coala.features import survey
 
@@ -181,7 +181,7 @@ def _compiling() -> Iterator[list[float]]:
 
 
 def _fit(context: CellContext, features: FeatureSet) -> Fit:
-    from coala.align.stages import fit_options
+    from coala.alignment.stages import fit_options
     from coala.convex import Logistic, Pointwise, fit
 
     method, beta = context.method, context.study.beta

@@ -18,7 +18,7 @@ from coala.compare.matrix import Cell, cells, spec_of
 from coala.compare.processes import Processes
 from coala.compare.progress import FILE, Listener
 from coala.compare.study import Study
-from coala.store import Run, digest, discard, load_json, save_json
+from coala.store import RunFolder, digest, discard, load_json, save_json
 from coala.values import CoalaError
 
 
@@ -61,7 +61,7 @@ def run(
     out = Path(out)
     if out.exists() and any(p.name != ".lock" for p in out.iterdir()) and not (out / PLAN).is_file():
         raise CoalaError(f"{out}: exists and is not the folder of a comparison. Give another --out.")
-    with Run(out).held():
+    with RunFolder(out).held():
         stamped = prepare(study, out)
         everything = cells(study)
         stamps = {cell.id: digest(spec_of(study, cell), stamped[cell.dataset]) for cell in everything}

@@ -26,7 +26,7 @@ from coala.decoding.requests import effective
 from coala.decoding.sampling import Nucleus
 from coala.decoding.search import WAYS, nobody
 from coala.recipe import recipe_of
-from coala.store import Run, load_head
+from coala.store import RunFolder, load_head
 from coala.values import CoalaError, ConvexHead
 
 # What generate() can be asked to return beside the tokens and a guided step has no one answer for.
@@ -124,7 +124,7 @@ class guide:
 
 def _of_run(path: Path) -> tuple[ConvexHead, Guidance]:
     """The head and guidance of a finished run."""
-    run = Run.open(path)
+    run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
     return load_head(run.path / "head"), Guidance(**recipe.guidance.model_dump())
 

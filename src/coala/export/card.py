@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coala import evaluation
-from coala.store import Run, StoreError, file_digest, load_features
+from coala.store import RunFolder, StoreError, file_digest, load_features
 from coala.values import ConvexHead, Estimate, FeatureSpec
 
 
@@ -23,7 +23,7 @@ class Facts:
 
 def facts_of(path: Path | str, head: ConvexHead) -> Facts:
     """Metrics of ``head`` on the run's held-out features, and the run's pairs counted and digested."""
-    run = Run.open(path)
+    run = RunFolder.open(path)
     metrics: dict[str, Estimate] = {}
     data: dict[str, str] = {}
     for part, name in (("train", "fitted on"), ("eval", "held out")):

@@ -49,10 +49,10 @@ class GuidedLM(HFLM):  # type: ignore[misc]
         if (run is None) == (loaded is None):
             raise CoalaError("The model kind 'coala' needs the folder of a run: --model_args run=FOLDER.")
         if loaded is None:
-            from coala.align import load_run
+            from coala.alignment import load_parts
 
             assert run is not None
-            loaded = load_run(run)
+            loaded = load_parts(run)
         backbone, head, guidance = loaded
         guidance = guidance.changed(mode=mode, strength=None if strength is None else float(strength))
         backbone.require_head("Guided texts")

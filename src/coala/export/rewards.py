@@ -114,9 +114,9 @@ def as_reward_func(
     ``SpecMismatch`` if the head was fitted on another model.
     """
     if not isinstance(run_or_head, ConvexHead):
-        from coala.align import load_run
+        from coala.alignment import load_parts
 
-        backbone, head, _ = load_run(run_or_head)
+        backbone, head, _ = load_parts(run_or_head)
         return RewardFunction(head, backbone, in_log_odds=in_log_odds)
     if backbone is None:
         raise CoalaError("A head alone has no model to read replies with: as_reward_func(head, backbone).")

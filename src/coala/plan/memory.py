@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from coala.align.layer_choice import MOST_LAYERS
+from coala.alignment.layer_choice import MOST_LAYERS
 from coala.costs import decoding_bytes, pass_bytes
 from coala.plan.tokens import Counts
 from coala.recipe import Recipe
@@ -187,7 +187,7 @@ class Needs:
         return parts
 
     def _decoding(self) -> Parts:
-        from coala.align.stages import guidance_of
+        from coala.alignment.stages import guidance_of
 
         guidance, new = guidance_of(self.recipe), self.recipe.evaluation.max_new_tokens
         replies = min(len(self.counts.prompts), self.recipe.evaluation.prompts)

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from coala.align.layer_choice import FEWEST_PAIRS, MOST_PAIRS, SHARE
+from coala.alignment.layer_choice import FEWEST_PAIRS, MOST_PAIRS, SHARE
 from coala.costs import (
     Shape,
     ask_driver,
@@ -143,7 +143,7 @@ def make_plan(
         )
         probe = f"not measured: {reason}" if reason else ""
         if not reason:
-            from coala.align.context import open_backbone
+            from coala.alignment.context import open_backbone
 
             backbone = open_backbone(recipe)
             if backbone.shares != counts.shares:

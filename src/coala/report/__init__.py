@@ -27,7 +27,7 @@ no interval is known.
     curves          {margin: [{step, train, eval}], solver: [{step, gap, objective}]}: mean margins divided by their
                     standard deviation (margins of two heads have no common scale), gap = objective - lower bound
     layers          [{layer, cost, nll, excess, excess_error, accuracy, chosen}], where the layer was chosen: the fields
-                    of :class:`coala.align.layer_choice.LayerScore`
+                    of :class:`coala.alignment.layer_choice.LayerScore`
     path            [{tau, gate_on, beta_rel, relaxation, cv_nll, cv_se, cv_accuracy, n_neurons, selected}];
                     beta_rel null: the linear head
     scores          {chosen: [float], rejected: [float]}, held-out pairs
@@ -52,7 +52,7 @@ from coala.report.conclusions import conclusions
 from coala.report.content import plain
 from coala.report.evaluations import Evaluation, Figure, Sample, save_evaluation, saved_evaluations
 from coala.report.page import render
-from coala.store import Run, load_json, save_json, write_atomic
+from coala.store import RunFolder, load_json, save_json, write_atomic
 
 __all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "build_report", "conclusions", "write_report"]
 
@@ -62,7 +62,7 @@ def build_report(content: Mapping[str, Any]) -> str:
     return render(plain(content))
 
 
-def write_report(run: Run, content: Mapping[str, Any]) -> Path:
+def write_report(run: RunFolder, content: Mapping[str, Any]) -> Path:
     """Write ``report.json`` and ``report.html`` into the run folder and return the page's path.
 
     The evaluations that the run holds come with them.
@@ -74,7 +74,7 @@ def write_report(run: Run, content: Mapping[str, Any]) -> Path:
     return page
 
 
-def add_evaluation(run: Run, evaluation: Evaluation) -> Path:
+def add_evaluation(run: RunFolder, evaluation: Evaluation) -> Path:
     """Keep an evaluation in the run, put it on its page if there is one, and return the evaluation's file."""
     kept = save_evaluation(run, evaluation)
     if (run.path / "report.json").exists():

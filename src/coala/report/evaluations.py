@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coala.report.content import Interval, number
-from coala.store import Run, StoreError, digest, file_digest, load_json, save_json
+from coala.store import RunFolder, StoreError, digest, file_digest, load_json, save_json
 from coala.values import Estimate
 
 FOLDER = "evaluations"
@@ -69,7 +69,7 @@ class Evaluation:
     remarks: Sequence[str] = ()
 
 
-def save_evaluation(run: Run, evaluation: Evaluation) -> Path:
+def save_evaluation(run: RunFolder, evaluation: Evaluation) -> Path:
     """Keep ``evaluation`` in the run and return its file; the same evaluation done again replaces itself.
 
     Evaluations are the same if kind, paths, judge and settings are.
@@ -91,7 +91,7 @@ def save_evaluation(run: Run, evaluation: Evaluation) -> Path:
     return target
 
 
-def saved_evaluations(run: Run) -> list[dict[str, Any]]:
+def saved_evaluations(run: RunFolder) -> list[dict[str, Any]]:
     """All evaluations of a run, the oldest first, each with the names of files that are ``changed`` since."""
     found = []
     for path in sorted((run.path / FOLDER).glob("*.json")):
@@ -102,13 +102,13 @@ def saved_evaluations(run: Run) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: str(row.get("created")))
 
 
-def _within(run: Run, path: Path) -> str:
+def _within(run: RunFolder, path: Path) -> str:
     """A path from the run's folder on if it lies there, else from the root."""
     home, there = run.path.resolve(), path.resolve()
     return there.relative_to(home).as_posix() if there.is_relative_to(home) else str(there)
 
 
-def _differs(run: Run, file: Mapping[str, Any]) -> bool:
+def _differs(run: RunFolder, file: Mapping[str, Any]) -> bool:
     """Whether a file of the run is another one now; of files elsewhere nothing is said."""
     path = Path(file["path"])
     there = run.path / path

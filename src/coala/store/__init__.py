@@ -24,7 +24,7 @@ from coala.store.files import (
     working_folder,
     write_atomic,
 )
-from coala.store.run import Run, differences, worded
+from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
     load_generations,
     load_head,
@@ -39,7 +39,7 @@ from coala.store.values import (
 __all__ = [
     "FeatureStore",
     "MisfitError",
-    "Run",
+    "RunFolder",
     "StoreError",
     "claim",
     "differences",

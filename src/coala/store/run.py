@@ -15,14 +15,14 @@ LOCK = ".lock"
 MOST_SHOWN = 200
 
 
-class Run:
+class RunFolder:
     """A folder that holds one alignment run; stages are skipped when what they read and wrote is unchanged."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     @classmethod
-    def open(cls, path: Path | str) -> Run:
+    def open(cls, path: Path | str) -> RunFolder:
         """An existing run, for reading."""
         run = cls(path)
         if not (run.path / "run.json").exists():
@@ -101,7 +101,7 @@ class Run:
     def restart(self) -> None:
         """Delete the run, if this is one; any other folder is refused."""
         if self.path.exists():
-            Run.open(self.path)
+            RunFolder.open(self.path)
             shutil.rmtree(self.path)
 
     def done(self, stage: str, inputs: Mapping[str, Any]) -> bool:

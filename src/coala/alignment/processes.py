@@ -10,16 +10,16 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from coala.align.context import OnNote, OnProgress, StageContext, quiet, silent
-from coala.align.stages import STAGES
+from coala.alignment.context import OnNote, OnProgress, StageContext, quiet, silent
+from coala.alignment.stages import STAGES
 from coala.recipe import Recipe
-from coala.store import Run
+from coala.store import RunFolder
 from coala.values import CoalaError
 
 
 def carry_out(
     recipe: Recipe,
-    run: Run,
+    run: RunFolder,
     show: OnProgress | None = None,
     note: OnNote = quiet,
     *,
@@ -45,7 +45,7 @@ def carry_out(
 
 
 def _in_a_process(
-    stage: str, recipe: Recipe, run: Run, show: OnProgress, note: OnNote, cache: Path | None, n_workers: int
+    stage: str, recipe: Recipe, run: RunFolder, show: OnProgress, note: OnNote, cache: Path | None, n_workers: int
 ) -> None:
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
@@ -82,7 +82,7 @@ def _work_and_tell(
         pipe.send((stage, done, total, note))
 
     try:
-        STAGES[stage](StageContext(recipe, Run(path), show, pipe.send, cache, n_workers))
+        STAGES[stage](StageContext(recipe, RunFolder(path), show, pipe.send, cache, n_workers))
     except CoalaError as error:
         pipe.send(CoalaError(str(error)))
     finally:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from coala.align.results import load_run
+from coala.alignment.results import load_parts
 from coala.evaluation.judges.named import NamedJudge, local_judge
-from coala.store import Run, StoreError, digest, file_digest, load_head
+from coala.store import RunFolder, StoreError, digest, file_digest, load_head
 from coala.values import Generation, Pair, Turn, user
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def open_judge(text: str) -> Judge:
     found = local_judge(text)
     if found.kind != "head":
         return found.scorer()
-    backbone, head, _ = load_run(_head_of(found).path)
+    backbone, head, _ = load_parts(_head_of(found).path)
     return HeadJudge(judge_name(text)[0], HeadScorer(head, backbone))
 
 
@@ -74,9 +74,9 @@ class HeadScorer:
         return self.known[key]
 
 
-def _head_of(named: NamedJudge) -> Run:
+def _head_of(named: NamedJudge) -> RunFolder:
     assert named.path is not None
-    run = Run.open(named.path)
+    run = RunFolder.open(named.path)
     if not (run.path / "head" / "head.json").is_file():
         raise StoreError(f"{run.path}: has no fitted head yet, so it cannot judge. Fix: finish it with `coala align`.")
     load_head(run.path / "head")

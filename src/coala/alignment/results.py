@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coala import evaluation
-from coala.align.context import open_backbone
-from coala.align.stages import guidance_of, prompt_id
+from coala.alignment.context import open_backbone
+from coala.alignment.stages import guidance_of, prompt_id
 from coala.permission import permitted
 from coala.recipe import recipe_of, refuse_asked_code
 from coala.report import write_report
 from coala.store import (
-    Run,
+    RunFolder,
     StoreError,
     load_features,
     load_generations,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from coala.values import ConvexHead, Estimate, Judgement
 
 
-def load_run(
+def load_parts(
     path: Path | str, *, trust_remote_code: bool = False, download: bool = False
 ) -> tuple[LanguageModel, ConvexHead, Guidance]:
     """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on.
@@ -45,7 +45,7 @@ def load_run(
     A run may be somebody else's: its settings cannot have Python code run that comes with the model, nor a hub model
     fetched that is not in the local cache. Only ``trust_remote_code`` and ``download`` can.
     """
-    run = Run.open(path)
+    run = RunFolder.open(path)
     source = run.path / "run.json"
     recipe = recipe_of(run.settings, source)
     head = load_head(run.path / "head")
@@ -56,7 +56,7 @@ def load_run(
     return backbone, head, guidance_of(recipe)
 
 
-def make_report(run: Run) -> dict[str, Any]:
+def make_report(run: RunFolder) -> dict[str, Any]:
     """Put the run's saved values together as a report, write it, and return its content (see ``coala.report``)."""
     recipe = recipe_of(run.settings, run.path / "run.json")
     train, held_out = load_features(run.path / "features/train"), load_features(run.path / "features/eval")
@@ -167,7 +167,7 @@ ROLES = {
 }
 
 
-def _layer_choice(run: Run) -> dict[str, Any]:
+def _layer_choice(run: RunFolder) -> dict[str, Any]:
     """How the layer was chosen; of a run of before that kept its table alone, that."""
     path = run.path / "layer.json"
     found = load_json(path) if path.exists() else {}
@@ -178,7 +178,7 @@ def _layer_choice(run: Run) -> dict[str, Any]:
 
 def _judge_name(text: str, judgements: Sequence[Judgement]) -> tuple[str, str]:
     """The judge's name and what its file says about it; the file may be gone by now, and then its verdicts tell."""
-    from coala.align.judges import judge_name
+    from coala.alignment.judges import judge_name
 
     try:
         return judge_name(text)
@@ -265,6 +265,6 @@ def _gap(gap: float | None) -> str:
     return "none" if gap is None else f"{gap:.1e} of the objective"
 
 
-def _recorded(run: Run) -> list[str]:
+def _recorded(run: RunFolder) -> list[str]:
     order = ("pairs", "layer", "features-train", "features-eval", "head", "replies-unguided", "replies-guided")
     return [stage for stage in order if (run.path / "stages" / f"{stage}.json").exists()]

@@ -6,7 +6,7 @@ Knows which setting decides which stage; nothing of what a stage does.
 from __future__ import annotations
 
 from coala.recipe import Recipe, recipe_of
-from coala.store import Run, differences, worded
+from coala.store import RunFolder, differences, worded
 
 # Each part of a run with the stages that record it and what they write, in the order of the stages.
 _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -24,7 +24,7 @@ _AFTER_FEATURES = ("head", "replies", "judge", "labeller")
 _AFTER_HEAD = ("replies", "judge", "labeller")
 
 
-def adopt(recipe: Recipe, run: Run) -> list[str]:
+def adopt(recipe: Recipe, run: RunFolder) -> list[str]:
     """Begin ``run`` with ``recipe``, go on with it, or undo what other settings undo; what was undone, in lines.
 
     Settings of the head undo the head and all after it, those of guidance and evaluation the replies and judgements or
@@ -67,7 +67,7 @@ def adopt(recipe: Recipe, run: Run) -> list[str]:
     return [*worded(differing), told]
 
 
-def check_changes(recipe: Recipe, run: Run) -> None:
+def check_changes(recipe: Recipe, run: RunFolder) -> None:
     """Raise what :func:`adopt` would raise; changes nothing."""
     recorded = run.path / "run.json"
     if not recorded.exists():

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coala.align.changes import check_changes
-from coala.align.judges import check_judge
+from coala.alignment.changes import check_changes
+from coala.alignment.judges import check_judge
 from coala.recipe import Recipe
-from coala.store import Run
+from coala.store import RunFolder
 from coala.values import CoalaError
 
 
-def check_settings(recipe: Recipe, run: Run, cache: Path | None = None, *, restart: bool = False) -> None:
+def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *, restart: bool = False) -> None:
     """Raise :class:`~coala.values.CoalaError` for what ``coala align`` would find out only in the middle.
 
     A folder that is no run or may not be written, settings that a run cannot go on with (``restart``: it is not to), a
@@ -26,7 +26,7 @@ def check_settings(recipe: Recipe, run: Run, cache: Path | None = None, *, resta
         run.require_free()
     else:
         check_changes(recipe, run)
-    for folder in (run, *([] if cache is None else [Run(cache)])):
+    for folder in (run, *([] if cache is None else [RunFolder(cache)])):
         with folder.held():
             pass
     for name in ("judge", "labeller"):
@@ -38,7 +38,7 @@ def check_settings(recipe: Recipe, run: Run, cache: Path | None = None, *, resta
 
 def check_model(recipe: Recipe) -> None:
     """The same of what is read of the model, and of guidance; no weights are needed."""
-    from coala.align.stages import guidance_of
+    from coala.alignment.stages import guidance_of
     from coala.backbone import outline
     from coala.backbone.load import check_asked
     from coala.permission import permitted

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coala.align.results import load_run
-from coala.align.stages import prompt_id
+from coala.alignment.results import load_parts
+from coala.alignment.stages import prompt_id
 from coala.data import read_pairs
 from coala.evaluation.rows import Row, read_rows, shown
 from coala.recipe import recipe_of
-from coala.store import Run, StoreError, claim, digest, file_digest, load_generations, save_generations
+from coala.store import RunFolder, StoreError, claim, digest, file_digest, load_generations, save_generations
 from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, user
 
 FOLDER = "replies"
@@ -113,7 +113,7 @@ def read_reference(path: Path | str, asked: Sequence[PromptRow]) -> list[Generat
 
 
 def answer(
-    run: Run, asked: Sequence[PromptRow], manner: ReplySettings, *, on_reply: OnReply | None = None
+    run: RunFolder, asked: Sequence[PromptRow], manner: ReplySettings, *, on_reply: OnReply | None = None
 ) -> list[Generation]:
     """The run's reply to each prompt, in their order; those that are kept are not made again.
 
@@ -140,7 +140,7 @@ def answer(
         if [reply.prompt_id for reply in kept] != [one.id for one in asked[: len(kept)]]:
             raise StoreError(f"{path}: holds replies to other prompts. Delete it, and run again.")
         if len(kept) < len(asked):
-            backbone, fitted, rule = load_run(run.path)
+            backbone, fitted, rule = load_parts(run.path)
             rule = rule.at(temperature)
             options: dict[str, Any] = {"max_new_tokens": length, "temperature": temperature, "seed": manner.seed}
             while len(kept) < len(asked):
@@ -155,7 +155,11 @@ def answer(
 
 
 def converse(
-    run: Run, questions: Sequence[tuple[str, Sequence[str]]], manner: ReplySettings, *, on_reply: OnReply | None = None
+    run: RunFolder,
+    questions: Sequence[tuple[str, Sequence[str]]],
+    manner: ReplySettings,
+    *,
+    on_reply: OnReply | None = None,
 ) -> list[tuple[str, ...]]:
     """The run's replies to the turns of each question (id, turns), each given with all that was said before it."""
     said: list[tuple[Turn, ...]] = [() for _ in questions]

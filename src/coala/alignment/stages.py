@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.align.context import StageContext, loading
+from coala.alignment.context import StageContext, loading
 from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import HeadSettings, Recipe
 from coala.store import (
@@ -190,7 +190,7 @@ def _features(context: StageContext) -> None:
 
 def _layer(context: StageContext) -> int:
     """The layer asked for, or the one that a sample of the training pairs speaks for."""
-    from coala.align.layer_choice import SHARE, choose_layer
+    from coala.alignment.layer_choice import SHARE, choose_layer
     from coala.features import survey
 
     model = context.recipe.model
@@ -354,7 +354,7 @@ def _written(
 
 
 def _judgements(context: StageContext) -> None:
-    from coala.align.judges import judge_stamp, open_judge
+    from coala.alignment.judges import judge_stamp, open_judge
     from coala.evaluation import judge_many
 
     settings = context.recipe.evaluation

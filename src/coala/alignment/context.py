@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from coala.costs import Stopwatch, peak_memory
 from coala.recipe import Recipe
-from coala.store import Run
+from coala.store import RunFolder
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class StageContext:
     """A recipe on its way through a run folder; the backbone is loaded when first needed and kept."""
 
     recipe: Recipe
-    run: Run
+    run: RunFolder
     show: OnProgress = silent
     note: OnNote = quiet
     cache: Path | None = None
