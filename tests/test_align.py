@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from coala.alignment import align_recipe, load_parts, make_report, processes, summary_rows
-from coala.alignment.stages import prompt_id
 from coala.data import DataError
 from coala.decoding import generate
 from coala.evaluation import accuracy_of_margins
@@ -33,7 +32,7 @@ from coala.store import (
     load_pairs,
     save_head,
 )
-from coala.values import CoalaError, Estimate, user
+from coala.values import CoalaError, Estimate, prompt_id, user
 
 from .menagerie import tiny_backbone
 from .waiting import PATIENCE, wait_for
@@ -756,7 +755,7 @@ def test_a_head_judges_the_replies_of_another_run(
     rate = content["win_rates"][0]["estimate"]
     # What the head says of the texts as a reward model says it; decoding saw their tokens, which may be others.
     backbone, head, _ = load_parts(finished.path)
-    prompts = {prompt_id(pair): pair.prompt for pair in load_pairs(copied.path / "pairs-eval.jsonl")}
+    prompts = {prompt_id(pair.prompt): pair.prompt for pair in load_pairs(copied.path / "pairs-eval.jsonl")}
     guided, unguided = (load_generations(copied.path / f"generations-{how}.jsonl") for how in ("guided", "unguided"))
     asked = [prompts[reply.prompt_id] for reply in guided]
     ours, theirs = (

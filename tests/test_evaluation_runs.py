@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from coala.alignment.answers import PromptRow, ReplySettings, answer, converse, read_prompts, read_reference
-from coala.alignment.stages import prompt_id
 from coala.cli.evaluate import app
 from coala.cli.evaluation_record import run_of
 from coala.cli.survey import app as survey_app
@@ -31,7 +30,7 @@ from coala.evaluation.length_control import length_controlled
 from coala.report import Evaluation, Figure, Sample, add_evaluation, conclusions, write_report
 from coala.report.evaluations import saved_evaluations
 from coala.store import RunFolder, StoreError, file_digest, load_generations, load_head, save_generations, save_pairs
-from coala.values import CoalaError, Estimate, Pair, Turn, user
+from coala.values import CoalaError, Estimate, Pair, Turn, prompt_id, user
 
 from .evaluation_helpers import called, reply, small_run, write_lines
 from .judge_server import JudgeServer, say, user_text
@@ -101,7 +100,7 @@ def kept(run: Path) -> list[dict[str, Any]]:
 def test_prompts_are_read_in_every_form(tmp_path: Path) -> None:
     pairs = [Pair(user(f"p{i % 2}"), "good", "bad", str(i)) for i in range(4)]
     save_pairs(tmp_path / "pairs.jsonl", pairs)
-    assert [one.id for one in read_prompts(tmp_path / "pairs.jsonl")] == [prompt_id(pair) for pair in pairs[:2]]
+    assert [one.id for one in read_prompts(tmp_path / "pairs.jsonl")] == [prompt_id(pair.prompt) for pair in pairs[:2]]
     forms: dict[str, list[dict[str, Any]]] = {
         "alpaca": [{"instruction": "a", "dataset": "d"}, {"instruction": "b"}, {"instruction": "a"}],
         "own": [{"prompt_id": "1", "prompt": "a", "category": "d"}, {"prompt": "b"}, {"prompt": "a"}],
@@ -635,7 +634,9 @@ def test_judging_in_a_run_needs_no_word_of_it(run: Path, server: JudgeServer) ->
     save_pairs(run / "pairs-eval.jsonl", pairs)
     (run / "stages").mkdir()
     for method, text in (("guided", "better"), ("unguided", "x")):
-        save_generations(run / f"generations-{method}.jsonl", [reply(prompt_id(pair), text, method) for pair in pairs])
+        save_generations(
+            run / f"generations-{method}.jsonl", [reply(prompt_id(pair.prompt), text, method) for pair in pairs]
+        )
     files = [run / f"generations-{method}.jsonl" for method in ("guided", "unguided")]
     result, _, _ = called(app, "judge", *files, "--judge", "rule:longer")
     (record,) = kept(run)

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from coala.alignment.stages import prompt_id
 from coala.cli.evaluate import app
 from coala.evaluation import win_rate
 from coala.store import load_judgements, save_generations, save_pairs
-from coala.values import CoalaError, Generation, Pair, user
+from coala.values import CoalaError, Generation, Pair, prompt_id, user
 from tests.conftest import REPOSITORY
 from tests.evaluation_helpers import called, write_lines
 from tests.judge_server import JudgeServer, say, user_text
@@ -52,7 +51,8 @@ def folder(tmp_path: Path) -> Path:
     save_pairs(tmp_path / "pairs-eval.jsonl", pairs)
     for method, word in (("guided", "GOOD"), ("unguided", "poor")):
         replies = [
-            Generation(prompt_id(pair), f"{word} {i}", method, 2, 0, math.nan, 0.0) for i, pair in enumerate(pairs)
+            Generation(prompt_id(pair.prompt), f"{word} {i}", method, 2, 0, math.nan, 0.0)
+            for i, pair in enumerate(pairs)
         ]
         save_generations(tmp_path / f"generations-{method}.jsonl", replies)
     return tmp_path
@@ -186,7 +186,7 @@ def test_a_local_model_judges_by_its_next_token(folder: Path) -> None:
                 logits = model(torch.tensor([list(row.tokens)])).logits[0].double().log_softmax(-1)
             values.append(sum(float(logits[at - 1, row.tokens[at]]) for at in range(row.start, len(row.tokens))))
         found.append(1 / (1 + math.exp(values[1] - values[0])))
-    mine = [row.preference for row in rows if row.prompt_id == prompt_id(Pair(user("question 1"), "", "", ""))]
+    mine = [row.preference for row in rows if row.prompt_id == prompt_id(user("question 1"))]
     assert mine == pytest.approx(found, abs=NETWORK)
     assert abs(mine[0] - 0.5) > 1e-3
     # A question that does not fit into the context is a failure; half of it would have been judged otherwise.

@@ -428,14 +428,13 @@ def test_command_builds_from_files_of_several_methods(tmp_path: Path) -> None:
 
 
 def test_command_reads_prompts_of_a_runs_pairs(tmp_path: Path) -> None:
-    from coala.alignment.stages import prompt_id
     from coala.store import save_pairs
-    from coala.values import Pair, user
+    from coala.values import Pair, prompt_id, user
 
     pairs = [Pair(user(f"prompt {i}"), "a", "b", str(i)) for i in range(4)]
     save_pairs(tmp_path / "pairs-eval.jsonl", pairs)
     for method in ("guided", "unguided"):
-        replies = [reply(prompt_id(pair), f"{method} {i}") for i, pair in enumerate(pairs)]
+        replies = [reply(prompt_id(pair.prompt), f"{method} {i}") for i, pair in enumerate(pairs)]
         save_generations(tmp_path / f"generations-{method}.jsonl", replies)
     files = [tmp_path / f"generations-{method}.jsonl" for method in ("guided", "unguided")]
     run("build", *files, "--prompts", tmp_path / "pairs-eval.jsonl", "--out", tmp_path / "s", "--per-category", 0)

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from coala.alignment.stages import prompt_id
 from coala.cli.evaluate import app
 from coala.evaluation.order_effects import place_alone, place_alone_once, remarks_on
 from coala.store import save_generations, save_pairs
-from coala.values import Estimate, Generation, Judgement, Pair, user
+from coala.values import Estimate, Generation, Judgement, Pair, prompt_id, user
 from tests.evaluation_helpers import called, write_lines
 from tests.judge_server import JudgeServer, Reply, fail, say
 
@@ -40,7 +39,9 @@ def folder(tmp_path: Path) -> Path:
     pairs = [Pair(user(f"question {i}"), "a", "b", str(i)) for i in range(4)]
     save_pairs(tmp_path / "pairs-eval.jsonl", pairs)
     for method in ("guided", "unguided"):
-        replies = [Generation(prompt_id(pair), f"{method} {pair.group}", method, 2, 0, math.nan, 0.0) for pair in pairs]
+        replies = [
+            Generation(prompt_id(pair.prompt), f"{method} {pair.group}", method, 2, 0, math.nan, 0.0) for pair in pairs
+        ]
         save_generations(tmp_path / f"generations-{method}.jsonl", replies)
     write_lines(tmp_path / "q.jsonl", [{"question_id": i, "turns": ["one?", "two?"]} for i in range(2)])
     rows = [{"question_id": i, "model_id": "x", "choices": [{"turns": ["a", "b"]}]} for i in range(2)]

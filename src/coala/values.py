@@ -6,6 +6,7 @@ models or solvers.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -403,6 +404,11 @@ def prompts_of(prompts: Sequence[Prompt]) -> list[tuple[Turn, ...]]:
 
 def _kind(value: object) -> str:
     return type(value).__name__
+
+
+def prompt_id(prompt: Sequence[Turn]) -> str:
+    """A short stable name of a prompt: 12 hex digits of what its conversation says."""
+    return hashlib.sha256(conversation_text(prompt).encode()).hexdigest()[:12]
 
 
 def conversation_text(turns: Sequence[Turn]) -> str:

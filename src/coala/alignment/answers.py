@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from coala.alignment.results import load_parts
-from coala.alignment.stages import prompt_id
 from coala.data import read_pairs
 from coala.evaluation.rows import Row, read_rows, shown
 from coala.recipe import recipe_of
 from coala.store import RunFolder, StoreError, claim, digest, file_digest, load_generations, save_generations
-from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, user
+from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id, user
 
 FOLDER = "replies"
 UNGUIDED = "unguided"
@@ -66,14 +65,14 @@ def read_prompts(path: Path | str) -> list[PromptRow]:
     if not rows:
         raise CoalaError(f"{path}: found no prompt; expected one at least. Is this the file that was meant?")
     if all(row.get("chosen") is not None and row.get("prompt_id") is None for row in rows):
-        found = {prompt_id(pair): pair.prompt for pair in read_pairs(path)}
+        found = {prompt_id(pair.prompt): pair.prompt for pair in read_pairs(path)}
         return [PromptRow(name, name, prompt) for name, prompt in found.items()]
     asked = []
     seen: Counter[str] = Counter()
     for row in rows:
         prompt = _prompt(row)
         own = row.name_of("prompt_id", "uid", "question_id")
-        name = row.label(own) if own else prompt_id(Pair(prompt, "", "", ""))
+        name = row.label(own) if own else prompt_id(prompt)
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}-{seen[name]}"
         kind = row.name_of("category", "dataset")
@@ -248,7 +247,7 @@ def _reply(row: Row) -> tuple[str, str, str]:
 
 def _key(row: Row) -> str:
     own = row.name_of("prompt_id", "uid", "question_id")
-    return row.label(own) if own else prompt_id(Pair(_prompt(row), "", "", ""))
+    return row.label(own) if own else prompt_id(_prompt(row))
 
 
 def _last(row: Row, *fields: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from coala import evaluation
 from coala.alignment.context import open_backbone
-from coala.alignment.stages import guidance_of, prompt_id
+from coala.alignment.stages import guidance_of
 from coala.permission import permitted
 from coala.recipe import recipe_of, refuse_asked_code
 from coala.report import write_report
@@ -29,7 +29,7 @@ from coala.store import (
     load_pairs,
     read_as,
 )
-from coala.values import CoalaError, conversation_text
+from coala.values import CoalaError, conversation_text, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -139,7 +139,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
             raise StoreError(
                 f"{run.path}: its files of generations answer different prompts. Delete them, align again."
             )
-        prompts = {prompt_id(pair): conversation_text(pair.prompt) for pair in pairs}
+        prompts = {prompt_id(pair.prompt): conversation_text(pair.prompt) for pair in pairs}
         content["samples"] = [
             {
                 "prompt": prompts[plain.prompt_id],

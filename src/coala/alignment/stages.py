@@ -8,7 +8,6 @@ owns it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -38,7 +37,7 @@ from coala.store import (
     save_pairs,
     scratch,
 )
-from coala.values import Pair, conversation_text
+from coala.values import Pair, conversation_text, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -292,7 +291,7 @@ def _replies(context: StageContext) -> None:
             guidance = guidance.at(settings.temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
             replies = _written(context, stage, chosen, backbone, head, rule, digest(inputs))
-            prompts = {prompt_id(pair): pair.prompt for pair in chosen}
+            prompts = {prompt_id(pair.prompt): pair.prompt for pair in chosen}
             save_generations(context.path(f"generations-{method}.jsonl"), replies, prompts)
             flops: int = sum(
                 decoding_flops(
@@ -330,7 +329,7 @@ def _written(
     at_once = max(1, rows_at_once(backbone) // rule.rows)
     path = context.path(f"{PORTIONS}/{stage}-{about[:12]}.jsonl")
     replies = load_generations(path) if path.exists() else []
-    ids = [prompt_id(pair) for pair in chosen]
+    ids = [prompt_id(pair.prompt) for pair in chosen]
     if [reply.prompt_id for reply in replies] != ids[: len(replies)] or len(replies) % at_once:
         replies = []
     context.show(stage, len(replies), len(chosen))
@@ -371,7 +370,7 @@ def _judgements(context: StageContext) -> None:
         def work(name: str = name, text: str = text, stage: str = stage) -> None:
             guided = load_generations(context.path("generations-guided.jsonl"))
             unguided = load_generations(context.path("generations-unguided.jsonl"))
-            prompts = {prompt_id(pair): pair.prompt for pair in load_pairs(context.path("pairs-eval.jsonl"))}
+            prompts = {prompt_id(pair.prompt): pair.prompt for pair in load_pairs(context.path("pairs-eval.jsonl"))}
             context.show(stage, 0, 2 * len(guided))
             found = judge_many(
                 guided,
@@ -408,11 +407,6 @@ def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
             f"{recipe.evaluation.prompts} prompts are to be answered; {prompts} are held out: all are answered"
         )
     return lines
-
-
-def prompt_id(pair: Pair) -> str:
-    """A short stable name for a prompt."""
-    return hashlib.sha256(conversation_text(pair.prompt).encode()).hexdigest()[:12]
 
 
 def guidance_of(recipe: Recipe) -> Guidance:

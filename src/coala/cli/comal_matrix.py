@@ -67,13 +67,14 @@ def matrix(
 
     from coala.cli.judging import opened
     from coala.cli.output import emit, progress, say, table
-    from coala.comal.entrants import entrants_of, prompt_id, texts_of
+    from coala.comal.entrants import entrants_of, texts_of
     from coala.comal.inputs import examples_of
     from coala.comal.matrix import win_rate_matrix
     from coala.comal.named_oracles import check_oracle, oracle_of
+    from coala.comal.oracles import prompt_of
     from coala.comal.report import matrix_page, matrix_rows, nash_rows
     from coala.store import RunFolder, digest, load_generations, save_generations, save_json, write_atomic
-    from coala.values import CoalaError
+    from coala.values import CoalaError, prompt_id
 
     check_oracle(oracle)
     found = [entrant for text in entrants for entrant in entrants_of(text, template, device)]
@@ -87,7 +88,7 @@ def matrix(
     if restart:
         run.restart()
     sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    rules = {"prompts": digest([prompt_id(example) for example in examples]), **sampling, "seed": seed}
+    rules = {"prompts": digest([prompt_id(prompt_of(example)) for example in examples]), **sampling, "seed": seed}
     answers: dict[str, list[str]] = {}
     with run.held(), progress() as show:
         run.start({"command": "comal matrix", **rules})

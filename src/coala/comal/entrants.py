@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coala.comal.oracles import Example, prompt_of
+from coala.values import CoalaError, prompt_id
+
 if TYPE_CHECKING:
-    from coala.comal.oracles import Example
     from coala.decoding.guidance import Guidance
     from coala.values import Generation
 
@@ -27,14 +28,6 @@ class Entrant:
     identity: Mapping[str, Any]
     how: str
     answer: Answer
-
-
-def prompt_id(example: Example) -> str:
-    """A short stable name of a prompt, the one the runs of `coala align` use."""
-    from coala.comal.oracles import prompt_of
-    from coala.values import conversation_text
-
-    return hashlib.sha256(conversation_text(prompt_of(example)).encode()).hexdigest()[:12]
 
 
 def entrants_of(text: str, template: str, device: str) -> Iterator[Entrant]:
@@ -75,10 +68,9 @@ def _generate(
     backbone: Any, examples: Sequence[Example], samples: int, tokens: int, temperature: float, seed: int, **how: Any
 ) -> list[Generation]:
     """Answers of ``backbone``, sample by sample; a prompt's noise depends on the seed and the prompt alone."""
-    from coala.comal.oracles import prompt_of
     from coala.decoding import generate
 
-    prompts, ids = [prompt_of(example) for example in examples], [prompt_id(example) for example in examples]
+    prompts, ids = [prompt_of(example) for example in examples], [prompt_id(prompt_of(example)) for example in examples]
     found = []
     for sample in range(samples):
         found += generate(
@@ -114,7 +106,6 @@ def _model(model: str, name: str, template: str, device: str) -> Entrant:
 def _checkpoints(run: Path, part: str, name: str, device: str) -> Iterator[Entrant]:
     """The policies of a COMAL run: its start, its references, the last one."""
     from coala.store import RunFolder, load_json
-    from coala.values import CoalaError
 
     settings = RunFolder.open(run).settings
     outer, inner = settings["settings"]["outer_steps"], settings["settings"]["inner_steps"]
@@ -181,7 +172,6 @@ def _guided(run: Path, part: str, name: str) -> Entrant:
     from coala.alignment.stages import guidance_of
     from coala.recipe import recipe_of
     from coala.store import RunFolder, file_digest, load_head
-    from coala.values import CoalaError
 
     if part not in ("", "unguided"):
         raise CoalaError(f"{run}@{part}: expected {run} (guided) or {run}@unguided.")
@@ -224,7 +214,6 @@ def _baseline(run: Path, name: str, device: str) -> Entrant:
 
 def _answered(file: Path, name: str) -> Entrant:
     from coala.store import file_digest, load_generations
-    from coala.values import CoalaError
 
     if not file.is_file():
         raise CoalaError(f"{file}: there is no such file. Check the path.")
@@ -232,7 +221,7 @@ def _answered(file: Path, name: str) -> Entrant:
     def answer(
         examples: Sequence[Example], samples: int, _tokens: int, _temperature: float, _top_p: float, _seed: int
     ) -> list[Generation]:
-        wanted = {prompt_id(example) for example in examples}
+        wanted = {prompt_id(prompt_of(example)) for example in examples}
         return [reply for reply in load_generations(file) if reply.prompt_id in wanted]
 
     return Entrant(name, {"file": file_digest(file)}, f"answers of {file}", answer)
@@ -240,15 +229,13 @@ def _answered(file: Path, name: str) -> Entrant:
 
 def texts_of(replies: Sequence[Generation], examples: Sequence[Example], samples: int, name: str) -> list[str]:
     """``samples`` answers to each prompt in order; CoalaError where some are missing."""
-    from coala.values import CoalaError
-
     by_prompt: dict[str, list[str]] = {}
     for reply in replies:
         by_prompt.setdefault(reply.prompt_id, []).append(reply.text)
-    short = [example for example in examples if len(by_prompt.get(prompt_id(example), ())) < samples]
+    short = [example for example in examples if len(by_prompt.get(prompt_id(prompt_of(example)), ())) < samples]
     if short:
         raise CoalaError(
             f"{name}: {len(short)} of {len(examples)} prompts have fewer than {samples} answer(s). Give the prompts "
             "that the answers were made for, or fewer --samples."
         )
-    return [text for example in examples for text in by_prompt[prompt_id(example)][:samples]]
+    return [text for example in examples for text in by_prompt[prompt_id(prompt_of(example))][:samples]]

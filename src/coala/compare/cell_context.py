@@ -24,7 +24,7 @@ from coala.compare.progress import Teller
 from coala.compare.study import Method, Model, Study
 from coala.costs import Meter, peak_memory
 from coala.store import load_generations, load_json, save_generations
-from coala.values import CoalaError, Generation, Pair, conversation_text
+from coala.values import CoalaError, Generation, Pair, conversation_text, prompt_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -185,7 +185,6 @@ def replies_of(
 
     ``perplexity`` is that of the replies under ``base``, the model every method of this place starts from.
     """
-    from coala.alignment.stages import prompt_id
     from coala.baselines import TrainSettings, log_likelihoods
     from coala.decoding import Guidance, generate
     from coala.evaluation import perplexity
@@ -206,7 +205,7 @@ def replies_of(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=seed,
-            prompt_ids=[prompt_id(pair) for pair in pairs],
+            prompt_ids=[prompt_id(pair.prompt) for pair in pairs],
             batch_size=16,
             on_token=lambda index, piece: context.show("replies", next(n_pieces), most, "tokens at most"),
         )
