@@ -19,7 +19,6 @@ import pytest
 
 from coala.alignment.answers import PromptRow, ReplySettings, answer, converse, read_prompts, read_reference
 from coala.cli.evaluate import app
-from coala.cli.evaluation_record import run_of
 from coala.cli.survey import app as survey_app
 from coala.decoding import generate
 from coala.evaluation import RuleJudge, judge_many, win_rate
@@ -27,6 +26,7 @@ from coala.evaluation.alpaca import read_annotations
 from coala.evaluation.alpaca import win_rate as alpaca_win_rate
 from coala.evaluation.alpaca_judging import annotation_rows
 from coala.evaluation.length_control import length_controlled
+from coala.leaderboards.record import run_of
 from coala.report import Evaluation, Figure, Sample, add_evaluation, conclusions, write_report
 from coala.report.evaluations import saved_evaluations
 from coala.store import RunFolder, StoreError, file_digest, load_generations, load_head, save_generations, save_pairs

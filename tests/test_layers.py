@@ -83,8 +83,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         {"pydantic", "yaml"},
     ),
+    "leaderboards": (
+        {
+            *("store", "recipe", "data", "backbone", "features", "decoding", "evaluation", "report", "alignment"),
+            "export",
+        },
+        set(),
+    ),
     "cli": (
         {
+            "leaderboards",
             *("store", "costs", "recipe", "data", "backbone", "convex", "features"),
             "decoding",
             *(

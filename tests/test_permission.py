@@ -77,11 +77,11 @@ def test_a_run_cannot_have_its_code_run(strange: tuple[Path, Path], tmp_path: Pa
 
 
 def test_nor_can_it_as_a_judge_or_a_reward(strange: tuple[Path, Path]) -> None:
-    from coala.cli.judging import Service, choose
     from coala.export import as_reward_func
+    from coala.leaderboards.judges import Service, choose
 
     run, marker = strange
-    service = Service(None, None, "KEY", None, None, 1, 1.0, False, ())
+    service = Service(None, None, "KEY", "", None, None, 1, 1.0, False, ())
     for load in (lambda: choose(f"head:{run}", None, service, run / "x.sqlite"), lambda: as_reward_func(run)):
         with pytest.raises(CoalaError, match=r"run.json: sets model.trust_remote_code"):
             load()

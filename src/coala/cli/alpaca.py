@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from coala.cli.evaluation_record import RunOption, command_line, comparisons, figure, keep, run_of, spread
-from coala.cli.judging import (
+from coala.cli.options import (
     NOT_ALL,
     AskAgain,
     Attempts,
@@ -20,36 +19,38 @@ from coala.cli.judging import (
     By,
     Cache,
     Concurrency,
+    Download,
     KeyEnv,
+    Limit,
     Local,
     MaxCalls,
+    MaxNewTokens,
     MaxTokens,
     Model,
     OneOrder,
-    Sampling,
-    Service,
-    Timeout,
-    about,
-    judged_rows,
-    order_figures,
-    spending,
-    stem,
-    told_interval,
-)
-from coala.cli.options import Download, TrustCode
-from coala.cli.run_vs_reference import (
-    Contest,
-    Limit,
-    MaxNewTokens,
     Prompts,
     Reference,
+    RunOption,
+    Sampling,
     Temperature,
+    Timeout,
+    TrustCode,
     Unguided,
-    described,
-    hold,
-    manner_of,
-    needed,
-    own_name,
+    service_of,
+)
+from coala.cli.output import command_line, tell_failures, told_interval
+from coala.leaderboards.contest import Contest, described, hold, manner_of, needed, own_name
+from coala.leaderboards.judges import stem
+from coala.leaderboards.record import (
+    about,
+    comparisons,
+    figure,
+    judged_rows,
+    keep,
+    order_figures,
+    run_of,
+    spending,
+    spread,
 )
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def alpaca(
 
     `coala eval alpaca --run RUN --prompts alpaca_eval.json --model gpt-4-1106-preview`
     """
-    from coala.cli.output import finish, say, table
+    from coala.cli.output import finish, progress, say, table
     from coala.evaluation.alpaca import read_annotations, read_output_lengths
     from coala.evaluation.order_effects import remarks_on
     from coala.report import Evaluation
@@ -163,27 +164,31 @@ def alpaca(
             samples=_samples(annotations),
             remarks=found.remarks,
         )
-        finish(found.result | keep(run, evaluation), found.remarks)
+        finish(found.result | keep(run, evaluation, say), found.remarks)
         return
     assert prompts is not None
     assert run is not None
     named = by or "weighted"
-    service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
+    service = service_of(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
     manner = manner_of(unguided, max_new_tokens, temperature, seed)
-    held = hold(
-        run,
-        prompts,
-        reference,
-        name=name or own_name(run, manner),
-        manner=manner,
-        limit=limit,
-        by=named,
-        local=local,
-        service=service,
-        cache=cache,
-        concurrency=concurrency,
-        orders="drawn" if one_order else "both",
-    )
+    with progress() as show:
+        held = hold(
+            run,
+            prompts,
+            reference,
+            name=name or own_name(run, manner),
+            manner=manner,
+            limit=limit,
+            by=named,
+            local=local,
+            service=service,
+            cache=cache,
+            concurrency=concurrency,
+            orders="drawn" if one_order else "both",
+            on_progress=show,
+            on_failure=tell_failures(),
+            note=say,
+        )
     sides = held.ours[0].method, held.reference[0].method
     parts = [*sides, named, *(() if (model or local) is None else (model or local,)), *(("one-order",) * one_order)]
     folder = run.path / "alpaca" / "-".join(stem(str(part)) for part in parts)
@@ -217,7 +222,7 @@ def alpaca(
     )
     paths = {role: str(path) for role, path in saved.items()}
     result = {**found.result, "judge": held.chosen.judge.name, **about(held.found), **paths}
-    finish(result | keep(run, evaluation), remarks)
+    finish(result | keep(run, evaluation, say), remarks)
     if held.found.stopped:
         raise typer.Exit(NOT_ALL)
 

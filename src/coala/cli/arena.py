@@ -10,41 +10,33 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from coala.cli.evaluation_record import RunOption, command_line, comparisons, figure, keep, run_of
-from coala.cli.judging import (
+from coala.cli.options import (
     NOT_ALL,
     AskAgain,
     Attempts,
     BaseUrl,
     Cache,
     Concurrency,
+    Download,
     KeyEnv,
+    Limit,
     Local,
     MaxCalls,
-    MaxTokens,
-    Sampling,
-    Service,
-    Timeout,
-    about,
-    judged_rows,
-    order_figures,
-    spending,
-    told_interval,
-)
-from coala.cli.options import Download, TrustCode
-from coala.cli.run_vs_reference import (
-    Limit,
     MaxNewTokens,
+    MaxTokens,
     Prompts,
     Reference,
+    RunOption,
+    Sampling,
     Temperature,
+    Timeout,
+    TrustCode,
     Unguided,
-    described,
-    hold,
-    manner_of,
-    needed,
-    own_name,
+    service_of,
 )
+from coala.cli.output import command_line, tell_failures, told_interval
+from coala.leaderboards.contest import described, hold, manner_of, needed, own_name
+from coala.leaderboards.record import about, comparisons, figure, judged_rows, keep, order_figures, run_of, spending
 
 if TYPE_CHECKING:
     from coala.evaluation.arena import Battles
@@ -119,7 +111,7 @@ def arena(
 
     `coala eval arena --run RUN --prompts question.jsonl --reference gpt-4-0314.jsonl --model gpt-4`
     """
-    from coala.cli.output import finish, say, table
+    from coala.cli.output import finish, progress, say, table
     from coala.evaluation.arena import read_battles, score
     from coala.evaluation.judges import read_instructions
     from coala.evaluation.order_effects import remarks_on
@@ -134,22 +126,28 @@ def arena(
             raise CoalaError(
                 f"--judge {by} does not use mode arena, so its verdicts carry no strength. Use --judge arena."
             )
-        service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
-        manner = manner_of(unguided, max_new_tokens, temperature, seed)
-        held = hold(
-            run,
-            prompts,
-            reference,
-            name=name or own_name(run, manner),
-            manner=manner,
-            limit=limit,
-            by=by,
-            local=local,
-            service=service,
-            cache=cache,
-            concurrency=concurrency,
-            orders="both",
+        service = service_of(
+            model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ()
         )
+        manner = manner_of(unguided, max_new_tokens, temperature, seed)
+        with progress() as show:
+            held = hold(
+                run,
+                prompts,
+                reference,
+                name=name or own_name(run, manner),
+                manner=manner,
+                limit=limit,
+                by=by,
+                local=local,
+                service=service,
+                cache=cache,
+                concurrency=concurrency,
+                orders="both",
+                on_progress=show,
+                on_failure=tell_failures(),
+                note=say,
+            )
         assert held.battles is not None
         if not len(held.battles):
             words = "; ".join(f"{kind}: {text}" for kind, text in held.found.words.items())
@@ -218,7 +216,7 @@ def arena(
         samples=[] if held is None else comparisons(held.ours, held.reference, held.found.judgements, held.prompts),
         remarks=remarks,
     )
-    finish(result | keep(run, evaluation), remarks)
+    finish(result | keep(run, evaluation, say), remarks)
     if held is not None and held.found.stopped:
         raise typer.Exit(NOT_ALL)
 

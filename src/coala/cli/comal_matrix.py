@@ -65,7 +65,6 @@ def matrix(
     """
     from contextlib import nullcontext
 
-    from coala.cli.judging import opened
     from coala.cli.output import emit, progress, say, table
     from coala.comal.entrants import entrants_of, texts_of
     from coala.comal.inputs import examples_of
@@ -73,6 +72,7 @@ def matrix(
     from coala.comal.named_oracles import check_oracle, oracle_of
     from coala.comal.oracles import prompt_of
     from coala.comal.report import matrix_page, matrix_rows, nash_rows
+    from coala.leaderboards.judges import opened
     from coala.store import RunFolder, digest, load_generations, save_generations, save_json, write_atomic
     from coala.values import CoalaError, prompt_id
 
@@ -108,7 +108,7 @@ def matrix(
         rows = [example for example in examples for _ in range(samples)]
         group = [number for number in range(len(examples)) for _ in range(samples)]
         verdicts = cache or run.path.parent / "verdicts.sqlite"
-        with opened(verdicts) if named.kept else nullcontext() as keeper:
+        with opened(verdicts, say) if named.kept else nullcontext() as keeper:
             rates = win_rate_matrix(
                 answers,
                 rows,

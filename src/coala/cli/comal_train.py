@@ -125,7 +125,6 @@ def train(
     """
     from contextlib import nullcontext
 
-    from coala.cli.judging import opened
     from coala.cli.output import emit, progress, say, table
     from coala.comal.inputs import examples_of, start_of
     from coala.comal.llm import LowRank, load_policy, require_training
@@ -133,6 +132,7 @@ def train(
     from coala.comal.named_oracles import oracle_of
     from coala.comal.report import run_page, summarise, update_rows
     from coala.comal.settings import COMALSettings
+    from coala.leaderboards.judges import opened
     from coala.store import RunFolder, save_json, write_atomic
     from coala.values import CoalaError
 
@@ -193,7 +193,7 @@ def train(
     verdicts = cache or run.path.parent / "verdicts.sqlite"
     if named.kept:
         verdicts.parent.mkdir(parents=True, exist_ok=True)
-    with opened(verdicts) if named.kept else nullcontext() as keeper, progress() as show:
+    with opened(verdicts, say) if named.kept else nullcontext() as keeper, progress() as show:
         run_comal(
             policy,
             examples,

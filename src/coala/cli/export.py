@@ -58,9 +58,9 @@ def export(
 
     `coala export exported --verify`
     """
-    from coala.cli.evaluation_record import fitted
     from coala.cli.output import emit, table
     from coala.export import export_linear_head, export_reward_model, facts_of, verify_folder
+    from coala.leaderboards.record import fitted
     from coala.values import CoalaError
 
     if verify:
@@ -115,8 +115,8 @@ def lm_eval(
 
     Likelihoods are the base model's; where a task asks for them, guidance changes nothing.
     """
-    from coala.cli.evaluation_record import command_line, keep, require_head
-    from coala.cli.output import finish, interval, say, table
+    from coala.cli.output import command_line, finish, interval, say, table
+    from coala.leaderboards.record import keep, require_head
     from coala.report import Evaluation, Figure
     from coala.store import RunFolder, save_json
     from coala.values import CoalaError
@@ -173,7 +173,7 @@ def lm_eval(
         settings={**settings, "gen_kwargs": gen_kwargs, "chat": chat, "tasks": names},
         facts={f"version of {task}": version for task, version in (found.get("versions") or {}).items()},
     )
-    finish({"run": run, "results": found["results"]} | keep(RunFolder.open(run), evaluation), ())
+    finish({"run": run, "results": found["results"]} | keep(RunFolder.open(run), evaluation, say), ())
 
 
 def _estimate(value: float, name: str, values: Mapping[str, Any], found: Mapping[str, Any], task: str) -> Estimate:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coala.cli.evaluation_record import RunOption, command_line, comparisons, figure, keep, run_of, spread
-from coala.cli.judging import (
+from coala.cli.options import (
     NOT_ALL,
     AskAgain,
     Attempts,
@@ -18,33 +17,38 @@ from coala.cli.judging import (
     By,
     Cache,
     Concurrency,
+    Download,
     KeyEnv,
     Local,
     MaxCalls,
     MaxTokens,
     Model,
+    RunOption,
     Sampling,
-    Service,
     Timeout,
+    TrustCode,
+    service_of,
+)
+from coala.cli.output import command_line, say, tell_failures
+from coala.leaderboards.judges import asking, choose, kept_beside, load_replies, stem
+from coala.leaderboards.record import (
     about,
-    asking,
-    choose,
+    comparisons,
     cost_rows,
+    figure,
     judged_rows,
-    kept_beside,
-    load_replies,
+    keep,
     order_figures,
+    run_of,
     spending,
     spent,
-    stem,
-    tell_failures,
+    spread,
     told,
 )
-from coala.cli.options import Download, TrustCode
 
 if TYPE_CHECKING:
-    from coala.cli.judging import Chosen
     from coala.evaluation.grading import Answered
+    from coala.leaderboards.judges import Chosen
     from coala.store import RunFolder
     from coala.values import Generation, Turn
 
@@ -105,9 +109,9 @@ def judge(
     mine, theirs = (load_replies(path) for path in sides)
     target = out or sides[0].parent / f"judgements-{stem(named)}.jsonl"
     run = run_of(into, *sides)
-    service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
-    kept = cache or kept_beside(sides[0].parent, target.parent)
-    chosen = choose(named, local, service, kept)
+    service = service_of(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
+    kept = cache or kept_beside(sides[0].parent, target.parent, say)
+    chosen = choose(named, local, service, kept, say)
     with nullcontext() if chosen.kept is None else chosen.kept, progress() as show:
         prompts = _prompts(pairs, sides[0], mine, needed=chosen.sees_prompts)
         found = judge_many(
@@ -157,7 +161,7 @@ def judge(
             remarks=remarks,
             samples=comparisons(mine, theirs, found.judgements, prompts, names=(names[0], names[1])),
         )
-        result |= keep(run, evaluation)
+        result |= keep(run, evaluation, say)
     finish(result, remarks)
     if found.stopped:
         raise typer.Exit(NOT_ALL)
@@ -195,12 +199,18 @@ def grade(
     from coala.evaluation.judges import read_instructions
 
     answered = read_answered(questions, answers, references)
-    service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
+    service = service_of(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
     files = {"questions": questions, "answers": answers, **({} if references is None else {"references": references})}
     grade_all(
         answered,
         by,
-        asking(read_instructions(by, kind="single"), local, service, cache or kept_beside(answers.parent, out.parent)),
+        asking(
+            read_instructions(by, kind="single"),
+            local,
+            service,
+            cache or kept_beside(answers.parent, out.parent, say),
+            say,
+        ),
         out=out,
         concurrency=concurrency,
         run=run_of(into, answers, out),
@@ -289,7 +299,7 @@ def grade_all(
         ],
         remarks=remarks,
     )
-    finish(result | keep(run, evaluation), remarks)
+    finish(result | keep(run, evaluation, say), remarks)
     if found.stopped:
         raise typer.Exit(NOT_ALL)
 

@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coala.cli.evaluation_record import RunOption, command_line, figure, keep, run_of, spread
-from coala.cli.judging import (
+from coala.cli.options import (
     AskAgain,
     Attempts,
     BaseUrl,
     Cache,
     Concurrency,
+    Download,
     KeyEnv,
+    Limit,
     Local,
     MaxCalls,
+    MaxNewTokens,
     MaxTokens,
     Model,
+    RunOption,
     Sampling,
-    Service,
+    Temperature,
     Timeout,
-    told_interval,
+    TrustCode,
+    Unguided,
+    service_of,
 )
-from coala.cli.options import Download, TrustCode
-from coala.cli.run_vs_reference import Limit, MaxNewTokens, Temperature, Unguided, described, manner_of, own_name
+from coala.cli.output import command_line, say, told_interval
+from coala.leaderboards.contest import described, manner_of, own_name
+from coala.leaderboards.judges import Service
+from coala.leaderboards.record import figure, keep, run_of, spread
 
 if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings
@@ -85,7 +92,7 @@ def mtbench(
         raise CoalaError(
             "Give either a file of judgements, or --run RUN and --questions FILE: a run answers and a judge grades."
         )
-    service = Service(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
+    service = service_of(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
     manner = manner_of(unguided, max_new_tokens, temperature, seed)
     named = name or own_name(run, manner)
     _whole(run, questions, references, named, manner, limit, by, local, service, cache, concurrency)
@@ -107,15 +114,15 @@ def _whole(
     """Answers in the published form, then grades for them."""
     from coala.alignment.answers import converse
     from coala.cli.judge import grade_all
-    from coala.cli.judging import VERDICTS, asking, stem
     from coala.cli.output import progress
     from coala.evaluation.grading import read_answered, read_questions
     from coala.evaluation.judges import read_instructions
+    from coala.leaderboards.judges import VERDICTS, asking, stem
     from coala.store import write_atomic
 
     asked = read_questions(questions)[:limit]
     # What can be wrong with the judge is told before hours of answering.
-    judge = asking(read_instructions(by, kind="single"), local, service, cache or run.path / VERDICTS)
+    judge = asking(read_instructions(by, kind="single"), local, service, cache or run.path / VERDICTS, say)
     with progress() as show:
         turns = [(one.question, one.turns) for one in asked]
         replies = converse(run, turns, manner, on_reply=lambda done, total: show("replies", done, total))
@@ -225,7 +232,7 @@ def _keep(
         ],
         remarks=remarks,
     )
-    return keep(run, evaluation)
+    return keep(run, evaluation, say)
 
 
 def _said(parts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import sys
 import threading
@@ -209,3 +210,30 @@ def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
     for remark in remarks:
         say(f"note: {remark}")
     emit({**plain(result), "remarks": list(remarks)})
+
+
+def told_interval(found: Estimate) -> str:
+    """The same without its n, for tables that have it in a column."""
+    return interval(found) if found.n else "no verdicts"
+
+
+def tell_failures() -> Any:
+    """Says the first failures, and that there are more."""
+    n = 0
+
+    def tell(name: str, error: Exception) -> None:
+        nonlocal n
+        n += 1
+        if n <= 5:
+            say(f"failed: {name}: {error}")
+        elif n == 6:
+            say("failed: more; they are counted below")
+
+    return tell
+
+
+def command_line() -> str:
+    """The command as it was given; names and passwords in addresses are left out."""
+    from coala.leaderboards.judges import bare
+
+    return bare(shlex.join(["coala", *sys.argv[1:]]))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coala.cli.evaluation_record import RunOption
-from coala.cli.options import Download, TrustCode
+from coala.cli.options import Download, RunOption, TrustCode
+from coala.cli.output import say
 
 if TYPE_CHECKING:
     from coala.evaluation.rewardbench import Ranking
@@ -35,8 +35,8 @@ def from_scores(
     into: RunOption = None,
 ) -> None:
     """RewardBench: ranking accuracy by subset, a tie counting as wrong, and example-weighted section scores."""
-    from coala.cli.evaluation_record import run_of
     from coala.evaluation.rewardbench import ranking, read_scores
+    from coala.leaderboards.record import run_of
 
     run = run_of(into, scores)
     found = ranking(read_scores(scores), weights="published" if weights is Weigh.published else "rows")
@@ -62,11 +62,11 @@ def by_head(
 
     A tie counts as wrong, as upstream. Replies to one prompt share its forward pass.
     """
-    from coala.cli.evaluation_record import fitted
     from coala.cli.output import progress
     from coala.evaluation.rewardbench import ranking
     from coala.export.rewardbench import read_benchmark, results, score_rows
     from coala.features import extract
+    from coala.leaderboards.record import fitted
     from coala.store import RunFolder, save_json
 
     benchmark = read_benchmark(file)
@@ -96,8 +96,8 @@ def _tell(
     found: Ranking, run: RunFolder | None, *, of: str, files: Mapping[str, Path], settings: Mapping[str, Any]
 ) -> None:
     """The table, the record in the run's report, and the JSON line."""
-    from coala.cli.evaluation_record import command_line, figure, keep
-    from coala.cli.output import finish, interval, table
+    from coala.cli.output import command_line, finish, interval, table
+    from coala.leaderboards.record import figure, keep
     from coala.report import Evaluation
 
     named = {**found.sections, "all rows": found.rows}
@@ -118,7 +118,7 @@ def _tell(
         facts={"mean of sections": found.overall, "share of ties": found.ties},
         remarks=found.remarks,
     )
-    finish(asdict(found) | keep(run, evaluation), found.remarks)
+    finish(asdict(found) | keep(run, evaluation, say), found.remarks)
 
 
 def _finite(value: float) -> float | None:

@@ -61,8 +61,8 @@ def build(
 
     The same arguments make the same survey. Each rater sees answers in an order of their own, balanced over raters.
     """
-    from coala.cli.judging import load_replies
     from coala.cli.output import emit, say
+    from coala.leaderboards.judges import load_replies
     from coala.survey import build as build_survey
     from coala.survey import save_survey
     from coala.survey.records import FILE

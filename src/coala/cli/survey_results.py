@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coala.cli.evaluation_record import RunOption, command_line, figure, keep, run_of, spread
+from coala.cli.options import RunOption
+from coala.cli.output import command_line
 from coala.cli.terminal import write
+from coala.leaderboards.record import figure, keep, run_of, spread
 
 if TYPE_CHECKING:
     from coala.report import Evaluation
@@ -58,7 +60,7 @@ def results(
         say(f"note: {remark}")
     summary = plain(found) | {"page": str(page)}
     del summary["everybody"]
-    emit(summary | keep(run_of(into, survey), _evaluation(found, survey, page, draws, seed)))
+    emit(summary | keep(run_of(into, survey), _evaluation(found, survey, page, draws, seed), say))
 
 
 def _evaluation(found: Results, survey: Path, page: Path, draws: int, seed: int) -> Evaluation:

@@ -29,9 +29,11 @@ class VerdictCache:
     :class:`CoalaError` for a file that is something else, damaged, or cannot be written.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, create_folder: bool = False) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
+        if create_folder:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.parent.is_dir():
             raise CoalaError(f"{self.path.parent}: there is no such folder to keep verdicts in. Make it first.")
         was_there = self.path.exists()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
-from coala.cli.judging import VERDICTS, Chosen, Service, choose, tell_failures
+from coala.leaderboards.judges import VERDICTS, Chosen, OnNote, Service, choose, quiet
 
 if TYPE_CHECKING:
     from coala.alignment.answers import PromptRow, ReplySettings
@@ -18,25 +16,6 @@ if TYPE_CHECKING:
     from coala.evaluation.harness import Judged
     from coala.store import RunFolder
     from coala.values import Generation, Turn
-
-Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help="The benchmark's prompts, for --run to answer; else a file is read.")
-]
-Reference = Annotated[
-    str | None,
-    typer.Option(
-        help="Replies of the baseline to the same prompts: a file, or `unguided` for the run's own model without its "
-        "head; the outputs in the file of prompts if not given."
-    ),
-]
-Unguided = Annotated[bool, typer.Option("--unguided", help="Answer without the head: the base model by itself.")]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest reply, in tokens (default: as in the run's recipe).")
-]
-Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="Sampling temperature (default: as in the run's recipe).")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts only.")]
 
 
 @dataclass(frozen=True)
@@ -69,10 +48,12 @@ def hold(
     cache: Path | None,
     concurrency: int,
     orders: Literal["both", "drawn"],
+    on_progress: Callable[[str, int, int], None],
+    on_failure: Callable[[str, Exception], None] | None = None,
+    note: OnNote = quiet,
 ) -> Contest:
     """Answer what is not answered yet, judge what is not judged yet."""
     from coala.alignment.answers import UNGUIDED, answer, read_prompts, read_reference
-    from coala.cli.output import progress
     from coala.evaluation.arena_judging import battles
     from coala.evaluation.harness import judge_many
     from coala.evaluation.judges import ChatJudge
@@ -89,12 +70,12 @@ def hold(
             f"{error}\nThe prompts come without a baseline's replies: name them with --reference FILE, or compare with "
             "the run's own model by --reference unguided."
         ) from None
-    chosen = choose(by, local, service, cache or run.path / VERDICTS)
-    with nullcontext() if chosen.kept is None else chosen.kept, progress() as show:
-        ours = answer(run, asked, manner, on_reply=lambda done, total: show("replies", done, total))
+    chosen = choose(by, local, service, cache or run.path / VERDICTS, note)
+    with nullcontext() if chosen.kept is None else chosen.kept:
+        ours = answer(run, asked, manner, on_reply=lambda done, total: on_progress("replies", done, total))
         if reference == UNGUIDED:
             plain = replace(manner, guided=False)
-            theirs = answer(run, asked, plain, on_reply=lambda done, total: show("unguided", done, total))
+            theirs = answer(run, asked, plain, on_reply=lambda done, total: on_progress("unguided", done, total))
         ours = [replace(reply, method=name) for reply in ours]
         method = UNGUIDED if reference == UNGUIDED else theirs[0].method
         theirs = [
@@ -108,8 +89,8 @@ def hold(
             swap=True if orders == "both" else "drawn",
             prompts={one.id: one.prompt for one in asked},
             concurrency=chosen.at_once(concurrency),
-            on_progress=lambda done, total: show("judge", done, total),
-            on_failure=tell_failures(),
+            on_progress=lambda done, total: on_progress("judge", done, total),
+            on_failure=on_failure,
         )
         if found.stopped and all(judgement.preference is None for judgement in found.judgements):
             raise CoalaError(f"{found.stopped} The replies are kept; run the same command again to go on.")

@@ -1,27 +1,20 @@
-"""Evaluations on their way into a run: which run, the command as it was given, samples, and the record itself."""
+"""An evaluation on its way into a run: which run, samples, order effects and cost, and the record itself."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from coala.cli.judging import bare
+from coala.leaderboards.judges import OnNote, quiet
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
+    from coala.evaluation.harness import Judged
+    from coala.evaluation.judges import Cost
     from coala.report import Evaluation, Figure, Sample
     from coala.store import RunFolder
     from coala.values import ConvexHead, Estimate, Generation, Judgement, Turn
-
-RunOption = Annotated[
-    Path | None,
-    typer.Option("--run", metavar="RUN", help="Run whose report this belongs to; the one the files lie in if any."),
-]
 
 
 def run_of(named: Path | None, *files: Path | None) -> RunFolder | None:
@@ -52,11 +45,6 @@ def fitted(run: Path) -> tuple[LanguageModel, ConvexHead]:
     require_head(run)
     backbone, head, _ = load_parts(run)
     return backbone, head
-
-
-def command_line() -> str:
-    """The command as it was given; names and passwords in addresses are left out."""
-    return bare(shlex.join(["coala", *sys.argv[1:]]))
 
 
 def figure(name: str, estimate: Estimate, form: str = "share", even: float | None = None) -> Figure:
@@ -104,14 +92,86 @@ def spread(rows: Sequence[Any]) -> Sequence[Any]:
     return rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
 
 
-def keep(run: RunFolder | None, evaluation: Evaluation) -> dict[str, Any]:
+def keep(run: RunFolder | None, evaluation: Evaluation, note: OnNote = quiet) -> dict[str, Any]:
     """The evaluation into the run's report, if there is a run; what the JSON line tells of it."""
-    from coala.cli.output import say
     from coala.report import add_evaluation
 
     if run is None:
         return {}
     kept = add_evaluation(run, evaluation)
     page = run.path / "report.html"
-    say(f"kept in {kept}" + (f" and shown in {page}" if page.exists() else f"; `coala report {run.path}` shows it"))
+    note(f"kept in {kept}" + (f" and shown in {page}" if page.exists() else f"; `coala report {run.path}` shows it"))
     return {"evaluation": str(kept)}
+
+
+def about(found: Judged) -> dict[str, Any]:
+    """Order effects, failures and cost for the JSON line."""
+    costs = spent(found.failures, found.n_unjudged, found.stopped, found.cost, found.words)
+    return {"n_comparisons": found.n_comparisons, **vars(found.consistency), **costs}
+
+
+def spent(
+    failures: Mapping[str, int], n_unjudged: int, stopped: str, cost: Cost, words: Mapping[str, str]
+) -> dict[str, Any]:
+    return {
+        "failures": failures,
+        "failure_words": words,
+        "n_unjudged": n_unjudged,
+        "stopped": stopped,
+        "cost": {**vars(cost), "tokens": cost.tokens},
+    }
+
+
+def order_figures(found: Judged) -> list[Figure]:
+    """What order does to the judge, for a record; nothing where no comparison was judged in both orders."""
+    from coala.report import Figure
+
+    about = found.consistency
+    if not about.position_bias.n:
+        return []
+    return [
+        Figure("position bias", about.position_bias),
+        Figure("inconsistency", about.inconsistency),
+        Figure("preference for the reply shown first", about.first_place, "share", 0.5),
+    ]
+
+
+def spending(n_unjudged: int, n: int, stopped: str, cost: Cost, words: Mapping[str, str]) -> dict[str, Any]:
+    """What was judged and at what cost, for a record."""
+    said = f"{cost.calls} calls, {cost.answers} answers, {cost.tokens} tokens; {cost.kept} taken from the cache"
+    found: dict[str, Any] = {"not judged": f"{n_unjudged} of {n}"}
+    found |= {f"the first failure, {kind}": text for kind, text in words.items()}
+    return found | ({"stopped": stopped} if stopped else {}) | {"cost of the last call": said}
+
+
+def judged_rows(found: Judged) -> list[list[str]]:
+    about = found.consistency
+    return [
+        *(
+            [
+                [
+                    "position bias",
+                    f"{about.position_bias}; {about.n_first} times the first, {about.n_second} the second",
+                ],
+                ["inconsistency", str(about.inconsistency)],
+                ["preference for the first", str(about.first_place)],
+            ]
+            if about.position_bias.n
+            else [["position bias", "no verdicts in both orders"]]
+        ),
+        *cost_rows(found.failures, found.cost, f"{found.n_unjudged} of {found.n_comparisons} comparisons", found.words),
+    ]
+
+
+def told(found: Estimate) -> str:
+    """An estimate over verdicts, for a table."""
+    return str(found) if found.n else "no verdicts"
+
+
+def cost_rows(failures: Mapping[str, int], cost: Cost, unjudged: str, words: Mapping[str, str]) -> list[list[str]]:
+    return [
+        ["failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items()) or "none"],
+        *([f"the first of them ({kind})", text] for kind, text in words.items()),
+        ["not judged", unjudged],
+        ["cost", f"{cost.calls} calls, {cost.answers} answers, {cost.tokens} tokens; {cost.kept} taken from the cache"],
+    ]
