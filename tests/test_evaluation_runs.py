@@ -175,7 +175,7 @@ def test_replies_are_kept_by_portions_and_resumed_to_the_same_bytes(
     alone = generate([asked[17].prompt], backbone, head, guidance, max_new_tokens=6, seed=0, prompt_ids=[asked[17].id])
     assert alone[0].text == whole[17].text
     # Nothing is loaded when nothing is missing.
-    monkeypatch.setattr("coala.alignment.answers.load_run", lambda path: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("coala.alignment.answers.load_parts", lambda path: pytest.fail("the model was loaded"))
     assert answer(there, asked, ReplySettings()) == whole
     monkeypatch.undo()
 
@@ -502,7 +502,7 @@ def test_arena_end_to_end(run: Path, prompts: Path, server: JudgeServer) -> None
     score = result["scores"]["mine"]
     assert score["wins"] + score["losses"] + score["ties"] == score["score"]["n"] > 16
     assert "percent of battles" in str(kept(run)[0]["figures"])
-    with pytest.raises(CoalaError, match="not of mode arena"):
+    with pytest.raises(CoalaError, match="does not use mode arena"):
         called(app, "arena", *common, "--judge", "weighted")
     with pytest.raises(CoalaError, match="--prompts needs --run RUN"):
         called(app, "arena", *common[2:])
