@@ -738,7 +738,7 @@ def test_a_folder_that_is_no_run_is_refused_first(model: Path, tmp_path: Path, m
 
 
 def test_restart_deletes_nothing_that_cannot_be_begun(finished: RunFolder, pairs: Path, model: Path) -> None:
-    from coala.cli.align_recipe import run_and_show
+    from coala.cli.align import run_and_show
 
     before = values_of(finished.path)
     with pytest.raises(CoalaError, match="--layer is 99"):

@@ -33,10 +33,10 @@ from coala.baselines import (
     log_likelihoods,
     paper,
     reward_margins,
-    seam,
     sweep,
     train,
     trl,
+    trl_adapter,
 )
 from coala.baselines.rows import render_pairs
 from coala.costs import body_flops, full_flops
@@ -131,9 +131,9 @@ def trained(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
 
 def trainer_of(method: Any, backbone: LanguageModel, pairs: list[Pair], settings: TrainSettings, folder: Path) -> Any:
     rows = render_pairs(pairs, backbone, settings)
-    tokenizer = seam.tokenizer_of(backbone.name, None, False)
-    with seam.silence():
-        return seam.build_trainer(
+    tokenizer = trl_adapter.tokenizer_of(backbone.name, None, False)
+    with trl_adapter.silence():
+        return trl_adapter.build_trainer(
             method,
             rows,
             rows,
@@ -239,13 +239,13 @@ def test_dialogues_are_tokenised_as_trl_itself_would(
 
 def _trl_tokens(backbone: LanguageModel, data: list[dict[str, Any]], folder: Path) -> Any:
     module, datasets = import_module("trl"), import_module("datasets")
-    with seam.silence():
+    with trl_adapter.silence():
         config = module.DPOConfig(str(folder), use_cpu=True, report_to="none", bf16=False, max_length=None)
         return module.DPOTrainer(
             backbone.name,
             args=config,
             train_dataset=datasets.Dataset.from_list(data),
-            processing_class=seam.tokenizer_of(backbone.name, None, False),
+            processing_class=trl_adapter.tokenizer_of(backbone.name, None, False),
         ).train_dataset
 
 
@@ -654,8 +654,8 @@ _NAMES = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trls_defaults_are_trls(method: Any, tmp_path: Path) -> None:
-    with seam.silence():
-        module, _, name = seam._PLACES[method]
+    with trl_adapter.silence():
+        module, _, name = trl_adapter._PLACES[method]
         config = getattr(import_module(module), name)(str(tmp_path), use_cpu=True)
     settings = trl(method)
     for ours, theirs in _NAMES.items():
@@ -763,6 +763,6 @@ def test_what_cannot_be_trained_is_refused(
         attempt("dpo", lora=Lora(targets=("nowhere",)))
     with pytest.raises(CoalaError, match="deepspeed, which is not installed"):
         attempt(deepspeed="zero3.json")
-    monkeypatch.setattr(seam, "find_spec", lambda name: None if name == "trl" else object())
+    monkeypatch.setattr(trl_adapter, "find_spec", lambda name: None if name == "trl" else object())
     with pytest.raises(CoalaError, match=r"needs trl, .*coala-align\[baselines\]"):
         attempt()
