@@ -58,6 +58,20 @@ def test_resumed_work_tells_nothing_of_the_pace() -> None:
     assert pace.left("features") == pytest.approx(300)
 
 
+def test_what_comes_before_the_total_is_known_tells_nothing_of_the_pace() -> None:
+    """Loading and compiling: a fit whose first of twelve steps took 80 seconds is not 15 minutes from its end."""
+    clock = Clock()
+    pace = Pace(clock)
+    pace.report("head", 0, None)
+    clock.now += 80
+    pace.report("head", 1, 12)
+    assert pace.left("head") is None
+    clock.now += 3
+    pace.report("head", 2, 12)
+    assert pace.left("head") == pytest.approx(30)
+    assert pace.spent("head") == pytest.approx(83)
+
+
 def test_another_total_is_another_work() -> None:
     clock = Clock()
     pace = Pace(clock)

@@ -16,6 +16,7 @@ LEAST_SECONDS, LEAST_SHARE = 2.0, 0.01
 @dataclass
 class _Stage:
     began: float
+    measured_from: float
     at_start: float
     done: float
     total: float | None
@@ -24,7 +25,8 @@ class _Stage:
 class Pace:
     """The pace of stages. A stage's clock starts with its first report, which comes before the first work.
 
-    What is done at the first report was done before, by a run that is resumed: it tells nothing of the pace.
+    What is done at the first report was done before, by a run that is resumed: it tells nothing of the pace. Neither
+    does what comes before the total is known: loading a model, compiling.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -37,8 +39,10 @@ class Pace:
         found = self._stages.get(stage)
         if found is None or done < found.done or (total != found.total and found.total is not None):
             # Another total is another work under the same name; one that was not known is not.
-            self._stages[stage] = _Stage(now, done, done, total)
+            self._stages[stage] = _Stage(now, now, done, done, total)
             return
+        if found.total is None and total is not None:
+            found.measured_from, found.at_start = now, done
         found.done, found.total = done, total
 
     def spent(self, stage: str) -> float:
@@ -53,7 +57,7 @@ class Pace:
         to_do, made = found.total - found.at_start, found.done - found.at_start
         if found.done >= found.total:
             return 0.0
-        spent = self._clock() - found.began
+        spent = self._clock() - found.measured_from
         if made <= 0 or spent < LEAST_SECONDS or made < LEAST_SHARE * to_do:
             return None
         return spent * (found.total - found.done) / made
