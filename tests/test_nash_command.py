@@ -413,7 +413,7 @@ def test_a_function_that_fails_says_so(place: Path) -> None:
 
 
 def test_a_run_needs_prompts_and_a_model(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(CoalaError, match="There are no prompts"):
+    with pytest.raises(CoalaError, match="Prompts are missing"):
         run("train", place / "model", "--oracle", "rule:longer", "--out", tmp_path / "run")
     with pytest.raises(CoalaError, match="no such folder"):
         run("train", "nowhere/at/all", place / "prompts.txt", "--oracle", "rule:longer", "--out", tmp_path / "run")

@@ -41,7 +41,7 @@ class ModelSettings(_Strict):
     )
     pooling: Pooling = "mean"
     ends_with_eos: bool = False
-    max_tokens: int | None = Field(None, ge=2, description="prompt plus reply; the model's context if not given")
+    max_tokens: int | None = Field(None, ge=2, description="prompt plus reply (default: the model's context)")
     prefixes: int = Field(1, ge=1, description="fit the head on this many prefixes of every reply; 1 is the whole")
     batch_tokens: int = Field(4096, ge=1)
     device: str = Field(
@@ -78,7 +78,7 @@ class GuidanceSettings(_Strict):
     """How the head guides decoding."""
 
     mode: Mode = "block"
-    strength: float | None = Field(None, ge=0, description="the rule's own if not given")
+    strength: float | None = Field(None, ge=0, description="default: the rule's own")
     every: int | None = Field(None, ge=1, description="guide every N tokens; 1, in prefix mode 5")
     candidates: int = Field(5, ge=1)
     top_k: int = Field(50, ge=0)

@@ -55,7 +55,7 @@ def matrix(
     cache: Annotated[
         Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to OUT).")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what OUT holds and begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what OUT holds and start over.")] = False,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:

@@ -167,7 +167,9 @@ def train(
         say(str(note))
     start = start_of(model)
     if prompts is None and start.run is None:
-        raise CoalaError("There are no prompts: give a file of them behind the model. Only a COALA run brings its own.")
+        raise CoalaError(
+            "Prompts are missing. Give a file of prompts after the model; only a COALA run brings its own."
+        )
     examples = examples_of(prompts if prompts is not None else _own_pairs(start.run))
     run = RunFolder(out)
     named = oracle_of(oracle, start.run, device=device)

@@ -22,7 +22,7 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan every cell (memory, FLOPs, time); no weights are needed.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Begin failed cells anew.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
     memory: Annotated[
         str | None, typer.Option(help="End and report a cell whose process takes more, such as 8GiB.")
     ] = None,

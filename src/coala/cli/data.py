@@ -282,7 +282,9 @@ def synthesize(
                 write_atomic(out, b"".join(_row(conversation_of(row)) for row in rows))
     emit({**asdict(summary), "dollars": summary.dollars, "out": out, "journal": path}, alone=True)
     if summary.stopped:
-        say(f"{summary.stopped}: {summary.kept} of {summary.wanted} conversations. A higher limit goes on from there.")
+        say(
+            f"{summary.stopped}: {summary.kept} of {summary.wanted} conversations. Rerun with a higher limit to resume."
+        )
         raise typer.Exit(3)
 
 

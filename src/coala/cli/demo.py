@@ -10,7 +10,7 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo"),
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")] = False,
 ) -> None:
     """Align the bundled film-review model to positive reviews: offline, on a CPU, in about a minute.
 

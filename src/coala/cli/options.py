@@ -146,7 +146,7 @@ Reference = Annotated[
     str | None,
     typer.Option(
         help="Replies of the baseline to the same prompts: a file, or `unguided` for the run's own model without its "
-        "head; the outputs in the file of prompts if not given."
+        "head (default: the outputs in the file of prompts)."
     ),
 ]
 Unguided = Annotated[bool, typer.Option("--unguided", help="Answer without the head: the base model by itself.")]

@@ -233,7 +233,7 @@ def tell_failures() -> Any:
 
 
 def command_line() -> str:
-    """The command as it was given; names and passwords in addresses are left out."""
+    """The command line, without names and passwords in addresses."""
     from coala.leaderboards.judges import bare
 
     return bare(shlex.join(["coala", *sys.argv[1:]]))

@@ -35,7 +35,7 @@ class Model(_Strict):
     revision: str | None = None
     template: Literal["auto", "chat", "dialogue", "continuation"] = "auto"
     max_tokens: int | None = Field(
-        None, ge=2, description="prompt plus reply, for every method; the context if not given"
+        None, ge=2, description="prompt plus reply, for every method; default: the model's context"
     )
     ends_with_eos: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -66,7 +66,7 @@ class Setting(_Strict):
     """How baselines are trained: the paper's tables or TRL's defaults, adapters or all weights, and the rates tried."""
 
     source: Literal["paper", "trl"] = "paper"
-    adapter: bool | None = Field(None, description="LoRA of Table 13, or all weights; the source's own if not given")
+    adapter: bool | None = Field(None, description="LoRA of Table 13, or all weights; default: the source's own")
     rates: tuple[float, ...] = Field(RATES, min_length=1)
     rates_of: dict[str, tuple[float, ...]] = Field({}, description="rates of single methods")
     change: dict[str, Any] = Field({}, description="fields of coala.baselines.TrainSettings")
@@ -153,7 +153,7 @@ class Study(_Strict):
     machine: Machine = Machine()
     device: Literal["auto", "cpu"] = "auto"
     beta: float = Field(0.1, gt=0, description="CVX-DPO's scale of the reference")
-    init_setting: str | None = Field(None, description="setting of the SFT that inits are; its first if not given")
+    init_setting: str | None = Field(None, description="setting of the SFT that inits are; default: the first")
     count_flops: bool = Field(True, description="count the FLOPs of one epoch and of one fit by counters")
     ranks: bool = Field(True, description="report rankings; a study of costs alone may have too few test pairs for it")
     keep_models: bool = False

@@ -103,7 +103,7 @@ def read_journal(raw: bytes, source: str = "journal") -> Journal:
             if torn:
                 raise SynthesisError(
                     f"{source}:{torn[0]}: is no line of a journal ({printable(torn[1])}) although sound lines follow. "
-                    "Delete that line, or give another --out and begin anew."
+                    "Delete that line, or give another --out to start over."
                 )
             try:
                 _apply(journal, event, start, end - start)
@@ -111,7 +111,7 @@ def read_journal(raw: bytes, source: str = "journal") -> Journal:
                 raise SynthesisError(
                     f"{source}:{number}: a line of kind {event.get('kind')!r} that does not fit "
                     f"({type(error).__name__}: {printable(str(error))}). "
-                    "Delete that line, or give another --out and begin anew."
+                    "Delete that line, or give another --out to start over."
                 ) from None
             journal.size = end
         start = end

@@ -91,7 +91,7 @@ class FeatureStore:
         for (first, stop), path in sorted(self._pieces(shard).items()):
             try:
                 if first != done or stop <= first:
-                    raise StoreError(f"{path}: does not follow on what is there. Run again: it is made anew.")
+                    raise StoreError(f"{path}: does not follow on what is there. Run again: it will be rebuilt.")
                 found.append((stop, self._read(path)))
                 done = stop
             except StoreError as error:
@@ -121,9 +121,9 @@ class FeatureStore:
             arrays: Arrays = load_tensors(raw)
             recorded = _header(raw).get("__metadata__", {}).get("digest")
         except Exception as error:
-            raise StoreError(f"{path}: cannot be read ({error}). Run again: it is made anew.") from error
+            raise StoreError(f"{path}: cannot be read ({error}). Run again: it will be rebuilt.") from error
         if recorded != _digest_of(arrays):
-            raise StoreError(f"{path}: its bytes are not those that were written. Run again: it is made anew.")
+            raise StoreError(f"{path}: its bytes are not those that were written. Run again: it will be rebuilt.")
         return arrays
 
     def discard(self) -> None:
