@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from coala.cli.options import (
-    NOT_ALL,
     AskAgain,
     Attempts,
     BaseUrl,
@@ -38,9 +37,9 @@ from coala.cli.options import (
     Unguided,
     service_of,
 )
-from coala.cli.output import command_line, tell_failures, told_interval
-from coala.leaderboards.contest import Contest, described, hold, manner_of, needed, own_name
-from coala.leaderboards.judges import stem
+from coala.cli.output import NOT_ALL, command_line, tell_failures
+from coala.leaderboards.contest import Contest, described, given_reference, hold, manner_of, needed, own_name
+from coala.leaderboards.judges import JudgeSettings, stem
 from coala.leaderboards.record import (
     about,
     comparisons,
@@ -51,6 +50,7 @@ from coala.leaderboards.record import (
     run_of,
     spending,
     spread,
+    told_interval,
 )
 
 if TYPE_CHECKING:
@@ -179,11 +179,7 @@ def alpaca(
             name=name or own_name(run, manner),
             manner=manner,
             limit=limit,
-            by=named,
-            local=local,
-            service=service,
-            cache=cache,
-            concurrency=concurrency,
+            judge=JudgeSettings(named, service, local, cache, concurrency),
             orders="drawn" if one_order else "both",
             on_progress=show,
             on_failure=tell_failures(),
@@ -200,7 +196,7 @@ def alpaca(
     table([*found.shown, rate, *judged_rows(held.found)], [found.raw.model, "percent"])
     if held.found.stopped:
         say(f"stopped: {held.found.stopped}")
-    given = {} if reference is None or not Path(reference).is_file() else {"reference": Path(reference)}
+    given = given_reference(reference)
     evaluation = Evaluation(
         kind="alpaca",
         of=f"{found.raw.model} {folder.name}",

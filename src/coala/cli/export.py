@@ -115,8 +115,8 @@ def lm_eval(
 
     Likelihoods are the base model's; where a task asks for them, guidance changes nothing.
     """
-    from coala.cli.output import command_line, finish, interval, say, table
-    from coala.leaderboards.record import keep, require_head
+    from coala.cli.output import command_line, finish, say, table
+    from coala.leaderboards.record import interval, keep, require_head
     from coala.report import Evaluation, Figure
     from coala.store import RunFolder, save_json
     from coala.values import CoalaError

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coala.cli.options import (
-    NOT_ALL,
     AskAgain,
     Attempts,
     BaseUrl,
@@ -29,7 +28,7 @@ from coala.cli.options import (
     TrustCode,
     service_of,
 )
-from coala.cli.output import command_line, say, tell_failures
+from coala.cli.output import NOT_ALL, command_line, say, tell_failures
 from coala.leaderboards.judges import asking, choose, kept_beside, load_replies, stem
 from coala.leaderboards.record import (
     about,

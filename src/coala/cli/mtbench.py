@@ -31,10 +31,10 @@ from coala.cli.options import (
     Unguided,
     service_of,
 )
-from coala.cli.output import command_line, say, told_interval
+from coala.cli.output import command_line, say
 from coala.leaderboards.contest import described, manner_of, own_name
 from coala.leaderboards.judges import Service
-from coala.leaderboards.record import figure, keep, run_of, spread
+from coala.leaderboards.record import figure, keep, run_of, spread, told_interval
 
 if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings

@@ -112,7 +112,6 @@ Local = Annotated[
     typer.Option(metavar="MODEL", help="Judge with this model, loaded here, by the log-probabilities of the verdicts."),
 ]
 OneOrder = Annotated[bool, typer.Option("--one-order", help="Ask about each prompt in one order only, at half cost.")]
-NOT_ALL = 1  # exit code: there are results, but the judge stopped before the end
 Model = Annotated[str | None, typer.Option(help="Judge model, as the endpoint names it.")]
 BaseUrl = Annotated[
     str | None,

@@ -17,11 +17,16 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from coala.cli.terminal import json_text, visible, write
+
+NOT_ALL = 1  # exit code: there are results, but the judge stopped before the end
 
 if TYPE_CHECKING:
     from coala.alignment import OnProgress
-    from coala.values import Estimate
+    from coala.leaderboards.record import Outcome
+    from coala.store import RunFolder
 
 EVERY = 5.0  # seconds between two lines of progress
 
@@ -183,14 +188,6 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 10
         write(f"{a:<{column}} | {b}".rstrip())
 
 
-def interval(found: Estimate, digits: int = 2) -> str:
-    """Value and ends for a table."""
-    if not math.isfinite(found.value):
-        return found.absent if math.isnan(found.value) else "-"
-    ends = (f"{end:.{digits}f}" if math.isfinite(end) else "?" for end in (found.low, found.high))
-    return f"{found.value:.{digits + 2}f} [{', '.join(ends)}]"
-
-
 def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
     """Remarks on stderr, then the JSON line, in which a number that is not finite is null."""
     from coala.values import Estimate
@@ -210,11 +207,6 @@ def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
     for remark in remarks:
         say(f"note: {remark}")
     emit({**plain(result), "remarks": list(remarks)})
-
-
-def told_interval(found: Estimate) -> str:
-    """The same without its n, for tables that have it in a column."""
-    return interval(found) if found.n else "no verdicts"
 
 
 def tell_failures() -> Any:
@@ -237,3 +229,16 @@ def command_line() -> str:
     from coala.leaderboards.judges import bare
 
     return bare(shlex.join(["coala", *sys.argv[1:]]))
+
+
+def conclude(found: Outcome, run: RunFolder | None) -> None:
+    """Tables, the record into the run's report, remarks and JSON; exit code 1 for a judge that stopped."""
+    from coala.leaderboards.record import keep
+
+    for rows, headers in found.tables:
+        table(rows, headers)
+    if found.stopped:
+        say(f"stopped: {found.stopped}")
+    finish({**found.result, **keep(run, found.evaluation, say)}, found.remarks)
+    if found.stopped:
+        raise typer.Exit(NOT_ALL)

@@ -96,8 +96,8 @@ def _tell(
     found: Ranking, run: RunFolder | None, *, of: str, files: Mapping[str, Path], settings: Mapping[str, Any]
 ) -> None:
     """The table, the record in the run's report, and the JSON line."""
-    from coala.cli.output import command_line, finish, interval, table
-    from coala.leaderboards.record import figure, keep
+    from coala.cli.output import command_line, finish, table
+    from coala.leaderboards.record import figure, interval, keep
     from coala.report import Evaluation
 
     named = {**found.sections, "all rows": found.rows}

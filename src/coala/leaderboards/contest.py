@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coala.leaderboards.judges import VERDICTS, Chosen, OnNote, Service, choose, quiet
+from coala.leaderboards.judges import VERDICTS, Chosen, JudgeSettings, OnNote, choose, quiet
 
 if TYPE_CHECKING:
     from coala.alignment.answers import PromptRow, ReplySettings
@@ -42,11 +42,7 @@ def hold(
     name: str,
     manner: ReplySettings,
     limit: int | None,
-    by: str,
-    local: str | None,
-    service: Service,
-    cache: Path | None,
-    concurrency: int,
+    judge: JudgeSettings,
     orders: Literal["both", "drawn"],
     on_progress: Callable[[str, int, int], None],
     on_failure: Callable[[str, Exception], None] | None = None,
@@ -70,7 +66,7 @@ def hold(
             f"{error}\nThe prompts come without a baseline's replies: name them with --reference FILE, or compare with "
             "the run's own model by --reference unguided."
         ) from None
-    chosen = choose(by, local, service, cache or run.path / VERDICTS, note)
+    chosen = choose(judge.name, judge.local, judge.service, judge.cache or run.path / VERDICTS, note)
     with nullcontext() if chosen.kept is None else chosen.kept:
         ours = answer(run, asked, manner, on_reply=lambda done, total: on_progress("replies", done, total))
         if reference == UNGUIDED:
@@ -88,7 +84,7 @@ def hold(
             chosen.judge,
             swap=True if orders == "both" else "drawn",
             prompts={one.id: one.prompt for one in asked},
-            concurrency=chosen.at_once(concurrency),
+            concurrency=chosen.at_once(judge.concurrency),
             on_progress=lambda done, total: on_progress("judge", done, total),
             on_failure=on_failure,
         )
@@ -134,3 +130,8 @@ def described(run: RunFolder, manner: ReplySettings) -> dict[str, Any]:
         "temperature": settings["evaluation"]["temperature"] if manner.temperature is None else manner.temperature,
         "seed": manner.seed,
     }
+
+
+def given_reference(reference: str | None) -> dict[str, Path]:
+    """The file of replies, if one was named."""
+    return {"reference": Path(reference)} if reference is not None and Path(reference).is_file() else {}

@@ -62,6 +62,20 @@ class Chosen:
         return tuple(getattr(self.judge, "remarks", ()))
 
 
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which judge, by its name; with ``local`` a model loaded here, else ``service``; and where its answers are kept.
+
+    ``cache`` is the run's own file of verdicts unless given.
+    """
+
+    name: str
+    service: Service
+    local: str | None = None
+    cache: Path | None = None
+    concurrency: int = 8
+
+
 def choose(by: str, local: str | None, service: Service, cache: Path, note: OnNote = quiet) -> Chosen:
     """The judge by its name; ``cache`` is made if it needs one."""
     from coala.evaluation.judges import ReplayJudge, named_judge, read_instructions

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,23 @@ if TYPE_CHECKING:
     from coala.report import Evaluation, Figure, Sample
     from coala.store import RunFolder
     from coala.values import ConvexHead, Estimate, Generation, Judgement, Turn
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found: the record that goes into a run's report, its tables, and its JSON.
+
+    ``tables`` are rows under headers. ``stopped`` says why the judge ended early, if it did.
+    """
+
+    evaluation: Evaluation
+    result: Mapping[str, Any]
+    tables: Sequence[tuple[Sequence[Sequence[str]], Sequence[str]]]
+    stopped: str = ""
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return self.evaluation.remarks
 
 
 def run_of(named: Path | None, *files: Path | None) -> RunFolder | None:
@@ -175,3 +194,16 @@ def cost_rows(failures: Mapping[str, int], cost: Cost, unjudged: str, words: Map
         ["not judged", unjudged],
         ["cost", f"{cost.calls} calls, {cost.answers} answers, {cost.tokens} tokens; {cost.kept} taken from the cache"],
     ]
+
+
+def told_interval(found: Estimate) -> str:
+    """The same without its n, for tables that have it in a column."""
+    return interval(found) if found.n else "no verdicts"
+
+
+def interval(found: Estimate, digits: int = 2) -> str:
+    """Value and ends for a table."""
+    if not math.isfinite(found.value):
+        return found.absent if math.isnan(found.value) else "-"
+    ends = (f"{end:.{digits}f}" if math.isfinite(end) else "?" for end in (found.low, found.high))
+    return f"{found.value:.{digits + 2}f} [{', '.join(ends)}]"
