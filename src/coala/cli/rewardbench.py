@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from coala.cli.options import Download, RunOption, TrustCode
-from coala.cli.output import say
-
-if TYPE_CHECKING:
-    from coala.evaluation.rewardbench import Ranking
-    from coala.store import RunFolder
+from coala.cli.output import command_line, conclude, progress
 
 
 class Weigh(StrEnum):
@@ -35,12 +29,10 @@ def from_scores(
     into: RunOption = None,
 ) -> None:
     """RewardBench: ranking accuracy by subset, a tie counting as wrong, and example-weighted section scores."""
-    from coala.evaluation.rewardbench import ranking, read_scores
     from coala.leaderboards.record import run_of
+    from coala.leaderboards.rewardbench import count_rewardbench
 
-    run = run_of(into, scores)
-    found = ranking(read_scores(scores), weights="published" if weights is Weigh.published else "rows")
-    _tell(found, run, of=scores.name.partition(".")[0], files={"scores": scores}, settings={"weights": weights.value})
+    conclude(count_rewardbench(scores, weights=weights.value, command=command_line()), run_of(into, scores))
 
 
 def by_head(
@@ -62,64 +54,10 @@ def by_head(
 
     A tie counts as wrong, as upstream. Replies to one prompt share its forward pass.
     """
-    from coala.cli.output import progress
-    from coala.evaluation.rewardbench import ranking
-    from coala.export.rewardbench import read_benchmark, results, score_rows
-    from coala.features import extract
-    from coala.leaderboards.record import fitted
-    from coala.store import RunFolder, save_json
+    from coala.leaderboards.rewardbench import run_rewardbench
+    from coala.store import RunFolder
 
-    benchmark = read_benchmark(file)
-    backbone, head = fitted(run)
+    options: dict[str, Any] = {"out": out, "name": name, "batch_tokens": batch_tokens, "command": command_line()}
     with progress() as show:
-        features = extract(
-            benchmark.pairs,
-            backbone,
-            head.spec,
-            prompt_features=head.needs_prompt,
-            batch_tokens=batch_tokens,
-            on_batch=lambda done, total, tokens: show("replies", done, total),
-        )
-    chosen = head.score(features.chosen, features.prompt)
-    rejected = head.score(features.rejected, features.prompt)
-    found = ranking(benchmark.scored(chosen, rejected))
-    called = name or run.resolve().name
-    if out is not None:
-        sections = {key: value.value for key, value in found.sections.items()}
-        save_json(out / "results.json", results(found, called, head.spec))
-        save_json(out / "scores.json", score_rows(benchmark, chosen.tolist(), rejected.tolist()))
-        save_json(out / "ranking.json", {"by_section": sections, **asdict(found), "overall": _finite(found.overall)})
-    _tell(found, RunFolder.open(run), of=called, files={"benchmark": file}, settings={"weights": "published"})
-
-
-def _tell(
-    found: Ranking, run: RunFolder | None, *, of: str, files: Mapping[str, Path], settings: Mapping[str, Any]
-) -> None:
-    """The table, the record in the run's report, and the JSON line."""
-    from coala.cli.output import command_line, finish, table
-    from coala.leaderboards.record import figure, interval, keep
-    from coala.report import Evaluation
-
-    named = {**found.sections, "all rows": found.rows}
-    table(
-        [[name, interval(value, 4), str(value.n)] for name, value in (*found.subsets.items(), *named.items())]
-        + [["mean of sections", f"{found.overall:.4f}", ""], ["share of ties", f"{found.ties:.4f}", ""]],
-        ["subset or section", "accuracy", "n"],
-    )
-    evaluation = Evaluation(
-        kind="rewardbench",
-        of=of,
-        title=f"RewardBench: {of}",
-        command=command_line(),
-        figures=[figure(name, value, even=0.5) for name, value in named.items()]
-        + [figure(name, value) for name, value in found.subsets.items()],
-        files=dict(files),
-        settings=dict(settings),
-        facts={"mean of sections": found.overall, "share of ties": found.ties},
-        remarks=found.remarks,
-    )
-    finish(asdict(found) | keep(run, evaluation, say), found.remarks)
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value else None  # JSON has no nan
+        found = run_rewardbench(run, file, on_progress=show, **options)
+    conclude(found, RunFolder.open(run))
