@@ -239,6 +239,7 @@ def conclude(found: Outcome, run: RunFolder | None) -> None:
         table(rows, headers)
     if found.stopped:
         say(f"stopped: {found.stopped}")
-    finish({**found.result, **keep(run, found.evaluation, say)}, found.remarks)
+    kept = {} if found.evaluation is None else keep(run, found.evaluation, say)
+    finish({**found.result, **kept}, found.remarks)
     if found.stopped:
         raise typer.Exit(NOT_ALL)

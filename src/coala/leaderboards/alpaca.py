@@ -150,7 +150,7 @@ def count_alpaca(
         samples=_samples(annotations),
         remarks=found.remarks,
     )
-    return Outcome(evaluation, found.result, [(found.shown, [found.raw.model, "percent"])])
+    return Outcome(evaluation, found.result, [(found.shown, [found.raw.model, "percent"])], remarks=found.remarks)
 
 
 def run_alpaca(
@@ -216,7 +216,7 @@ def run_alpaca(
     paths = {role: str(path) for role, path in saved.items()}
     result = {**found.result, "judge": held.chosen.judge.name, **about(said), **paths}
     rows = [*found.shown, ["judged by", held.chosen.judge.name], *judged_rows(said)]
-    return Outcome(evaluation, result, [(rows, [found.raw.model, "percent"])], said.stopped)
+    return Outcome(evaluation, result, [(rows, [found.raw.model, "percent"])], said.stopped, evaluation.remarks)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def _outcome(
         samples=[] if held is None else comparisons(held.ours, held.reference, held.found.judgements, held.prompts),
         remarks=remarks,
     )
-    return Outcome(evaluation, result, tables, "" if held is None else held.found.stopped)
+    return Outcome(evaluation, result, tables, "" if held is None else held.found.stopped, remarks)
 
 
 def _table(

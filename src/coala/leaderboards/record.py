@@ -23,17 +23,15 @@ if TYPE_CHECKING:
 class Outcome:
     """What an evaluation found: the record that goes into a run's report, its tables, and its JSON.
 
-    ``tables`` are rows under headers. ``stopped`` says why the judge ended early, if it did.
+    There is no record of an estimate over no verdict. ``tables`` are rows under headers. ``stopped`` says why the judge
+    ended early, if it did.
     """
 
-    evaluation: Evaluation
+    evaluation: Evaluation | None
     result: Mapping[str, Any]
     tables: Sequence[tuple[Sequence[Sequence[str]], Sequence[str]]]
     stopped: str = ""
-
-    @property
-    def remarks(self) -> Sequence[str]:
-        return self.evaluation.remarks
+    remarks: Sequence[str] = ()
 
 
 def run_of(named: Path | None, *files: Path | None) -> RunFolder | None:

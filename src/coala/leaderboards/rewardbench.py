@@ -86,7 +86,8 @@ def _outcome(
         facts={"mean of sections": found.overall, "share of ties": found.ties},
         remarks=found.remarks,
     )
-    return Outcome(evaluation, asdict(found), [(rows, ["subset or section", "accuracy", "n"])])
+    table = rows, ["subset or section", "accuracy", "n"]
+    return Outcome(evaluation, asdict(found), [table], remarks=found.remarks)
 
 
 def _finite(value: float) -> float | None:
