@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,94 +63,30 @@ def matrix(
 
     M + M^T = 100; both orders of a pair are judged and averaged. Writes OUT/matrix.json and OUT/matrix.html.
     """
-    from contextlib import nullcontext
-
     from coala.cli.output import emit, progress, say, table
-    from coala.comal.entrants import entrants_of, texts_of
-    from coala.comal.inputs import examples_of
-    from coala.comal.matrix import win_rate_matrix
-    from coala.comal.named_oracles import check_oracle, oracle_of
-    from coala.comal.oracles import prompt_of
-    from coala.comal.report import matrix_page, matrix_rows, nash_rows
-    from coala.leaderboards.judges import opened
-    from coala.store import RunFolder, digest, load_generations, save_generations, save_json, write_atomic
-    from coala.values import CoalaError, prompt_id
+    from coala.comal.report import matrix_rows, nash_rows
+    from coala.comal.runs import Sampling, play_matrix
 
-    check_oracle(oracle)
-    found = [entrant for text in entrants for entrant in entrants_of(text, template, device)]
-    names = [entrant.name for entrant in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if len(found) < 2 or twice:
-        what = f"the name {twice[0]!r} twice" if twice else f"{len(found)} entrant"
-        raise CoalaError(f"Found {what}; expected two entrants at least, by different names (NAME=ENTRANT).")
-    examples = examples_of(prompts)
-    run = RunFolder(out)
-    if restart:
-        run.restart()
-    sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    rules = {"prompts": digest([prompt_id(prompt_of(example)) for example in examples]), **sampling, "seed": seed}
-    answers: dict[str, list[str]] = {}
-    with run.held(), progress() as show:
-        run.start({"command": "comal matrix", **rules})
-        for number, entrant in enumerate(found):
-            show("answers", number, len(found), entrant.name)
-            file = f"answers-{entrant.name}.jsonl"
-            made = {"entrant": entrant.identity, **rules}
-            if not run.done(f"answers-{entrant.name}", made):
-                drawn = entrant.answer(examples, samples, max_new_tokens, temperature, top_p, seed)
-                save_generations(run.path / file, drawn)
-                run.finish(f"answers-{entrant.name}", made, [file])
-            answers[entrant.name] = texts_of(load_generations(run.path / file), examples, samples, entrant.name)
-        show("answers", len(found), len(found))
-        named = oracle_of(oracle, device=device)
-        for remark in named.remarks:
-            say(remark)
-        rows = [example for example in examples for _ in range(samples)]
-        group = [number for number in range(len(examples)) for _ in range(samples)]
-        verdicts = cache or run.path.parent / "verdicts.sqlite"
-        with opened(verdicts, say) if named.kept else nullcontext() as keeper:
-            rates = win_rate_matrix(
-                answers,
-                rows,
-                named.oracle,
-                mode=mode.value,
-                group=group,
-                keeper=keeper,
-                tell=lambda share: show("judge", share, 1.0),
-            )
-    nash = rates.nash()
-    result: dict[str, Any] = {
-        "out": str(run.path),
-        "oracle": named.oracle.name,
-        "mode": rates.mode,
-        "prompts": len(examples),
-        "samples": samples,
-        "names": list(rates.names),
-        "percent": rates.percent.tolist(),
-        "intervals": [list(row) for row in rates.intervals],
-        "average": list(rates.averages),
-        "average_with_self": rates.average(include_self=True).tolist(),
-        "nash": nash.mixture,
-        "nash_unique": nash.unique,
-        "gap": nash.gap,
-        "failures": rates.failures,
-        "disagreement": rates.disagreement,
-        "characters": rates.characters.tolist(),
-    }
-    save_json(run.path / "matrix.json", result)
-    sentences = [
-        f"{len(examples)} prompts, {samples} answer(s) each, oracle {named.oracle.name}. Row beats column, in %, with "
-        f"95 % intervals over prompts; the mean is over the others. {rates.failures} pairs without a verdict were left "
-        f"out; the oracle's two orders disagree by {rates.disagreement:.3f} on average.",
-        *(f"{entrant.name}: {entrant.how}." for entrant in found),
-    ]
-    write_atomic(run.path / "matrix.html", matrix_page(rates, nash, "Win rates", sentences))
-    head, cells = matrix_rows(rates)
-    table(cells, head)
-    write()
-    head, cells = nash_rows(nash)
-    table(cells, head)
+    with progress() as show:
+        rates, nash, result = play_matrix(
+            entrants,
+            prompts,
+            out,
+            oracle=oracle,
+            sampling=Sampling(samples, max_new_tokens, temperature, top_p),
+            template=template,
+            mode="hard" if mode is Mode.hard else "mean",
+            device=device,
+            seed=seed,
+            cache=cache,
+            restart=restart,
+            on_progress=show,
+            on_note=say,
+        )
+    for head, cells in (matrix_rows(rates), nash_rows(nash)):
+        table(cells, head)
+        write()
     if rates.failures:
         say(f"{rates.failures} pairs have no verdict and were left out.")
-    write(f"\npage: {run.path / 'matrix.html'}")
+    write(f"page: {out / 'matrix.html'}")
     emit(result)

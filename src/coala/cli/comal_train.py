@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,20 +122,12 @@ def train(
 
     The trained model is RUN/model, the report RUN/report.html; verdicts are cached, so none is paid for twice.
     """
-    from contextlib import nullcontext
-
     from coala.cli.output import emit, progress, say, table
-    from coala.comal.inputs import examples_of, start_of
-    from coala.comal.llm import LowRank, load_policy, require_training
-    from coala.comal.loop import run_comal
-    from coala.comal.named_oracles import oracle_of
-    from coala.comal.report import run_page, summarise, update_rows
+    from coala.comal.llm import LowRank
+    from coala.comal.report import update_rows
+    from coala.comal.runs import ModelOptions, train_run
     from coala.comal.settings import COMALSettings
-    from coala.leaderboards.judges import opened
-    from coala.store import RunFolder, save_json, write_atomic
-    from coala.values import CoalaError
 
-    require_training()
     settings = COMALSettings(
         eta=eta,
         beta=beta,
@@ -163,64 +154,30 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
-    for note in settings.notes():
-        say(str(note))
-    start = start_of(model)
-    if prompts is None and start.run is None:
-        raise CoalaError(
-            "Prompts are missing. Give a file of prompts after the model; only a COALA run brings its own."
-        )
-    examples = examples_of(prompts if prompts is not None else _own_pairs(start.run))
-    run = RunFolder(out)
-    named = oracle_of(oracle, start.run, device=device)
-    for remark in named.remarks:
-        say(remark)
     lora = None
     if lora_rank:
         modules = None if lora_targets is None else tuple(name.strip() for name in lora_targets.split(","))
         lora = LowRank(lora_rank, lora_alpha or 2 * lora_rank, modules)
-    chosen = template if template != "auto" else start.template
-    policy = load_policy(
-        start.model, revision=revision or start.revision, lora=lora, device=device, template=chosen, dtype=dtype
-    )
-    about = {
-        "model": start.model,
-        "revision": revision or start.revision,
-        "template": chosen,
-        "dtype": dtype,
-        "lora": None if lora is None else asdict(lora),
-    }
-    if restart:
-        run.restart()
-    verdicts = cache or run.path.parent / "verdicts.sqlite"
-    if named.kept:
-        verdicts.parent.mkdir(parents=True, exist_ok=True)
-    with opened(verdicts, say) if named.kept else nullcontext() as keeper, progress() as show:
-        run_comal(
-            policy,
-            examples,
-            named.oracle,
+    with progress() as show:
+        summary = train_run(
+            model,
+            prompts,
+            out,
             settings,
-            run.path,
-            keeper=keeper,
-            on_work=lambda done, total, note: show("comal", done, total, note),
-            about=about,
+            oracle=oracle,
+            options=ModelOptions(revision, template, dtype, device, lora),
+            cache=cache,
             keep_policies=keep_policies,
+            restart=restart,
+            on_progress=show,
+            on_note=say,
         )
-    summary = {"prompts": len(examples), **named.facts, **summarise(run.path)}
-    save_json(run.path / "report.json", summary)
-    write_atomic(run.path / "report.html", run_page(summary, f"COMAL: {Path(start.model).name}"))
     head, rows = update_rows(summary)
     table(rows, head)
     for note in summary["notes"][len(settings.notes()) :]:
         say(f"{note['level']}: {note['text']}")
-    write(f"\nmodel: {run.path / 'model'}\nreport: {run.path / 'report.html'}")
-    emit(_short(run.path, summary))
-
-
-def _own_pairs(run: Path | None) -> Path:
-    assert run is not None
-    return run / "pairs-train.jsonl"
+    write(f"\nmodel: {out / 'model'}\nreport: {out / 'report.html'}")
+    emit(_short(out, summary))
 
 
 def _short(run: Path, summary: dict[str, Any]) -> dict[str, Any]:

@@ -126,16 +126,6 @@ def kept_beside(replies: Path, out: Path, note: OnNote = quiet) -> Path:
     return home
 
 
-def opened(cache: Path, note: OnNote = quiet) -> VerdictCache:
-    """The file of answers; says so if some that were kept there are lost."""
-    from coala.store.verdict_cache import VerdictCache
-
-    kept = VerdictCache(cache, create_folder=True)
-    if kept.damage:
-        note(f"warning: {kept.damage}")
-    return kept
-
-
 def chat_facts(judge: OpenAIJudge) -> dict[str, Any]:
     """What a record tells of a judge behind an endpoint; never its key."""
     return {"name": judge.name, "model": judge.model, "endpoint": bare(judge.endpoint), **_told_of(judge.instructions)}
@@ -163,6 +153,7 @@ def chat_judge(
 ) -> tuple[OpenAIJudge, VerdictCache]:
     from coala.data.http import is_loopback
     from coala.evaluation.judges import Budget, OpenAIJudge, Patience
+    from coala.store.verdict_cache import open_cache
     from coala.values import CoalaError
 
     key = service.key
@@ -174,7 +165,7 @@ def chat_judge(
     address = service.base_url or ""
     if key and address.startswith("http://") and not is_loopback(address):
         note(f"warning: the key in {service.key_env} goes to {bare(address)} unencrypted. Use https if it is a secret.")
-    kept = opened(cache, note)
+    kept = open_cache(cache, note)
     try:
         judge = OpenAIJudge(
             instructions,
@@ -197,6 +188,7 @@ def _local(name: str, instructions: Instructions, service: Service, cache: Path,
     from coala.backbone import load_backbone
     from coala.decoding import log_likelihood
     from coala.evaluation.judges import ChatJudge, JudgeFailure, LocalEndpoint
+    from coala.store.verdict_cache import open_cache
     from coala.values import CoalaError, Pair
 
     if service.sampling:
@@ -213,7 +205,7 @@ def _local(name: str, instructions: Instructions, service: Service, cache: Path,
     spec = model.spec()
     # The model by its content: a folder that was moved judges nothing again, one that was changed does.
     endpoint = LocalEndpoint(instructions, log_probs, f"local {spec.weights} {spec.template} {model.max_tokens}")
-    kept = opened(cache, note)
+    kept = open_cache(cache, note)
     judge = ChatJudge(instructions, endpoint, model=Path(name).name, keeper=kept, ask_again=service.ask_again)
     facts = {"name": judge.name, "model": name, "weights": spec.weights, **_told_of(instructions)}
     return Chosen(judge, kept, facts, sees_prompts=True)

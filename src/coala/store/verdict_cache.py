@@ -12,6 +12,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,11 +30,9 @@ class VerdictCache:
     :class:`CoalaError` for a file that is something else, damaged, or cannot be written.
     """
 
-    def __init__(self, path: Path | str, *, create_folder: bool = False) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        if create_folder:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.parent.is_dir():
             raise CoalaError(f"{self.path.parent}: there is no such folder to keep verdicts in. Make it first.")
         was_there = self.path.exists()
@@ -164,3 +163,12 @@ class VerdictCache:
         else:
             mend = "Check that it is a file of verdicts that you may write, or name another."
         return CoalaError(f"{self.path}: the verdicts could not be kept or read ({said}). {mend}")
+
+
+def open_cache(path: Path, on_note: Callable[[str], None]) -> VerdictCache:
+    """The cache at ``path``, its folder made if need be; ``on_note`` is told if verdicts that were kept are lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cache = VerdictCache(path)
+    if cache.damage:
+        on_note(f"warning: {cache.damage}")
+    return cache

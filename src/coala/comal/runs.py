@@ -1,0 +1,238 @@
+"""COMAL as run folders: a training from a model and its prompts, and a matrix of who beats whom; both resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from coala.comal.inputs import examples_of, start_of
+from coala.comal.named_oracles import check_oracle, oracle_of
+from coala.comal.oracles import prompt_of
+from coala.store import RunFolder, digest, load_generations, save_generations, save_json, write_atomic
+from coala.store.verdict_cache import open_cache
+from coala.values import CoalaError, prompt_id
+
+if TYPE_CHECKING:
+    from coala.comal.entrants import Entrant
+    from coala.comal.llm import LowRank
+    from coala.comal.matrix import EmpiricalNash, WinRates
+    from coala.comal.settings import COMALSettings
+
+OnProgress = Callable[..., None]  # stage, done, total and, maybe, a note
+OnNote = Callable[[str], None]
+VERDICTS = "verdicts.sqlite"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model that is trained is loaded; what is None or ``auto`` is as the start says."""
+
+    revision: str | None = None
+    template: str = "auto"
+    dtype: str = "float32"
+    device: str = "auto"
+    lora: LowRank | None = None
+
+
+def train_run(
+    model: str,
+    prompts: Path | None,
+    out: Path,
+    settings: COMALSettings,
+    *,
+    oracle: str,
+    options: ModelOptions = ModelOptions(),
+    cache: Path | None = None,
+    keep_policies: bool = False,
+    restart: bool = False,
+    on_progress: OnProgress,
+    on_note: OnNote,
+) -> dict[str, Any]:
+    """Train ``model`` (a folder, a hub name, or a run) towards the Nash policy of ``oracle``; what its report holds.
+
+    ``prompts`` may be None for a COALA run, which has its own. The policy is OUT/model, the report OUT/report.html.
+    Called again it resumes; verdicts are cached in ``cache``, beside OUT unless given.
+    """
+    from coala.comal.llm import load_policy, require_training
+    from coala.comal.loop import run_comal
+    from coala.comal.report import run_page, summarise
+
+    require_training()
+    for note in settings.notes():
+        on_note(str(note))
+    start = start_of(model)
+    if prompts is None:
+        if start.run is None:
+            raise CoalaError(
+                "Prompts are missing. Give a file of prompts after the model; only a COALA run brings its own."
+            )
+        prompts = start.run / "pairs-train.jsonl"
+    examples = examples_of(prompts)
+    run = RunFolder(out)
+    named = oracle_of(oracle, start.run, device=options.device)
+    for remark in named.remarks:
+        on_note(remark)
+    template = options.template if options.template != "auto" else start.template
+    revision = options.revision or start.revision
+    policy = load_policy(
+        start.model,
+        revision=revision,
+        lora=options.lora,
+        device=options.device,
+        template=template,
+        dtype=options.dtype,
+    )
+    about = {
+        "model": start.model,
+        "revision": revision,
+        "template": template,
+        "dtype": options.dtype,
+        "lora": None if options.lora is None else asdict(options.lora),
+    }
+    if restart:
+        run.restart()
+    with open_cache(cache or run.path.parent / VERDICTS, on_note) if named.kept else nullcontext() as keeper:
+        run_comal(
+            policy,
+            examples,
+            named.oracle,
+            settings,
+            run.path,
+            keeper=keeper,
+            on_work=lambda done, total, note: on_progress("comal", done, total, note),
+            about=about,
+            keep_policies=keep_policies,
+        )
+    summary = {"prompts": len(examples), **named.facts, **summarise(run.path)}
+    save_json(run.path / "report.json", summary)
+    write_atomic(run.path / "report.html", run_page(summary, f"COMAL: {Path(start.model).name}"))
+    return summary
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How entrants answer: so many answers per prompt, of at most so many tokens."""
+
+    samples: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def play_matrix(
+    entrants: Sequence[str],
+    prompts: Path,
+    out: Path,
+    *,
+    oracle: str,
+    sampling: Sampling = Sampling(),
+    template: str = "auto",
+    mode: Literal["hard", "mean"] = "hard",
+    device: str = "auto",
+    seed: int = 0,
+    cache: Path | None = None,
+    restart: bool = False,
+    on_progress: OnProgress,
+    on_note: OnNote,
+) -> tuple[WinRates, EmpiricalNash, dict[str, Any]]:
+    """Every entrant's answers against every other's: win rates, the mixture that none beats, and what is saved of both.
+
+    Writes OUT/matrix.json and OUT/matrix.html. Answers and verdicts are kept, so that entrants can be added.
+    """
+    from coala.comal.matrix import win_rate_matrix
+    from coala.comal.report import matrix_page
+
+    check_oracle(oracle)
+    found = _entrants(entrants, template, device)
+    examples = examples_of(prompts)
+    run = RunFolder(out)
+    if restart:
+        run.restart()
+    with run.held():
+        answers = _answers(run, found, examples, sampling, seed, on_progress)
+        named = oracle_of(oracle, device=device)
+        for remark in named.remarks:
+            on_note(remark)
+        rows = [example for example in examples for _ in range(sampling.samples)]
+        group = [number for number in range(len(examples)) for _ in range(sampling.samples)]
+        with open_cache(cache or run.path.parent / VERDICTS, on_note) if named.kept else nullcontext() as keeper:
+            rates = win_rate_matrix(
+                answers,
+                rows,
+                named.oracle,
+                mode=mode,
+                group=group,
+                keeper=keeper,
+                tell=lambda share: on_progress("judge", share, 1.0),
+            )
+    nash = rates.nash()
+    result: dict[str, Any] = {
+        "out": str(run.path),
+        "oracle": named.oracle.name,
+        "mode": rates.mode,
+        "prompts": len(examples),
+        "samples": sampling.samples,
+        "names": list(rates.names),
+        "percent": rates.percent.tolist(),
+        "intervals": [list(row) for row in rates.intervals],
+        "average": list(rates.averages),
+        "average_with_self": rates.average(include_self=True).tolist(),
+        "nash": nash.mixture,
+        "nash_unique": nash.unique,
+        "gap": nash.gap,
+        "failures": rates.failures,
+        "disagreement": rates.disagreement,
+        "characters": rates.characters.tolist(),
+    }
+    save_json(run.path / "matrix.json", result)
+    sentences = [
+        f"{len(examples)} prompts, {sampling.samples} answer(s) each, oracle {named.oracle.name}. Row beats column, in "
+        f"%, with 95 % intervals over prompts; the mean is over the others. {rates.failures} pairs without a verdict "
+        f"were left out; the oracle's two orders disagree by {rates.disagreement:.3f} on average.",
+        *(f"{entrant.name}: {entrant.how}." for entrant in found),
+    ]
+    write_atomic(run.path / "matrix.html", matrix_page(rates, nash, "Win rates", sentences))
+    return rates, nash, result
+
+
+def _entrants(named: Sequence[str], template: str, device: str) -> list[Entrant]:
+    from coala.comal.entrants import entrants_of
+
+    found = [entrant for text in named for entrant in entrants_of(text, template, device)]
+    names = [entrant.name for entrant in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if len(found) < 2 or twice:
+        what = f"the name {twice[0]!r} twice" if twice else f"{len(found)} entrant"
+        raise CoalaError(f"Found {what}; expected two entrants at least, by different names (NAME=ENTRANT).")
+    return found
+
+
+def _answers(
+    run: RunFolder,
+    entrants: Sequence[Entrant],
+    examples: Sequence[Any],
+    sampling: Sampling,
+    seed: int,
+    on_progress: OnProgress,
+) -> dict[str, list[str]]:
+    """The answers of each entrant by its name; those that are kept are not drawn again."""
+    from coala.comal.entrants import texts_of
+
+    drawing = sampling.samples, sampling.max_new_tokens, sampling.temperature, sampling.top_p
+    rules = {"prompts": digest([prompt_id(prompt_of(example)) for example in examples]), **asdict(sampling)}
+    rules |= {"seed": seed}
+    run.start({"command": "comal matrix", **rules})
+    answers: dict[str, list[str]] = {}
+    for number, entrant in enumerate(entrants):
+        on_progress("answers", number, len(entrants), entrant.name)
+        stage, file = f"answers-{entrant.name}", f"answers-{entrant.name}.jsonl"
+        made = {"entrant": entrant.identity, **rules}
+        if not run.done(stage, made):
+            save_generations(run.path / file, entrant.answer(examples, *drawing, seed))
+            run.finish(stage, made, [file])
+        answers[entrant.name] = texts_of(load_generations(run.path / file), examples, sampling.samples, entrant.name)
+    on_progress("answers", len(entrants), len(entrants))
+    return answers
