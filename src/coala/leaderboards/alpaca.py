@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coala.leaderboards.contest import Contest, described, given_reference, hold, own_name
+from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
 from coala.leaderboards.judges import JudgeSettings, OnNote, quiet, stem
 from coala.leaderboards.record import (
     Outcome,
@@ -231,7 +231,7 @@ class _Found:
     remarks: tuple[str, ...]
 
 
-def _save(folder: Path, held: Contest) -> dict[str, Path]:
+def _save(folder: Path, held: RunVsReference) -> dict[str, Path]:
     """Annotations and outputs in the published forms, and the judgements."""
     from coala.evaluation.alpaca_judging import annotation_rows
     from coala.store import save_json, save_judgements, write_atomic

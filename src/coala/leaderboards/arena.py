@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coala.leaderboards.contest import Contest, described, given_reference, hold, own_name
+from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
 from coala.leaderboards.judges import JudgeSettings, OnNote, quiet
 from coala.leaderboards.record import (
     Outcome,
@@ -124,7 +124,7 @@ def count_arena(
 def _outcome(
     battles: Battles,
     baseline: str,
-    held: Contest | None,
+    held: RunVsReference | None,
     *,
     files: Mapping[str, Path],
     settings: Mapping[str, Any],

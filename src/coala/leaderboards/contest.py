@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Contest:
+class RunVsReference:
     """Both sides' replies in the order of the prompts, and what the judge said of them."""
 
     asked: Sequence[PromptRow]
@@ -47,7 +47,7 @@ def hold(
     on_progress: Callable[[str, int, int], None],
     on_failure: Callable[[str, Exception], None] | None = None,
     note: OnNote = quiet,
-) -> Contest:
+) -> RunVsReference:
     """Answer what is not answered yet, judge what is not judged yet."""
     from coala.alignment.answers import UNGUIDED, answer, read_prompts, read_reference
     from coala.evaluation.arena_judging import battles
@@ -93,7 +93,7 @@ def hold(
         fought = None
         if isinstance(chosen.judge, ChatJudge) and chosen.judge.instructions.mode == "arena":
             fought = battles(ours, theirs, chosen.judge, {one.id: one.prompt for one in asked})
-    return Contest(asked, ours, theirs, chosen, found, fought)
+    return RunVsReference(asked, ours, theirs, chosen, found, fought)
 
 
 def needed(run: Path | None, prompts: Path | None, saved: Path | None, what: str) -> bool:
