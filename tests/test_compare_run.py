@@ -212,6 +212,7 @@ def test_no_test_pair_decides_a_rate(made: Path, small: Path) -> None:
     assert found["result"]["rate"] == best["rate"]
 
 
+@pytest.mark.nightly
 def test_a_fork_that_dies_says_why_and_processes_work_after_it(made: Path, small: Path) -> None:
     given = small_study(made)
     base = next(cell for cell in cells(given) if cell.kind == "base")

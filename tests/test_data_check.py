@@ -670,6 +670,7 @@ def test_the_splits_of_the_real_sets_do_not_leak(shared: Path) -> None:
         assert not [key for key in counts if key.startswith("shared_")], name
 
 
+@pytest.mark.nightly
 def test_imdb_is_read_whole(shared: Path) -> None:
     found = check(shared / "data/imdb/train.jsonl.gz")
     assert found.errors == ()
