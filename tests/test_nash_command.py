@@ -141,12 +141,14 @@ def test_training_leaves_a_model_and_a_report(place: Path, whole: Any) -> None:
 def test_a_finished_run_does_nothing_again(place: Path, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from coala.comal.llm import LanguagePolicy
 
-    out, _, found, asked = whole
+    out, _, found, _ = whole
+    log = place / "judge.log"  # of every test that asked before this one
+    before = log.read_text() if log.exists() else ""
     for name in ("sample", "log_probs", "train", "save", "export"):
         monkeypatch.setattr(LanguagePolicy, name, lambda *_, **__: pytest.fail("done again"))
     _, again = run(*arguments(place, out))
     assert again == found
-    assert (place / "judge.log").read_text().splitlines() == asked
+    assert (log.read_text() if log.exists() else "") == before
 
 
 KILLED = """
