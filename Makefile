@@ -31,7 +31,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-
 # Most of what XLA compiles here runs a few times on a few rows; the nightly tests, test-all and users run it optimised.
 test test-shuffled: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
-test: .venv/dev  ## run the tests, two at a time: at most five minutes on two cores
+test: .venv/dev  ## run the tests, two at a time: about five minutes on two cores
 	$(PYTEST) -m "not nightly"
 
 test-nightly: .venv/dev  ## run the tests that take minutes, of what a faster one guards too

@@ -82,6 +82,10 @@ def test_pairs_may_be_given_as_they_are(place: Path, tmp_path: Path) -> None:
     other = coala.align(place / "pairs.jsonl", out=tmp_path / "file", **options)
     np.testing.assert_array_equal(run.head.linear, other.head.linear)
     assert coala.align(pairs, out=tmp_path / "given", **options).path == run.path  # finished: nothing is redone
+    kept = (tmp_path / "given.pairs.jsonl").read_bytes()
+    with pytest.raises(coala.CoalaError, match="found other pairs"):
+        coala.align(pairs[:-1], out=tmp_path / "given", **options)
+    assert (tmp_path / "given.pairs.jsonl").read_bytes() == kept
 
 
 def test_what_cannot_be_aligned_is_a_sentence(place: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from coala.alignment.processes import carry_out
 from coala.alignment.results import load_parts, make_report, summary_rows
 from coala.alignment.run import Run, load_run
 from coala.recipe import Recipe, recipe_of
-from coala.store import RunFolder, save_pairs
+from coala.store import RunFolder, load_pairs, save_pairs
 from coala.values import CoalaError, Pair
 
 __all__ = [
@@ -94,7 +94,12 @@ def align(
     files: list[Any] = [pairs] if isinstance(pairs, str | Path) else list(pairs)
     if files and all(isinstance(pair, Pair) for pair in files):
         kept = Path(f"{out}.pairs.jsonl")
-        save_pairs(kept, files)
+        if not kept.exists():
+            save_pairs(kept, files)
+        elif load_pairs(kept) != files:
+            raise CoalaError(
+                f"{kept}: found other pairs, of an earlier run. Fix: give another out, or delete that file."
+            )
         files = [kept]
     elif not all(isinstance(file, str | Path) for file in files):
         kinds = sorted({type(file).__name__ for file in files})

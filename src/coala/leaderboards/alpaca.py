@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
-from coala.leaderboards.judges import JudgeSettings, OnNote, quiet, stem
+from coala.leaderboards.judges import JudgeSettings, OnFailure, OnNote, OnProgress, quiet, stem
 from coala.leaderboards.record import (
     Outcome,
     about,
@@ -161,12 +160,12 @@ def run_alpaca(
     judge: JudgeSettings,
     manner: ReplySettings,
     control: LengthControl,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
     name: str | None = None,
     limit: int | None = None,
     one_order: bool = False,
     command: str = "",
-    on_failure: Callable[[str, Exception], None] | None = None,
+    on_failure: OnFailure | None = None,
     on_note: OnNote = quiet,
 ) -> Outcome:
     """Have the run answer ``prompts`` and the judge compare with ``reference``, in both orders or one that is drawn.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
-from coala.leaderboards.judges import JudgeSettings, OnNote, quiet
+from coala.leaderboards.judges import JudgeSettings, OnFailure, OnNote, OnProgress, quiet
 from coala.leaderboards.record import (
     Outcome,
     about,
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from coala.store import RunFolder
 
 Board = Literal["v0.1", "v2.0"]
-OnProgress = Callable[[str, int, int], None]
-OnFailure = Callable[[str, Exception], None]
 
 
 def run_arena(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coala.leaderboards.judges import VERDICTS, Chosen, JudgeSettings, OnNote, choose, quiet
+from coala.leaderboards.judges import VERDICTS, Chosen, JudgeSettings, OnFailure, OnNote, OnProgress, choose, quiet
 
 if TYPE_CHECKING:
     from coala.alignment.answers import PromptRow, ReplySettings
@@ -44,8 +44,8 @@ def hold(
     limit: int | None,
     judge: JudgeSettings,
     orders: Literal["both", "drawn"],
-    on_progress: Callable[[str, int, int], None],
-    on_failure: Callable[[str, Exception], None] | None = None,
+    on_progress: OnProgress,
+    on_failure: OnFailure | None = None,
     note: OnNote = quiet,
 ) -> RunVsReference:
     """Answer what is not answered yet, judge what is not judged yet."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 VERDICTS = "verdicts.sqlite"
 OnNote = Callable[[str], None]
+OnProgress = Callable[[str, int, int], None]  # stage, done and total
+OnFailure = Callable[[str, Exception], None]  # what failed, and why
 
 
 def quiet(note: str) -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coala.leaderboards.contest import described, own_name
-from coala.leaderboards.judges import VERDICTS, JudgeSettings, OnNote, asking, kept_beside, quiet, stem
+from coala.leaderboards.judges import (
+    VERDICTS,
+    JudgeSettings,
+    OnFailure,
+    OnNote,
+    OnProgress,
+    asking,
+    kept_beside,
+    quiet,
+    stem,
+)
 from coala.leaderboards.record import Outcome, cost_rows, figure, spending, spent, spread, told, told_interval
 from coala.values import CoalaError
 
@@ -19,9 +29,6 @@ if TYPE_CHECKING:
     from coala.leaderboards.judges import Chosen
     from coala.report import Evaluation, Figure
     from coala.store import RunFolder
-
-OnProgress = Callable[[str, int, int], None]
-OnFailure = Callable[[str, Exception], None]
 
 
 def run_mtbench(

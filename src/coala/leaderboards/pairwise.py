@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.leaderboards.judges import JudgeSettings, OnNote, choose, kept_beside, load_replies, quiet, stem
+from coala.leaderboards.judges import (
+    JudgeSettings,
+    OnFailure,
+    OnNote,
+    OnProgress,
+    choose,
+    kept_beside,
+    load_replies,
+    quiet,
+    stem,
+)
 from coala.leaderboards.record import (
     Outcome,
     about,
@@ -32,9 +42,9 @@ def run_pairwise(
     pairs: Path | None = None,
     out: Path | None = None,
     one_order: bool = False,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
     command: str = "",
-    on_failure: Callable[[str, Exception], None] | None = None,
+    on_failure: OnFailure | None = None,
     on_note: OnNote = quiet,
 ) -> Outcome:
     """Judge the replies in ``ours`` against those in ``reference`` in both orders; of one run folder, guided against

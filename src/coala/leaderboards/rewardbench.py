@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from coala.leaderboards.judges import OnProgress
 from coala.leaderboards.record import Outcome, figure, fitted, interval
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def run_rewardbench(
     out: Path | None = None,
     name: str | None = None,
     batch_tokens: int = 4096,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
     command: str = "",
 ) -> Outcome:
     """The run's head scores the replies of ``file``; a tie counts as wrong, as upstream.
