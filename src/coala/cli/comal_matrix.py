@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
 from coala.comal.named_oracles import ORACLES
-
-
-class Mode(StrEnum):
-    """What a win is."""
-
-    hard = "hard"
-    mean = "mean"
-
 
 EPILOG = (
     """
@@ -49,7 +40,7 @@ def matrix(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of entrants that are not guided by a run.")] = 1.0,
     template: Annotated[str, typer.Option(help="Of entrants that are models: auto, chat, ...")] = "auto",
-    mode: Annotated[Mode, typer.Option(help="Who is preferred, or the mean probability.")] = Mode.hard,
+    mode: Annotated[Literal["hard", "mean"], typer.Option(help="Who is preferred, or the mean probability.")] = "hard",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     cache: Annotated[
@@ -75,7 +66,7 @@ def matrix(
             oracle=oracle,
             sampling=Sampling(samples, max_new_tokens, temperature, top_p),
             template=template,
-            mode="hard" if mode is Mode.hard else "mean",
+            mode=mode,
             device=device,
             seed=seed,
             cache=cache,
