@@ -70,7 +70,7 @@ Quantise = Annotated[Literal["8bit", "4bit"], Setting("By bitsandbytes.")]
 Device = Annotated[str, Setting("auto, cpu, cuda, or offload (keep what does not fit in CPU memory or on disk).")]
 Seed = Annotated[int, Ge(0), Setting("Fixes split, fit and sampling.")]
 Format = Annotated[str, Setting("Format of the pairs; auto recognises it (see `coala data formats`).")]
-SkipBad = Annotated[bool, Setting("Leave out rows with errors (the report lists them) instead of stopping.")]
+SkipBad = Annotated[bool, Setting("Leave out rows with errors, and say so, instead of stopping.")]
 
 # A section that is given as a mapping names no other settings, and is checked again where it is given as a value.
 _STRICT = {"extra": "forbid", "revalidate_instances": "always"}

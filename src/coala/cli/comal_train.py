@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
 from coala.comal.named_oracles import ORACLES
 from coala.comal.settings import COMALSettings
+from coala.settings import Device, Template
 
 if TYPE_CHECKING:
     from coala.comal.llm import LowRank
@@ -63,12 +64,12 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; rerun the same command to resume.")],
     settings: COMALSettings,
     lora: LoRAFlags,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    template: Annotated[
-        str, typer.Option(help="How prompts are rendered: auto, chat, dialogue or continuation.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
+    template: Template = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the weights.")
+    ] = "float32",
+    device: Device = "auto",
     cache: Annotated[
         Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to RUN).")
     ] = None,

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from coala.cli.flags import with_settings
 from coala.cli.options import TrustCode
 from coala.cli.terminal import write
 from coala.messages import CoalaError
+from coala.settings import Format, SkipBad
 
 if TYPE_CHECKING:
     from coala.data.audit import Audit
@@ -25,10 +27,8 @@ Sources = Annotated[
 ]
 
 
-Format = Annotated[str, typer.Option(help="Name of the format; `auto` recognises it (see `coala data formats`).")]
-
-
 @app.command(epilog="Example: `coala data check train.jsonl --against test.jsonl`")
+@with_settings
 def check(
     pairs: Sources,
     format: Format = "auto",
@@ -67,11 +67,12 @@ def check(
 
 
 @app.command(epilog="Example: `coala data convert hh.jsonl.gz --out pairs.jsonl`")
+@with_settings
 def convert(
     pairs: Sources,
     out: Annotated[Path, typer.Option(help="File to write: one pair per line, TRL's conversational format.")],
     format: Format = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors, and say so.")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Write pairs of any known format in one plain form. What is not read is named."""
     from coala.cli.output import emit
@@ -110,6 +111,7 @@ def alternate(
 
 
 @app.command(epilog="Example: `coala data audit pairs.jsonl --out audit.html --against test.jsonl`")
+@with_settings
 def audit(
     pairs: Sources,
     out: Annotated[Path | None, typer.Option(help="Page to write (HTML, needs nothing else).")] = None,
@@ -122,7 +124,7 @@ def audit(
         str | None, typer.Option(help="Cue to take out, e.g. `length` or `surface`; needs --balanced.")
     ] = None,
     balanced: Annotated[Path | None, typer.Option(help="File to write what is left to.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors, and say so.")] = False,
+    skip_bad: SkipBad = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="Deals of the folds; 3, above 2,000 pairs 1.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of folds, shuffles and thinning.")] = 0,
 ) -> None:
@@ -236,6 +238,7 @@ def synthesize(
 
 
 @app.command(epilog="Example: `coala data show pairs.jsonl --n 3`")
+@with_settings
 def show(
     pairs: Sources,
     format: Format = "auto",

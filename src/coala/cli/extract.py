@@ -10,7 +10,7 @@ import typer
 
 from coala.cli.flags import every, with_settings
 from coala.cli.options import TrustCode
-from coala.settings import ModelSettings
+from coala.settings import Format, ModelSettings
 
 
 @with_settings
@@ -19,7 +19,7 @@ def extract(
     *,
     model: Annotated[ModelSettings, every(ModelSettings)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features; resumed if begun.")],
-    format: Annotated[str, typer.Option(help="Format of the pairs; auto recognises it.")] = "auto",
+    format: Format = "auto",
     n_workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the work.")] = 1,
     engine: Annotated[
         Literal["processes", "ray"], typer.Option(help="Where workers run: processes of this machine, or Ray tasks.")

@@ -2,6 +2,7 @@
 
 A command says ``head: HeadSettings`` and gets the value; ``Annotated[HeadSettings, every(HeadSettings)]`` has a flag
 for each setting, and ``Annotated[Given, Of(HeadSettings)]`` gets those alone that were given, to lay over a recipe.
+A parameter whose type is itself a setting (``seed: Seed``) becomes its flag.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def with_settings(command: Command) -> Command:
         of = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Of)), None)
         kind = get_args(hint)[0] if of else hint
         if of is None and not is_dataclass(kind):
+            if (setting := setting_of(hint)) is not None:
+                hint = _annotation(name, hint, setting, optional=False)
             parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
             continue
         whole = is_dataclass(kind)
