@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from coala.alignment import load_parts
+from coala.alignment.talking import Talker
 from coala.cli import app as cli
 from coala.cli.chat import COMMANDS, _Talk
 from coala.cli.terminal import visible
@@ -149,7 +150,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_written(
 ) -> None:
     backbone, head, guidance = parts
     whole = generate([user("hello")], backbone, head, guidance, max_new_tokens=40, seed=0)[0].text
-    chat = _Talk(backbone, head, guidance, 40, 1.0, 0, guided=True)
+    chat = _Talk(Talker(backbone, head, guidance, 1.0), 40, 0, guided=True)
 
     class Interrupting(io.StringIO):
         """A terminal at which somebody presses Ctrl-C when the third piece of a reply appears."""
