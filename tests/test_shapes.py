@@ -61,7 +61,7 @@ def test_the_right_shapes_pass() -> None:
 def test_ranks_and_types_do_not_mix_by_accident() -> None:
     with pytest.raises(ValueError, match="rank_promotion"):
         jnp.ones(3) + jnp.ones((2, 3))
-    with pytest.raises(TypeError, match="strict"):
+    with pytest.raises(ValueError, match="strict"):
         jnp.ones(3) * jnp.arange(3)
 
 

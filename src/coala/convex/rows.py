@@ -25,6 +25,11 @@ BLOCK = 256  # rows; between 128 and 2048 the time hardly depends on it
 AXIS = "rows"  # the name of the mesh axis over which rows are spread
 EVERYWHERE = PartitionSpec()
 
+Rows = Float[Array, "*sides n d"]
+Patterns = Bool[Array, "*sides n P"]
+PerRow = Float[Array, "*sides n"]
+PerRowOrPair = Float[Array, "... n"]
+Weights = Float[Array, "d P"]
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
@@ -34,20 +39,14 @@ def _compiled(**options: Any) -> Callable[[FunctionT], FunctionT]:
 
 
 @_compiled()
-def gated_product(
-    X: Float[Array, "*sides n d"], patterns: Bool[Array, "*sides n P"], u: Float[Array, "d P"]
-) -> Float[Array, "*sides n"]:
-    """sum_i D_i X u_i, (..., n), for X (..., n, d), patterns (..., n, P) and u (d, P); of the type of u."""
+def gated_product(X: Rows, patterns: Patterns, u: Weights) -> PerRow:
+    """sum_i D_i X u_i, of the type of u."""
 
-    def kernel(
-        x: Float[Array, "*sides n d"], is_open: Bool[Array, "*sides n P"], u: Float[Array, "d P"]
-    ) -> Float[Array, "*sides n"]:
+    def kernel(x: Rows, is_open: Patterns, u: Weights) -> PerRow:
         return jnp.where(is_open, matmul(x.astype(u.dtype), u), 0.0).sum(axis=-1)
 
-    def in_blocks(
-        X: Float[Array, "*sides n d"], patterns: Bool[Array, "*sides n P"], u: Float[Array, "d P"]
-    ) -> Float[Array, "*sides n"]:
-        def advance(i: Scalar, z: Float[Array, "*sides n"]) -> Float[Array, "*sides n"]:
+    def in_blocks(X: Rows, patterns: Patterns, u: Weights) -> PerRow:
+        def advance(i: Scalar, z: PerRow) -> PerRow:
             start = _start(i, X.shape[-2])
             return jax.lax.dynamic_update_slice_in_dim(
                 z, kernel(_block(X, start), _block(patterns, start), u), start, -1
@@ -55,69 +54,49 @@ def gated_product(
 
         return jax.lax.fori_loop(0, _n_blocks(X), advance, jnp.zeros(X.shape[:-1], u.dtype))
 
-    def local(
-        X: Float[Array, "*sides n d"], patterns: Bool[Array, "*sides n P"], u: Float[Array, "d P"]
-    ) -> Float[Array, "*sides n"]:
+    def local(X: Rows, patterns: Patterns, u: Weights) -> PerRow:
         # Of one type, a single product is as fast as one by blocks.
         return (in_blocks if X.dtype != u.dtype and X.shape[-2] > BLOCK else kernel)(X, patterns, u)
 
     specs = (row_spec(X.ndim, -2), row_spec(patterns.ndim, -2), EVERYWHERE)
-    z: Float[Array, "*sides n"] = _where_rows_lie(local, specs, row_spec(X.ndim - 1, -1))(X, patterns, u)
+    z: PerRow = _where_rows_lie(local, specs, row_spec(X.ndim - 1, -1))(X, patterns, u)
     return z
 
 
 @_compiled()
-def gated_product_adjoint(
-    X: Float[Array, "*sides n d"], patterns: Bool[Array, "*sides n P"], z: Float[Array, "*sides n"]
-) -> Float[Array, "d P"]:
-    """(X^T D_i z)_i as the columns of a (d, P) array, summed over all rows; shapes as in :func:`gated_product`."""
-    back: Float[Array, "d P"] = _sum_over_rows(_masked_rows, X, patterns, z).T
+def gated_product_adjoint(X: Rows, patterns: Patterns, z: PerRow) -> Weights:
+    """(X^T D_i z)_i as columns, summed over all rows."""
+    back: Weights = _sum_over_rows(_masked_rows, X, patterns, z).T
     return back
 
 
 @_compiled(static_argnames="signs")
 def normal_product(
-    X: Float[Array, "sides n d"],
-    patterns: Bool[Array, "sides n P"],
-    signs: tuple[float, ...],
-    curvature: Float[Array, "n"],
-    u: Float[Array, "d P"],
-) -> Float[Array, "d P"]:
-    """F^T diag(curvature) F u, (d, P), in one pass, for F u = sum_s signs_s gated_product(X_s, patterns_s, u).
+    X: Rows, patterns: Patterns, signs: tuple[float, ...], curvature: Float[Array, "n"], u: Weights
+) -> Weights:
+    """F^T diag(curvature) F u in one pass, for F u = sum_s signs_s gated_product(X_s, patterns_s, u)."""
 
-    X (S, n, d), patterns (S, n, P), curvature (n,), u (d, P).
-    """
-
-    def kernel(
-        x: Float[Array, "sides n d"],
-        is_open: Bool[Array, "sides n P"],
-        curvature: Float[Array, "n"],
-        u: Float[Array, "d P"],
-    ) -> Float[Array, "P d"]:
+    def kernel(x: Rows, is_open: Patterns, curvature: Float[Array, "n"], u: Weights) -> Float[Array, "P d"]:
         side = jnp.asarray(signs, x.dtype)[:, None]
         scores = jnp.where(is_open, matmul(x, u), 0.0).sum(axis=-1)
         return _masked_rows(x, is_open, side * (curvature * (side * scores).sum(axis=0))[None])
 
-    curved: Float[Array, "d P"] = _sum_over_rows(kernel, X, patterns, curvature, u).T
+    curved: Weights = _sum_over_rows(kernel, X, patterns, curvature, u).T
     return curved
 
 
 @_compiled(static_argnames="signs")
 def moments(
-    X: Float[Array, "sides n d"],
-    patterns: Bool[Array, "sides n P"],
-    signs: tuple[float, ...],
-    curvature: Float[Array, "n"],
+    X: Rows, patterns: Patterns, signs: tuple[float, ...], curvature: Float[Array, "n"]
 ) -> tuple[Float[Array, "d"], Float[Array, "P P"]]:
-    """spectrum (d,) of sum 1 and overlap (P, P) with F^T diag(curvature) F ~ spectrum_k overlap_ij sum_j curvature_j.
+    """spectrum of sum 1 and overlap with F^T diag(curvature) F ~ spectrum_k overlap_ij sum_j curvature_j.
 
     overlap_ij is exactly the trace of the block (i, j); that each block is diagonal, and in proportion to the second
-    moments of the features, holds as far as gates do not depend on the rows, in rotated coordinates. Shapes as in
-    :func:`normal_product`.
+    moments of the features, holds as far as gates do not depend on the rows, in rotated coordinates.
     """
 
     def kernel(
-        x: Float[Array, "sides n d"], is_open: Bool[Array, "sides n P"], curvature: Float[Array, "n"]
+        x: Rows, is_open: Patterns, curvature: Float[Array, "n"]
     ) -> tuple[Float[Array, "d"], Float[Array, "P P"]]:
         spectrum = matmul(curvature, (x * x).sum(axis=0))
         openings = is_open.astype(x.dtype)
@@ -133,33 +112,21 @@ def moments(
     return spectrum / jnp.where(total > 0, total, 1.0), overlap / jnp.where(weight > 0, weight, 1.0)
 
 
-def _masked_rows(
-    x: Float[Array, "*sides n d"], is_open: Bool[Array, "*sides n P"], z: Float[Array, "*sides n"]
-) -> Float[Array, "P d"]:
-    """The adjoint transposed, (P, d)."""
+def _masked_rows(x: Rows, is_open: Patterns, z: PerRow) -> Float[Array, "P d"]:
+    """The adjoint transposed."""
     # (masked z)^T x and not x^T (masked z), nor a sum of transposes: on CPUs either takes several times as long.
     over_rows = tuple(range(x.ndim - 1))
     return jnp.tensordot(jnp.where(is_open, z[..., None], 0.0), x, (over_rows, over_rows), precision="highest")
 
 
-def _sum_over_rows(
-    kernel: Callable[..., Any],
-    X: Float[Array, "*sides n d"],
-    patterns: Bool[Array, "*sides n P"],
-    weight: Float[Array, "... n"],
-    *rest: Any,
-) -> Any:
+def _sum_over_rows(kernel: Callable[..., Any], X: Rows, patterns: Patterns, weight: PerRowOrPair, *rest: Any) -> Any:
     """kernel(X, patterns, weight, *rest), a sum over rows and linear in ``weight`` (..., n), by blocks of rows."""
     dtype = weight.dtype
 
-    def whole(
-        X: Float[Array, "*sides n d"], patterns: Bool[Array, "*sides n P"], weight: Float[Array, "... n"], *rest: Array
-    ) -> Any:
+    def whole(X: Rows, patterns: Patterns, weight: PerRowOrPair, *rest: Array) -> Any:
         return kernel(X.astype(dtype), patterns, weight, *rest)
 
-    def in_blocks(
-        X: Float[Array, "*sides n d"], patterns: Bool[Array, "*sides n P"], weight: Float[Array, "... n"], *rest: Array
-    ) -> Any:
+    def in_blocks(X: Rows, patterns: Patterns, weight: PerRowOrPair, *rest: Array) -> Any:
         def at(i: Scalar) -> Any:
             start = _start(i, X.shape[-2])
             # The last block reaches back over rows that the one before it has counted.
@@ -171,7 +138,7 @@ def _sum_over_rows(
         none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(at, jnp.asarray(0)))
         return jax.lax.fori_loop(0, _n_blocks(X), lambda i, total: jax.tree.map(jnp.add, total, at(i)), none)
 
-    def local(X: Float[Array, "*sides n d"], *others: Array) -> Any:
+    def local(X: Rows, *others: Array) -> Any:
         if X.shape[-2] <= BLOCK:
             return whole(X, *others)
         if X.dtype != dtype:

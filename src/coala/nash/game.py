@@ -25,6 +25,8 @@ from coala.values import CoalaError
 Vector = Float64[np.ndarray, "answers"]  # a number for each answer: probabilities, their logarithms, rewards
 Matrix = Float64[np.ndarray, "answers answers"]  # the row's answer against the column's
 Float = NDArray[np.float64]  # of any shape
+Series = Float64[np.ndarray, "updates"]
+Policies = Float64[np.ndarray, "updates answers"]
 Policy = Vector | dict[str, Float64[np.ndarray, "_"]]
 TOLERANCE = 1e-6  # on P + P^T = 1 and on the sum of a distribution
 

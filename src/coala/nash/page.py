@@ -16,7 +16,7 @@ from jaxtyping import Float64
 
 from coala.nash import plots
 from coala.nash.criteria import Note
-from coala.nash.game import Vector
+from coala.nash.game import Series, Vector
 from coala.nash.paper import PAPER_GAME, Row, Study, first_below
 from coala.nash.selection import FixedPoint
 from coala.nash.solvers import Result
@@ -166,7 +166,7 @@ def paper_page(study: Study, selections: Mapping[tuple[str, int, bool], FixedPoi
     return render("COMAL: the paper's game", parts, width=17)
 
 
-def _distance_picture(kl: Float64[np.ndarray, "updates"]) -> list[Picture]:
+def _distance_picture(kl: Series) -> list[Picture]:
     if not np.isfinite(kl).all():
         return []
     words = f"KL(Nash, policy) by update, from {kl[0]:.3g} to {kl[-1]:.3g}."
@@ -205,7 +205,7 @@ def _lines(rows: Sequence[Row]) -> list[Picture]:
     return pictures
 
 
-def _spread(values: Float64[np.ndarray, "updates"], length: int) -> Float64[np.ndarray, "points"]:
+def _spread(values: Series, length: int) -> Float64[np.ndarray, "points"]:
     """A history of fewer rows over the axis of the longest, each value held until the next."""
     return values[np.minimum(np.arange(length) * (len(values) - 1) // (length - 1), len(values) - 1)]
 

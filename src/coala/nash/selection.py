@@ -21,6 +21,8 @@ from coala.nash.game import Matrix, PreferenceGame, Vector, duality_gap
 from coala.nash.steps import mirror_step, normalise
 from coala.values import CoalaError
 
+PerDraw = Float64[np.ndarray, "draws answers"]
+
 
 @dataclass(frozen=True, eq=False)
 class FixedPoint:
@@ -43,16 +45,7 @@ class Selection:
     hard: bool
 
     @cached_property
-    def draws(
-        self,
-    ) -> list[
-        tuple[
-            Float64[np.ndarray, "draws"],
-            Float64[np.ndarray, "draws answers"],
-            Float64[np.ndarray, "draws answers"],
-            Float64[np.ndarray, "draws answers"],
-        ]
-    ]:
+    def draws(self) -> list[tuple[Float64[np.ndarray, "draws"], PerDraw, PerDraw, PerDraw]]:
         """For each answer i, the M_i multisets of draws that contain it.
 
         Logarithms of how many orders they have (M_i,), counts without one i (M_i, n), chance that i is best and j worst

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from coala.nash import criteria
 from coala.nash.criteria import Note
-from coala.nash.game import Nash, Policy, PreferenceGame, Vector, duality_gap, kl_divergence
+from coala.nash.game import Nash, Policy, PreferenceGame, Series, Vector, duality_gap, kl_divergence
 from coala.nash.steps import Feedback, Population, Sampled, mirror_step, normalise, regularised_nash, sppo_step
 from coala.values import CoalaError
 
@@ -144,8 +144,8 @@ class History:
     ``kl`` is the distance KL(Nash, policy) to the strategy of ``Result.nash``.
     """
 
-    gap: Float64[np.ndarray, "updates"]
-    kl: Float64[np.ndarray, "updates"]
+    gap: Series
+    kl: Series
     log_policy: tuple[Float64[np.ndarray, "updates _"], ...]
 
     def __len__(self) -> int:
@@ -331,9 +331,7 @@ def _feedbacks(
     return [Sampled(P, pairs, stream, oracle != "probabilities") for P, stream in zip(inside, streams, strict=True)]
 
 
-def _distances(
-    game: PreferenceGame, nash: Nash, logs: list[Float64[np.ndarray, "_ _"]], rows: int
-) -> Float64[np.ndarray, "updates"]:
+def _distances(game: PreferenceGame, nash: Nash, logs: list[Float64[np.ndarray, "_ _"]], rows: int) -> Series:
     parts = game.parts(nash.strategy)
     distances = []
     for p, log in zip(parts, logs, strict=True):

@@ -19,6 +19,7 @@ from coala.convex.linear import matmul
 from coala.convex.papers.losses import SecondLayer
 from coala.convex.pytree import pytree
 
+Weights = Float[Array, "m"]
 Scores = tuple[Float[Array, "n"], ...]
 
 
@@ -31,29 +32,24 @@ class Minimiser(Protocol):
     needs_convex: ClassVar[bool]
     allows_cap: ClassVar[bool]
 
-    def init(self, program: SecondLayer, start: Float[Array, "m"] | None = None) -> Any: ...
+    def init(self, program: SecondLayer, start: Weights | None = None) -> Any: ...
     def step(self, program: SecondLayer, state: Any) -> Any: ...
-    def solution(self, program: SecondLayer, state: Any) -> tuple[Float[Array, "m"], None]: ...
+    def solution(self, program: SecondLayer, state: Any) -> tuple[Weights, None]: ...
 
 
 class _Solved:
     """The solution of a state that holds it as ``theta``."""
 
-    def solution(self, program: SecondLayer, state: Any) -> tuple[Float[Array, "m"], None]:
+    def solution(self, program: SecondLayer, state: Any) -> tuple[Weights, None]:
         return state.theta, None
 
 
-def _first(program: SecondLayer, start: Float[Array, "m"] | None) -> Float[Array, "m"]:
+def _first(program: SecondLayer, start: Weights | None) -> Weights:
     return program.project(program.centre if start is None else start)
 
 
 def _search(
-    program: SecondLayer,
-    theta: Float[Array, "m"],
-    scores: Scores,
-    direction: Float[Array, "m"],
-    *,
-    curvature: float = jnp.inf,
+    program: SecondLayer, theta: Weights, scores: Scores, direction: Weights, *, curvature: float = jnp.inf
 ) -> tuple[Scalar, Scores]:
     """A step length by bisection, and the scores of the direction.
 
@@ -99,7 +95,7 @@ def _search(
 
 
 class NewtonState(NamedTuple):
-    theta: Float[Array, "m"]
+    theta: Weights
     scores: Scores
 
 
@@ -119,7 +115,7 @@ class DampedNewton(_Solved):
     needs_convex: ClassVar[bool] = True
     allows_cap: ClassVar[bool] = True
 
-    def init(self, program: SecondLayer, start: Float[Array, "m"] | None = None) -> NewtonState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> NewtonState:
         theta = _first(program, start)
         return NewtonState(theta, program.scores(theta))
 
@@ -132,14 +128,14 @@ class DampedNewton(_Solved):
         return NewtonState(program.project(theta + t * direction), moved)
 
 
-def _newton_direction(program: SecondLayer, theta: Float[Array, "m"], scores: Scores) -> Float[Array, "m"]:
+def _newton_direction(program: SecondLayer, theta: Weights, scores: Scores) -> Weights:
     gradient = program.gradient(theta, scores)
     hessian = program.loss_hessian(scores)
     # A trace of damping keeps the factor of a nearly singular matrix finite.
     damping = 10 * np.finfo(theta.dtype).eps * jnp.trace(hessian)
     if program.cap is None:
         damped = hessian + (program.ridge + damping) * jnp.eye(len(theta), dtype=theta.dtype)
-        newton: Float[Array, "m"] = -jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)
+        newton: Weights = -jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)
         return newton
     # The model's minimum u in the ball solves (H + (ridge + multiplier) I) u = target; ||u|| falls with the multiplier.
     values, vectors = jnp.linalg.eigh(hessian)
@@ -165,9 +161,9 @@ def _newton_direction(program: SecondLayer, theta: Float[Array, "m"], scores: Sc
 class LBFGSState(NamedTuple):
     """The last steps and the changes of the gradient over them, (memory, m), the newest last."""
 
-    theta: Float[Array, "m"]
+    theta: Weights
     scores: Scores
-    gradient: Float[Array, "m"]
+    gradient: Weights
     steps: Float[Array, "memory m"]
     changes: Float[Array, "memory m"]
 
@@ -184,7 +180,7 @@ class LBFGS(_Solved):
 
     memory: int = 20
 
-    def init(self, program: SecondLayer, start: Float[Array, "m"] | None = None) -> LBFGSState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> LBFGSState:
         theta = _first(program, start)
         scores = program.scores(theta)
         none = jnp.zeros((self.memory, len(theta)), theta.dtype)
@@ -206,20 +202,18 @@ class LBFGS(_Solved):
         return LBFGSState(moved, new_scores, new_gradient, steps, changes)
 
 
-def _two_loops(
-    gradient: Float[Array, "m"], steps: Float[Array, "memory m"], changes: Float[Array, "memory m"]
-) -> Float[Array, "m"]:
+def _two_loops(gradient: Weights, steps: Float[Array, "memory m"], changes: Float[Array, "memory m"]) -> Weights:
     """Minus the inverse Hessian of the last steps, times the gradient; an empty row of zeros changes nothing."""
     products = jnp.sum(steps * changes, axis=1)
     inverse = jnp.where(products > 0, 1 / jnp.where(products > 0, products, 1.0), 0.0)
     rows = (steps, changes, inverse)
 
-    def back(q: Float[Array, "m"], row: tuple[Array, ...]) -> tuple[Float[Array, "m"], Scalar]:
+    def back(q: Weights, row: tuple[Array, ...]) -> tuple[Weights, Scalar]:
         step, change, rho = row
         share = rho * jnp.vdot(step, q)
         return q - share * change, share
 
-    def forth(r: Float[Array, "m"], row: tuple[Array, ...]) -> tuple[Float[Array, "m"], None]:
+    def forth(r: Weights, row: tuple[Array, ...]) -> tuple[Weights, None]:
         step, change, rho, share = row
         return r + step * (share - rho * jnp.vdot(change, r)), None
 
@@ -234,8 +228,8 @@ def _two_loops(
 class NesterovState(NamedTuple):
     """``ahead`` is where the next gradient is taken; ``age`` the steps since its momentum last began at 0."""
 
-    theta: Float[Array, "m"]
-    ahead: Float[Array, "m"]
+    theta: Weights
+    ahead: Weights
     age: Scalar
     smoothness: Scalar
 
@@ -256,7 +250,7 @@ class Nesterov(_Solved):
 
     restart: bool = True
 
-    def init(self, program: SecondLayer, start: Float[Array, "m"] | None = None) -> NesterovState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> NesterovState:
         theta = _first(program, start)
         return NesterovState(theta, theta, jnp.zeros_like(program.ridge), _smoothness(program))
 
@@ -279,9 +273,9 @@ def _smoothness(program: SecondLayer) -> Scalar:
 class AdamWState(NamedTuple):
     """Running means of the gradient and its square, the order of this epoch's pairs, and the steps made."""
 
-    theta: Float[Array, "m"]
-    mean: Float[Array, "m"]
-    square: Float[Array, "m"]
+    theta: Weights
+    mean: Weights
+    square: Weights
     order: Int[Array, "n"]
     made: Scalar
 
@@ -308,7 +302,7 @@ class AdamW(_Solved):
     epsilon: Any = 1e-8
     batch: int = 256
 
-    def init(self, program: SecondLayer, start: Float[Array, "m"] | None = None) -> AdamWState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> AdamWState:
         theta = _first(program, start)
         zero = jnp.zeros_like(theta)
         return AdamWState(theta, zero, zero, jnp.arange(len(program.weight)), jnp.asarray(0))

@@ -30,6 +30,9 @@ from coala.convex.program import Program
 from coala.convex.solvers import Status, certify
 from coala.values import CoalaError
 
+Rows = Float[np.ndarray, "n d"]
+PerRow = Float[np.ndarray, "n"]
+Multipliers = Float[Array, "2 n P"]
 OnRound = Callable[[int, dict[str, Any]], None]
 
 
@@ -71,9 +74,7 @@ class NetworkSolution:
 
 
 @partial(jax.jit, static_argnames="n_steps")
-def _multipliers(
-    program: Program, u: Float[Array, "2 d P"], start: Float[Array, "2 n P"], n_steps: int
-) -> Float[Array, "2 n P"]:
+def _multipliers(program: Program, u: Float[Array, "2 d P"], start: Multipliers, n_steps: int) -> Multipliers:
     """L >= 0, (2, n, P), with small ||X^T(+-D_i z + E_i L_i)||, each group's non-negative least squares problem.
 
     Accelerated projected gradients from ``start``; z is the residual at u. Any L >= 0 makes a valid bound.
@@ -82,9 +83,7 @@ def _multipliers(
     steepest = jnp.linalg.norm(matmul(program.X.T, program.X), 2)
     steepness = jnp.where(steepest > 0, steepest, 1.0)
 
-    def advance(
-        step: Scalar, state: tuple[Float[Array, "2 n P"], Float[Array, "2 n P"]]
-    ) -> tuple[Float[Array, "2 n P"], Float[Array, "2 n P"]]:
+    def advance(step: Scalar, state: tuple[Multipliers, Multipliers]) -> tuple[Multipliers, Multipliers]:
         last, ahead = state
         slope = program.cone(fixed + program.cone_adjoint(ahead))
         new = jnp.maximum(ahead - slope / steepness, 0.0)
@@ -97,8 +96,8 @@ def _multipliers(
 class _Model:
     """Neurons being trained, in float64: weights (d, m), signs (m,), openings (n, m), promise of the last step."""
 
-    X: Float[np.ndarray, "n d"]
-    y: Float[np.ndarray, "n"]
+    X: Rows
+    y: PerRow
     sparsity: float
     weights: Float[np.ndarray, "d m"]
     signs: Float[np.ndarray, "m"]
@@ -107,12 +106,7 @@ class _Model:
 
     @classmethod
     def of(
-        cls,
-        X: Float[np.ndarray, "n d"],
-        y: Float[np.ndarray, "n"],
-        sparsity: float,
-        weights: Float[np.ndarray, "d m"],
-        signs: Float[np.ndarray, "m"],
+        cls, X: Rows, y: PerRow, sparsity: float, weights: Float[np.ndarray, "d m"], signs: Float[np.ndarray, "m"]
     ) -> _Model:
         alive = np.linalg.norm(weights, axis=0) > 0
         return cls(X, y, sparsity, weights[:, alive], signs[alive], (X @ weights[:, alive] > 0).astype(np.float64))
@@ -122,7 +116,7 @@ class _Model:
         return len(self.signs)
 
     @property
-    def residual(self) -> Float[np.ndarray, "n"]:
+    def residual(self) -> PerRow:
         return np.asarray(self.y - np.maximum(self.X @ self.weights, 0.0) @ self.signs)
 
     @property
@@ -236,12 +230,7 @@ class _Model:
 
 
 def descended(
-    X: Float[np.ndarray, "n d"],
-    y: Float[np.ndarray, "n"],
-    sparsity: float,
-    key: Key[Array, ""],
-    width: int,
-    n_steps: int,
+    X: Rows, y: PerRow, sparsity: float, key: Key[Array, ""], width: int, n_steps: int
 ) -> Float[np.ndarray, "2 d P"]:
     """Weights (2, d, width) to which L-BFGS takes a random network with weight decay: a local optimum, or near one.
 
@@ -300,8 +289,8 @@ class PatternGeneration:
 
     def run(
         self,
-        X: Float[np.ndarray, "n d"],
-        y: Float[np.ndarray, "n"],
+        X: Rows,
+        y: PerRow,
         sparsity: float,
         key: Key[Array, ""],
         *,
