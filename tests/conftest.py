@@ -19,6 +19,7 @@ import pytest
 import typer.testing
 from hypothesis import settings
 
+from . import shapes
 from .waiting import PATIENCE
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -26,6 +27,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Arrays of different rank or type never meet by accident, here and in the processes that tests start.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+shapes.check("coala.convex", "coala.nash")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

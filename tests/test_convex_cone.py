@@ -223,7 +223,7 @@ def test_every_solver_reaches_the_reference(name: str, instance: Instance) -> No
 def dense_blocks(program: Program) -> tuple[np.ndarray, np.ndarray]:
     """F (n, 2 d P) and G (2 n P, 2 d P) as matrices, from the operators' images of unit vectors."""
     shape = program.zeros().shape
-    basis = np.eye(int(np.prod(shape))).reshape(-1, *shape)
+    basis = jnp.eye(int(np.prod(shape))).reshape(-1, *shape)
     F = np.stack([np.asarray(program.predict(e)) for e in basis], axis=1)
     G = np.stack([np.asarray(program.cone(e)).ravel() for e in basis], axis=1)
     return F, G
@@ -371,7 +371,7 @@ def test_averages_of_the_iterates_close_in_like_one_over_k() -> None:
             patience=None,
             on_step=lambda step, u, row: iterates.append(u),
         )
-        averages = np.cumsum(iterates, axis=0) / np.arange(1, len(iterates) + 1)[:, None, None, None]
+        averages = jnp.asarray(np.cumsum(iterates, axis=0) / np.arange(1, len(iterates) + 1)[:, None, None, None])
         excess = np.array([k * (float(program.objective(averages[k])) - best) for k in (25, 50, 100, 200, 400)])
     assert (excess > -1e-5).all()
     assert excess[2:].max() <= 1.5 * excess[:2].max()

@@ -78,7 +78,7 @@ def test_pair_operators(shape: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(once, twice, atol=1e-5 * float(jnp.abs(twice).max()))
     if d * columns <= 200:
         basis = np.eye(d * columns, dtype=np.float32).reshape(-1, d, columns)
-        F = np.stack([program.predict(e) for e in basis], axis=1).reshape(n, d, columns)
+        F = np.stack([program.predict(jnp.asarray(e)) for e in basis], axis=1).reshape(n, d, columns)
         spectrum, overlap = program.moments(jnp.asarray(bend))
         traces = np.einsum("n,nki,nkj->ij", bend, F, F) / bend.sum()
         np.testing.assert_allclose(overlap, traces, rtol=1e-3, atol=1e-4)

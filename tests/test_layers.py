@@ -29,12 +29,12 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "recipe": (set(), {"pydantic", "yaml"}),
     "data": ({"store"}, set()),
     "backbone": ({"costs"}, {"torch", "transformers"}),
-    "convex": (set(), {"jax"}),
+    "convex": (set(), {"jax", "jaxtyping"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
     "evaluation": ({"data"}, {"scipy"}),
     "baselines": ({"store", "costs", "backbone"}, {"torch"}),
-    "nash": ({"store"}, {"scipy"}),
+    "nash": ({"store"}, {"jaxtyping", "scipy"}),
     "comal": (
         {
             *(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from coala.values import CoalaError
 
@@ -19,7 +20,10 @@ WIDEST = 1e3
 
 
 def fit_temperature(
-    margins: np.ndarray, *, weight: np.ndarray | None = None, offset: np.ndarray | float = 0.0
+    margins: Float[np.ndarray, "n"],
+    *,
+    weight: Float[np.ndarray, "n"] | None = None,
+    offset: Float[np.ndarray, "n"] | float = 0.0,
 ) -> float:
     """The T > 0 that minimises sum_j weight_j softplus(offset_j - margin_j / T), for margins (n,) of held-out pairs.
 
@@ -62,7 +66,7 @@ def fit_temperature(
     return size / _root(rising, 1 / WIDEST, WIDEST)
 
 
-def least_slope(margins: np.ndarray, group: np.ndarray | None = None) -> float:
+def least_slope(margins: Float[np.ndarray, "n"], group: Shaped[np.ndarray, "n"] | None = None) -> float:
     """The lower end, at least 0, of the 99 % interval of the slope b in P(right) = sigmoid(b margin).
 
     ``margins`` (n,) of held-out pairs; pairs of one ``group`` (n,) may be correlated. The interval is that of the
@@ -105,7 +109,7 @@ def least_slope(margins: np.ndarray, group: np.ndarray | None = None) -> float:
     return low / size
 
 
-def _design_effect(units: np.ndarray, group: np.ndarray | None) -> float:
+def _design_effect(units: Float[np.ndarray, "n"], group: Shaped[np.ndarray, "n"] | None) -> float:
     """By how much groups widen the variance of the mean, at least 1."""
     if group is None:
         return 1.0
@@ -137,5 +141,5 @@ def _root(rising: Callable[[float], tuple[float, float]], low: float, high: floa
     return x
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def _sigmoid(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from coala.convex.pairwise import PairModel
 from coala.convex.path import Choice, Difference, PairTask
@@ -66,14 +67,14 @@ class Recorder:
         self._report = report
         self._out = np.zeros(task.n_pairs, bool) if task.fold is None else task.fold == 0
 
-    def on_step(self, step: int, margins: np.ndarray, row: dict[str, Any]) -> None:
+    def on_step(self, step: int, margins: Float[np.ndarray, "n"], row: dict[str, Any]) -> None:
         entry = {"step": len(self.history), "objective": row["objective"], "gap": row["gap"]}
         entry |= _margin_facts(margins[~self._out], "train") | _margin_facts(margins[self._out], "held_out")
         self.history.append(entry)
         self._report("solve", entry["step"], None, entry)
 
 
-def _margin_facts(margins: np.ndarray, name: str) -> dict[str, float | None]:
+def _margin_facts(margins: Float[np.ndarray, "n"], name: str) -> dict[str, float | None]:
     if not len(margins):
         return {f"{fact}_{name}": None for fact in ("margin", "margin_sd", "margin_ratio", "accuracy")}
     mean, deviation = float(margins.mean()), float(margins.std())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from coala.convex.calibration import fit_temperature, least_slope
 from coala.convex.certificate import OnFitStep, Recorder, gates_estimate, statement, validation_facts
@@ -54,7 +55,7 @@ def fit(
     *,
     method: Method = "learnt",
     gate_on: Literal["auto", "reply", "prompt"] = "auto",
-    margin: float | np.ndarray = 0.0,
+    margin: float | Float[np.ndarray, "n"] = 0.0,
     reference_scale: float | None = None,
     loss: PairLoss | None = None,
     phase_one: PhaseOne = "gated",
@@ -146,7 +147,9 @@ def fit(
         return maker.pairwise(method, choose(task, sources, report), report)
 
 
-def _room(shape: tuple[int, int, int], dtype: type[Any], n_patterns: int, scratch: Allocate | None) -> np.ndarray:
+def _room(
+    shape: tuple[int, int, int], dtype: type[Any], n_patterns: int, scratch: Allocate | None
+) -> Float[np.ndarray, "2 n d"]:
     """An empty array for the rows, (2, n, r): in memory if a solve then fits, else from ``scratch``.
 
     Raises:
@@ -165,12 +168,12 @@ def _validated(
     features: FeatureSet,
     method: str,
     gate_on: str,
-    margin: float | np.ndarray,
+    margin: float | Float[np.ndarray, "n"],
     reference_scale: float | None,
     n_patterns: int | None,
     n_folds: int,
     tolerance: float,
-) -> np.ndarray:
+) -> Float[np.ndarray, "n"]:
     """The margin of every pair (n,), after the checks that need no mathematics."""
     n = len(features)
     if method not in N_PATTERNS:
@@ -223,9 +226,9 @@ def _validated(
 def assemble(
     features: FeatureSet,
     standardisation: Standardisation,
-    linear: np.ndarray,
-    gates: np.ndarray,
-    weights: np.ndarray,
+    linear: Float[np.ndarray, "r"],
+    gates: Float[np.ndarray, "e m"],
+    weights: Float[np.ndarray, "r m"],
     prompts: Standardisation | None = None,
 ) -> ConvexHead:
     """The head that scores feature vectors as ``linear`` (r,), ``gates`` and ``weights`` (r, m) score their rows.

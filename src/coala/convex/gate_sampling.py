@@ -10,14 +10,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Key
 
 from coala.convex.linear import matmul
 from coala.convex.program import gated_product_adjoint, group_norms
 
 
 def sample_patterns(
-    X: np.ndarray, n_patterns: int, key: jax.Array, *, whitened: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+    X: Float[np.ndarray, "n d"], n_patterns: int, key: Key[Array, ""], *, whitened: bool = False
+) -> tuple[Bool[np.ndarray, "n P"], Float[np.ndarray, "d P"]]:
     """Patterns (n, P) bool of Gaussian gates, and the gates (d, P); P <= n_patterns.
 
     ``whitened`` draws them in coordinates in which the rows have equal second moments, so that strong directions of
@@ -39,8 +40,12 @@ def sample_patterns(
 
 @partial(jax.jit, static_argnames="n_steps")
 def ascend(
-    rows: jax.Array, dual: jax.Array, starts: jax.Array, signs: jax.Array, n_steps: int
-) -> tuple[jax.Array, jax.Array]:
+    rows: Float[Array, "*rows d"],
+    dual: Float[Array, "*rows"],
+    starts: Float[Array, "d k"],
+    signs: Float[Array, "k"],
+    n_steps: int,
+) -> tuple[Float[Array, "d k"], Float[Array, "k"]]:
     """Directions h (d, k) with large ||q(h)||, q(h) = sum_r dual_r 1(h.x_r >= 0) x_r, and those norms (k,).
 
     ``n_steps`` of h <- h + sign q(h)/||q(h)||, normalised, from ``starts`` (d, k); rows (..., d), dual (...,), signs
@@ -48,12 +53,12 @@ def ascend(
     the dual constraint of a ReLU neuron. A local search of a non-convex problem: it may miss the maximum.
     """
 
-    def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def advance(_: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
         gates = state[1]
         q = gated_product_adjoint(rows, matmul(rows, gates) >= 0, dual)
         norms = group_norms(q)
         # Halfway only: the full step gates <- q / ||q|| can cycle, as the objective is not convex in the gate.
-        return gates, _unit(gates + signs * _unit(q, 0 * q), gates), norms
+        return gates, _unit(gates + signs[None] * _unit(q, 0 * q), gates), norms
 
     none = jnp.zeros(starts.shape[1], rows.dtype)
     gates, _, norms = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
@@ -62,8 +67,12 @@ def ascend(
 
 @partial(jax.jit, static_argnames="n_steps")
 def separate(
-    rows: jax.Array, gate_rows: jax.Array, dual: jax.Array, starts: jax.Array, n_steps: int
-) -> tuple[jax.Array, jax.Array]:
+    rows: Float[Array, "*rows d"],
+    gate_rows: Float[Array, "*rows e"],
+    dual: Float[Array, "*rows"],
+    starts: Float[Array, "e k"],
+    n_steps: int,
+) -> tuple[Float[Array, "e k"], Float[Array, "k"]]:
     """Gates h (e, k) on other vectors z_r than the rows, with large ||q(h)||, q(h) = sum_r dual_r 1(h.z_r >= 0) x_r.
 
     Alternates between v = q(h)/||q(h)|| and the gate that should be open where dual_r x_r.v > 0: half way to the
@@ -72,7 +81,7 @@ def separate(
     over_rows = tuple(range(rows.ndim - 1))
     metric = _inverse_moment(gate_rows)
 
-    def advance(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def advance(_: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
         best, gates, largest = state
         q = gated_product_adjoint(rows, matmul(gate_rows, gates) >= 0, dual)
         norms = group_norms(q)
@@ -80,20 +89,20 @@ def separate(
         fit = matmul(metric, jnp.tensordot(gate_rows, wanted, (over_rows, over_rows), precision="highest"))
         better = norms > largest
         onward = _unit(gates + _unit(fit, 0 * fit), gates)
-        return jnp.where(better, gates, best), onward, jnp.where(better, norms, largest)
+        return jnp.where(better[None], gates, best), onward, jnp.where(better, norms, largest)
 
     none = jnp.zeros(starts.shape[1], rows.dtype)
     best, _, largest = jax.lax.fori_loop(0, n_steps, advance, (starts, starts, none))
     return best, largest
 
 
-def _unit(columns: jax.Array, otherwise: jax.Array) -> jax.Array:
+def _unit(columns: Float[Array, "d k"], otherwise: Float[Array, "d k"]) -> Float[Array, "d k"]:
     """Columns of length 1; ``otherwise`` in place of those that are zero."""
-    length = group_norms(columns)
+    length = group_norms(columns)[None]
     return jnp.where(length > 0, columns / jnp.where(length > 0, length, 1.0), otherwise)
 
 
-def _inverse_moment(rows: jax.Array) -> jax.Array:
+def _inverse_moment(rows: Float[Array, "... e"]) -> Float[Array, "e e"]:
     """(Z^T Z / n + 1e-3 mean eigenvalue I)^-1, (e, e), for rows z (..., e)."""
     over_rows = tuple(range(rows.ndim - 1))
     width = rows.shape[-1]
@@ -103,7 +112,9 @@ def _inverse_moment(rows: jax.Array) -> jax.Array:
     return jnp.asarray(jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(moment + floor * identity), identity))
 
 
-def distinct(candidates: np.ndarray, existing: np.ndarray, limit: int, *, cosine: float = 0.95) -> np.ndarray:
+def distinct(
+    candidates: Float[np.ndarray, "d k"], existing: Float[np.ndarray, "d m"], limit: int, *, cosine: float = 0.95
+) -> Float[np.ndarray, "d _"]:
     """The first ``limit`` columns of ``candidates`` at a smaller cosine to each other and to ``existing``."""
     unit = existing / np.maximum(np.linalg.norm(existing, axis=0), 1e-30)
     chosen: list[np.ndarray] = []

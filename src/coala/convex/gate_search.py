@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from coala.convex.gate_sampling import ascend, distinct, separate
 from coala.convex.pairwise import OnStep, PairData, PairModel, solve_pairs
@@ -32,7 +33,7 @@ class Search:
 
 def search_gates(
     data: PairData, model: PairModel, *, n_starts: int, n_steps: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float[np.ndarray, "e k"], Float[np.ndarray, "k"]]:
     """Gates h (e, k) with large ||q(h)||, and those norms (k,), the largest first.
 
     Starts at random, from what the model's last search found, and from its own gates and weights. Where gates see the

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from coala.convex.gate_search import Search, learn_gates, search_gates
 from coala.convex.pairwise import PairData, PairModel, solve_pairs
@@ -77,7 +78,7 @@ class Learnt:
 class Sampled:
     """Fixed gates (e, P): one convex program, nothing searched."""
 
-    gates: np.ndarray
+    gates: Float[np.ndarray, "e P"]
     gate_on: GateOn = "reply"
 
     def unit(self, data: PairData, linear: PairModel, rng: np.random.Generator) -> float:
@@ -103,7 +104,7 @@ class Sampled:
     def violation(self, data: PairData, model: PairModel, sparsity: float, rng: np.random.Generator) -> float:
         return float("nan")
 
-    def _placed(self, model: PairModel) -> np.ndarray:
+    def _placed(self, model: PairModel) -> Float[np.ndarray, "d 1+P"]:
         """The model's weights at the places of their gates among all."""
         start = np.zeros((len(model.linear), 1 + self.gates.shape[1]), model.linear.dtype)
         start[:, 0] = model.linear

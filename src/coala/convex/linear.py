@@ -11,20 +11,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Scalar
 
 
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """a @ b at the precision of its factors."""
     # Accelerators round float32 factors to 10 bits unless told otherwise, which conjugate gradients do not survive.
     return jnp.matmul(a, b, precision="highest")
 
 
-def cholesky(A: jax.Array) -> jax.Array:
+def cholesky(A: Float[Array, "*k d d"]) -> Float[Array, "*k d d"]:
     """The lower factors L of L L^T = A, (..., d, d)."""
     return jnp.asarray(jnp.linalg.cholesky(A, symmetrize_input=False))
 
 
-def cholesky_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
+def cholesky_solve(factor: Float[Array, "*k d d"], right: Float[Array, "*k d columns"]) -> Float[Array, "*k d columns"]:
     """(L L^T)^-1 ``right`` (..., d, k) for lower factors L."""
     return jnp.asarray(jax.scipy.linalg.cho_solve((factor, True), right))
 
@@ -32,17 +33,17 @@ def cholesky_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
 class LinearSolve(NamedTuple):
     """Outcome of :func:`pcg`: the approximate solution, ||residual|| / ||right-hand side||, iterations made."""
 
-    value: jax.Array
-    relative_residual: jax.Array
-    steps: jax.Array
+    value: Float[Array, "..."]
+    relative_residual: Scalar
+    steps: Scalar
 
 
 def pcg(
-    operator: Callable[[jax.Array], jax.Array],
-    target: jax.Array,
-    precondition: Callable[[jax.Array], jax.Array] = lambda r: r,
+    operator: Callable[[Array], Array],
+    target: Float[Array, "*shape"],
+    precondition: Callable[[Array], Array] = lambda r: r,
     *,
-    tolerance: float | jax.Array = 1e-6,
+    tolerance: float | Scalar = 1e-6,
     max_steps: int = 100,
 ) -> LinearSolve:
     """Solve ``operator(x) = target`` for a symmetric positive semi-definite operator, starting from x = 0.
@@ -53,14 +54,14 @@ def pcg(
     bound = tolerance * jnp.linalg.norm(target)
 
     class _State(NamedTuple):
-        x: jax.Array
-        residual: jax.Array
-        direction: jax.Array
-        product: jax.Array
-        steps: jax.Array
-        flat: jax.Array
+        x: Float[Array, "*shape"]
+        residual: Float[Array, "*shape"]
+        direction: Float[Array, "*shape"]
+        product: Scalar
+        steps: Scalar
+        flat: Scalar
 
-    def unfinished(state: _State) -> jax.Array:
+    def unfinished(state: _State) -> Scalar:
         short = jnp.asarray(jnp.linalg.norm(state.residual) > bound)
         return short & (state.steps < max_steps) & ~state.flat
 
@@ -82,7 +83,7 @@ def pcg(
     return LinearSolve(end.x, jnp.linalg.norm(end.residual) / jnp.where(size > 0, size, 1.0), end.steps)
 
 
-def weighted_grams(X: jax.Array, weights: jax.Array) -> jax.Array:
+def weighted_grams(X: Float[Array, "n d"], weights: Float[Array, "n K"]) -> Float[Array, "K d d"]:
     """X^T diag(weights_k) X for every column k of ``weights`` (n, K), as (K, d, d); X is (n, d)."""
     # One at a time: n d numbers of scratch memory rather than n d K.
     return jnp.asarray(jax.lax.map(lambda column: matmul((column[:, None] * X).T, X), weights.T))
@@ -91,11 +92,11 @@ def weighted_grams(X: jax.Array, weights: jax.Array) -> jax.Array:
 class NystromSketch(NamedTuple):
     """A positive semi-definite H, nearly ``basis diag(values) basis^T``: basis (..., k) orthonormal, values falling."""
 
-    basis: jax.Array
-    values: jax.Array
+    basis: Float[Array, "*shape k"]
+    values: Float[Array, "k"]
 
 
-def nystrom(operator: Callable[[jax.Array], jax.Array], probes: jax.Array) -> NystromSketch:
+def nystrom(operator: Callable[[Array], Array], probes: Float[Array, "k *shape"]) -> NystromSketch:
     """Randomised Nystrom approximation of a positive semi-definite operator from its products with k random ``probes``.
 
     ``probes`` is (k, ...) with the shape of the operator's arguments behind; Gaussian ones suit any spectrum. The
@@ -111,17 +112,17 @@ def nystrom(operator: Callable[[jax.Array], jax.Array], probes: jax.Array) -> Ny
     values, vectors = jnp.linalg.eigh((core + core.T) / 2)
     # The square root of the pseudo-inverse of the core; its smallest eigenvalues are rounding.
     kept = values > epsilon * len(values) * values[-1]
-    root = vectors * jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
+    root = vectors * jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)[None]
     basis, singular, _ = jnp.linalg.svd(matmul(image, root), full_matrices=False)
     return NystromSketch(basis.reshape(*shape, -1), jnp.maximum(singular**2 - shift, 0.0))
 
 
-def nystrom_preconditioner(sketch: NystromSketch, shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def nystrom_preconditioner(sketch: NystromSketch, shift: Scalar) -> Callable[[Array], Array]:
     """An approximate inverse of H + shift I, up to a factor, from a sketch of H; exact on the sketched directions."""
     axes = tuple(range(sketch.basis.ndim - 1))
     gain = (sketch.values[-1] + shift) / (sketch.values + shift) - 1
 
-    def apply(r: jax.Array) -> jax.Array:
+    def apply(r: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         coordinates = jnp.tensordot(sketch.basis, r, (axes, axes), precision="highest")
         return r + jnp.tensordot(sketch.basis, gain * coordinates, 1, precision="highest")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar
 
 from coala.convex.linear import matmul, pcg
 from coala.convex.program import Bounds, GroupProgram, group_norms
@@ -23,13 +24,13 @@ class NewtonState(NamedTuple):
     moments at the start, for the preconditioner.
     """
 
-    weights: jax.Array
-    z: jax.Array
-    gradient: jax.Array
+    weights: Float[Array, "d P"]
+    z: Float[Array, "n"]
+    gradient: Float[Array, "d P"]
     bounds: Bounds
-    crossed: jax.Array
-    spectrum: jax.Array
-    overlap: jax.Array
+    crossed: Scalar
+    spectrum: Float[Array, "d"]
+    overlap: Float[Array, "P P"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class GatedNewton:
     max_cg_steps: int = 150
     forcing: float = 0.1
 
-    def init(self, program: GroupProgram, start: jax.Array | None = None) -> NewtonState:
+    def init(self, program: GroupProgram, start: Float[Array, "d P"] | None = None) -> NewtonState:
         first: NewtonState = _first(program, program.zeros() if start is None else start)
         return first
 
-    def solution(self, program: GroupProgram, state: NewtonState) -> tuple[jax.Array, None]:
+    def solution(self, program: GroupProgram, state: NewtonState) -> tuple[Float[Array, "d P"], None]:
         return state.weights, None
 
     def bounds(self, program: GroupProgram, state: NewtonState) -> Bounds:
@@ -72,8 +73,8 @@ class GatedNewton:
         passes = ((weights * (weights + direction)).sum(axis=0) <= 0) & (group_norms(weights) > 0)
         passes = passes & (program.levels > 0)
 
-        def stop_at_zero() -> tuple[jax.Array, jax.Array]:
-            stopped = jnp.where(passes, 0.0, weights + direction)
+        def stop_at_zero() -> tuple[Float[Array, "d P"], Float[Array, "n"]]:
+            stopped = jnp.where(passes[None], 0.0, weights + direction)
             stopped_image = program.predict(stopped)
             better = _value(program, stopped, stopped_image) < _value(program, ahead, image)
             return jnp.where(better, stopped, ahead), jnp.where(better, stopped_image, image)
@@ -88,75 +89,77 @@ class GatedNewton:
     def _direction(
         self,
         program: GroupProgram,
-        weights: jax.Array,
-        curvature: jax.Array,
-        slopes: jax.Array,
-        spectrum: jax.Array,
-        overlap: jax.Array,
-    ) -> jax.Array:
+        weights: Float[Array, "d P"],
+        curvature: Float[Array, "n"],
+        slopes: Float[Array, "d P"],
+        spectrum: Float[Array, "d"],
+        overlap: Float[Array, "P P"],
+    ) -> Float[Array, "d P"]:
         """Newton's direction on the groups that are not zero; 0 on the others."""
-        norms = group_norms(weights)
-        alive = (norms > 0) | (program.levels == 0)
-        bending = jnp.where(norms > 0, program.levels / jnp.where(norms > 0, norms, 1.0), 0.0)
+        norms, levels, ridges = group_norms(weights)[None], program.levels[None], program.ridges[None]
+        alive = (norms > 0) | (levels == 0)
+        bending = jnp.where(norms > 0, levels / jnp.where(norms > 0, norms, 1.0), 0.0)
         unit = weights / jnp.where(norms > 0, norms, 1.0)
-        gradient = jnp.where(alive, slopes + program.levels * unit + program.ridges * weights, 0.0)
-        diagonal = spectrum[:, None] * jnp.diagonal(overlap) + bending + program.ridges
+        gradient = jnp.where(alive, slopes + levels * unit + ridges * weights, 0.0)
+        diagonal = spectrum[:, None] * jnp.diagonal(overlap)[None] + bending + ridges
         # A trace of damping keeps directions that no row sees from wandering in finite precision.
         damping = 10 * np.finfo(weights.dtype).eps * diagonal.max(initial=0.0)
 
-        def hessian(p: jax.Array) -> jax.Array:
-            around = bending * (p - unit * (unit * p).sum(axis=0))
-            return jnp.where(alive, program.normal_product(curvature, p) + around + (program.ridges + damping) * p, 0.0)
+        def hessian(p: Float[Array, "d P"]) -> Float[Array, "d P"]:
+            around = bending * (p - unit * (unit * p).sum(axis=0, keepdims=True))
+            return jnp.where(alive, program.normal_product(curvature, p) + around + (ridges + damping) * p, 0.0)
 
         # Inexact Newton: the closer to the optimum, the more exact the linear solve.
         scale = jnp.linalg.norm(program.levels) + jnp.linalg.norm(diagonal * weights)
         size = jnp.linalg.norm(gradient) / jnp.where(scale > 0, scale, 1.0)
         tolerance = jnp.minimum(self.forcing, jnp.sqrt(size))
-        precondition = _kronecker_inverse(spectrum, overlap, bending + program.ridges + damping, alive)
+        precondition = _kronecker_inverse(spectrum, overlap, (bending + ridges + damping)[0], alive[0])
         return pcg(hessian, -gradient, precondition, tolerance=tolerance, max_steps=self.max_cg_steps).value
 
 
 def _kronecker_inverse(
-    spectrum: jax.Array, overlap: jax.Array, shift: jax.Array, alive: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
+    spectrum: Float[Array, "d"], overlap: Float[Array, "P P"], shift: Float[Array, "P"], alive: Bool[Array, "P"]
+) -> Callable[[Array], Array]:
     """r -> (diag(spectrum) x overlap + I x diag(shift))^-1 r on the groups alive, for r (d, P).
 
     One eigenvalue problem of size P diagonalises all d blocks: with S = diag(shift)^(-1/2) and S overlap S =
     Q diag(values) Q^T, the block of feature k is S^-1 Q (spectrum_k diag(values) + I) Q^T S^-1.
     """
     root = jax.lax.rsqrt(jnp.where(alive & (shift > 0), shift, 1.0))
-    inside = jnp.where(alive[:, None] & alive, overlap, 0.0)
-    values, vectors = jnp.linalg.eigh(root[:, None] * inside * root)
-    strength = 1 + spectrum[:, None] * jnp.maximum(values, 0.0)
+    inside = jnp.where(alive[:, None] & alive[None], overlap, 0.0)
+    values, vectors = jnp.linalg.eigh(root[:, None] * inside * root[None])
+    strength = 1 + spectrum[:, None] * jnp.maximum(values, 0.0)[None]
 
-    def apply(r: jax.Array) -> jax.Array:
-        return jnp.where(alive, matmul(matmul(r * root, vectors) / strength, vectors.T) * root, 0.0)
+    def apply(r: Float[Array, "d P"]) -> Float[Array, "d P"]:
+        return jnp.where(alive[None], matmul(matmul(r * root[None], vectors) / strength, vectors.T) * root[None], 0.0)
 
     return apply
 
 
 @jax.jit
-def _first(program: GroupProgram, weights: jax.Array) -> NewtonState:
+def _first(program: GroupProgram, weights: Float[Array, "d P"]) -> NewtonState:
     z = program.predict(weights)
     slopes = program.predict_adjoint(program.slope(z))
     bounds = program.bounds_at(weights, z, slopes)
     return NewtonState(weights, z, slopes, bounds, jnp.asarray(False), *program.moments(program.curvature(z)))
 
 
-def _value(program: GroupProgram, weights: jax.Array, z: jax.Array) -> jax.Array:
+def _value(program: GroupProgram, weights: Float[Array, "d P"], z: Float[Array, "n"]) -> Scalar:
     norms = group_norms(weights)
     return program.loss(z) + (program.levels * norms + program.ridges / 2 * norms**2).sum()
 
 
-def _proximal_step(program: GroupProgram, state: NewtonState) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _proximal_step(
+    program: GroupProgram, state: NewtonState
+) -> tuple[Float[Array, "d P"], Float[Array, "n"], Float[Array, "d P"]]:
     """Weights, predictions and gradient after a proximal gradient step, if one is called for: see :class:`GatedNewton`.
 
     The inverse length of the step starts at an estimate of the largest curvature and doubles until the model
     majorises.
     """
     weights, z, slopes = state.weights, state.z, state.gradient
-    gradient = slopes + program.ridges * weights
-    loss = program.loss(z) + jnp.sum(program.ridges * weights**2) / 2
+    gradient = slopes + program.ridges[None] * weights
+    loss = program.loss(z) + jnp.sum(program.ridges[None] * weights**2) / 2
     rounding = 10 * np.finfo(weights.dtype).eps * jnp.abs(loss)
     shortest = float(np.finfo(weights.dtype).tiny) ** 0.5
     # Row sums bound the largest eigenvalue of the overlap, closely where gates overlap evenly.
@@ -164,37 +167,41 @@ def _proximal_step(program: GroupProgram, state: NewtonState) -> tuple[jax.Array
     largest = largest * program.curvature(z).sum()
     steepness = jnp.maximum(largest + program.ridges.max(initial=0.0), shortest)
 
-    def moved(steepness: jax.Array) -> jax.Array:
+    def moved(steepness: Scalar) -> Float[Array, "d P"]:
         return group_soft_threshold(weights - gradient / steepness, program.levels / steepness)
 
     class _Trial(NamedTuple):
-        weights: jax.Array
-        z: jax.Array
-        steepness: jax.Array
-        too_long: jax.Array
+        weights: Float[Array, "d P"]
+        z: Float[Array, "n"]
+        steepness: Scalar
+        too_long: Scalar
 
     def attempt(trial: _Trial) -> _Trial:
         new = moved(trial.steepness)
         image = program.predict(new)
         change = new - weights
         model = loss + jnp.vdot(gradient, change) + trial.steepness / 2 * jnp.vdot(change, change)
-        value = program.loss(image) + jnp.sum(program.ridges * new**2) / 2
+        value = program.loss(image) + jnp.sum(program.ridges[None] * new**2) / 2
         return _Trial(new, image, 2 * trial.steepness, value > model + rounding)
 
-    def change() -> tuple[jax.Array, jax.Array, jax.Array]:
+    def change() -> tuple[Float[Array, "d P"], Float[Array, "n"], Float[Array, "d P"]]:
         first = _Trial(weights, z, steepness, jnp.asarray(True))
         end = jax.lax.while_loop(lambda trial: trial.too_long & (trial.steepness < 1 / shortest), attempt, first)
         return end.weights, end.z, program.predict_adjoint(program.slope(end.z))
 
     changes = (group_norms(moved(steepness)) > 0) != (group_norms(weights) > 0)
-    after: tuple[jax.Array, jax.Array, jax.Array]
+    after: tuple[Float[Array, "d P"], Float[Array, "n"], Float[Array, "d P"]]
     after = jax.lax.cond(changes.any() | state.crossed, change, lambda: (weights, z, slopes))
     return after
 
 
 def _exact_step(
-    program: GroupProgram, weights: jax.Array, direction: jax.Array, z: jax.Array, dz: jax.Array
-) -> jax.Array:
+    program: GroupProgram,
+    weights: Float[Array, "d P"],
+    direction: Float[Array, "d P"],
+    z: Float[Array, "n"],
+    dz: Float[Array, "n"],
+) -> Scalar:
     """The t in [0, 64] that minimises the objective along ``weights + t direction``: bisection on its derivative."""
     # Nor beyond where the penalties alone exceed the objective: in a direction that no row sees, a tiny step is far.
     reach, length = (jnp.sum(program.levels * group_norms(x)) for x in (weights, direction))
@@ -202,7 +209,7 @@ def _exact_step(
     end = jnp.where(length > 0, jnp.minimum(farthest, 64.0), 64.0)
     a, b, c = ((x * y).sum(axis=0) for x, y in ((weights, weights), (weights, direction), (direction, direction)))
 
-    def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: int, bracket: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
         low, high = bracket
         t = (low + high) / 2
         norms = jnp.sqrt(jnp.maximum(a + 2 * t * b + t * t * c, 0.0))

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar
 
 from coala.convex.linear import matmul
 from coala.convex.newton import GatedNewton
@@ -39,60 +40,60 @@ class PairProgram:
     Weights are (d, 1 + m), column 0 = b.
     """
 
-    rows: jax.Array
-    patterns: jax.Array
-    margin: jax.Array
-    weight: jax.Array
-    sparsity: jax.Array
-    ridge: jax.Array
+    rows: Float[Array, "2 n d"]
+    patterns: Bool[Array, "2 n P"]
+    margin: Float[Array, "n"]
+    weight: Float[Array, "n"]
+    sparsity: Scalar
+    ridge: Scalar
 
     @property
-    def _is_linear(self) -> jax.Array:
+    def _is_linear(self) -> Bool[Array, "P"]:
         return jnp.arange(self.patterns.shape[-1]) == 0
 
     @property
-    def levels(self) -> jax.Array:
+    def levels(self) -> Float[Array, "P"]:
         return jnp.where(self._is_linear, 0.0, self.sparsity).astype(self.margin.dtype)
 
     @property
-    def ridges(self) -> jax.Array:
+    def ridges(self) -> Float[Array, "P"]:
         return jnp.where(self._is_linear, self.ridge, 0.0).astype(self.margin.dtype)
 
-    def zeros(self) -> jax.Array:
+    def zeros(self) -> Float[Array, "d P"]:
         return jnp.zeros((self.rows.shape[-1], self.patterns.shape[-1]), self.margin.dtype)
 
-    def predict(self, u: jax.Array) -> jax.Array:
+    def predict(self, u: Float[Array, "d P"]) -> Float[Array, "n"]:
         """Score differences g(x_w) - g(x_l), (n,)."""
         scores = gated_product(self.rows, self.patterns, u)
         return scores[0] - scores[1]
 
-    def predict_adjoint(self, z: jax.Array) -> jax.Array:
+    def predict_adjoint(self, z: Float[Array, "n"]) -> Float[Array, "d P"]:
         return gated_product_adjoint(self.rows, self.patterns, jnp.stack([z, -z]))
 
-    def normal_product(self, curvature: jax.Array, u: jax.Array) -> jax.Array:
+    def normal_product(self, curvature: Float[Array, "n"], u: Float[Array, "d P"]) -> Float[Array, "d P"]:
         """F^T diag(curvature) F u, (d, 1 + m)."""
         return normal_product(self.rows, self.patterns, (1.0, -1.0), curvature, u)
 
-    def moments(self, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def moments(self, curvature: Float[Array, "n"]) -> tuple[Float[Array, "d"], Float[Array, "P P"]]:
         """spectrum (d,) and overlap (1 + m, 1 + m): F^T diag(curvature) F is about their Kronecker product."""
         return moments(self.rows, self.patterns, (1.0, -1.0), curvature)
 
-    def loss(self, z: jax.Array) -> jax.Array:
+    def loss(self, z: Float[Array, "n"]) -> Scalar:
         return jnp.sum(self.weight * jax.nn.softplus(self.margin - z))
 
-    def slope(self, z: jax.Array) -> jax.Array:
+    def slope(self, z: Float[Array, "n"]) -> Float[Array, "n"]:
         return -self.weight * jax.nn.sigmoid(self.margin - z)
 
-    def curvature(self, z: jax.Array) -> jax.Array:
+    def curvature(self, z: Float[Array, "n"]) -> Float[Array, "n"]:
         return self.weight * jax.nn.sigmoid(self.margin - z) * jax.nn.sigmoid(z - self.margin)
 
-    def objective(self, u: jax.Array) -> jax.Array:
+    def objective(self, u: Float[Array, "d P"]) -> Scalar:
         return self._value(u, self.predict(u))
 
-    def _value(self, u: jax.Array, z: jax.Array) -> jax.Array:
+    def _value(self, u: Float[Array, "d P"], z: Float[Array, "n"]) -> Scalar:
         return self.loss(z) + self.sparsity * group_norms(u[:, 1:]).sum() + self.ridge / 2 * jnp.sum(u[:, 0] ** 2)
 
-    def bounds(self, u: jax.Array, multipliers: jax.Array | None = None) -> Bounds:
+    def bounds(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Bounds:
         """Objective and dual value: with a = c sigmoid(margin - z) and c = min(1, sparsity / max_i ||q_i||),
 
         sum_j weight_j (margin_j a_j + H(a_j)) - ||sum_j weight_j a_j (x_w,j - x_l,j)||^2 / (2 ridge),
@@ -101,7 +102,7 @@ class PairProgram:
         z = self.predict(u)
         return self.bounds_at(u, z, self.predict_adjoint(self.slope(z)))
 
-    def bounds_at(self, u: jax.Array, z: jax.Array, gradient: jax.Array) -> Bounds:
+    def bounds_at(self, u: Float[Array, "d P"], z: Float[Array, "n"], gradient: Float[Array, "d P"]) -> Bounds:
         """:meth:`bounds` for z = F u and gradient = F^T slope(z), which a solver has at hand."""
         a = jax.nn.sigmoid(self.margin - z)
         largest = group_norms(gradient[:, 1:]).max(initial=0.0)
@@ -111,12 +112,12 @@ class PairProgram:
         linear = c * c * jnp.sum(gradient[:, 0] ** 2) / (2 * self.ridge)
         return Bounds(self._value(u, z), jnp.sum(self.weight * (self.margin * c * a + entropy)) - linear)
 
-    def duality_gap(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
+    def duality_gap(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Scalar:
         return self.bounds(u, multipliers).gap
 
-    def kkt(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
+    def kkt(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Scalar:
         """Largest violation of the optimality conditions over the groups."""
-        gradient = self.predict_adjoint(self.slope(self.predict(u))) + self.ridges * u
+        gradient = self.predict_adjoint(self.slope(self.predict(u))) + self.ridges[None] * u
         return stationarity(gradient, u, self.levels).max(initial=0.0)
 
     def in_double(self) -> PairProgram:
@@ -132,16 +133,16 @@ class PairData:
     ``gate_rows`` (2, n, e) are the vectors the gates look at: the rows themselves unless given.
     """
 
-    rows: jax.Array
-    margin: jax.Array
-    weight: jax.Array
-    gate_rows: jax.Array | None = None
+    rows: Float[Array, "2 n d"]
+    margin: Float[Array, "n"]
+    weight: Float[Array, "n"]
+    gate_rows: Float[Array, "2 n e"] | None = None
 
     @property
-    def seen_by_gates(self) -> jax.Array:
+    def seen_by_gates(self) -> Float[Array, "2 n e"]:
         return self.rows if self.gate_rows is None else self.gate_rows
 
-    def program(self, gates: np.ndarray, *, sparsity: float, ridge: float) -> PairProgram:
+    def program(self, gates: Float[np.ndarray, "e m"], *, sparsity: float, ridge: float) -> PairProgram:
         """The program with gates (e, m), closed columns added up to the next compiled width."""
         dtype = self.rows.dtype
         patterns = _patterns(self.seen_by_gates, jnp.asarray(_padded(gates), dtype), jnp.asarray(gates.shape[1]))
@@ -149,7 +150,7 @@ class PairData:
         return PairProgram(self.rows, patterns, self.margin, self.weight, *levels)
 
 
-def _padded(gates: np.ndarray) -> np.ndarray:
+def _padded(gates: Float[np.ndarray, "e m"]) -> Float[np.ndarray, "e k"]:
     """Gates with zero columns up to the next width that is compiled."""
     m = gates.shape[1]
     width = next((width for width in WIDTHS if width > m), m + 1) - 1
@@ -157,13 +158,13 @@ def _padded(gates: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _patterns(rows: jax.Array, gates: jax.Array, n_gates: jax.Array) -> jax.Array:
-    is_open = (matmul(rows, gates) >= 0) & (jnp.arange(gates.shape[1]) < n_gates)
+def _patterns(rows: Float[Array, "2 n e"], gates: Float[Array, "e k"], n_gates: Scalar) -> Bool[Array, "2 n 1+k"]:
+    is_open = (matmul(rows, gates) >= 0) & (jnp.arange(gates.shape[1]) < n_gates)[None, None]
     return jnp.concatenate([jnp.ones((*rows.shape[:-1], 1), bool), is_open], axis=-1)
 
 
 @jax.jit
-def _predict(program: PairProgram, u: jax.Array) -> jax.Array:
+def _predict(program: PairProgram, u: Float[Array, "d P"]) -> Float[Array, "n"]:
     return program.predict(u)
 
 
@@ -175,26 +176,28 @@ class PairModel:
     (e, k) are the best directions of that search, from which the next one starts.
     """
 
-    linear: np.ndarray
-    gates: np.ndarray
-    weights: np.ndarray
+    linear: Float[np.ndarray, "d"]
+    gates: Float[np.ndarray, "e m"]
+    weights: Float[np.ndarray, "d m"]
     solution: Solution
     violation: float = float("nan")
-    found: np.ndarray | None = None
+    found: Float[np.ndarray, "e k"] | None = None
 
     @property
     def n_neurons(self) -> int:
         return int(self.gates.shape[1])
 
-    def scores(self, rows: np.ndarray, gate_rows: np.ndarray | None = None) -> np.ndarray:
+    def scores(
+        self, rows: Float[np.ndarray, "*rows d"], gate_rows: Float[np.ndarray, "*rows e"] | None = None
+    ) -> Float[np.ndarray, "*rows"]:
         """g(x) for rows (..., d); ``gate_rows`` (..., e) if the gates look elsewhere."""
-        scores: np.ndarray = rows @ self.linear
+        scores: Float[np.ndarray, "*rows"] = rows @ self.linear
         if self.n_neurons:
             is_open = (rows if gate_rows is None else gate_rows) @ self.gates >= 0
             scores = scores + np.where(is_open, rows @ self.weights, 0).sum(axis=-1)
         return scores
 
-    def stacked(self) -> np.ndarray:
+    def stacked(self) -> Float[np.ndarray, "d 1+m"]:
         """(d, 1 + m): the linear block, then the neurons."""
         return np.concatenate([self.linear[:, None], self.weights], axis=1)
 
@@ -205,11 +208,11 @@ OnStep = Callable[[int, np.ndarray, dict[str, Any]], None]
 
 def solve_pairs(
     data: PairData,
-    gates: np.ndarray,
+    gates: Float[np.ndarray, "e m"],
     *,
     sparsity: float,
     ridge: float,
-    start: np.ndarray | None = None,
+    start: Float[np.ndarray, "d k"] | None = None,
     tolerance: float = 1e-4,
     max_steps: int = 60,
     exact: bool = True,

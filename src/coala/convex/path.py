@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from coala.convex.gate_sources import FOLD_TOLERANCE, GateOn, GateSource
 from coala.convex.pairwise import OnStep, PairData, PairModel, solve_pairs
@@ -41,13 +42,13 @@ class PairTask:
     ``prompt_rows`` (n, e), if there are any, are what gates on the prompt see.
     """
 
-    rows: np.ndarray
-    margin: np.ndarray
-    group: np.ndarray
-    fold: np.ndarray | None
+    rows: Float[np.ndarray, "2 n d"]
+    margin: Float[np.ndarray, "n"]
+    group: Shaped[np.ndarray, "n"]
+    fold: Int[np.ndarray, "n"] | None
     seed: int
     dtype: Any
-    prompt_rows: np.ndarray | None = None
+    prompt_rows: Float[np.ndarray, "n e"] | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -69,11 +70,11 @@ class PairTask:
         return total / (4 * self.n_pairs) if total > 0 else 1.0
 
     @cached_property
-    def placed(self) -> jax.Array:
+    def placed(self) -> Float[Array, "2 n d"]:
         """The rows on the device; on a CPU, and mapped from a file, without a copy."""
         return jax.device_put(self.rows, may_alias=True)
 
-    def gate_rows(self, gate_on: GateOn) -> np.ndarray | None:
+    def gate_rows(self, gate_on: GateOn) -> Float[np.ndarray, "2 n e"] | None:
         """(2, n, e), or None where gates see the rows themselves."""
         if gate_on == "reply":
             return None
@@ -88,7 +89,7 @@ class PairTask:
         assert self.fold is not None
         return self._weighted(self.fold != fold, gate_on)
 
-    def _weighted(self, used: np.ndarray, gate_on: GateOn) -> PairData:
+    def _weighted(self, used: Bool[np.ndarray, "n"], gate_on: GateOn) -> PairData:
         gate_rows = self.gate_rows(gate_on)
         return PairData(
             self.placed,
@@ -120,7 +121,7 @@ class Difference:
     accuracy_se: float
 
     @classmethod
-    def of(cls, gated: HeldOut, linear: HeldOut, group: np.ndarray) -> Difference:
+    def of(cls, gated: HeldOut, linear: HeldOut, group: Shaped[np.ndarray, "n"]) -> Difference:
         loss, hits = gated.losses - linear.losses, gated.hits - linear.hits
         return cls(float(loss.mean()), clustered_error(loss, group), float(hits.mean()), clustered_error(hits, group))
 
@@ -173,7 +174,7 @@ def _row(ridge: float, held_out: HeldOut, models: list[PairModel], **where: Any)
     }
 
 
-def _nothing(data: PairData) -> np.ndarray:
+def _nothing(data: PairData) -> Float[np.ndarray, "e 0"]:
     return np.zeros((data.seen_by_gates.shape[-1], 0))
 
 
@@ -298,7 +299,7 @@ def relax(data: PairData, model: PairModel, sparsity: float, ridge: float, toler
     return replace(solved, violation=model.violation)
 
 
-def sparsest_within_an_error(candidates: list[Candidate], group: np.ndarray) -> Candidate:
+def sparsest_within_an_error(candidates: list[Candidate], group: Shaped[np.ndarray, "n"]) -> Candidate:
     """The first candidate, sparsest and least relaxed first, whose loss is within one standard error of the lowest.
 
     The lowest loss of a flat path is mostly luck; the sparser head has fewer ways of being wrong on new pairs.
@@ -311,7 +312,7 @@ def sparsest_within_an_error(candidates: list[Candidate], group: np.ndarray) -> 
     raise AssertionError("the lowest loss is within an error of itself")
 
 
-def _clearly_worse(held_out: HeldOut, best: HeldOut, group: np.ndarray) -> bool:
+def _clearly_worse(held_out: HeldOut, best: HeldOut, group: Shaped[np.ndarray, "n"]) -> bool:
     change = held_out.losses - best.losses
     return bool(change.mean() > 2 * clustered_error(change, group))
 

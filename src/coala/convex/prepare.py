@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 Scaling = Literal["feature", "global"]
 BLOCK = 8192  # rows in float64 at a time
@@ -26,13 +27,15 @@ class Standardisation:
     and, when there are fewer rows than features, drops directions no row has.
     """
 
-    center: np.ndarray
-    factor: np.ndarray
+    center: Float[np.ndarray, "d"]
+    factor: Float[np.ndarray, "d"]
     constant: float
-    rotation: np.ndarray
+    rotation: Float[np.ndarray, "d+1 r"]
 
     @classmethod
-    def of(cls, chosen: np.ndarray, rejected: np.ndarray, scaling: Scaling = "feature") -> Standardisation:
+    def of(
+        cls, chosen: Float[np.ndarray, "n d"], rejected: Float[np.ndarray, "n d"], scaling: Scaling = "feature"
+    ) -> Standardisation:
         """From the feature vectors (n, d) of both sides, which are treated alike; read in blocks, three times."""
         sides = (chosen, rejected)
         n, d = 2 * len(chosen), chosen.shape[1]
@@ -64,31 +67,31 @@ class Standardisation:
         _, turn = np.linalg.eigh(moment)
         return replace(plain, rotation=basis @ turn[:, ::-1])
 
-    def rows(self, h: np.ndarray) -> np.ndarray:
+    def rows(self, h: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n r"]:
         """Feature vectors (n, d) in the coordinates of the fit, (n, r) float64."""
         scaled = (h.astype(np.float64) - self.center) * self.factor
         constant = np.full((len(h), 1), self.constant)
         return np.asarray(np.concatenate([scaled, constant], axis=1) @ self.rotation)
 
-    def fill(self, h: np.ndarray, out: np.ndarray) -> None:
+    def fill(self, h: Float[np.ndarray, "n d"], out: Float[np.ndarray, "n r"]) -> None:
         """:meth:`rows` into ``out`` (n, r), block by block."""
         for start in range(0, len(h), BLOCK):
             out[start : start + BLOCK] = self.rows(h[start : start + BLOCK])
 
-    def fold(self, weights: np.ndarray) -> np.ndarray:
+    def fold(self, weights: Float[np.ndarray, "r k"]) -> Float[np.ndarray, "k d+1"]:
         """Linear functions of x, the columns of (r, k), as rows (k, d + 1) that act on (h, 1)."""
         on_x = (self.rotation @ weights.astype(np.float64)).T
         on_h = on_x[:, :-1] * self.factor
         return np.concatenate([on_h, self.constant * on_x[:, -1:] - (on_h @ self.center)[:, None]], axis=1)
 
 
-def _blocks(*sides: np.ndarray) -> Iterator[np.ndarray]:
+def _blocks(*sides: Float[np.ndarray, "n d"]) -> Iterator[Float[np.ndarray, "n d"]]:
     for side in sides:
         for start in range(0, len(side), BLOCK):
             yield side[start : start + BLOCK].astype(np.float64)
 
 
-def _row_space(x: np.ndarray) -> np.ndarray:
+def _row_space(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d r"]:
     """An orthonormal basis (d, r) that spans the rows of x (n, d), n < d."""
     values, vectors = np.linalg.eigh(x @ x.T)
     kept = values > 1e-12 * values[-1]

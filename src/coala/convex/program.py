@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar
 
 from coala.convex.linear import matmul
 from coala.convex.pytree import pytree
@@ -29,11 +30,11 @@ from coala.convex.rows import moments, normal_product
 class Bounds(NamedTuple):
     """Two numbers that enclose a program's optimal value: an attained objective and a dual value."""
 
-    objective: jax.Array
-    lower: jax.Array
+    objective: Scalar
+    lower: Scalar
 
     @property
-    def gap(self) -> jax.Array:
+    def gap(self) -> Scalar:
         return self.objective - self.lower
 
 
@@ -43,8 +44,8 @@ class DualPoint(NamedTuple):
     For solvers whose best dual point does not belong to their best feasible weights.
     """
 
-    residual: jax.Array
-    multipliers: jax.Array
+    residual: Float[Array, "n"]
+    multipliers: Float[Array, "2 n P"]
 
 
 class GroupProgram(Protocol):
@@ -55,37 +56,42 @@ class GroupProgram(Protocol):
     """
 
     @property
-    def levels(self) -> jax.Array: ...
+    def levels(self) -> Float[Array, "P"]: ...
     @property
-    def ridges(self) -> jax.Array: ...
-    def zeros(self) -> jax.Array: ...
-    def predict(self, u: jax.Array) -> jax.Array: ...
-    def predict_adjoint(self, z: jax.Array) -> jax.Array: ...
-    def normal_product(self, curvature: jax.Array, u: jax.Array) -> jax.Array: ...
-    def moments(self, curvature: jax.Array) -> tuple[jax.Array, jax.Array]: ...
-    def loss(self, z: jax.Array) -> jax.Array: ...
-    def slope(self, z: jax.Array) -> jax.Array: ...
-    def curvature(self, z: jax.Array) -> jax.Array: ...
-    def bounds_at(self, u: jax.Array, z: jax.Array, gradient: jax.Array) -> Bounds: ...
+    def ridges(self) -> Float[Array, "P"]: ...
+    def zeros(self) -> Float[Array, "d P"]: ...
+    def predict(self, u: Float[Array, "d P"]) -> Float[Array, "n"]: ...
+    def predict_adjoint(self, z: Float[Array, "n"]) -> Float[Array, "d P"]: ...
+    def normal_product(self, curvature: Float[Array, "n"], u: Float[Array, "d P"]) -> Float[Array, "d P"]: ...
+    def moments(self, curvature: Float[Array, "n"]) -> tuple[Float[Array, "d"], Float[Array, "P P"]]: ...
+    def loss(self, z: Float[Array, "n"]) -> Scalar: ...
+    def slope(self, z: Float[Array, "n"]) -> Float[Array, "n"]: ...
+    def curvature(self, z: Float[Array, "n"]) -> Float[Array, "n"]: ...
+    def bounds_at(self, u: Float[Array, "d P"], z: Float[Array, "n"], gradient: Float[Array, "d P"]) -> Bounds: ...
 
 
-def group_norms(u: jax.Array) -> jax.Array:
+def group_norms(u: Float[Array, "*sides d P"]) -> Float[Array, "*sides P"]:
     """||u[..., :, i]|| over the patterns i, (..., P)."""
     return jnp.asarray(jnp.linalg.norm(u, axis=-2))
 
 
-def stationarity(gradient: jax.Array, u: jax.Array, levels: jax.Array) -> jax.Array:
+def stationarity(
+    gradient: Float[Array, "*sides d P"], u: Float[Array, "*sides d P"], levels: Float[Array, "P"]
+) -> Float[Array, "*sides P"]:
     """Distance of 0 from ``gradient_i + levels_i d||u_i||``, per group (..., P)."""
     norms = group_norms(u)
+    levels = jnp.broadcast_to(levels, norms.shape)
     direction = u / jnp.where(norms > 0, norms, 1.0)[..., None, :]
     return jnp.where(
         norms > 0,
-        group_norms(gradient + levels * direction),
+        group_norms(gradient + levels[..., None, :] * direction),
         jnp.maximum(group_norms(gradient) - levels, 0.0),
     )
 
 
-def _scaled_dual_value(y: jax.Array, z: jax.Array, largest: jax.Array, level: jax.Array, *, signed: bool) -> jax.Array:
+def _scaled_dual_value(
+    y: Float[Array, "n"], z: Float[Array, "n"], largest: Scalar, level: Scalar, *, signed: bool
+) -> Scalar:
     """Best a y^T z - a^2/2 ||z||^2 over the multiples a of z that keep the dual norms at most ``level``."""
     limit = jnp.where(largest > 0, level / jnp.where(largest > 0, largest, 1.0), jnp.inf)
     size = jnp.vdot(z, z)
@@ -104,63 +110,63 @@ class GatedProgram:
     leaves the program unchanged: this is how a fold is held out without a new shape.
     """
 
-    X: jax.Array
-    y: jax.Array
-    patterns: jax.Array
-    sparsity: jax.Array
+    X: Float[Array, "n d"]
+    y: Float[Array, "n"]
+    patterns: Bool[Array, "n P"]
+    sparsity: Scalar
 
     @property
-    def levels(self) -> jax.Array:
+    def levels(self) -> Float[Array, "P"]:
         return jnp.full(self.patterns.shape[1], self.sparsity, self.y.dtype)
 
     @property
-    def ridges(self) -> jax.Array:
+    def ridges(self) -> Float[Array, "P"]:
         return jnp.zeros(self.patterns.shape[1], self.y.dtype)
 
-    def zeros(self) -> jax.Array:
+    def zeros(self) -> Float[Array, "d P"]:
         return jnp.zeros((self.X.shape[1], self.patterns.shape[1]), self.y.dtype)
 
-    def predict(self, u: jax.Array) -> jax.Array:
+    def predict(self, u: Float[Array, "d P"]) -> Float[Array, "n"]:
         return gated_product(self.X, self.patterns, u)
 
-    def predict_adjoint(self, z: jax.Array) -> jax.Array:
+    def predict_adjoint(self, z: Float[Array, "n"]) -> Float[Array, "d P"]:
         return gated_product_adjoint(self.X, self.patterns, z)
 
-    def normal_product(self, curvature: jax.Array, u: jax.Array) -> jax.Array:
+    def normal_product(self, curvature: Float[Array, "n"], u: Float[Array, "d P"]) -> Float[Array, "d P"]:
         """F^T diag(curvature) F u, (d, P)."""
         return normal_product(self.X[None], self.patterns[None], (1.0,), curvature, u)
 
-    def moments(self, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def moments(self, curvature: Float[Array, "n"]) -> tuple[Float[Array, "d"], Float[Array, "P P"]]:
         """spectrum (d,) and overlap (P, P): F^T diag(curvature) F is about their Kronecker product."""
         return moments(self.X[None], self.patterns[None], (1.0,), curvature)
 
-    def loss(self, z: jax.Array) -> jax.Array:
+    def loss(self, z: Float[Array, "n"]) -> Scalar:
         return jnp.sum((z - self.y) ** 2) / 2
 
-    def slope(self, z: jax.Array) -> jax.Array:
+    def slope(self, z: Float[Array, "n"]) -> Float[Array, "n"]:
         return z - self.y
 
-    def curvature(self, z: jax.Array) -> jax.Array:
+    def curvature(self, z: Float[Array, "n"]) -> Float[Array, "n"]:
         return jnp.ones_like(z)
 
-    def objective(self, u: jax.Array) -> jax.Array:
+    def objective(self, u: Float[Array, "d P"]) -> Scalar:
         return self.loss(self.predict(u)) + self.sparsity * group_norms(u).sum()
 
-    def bounds(self, u: jax.Array, multipliers: jax.Array | None = None) -> Bounds:
+    def bounds(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Bounds:
         """Objective, and the dual value of the scaled residual: y^T z - 1/2 ||z||^2 with ||X^T D_i z|| <= sparsity."""
         z = self.predict(u)
         return self.bounds_at(u, z, self.predict_adjoint(self.slope(z)))
 
-    def bounds_at(self, u: jax.Array, z: jax.Array, gradient: jax.Array) -> Bounds:
+    def bounds_at(self, u: Float[Array, "d P"], z: Float[Array, "n"], gradient: Float[Array, "d P"]) -> Bounds:
         """:meth:`bounds` for z = F u and gradient = F^T slope(z), which a solver has at hand."""
         largest = group_norms(gradient).max(initial=0.0)
         objective = self.loss(z) + self.sparsity * group_norms(u).sum()
         return Bounds(objective, _scaled_dual_value(self.y, self.y - z, largest, self.sparsity, signed=True))
 
-    def duality_gap(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
+    def duality_gap(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Scalar:
         return self.bounds(u, multipliers).gap
 
-    def kkt(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
+    def kkt(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Scalar:
         """Largest violation of the optimality conditions, relative to the sparsity."""
         gradient = self.predict_adjoint(self.predict(u) - self.y)
         return stationarity(gradient, u, self.levels).max(initial=0.0) / self.sparsity
@@ -178,50 +184,50 @@ class Program:
     All four fields are dynamic, so that new data, patterns or sparsity of the same shape compile nothing.
     """
 
-    X: jax.Array
-    y: jax.Array
-    patterns: jax.Array
-    sparsity: jax.Array
+    X: Float[Array, "n d"]
+    y: Float[Array, "n"]
+    patterns: Bool[Array, "n P"]
+    sparsity: Scalar
 
     @property
     def relaxation(self) -> GatedProgram:
         """The same program without the cones, in u_i = v_i - w_i."""
         return GatedProgram(self.X, self.y, self.patterns, self.sparsity)
 
-    def zeros(self) -> jax.Array:
+    def zeros(self) -> Float[Array, "2 d P"]:
         return jnp.zeros((2, self.X.shape[1], self.patterns.shape[1]), self.X.dtype)
 
-    def predict(self, u: jax.Array) -> jax.Array:
+    def predict(self, u: Float[Array, "2 d P"]) -> Float[Array, "n"]:
         """F u = sum_i D_i X (v_i - w_i), (n,)."""
         return gated_product(self.X, self.patterns, u[0] - u[1])
 
-    def predict_adjoint(self, z: jax.Array) -> jax.Array:
+    def predict_adjoint(self, z: Float[Array, "n"]) -> Float[Array, "2 d P"]:
         """F^T z, (2, d, P)."""
         q = gated_product_adjoint(self.X, self.patterns, z)
         return jnp.stack([q, -q])
 
-    def cone(self, u: jax.Array) -> jax.Array:
+    def cone(self, u: Float[Array, "sides d P"]) -> Float[Array, "sides n P"]:
         """G u = E_i X v_i and E_i X w_i, (2, n, P); the constraints ask that it be non-negative."""
-        return self._signs * matmul(self.X, u)
+        return self._signs[None] * matmul(self.X, u)
 
-    def cone_adjoint(self, s: jax.Array) -> jax.Array:
+    def cone_adjoint(self, s: Float[Array, "sides n P"]) -> Float[Array, "sides d P"]:
         """G^T s, (2, d, P)."""
-        return jnp.swapaxes(matmul(jnp.swapaxes(self._signs * s, -1, -2), self.X), -1, -2)
+        return jnp.swapaxes(matmul(jnp.swapaxes(self._signs[None] * s, -1, -2), self.X), -1, -2)
 
     @property
-    def _signs(self) -> jax.Array:
+    def _signs(self) -> Float[Array, "n P"]:
         return jnp.where(self.patterns, 1.0, -1.0).astype(self.X.dtype)
 
-    def objective(self, u: jax.Array) -> jax.Array:
+    def objective(self, u: Float[Array, "2 d P"]) -> Scalar:
         """The value of the program at u, which need not be feasible."""
         residual = self.predict(u) - self.y
         return jnp.vdot(residual, residual) / 2 + self.sparsity * group_norms(u).sum()
 
-    def violation(self, u: jax.Array) -> jax.Array:
+    def violation(self, u: Float[Array, "2 d P"]) -> Scalar:
         """How far the worst cone constraint is from holding; 0 when u is feasible."""
         return jnp.maximum(-self.cone(u), 0.0).max(initial=0.0)
 
-    def bounds(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> Bounds:
+    def bounds(self, u: Float[Array, "2 d P"], multipliers: Float[Array, "2 n P"] | DualPoint) -> Bounds:
         """Objective (infinite at an infeasible u) and the dual value of the scaled residual and multipliers.
 
         Dual feasible are z, L >= 0 with ||X^T(+-D_i z + E_i L_i)|| <= sparsity for every pattern and sign. Of
@@ -235,15 +241,15 @@ class Program:
         objective = jnp.where(self.violation(u) <= rounding, self.objective(u), jnp.inf)
         return Bounds(objective, _scaled_dual_value(self.y, z, largest, self.sparsity, signed=False))
 
-    def _dual_point(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> DualPoint:
+    def _dual_point(self, u: Float[Array, "2 d P"], multipliers: Float[Array, "2 n P"] | DualPoint) -> DualPoint:
         if isinstance(multipliers, DualPoint):
             return multipliers
         return DualPoint(self.y - self.predict(u), multipliers)
 
-    def duality_gap(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> jax.Array:
+    def duality_gap(self, u: Float[Array, "2 d P"], multipliers: Float[Array, "2 n P"] | DualPoint) -> Scalar:
         return self.bounds(u, multipliers).gap
 
-    def kkt(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> jax.Array:
+    def kkt(self, u: Float[Array, "2 d P"], multipliers: Float[Array, "2 n P"] | DualPoint) -> Scalar:
         """Largest of stationarity, feasibility and complementarity violation, the first relative to the sparsity."""
         z, multipliers = self._dual_point(u, multipliers)
         gradient = -self.predict_adjoint(z) - self.cone_adjoint(multipliers)
@@ -258,7 +264,7 @@ class Program:
         ).max()
 
 
-def largest_sparsity(program: GatedProgram | Program) -> jax.Array:
+def largest_sparsity(program: GatedProgram | Program) -> Scalar:
     """max_i ||X^T D_i y||: at and above this sparsity the weights of the gated program are zero."""
     return group_norms(gated_product_adjoint(program.X, program.patterns, program.y)).max(initial=0.0)
 

@@ -31,7 +31,10 @@ def pytree(*static: str) -> Callable[[type[T]], type[T]]:
             return [getattr(value, name) for name in dynamic], tuple(getattr(value, name) for name in static)
 
         def unflatten(fixed: tuple[Any, ...], children: Any) -> T:
-            return cls(**dict(zip(dynamic, children, strict=True)), **dict(zip(static, fixed, strict=True)))
+            # Not by `__init__`: JAX also fills its trees with what is no array.
+            value = object.__new__(cls)
+            vars(value).update(zip((*dynamic, *static), (*children, *fixed), strict=True))
+            return value
 
         jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten, flatten_quickly)
         return cls

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
 from coala.convex.linear import matmul
 from coala.values import CoalaError
@@ -24,6 +25,11 @@ BLOCK = 256  # rows; between 128 and 2048 the time hardly depends on it
 AXIS = "rows"  # the name of the mesh axis over which rows are spread
 EVERYWHERE = PartitionSpec()
 
+Rows = Float[Array, "*sides n d"]
+Patterns = Bool[Array, "*sides n P"]
+PerRow = Float[Array, "*sides n"]
+PerRowOrPair = Float[Array, "... n"]
+Weights = Float[Array, "d P"]
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
@@ -33,14 +39,14 @@ def _compiled(**options: Any) -> Callable[[FunctionT], FunctionT]:
 
 
 @_compiled()
-def gated_product(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
-    """sum_i D_i X u_i, (..., n), for X (..., n, d), patterns (..., n, P) and u (d, P); of the type of u."""
+def gated_product(X: Rows, patterns: Patterns, u: Weights) -> PerRow:
+    """sum_i D_i X u_i, of the type of u."""
 
-    def kernel(x: jax.Array, is_open: jax.Array, u: jax.Array) -> jax.Array:
+    def kernel(x: Rows, is_open: Patterns, u: Weights) -> PerRow:
         return jnp.where(is_open, matmul(x.astype(u.dtype), u), 0.0).sum(axis=-1)
 
-    def in_blocks(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
-        def advance(i: jax.Array, z: jax.Array) -> jax.Array:
+    def in_blocks(X: Rows, patterns: Patterns, u: Weights) -> PerRow:
+        def advance(i: Scalar, z: PerRow) -> PerRow:
             start = _start(i, X.shape[-2])
             return jax.lax.dynamic_update_slice_in_dim(
                 z, kernel(_block(X, start), _block(patterns, start), u), start, -1
@@ -48,52 +54,50 @@ def gated_product(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
 
         return jax.lax.fori_loop(0, _n_blocks(X), advance, jnp.zeros(X.shape[:-1], u.dtype))
 
-    def local(X: jax.Array, patterns: jax.Array, u: jax.Array) -> jax.Array:
+    def local(X: Rows, patterns: Patterns, u: Weights) -> PerRow:
         # Of one type, a single product is as fast as one by blocks.
         return (in_blocks if X.dtype != u.dtype and X.shape[-2] > BLOCK else kernel)(X, patterns, u)
 
     specs = (row_spec(X.ndim, -2), row_spec(patterns.ndim, -2), EVERYWHERE)
-    z: jax.Array = _where_rows_lie(local, specs, row_spec(X.ndim - 1, -1))(X, patterns, u)
+    z: PerRow = _where_rows_lie(local, specs, row_spec(X.ndim - 1, -1))(X, patterns, u)
     return z
 
 
 @_compiled()
-def gated_product_adjoint(X: jax.Array, patterns: jax.Array, z: jax.Array) -> jax.Array:
-    """(X^T D_i z)_i as the columns of a (d, P) array, summed over all rows; shapes as in :func:`gated_product`."""
-    back: jax.Array = _sum_over_rows(_masked_rows, X, patterns, z).T
+def gated_product_adjoint(X: Rows, patterns: Patterns, z: PerRow) -> Weights:
+    """(X^T D_i z)_i as columns, summed over all rows."""
+    back: Weights = _sum_over_rows(_masked_rows, X, patterns, z).T
     return back
 
 
 @_compiled(static_argnames="signs")
 def normal_product(
-    X: jax.Array, patterns: jax.Array, signs: tuple[float, ...], curvature: jax.Array, u: jax.Array
-) -> jax.Array:
-    """F^T diag(curvature) F u, (d, P), in one pass, for F u = sum_s signs_s gated_product(X_s, patterns_s, u).
+    X: Rows, patterns: Patterns, signs: tuple[float, ...], curvature: Float[Array, "n"], u: Weights
+) -> Weights:
+    """F^T diag(curvature) F u in one pass, for F u = sum_s signs_s gated_product(X_s, patterns_s, u)."""
 
-    X (S, n, d), patterns (S, n, P), curvature (n,), u (d, P).
-    """
-
-    def kernel(x: jax.Array, is_open: jax.Array, curvature: jax.Array, u: jax.Array) -> jax.Array:
+    def kernel(x: Rows, is_open: Patterns, curvature: Float[Array, "n"], u: Weights) -> Float[Array, "P d"]:
         side = jnp.asarray(signs, x.dtype)[:, None]
         scores = jnp.where(is_open, matmul(x, u), 0.0).sum(axis=-1)
-        return _masked_rows(x, is_open, side * (curvature * (side * scores).sum(axis=0)))
+        return _masked_rows(x, is_open, side * (curvature * (side * scores).sum(axis=0))[None])
 
-    curved: jax.Array = _sum_over_rows(kernel, X, patterns, curvature, u).T
+    curved: Weights = _sum_over_rows(kernel, X, patterns, curvature, u).T
     return curved
 
 
 @_compiled(static_argnames="signs")
 def moments(
-    X: jax.Array, patterns: jax.Array, signs: tuple[float, ...], curvature: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """spectrum (d,) of sum 1 and overlap (P, P) with F^T diag(curvature) F ~ spectrum_k overlap_ij sum_j curvature_j.
+    X: Rows, patterns: Patterns, signs: tuple[float, ...], curvature: Float[Array, "n"]
+) -> tuple[Float[Array, "d"], Float[Array, "P P"]]:
+    """spectrum of sum 1 and overlap with F^T diag(curvature) F ~ spectrum_k overlap_ij sum_j curvature_j.
 
     overlap_ij is exactly the trace of the block (i, j); that each block is diagonal, and in proportion to the second
-    moments of the features, holds as far as gates do not depend on the rows, in rotated coordinates. Shapes as in
-    :func:`normal_product`.
+    moments of the features, holds as far as gates do not depend on the rows, in rotated coordinates.
     """
 
-    def kernel(x: jax.Array, is_open: jax.Array, curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def kernel(
+        x: Rows, is_open: Patterns, curvature: Float[Array, "n"]
+    ) -> tuple[Float[Array, "d"], Float[Array, "P P"]]:
         spectrum = matmul(curvature, (x * x).sum(axis=0))
         openings = is_open.astype(x.dtype)
         overlap = jnp.zeros((is_open.shape[-1],) * 2, x.dtype)
@@ -108,32 +112,33 @@ def moments(
     return spectrum / jnp.where(total > 0, total, 1.0), overlap / jnp.where(weight > 0, weight, 1.0)
 
 
-def _masked_rows(x: jax.Array, is_open: jax.Array, z: jax.Array) -> jax.Array:
-    """The adjoint transposed, (P, d)."""
+def _masked_rows(x: Rows, is_open: Patterns, z: PerRow) -> Float[Array, "P d"]:
+    """The adjoint transposed."""
     # (masked z)^T x and not x^T (masked z), nor a sum of transposes: on CPUs either takes several times as long.
     over_rows = tuple(range(x.ndim - 1))
     return jnp.tensordot(jnp.where(is_open, z[..., None], 0.0), x, (over_rows, over_rows), precision="highest")
 
 
-def _sum_over_rows(kernel: Callable[..., Any], X: jax.Array, patterns: jax.Array, weight: jax.Array, *rest: Any) -> Any:
+def _sum_over_rows(kernel: Callable[..., Any], X: Rows, patterns: Patterns, weight: PerRowOrPair, *rest: Any) -> Any:
     """kernel(X, patterns, weight, *rest), a sum over rows and linear in ``weight`` (..., n), by blocks of rows."""
     dtype = weight.dtype
 
-    def whole(X: jax.Array, patterns: jax.Array, weight: jax.Array, *rest: jax.Array) -> Any:
+    def whole(X: Rows, patterns: Patterns, weight: PerRowOrPair, *rest: Array) -> Any:
         return kernel(X.astype(dtype), patterns, weight, *rest)
 
-    def in_blocks(X: jax.Array, patterns: jax.Array, weight: jax.Array, *rest: jax.Array) -> Any:
-        def at(i: jax.Array) -> Any:
+    def in_blocks(X: Rows, patterns: Patterns, weight: PerRowOrPair, *rest: Array) -> Any:
+        def at(i: Scalar) -> Any:
             start = _start(i, X.shape[-2])
             # The last block reaches back over rows that the one before it has counted.
             new = start + jnp.arange(BLOCK) >= i * BLOCK
-            part = jnp.where(new, _block(weight, start, axis=-1), 0)
+            part = _block(weight, start, axis=-1)
+            part = jnp.where(jnp.broadcast_to(new, part.shape), part, 0)
             return whole(_block(X, start), _block(patterns, start), part, *rest)
 
         none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(at, jnp.asarray(0)))
         return jax.lax.fori_loop(0, _n_blocks(X), lambda i, total: jax.tree.map(jnp.add, total, at(i)), none)
 
-    def local(X: jax.Array, *others: jax.Array) -> Any:
+    def local(X: Rows, *others: Array) -> Any:
         if X.shape[-2] <= BLOCK:
             return whole(X, *others)
         if X.dtype != dtype:
@@ -141,7 +146,7 @@ def _sum_over_rows(kernel: Callable[..., Any], X: jax.Array, patterns: jax.Array
         # An accelerator has no cache to stay in, and starts kernels slowly.
         return jax.lax.platform_dependent(X, *others, cpu=in_blocks, default=whole)
 
-    def summed(*arrays: jax.Array) -> Any:
+    def summed(*arrays: Array) -> Any:
         return jax.lax.psum(local(*arrays), AXIS)
 
     if not _on_mesh():
@@ -150,15 +155,15 @@ def _sum_over_rows(kernel: Callable[..., Any], X: jax.Array, patterns: jax.Array
     return _where_rows_lie(summed, (*along, *[EVERYWHERE] * len(rest)), EVERYWHERE)(X, patterns, weight, *rest)
 
 
-def _start(i: jax.Array, n: int) -> jax.Array:
+def _start(i: Scalar, n: int) -> Scalar:
     return jnp.minimum(i * BLOCK, n - BLOCK)
 
 
-def _n_blocks(X: jax.Array) -> int:
+def _n_blocks(X: Float[Array, "... n d"]) -> int:
     return -(-X.shape[-2] // BLOCK)
 
 
-def _block(a: jax.Array, start: jax.Array, axis: int = -2) -> jax.Array:
+def _block(a: Shaped[Array, "..."], start: Scalar, axis: int = -2) -> Shaped[Array, "..."]:
     return jax.lax.dynamic_slice_in_dim(a, start, BLOCK, axis)
 
 
@@ -179,7 +184,7 @@ def row_spec(ndim: int, axis: int) -> PartitionSpec:
     return PartitionSpec(*names)
 
 
-def open_rows(path: str | Path) -> jax.Array:
+def open_rows(path: str | Path) -> Float[Array, "... n d"]:
     """The array of a ``.npy`` file on the CPU, without reading it: the system brings pages in and drops them again.
 
     An ordinary array to every program and solver, though larger than memory. Do not change the file while it is used.
@@ -193,7 +198,7 @@ def open_rows(path: str | Path) -> jax.Array:
             f"{path} holds {mapped.dtype} of shape {mapped.shape}; expected rows (..., n, d) of float32 or float64 in "
             "C order. Write it with `coala.store.write_rows`."
         )
-    rows: jax.Array = jax.device_put(mapped, jax.devices("cpu")[0], may_alias=True)
+    rows: Float[Array, "... n d"] = jax.device_put(mapped, jax.devices("cpu")[0], may_alias=True)
     return rows
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from coala.convex.pairwise import PairProgram
 from coala.values import CoalaError
@@ -18,8 +19,8 @@ from coala.values import CoalaError
 
 @jax.jit
 def _products(
-    program: PairProgram, u: jax.Array, v: jax.Array, bend: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    program: PairProgram, u: Float[Array, "d P"], v: Float[Array, "d P"], bend: Float[Array, "n"]
+) -> tuple[Float[Array, "n"], Float[Array, "d P"], Float[Array, "d P"]]:
     image = program.predict(u)
     return image, program.predict_adjoint(bend), program.predict_adjoint(bend * program.predict(v))
 
@@ -37,15 +38,18 @@ def check_operators(n_pairs: int, width: int, n_columns: int, dtype: str = "floa
     u, v = rng.standard_normal((2, width, n_columns))
     bend = rng.random(n_pairs)
     one = jnp.ones((), dtype)
-    program = PairProgram(jnp.asarray(rows, dtype), jnp.asarray(patterns), jnp.zeros(n_pairs, dtype), one, one, one)
+    margin, weight = jnp.zeros(n_pairs, dtype), jnp.ones(n_pairs, dtype)
+    program = PairProgram(jnp.asarray(rows, dtype), jnp.asarray(patterns), margin, weight, one, one)
     found = _products(program, *(jnp.asarray(a, dtype) for a in (u, v, bend)))
 
-    def predict(w: np.ndarray) -> np.ndarray:
+    def predict(w: Float[np.ndarray, "d P"]) -> Float[np.ndarray, "n"]:
         chosen, rejected = np.where(patterns, rows @ w, 0).sum(axis=-1)
         return np.asarray(chosen - rejected)
 
-    def adjoint(z: np.ndarray) -> np.ndarray:
-        back: np.ndarray = np.einsum("snd,snp->dp", rows, np.where(patterns, np.stack([z, -z])[..., None], 0))
+    def adjoint(z: Float[np.ndarray, "n"]) -> Float[np.ndarray, "d P"]:
+        back: Float[np.ndarray, "d P"] = np.einsum(
+            "snd,snp->dp", rows, np.where(patterns, np.stack([z, -z])[..., None], 0)
+        )
         return back
 
     expected = (predict(u), adjoint(bend), adjoint(bend * predict(v)))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Shaped
 
 from coala.convex.pairwise import PairProgram
 from coala.convex.program import GatedProgram
@@ -52,14 +53,14 @@ def spread(program: ProgramT) -> ProgramT:
     return replace(program, **placed)
 
 
-def _deal(whole: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
+def _deal(whole: Shaped[np.ndarray, "..."], mesh: Mesh, axis: int) -> Shaped[Array, "..."]:
     """The array on the mesh, zeros after its last row; only the rows of this process are touched."""
     axis %= whole.ndim
     n = whole.shape[axis]
     shape = tuple(n + -n % mesh.size if k == axis else size for k, size in enumerate(whole.shape))
     sharding = NamedSharding(mesh, row_spec(whole.ndim, axis))
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "..."]:
         index = (slice(None),) * whole.ndim if index is None else index
         held = whole[index]
         first, last, _ = index[axis].indices(shape[axis])

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from coala.convex.program import Bounds, in_double
 
@@ -39,7 +40,7 @@ class Solver(Protocol[P_contra, S]):
     one whose gap may stand still for long before it falls, ``at_rest(program, state) -> bool``.
     """
 
-    def init(self, program: P_contra, start: jax.Array | None = None) -> S: ...
+    def init(self, program: P_contra, start: Float[Array, "..."] | None = None) -> S: ...
     def step(self, program: P_contra, state: S) -> S: ...
     def solution(self, program: P_contra, state: S) -> tuple[Any, Any]: ...
 
@@ -48,7 +49,7 @@ class Solver(Protocol[P_contra, S]):
 class Solution:
     """Weights with what was proved of them: the optimal value lies in [objective - gap, objective]."""
 
-    value: np.ndarray
+    value: Float[np.ndarray, "..."]
     status: Status
     steps: int
     objective: float
@@ -62,13 +63,13 @@ class Solution:
 
 
 @jax.jit
-def _bounds(program: Any, value: jax.Array, multipliers: jax.Array | None) -> Bounds:
+def _bounds(program: Any, value: Float[Array, "..."], multipliers: Any) -> Bounds:
     bounds: Bounds = program.bounds(value, multipliers)
     return bounds
 
 
 @jax.jit
-def _bounds_in_double(program: Any, value: jax.Array, multipliers: jax.Array | None) -> Bounds:
+def _bounds_in_double(program: Any, value: Float[Array, "..."], multipliers: Any) -> Bounds:
     # Widened inside: outside, each shape of each part would compile a conversion of its own.
     return cast(Bounds, _bounds(*in_double((program, value, multipliers))))
 
@@ -88,7 +89,7 @@ def solve(
     max_steps: int | None = None,
     check_every: int = 1,
     patience: int | None = 10,
-    start: jax.Array | None = None,
+    start: Float[Array, "..."] | None = None,
     exact: bool = True,
     keep: Literal["best", "last"] = "best",
     on_step: Callable[[int, np.ndarray, dict[str, Any]], None] | None = None,

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
 
-def grouped_folds(group: np.ndarray, n_folds: int, seed: int) -> np.ndarray | None:
+def grouped_folds(group: Shaped[np.ndarray, "n"], n_folds: int, seed: int) -> Int[np.ndarray, "n"] | None:
     """A fold number (n,) for each pair, groups kept whole and folds of about one size; None for fewer than 2 groups.
 
     Depends on the names and sizes of the groups and the seed, not on the order of the rows.
@@ -28,12 +29,12 @@ def grouped_folds(group: np.ndarray, n_folds: int, seed: int) -> np.ndarray | No
     return np.asarray(fold_of[member])
 
 
-def log_loss(margins: np.ndarray, offset: np.ndarray | float = 0.0) -> np.ndarray:
+def log_loss(margins: Float[np.ndarray, "n"], offset: Float[np.ndarray, "n"] | float = 0.0) -> Float[np.ndarray, "n"]:
     """softplus(offset - margins) per pair: the negative log-likelihood of the preference."""
     return np.asarray(np.logaddexp(0.0, offset - margins))
 
 
-def clustered_error(values: np.ndarray, group: np.ndarray) -> float:
+def clustered_error(values: Float[np.ndarray, "n"], group: Shaped[np.ndarray, "n"]) -> float:
     """Standard error of ``values.mean()`` when values within a group are correlated; nan for a single group."""
     _, member = np.unique(group, return_inverse=True)
     sums = np.bincount(member, values - values.mean())
@@ -47,12 +48,14 @@ def clustered_error(values: np.ndarray, group: np.ndarray) -> float:
 class HeldOut:
     """Out-of-fold score differences (n,) of one setting, with its mean loss, standard error and accuracy."""
 
-    margins: np.ndarray
-    losses: np.ndarray
+    margins: Float[np.ndarray, "n"]
+    losses: Float[np.ndarray, "n"]
     error: float
 
     @classmethod
-    def of(cls, margins: np.ndarray, offset: np.ndarray, group: np.ndarray) -> HeldOut:
+    def of(
+        cls, margins: Float[np.ndarray, "n"], offset: Float[np.ndarray, "n"], group: Shaped[np.ndarray, "n"]
+    ) -> HeldOut:
         losses = log_loss(margins, offset)
         return cls(margins, losses, clustered_error(losses, group))
 
@@ -61,7 +64,7 @@ class HeldOut:
         return float(self.losses.mean())
 
     @property
-    def hits(self) -> np.ndarray:
+    def hits(self) -> Float[np.ndarray, "n"]:
         """Per pair, 1 if ranked right, 0 if not, and a half for a tie."""
         return np.asarray((self.margins > 0) + (self.margins == 0) / 2)
 

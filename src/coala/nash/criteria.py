@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float64
 
-from coala.nash.game import Float
+from coala.nash.game import Matrix, Vector
 
+Modes = Float64[np.ndarray, "modes"]  # frequencies, ascending
 NO_SLOWER = 1e-9  # frequencies below this share of a payoff are directions along a segment of Nash strategies
 
 
@@ -30,7 +32,7 @@ class Note:
         return f"{self.level}: {self.text}"
 
 
-def frequencies(P: Float, p: Float) -> Float:
+def frequencies(P: Matrix, p: Vector) -> Modes:
     """The lambda > 0, ascending, of a game (n, n) at the strategy p (n,); empty at a pure strategy.
 
     With D = F F^T, F = diag(sqrt p)(I - sqrt p sqrt p^T), the eigenvalues of B D are those of F^T B F, which is
@@ -91,7 +93,7 @@ def single_factor(method: str, eta: float, tau: float, frequency: float) -> floa
 
 
 def examine(
-    method: str, inner: str, eta: float, tau: float, inner_steps: int, modes: Float, prompt: str = ""
+    method: str, inner: str, eta: float, tau: float, inner_steps: int, modes: Modes, prompt: str = ""
 ) -> list[Note]:
     """What the local criterion says of the settings on a game with frequencies ``modes``, ascending."""
     if not len(modes):
@@ -117,7 +119,7 @@ def examine(
     return [Note("warning", text)]
 
 
-def _examine_comal(inner: str, eta: float, tau: float, inner_steps: int, modes: Float, where: str) -> list[Note]:
+def _examine_comal(inner: str, eta: float, tau: float, inner_steps: int, modes: Modes, where: str) -> list[Note]:
     if inner == "exact":
         slow = outer_factor(eta, tau, None, float(modes[0]))
         if slow < 0.999:

@@ -15,21 +15,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Float64, Int
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 
 from coala.documents import DocumentError, parse_json
 from coala.values import CoalaError
 
-Float = NDArray[np.float64]
-Policy = Float | dict[str, Float]
+Vector = Float64[np.ndarray, "answers"]  # a number for each answer: probabilities, their logarithms, rewards
+Matrix = Float64[np.ndarray, "answers answers"]  # the row's answer against the column's
+Float = NDArray[np.float64]  # of any shape
+Series = Float64[np.ndarray, "updates"]
+Policies = Float64[np.ndarray, "updates answers"]
+Policy = Vector | dict[str, Float64[np.ndarray, "_"]]
 TOLERANCE = 1e-6  # on P + P^T = 1 and on the sum of a distribution
 
 
 # --- one matrix --------------------------------------------------------------------------------------------------
 
 
-def duality_gap(P: Float, p: Float) -> float:
+def duality_gap(P: Matrix, p: Vector) -> float:
     """max_i (P p)_i - min_j (p^T P)_j in [0, 1]: what the best answer wins against p, beyond what p wins at worst.
 
     For P + P^T = 1 it equals 2 max_i (P p)_i - 1, twice the exploitability. 0 exactly at a Nash strategy. The best
@@ -38,14 +43,14 @@ def duality_gap(P: Float, p: Float) -> float:
     return max(0.0, float((P @ p).max() - (p @ P).min()))
 
 
-def kl_divergence(p: Float, log_q: Float) -> float:
+def kl_divergence(p: Vector, log_q: Vector) -> float:
     """KL(p, q) = sum_i p_i (log p_i - log q_i) of p (n,) and *log* q (n,); inf where p has mass and q has none."""
     mass = p > 0
     # q may be given in float64 logs of 1e-300 and less, which is why it is not an array of probabilities.
     return max(0.0, float(p[mass] @ (np.log(p[mass]) - log_q[mass])))
 
 
-def nash_of_matrix(P: Float) -> tuple[Float, bool, NDArray[np.intp]]:
+def nash_of_matrix(P: Matrix) -> tuple[Vector, bool, Int[np.ndarray, "support"]]:
     """A Nash strategy (n,) of largest support, whether it is the only one, and that support.
 
     The Nash strategies are {x >= 0, 1^T x = 1, B x <= 0} with B = P - 1/2 antisymmetric. On the cone {x >= 0, B x <= 0}
@@ -115,9 +120,9 @@ class PreferenceGame:
     labels: Sequence[str] | Mapping[str, Sequence[str] | None] | None = None
     weights: Sequence[float] | Mapping[str, float] | None = None
     prompts: tuple[str, ...] = field(init=False)
-    matrices: tuple[Float, ...] = field(init=False, repr=False)
+    matrices: tuple[Float64[np.ndarray, "_ _"], ...] = field(init=False, repr=False)
     names: tuple[tuple[str, ...], ...] = field(init=False, repr=False)
-    shares: Float = field(init=False, repr=False)
+    shares: Float64[np.ndarray, "prompts"] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.P if isinstance(self.P, Mapping) else {"": self.P}
@@ -170,7 +175,7 @@ class PreferenceGame:
         """The policy that plays all answers equally often."""
         return self.whole([np.full(len(P), 1 / len(P)) for P in self.matrices])
 
-    def parts(self, policy: ArrayLike | Mapping[str, ArrayLike], what: str = "policy") -> list[Float]:
+    def parts(self, policy: ArrayLike | Mapping[str, ArrayLike], what: str = "policy") -> list[Vector]:
         """A policy as one checked array (n,) per prompt. ``what`` names it in the error."""
         if not self.contextual:
             if isinstance(policy, Mapping):
@@ -188,7 +193,7 @@ class PreferenceGame:
             for prompt, names in zip(self.prompts, self.names, strict=True)
         ]
 
-    def whole(self, parts: Sequence[Float]) -> Policy:
+    def whole(self, parts: Sequence[Float64[np.ndarray, "_"]]) -> Policy:
         """The inverse of :meth:`parts`."""
         return dict(zip(self.prompts, parts, strict=True)) if self.contextual else parts[0]
 
@@ -207,7 +212,7 @@ class PreferenceGame:
             )
         return names
 
-    def _weighed(self) -> Float:
+    def _weighed(self) -> Float64[np.ndarray, "prompts"]:
         if self.weights is None:
             return np.full(len(self.prompts), 1 / len(self.prompts))
         if not self.contextual:
@@ -252,7 +257,7 @@ def read_game(content: Any) -> tuple[PreferenceGame, Policy]:
         labels = {prompt: entry.get("labels") for prompt, entry in entries.items()}
         weights = {prompt: entries[prompt]["weight"] for prompt in weighed} or None
         game = PreferenceGame({prompt: entry["P"] for prompt, entry in entries.items()}, labels, weights)
-        uniform = cast(dict[str, Float], game.uniform())
+        uniform = cast(dict[str, Vector], game.uniform())
         start = {prompt: entry.get("start", uniform[prompt]) for prompt, entry in entries.items()}
         return game, game.whole(game.parts(start, "start"))
     _known(content, {"P", "labels", "start"}, "the file")
@@ -277,14 +282,14 @@ def _of(prompt: str) -> str:
     return f" of prompt {prompt!r}" if prompt else ""
 
 
-def _numbers(values: ArrayLike, what: str) -> Float:
+def _numbers(values: ArrayLike, what: str) -> Float64[np.ndarray, "..."]:
     try:
         return np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise CoalaError(f"The {what}: expected numbers, in rows of equal length ({error}).") from error
 
 
-def _matrix(P: ArrayLike, prompt: str) -> Float:
+def _matrix(P: ArrayLike, prompt: str) -> Matrix:
     what = f"preference matrix{_of(prompt)}"
     matrix = _numbers(P, what)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
@@ -303,7 +308,7 @@ def _matrix(P: ArrayLike, prompt: str) -> Float:
     return matrix
 
 
-def _check_antisymmetry(P: Float, names: tuple[str, ...], prompt: str) -> None:
+def _check_antisymmetry(P: Matrix, names: tuple[str, ...], prompt: str) -> None:
     excess = np.abs(P + P.T - 1)
     if excess.max() > TOLERANCE:
         i, j = np.unravel_index(int(excess.argmax()), P.shape)
@@ -318,7 +323,7 @@ def _check_antisymmetry(P: Float, names: tuple[str, ...], prompt: str) -> None:
         )
 
 
-def _distribution(values: ArrayLike, names: tuple[str, ...], what: str) -> Float:
+def _distribution(values: ArrayLike, names: tuple[str, ...], what: str) -> Vector:
     p = _numbers(values, what)
     if p.shape != (len(names),):
         raise CoalaError(

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from coala.nash import plots
 from coala.nash.criteria import Note
-from coala.nash.game import Float
+from coala.nash.game import Series, Vector
 from coala.nash.paper import PAPER_GAME, Row, Study, first_below
 from coala.nash.selection import FixedPoint
 from coala.nash.solvers import Result
@@ -165,7 +166,7 @@ def paper_page(study: Study, selections: Mapping[tuple[str, int, bool], FixedPoi
     return render("COMAL: the paper's game", parts, width=17)
 
 
-def _distance_picture(kl: Float) -> list[Picture]:
+def _distance_picture(kl: Series) -> list[Picture]:
     if not np.isfinite(kl).all():
         return []
     words = f"KL(Nash, policy) by update, from {kl[0]:.3g} to {kl[-1]:.3g}."
@@ -204,7 +205,7 @@ def _lines(rows: Sequence[Row]) -> list[Picture]:
     return pictures
 
 
-def _spread(values: Float, length: int) -> Float:
+def _spread(values: Series, length: int) -> Float64[np.ndarray, "points"]:
     """A history of fewer rows over the axis of the longest, each value held until the next."""
     return values[np.minimum(np.arange(length) * (len(values) - 1) // (length - 1), len(values) - 1)]
 
@@ -251,7 +252,7 @@ def _sampled_numbers(rows: Sequence[Row]) -> Table:
     return Table("Sampled, exact minimiser of each sample's loss", head, cells)
 
 
-def _worded(names: Sequence[str], policy: Float) -> str:
+def _worded(names: Sequence[str], policy: Vector) -> str:
     order = np.argsort(-policy, kind="stable")[:5]
     return ", ".join(f"{names[i]} {policy[i]:.3f}" for i in order)
 

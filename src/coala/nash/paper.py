@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from scipy.special import stdtrit
 
-from coala.nash.game import Float, PreferenceGame
+from coala.nash.game import PreferenceGame
 from coala.nash.selection import FixedPoint, selection_fixed_point
 from coala.nash.solvers import Result, solve
 from coala.values import Estimate
@@ -102,7 +103,7 @@ def tail_gap(result: Result) -> float:
     return float(gaps[-max(1, round(TAIL * (len(gaps) - 1))) :].mean())
 
 
-def tail_estimate(values: Float) -> Estimate:
+def tail_estimate(values: Float64[np.ndarray, "seeds"]) -> Estimate:
     """Mean over seeds with Student's t interval; the whole range [0, 1] of a gap for a single seed."""
     n, mean = len(values), float(values.mean())
     if n < 2:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from coala.nash.game import Float
+from coala.nash.game import Policies, Series, Vector
 from coala.values import CoalaError
 
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8a3c", "#8b5fa8", "#b08a1e", "#3f4a56", "#c2527f", "#4f9c95", "#7a6a58", "#5d6fc4")
@@ -44,7 +44,7 @@ MOST_POINTS = 1500  # of a path; a longer one is thinned
 
 
 def simplex_plot(
-    paths: Mapping[str, Float], labels: Sequence[str], nash: Float | None = None, title: str = "", key: str = ""
+    paths: Mapping[str, Policies], labels: Sequence[str], nash: Vector | None = None, title: str = "", key: str = ""
 ) -> str:
     """Policies (T, 3) of each named path over the triangle of three answers; a cross marks ``nash`` (3,).
 
@@ -76,7 +76,7 @@ def simplex_plot(
     return _svg("simplex" + key + title + "".join(paths), draw, (3.4, 3.2))
 
 
-def curves(series: Mapping[str, Float], ylabel: str, *, floor: float = 1e-16, xlabel: str = "outer update") -> str:
+def curves(series: Mapping[str, Series], ylabel: str, *, floor: float = 1e-16, xlabel: str = "outer update") -> str:
     """Each named series (T,) by update, logarithmic; values below ``floor`` (rounding) are drawn at it."""
 
     def draw(axes: Any) -> None:
@@ -94,7 +94,7 @@ def curves(series: Mapping[str, Float], ylabel: str, *, floor: float = 1e-16, xl
     return _svg(ylabel + "".join(series), draw, (5.4 if len(series) == 1 else 6.4, 3.1))
 
 
-def probability_curves(policies: Float, labels: Sequence[str], title: str = "") -> str:
+def probability_curves(policies: Policies, labels: Sequence[str], title: str = "") -> str:
     """Probability of each answer (T, n) by outer update; for games that no triangle shows. At most ten lines."""
     largest = np.argsort(-policies[-1], kind="stable")[: len(COLOURS)]
 

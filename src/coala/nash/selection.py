@@ -12,21 +12,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations_with_replacement
-from typing import cast
 
 import numpy as np
+from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
-from coala.nash.game import Float, PreferenceGame, duality_gap
+from coala.nash.game import Matrix, PreferenceGame, Vector, duality_gap
 from coala.nash.steps import mirror_step, normalise
 from coala.values import CoalaError
+
+PerDraw = Float64[np.ndarray, "draws answers"]
 
 
 @dataclass(frozen=True, eq=False)
 class FixedPoint:
     """Where selection ends: the ``policy`` (n,), its ``gap`` in the game, and how far the last update moved it."""
 
-    policy: Float
+    policy: Vector
     gap: float
     moved: float
 
@@ -38,12 +40,12 @@ class Selection:
     A candidate's score is its mean win rate against the other candidates; equal scores are decided by lot.
     """
 
-    P: Float
+    P: Matrix
     candidates: int
     hard: bool
 
     @cached_property
-    def draws(self) -> list[tuple[Float, Float, Float, Float]]:
+    def draws(self) -> list[tuple[Float64[np.ndarray, "draws"], PerDraw, PerDraw, PerDraw]]:
         """For each answer i, the M_i multisets of draws that contain it.
 
         Logarithms of how many orders they have (M_i,), counts without one i (M_i, n), chance that i is best and j worst
@@ -63,7 +65,7 @@ class Selection:
             )
         return found
 
-    def rewards(self, z: Float) -> Float:
+    def rewards(self, z: Vector) -> Vector:
         """Minimiser d (n,) of E (d_best - d_worst - 1/2)^2 over draws from exp(z), up to a constant.
 
         Its stationarity, row i divided by p_i (else rare answers would vanish): sum_j m_ij (d_i - d_j) = w_i / 2 with
@@ -79,7 +81,7 @@ class Selection:
                 system[i] -= met / total
                 right[i] = (won.sum() - lost.sum()) / (2 * total)
         # The free constant is fixed by p^T d = 0; added to every row it changes nothing else.
-        return cast(Float, np.linalg.solve(system + np.exp(z), right))
+        return np.linalg.solve(system + np.exp(z), right)
 
 
 def selection_fixed_point(
@@ -120,7 +122,7 @@ def selection_fixed_point(
     return FixedPoint(np.exp(z), duality_gap(game.matrices[0], np.exp(z)), moved)
 
 
-def _updates(selection: Selection, z: Float, eta: float, tau: float, outer: int, inner_steps: int) -> Iterator[Float]:
+def _updates(selection: Selection, z: Vector, eta: float, tau: float, outer: int, inner_steps: int) -> Iterator[Vector]:
     for _ in range(outer):
         reference = z
         for _ in range(inner_steps):
@@ -128,7 +130,7 @@ def _updates(selection: Selection, z: Float, eta: float, tau: float, outer: int,
         yield z
 
 
-def _extremes(judged: Float, counts: Float) -> Float:
+def _extremes(judged: Matrix, counts: Vector) -> Matrix:
     """(n, n): chance that i is picked best and j worst among candidates with these counts; equals are drawn by lot."""
     total = counts.sum() - 1
     present = np.flatnonzero(counts)
@@ -142,6 +144,6 @@ def _extremes(judged: Float, counts: Float) -> Float:
     if len(best) == len(present) and len(worst) == len(present):
         # All are equal: a random pair of different candidates.
         pairs = np.outer(counts, counts) - np.diag(counts)
-        return cast(Float, pairs / pairs.sum())
+        return pairs / pairs.sum()
     chance[np.ix_(best, worst)] = np.outer(counts[best], counts[worst])
-    return cast(Float, chance / chance.sum())
+    return chance / chance.sum()

@@ -15,11 +15,12 @@ from importlib import import_module
 from typing import Any, Literal, cast
 
 import numpy as np
+from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
 from coala.nash import criteria
 from coala.nash.criteria import Note
-from coala.nash.game import Float, Nash, Policy, PreferenceGame, duality_gap, kl_divergence
+from coala.nash.game import Nash, Policy, PreferenceGame, Series, Vector, duality_gap, kl_divergence
 from coala.nash.steps import Feedback, Population, Sampled, mirror_step, normalise, regularised_nash, sppo_step
 from coala.values import CoalaError
 
@@ -39,18 +40,18 @@ class Plan:
 
 # --- methods: generators of log-policies ------------------------------------------------------------------------
 
-InnerStep = Callable[[Feedback, Float, Float, float, float], Float]
+InnerStep = Callable[[Feedback, Vector, Vector, float, float], Vector]
 
 
-def _by_win_rates(feedback: Feedback, z: Float, reference: Float, eta: float, tau: float) -> Float:
+def _by_win_rates(feedback: Feedback, z: Vector, reference: Vector, eta: float, tau: float) -> Vector:
     return mirror_step(z, reference, eta, tau, feedback.win_rates(z))
 
 
-def _by_pairs(feedback: Feedback, z: Float, reference: Float, eta: float, tau: float) -> Float:
+def _by_pairs(feedback: Feedback, z: Vector, reference: Vector, eta: float, tau: float) -> Vector:
     return mirror_step(z, reference, eta, tau, feedback.pair_rewards(z))
 
 
-def _by_sppo(feedback: Feedback, z: Float, reference: Float, eta: float, tau: float) -> Float:
+def _by_sppo(feedback: Feedback, z: Vector, reference: Vector, eta: float, tau: float) -> Vector:
     return sppo_step(z, reference, eta, tau, feedback.win_rates(z))
 
 
@@ -65,7 +66,7 @@ INNER_STEPS: dict[str, InnerStep] = {
 }
 
 
-def comal(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
+def comal(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
     """Algorithm 1: solve the game regularised towards the policy, make its solution the policy, repeat."""
     for eta, tau, inner_steps in zip(plan.eta, plan.tau, plan.inner_steps, strict=True):
         reference = z
@@ -79,7 +80,7 @@ def comal(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
         yield z
 
 
-def inpo(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
+def inpo(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
     """Algorithm 2 alone: the reference stays the start, the limit is the Nash policy of that regularised game."""
     reference = z
     for eta, tau in zip(plan.eta, plan.tau, strict=True):
@@ -87,8 +88,8 @@ def inpo(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
         yield z
 
 
-def _unregularised(step: InnerStep) -> Callable[[Feedback, Float, Plan], Iterator[Float]]:
-    def method(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
+def _unregularised(step: InnerStep) -> Callable[[Feedback, Vector, Plan], Iterator[Vector]]:
+    def method(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
         for eta in plan.eta:
             z = step(feedback, z, z, eta, 0.0)
             yield z
@@ -96,14 +97,14 @@ def _unregularised(step: InnerStep) -> Callable[[Feedback, Float, Plan], Iterato
     return method
 
 
-def iterative_dpo(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
+def iterative_dpo(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
     """p' ~ p exp(eta r) with r the Bradley-Terry rewards of labelled pairs drawn from p."""
     for eta in plan.eta:
         z = normalise(z + eta * feedback.logit_rewards(z))
         yield z
 
 
-def mirror_prox(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
+def mirror_prox(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
     """Appendix F: a step to look ahead, then the step from the old point with the rewards found there."""
     for eta in plan.eta:
         half = normalise(z + eta * feedback.win_rates(z))
@@ -111,7 +112,7 @@ def mirror_prox(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
         yield z
 
 
-def optimistic(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
+def optimistic(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
     """OMWU (Appendix F): Mirror-Prox that looks ahead with the rewards of the last half step."""
     rewards = feedback.win_rates(z)
     for eta in plan.eta:
@@ -120,7 +121,7 @@ def optimistic(feedback: Feedback, z: Float, plan: Plan) -> Iterator[Float]:
         yield z
 
 
-METHODS: dict[str, Callable[[Feedback, Float, Plan], Iterator[Float]]] = {
+METHODS: dict[str, Callable[[Feedback, Vector, Plan], Iterator[Vector]]] = {
     "comal": comal,
     "mwu": _unregularised(_by_win_rates),
     "ipo": _unregularised(_by_pairs),
@@ -143,9 +144,9 @@ class History:
     ``kl`` is the distance KL(Nash, policy) to the strategy of ``Result.nash``.
     """
 
-    gap: Float
-    kl: Float
-    log_policy: tuple[Float, ...]
+    gap: Series
+    kl: Series
+    log_policy: tuple[Float64[np.ndarray, "updates _"], ...]
 
     def __len__(self) -> int:
         return len(self.gap)
@@ -210,7 +211,7 @@ class Result:
             raise CoalaError(
                 "A triangle shows one game of three answers, and this is another: write a page (.html) instead."
             )
-        strategy = cast(Float, self.nash.strategy)
+        strategy = cast(Vector, self.nash.strategy)
         return simplex_plot({self.method: np.exp(self.history.log_policy[0])}, self.game.names[0], strategy)
 
 
@@ -330,13 +331,13 @@ def _feedbacks(
     return [Sampled(P, pairs, stream, oracle != "probabilities") for P, stream in zip(inside, streams, strict=True)]
 
 
-def _distances(game: PreferenceGame, nash: Nash, logs: list[Float], rows: int) -> Float:
+def _distances(game: PreferenceGame, nash: Nash, logs: list[Float64[np.ndarray, "_ _"]], rows: int) -> Series:
     parts = game.parts(nash.strategy)
     distances = []
     for p, log in zip(parts, logs, strict=True):
         mass = p > 0
         distances.append(np.maximum(0.0, (np.log(p[mass]) - log[:rows, mass]) @ p[mass]))
-    return cast(Float, game.shares @ np.array(distances))
+    return game.shares @ np.array(distances)
 
 
 def _notes(game: PreferenceGame, kept: list[Any], method: str, plan: Plan) -> Iterator[Note]:
@@ -348,7 +349,7 @@ def _notes(game: PreferenceGame, kept: list[Any], method: str, plan: Plan) -> It
             text = f"the start never plays {missing}: this is the game without them, the gap is the whole game's."
             yield Note("information", f"prompt {prompt!r}: {text}" if prompt else text)
         if inside is not None:
-            modes = criteria.frequencies(inside.matrices[0], cast(Float, inside.nash().strategy))
+            modes = criteria.frequencies(inside.matrices[0], cast(Vector, inside.nash().strategy))
             settings = (plan.eta[-1], plan.tau[-1], plan.inner_steps[-1])
             yield from criteria.examine(method, plan.inner, *settings, modes, prompt)
 

@@ -8,13 +8,14 @@ the beta of preference losses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float64, Real
 from scipy.optimize import brentq
 from scipy.special import expit, lambertw
 
-from coala.nash.game import Float
+from coala.nash.game import Matrix, Vector
 from coala.values import CoalaError
 
 PRIOR = 0.01  # precision of the Gaussian prior on the rewards of a sampled Bradley-Terry fit, in comparisons
@@ -22,10 +23,10 @@ DIRECT = 1e-3  # tau from which Newton starts at the reference
 RIDGE = 1e-10  # the same for the population loss, where only certain wins (P = 1) need one
 
 
-def normalise(z: Float) -> Float:
+def normalise(z: Vector) -> Vector:
     """Prox(p, g) in logs for z = log p + g: subtracts logsumexp(z)."""
     z = z - z.max()
-    return cast(Float, z - np.log(np.exp(z).sum()))
+    return z - np.log(np.exp(z).sum())
 
 
 # --- what a method learns of the game ----------------------------------------------------------------------------
@@ -39,26 +40,26 @@ class Feedback(Protocol):
     E -log sigmoid(d_winner - d_loser), the one of DPO.
     """
 
-    def win_rates(self, z: Float) -> Float: ...
-    def pair_rewards(self, z: Float) -> Float: ...
-    def logit_rewards(self, z: Float) -> Float: ...
+    def win_rates(self, z: Vector) -> Vector: ...
+    def pair_rewards(self, z: Vector) -> Vector: ...
+    def logit_rewards(self, z: Vector) -> Vector: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Population:
     """Noiseless feedback: expectations over all pairs and labels."""
 
-    P: Float
+    P: Matrix
 
-    def win_rates(self, z: Float) -> Float:
+    def win_rates(self, z: Vector) -> Vector:
         """P p (n,)."""
         return self.P @ np.exp(z)
 
-    def pair_rewards(self, z: Float) -> Float:
+    def pair_rewards(self, z: Vector) -> Vector:
         """P p again: stationarity, sum_j p_j (d_i - d_j) = sum_j p_j (P_ij - 1/2), is solved by d = P p."""
         return self.P @ np.exp(z)
 
-    def logit_rewards(self, z: Float) -> Float:
+    def logit_rewards(self, z: Vector) -> Vector:
         """Solves sum_j p_j (P_ij - sigmoid(r_i - r_j)) = 0, the stationarity of row i divided by p_i.
 
         Without that division the rows of rare answers would vanish beside the others.
@@ -79,28 +80,28 @@ class Sampled:
     minimiser of least norm leaves it where the regularisation has it.
     """
 
-    P: Float
+    P: Matrix
     pairs: int
     generator: np.random.Generator
     labels: bool = True
 
-    def win_rates(self, z: Float) -> Float:
+    def win_rates(self, z: Vector) -> Vector:
         """P times the frequencies of the drawn opponents (n,)."""
         return self.P @ (self.generator.multinomial(self.pairs, _clean(np.exp(z))) / self.pairs)
 
-    def wins(self, z: Float) -> Float:
+    def wins(self, z: Vector) -> Real[np.ndarray, "answers answers"]:
         """(n, n): how often i won against j; expected counts where the judge tells probabilities."""
         p, n = np.exp(z), len(z)
         drawn = self.generator.multinomial(self.pairs, _clean(np.outer(p, p).ravel())).reshape(n, n)
         met = np.triu(drawn + drawn.T, 1)
         won = self.generator.binomial(met, self.P) if self.labels else met * self.P
-        return cast(Float, won + (met - won).T)
+        return won + (met - won).T
 
-    def pair_rewards(self, z: Float) -> Float:
+    def pair_rewards(self, z: Vector) -> Vector:
         """Least squares on the drawn pairs; see :func:`pair_regression`."""
         return pair_regression(self.wins(z))
 
-    def logit_rewards(self, z: Float) -> Float:
+    def logit_rewards(self, z: Vector) -> Vector:
         """Bradley-Terry fit to the drawn labels, with the prior that makes a fit exist where one answer always won."""
         wins = self.wins(z)
         met = wins + wins.T
@@ -115,22 +116,22 @@ class Sampled:
         return rewards
 
 
-def _clean(p: Float) -> Float:
+def _clean(p: Float64[np.ndarray, "k"]) -> Float64[np.ndarray, "k"]:
     """Probabilities whose sum is 1 to rounding, as NumPy's sampler demands."""
-    return cast(Float, p / p.sum())
+    return p / p.sum()
 
 
-def pair_regression(wins: Float) -> Float:
+def pair_regression(wins: Real[np.ndarray, "answers answers"]) -> Vector:
     """Minimiser (n,) of least norm of sum_ij wins_ij (d_i - d_j - 1/2)^2, ``wins`` (n, n) how often i beat j.
 
     (diag(M 1) - M) d = (W - W^T) 1 / 2 with the wins W and the meetings M = W + W^T.
     """
     met = wins + wins.T
     laplacian = np.diag(met.sum(1)) - met
-    return cast(Float, np.linalg.lstsq(laplacian, (wins.sum(1) - wins.sum(0)) / 2, rcond=None)[0])
+    return np.linalg.lstsq(laplacian, (wins.sum(1) - wins.sum(0)) / 2, rcond=None)[0]
 
 
-def bradley_terry(won: Float, met: Float, ridge: Float, share: Float) -> Float:
+def bradley_terry(won: Matrix, met: Matrix, ridge: Vector, share: Vector) -> Vector:
     """Rewards r (n,) with sum_j (won_ij - met_ij sigmoid(r_i - r_j)) = ridge_i r_i, by damped Newton.
 
     Rows of ``won`` and ``met`` (n, n) may be scaled as one likes, with ``ridge`` (n,) scaled along; ``share`` (n,) are
@@ -138,7 +139,7 @@ def bradley_terry(won: Float, met: Float, ridge: Float, share: Float) -> Float:
     """
     n = len(share)
 
-    def residual(r: Float) -> tuple[Float, Float]:
+    def residual(r: Vector) -> tuple[Vector, Matrix]:
         chance = expit(r[:, None] - r[None, :])
         return (won - met * chance).sum(1) - ridge * r - share @ r, met * chance * (1 - chance)
 
@@ -168,7 +169,7 @@ def bradley_terry(won: Float, met: Float, ridge: Float, share: Float) -> Float:
 # --- updates -----------------------------------------------------------------------------------------------------
 
 
-def mirror_step(z: Float, reference: Float, eta: float, tau: float, reward: Float) -> Float:
+def mirror_step(z: Vector, reference: Vector, eta: float, tau: float, reward: Vector) -> Vector:
     """log mu' = (1 - eta tau) log mu + eta tau log ref + eta reward - log Z (Algorithm 2); MWU for tau = 0.
 
     With the win rates as reward this is the population minimiser of INPO, Reg-DRO and Reg-REBEL alike.
@@ -176,7 +177,7 @@ def mirror_step(z: Float, reference: Float, eta: float, tau: float, reward: Floa
     return normalise((1 - eta * tau) * z + eta * tau * reference + eta * reward)
 
 
-def sppo_step(z: Float, reference: Float, eta: float, tau: float, reward: Float) -> Float:
+def sppo_step(z: Vector, reference: Vector, eta: float, tau: float, reward: Vector) -> Vector:
     """Minimiser over the simplex of sum_i mu_i (log(mu'_i / mu_i) - t_i)^2, t = eta (reward - tau log(mu/ref) - 1/2).
 
     Stationary points have d_i + kappa exp(d_i) = t_i for the log-ratios d, hence d_i = t_i - W(kappa exp(t_i)) with
@@ -188,11 +189,11 @@ def sppo_step(z: Float, reference: Float, eta: float, tau: float, reward: Float)
     mu, top = np.exp(z), int(target.argmax())
     end = -float(np.exp(-1 - target[top])) * (1 - 1e-12)
 
-    def ratios(kappa: float, *, beyond: bool = False) -> Float:
+    def ratios(kappa: float, *, beyond: bool = False) -> Vector:
         d = target - lambertw(kappa * np.exp(target)).real
         if beyond:
             d[top] = target[top] - lambertw(kappa * np.exp(target[top]), -1).real
-        return cast(Float, d)
+        return d
 
     if mu @ np.exp(ratios(end)) < 1:
 
@@ -221,7 +222,7 @@ def sppo_step(z: Float, reference: Float, eta: float, tau: float, reward: Float)
     return normalise(z + d)
 
 
-def regularised_nash(P: Float, reference: Float, tau: float) -> Float:
+def regularised_nash(P: Matrix, reference: Vector, tau: float) -> Vector:
     """log of the Nash policy of the game with payoff P and penalty tau KL(., reference), by damped Newton.
 
     Solves F(z) = z - z_ref - (P - 1/2) softmax(z) / tau = 0. The Jacobian is I - B D / tau with B = P - 1/2
@@ -243,11 +244,11 @@ def regularised_nash(P: Float, reference: Float, tau: float) -> Float:
     return normalise(z)
 
 
-def _newton(P: Float, reference: Float, tau: float, z: Float) -> tuple[Float, float]:
+def _newton(P: Matrix, reference: Vector, tau: float, z: Vector) -> tuple[Vector, float]:
     """Newton's iteration of :func:`regularised_nash` from z; the logits and |F| there."""
     B, identity = (P - P.T) / 2, np.eye(len(P))
 
-    def residual(z: Float) -> tuple[Float, Float]:
+    def residual(z: Vector) -> tuple[Vector, Vector]:
         p = np.exp(normalise(z))
         return z - reference - B @ p / tau, p
 

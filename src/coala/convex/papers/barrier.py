@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar
 
 from coala.convex.linear import cholesky, cholesky_solve, matmul, pcg, weighted_grams
 from coala.convex.papers.cones import columns, constrained, interior_directions
@@ -27,12 +28,12 @@ class BarrierState(NamedTuple):
     ``patterns`` are those with an interior, the others closed; ``overlap`` is F_d^T F_d of :class:`Barrier`.
     """
 
-    weights: jax.Array
-    multipliers: jax.Array
-    pull: jax.Array
-    mu: jax.Array
-    patterns: jax.Array
-    overlap: jax.Array
+    weights: Float[Array, "2 d P"]
+    multipliers: Float[Array, "2 n P"]
+    pull: Float[Array, "2 d P"]
+    mu: Scalar
+    patterns: Bool[Array, "n P"]
+    overlap: Float[Array, "..."]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Barrier:
     direct_width: int = 4096
     max_cg_steps: int = 100
 
-    def init(self, program: Program, start: jax.Array | None = None) -> BarrierState:
+    def init(self, program: Program, start: Float[Array, "2 d P"] | None = None) -> BarrierState:
         """Enters the central path inside the cones; a ``start`` would have to be central too and is not used."""
         with jax.enable_x64(True):
             state: BarrierState = self._init(program)
@@ -65,25 +66,27 @@ class Barrier:
             new: BarrierState = self._step(program, state)
             return new
 
-    def solution(self, program: Program, state: BarrierState) -> tuple[jax.Array, jax.Array]:
+    def solution(
+        self, program: Program, state: BarrierState
+    ) -> tuple[Float[np.ndarray, "2 d P"], Float[np.ndarray, "2 n P"]]:
         """The strictly feasible weights, or zero where that is better, and the multipliers of the cones."""
         with jax.enable_x64(True):
             value = _better_of_zero_and(program, state.weights)
         # NumPy arrays keep their 64 bits outside the context.
-        return np.asarray(value), np.asarray(state.multipliers)  # type: ignore[return-value]
+        return np.asarray(value), np.asarray(state.multipliers)
 
     @partial(jax.jit, static_argnums=0)
     def _init(self, program: Program) -> BarrierState:
         program = in_double(program)
         inside = interior_directions(program)
-        program = replace(program, patterns=program.patterns & (group_norms(inside) > 0))
-        bound = constrained(program)
+        program = replace(program, patterns=program.patterns & (group_norms(inside) > 0)[None])
+        bound = constrained(program)[None]
         # The penalty starts at a quarter of the objective at zero; mu well above what would match it, for a start too
         # near the boundary makes short steps only.
         quarter = jnp.maximum(jnp.vdot(program.y, program.y) / 8, float(np.finfo(program.X.dtype).eps))
         price = 2 * program.sparsity * group_norms(inside).sum()
         weights = jnp.stack([inside, inside]) * (quarter / jnp.where(price > 0, price, 1.0))
-        mu = 300 * quarter / (2 * (bound.sum() + bound.shape[1]))
+        mu = 300 * quarter / (2 * (bound.sum(dtype=quarter.dtype) + bound.shape[-1]))
         multipliers = jnp.where(bound, mu / jnp.where(bound, program.cone(weights), 1.0), 0.0)
         pull = -program.sparsity * weights / _smooth(weights, mu, program.sparsity)[:, None, :]
         if self._direct(program):
@@ -101,7 +104,7 @@ class Barrier:
     def _step(self, program: Program, state: BarrierState) -> BarrierState:
         program = replace(in_double(program), patterns=state.patterns)
         weights, multipliers, pull, mu = state.weights, state.multipliers, state.pull, state.mu
-        bound = constrained(program)
+        bound = constrained(program)[None]
         slack = jnp.where(bound, program.cone(weights), 1.0)
         stiffness = multipliers / slack
         norms = _SmoothNorms(weights, _smooth(weights, mu, program.sparsity), pull, program.sparsity, mu)
@@ -109,7 +112,7 @@ class Barrier:
         residual = residual - pull - program.cone_adjoint(multipliers)
         solve = self._newton_solver(program, state.overlap, norms, stiffness)
 
-        def towards(goal: jax.Array, second_order: jax.Array) -> _Direction:
+        def towards(goal: Scalar, second_order: Float[Array, "2 n P"]) -> _Direction:
             """Newton's direction towards mu = ``goal``, with the second-order term of the cones' products."""
             aim = jnp.where(bound, (goal - second_order) / slack - multipliers, 0.0)
             force = norms.force(goal)
@@ -117,7 +120,7 @@ class Barrier:
             slope = jnp.where(bound, program.cone(du), 0.0)
             return _Direction(du, slope, aim - stiffness * slope, force - norms.curve(du))
 
-        def longest(direction: _Direction) -> jax.Array:
+        def longest(direction: _Direction) -> Scalar:
             """The step at which a constraint or a multiplier reaches its limit."""
             linear = jnp.maximum(-direction.slack / slack, -direction.multipliers / jnp.where(bound, multipliers, 1.0))
             return 1 / linear.max(initial=float(np.finfo(mu.dtype).tiny))
@@ -141,15 +144,17 @@ class Barrier:
         # What the step has made of mu, the norms counted as they are smoothed where it aimed.
         pairing = program.sparsity * smooth + (pull * weights).sum(axis=1)
         total = jnp.where(bound, program.cone(weights) * multipliers, 0.0).sum() + pairing.sum()
-        new = BarrierState(weights, multipliers, pull, total / (2 * bound.sum() + pairing.size), *state[4:])
+        new = BarrierState(
+            weights, multipliers, pull, total / (2 * bound.sum(dtype=total.dtype) + pairing.size), *state[4:]
+        )
         # At the limit of the precision the factorisation fails: the state before it is the answer.
         sound = jnp.isfinite(weights).all() & jnp.isfinite(multipliers).all() & (new.mu > 0)
         sound &= (jnp.where(bound, program.cone(weights), 1.0) > 0).all()
         return BarrierState(*(jnp.where(sound, a, b) for a, b in zip(new, state, strict=True)))
 
     def _newton_solver(
-        self, program: Program, overlap: jax.Array, norms: _SmoothNorms, stiffness: jax.Array
-    ) -> Callable[[jax.Array], jax.Array]:
+        self, program: Program, overlap: Float[Array, "..."], norms: _SmoothNorms, stiffness: Float[Array, "2 n P"]
+    ) -> Callable[[Array], Array]:
         """Solves (F^T F + norm cones + G^T diag(stiffness) G) u = right-hand side, both (2, d, P)."""
         _, n, P = stiffness.shape
         d = program.X.shape[1]
@@ -165,14 +170,14 @@ class Barrier:
         else:
             factor = cholesky(overlap + parallel)
 
-        def precondition(r: jax.Array) -> jax.Array:
+        def precondition(r: Float[Array, "2 d P"]) -> Float[Array, "2 d P"]:
             r_first, r_sum = columns(r[0]), columns(r[0] + r[1])
             target = r_first - matmul(jnp.swapaxes(share, -1, -2), r_sum)
             difference = cholesky_solve(factor, target.reshape(*factor.shape[:-2], -1, 1)).reshape(P, d, 1)
             w = cholesky_solve(both, r_sum - matmul(first, difference))
             return jnp.stack([w + difference, w])[..., 0].swapaxes(-1, -2)
 
-        def operator(u: jax.Array) -> jax.Array:
+        def operator(u: Float[Array, "2 d P"]) -> Float[Array, "2 d P"]:
             image = program.predict_adjoint(program.predict(u)) + norms.curve(u)
             return image + program.cone_adjoint(stiffness * program.cone(u))
 
@@ -180,7 +185,7 @@ class Barrier:
 
 
 @jax.jit
-def _better_of_zero_and(program: Program, u: jax.Array) -> jax.Array:
+def _better_of_zero_and(program: Program, u: Float[Array, "2 d P"]) -> Float[Array, "2 d P"]:
     program = in_double(program)
     return jnp.where(program.objective(u) < jnp.vdot(program.y, program.y) / 2, u, 0.0)
 
@@ -188,10 +193,10 @@ def _better_of_zero_and(program: Program, u: jax.Array) -> jax.Array:
 class _Direction(NamedTuple):
     """Changes of the weights, of G u, of the multipliers and of the pulls."""
 
-    weights: jax.Array
-    slack: jax.Array
-    multipliers: jax.Array
-    pull: jax.Array
+    weights: Float[Array, "2 d P"]
+    slack: Float[Array, "2 n P"]
+    multipliers: Float[Array, "2 n P"]
+    pull: Float[Array, "2 d P"]
 
 
 class _SmoothNorms(NamedTuple):
@@ -200,37 +205,38 @@ class _SmoothNorms(NamedTuple):
     The derivative of t is 2 sparsity u / (2 sparsity t - mu) in u and t / (2 sparsity t - mu) in mu.
     """
 
-    u: jax.Array
-    t: jax.Array
-    pull: jax.Array
-    sparsity: jax.Array
-    mu: jax.Array
+    u: Float[Array, "2 d P"]
+    t: Float[Array, "2 P"]
+    pull: Float[Array, "2 d P"]
+    sparsity: Scalar
+    mu: Scalar
 
     @property
-    def _spread(self) -> jax.Array:
+    def _spread(self) -> Float[Array, "2 P"]:
         return 2 * self.sparsity * self.t - self.mu
 
-    def force(self, goal: jax.Array) -> jax.Array:
+    def force(self, goal: Scalar) -> Float[Array, "2 d P"]:
         """The change of pull when u stays and mu becomes ``goal``."""
         share = 1 + (goal - self.mu) / self._spread
         return -(self.sparsity / self.t)[:, None, :] * self.u - share[:, None, :] * self.pull
 
-    def curve(self, du: jax.Array) -> jax.Array:
+    def curve(self, du: Float[Array, "2 d P"]) -> Float[Array, "2 d P"]:
         """The fall of pull with du: positive semi-definite as long as ||pull|| <= sparsity."""
         share = self.sparsity / (self.t * self._spread)
         along, pulled = ((a * du).sum(axis=1) for a in (self.u, self.pull))
         straight = (self.sparsity / self.t)[:, None, :] * du
         return straight + (share * along)[:, None, :] * self.pull + (share * pulled)[:, None, :] * self.u
 
-    def matrices(self) -> jax.Array:
+    def matrices(self) -> Float[Array, "2 P d d"]:
         """The matrices of :meth:`curve`, (2, P, d, d)."""
         u, pull = jnp.swapaxes(self.u, 1, 2), jnp.swapaxes(self.pull, 1, 2)
         outer = u[..., :, None] * pull[..., None, :]
         straight = (self.sparsity / self.t)[..., None, None]
         share = (self.sparsity / (self.t * self._spread))[..., None, None]
-        return straight * jnp.eye(u.shape[-1], dtype=u.dtype) + share * (outer + jnp.swapaxes(outer, -1, -2))
+        identity = jnp.eye(u.shape[-1], dtype=u.dtype)[None, None]
+        return straight * identity + share * (outer + jnp.swapaxes(outer, -1, -2))
 
 
-def _smooth(u: jax.Array, mu: jax.Array, sparsity: jax.Array) -> jax.Array:
+def _smooth(u: Float[Array, "2 d P"], mu: Scalar, sparsity: Scalar) -> Float[Array, "2 P"]:
     """The t > ||u|| with sparsity (t^2 - ||u||^2) = mu t, (2, P): minimises sparsity t - mu log(t^2 - ||u||^2) / 2."""
     return (mu + jnp.sqrt(mu**2 + 4 * (sparsity * group_norms(u)) ** 2)) / (2 * sparsity)

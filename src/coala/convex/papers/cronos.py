@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Scalar
 
 from coala.convex.linear import NystromSketch, matmul, nystrom, nystrom_preconditioner, pcg, weighted_grams
 from coala.convex.newton import GatedNewton
@@ -31,19 +32,19 @@ class Iterate(NamedTuple):
     the last changes of v and s.
     """
 
-    u: jax.Array
-    v: jax.Array
-    lam: jax.Array
-    s: jax.Array
-    nu: jax.Array
-    moved: jax.Array
+    u: Float[Array, "2 d P"]
+    v: Float[Array, "2 d P"]
+    lam: Float[Array, "2 d P"]
+    s: Float[Array, "2 n P"]
+    nu: Float[Array, "2 n P"]
+    moved: Float[Array, "2"]
 
 
 class Penalties(NamedTuple):
     """Of u = v and of G u = s."""
 
-    copy: jax.Array
-    cone: jax.Array
+    copy: Scalar
+    cone: Scalar
 
 
 class CronosState(NamedTuple):
@@ -56,13 +57,13 @@ class CronosState(NamedTuple):
 
     iterate: Iterate
     penalties: Penalties
-    factor: tuple[jax.Array, ...]
+    factor: tuple[Array, ...]
     steps: int
     rotated: Program
-    spectrum: jax.Array
-    rotation: jax.Array
-    inside: jax.Array
-    overlap: jax.Array | None
+    spectrum: Float[Array, "d"]
+    rotation: Float[Array, "d d"]
+    inside: Float[Array, "d P"]
+    overlap: Float[Array, "..."] | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Cronos:
         """
         return cls("nystrom", 1.0, 0.01, balance=False, max_cg_steps=max_cg_steps, warm_start=False)
 
-    def init(self, program: Program, start: jax.Array | None = None) -> CronosState:
+    def init(self, program: Program, start: Float[Array, "2 d P"] | None = None) -> CronosState:
         """ADMM at rest at ``start`` (2, d, P) or zero; finds penalties, rotation, factor and interior directions."""
         with jax.enable_x64(True):
             inside = interior_directions(program)
@@ -125,7 +126,7 @@ class Cronos:
         penalties, iterate = _balanced(rotated, penalties, iterate)
         return self._factored(state._replace(penalties=penalties, iterate=iterate))
 
-    def solution(self, program: Program, state: CronosState) -> tuple[jax.Array, DualPoint]:
+    def solution(self, program: Program, state: CronosState) -> tuple[Float[np.ndarray, "2 d P"], DualPoint]:
         """The feasible weights nearest to v, in float64, and ADMM's dual point: y - F u and -cone * nu >= 0.
 
         Bounds from the residual of u and from -cone * nu meet as soon as ADMM rests, however far v is from the cones.
@@ -136,7 +137,7 @@ class Cronos:
             )
         # NumPy arrays keep their 64 bits outside the context.
         dual = DualPoint(np.asarray(residual), np.asarray(multipliers))  # type: ignore[arg-type]
-        return np.asarray(value), dual  # type: ignore[return-value]
+        return np.asarray(value), dual
 
     def at_rest(self, program: Program, state: CronosState) -> bool:
         """Whether the last step changed nothing but by rounding: every relative residual of Algorithm 2 is that small.
@@ -154,7 +155,7 @@ class Cronos:
         size = norms[norms > 0].mean() if norms.any() else 1.0
         return Penalties(one * (program.sparsity / size), one)
 
-    def _overlap(self, rotated: Program) -> jax.Array | None:
+    def _overlap(self, rotated: Program) -> Float[Array, "..."] | None:
         """F_d^T F_d for F_d = [D_1 X ... D_P X], its diagonal blocks, or nothing, as the u-step wants."""
         n, d = rotated.X.shape
         P = rotated.patterns.shape[1]
@@ -179,11 +180,11 @@ class Cronos:
     def _iterate(
         self,
         program: Program,
-        spectrum: jax.Array,
+        spectrum: Float[Array, "d"],
         penalties: Penalties,
-        factor: tuple[jax.Array, ...],
+        factor: tuple[Array, ...],
         iterate: Iterate,
-        steps: jax.Array,
+        steps: Scalar,
     ) -> Iterate:
         """One step, all in rotated coordinates."""
         u, v, lam, s, nu, _ = iterate
@@ -203,22 +204,22 @@ class Cronos:
     def _inexact_u_step(
         self,
         program: Program,
-        spectrum: jax.Array,
+        spectrum: Float[Array, "d"],
         penalties: Penalties,
-        factor: tuple[jax.Array, ...],
-        target: jax.Array,
-        u: jax.Array,
-        steps: jax.Array,
-    ) -> jax.Array:
+        factor: tuple[Array, ...],
+        target: Float[Array, "2 d P"],
+        u: Float[Array, "2 d P"],
+        steps: Scalar,
+    ) -> Float[Array, "2 d P"]:
         diagonal = _diagonal(spectrum, penalties)[:, None]
 
-        def operator(x: jax.Array) -> jax.Array:
-            return program.predict_adjoint(program.predict(x)) + diagonal * x
+        def operator(x: Float[Array, "2 d P"]) -> Float[Array, "2 d P"]:
+            return program.predict_adjoint(program.predict(x)) + diagonal[None] * x
 
-        precondition: Callable[[jax.Array], jax.Array]
+        precondition: Callable[[Array], Array]
         if self.u_step == "block":
 
-            def precondition(r: jax.Array) -> jax.Array:
+            def precondition(r: Float[Array, "2 d P"]) -> Float[Array, "2 d P"]:
                 return _by_sum_and_difference(
                     r, lambda b: b / diagonal, lambda a: matmul(factor[0], a.T[..., None])[..., 0].T
                 )
@@ -232,8 +233,12 @@ class Cronos:
 
 
 def exact_u_step(
-    program: Program, spectrum: jax.Array, penalties: Penalties, inverse: jax.Array, target: jax.Array
-) -> jax.Array:
+    program: Program,
+    spectrum: Float[Array, "d"],
+    penalties: Penalties,
+    inverse: Float[Array, "k k"],
+    target: Float[Array, "2 d P"],
+) -> Float[Array, "2 d P"]:
     """(F^T F + copy I + cone G^T G)^-1 target, (2, d, P), for X^T X = diag(spectrum).
 
     G^T G is X^T X in every block, so the matrix is M = copy + cone spectrum, a diagonal, plus F^T F, which sees only
@@ -243,7 +248,7 @@ def exact_u_step(
     diagonal = _diagonal(spectrum, penalties)[:, None]
     d, P = target.shape[1:]
 
-    def invert_difference(r: jax.Array) -> jax.Array:
+    def invert_difference(r: Float[Array, "d P"]) -> Float[Array, "d P"]:
         if P * d <= len(program.X):
             return matmul(inverse, r.T.reshape(-1)).reshape(P, d).T
         first = r / diagonal
@@ -255,8 +260,8 @@ def exact_u_step(
 
 @jax.jit
 def _answer(
-    program: Program, iterate: Iterate, cone: jax.Array, rotation: jax.Array, inside: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    program: Program, iterate: Iterate, cone: Scalar, rotation: Float[Array, "d d"], inside: Float[Array, "d P"]
+) -> tuple[Float[Array, "2 d P"], Float[Array, "n"], Float[Array, "2 n P"]]:
     """The feasible weights nearest to v, y - F u, and -cone * nu, in float64."""
     program, iterate, cone = in_double((program, iterate, cone))
     u, v = matmul(rotation, jnp.stack([iterate.u, iterate.v]))
@@ -264,7 +269,7 @@ def _answer(
 
 
 @jax.jit
-def _residual(program: Program, iterate: Iterate) -> jax.Array:
+def _residual(program: Program, iterate: Iterate) -> Scalar:
     """The largest of the primal and dual residuals, each relative to what it is a difference of."""
     u, v, _, s, _, moved = iterate
     image, norm = program.cone(u), jnp.linalg.norm
@@ -274,20 +279,20 @@ def _residual(program: Program, iterate: Iterate) -> jax.Array:
 
 
 def _by_sum_and_difference(
-    r: jax.Array, on_sum: Callable[[jax.Array], jax.Array], on_difference: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+    r: Float[Array, "2 d P"], on_sum: Callable[[Array], Array], on_difference: Callable[[Array], Array]
+) -> Float[Array, "2 d P"]:
     """Two maps of (d, P), applied to (r[0] + r[1])/sqrt 2 and (r[0] - r[1])/sqrt 2, and back."""
     b, a = on_sum((r[0] + r[1]) / 2), on_difference((r[0] - r[1]) / 2)
     return jnp.stack([b + a, b - a])
 
 
-def _diagonal(spectrum: jax.Array, penalties: Penalties) -> jax.Array:
+def _diagonal(spectrum: Float[Array, "d"], penalties: Penalties) -> Float[Array, "d"]:
     """M = copy I + cone X^T X, (d,)."""
     return jnp.asarray(penalties.copy + penalties.cone * spectrum)
 
 
 @jax.jit
-def _rotate(program: Program) -> tuple[Program, jax.Array, jax.Array]:
+def _rotate(program: Program) -> tuple[Program, Float[Array, "d"], Float[Array, "d d"]]:
     """The program with X V, the eigenvalues (d,) and V, for X^T X = V diag V^T."""
     program = in_double(program)
     spectrum, rotation = jnp.linalg.eigh(matmul(program.X.T, program.X))
@@ -295,30 +300,34 @@ def _rotate(program: Program) -> tuple[Program, jax.Array, jax.Array]:
 
 
 @jax.jit
-def _inverse(program: Program, spectrum: jax.Array, penalties: Penalties, overlap: jax.Array | None) -> jax.Array:
+def _inverse(
+    program: Program, spectrum: Float[Array, "d"], penalties: Penalties, overlap: Float[Array, "..."] | None
+) -> Float[Array, "..."]:
     """The inverse :func:`exact_u_step` asks for, or of the diagonal blocks (P, d, d), depending on ``overlap``."""
     program, spectrum, penalties = in_double((program, spectrum, penalties))
     diagonal = _diagonal(spectrum, penalties)
     if overlap is None:
         shared = program.patterns.astype(program.X.dtype)
-        matrix = jnp.eye(len(program.X)) / 2 + matmul(program.X / diagonal, program.X.T) * matmul(shared, shared.T)
+        matrix = jnp.eye(len(program.X)) / 2 + matmul(program.X / diagonal[None], program.X.T) * matmul(
+            shared, shared.T
+        )
     else:
         copies = overlap.shape[-1] // len(diagonal)
-        matrix = 2 * overlap + jnp.diag(jnp.tile(diagonal, copies))
+        matrix = 2 * overlap + jnp.broadcast_to(jnp.diag(jnp.tile(diagonal, copies)), overlap.shape)
     inverse = jnp.linalg.inv(matrix)
     return jnp.asarray((inverse + jnp.swapaxes(inverse, -1, -2)) / 2)
 
 
 @partial(jax.jit, static_argnames=("rank", "seed"))
 def _sketch(
-    program: Program, spectrum: jax.Array, penalties: Penalties, rank: int, seed: int
-) -> tuple[jax.Array, jax.Array]:
+    program: Program, spectrum: Float[Array, "d"], penalties: Penalties, rank: int, seed: int
+) -> tuple[Float[Array, "2 d P k"], Float[Array, "k"]]:
     """Of F^T F + cone G^T G."""
     shape = program.zeros().shape
     probes = jax.random.normal(jax.random.key(seed), (min(rank, int(np.prod(shape))), *shape), program.X.dtype)
 
-    def operator(x: jax.Array) -> jax.Array:
-        return program.predict_adjoint(program.predict(x)) + penalties.cone * spectrum[:, None] * x
+    def operator(x: Float[Array, "2 d P"]) -> Float[Array, "2 d P"]:
+        return program.predict_adjoint(program.predict(x)) + penalties.cone * spectrum[None, :, None] * x
 
     sketch = nystrom(operator, probes)
     return sketch.basis, sketch.values
@@ -328,7 +337,7 @@ def _sketch(
 def _balanced(program: Program, penalties: Penalties, iterate: Iterate) -> tuple[Penalties, Iterate]:
     """Penalties nearer to equal relative residuals, at most ten times away, and the duals rescaled to them."""
 
-    def factor(primal: jax.Array, size: jax.Array, moved: jax.Array, dual: jax.Array) -> jax.Array:
+    def factor(primal: Scalar, size: Scalar, moved: Scalar, dual: Float[Array, "..."]) -> Scalar:
         ratio = jnp.sqrt(primal * jnp.linalg.norm(dual) / (size * moved))
         return jnp.where(jnp.isfinite(ratio) & (ratio > 0), jnp.clip(ratio, 0.1, 10.0), 1.0)
 

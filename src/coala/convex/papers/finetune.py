@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from coala.convex.papers.losses import Logistic, PairLoss, Pointwise, SecondLayer, TwoScores
 from coala.convex.papers.minimisers import LBFGS, DampedNewton, Minimiser, Nesterov
@@ -33,14 +34,14 @@ def default_minimiser(loss: PairLoss, n_neurons: int, *, capped: bool = False) -
 
 
 def finetune(
-    second_layer: np.ndarray,
-    hidden_chosen: np.ndarray,
-    hidden_rejected: np.ndarray,
+    second_layer: Float[np.ndarray, "m"],
+    hidden_chosen: Float[np.ndarray, "n m"],
+    hidden_rejected: Float[np.ndarray, "n m"],
     loss: PairLoss,
     *,
     ridge: float = 1e-4,
-    weight: np.ndarray | None = None,
-    centre: np.ndarray | None = None,
+    weight: Float[np.ndarray, "n"] | None = None,
+    centre: Float[np.ndarray, "m"] | None = None,
     norm_cap: float | None = None,
     minimiser: Minimiser | None = None,
     tolerance: float = 1e-9,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Scalar
 
 from coala.convex.linear import matmul
 from coala.convex.program import Bounds
@@ -35,7 +36,7 @@ class PairLoss(Protocol):
     def convex(self) -> bool: ...
     @property
     def shift_invariant(self) -> bool: ...
-    def __call__(self, chosen: jax.Array, rejected: jax.Array) -> jax.Array: ...
+    def __call__(self, chosen: Float[Array, "*shape"], rejected: Float[Array, "*shape"]) -> Float[Array, "*shape"]: ...
 
 
 @pytree()
@@ -62,7 +63,7 @@ class Logistic:
     def curvature(self) -> Any:
         return self.scale**2 / 2  # 1/4 from softplus, times ||(1, -1)||^2 = 2
 
-    def __call__(self, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+    def __call__(self, chosen: Float[Array, "*shape"], rejected: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jax.nn.softplus(self.margin - self.scale * (chosen - rejected))
 
 
@@ -81,7 +82,7 @@ class Pointwise:
     def curvature(self) -> Any:
         return self.scale**2 / 8
 
-    def __call__(self, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+    def __call__(self, chosen: Float[Array, "*shape"], rejected: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         right = jax.nn.softplus(self.margin - self.scale * chosen)
         return (right + jax.nn.softplus(self.margin + self.scale * rejected)) / 2
 
@@ -105,7 +106,7 @@ class TwoScores:
     def curvature(self) -> Any:
         return self.scale**2 / 2 + self.scale / 4
 
-    def __call__(self, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+    def __call__(self, chosen: Float[Array, "*shape"], rejected: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         log_odds = jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(rejected)
         return jax.nn.softplus(self.margin - self.scale * log_odds)
 
@@ -120,18 +121,18 @@ class SecondLayer:
     ``ridge`` must be positive unless there is a cap: pairs that a head can separate have no best head without either.
     """
 
-    sides: tuple[jax.Array, ...]
+    sides: tuple[Float[Array, "m n"], ...]
     loss: PairLoss
-    weight: jax.Array
-    ridge: jax.Array
-    centre: jax.Array
-    cap: jax.Array | None = None
+    weight: Float[Array, "n"]
+    ridge: Scalar
+    centre: Float[Array, "m"]
+    cap: Scalar | None = None
 
     @classmethod
     def of(
         cls,
-        chosen: jax.Array,
-        rejected: jax.Array,
+        chosen: Float[Array, "n m"],
+        rejected: Float[Array, "n m"],
         loss: PairLoss,
         *,
         ridge: Any,
@@ -151,7 +152,7 @@ class SecondLayer:
             None if cap is None else jnp.asarray(cap, dtype),
         )
 
-    def take(self, pairs: jax.Array) -> SecondLayer:
+    def take(self, pairs: Int[Array, "b"]) -> SecondLayer:
         """The program of some pairs (b,), whose weights grow by n / b: drawn at random, an unbiased estimate."""
         n = len(self.weight)
         loss = jax.tree.map(lambda leaf: leaf[pairs] if leaf.ndim else leaf, self.loss)
@@ -159,32 +160,32 @@ class SecondLayer:
         weight = self.weight[pairs] * (n / max(len(pairs), 1))
         return SecondLayer(sides, loss, weight, self.ridge, self.centre, self.cap)
 
-    def scores(self, theta: jax.Array) -> tuple[jax.Array, ...]:
+    def scores(self, theta: Float[Array, "m"]) -> tuple[Float[Array, "n"], ...]:
         """What the loss sees, (n,) for each side; linear in theta."""
         return tuple(matmul(theta, side) for side in self.sides)
 
-    def mean_loss(self, scores: tuple[jax.Array, ...]) -> jax.Array:
+    def mean_loss(self, scores: tuple[Float[Array, "n"], ...]) -> Scalar:
         # A shift-invariant loss takes the difference for the score of the chosen reply.
         chosen, rejected = scores if len(scores) == 2 else (scores[0], jnp.zeros_like(scores[0]))
         return jnp.sum(self.weight * self.loss(chosen, rejected))
 
-    def slope(self, scores: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def slope(self, scores: tuple[Float[Array, "n"], ...]) -> tuple[Float[Array, "n"], ...]:
         """Derivatives of :meth:`mean_loss` by the scores."""
-        slope: tuple[jax.Array, ...] = jax.grad(self.mean_loss)(scores)
+        slope: tuple[Float[Array, "n"], ...] = jax.grad(self.mean_loss)(scores)
         return slope
 
-    def pull_back(self, slope: tuple[jax.Array, ...]) -> jax.Array:
+    def pull_back(self, slope: tuple[Float[Array, "n"], ...]) -> Float[Array, "m"]:
         """The adjoint of :meth:`scores`, (m,)."""
         return jnp.stack([matmul(side, z) for side, z in zip(self.sides, slope, strict=True)]).sum(axis=0)
 
-    def objective(self, theta: jax.Array) -> jax.Array:
+    def objective(self, theta: Float[Array, "m"]) -> Scalar:
         """The value of the program at theta, which need not lie under the cap."""
         return self.mean_loss(self.scores(theta)) + self.ridge / 2 * jnp.sum((theta - self.centre) ** 2)
 
-    def gradient(self, theta: jax.Array, scores: tuple[jax.Array, ...]) -> jax.Array:
+    def gradient(self, theta: Float[Array, "m"], scores: tuple[Float[Array, "n"], ...]) -> Float[Array, "m"]:
         return self.pull_back(self.slope(scores)) + self.ridge * (theta - self.centre)
 
-    def loss_hessian(self, scores: tuple[jax.Array, ...]) -> jax.Array:
+    def loss_hessian(self, scores: tuple[Float[Array, "n"], ...]) -> Float[Array, "m m"]:
         """The Hessian of the loss without the ridge, (m, m), positive semi-definite; for convex losses.
 
         The 2 x 2 Hessian of each pair is factored, L L^T, which leaves one Gram matrix for each side.
@@ -196,22 +197,22 @@ class SecondLayer:
         ]
         first = jnp.sqrt(jnp.maximum(columns[0][0], 0.0))
         if len(scores) == 1:
-            return gram(first * self.sides[0])
+            return gram(first[None] * self.sides[0])
         crossed = jnp.where(first > 0, columns[0][1] / jnp.where(first > 0, first, 1.0), 0.0)
         second = jnp.sqrt(jnp.maximum(columns[1][1] - crossed**2, 0.0))
         chosen, rejected = self.sides
-        return gram(first * chosen + crossed * rejected) + gram(second * rejected)
+        return gram(first[None] * chosen + crossed[None] * rejected) + gram(second[None] * rejected)
 
-    def smoothness(self) -> jax.Array:
+    def smoothness(self) -> Scalar:
         """A Lipschitz constant of the gradient: curvature times the largest eigenvalue of the features' Gram matrix."""
-        root = jnp.sqrt(self.weight)
+        root = jnp.sqrt(self.weight)[None]
         total = jnp.stack([gram(root * side) for side in self.sides]).sum(axis=0)
         # Along a difference the 2 x 2 Hessian [[a, -a], [-a, a]] bends by a, half its eigenvalue.
         share = self.loss.curvature / (2 if self.loss.shift_invariant else 1)
-        bound: jax.Array = share * jnp.linalg.eigvalsh(total)[-1] + self.ridge
+        bound: Scalar = share * jnp.linalg.eigvalsh(total)[-1] + self.ridge
         return bound
 
-    def project(self, theta: jax.Array) -> jax.Array:
+    def project(self, theta: Float[Array, "m"]) -> Float[Array, "m"]:
         """The nearest weights under the cap."""
         if self.cap is None:
             return theta
@@ -219,7 +220,7 @@ class SecondLayer:
         length = jnp.linalg.norm(offset)
         return jnp.where(length > self.cap, self.centre + offset * (self.cap / jnp.maximum(length, self.cap)), theta)
 
-    def bounds(self, theta: jax.Array, multipliers: jax.Array | None = None) -> Bounds:
+    def bounds(self, theta: Float[Array, "m"], multipliers: Array | None = None) -> Bounds:
         """Objective, and the minimum of the program with the loss replaced by its tangent at theta.
 
         With u = theta - centre, g the gradient of the loss and u' = -g / max(ridge, ||g|| / cap), where the tangent
@@ -242,22 +243,24 @@ class SecondLayer:
         return Bounds(objective, objective - jnp.vdot(g + self.ridge * (u + best) / 2, u - best))
 
 
-def gram(rows: jax.Array) -> jax.Array:
+def gram(rows: Float[Array, "m n"]) -> Float[Array, "m m"]:
     """rows rows^T, (m, m), of (m, n) in blocks of columns that stay in the cache of a CPU."""
     m, n = rows.shape
     if n < BLOCK:
         return matmul(rows, rows.T)
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    def add(i: Scalar, total: Float[Array, "m m"]) -> Float[Array, "m m"]:
         part = jax.lax.dynamic_slice(rows, (0, i * BLOCK), (m, BLOCK))
         return total + matmul(part, part.T)
 
     rest = rows[:, n // BLOCK * BLOCK :]
-    total: jax.Array = jax.lax.fori_loop(0, n // BLOCK, add, matmul(rest, rest.T))
+    total: Float[Array, "m m"] = jax.lax.fori_loop(0, n // BLOCK, add, matmul(rest, rest.T))
     return total
 
 
 @partial(jax.jit, static_argnums=2)
-def _sides(chosen: jax.Array, rejected: jax.Array, shift_invariant: bool) -> tuple[jax.Array, ...]:
+def _sides(
+    chosen: Float[Array, "n m"], rejected: Float[Array, "n m"], shift_invariant: bool
+) -> tuple[Float[Array, "m n"], ...]:
     # A row for each feature: the weighted Gram matrix, which is the cost, runs several times faster on long rows.
     return ((chosen - rejected).T,) if shift_invariant else (chosen.T, rejected.T)

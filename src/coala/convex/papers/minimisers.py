@@ -13,12 +13,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key, Scalar
 
 from coala.convex.linear import matmul
 from coala.convex.papers.losses import SecondLayer
 from coala.convex.pytree import pytree
 
-Scores = tuple[jax.Array, ...]
+Weights = Float[Array, "m"]
+Scores = tuple[Float[Array, "n"], ...]
 
 
 class Minimiser(Protocol):
@@ -30,25 +32,25 @@ class Minimiser(Protocol):
     needs_convex: ClassVar[bool]
     allows_cap: ClassVar[bool]
 
-    def init(self, program: SecondLayer, start: jax.Array | None = None) -> Any: ...
+    def init(self, program: SecondLayer, start: Weights | None = None) -> Any: ...
     def step(self, program: SecondLayer, state: Any) -> Any: ...
-    def solution(self, program: SecondLayer, state: Any) -> tuple[jax.Array, None]: ...
+    def solution(self, program: SecondLayer, state: Any) -> tuple[Weights, None]: ...
 
 
 class _Solved:
     """The solution of a state that holds it as ``theta``."""
 
-    def solution(self, program: SecondLayer, state: Any) -> tuple[jax.Array, None]:
+    def solution(self, program: SecondLayer, state: Any) -> tuple[Weights, None]:
         return state.theta, None
 
 
-def _first(program: SecondLayer, start: jax.Array | None) -> jax.Array:
+def _first(program: SecondLayer, start: Weights | None) -> Weights:
     return program.project(program.centre if start is None else start)
 
 
 def _search(
-    program: SecondLayer, theta: jax.Array, scores: Scores, direction: jax.Array, *, curvature: float = jnp.inf
-) -> tuple[jax.Array, Scores]:
+    program: SecondLayer, theta: Weights, scores: Scores, direction: Weights, *, curvature: float = jnp.inf
+) -> tuple[Scalar, Scores]:
     """A step length by bisection, and the scores of the direction.
 
     Lengths must lower the objective by 1e-4 of what the slope promises (Armijo), and leave at most the share
@@ -59,7 +61,7 @@ def _search(
     linear = program.ridge * jnp.vdot(offset, direction)
     square = program.ridge * jnp.vdot(direction, direction)
 
-    def value_and_slope(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def value_and_slope(t: Scalar) -> tuple[Scalar, Scalar]:
         loss, slope = jax.value_and_grad(
             lambda t: program.mean_loss(tuple(z + t * dz for z, dz in zip(scores, along, strict=True)))
         )(t)
@@ -69,11 +71,11 @@ def _search(
     rounding = 4 * np.finfo(theta.dtype).eps * jnp.abs(first)
 
     class _Search(NamedTuple):
-        low: jax.Array
-        high: jax.Array
-        t: jax.Array
-        tries: jax.Array
-        done: jax.Array
+        low: Scalar
+        high: Scalar
+        t: Scalar
+        tries: Scalar
+        done: Scalar
 
     def look(search: _Search) -> _Search:
         t = search.t
@@ -93,7 +95,7 @@ def _search(
 
 
 class NewtonState(NamedTuple):
-    theta: jax.Array
+    theta: Weights
     scores: Scores
 
 
@@ -113,7 +115,7 @@ class DampedNewton(_Solved):
     needs_convex: ClassVar[bool] = True
     allows_cap: ClassVar[bool] = True
 
-    def init(self, program: SecondLayer, start: jax.Array | None = None) -> NewtonState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> NewtonState:
         theta = _first(program, start)
         return NewtonState(theta, program.scores(theta))
 
@@ -126,14 +128,14 @@ class DampedNewton(_Solved):
         return NewtonState(program.project(theta + t * direction), moved)
 
 
-def _newton_direction(program: SecondLayer, theta: jax.Array, scores: Scores) -> jax.Array:
+def _newton_direction(program: SecondLayer, theta: Weights, scores: Scores) -> Weights:
     gradient = program.gradient(theta, scores)
     hessian = program.loss_hessian(scores)
     # A trace of damping keeps the factor of a nearly singular matrix finite.
     damping = 10 * np.finfo(theta.dtype).eps * jnp.trace(hessian)
     if program.cap is None:
         damped = hessian + (program.ridge + damping) * jnp.eye(len(theta), dtype=theta.dtype)
-        newton: jax.Array = -jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)
+        newton: Weights = -jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)
         return newton
     # The model's minimum u in the ball solves (H + (ridge + multiplier) I) u = target; ||u|| falls with the multiplier.
     values, vectors = jnp.linalg.eigh(hessian)
@@ -143,7 +145,7 @@ def _newton_direction(program: SecondLayer, theta: jax.Array, scores: Scores) ->
     stiffness = jnp.where(stiffness > 0, stiffness, 1.0)
     cap = program.cap
 
-    def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: Scalar, ends: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
         low, high = ends
         middle = (low + high) / 2
         outside = jnp.linalg.norm(target / (stiffness + middle)) > cap
@@ -159,11 +161,11 @@ def _newton_direction(program: SecondLayer, theta: jax.Array, scores: Scores) ->
 class LBFGSState(NamedTuple):
     """The last steps and the changes of the gradient over them, (memory, m), the newest last."""
 
-    theta: jax.Array
+    theta: Weights
     scores: Scores
-    gradient: jax.Array
-    steps: jax.Array
-    changes: jax.Array
+    gradient: Weights
+    steps: Float[Array, "memory m"]
+    changes: Float[Array, "memory m"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class LBFGS(_Solved):
 
     memory: int = 20
 
-    def init(self, program: SecondLayer, start: jax.Array | None = None) -> LBFGSState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> LBFGSState:
         theta = _first(program, start)
         scores = program.scores(theta)
         none = jnp.zeros((self.memory, len(theta)), theta.dtype)
@@ -200,18 +202,18 @@ class LBFGS(_Solved):
         return LBFGSState(moved, new_scores, new_gradient, steps, changes)
 
 
-def _two_loops(gradient: jax.Array, steps: jax.Array, changes: jax.Array) -> jax.Array:
+def _two_loops(gradient: Weights, steps: Float[Array, "memory m"], changes: Float[Array, "memory m"]) -> Weights:
     """Minus the inverse Hessian of the last steps, times the gradient; an empty row of zeros changes nothing."""
     products = jnp.sum(steps * changes, axis=1)
     inverse = jnp.where(products > 0, 1 / jnp.where(products > 0, products, 1.0), 0.0)
     rows = (steps, changes, inverse)
 
-    def back(q: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def back(q: Weights, row: tuple[Array, ...]) -> tuple[Weights, Scalar]:
         step, change, rho = row
         share = rho * jnp.vdot(step, q)
         return q - share * change, share
 
-    def forth(r: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def forth(r: Weights, row: tuple[Array, ...]) -> tuple[Weights, None]:
         step, change, rho, share = row
         return r + step * (share - rho * jnp.vdot(change, r)), None
 
@@ -226,10 +228,10 @@ def _two_loops(gradient: jax.Array, steps: jax.Array, changes: jax.Array) -> jax
 class NesterovState(NamedTuple):
     """``ahead`` is where the next gradient is taken; ``age`` the steps since its momentum last began at 0."""
 
-    theta: jax.Array
-    ahead: jax.Array
-    age: jax.Array
-    smoothness: jax.Array
+    theta: Weights
+    ahead: Weights
+    age: Scalar
+    smoothness: Scalar
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ class Nesterov(_Solved):
 
     restart: bool = True
 
-    def init(self, program: SecondLayer, start: jax.Array | None = None) -> NesterovState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> NesterovState:
         theta = _first(program, start)
         return NesterovState(theta, theta, jnp.zeros_like(program.ridge), _smoothness(program))
 
@@ -264,18 +266,18 @@ class Nesterov(_Solved):
 
 
 @jax.jit
-def _smoothness(program: SecondLayer) -> jax.Array:
+def _smoothness(program: SecondLayer) -> Scalar:
     return program.smoothness()
 
 
 class AdamWState(NamedTuple):
     """Running means of the gradient and its square, the order of this epoch's pairs, and the steps made."""
 
-    theta: jax.Array
-    mean: jax.Array
-    square: jax.Array
-    order: jax.Array
-    made: jax.Array
+    theta: Weights
+    mean: Weights
+    square: Weights
+    order: Int[Array, "n"]
+    made: Scalar
 
 
 @pytree("batch")
@@ -293,14 +295,14 @@ class AdamW(_Solved):
     needs_convex: ClassVar[bool] = False
     allows_cap: ClassVar[bool] = True
 
-    key: jax.Array
+    key: Key[Array, ""]
     rate: Any = 1e-3
     decay: Any = 0.0
     betas: tuple[Any, Any] = (0.9, 0.999)
     epsilon: Any = 1e-8
     batch: int = 256
 
-    def init(self, program: SecondLayer, start: jax.Array | None = None) -> AdamWState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> AdamWState:
         theta = _first(program, start)
         zero = jnp.zeros_like(theta)
         return AdamWState(theta, zero, zero, jnp.arange(len(program.weight)), jnp.asarray(0))

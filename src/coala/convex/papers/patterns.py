@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Key, Scalar, Shaped
 
 from coala.convex.gate_sampling import distinct
 from coala.convex.linear import matmul
@@ -29,6 +30,9 @@ from coala.convex.program import Program
 from coala.convex.solvers import Status, certify
 from coala.values import CoalaError
 
+Rows = Float[np.ndarray, "n d"]
+PerRow = Float[np.ndarray, "n"]
+Multipliers = Float[Array, "2 n P"]
 OnRound = Callable[[int, dict[str, Any]], None]
 
 
@@ -44,8 +48,8 @@ class NetworkSolution:
     sparsity, is the largest there is.
     """
 
-    weights: np.ndarray
-    patterns: np.ndarray
+    weights: Float[np.ndarray, "2 d P"]
+    patterns: Bool[np.ndarray, "n P"]
     network: Network
     objective: float
     gap: float
@@ -70,7 +74,7 @@ class NetworkSolution:
 
 
 @partial(jax.jit, static_argnames="n_steps")
-def _multipliers(program: Program, u: jax.Array, start: jax.Array, n_steps: int) -> jax.Array:
+def _multipliers(program: Program, u: Float[Array, "2 d P"], start: Multipliers, n_steps: int) -> Multipliers:
     """L >= 0, (2, n, P), with small ||X^T(+-D_i z + E_i L_i)||, each group's non-negative least squares problem.
 
     Accelerated projected gradients from ``start``; z is the residual at u. Any L >= 0 makes a valid bound.
@@ -79,7 +83,7 @@ def _multipliers(program: Program, u: jax.Array, start: jax.Array, n_steps: int)
     steepest = jnp.linalg.norm(matmul(program.X.T, program.X), 2)
     steepness = jnp.where(steepest > 0, steepest, 1.0)
 
-    def advance(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def advance(step: Scalar, state: tuple[Multipliers, Multipliers]) -> tuple[Multipliers, Multipliers]:
         last, ahead = state
         slope = program.cone(fixed + program.cone_adjoint(ahead))
         new = jnp.maximum(ahead - slope / steepness, 0.0)
@@ -92,16 +96,18 @@ def _multipliers(program: Program, u: jax.Array, start: jax.Array, n_steps: int)
 class _Model:
     """Neurons being trained, in float64: weights (d, m), signs (m,), openings (n, m), promise of the last step."""
 
-    X: np.ndarray
-    y: np.ndarray
+    X: Rows
+    y: PerRow
     sparsity: float
-    weights: np.ndarray
-    signs: np.ndarray
-    opening: np.ndarray
+    weights: Float[np.ndarray, "d m"]
+    signs: Float[np.ndarray, "m"]
+    opening: Float[np.ndarray, "n m"]
     promise: float = np.inf
 
     @classmethod
-    def of(cls, X: np.ndarray, y: np.ndarray, sparsity: float, weights: np.ndarray, signs: np.ndarray) -> _Model:
+    def of(
+        cls, X: Rows, y: PerRow, sparsity: float, weights: Float[np.ndarray, "d m"], signs: Float[np.ndarray, "m"]
+    ) -> _Model:
         alive = np.linalg.norm(weights, axis=0) > 0
         return cls(X, y, sparsity, weights[:, alive], signs[alive], (X @ weights[:, alive] > 0).astype(np.float64))
 
@@ -110,7 +116,7 @@ class _Model:
         return len(self.signs)
 
     @property
-    def residual(self) -> np.ndarray:
+    def residual(self) -> PerRow:
         return np.asarray(self.y - np.maximum(self.X @ self.weights, 0.0) @ self.signs)
 
     @property
@@ -118,7 +124,7 @@ class _Model:
         residual = self.residual
         return float(residual @ residual / 2 + self.sparsity * np.linalg.norm(self.weights, axis=0).sum())
 
-    def _padded(self, columns: np.ndarray) -> np.ndarray:
+    def _padded(self, columns: Shaped[np.ndarray, "... m"]) -> Shaped[np.ndarray, "... k"]:
         """``columns`` with zeros up to 16, 32, 64, ... neurons: dead ones, for few shapes and few compilations."""
         width = max(16, 1 << (self.n_neurons - 1).bit_length())
         return np.pad(columns, [(0, 0)] * (columns.ndim - 1) + [(0, width - self.n_neurons)])
@@ -158,8 +164,8 @@ class _Model:
         return fewer if fewer.objective <= self.objective else self
 
     def search(
-        self, directions: np.ndarray, n_steps: int, dtype: DTypeLike
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self, directions: Float[np.ndarray, "d k"], n_steps: int, dtype: DTypeLike
+    ) -> tuple[Float[np.ndarray, "d k"], Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
         """Unit vectors (d, k), their signs (k,) and signs z^T (X h)_+ (k,), the largest first.
 
         Starts from the neurons at hand and, as far as there is room, from ``directions`` (d, k) with either sign.
@@ -174,13 +180,13 @@ class _Model:
         order = np.argsort(-np.asarray(values), kind="stable")
         return np.asarray(found, np.float64)[:, order], signs[order], np.asarray(values, np.float64)[order]
 
-    def extended(self, found: np.ndarray, signs: np.ndarray, limit: int) -> _Model:
+    def extended(self, found: Float[np.ndarray, "d k"], signs: Float[np.ndarray, "k"], limit: int) -> _Model:
         """With up to ``limit`` of the neurons found, distinct from those at hand, at weights that lower J.
 
         Each gets the weight that would be best for it alone; then all of these are scaled by the best common factor.
         """
 
-        def signed(directions: np.ndarray, signs: np.ndarray) -> np.ndarray:
+        def signed(directions: Float[np.ndarray, "d k"], signs: Float[np.ndarray, "k"]) -> Float[np.ndarray, "d+1 k"]:
             # One more coordinate sets neurons of opposite signs apart; a cosine c of equal signs becomes (1 + c) / 2.
             return np.concatenate([directions / np.linalg.norm(directions, axis=0), signs[None]])
 
@@ -205,7 +211,7 @@ class _Model:
         a = min(max(self.y @ z / size, 0.0), 1 / violation) if size > 0 else 0.0
         return float(a * (self.y @ z) - a * a / 2 * size)
 
-    def certified(self, n_steps: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+    def certified(self, n_steps: int) -> tuple[Float[np.ndarray, "2 d m"], Bool[np.ndarray, "n m"], float, float]:
         """v and w (2, d, m), patterns (n, m), and the bounds of the program that holds just these patterns."""
         a = self.X @ self.weights
         # An activation that is zero but for rounding counts as open, lest equal rows fall on different sides.
@@ -223,7 +229,9 @@ class _Model:
         return u, patterns, objective, lower
 
 
-def descended(X: np.ndarray, y: np.ndarray, sparsity: float, key: jax.Array, width: int, n_steps: int) -> np.ndarray:
+def descended(
+    X: Rows, y: PerRow, sparsity: float, key: Key[Array, ""], width: int, n_steps: int
+) -> Float[np.ndarray, "2 d P"]:
     """Weights (2, d, width) to which L-BFGS takes a random network with weight decay: a local optimum, or near one.
 
     From there pattern generation goes on; it never ends above what descent alone would reach.
@@ -236,7 +244,7 @@ def descended(X: np.ndarray, y: np.ndarray, sparsity: float, key: jax.Array, wid
     draw[:, :-1] /= np.sqrt(X.shape[1])
     split = width * X.shape[1]
 
-    def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_gradient(flat: Float[np.ndarray, "k"]) -> tuple[float, Float[np.ndarray, "k"]]:
         first, second = flat[:split].reshape(width, -1), flat[split:]
         active = np.maximum(X @ first.T, 0)
         residual = active @ second - y
@@ -281,12 +289,12 @@ class PatternGeneration:
 
     def run(
         self,
-        X: np.ndarray,
-        y: np.ndarray,
+        X: Rows,
+        y: PerRow,
         sparsity: float,
-        key: jax.Array,
+        key: Key[Array, ""],
         *,
-        start: np.ndarray | None = None,
+        start: Float[np.ndarray, "2 d P"] | None = None,
         on_round: OnRound | None = None,
     ) -> NetworkSolution:
         """Train on rows X (n, d) and labels y (n,) from weights ``start`` (2, d, P), or as set.

@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 
 class Network(NamedTuple):
     """f(x) = sum_i second_layer_i (first_layer_i . x)_+: first_layer (m, d), second_layer (m,)."""
 
-    first_layer: np.ndarray
-    second_layer: np.ndarray
+    first_layer: Float[np.ndarray, "m d"]
+    second_layer: Float[np.ndarray, "m"]
 
-    def hidden(self, x: np.ndarray) -> np.ndarray:
+    def hidden(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
         """(n, m) activations of rows x (n, d)."""
         return np.asarray(np.maximum(x @ self.first_layer.T, 0.0))
 
@@ -25,16 +26,16 @@ class Network(NamedTuple):
 class GatedNetwork(NamedTuple):
     """f(x) = sum_i second_layer_i 1(gates_i . x >= 0) first_layer_i . x: gates and first_layer (m, d)."""
 
-    gates: np.ndarray
-    first_layer: np.ndarray
-    second_layer: np.ndarray
+    gates: Float[np.ndarray, "m d"]
+    first_layer: Float[np.ndarray, "m d"]
+    second_layer: Float[np.ndarray, "m"]
 
-    def hidden(self, x: np.ndarray) -> np.ndarray:
+    def hidden(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n m"]:
         """(n, m) gated activations of rows x (n, d)."""
         return np.where(x @ self.gates.T >= 0, x @ self.first_layer.T, 0.0)
 
 
-def recover_network(u: np.ndarray) -> Network:
+def recover_network(u: Float[np.ndarray, "2 d P"]) -> Network:
     """The ReLU network of cone-constrained weights u (2, d, P), u[0] = v, u[1] = w; zero blocks give no neuron.
 
     For a feasible u it predicts on the training rows what the program predicts.
@@ -46,7 +47,7 @@ def recover_network(u: np.ndarray) -> Network:
     return Network(blocks[alive] / root[alive, None], signs[alive] * root[alive])
 
 
-def recover_gated(u: np.ndarray, gates: np.ndarray) -> GatedNetwork:
+def recover_gated(u: Float[np.ndarray, "d P"], gates: Float[np.ndarray, "d P"]) -> GatedNetwork:
     """The gated network of weights u (d, P) with gates (d, P); zero blocks give no neuron."""
     root = np.sqrt(np.linalg.norm(u, axis=0))
     alive = root > 0

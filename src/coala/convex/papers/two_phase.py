@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from coala.convex.gate_sampling import sample_patterns
 from coala.convex.newton import GatedNewton
@@ -50,7 +51,7 @@ class TwoPhase:
     chosen: HeldOut | None
     path: list[dict[str, Any]]
 
-    def blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def blocks(self) -> tuple[Float[np.ndarray, "d"], Float[np.ndarray, "d m"], Float[np.ndarray, "d m"]]:
         """Linear block (r,), zero, and gates and weights (r, m) of the head in the coordinates of the fit."""
         network = self.network
         gates = network.gates if isinstance(network, GatedNetwork) else network.first_layer
@@ -62,10 +63,10 @@ class TwoPhase:
 class _Rows:
     """Both sides' rows as one labelled set: X (2n, d), y (2n,) +1 chosen and -1 rejected, sampled gates (d, P)."""
 
-    X: np.ndarray
-    y: np.ndarray
-    patterns: np.ndarray
-    gates: np.ndarray
+    X: Float[np.ndarray, "both d"]
+    y: Float[np.ndarray, "both"]
+    patterns: Bool[np.ndarray, "both P"]
+    gates: Float[np.ndarray, "d P"]
     dtype: Any
 
     @classmethod
@@ -75,7 +76,7 @@ class _Rows:
         patterns, gates = sample_patterns(X, n_patterns, jax.random.key(task.seed))
         return cls(X, y, patterns, gates, task.dtype)
 
-    def program(self, sparsity: float, used: np.ndarray | None = None) -> Program:
+    def program(self, sparsity: float, used: Bool[np.ndarray, "n"] | None = None) -> Program:
         """The program of Phase I; ``used`` (n,) bool closes every gate on the pairs held out."""
         both = np.ones(len(self.y), bool) if used is None else np.concatenate([used, used])
         return Program(
@@ -85,7 +86,9 @@ class _Rows:
             jnp.asarray(sparsity, self.dtype),
         )
 
-    def hidden(self, network: Network | GatedNetwork, width: int) -> tuple[np.ndarray, np.ndarray]:
+    def hidden(
+        self, network: Network | GatedNetwork, width: int
+    ) -> tuple[Float[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
         """Activations (n, width) of both sides; zeros stand for neurons that are not there: one shape, one compile."""
         active = network.hidden(self.X)
         chosen, rejected = np.split(np.pad(active, ((0, 0), (0, max(0, width - active.shape[1])))), 2)
@@ -96,7 +99,7 @@ class _Rows:
         network: Network | GatedNetwork,
         loss: PairLoss,
         ridge: float,
-        used: np.ndarray,
+        used: Bool[np.ndarray, "n"],
         minimiser: Minimiser | None = None,
     ) -> Solution:
         width = max(self.gates.shape[1], len(network.second_layer))
