@@ -17,19 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.evaluation import (
+from coala.report import build_report, conclusions, write_report
+from coala.report.content import flops, number, seconds, size
+from coala.statistics.intervals import share_estimate
+from coala.statistics.scores import (
     accuracy_difference,
     accuracy_of_margins,
-    auc,
     by_length_difference,
-    mean_estimate,
     pairwise_nll,
     perplexity,
     reliability,
-    share_estimate,
 )
-from coala.report import build_report, conclusions, write_report
-from coala.report.content import flops, number, seconds, size
 from coala.store import RunFolder, load_json
 from coala.values import Certificate, CoalaError, Estimate
 
@@ -112,8 +110,6 @@ def example(seed: int = 0) -> dict[str, Any]:
             "linear_accuracy_eval": accuracy_of_margins(linear, group),
             "gain_over_linear": accuracy_difference(chosen - rejected, linear, group),
             "nll_eval": pairwise_nll(chosen - rejected, group),
-            "auc_eval": auc(chosen, rejected, group),
-            "margin_eval": mean_estimate(chosen - rejected, group),
             "calibration_error": reliable.error,
             "program": CERTIFICATE.program,
             "certified_gap": CERTIFICATE.relative_gap,

@@ -16,7 +16,7 @@ from scipy.stats import norm
 from typer.testing import CliRunner
 
 from coala.cli.survey import app
-from coala.evaluation import share_estimate
+from coala.statistics.intervals import share_estimate
 from coala.survey import Prompt, Question, Records, Survey, Votes, analyse, build, save_survey
 from coala.survey.page import results_page, verdicts
 from coala.survey.records import new_token

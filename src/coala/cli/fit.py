@@ -51,8 +51,8 @@ def fit(
     from coala.alignment.stages import fit_options
     from coala.cli.output import emit, progress, say, table
     from coala.convex import fit as fit_head
-    from coala.evaluation import accuracy_of_margins
     from coala.recipe import HeadSettings
+    from coala.statistics.scores import accuracy_of_margins
     from coala.store import load_features, save_head, scratch
     from coala.values import CoalaError
 

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 
 from coala.comal.oracles import Example, PreferenceOracle, ask
 from coala.evaluation.judges import VerdictStore
-from coala.evaluation.statistics import bounded_mean, share_estimate
 from coala.nash.game import Float, PreferenceGame
+from coala.statistics.intervals import bounded_mean, share_estimate
 from coala.values import CoalaError, Estimate
 
 Mode = Literal["hard", "mean"]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coala.statistics.intervals import clustered
+
 
 def grouped_folds(group: np.ndarray, n_folds: int, seed: int) -> np.ndarray | None:
     """A fold number (n,) for each pair, groups kept whole and folds of about one size; None for fewer than 2 groups.
@@ -33,16 +35,6 @@ def log_loss(margins: np.ndarray, offset: np.ndarray | float = 0.0) -> np.ndarra
     return np.asarray(np.logaddexp(0.0, offset - margins))
 
 
-def clustered_error(values: np.ndarray, group: np.ndarray) -> float:
-    """Standard error of ``values.mean()`` when values within a group are correlated; nan for a single group."""
-    _, member = np.unique(group, return_inverse=True)
-    sums = np.bincount(member, values - values.mean())
-    clusters = len(sums)
-    if clusters < 2:
-        return float("nan")
-    return float(np.sqrt((sums**2).sum() * clusters / (clusters - 1)) / len(values))
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """Out-of-fold score differences (n,) of one setting, with its mean loss, standard error and accuracy."""
@@ -54,7 +46,7 @@ class HeldOut:
     @classmethod
     def of(cls, margins: np.ndarray, offset: np.ndarray, group: np.ndarray) -> HeldOut:
         losses = log_loss(margins, offset)
-        return cls(margins, losses, clustered_error(losses, group))
+        return cls(margins, losses, clustered(losses, group)[1])
 
     @property
     def loss(self) -> float:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from coala.data.reasoning import spoken
 from coala.evaluation.alpaca import in_percent
-from coala.evaluation.logistic import Float, fit_logistic
-from coala.evaluation.order_effects import place_alone
 from coala.evaluation.rows import Row, read_rows, shown, shown_path
-from coala.evaluation.statistics import mean_estimate, share_estimate, void
+from coala.evaluation.win_rates import place_alone
+from coala.statistics.intervals import Float, mean_estimate, share_estimate, void
+from coala.statistics.logistic import fit_logistic
 from coala.values import CoalaError, Estimate
 
 STRONG_WEIGHT = 3  # battles for one strong verdict
@@ -36,7 +36,7 @@ class Battles:
     """Battles of ``first`` against ``second`` (n,) on ``question``: ``outcome`` 1 when first wins, 0, 1/2 for a tie.
 
     ``n_failed`` counts games without a verdict; ``nothing_said`` tells, for a model against the baseline, why its
-    verdicts say nothing (:func:`coala.evaluation.order_effects.place_alone`). A model against itself is refused: in the
+    verdicts say nothing (:func:`coala.evaluation.win_rates.place_alone`). A model against itself is refused: in the
     published design matrix its second entry overwrites the first and shifts every rating.
     """
 
@@ -291,11 +291,6 @@ def bradley_terry(battles: Battles, anchor: str, rating: float = ANCHOR) -> dict
     strength = np.zeros(k)
     strength[free] = fit.coefficients * SCALE / math.log(BASE)
     return {name: rating + float(strength[i]) for name, i in place.items()}
-
-
-def predicted_win_rate(rating: float, other: float) -> float:
-    """P(the first beats the second) in percent, from their ratings."""
-    return 100 / (1 + math.exp(min((other - rating) / SCALE * math.log(BASE), 700.0)))
 
 
 def _connected(won: Float, models: Sequence[str]) -> None:

@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from coala.evaluation.estimates import accuracy_of_margins, tie_share
 from coala.evaluation.rows import as_number, read_rows
-from coala.evaluation.statistics import Float
+from coala.statistics.intervals import Float
+from coala.statistics.scores import accuracy_of_margins, tie_share
 from coala.values import CoalaError, Estimate
 
 SECTIONS: dict[str, tuple[str, ...]] = {

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings
     from coala.evaluation.alpaca import Annotations, WinRate
     from coala.evaluation.length_control import LengthControlled
-    from coala.evaluation.statistics import Float
     from coala.report import Figure
+    from coala.statistics.intervals import Float
     from coala.store import RunFolder
 
 
@@ -175,7 +175,7 @@ def run_alpaca(
     Annotations, outputs and judgements lie in RUN/alpaca, in the published forms.
     """
     from coala.evaluation.alpaca import read_annotations
-    from coala.evaluation.order_effects import remarks_on
+    from coala.evaluation.win_rates import remarks_on
     from coala.report import Evaluation
 
     held = hold(

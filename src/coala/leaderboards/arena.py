@@ -133,7 +133,7 @@ def _outcome(
     command: str,
 ) -> Outcome:
     from coala.evaluation.arena import score
-    from coala.evaluation.order_effects import remarks_on
+    from coala.evaluation.win_rates import remarks_on
     from coala.report import Evaluation
 
     scores = score(battles, baseline, board=board, draws=draws, seed=seed)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.evaluation.agreement import fleiss_kappa, krippendorff_alpha
-from coala.evaluation.statistics import (
+from coala.statistics.agreement import fleiss_kappa, krippendorff_alpha
+from coala.statistics.intervals import (
     Float,
     bootstrap,
     clustered,
@@ -28,7 +28,7 @@ from coala.evaluation.statistics import (
     wald,
     wilson_estimate,
 )
-from coala.evaluation.survey_statistics import Contrast, holm, multinomial_difference, vote_difference
+from coala.statistics.votes import Contrast, holm, multinomial_difference, vote_difference
 from coala.survey.form import Survey
 from coala.survey.votes import Attendance, Vote, Votes
 from coala.values import CoalaError, Estimate

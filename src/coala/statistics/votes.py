@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from coala.evaluation.statistics import Z95, Float, clustered, group_numbers, share_estimate, vector, wilson
+from coala.statistics.intervals import Z95, Float, clustered, group_numbers, vector, wilson
 from coala.values import CoalaError, Estimate
 
 
@@ -31,13 +31,6 @@ class Contrast:
     statistic: float
     p_value: float
     adjusted: float
-
-
-def wald_half_width(share: float, n: int, z: float = Z95) -> float:
-    """z sqrt(share (1 - share) / n): in the units of the share. It takes votes for independent trials."""
-    if n < 1 or not 0 <= share <= 1:
-        raise CoalaError(f"Found a share of {share} in {n} trials; expected one in [0, 1] and at least one trial.")
-    return z * math.sqrt(share * (1 - share) / n)
 
 
 def multinomial_difference(first: float, second: float, n: int, z: float = Z95) -> Contrast:
@@ -64,15 +57,6 @@ def multinomial_difference(first: float, second: float, n: int, z: float = Z95) 
         low, high, statistic = max(-1.0, apart - z * error), min(1.0, apart + z * error), apart / error
     p_value = math.erfc(abs(statistic) / math.sqrt(2)) if error >= 1e-12 else _sign_test(round(first), round(second))
     return Contrast("first", "second", Estimate(apart, low, high, n, about), statistic, p_value, p_value)
-
-
-def vote_shares(votes: Sequence[str], voters: Sequence[Any] | None = None) -> dict[str, Estimate]:
-    """Share of all votes by option (n votes, ``voters`` (n,) name who cast them), with Wilson intervals over voters."""
-    chosen = _votes(votes)
-    return {
-        option: share_estimate(chosen == option, voters, f"share of votes for {option}")
-        for option in sorted(set(chosen.tolist()))
-    }
 
 
 def vote_difference(votes: Sequence[str], first: str, second: str, voters: Sequence[Any] | None = None) -> Contrast:
