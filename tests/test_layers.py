@@ -55,7 +55,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"scipy"},
     ),
     "plan": ({"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "alignment"}, set()),
-    "report": ({"store", "costs", "evaluation"}, set()),
+    "report": ({"store", "costs"}, set()),
     "export": (
         {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "alignment"},
         {"torch", "transformers", "lm_eval"},

@@ -47,7 +47,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "coala.decoding": ("Guidance", "generate", "guide", "log_likelihood"),
     "coala.evaluation": ("Judge", "WordJudge", "win_rate", "compare_replies = judge"),
-    "coala.statistics": ("ranking_accuracy",),
+    "coala.statistics.scores": ("ranking_accuracy",),
     "coala.features": ("extract_features = extract",),
     "coala.store": ("load_features", "load_head", "load_pairs", "save_features", "save_head", "save_pairs"),
     "coala.values": (

@@ -42,7 +42,7 @@ def fit(x: Any, ridge: float, start: Float | None = None) -> Float:
 
     No intercept: the loss of a pair must not change with the order in which its replies are named.
     """
-    return fit_logistic(x, l2=ridge, start=start).coefficients
+    return fit_logistic(x, l2=ridge, start=start, many=True).coefficients
 
 
 def scale_of(x: Float) -> Float:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Float = NDArray[np.float64]
-FEW = 256  # columns up to which a Hessian is formed
 HUGE = 15.0  # log-odds above which it is asked whether any finite ones fit best
 
 
@@ -49,35 +48,33 @@ def fit_logistic(
     l2: float = 0.0,
     start: Float | None = None,
     tolerance: float = 1e-11,
+    many: bool = False,
 ) -> LogisticFit:
     """Minimise sum_i weight_i logloss(x_i . b, target_i) + l1 |b|_1 + l2/2 |b|^2 over b (k,), no intercept.
 
     X (n, k), target (n,) in [0, 1] or one for all rows, weight (n,) at least 0. Newton steps on the quadratic model
     plus the L1 term, the model solved by coordinate descent, with a line search on the objective. ``tolerance`` bounds
-    the subgradient relative to the total weight and the largest column. Without an L1 term a sparse X, or one of more
-    than 256 columns, is left to L-BFGS, which finds the objective to about 1e-9 of itself.
+    the subgradient relative to the total weight and the largest column. ``many`` columns, without an L1 term, are left
+    to L-BFGS, which forms no Hessian, takes a sparse X and finds the objective to about 1e-9 of itself.
     """
     n, k = X.shape
     weight = np.ones(n) if weight is None else weight
     b = np.zeros(k) if start is None else np.array(start, dtype=np.float64)
 
-    def objective(b: Float) -> float:
-        return log_loss(X @ b, target, weight) + l1 * float(np.abs(b).sum()) + l2 / 2 * float(b @ b)
+    def at(b: Float) -> tuple[float, Float]:
+        """The objective, and the gradient of all of it but the L1 term."""
+        score = X @ b
+        value = log_loss(score, target, weight) + l1 * float(np.abs(b).sum()) + l2 / 2 * float(b @ b)
+        return value, np.asarray(X.T @ (weight * (sigmoid(score) - target)) + l2 * b)
 
-    def slope(b: Float) -> Float:
-        """Of all but the L1 term."""
-        return np.asarray(X.T @ (weight * (sigmoid(X @ b) - target)) + l2 * b)
-
-    if not l1 and (k > FEW or not isinstance(X, np.ndarray)):
+    if many:
         from scipy.optimize import minimize
 
-        options = {"maxiter": 300, "ftol": 1e-9, "gtol": 1e-5}
-        found = minimize(objective, b, jac=slope, method="L-BFGS-B", options=options)
+        found = minimize(at, b, jac=True, method="L-BFGS-B", options={"maxiter": 300, "ftol": 1e-9, "gtol": 1e-5})
         return LogisticFit(found.x, float(found.fun), found.jac, False)
     scale = (float(weight.sum()) or 1.0) * max(float(np.abs(X).max(initial=0.0)), 1e-300)
-    value = objective(b)
+    value, gradient = at(b)
     for _ in range(200):
-        gradient = slope(b)
         if float(np.abs(_subgradient(gradient, b, l1)).max(initial=0.0)) <= tolerance * scale:
             break
         p = sigmoid(X @ b)
@@ -86,15 +83,15 @@ def fit_logistic(
         hessian += 1e-12 * (np.trace(hessian) + 1e-12 * scale) * np.eye(k)
         step = _l1_step(hessian, gradient, b, l1) if l1 > 0 else -np.linalg.solve(hessian, gradient)
         for _ in range(40):
-            trial = objective(b + step)
+            trial, slope = at(b + step)
             # The objective is known to about 1e-15 of itself only: a step that loses less than that is no loss.
             if trial <= value + 1e-14 * abs(value):
                 break
             step = step / 2
         else:
             break
-        b, value = b + step, trial
-    gradient = _subgradient(slope(b), b, l1)
+        b, value, gradient = b + step, trial, slope
+    gradient = _subgradient(gradient, b, l1)
     separated = not l1 and not l2 and float(np.abs(X @ b).max(initial=0.0)) > HUGE and _separated(X, target, weight)
     return LogisticFit(b, value, gradient, separated)
 
