@@ -28,11 +28,6 @@ class Drift:
     values: Float64
     tokens: Float64
 
-    @property
-    def per_token(self) -> float:
-        """Nats per token."""
-        return float(self.values.sum() / self.tokens.sum())
-
 
 def drift(
     trained: Trained | LanguageModel,

@@ -65,10 +65,6 @@ class EmpiricalNash:
     unique: bool
     gap: dict[str, float]
 
-    @property
-    def unbeaten(self) -> tuple[str, ...]:
-        return tuple(name for name, value in self.gap.items() if value <= 1e-9)
-
 
 def win_rate_matrix(
     answers: Mapping[str, Sequence[str]],

@@ -20,7 +20,7 @@ import numpy as np
 
 from coala.convex.linear import matmul
 from coala.convex.newton import GatedNewton
-from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity, widen
+from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, widen
 from coala.convex.pytree import pytree
 from coala.convex.rows import moments, normal_product
 from coala.convex.solvers import Solution, solve
@@ -113,11 +113,6 @@ class PairProgram:
 
     def duality_gap(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
         return self.bounds(u, multipliers).gap
-
-    def kkt(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
-        """Largest violation of the optimality conditions over the groups."""
-        gradient = self.predict_adjoint(self.slope(self.predict(u))) + self.ridges * u
-        return stationarity(gradient, u, self.levels).max(initial=0.0)
 
     def in_double(self) -> PairProgram:
         """Everything but the rows in float64; the products widen those block by block."""

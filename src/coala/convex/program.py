@@ -74,17 +74,6 @@ def group_norms(u: jax.Array) -> jax.Array:
     return jnp.asarray(jnp.linalg.norm(u, axis=-2))
 
 
-def stationarity(gradient: jax.Array, u: jax.Array, levels: jax.Array) -> jax.Array:
-    """Distance of 0 from ``gradient_i + levels_i d||u_i||``, per group (..., P)."""
-    norms = group_norms(u)
-    direction = u / jnp.where(norms > 0, norms, 1.0)[..., None, :]
-    return jnp.where(
-        norms > 0,
-        group_norms(gradient + levels * direction),
-        jnp.maximum(group_norms(gradient) - levels, 0.0),
-    )
-
-
 def _scaled_dual_value(y: jax.Array, z: jax.Array, largest: jax.Array, level: jax.Array, *, signed: bool) -> jax.Array:
     """Best a y^T z - a^2/2 ||z||^2 over the multiples a of z that keep the dual norms at most ``level``."""
     limit = jnp.where(largest > 0, level / jnp.where(largest > 0, largest, 1.0), jnp.inf)
@@ -159,11 +148,6 @@ class GatedProgram:
 
     def duality_gap(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
         return self.bounds(u, multipliers).gap
-
-    def kkt(self, u: jax.Array, multipliers: jax.Array | None = None) -> jax.Array:
-        """Largest violation of the optimality conditions, relative to the sparsity."""
-        gradient = self.predict_adjoint(self.predict(u) - self.y)
-        return stationarity(gradient, u, self.levels).max(initial=0.0) / self.sparsity
 
     def in_double(self) -> GatedProgram:
         """Everything but the rows in float64; the products widen those block by block."""
@@ -242,20 +226,6 @@ class Program:
 
     def duality_gap(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> jax.Array:
         return self.bounds(u, multipliers).gap
-
-    def kkt(self, u: jax.Array, multipliers: jax.Array | DualPoint) -> jax.Array:
-        """Largest of stationarity, feasibility and complementarity violation, the first relative to the sparsity."""
-        z, multipliers = self._dual_point(u, multipliers)
-        gradient = -self.predict_adjoint(z) - self.cone_adjoint(multipliers)
-        levels = jnp.full(self.patterns.shape[1], self.sparsity, self.X.dtype)
-        return jnp.stack(
-            [
-                stationarity(gradient, u, levels).max(initial=0.0) / self.sparsity,
-                self.violation(u),
-                jnp.maximum(-multipliers, 0.0).max(initial=0.0),
-                jnp.abs(multipliers * self.cone(u)).max(initial=0.0),
-            ]
-        ).max()
 
 
 def largest_sparsity(program: GatedProgram | Program) -> jax.Array:

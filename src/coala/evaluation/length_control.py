@@ -120,14 +120,12 @@ def read_calibration(path: Path | str) -> Calibration:
     )
 
 
-def predict_winrate(weights: Weights, difficulty: Float, against: Weights | None = None) -> Float:
+def predict_winrate(weights: Weights, difficulty: Float) -> Float:
     """P(model better) (n,) at no length difference: sigmoid(w_difficulty difficulty_i + w_bias).
 
-    ``against`` another model the weights are subtracted, so that any model against itself is at one half. The win rate
-    is 100 times the mean.
+    The win rate is 100 times the mean.
     """
-    other = against or Weights(0.0, 0.0, 0.0)
-    return sigmoid((weights.difficulty - other.difficulty) * difficulty + weights.bias - other.bias)
+    return sigmoid(weights.difficulty * difficulty + weights.bias)
 
 
 def length_controlled(

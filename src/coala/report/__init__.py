@@ -54,12 +54,7 @@ from coala.report.evaluations import Evaluation, Figure, Sample, save_evaluation
 from coala.report.page import render
 from coala.store import RunFolder, load_json, save_json, write_atomic
 
-__all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "build_report", "conclusions", "write_report"]
-
-
-def build_report(content: Mapping[str, Any]) -> str:
-    """The HTML page of ``content``: no script, nothing fetched, the same bytes for the same content."""
-    return render(plain(content))
+__all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "conclusions", "write_report"]
 
 
 def write_report(run: RunFolder, content: Mapping[str, Any]) -> Path:

@@ -46,7 +46,10 @@ def ranking_accuracy(
     A tie counts one half, so that a constant score has the accuracy of a coin; ``ties="wrong"`` is the strict count
     (that of TRL, where a constant score has 0). :func:`tie_share` tells how much that matters.
     """
-    return accuracy_of_margins(margins_of(chosen, rejected), group, ties=ties)
+    a, b = vector(chosen, "chosen scores"), vector(rejected, "rejected scores")
+    if a.shape != b.shape:
+        raise CoalaError(f"Found {len(a)} chosen and {len(b)} rejected scores; every pair needs one of each.")
+    return accuracy_of_margins(a - b, group, ties=ties)
 
 
 def accuracy_of_margins(
@@ -56,14 +59,6 @@ def accuracy_of_margins(
     margin = vector(margins, "margins")
     wins = (margin > 0) + (0.5 * (margin == 0) if ties == "half" else 0.0)
     return share_estimate(wins, group, "share of pairs ranked right" + (", a tie one half" if ties == "half" else ""))
-
-
-def margins_of(chosen: ArrayLike, rejected: ArrayLike) -> Float:
-    """score(chosen) - score(rejected) in float64, (n,)."""
-    a, b = vector(chosen, "chosen scores"), vector(rejected, "rejected scores")
-    if a.shape != b.shape:
-        raise CoalaError(f"Found {len(a)} chosen and {len(b)} rejected scores; every pair needs one of each.")
-    return a - b
 
 
 def tie_share(margins: ArrayLike) -> float:
