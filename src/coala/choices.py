@@ -18,7 +18,16 @@ Loss = Literal["pairwise", "pointwise"]
 PhaseOne = Literal["gated", "cronos", "network"]
 Mode = Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"]
 Rule = Literal["calibrated", "min-max", "raw", "z-score"]
-JudgeKind = Literal["head", "rule", "words"]
+Engine = Literal["processes", "ray"]
+Board = Literal["v0.1", "v2.0"]
+VerdictRule = Literal["last", "unanimous"]
+DifficultyBy = Literal["position", "instruction"]
+Stopping = Literal["optimum", "liblinear"]
+SubsetWeights = Literal["published", "rows"]
+StepLoss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
+Selection = Literal["random", "all", "best_worst"]
+Target = Literal["soft", "bernoulli", "hard"]
+Win = Literal["hard", "mean"]
 
 # What others call the same.
 DTYPES: Mapping[str, Dtype] = {

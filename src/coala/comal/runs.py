@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from coala.choices import Win
 from coala.comal.inputs import examples_of, start_of
 from coala.comal.named_oracles import check_oracle, oracle_of
 from coala.comal.oracles import prompt_of
@@ -130,7 +131,7 @@ def play_matrix(
     oracle: str,
     sampling: Sampling = Sampling(),
     template: str = "auto",
-    mode: Literal["hard", "mean"] = "hard",
+    mode: Win = "hard",
     device: str = "auto",
     seed: int = 0,
     cache: Path | None = None,

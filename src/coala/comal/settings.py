@@ -8,15 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
+from coala.choices import Selection, StepLoss, Target
 from coala.nash.criteria import Note
 from coala.values import CoalaError
 
-Loss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
-Selection = Literal["random", "all", "best_worst"]
-Target = Literal["soft", "bernoulli", "hard"]
-LOSSES: tuple[Loss, ...] = ("inpo", "sppo", "dro", "rebel", "dpo")
+LOSSES: tuple[StepLoss, ...] = get_args(StepLoss)
 TO_WIN_RATES = ("sppo", "dro", "rebel")  # losses that are fitted to win rates, not to pairs
 
 
@@ -42,7 +40,7 @@ class COMALSettings:
     tau: float | None = None
     outer_steps: int = 3
     inner_steps: int = 6
-    inner_loss: Loss = "inpo"
+    inner_loss: StepLoss = "inpo"
     num_candidates: int = 5
     pair_selection: Selection = "random"
     target: Target = "soft"

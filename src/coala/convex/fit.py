@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from coala.choices import Method, PhaseOne
 from coala.convex.calibration import fit_temperature, least_slope
 from coala.convex.certificate import OnFitStep, Recorder, gates_estimate, statement, validation_facts
 from coala.convex.gate_sampling import sample_patterns
@@ -17,7 +18,7 @@ from coala.convex.gate_search import Search
 from coala.convex.gate_sources import GateOn, GateSource, Learnt, Sampled
 from coala.convex.pairwise import WIDTHS
 from coala.convex.papers.finetune import Logistic, PairLoss, Pointwise
-from coala.convex.papers.two_phase import PhaseOne, TwoPhase, fit_paper, fit_two_phase
+from coala.convex.papers.two_phase import TwoPhase, fit_paper, fit_two_phase
 from coala.convex.path import Choice, PairTask, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.rows import available_bytes, check_memory, solve_bytes
@@ -26,7 +27,6 @@ from coala.convex.solvers import Solution
 from coala.convex.validation import HeldOut, grouped_folds
 from coala.values import Certificate, CoalaError, ConvexHead, FeatureSet
 
-Method = Literal["learnt", "direct", "two-phase", "linear"]
 # Gates at most (learnt) or sampled, unless the caller says otherwise.
 N_PATTERNS: dict[Method, int] = {"learnt": 16, "direct": 8, "two-phase": 32, "linear": 0}
 Allocate = Callable[[tuple[int, ...], type[Any]], np.ndarray]
@@ -53,7 +53,7 @@ def fit(
     features: FeatureSet,
     *,
     method: Method = "learnt",
-    gate_on: Literal["auto", "reply", "prompt"] = "auto",
+    gate_on: GateOn | Literal["auto"] = "auto",
     margin: float | np.ndarray = 0.0,
     reference_scale: float | None = None,
     loss: PairLoss | None = None,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.choices import Board
 from coala.evaluation.arena import ANCHOR, BASE, SCALE, Battles
 from coala.evaluation.rows import Row, as_number, read_rows, shown
 from coala.statistics.intervals import Float, group_numbers, percentiles, resamples
@@ -71,7 +72,7 @@ def read_styles(path: Path | str) -> dict[str, Float]:
     return found
 
 
-def style_differences(first: Float, second: Float, version: Literal["v2.0", "v0.1"] = "v2.0") -> Float:
+def style_differences(first: Float, second: Float, version: Board = "v2.0") -> Float:
     """Relative style of two replies (n, 4) before standardisation, each column in [-1, 1].
 
     v2.0: (t - t')/(t + t') for tokens; (a - b)/(a + b + 1) for markup per token, count / (tokens + 1). v0.1: the second
@@ -91,7 +92,7 @@ def style_controlled(
     second: Float,
     baseline: str,
     *,
-    version: Literal["v2.0", "v0.1"] = "v2.0",
+    version: Board = "v2.0",
     at: Literal["mean", "equal"] = "mean",
     columns: Sequence[str] = COLUMNS,
     draws: int = 100,

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.choices import DifficultyBy, Stopping
 from coala.evaluation.alpaca import FEW_ROWS, Annotations, instruction_key, standard_error
 from coala.evaluation.rows import read_rows
 from coala.statistics.intervals import Float, percentiles, resamples
@@ -134,8 +135,8 @@ def length_controlled(
     calibration: Calibration | None,
     *,
     penalty: float | Literal["cv"] | None = "cv",
-    stopping: Literal["optimum", "liblinear"] = "optimum",
-    difficulty_by: Literal["position", "instruction"] = "position",
+    stopping: Stopping = "optimum",
+    difficulty_by: DifficultyBy = "position",
     draws: int = 200,
     seed: int = 0,
 ) -> LengthControlled:

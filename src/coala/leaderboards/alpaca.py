@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from coala.choices import DifficultyBy, Stopping
 from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
 from coala.leaderboards.judges import JudgeSettings, OnFailure, OnNote, OnProgress, quiet, stem
 from coala.leaderboards.record import (
@@ -43,9 +44,9 @@ class LengthControl:
 
     calibration: Path | None = None
     difficulty: Path | None = None
-    difficulty_by: Literal["instruction", "position"] = "position"
+    difficulty_by: DifficultyBy = "position"
     penalty: float | Literal["cv"] | None = "cv"
-    stopping: Literal["optimum", "liblinear"] = "optimum"
+    stopping: Stopping = "optimum"
     draws: int = 200
     seed: int = 0
 

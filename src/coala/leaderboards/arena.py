@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from coala.choices import Board, VerdictRule
 from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
 from coala.leaderboards.judges import JudgeSettings, OnFailure, OnNote, OnProgress, quiet
 from coala.leaderboards.record import (
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from coala.evaluation.arena import Battles
     from coala.evaluation.arena_style import StyleControlled
     from coala.store import RunFolder
-
-Board = Literal["v0.1", "v2.0"]
 
 
 def run_arena(
@@ -95,7 +94,7 @@ def count_arena(
     *,
     baseline: str = "gpt-4-0314",
     model: str | None = None,
-    rule: Literal["last", "unanimous"] = "last",
+    rule: VerdictRule = "last",
     style: Sequence[str] = (),
     board: Board = "v0.1",
     draws: int = 1000,
@@ -196,7 +195,7 @@ def _table(
 
 
 def _styled(
-    battles: Battles, named: Sequence[str], baseline: str, version: Literal["v0.1", "v2.0"], draws: int, seed: int
+    battles: Battles, named: Sequence[str], baseline: str, version: Board, draws: int, seed: int
 ) -> StyleControlled:
     """Style control with answer files given as NAME=FILE."""
     import numpy as np

@@ -6,12 +6,13 @@ Kept for comparison with the paper; ``pairwise`` is the default because it is on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coala.choices import PhaseOne
 from coala.convex.gate_sampling import sample_patterns
 from coala.convex.newton import GatedNewton
 from coala.convex.papers.cronos import Cronos
@@ -24,7 +25,6 @@ from coala.convex.program import Program, largest_sparsity
 from coala.convex.solvers import Solution, solve
 from coala.convex.validation import HeldOut, rising_twice
 
-PhaseOne = Literal["gated", "cronos", "network"]
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 # As published: sparsity on summed squares with the factor 1/2 of Algorithm 2, and ADMM's fixed number of steps.
 PAPER_SPARSITY = 1e-3
