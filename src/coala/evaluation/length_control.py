@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,11 +247,8 @@ def length_controlled(
     )
 
 
-def _as_published(X: Float, y: Float, weight: Float, c: float) -> Float:
-    """Coefficients (3,) of the same fit by the published package at its usual tolerance, which is short of the optimum.
-
-    It takes labels: soft targets are two rows each, labelled 1 and 0 with weights in proportion.
-    """
+def published_solver() -> Any:
+    """The class of the published fits; CoalaError where its package is not installed."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ModuleNotFoundError as error:
@@ -259,8 +256,15 @@ def _as_published(X: Float, y: Float, weight: Float, c: float) -> Float:
             "Found no scikit-learn, which ends a fit where liblinear does; stop at the optimum, or install it: "
             "pip install 'coala-align[liblinear]'"
         ) from error
+    return LogisticRegression
 
-    model = LogisticRegression(C=c, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=PUBLISHED_SEED)
+
+def _as_published(X: Float, y: Float, weight: Float, c: float) -> Float:
+    """Coefficients (3,) of the same fit by the published package at its usual tolerance, which is short of the optimum.
+
+    It takes labels: soft targets are two rows each, labelled 1 and 0 with weights in proportion.
+    """
+    model = published_solver()(C=c, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=PUBLISHED_SEED)
     labels, weights = np.repeat([1, 0], len(X)), np.concatenate([weight * y, weight * (1 - y)])
     return np.asarray(model.fit(np.vstack([X, X]), labels, weights).coef_[0])
 

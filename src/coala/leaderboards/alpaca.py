@@ -53,6 +53,10 @@ class LengthControl:
     def __post_init__(self) -> None:
         if (self.calibration is None) != (self.difficulty is None):
             raise CoalaError("Length control needs two files: give both --calibration and --difficulty, or neither.")
+        if self.files and self.stopping == "liblinear":
+            from coala.evaluation.length_control import published_solver
+
+            published_solver()  # what it needs is missed before anything is generated and judged
 
     @property
     def files(self) -> dict[str, Path]:
