@@ -124,20 +124,12 @@ def bounded_mean(values: ArrayLike, group: Groups = None, *, of: float = 1.0) ->
     return Estimate(of * mean, *ends, len(x), inner.method)
 
 
-def paired_difference(
-    values: ArrayLike,
-    others: ArrayLike,
-    group: Groups = None,
-    *,
-    how: Literal["t", "bootstrap"] = "t",
-    draws: int = 2000,
-    seed: int = 0,
-) -> Estimate:
+def paired_difference(values: ArrayLike, others: ArrayLike, group: Groups = None) -> Estimate:
     """Mean of values - others on the same rows (n,); what the rows share cancels, and groups count as in a mean."""
     a, b = vector(values, "values"), vector(others, "values")
     if a.shape != b.shape:
         raise CoalaError(f"Found {len(a)} and {len(b)} values; a paired comparison needs the same rows on both sides.")
-    found = mean_estimate(a - b, group, how=how, draws=draws, seed=seed)
+    found = mean_estimate(a - b, group)
     return Estimate(found.value, found.low, found.high, found.n, f"paired difference: {found.method}")
 
 
