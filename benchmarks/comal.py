@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from coala.comal.loop import run_comal
 from coala.comal.oracles import from_table
-from coala.evaluation.statistics import mean_estimate
 from coala.nash import duality_gap, kl_divergence, solve
+from coala.statistics.intervals import mean_estimate
 from tests.tiny_game import EXACT, EXAMPLES, GAME, START, copy_of, distribution, supervised_start
 
 METHODS = ["comal", "inpo", "ipo"]

@@ -39,7 +39,7 @@ from coala.comal.measures import cyclic_share
 from coala.comal.oracles import Oracle, ask
 from coala.comal.report import matrix_rows, nash_rows, summarise, update_rows
 from coala.comal.settings import COMALSettings
-from coala.evaluation.statistics import mean_estimate
+from coala.statistics.intervals import mean_estimate
 from coala.store import digest, load_json, load_lines, save_json, save_lines
 from coala.values import Estimate, user
 

@@ -34,8 +34,10 @@ from coala.data import read_pairs
 from coala.decoding import Guidance, generate
 from coala.decoding.guidance import Mode
 from coala.decoding.sampling import gumbel, restrict, stream_key
-from coala.evaluation import WordJudge, mean_estimate, paired_difference, perplexity, win_rate
+from coala.evaluation import WordJudge, win_rate
 from coala.features import extract
+from coala.statistics.intervals import mean_estimate, paired_difference
+from coala.statistics.scores import perplexity
 from coala.values import ConvexHead, Estimate, Generation, Pair, Turn, conversation_text, user
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "coala" / "assets"

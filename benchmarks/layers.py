@@ -37,8 +37,8 @@ def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
     from coala.backbone import load_backbone
     from coala.convex import fit
     from coala.data import check
-    from coala.evaluation import accuracy_difference, accuracy_of_margins
     from coala.features import extract_many
+    from coala.statistics.scores import accuracy_difference, accuracy_of_margins
 
     folder = ROOT / "src" / "coala" / "assets" / model if model == "film-lm" else data / "models" / model
     backbone = load_backbone(folder, device="cpu")

@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from coala.evaluation import accuracy_difference, ranking_accuracy  # noqa: E402
+from coala.statistics.scores import accuracy_difference, ranking_accuracy  # noqa: E402
 from coala.store import load_features, load_head  # noqa: E402
 from tests.reference import linear_probe  # noqa: E402
 

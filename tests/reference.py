@@ -132,3 +132,21 @@ def linear_probe(
         losses.append(np.logaddexp(0, -margins).mean())
     weights = ridge_bradley_terry(differences, ridges[int(np.argmin(losses))]) * factor
     return np.asarray((test.chosen.astype(float) - test.rejected) @ weights)
+
+
+def naive_logistic(X: np.ndarray, y: np.ndarray, weight: np.ndarray, l1: float, l2: float = 0.0) -> np.ndarray:
+    """Logistic regression: positive and negative parts by L-BFGS-B, every row twice with its two labels."""
+    k = X.shape[1]
+
+    def objective(parts: np.ndarray) -> tuple[float, np.ndarray]:
+        b = parts[:k] - parts[k:]
+        z = X @ b
+        loss = weight @ (y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z))
+        slope = X.T @ (weight * (1 / (1 + np.exp(-z)) - y)) + l2 * b
+        return loss + l1 * parts.sum() + l2 / 2 * b @ b, np.concatenate([slope + l1, l1 - slope])
+
+    options = {"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-10}
+    found = minimize(
+        objective, np.zeros(2 * k), jac=True, method="L-BFGS-B", bounds=[(0, None)] * (2 * k), options=options
+    )
+    return np.asarray(found.x[:k] - found.x[k:])

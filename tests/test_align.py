@@ -19,9 +19,9 @@ import pytest
 from coala.alignment import align_recipe, load_parts, make_report, processes, summary_rows
 from coala.data import DataError
 from coala.decoding import generate
-from coala.evaluation import accuracy_of_margins
 from coala.export import score_replies
 from coala.recipe import Recipe, RecipeError, load_recipe, set_option
+from coala.statistics.scores import accuracy_of_margins
 from coala.store import (
     RunFolder,
     StoreError,

@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 from coala.backbone import BackboneError, load_backbone
 from coala.backbone.outline import outline
-from coala.costs import transformer_shape
 from tests.menagerie import BACKBONES, ENCODERS, FAMILIES, tiny_backbone
+from tests.test_costs import transformer_shape
 
 
 @pytest.mark.parametrize("name", [*BACKBONES, *FAMILIES])
@@ -33,7 +33,7 @@ def test_an_outline_is_the_loaded_model(tmp_path: Path, name: str) -> None:
         return
     # What the model's own cache grows by with one more token; recurrent states do not grow.
     grown = [_cached(network.causal, network.config, length) for length in (4, 5)]
-    assert found.cache_bytes("float32") == grown[1] - grown[0]
+    assert 4 * found.cached == grown[1] - grown[0]
 
 
 def _cached(model: Any, config: Any, length: int) -> int:
@@ -120,7 +120,7 @@ def test_published_models_are_known_from_their_settings(tmp_path: Path, name: st
     dense = transformer_shape(
         n_layers=32, width=4096, vocabulary=settings["vocab_size"], mlp_width=14336, n_heads=32, n_kv_heads=8
     )
-    assert found.cache_bytes("bfloat16") == 131_072  # 2 * 32 layers * 8 heads * 128 * 2 bytes
+    assert 2 * found.cached == 131_072  # 2 * 32 layers * 8 heads * 128 * 2 bytes
     assert found.context == settings["max_position_embeddings"]
     if name == "mixtral-8x7b":
         # Two experts of eight a token, and the router: the second expert and 8 * 4096 a layer above a dense model.

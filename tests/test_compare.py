@@ -272,7 +272,8 @@ def test_torch_counts_a_training_step_by_formula(attention: str) -> None:
     import transformers
 
     from coala.compare.flop_counter import torch_flops
-    from coala.costs import full_flops, transformer_shape
+    from coala.costs import full_flops
+    from tests.test_costs import transformer_shape
 
     config = transformers.GPT2Config(
         n_layer=2, n_embd=24, n_head=4, vocab_size=97, n_positions=64, attn_pdrop=0, attn_implementation=attention

@@ -16,12 +16,12 @@ import pytest
 
 pytest.importorskip("trl", reason="a comparison trains its baselines with the extra baselines")
 
-from coala.compare import cells, content_of, run, statuses, summary_rows, write_report
-from coala.compare.cell import carry_out, read
+from coala.compare import cells, content_of, run, summary_rows, write_report
+from coala.compare.cell import PLAN, carry_out, read
 from coala.compare.matrix import Cell, says_peak
 from coala.compare.processes import Processes
 from coala.compare.study import Study, study_of
-from coala.store import save_pairs
+from coala.store import load_json, save_pairs
 from coala.values import CoalaError
 from tests.menagerie import tiny_backbone
 from tests.test_compare import pairs_of
@@ -76,6 +76,12 @@ def study(made: Path, **change: Any) -> Study:
         **change,
     }
     return study_of(about)
+
+
+def statuses(out: Path) -> dict[str, str]:
+    """By cell; ``missing`` where nothing is written."""
+    stamps = load_json(out / PLAN)["stamps"]
+    return {name: (read(out / "cells" / name) or {"status": "missing"})["status"] for name in stamps}
 
 
 def decided(content: Any) -> Any:

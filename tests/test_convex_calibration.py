@@ -10,7 +10,7 @@ from scipy.optimize import brentq, minimize_scalar
 
 from coala.convex import fit
 from coala.convex.calibration import DROP, WIDEST, fit_temperature, least_slope
-from coala.evaluation import reliability
+from coala.statistics.scores import reliability
 from coala.values import CoalaError, FeatureSet, FeatureSpec
 
 

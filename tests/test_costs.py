@@ -32,12 +32,30 @@ from coala.costs import (
     second_phase_flops,
     token_flops,
     training_flops,
-    transformer_shape,
     work_over_bound,
 )
 from coala.values import CoalaError
 from tests.menagerie import tiny_backbone
 from tests.waiting import PATIENCE, Clock, wait_for
+
+
+def transformer_shape(
+    *,
+    n_layers: int,
+    width: int,
+    vocabulary: int,
+    mlp_width: int,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    head_size: int | None = None,
+    gated_mlp: bool = True,
+) -> Shape:
+    """Shape of a decoder with query, key, value, output and two (``gated_mlp``: three) MLP matrices a layer."""
+    size = head_size or width // n_heads
+    kv_width = (n_kv_heads or n_heads) * size
+    layer = 2 * width * n_heads * size + 2 * width * kv_width + (3 if gated_mlp else 2) * width * mlp_width
+    return Shape(n_layers, width, vocabulary, n_layers * layer, n_heads * size)
+
 
 SHAPES = {
     "DistilGPT2": transformer_shape(

@@ -11,9 +11,9 @@ import pytest
 
 from coala.backbone import LanguageModel
 from coala.decoding import Guidance, generate
-from coala.decoding.guidance import Mode
 from coala.decoding.sampling import restrict, uniform
 from coala.decoding.search import kept
+from coala.settings import Mode
 from coala.values import CoalaError, ConvexHead
 from tests.test_decoding_naive import PROMPTS, endless_model, make_head, texts
 from tests.test_decoding_rules import _chi_square, _first_token_counts

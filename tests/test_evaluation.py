@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import math
 from collections import Counter
@@ -16,24 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coala.evaluation import (
-    HeadJudge,
-    WordJudge,
+from coala.evaluation import HeadJudge, WordJudge, judge, win_rate
+from coala.statistics.intervals import clustered, mean_estimate, share_estimate, wilson
+from coala.statistics.scores import (
     accuracy_difference,
     accuracy_of_margins,
-    auc,
     by_length_difference,
-    clustered,
-    judge,
-    mean_estimate,
     pairwise_nll,
     perplexity,
     ranking_accuracy,
     reliability,
-    share_estimate,
     tie_share,
-    wilson,
-    win_rate,
 )
 from coala.values import CoalaError, Generation, Judgement, Turn, user
 
@@ -173,33 +165,6 @@ def test_bad_scores_are_named() -> None:
         accuracy_of_margins(np.zeros((2, 2)))
     with pytest.raises(CoalaError, match="from -1 to 2"):
         share_estimate([-1.0, 2.0])
-
-
-def test_auc_against_all_comparisons() -> None:
-    rng = np.random.default_rng(3)
-    chosen, rejected = rng.integers(6, size=50) + 1.0, rng.integers(6, size=50) * 1.0
-    naive = np.mean([(a > b) + 0.5 * (a == b) for a, b in itertools.product(chosen, rejected)])
-    estimate = auc(chosen, rejected)
-    assert estimate.value == pytest.approx(naive)
-    assert estimate.low < naive < estimate.high
-    group = np.repeat(np.arange(10), 5)
-    grouped = auc(chosen, rejected, group)
-    assert grouped.value == pytest.approx(naive)
-    assert 0 <= grouped.low < naive < grouped.high <= 1
-    apart = auc([2.0, 3.0], [0.0, 1.0])
-    assert apart.value == 1
-    assert apart.low < 0.7
-    assert auc([1.0] * 4, [1.0] * 4).value == 0.5
-
-
-def test_auc_error_is_the_bootstraps() -> None:
-    rng = np.random.default_rng(4)
-    quality = rng.normal(size=150)  # what the two replies to a prompt share
-    chosen, rejected = quality + rng.normal(size=150) + 0.7, quality + rng.normal(size=150)
-    estimate = auc(chosen, rejected)
-    draws = [rng.integers(150, size=150) for _ in range(300)]
-    spread = np.std([auc(chosen[d], rejected[d]).value for d in draws])
-    assert (estimate.high - estimate.low) / (2 * 1.976) == pytest.approx(spread, rel=0.15)
 
 
 def test_pairwise_nll_limits() -> None:

@@ -6,6 +6,8 @@ import csv
 import gzip
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import minimize
 
-from coala.evaluation import liblinear
 from coala.evaluation.alpaca import (
     Annotations,
     preference_from_logprobs,
@@ -33,10 +33,9 @@ from coala.evaluation.length_control import (
     predict_winrate,
     read_calibration,
     read_difficulty,
-    read_weights,
 )
-from coala.evaluation.logistic import fit_logistic
 from coala.values import CoalaError
+from tests.reference import naive_logistic
 
 MODELS = ("FuseChat-Llama-3.2-3B-Instruct", "gpt-3.5-turbo-0301", "vicuna-13b-v1.5", "alpaca-7b")
 
@@ -170,23 +169,22 @@ def test_published_stopping_gives_what_the_published_package_gives(
         assert at(float(grid[np.argmin(np.abs(grid - float(c)))])).win_rate.value == pytest.approx(value, abs=1e-8)
 
 
-def test_published_stopping_goes_to_the_optimum_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(5)
-    X = rng.normal(size=(200, 4)) * [1, 0.3, 2, 1]
-    y, weight = 1 / (1 + np.exp(-X @ [1, -2, 0.5, 0.0] - rng.normal(size=200))), rng.random(200)
+def test_published_stopping_is_near_the_optimum(world: World) -> None:
+    annotations, difficulty, calibration, _ = world
     for c in (0.2, 1.0, 50.0):
-        exact = fit_logistic(X, y, weight, l1=1 / c).coefficients
-        early = liblinear.fit_as_liblinear(X, y, weight, c=c)
-        assert np.abs(early - exact).max() < 0.02
-        with monkeypatch.context() as patch:
-            patch.setattr(liblinear, "TOLERANCE", 1e-9)
-            late = liblinear.fit_as_liblinear(X, y, weight, c=c)
-        assert np.abs(late - exact).max() < 1e-7
-        assert np.abs(early - exact).max() > np.abs(late - exact).max()
-        # Coefficients that the penalty holds at 0 are exactly that.
-        assert ((late == 0) == (exact == 0)).all()
-        # The seed draws the order of coordinates: another end, the same optimum.
-        assert np.abs(liblinear.fit_as_liblinear(X, y, weight, c=c, seed=1) - exact).max() < 0.02
+        exact = length_controlled(annotations, difficulty, calibration, penalty=c, draws=0)
+        early = length_controlled(annotations, difficulty, calibration, penalty=c, stopping="liblinear", draws=0)
+        assert 1e-9 < abs(early.win_rate.value - exact.win_rate.value) < 0.1
+    won = replace(annotations, preference=np.full(len(annotations), 2.0))
+    assert length_controlled(won, difficulty, calibration, stopping="liblinear", draws=0).win_rate.value > 90
+
+
+def test_published_stopping_says_what_it_needs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotations, difficulty, calibration, _ = world
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(CoalaError, match=r"pip install 'coala-align\[liblinear\]'"):
+        length_controlled(annotations, difficulty, calibration, penalty=1.0, stopping="liblinear", draws=0)
+    assert length_controlled(annotations, difficulty, calibration, penalty=1.0, draws=0).penalty == 1
 
 
 def test_stopping_needs_a_penalty_and_a_name(world: World) -> None:
@@ -214,7 +212,7 @@ def test_own_rows_alone_are_read_at_equal_lengths() -> None:
     assert "own rows alone" in found.win_rate.method
     X = np.column_stack([np.tanh(difference / difference.std(ddof=1)), np.ones(500)])
     assert found.win_rate.value == pytest.approx(
-        100 / (1 + math.exp(-naive_fit(X, verdicts - 1, np.ones(500), 0.0)[1])), abs=1e-3
+        100 / (1 + math.exp(-naive_logistic(X, verdicts - 1, np.ones(500), 0.0)[1])), abs=1e-3
     )
     with pytest.raises(CoalaError, match="together, or neither"):
         length_controlled(annotations, Difficulty(np.zeros(500), {}), None)
@@ -261,8 +259,9 @@ def test_length_controlled_with_a_chosen_penalty(
 
 
 def test_published_weights_give_the_published_values(folder: Path, difficulty: Difficulty) -> None:
-    weights = read_weights(folder / "published_weights_and_lc.csv")
     rows = {row["model"]: row for row in table(folder / "published_weights_and_lc.csv")}
+    columns = ("w_tanh_std_delta_len", "w_instruction_difficulty", "w_bias")
+    weights = {model: Weights(*(float(row[column]) for column in columns)) for model, row in rows.items()}
     whole = [model for model, row in rows.items() if float(row["n_total"]) == 805]
     assert len(whole) == 93
     errors = 0
@@ -332,47 +331,6 @@ def test_tokens_that_are_missing() -> None:
     )
 
 
-def naive_fit(X: np.ndarray, y: np.ndarray, weight: np.ndarray, l1: float, l2: float = 0.0) -> np.ndarray:
-    """Positive and negative parts by L-BFGS-B, every row twice with its two labels."""
-    k = X.shape[1]
-
-    def objective(parts: np.ndarray) -> tuple[float, np.ndarray]:
-        b = parts[:k] - parts[k:]
-        z = X @ b
-        loss = weight @ (y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z))
-        slope = X.T @ (weight * (1 / (1 + np.exp(-z)) - y)) + l2 * b
-        return loss + l1 * parts.sum() + l2 / 2 * b @ b, np.concatenate([slope + l1, l1 - slope])
-
-    options = {"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-10}
-    found = minimize(
-        objective, np.zeros(2 * k), jac=True, method="L-BFGS-B", bounds=[(0, None)] * (2 * k), options=options
-    )
-    return np.asarray(found.x[:k] - found.x[k:])
-
-
-@pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.0), (0.5, 0.0), (5.0, 0.0), (60.0, 0.0), (0.0, 2.0), (1.0, 1.0)])
-def test_logistic_fit_against_another_solver(l1: float, l2: float) -> None:
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(120, 4)) * [1, 0.2, 3, 1]
-    y, weight = 1 / (1 + np.exp(-X @ [1, -2, 0.3, 0.0] - rng.normal(size=120))), rng.random(120)
-    fit = fit_logistic(X, y, weight, l1=l1, l2=l2)
-    assert fit.converged
-    assert fit.coefficients == pytest.approx(naive_fit(X, y, weight, l1, l2), abs=2e-5)
-    if l1 == 60:
-        assert not fit.coefficients.any()
-    # The optimum satisfies its conditions to the last digits, wherever it was started.
-    again = fit_logistic(X, y, weight, l1=l1, l2=l2, start=np.array([3.0, -4.0, 5.0, 6.0]))
-    assert again.coefficients == pytest.approx(fit.coefficients, abs=1e-9)
-
-
-def test_logistic_fit_without_an_optimum_says_so() -> None:
-    X, y = np.array([[1.0], [-1.0]]), np.array([1.0, 0.0])
-    assert not fit_logistic(X, y, max_steps=5).converged
-    assert fit_logistic(X, y).coefficients[0] > 20
-    assert fit_logistic(np.zeros((3, 2)), np.ones(3)).coefficients == pytest.approx([0, 0])
-    assert fit_logistic(np.ones((4, 1)), np.array([1.0, 1, 1, 0])).coefficients[0] == pytest.approx(math.log(3))
-
-
 def made(preference: Any, model: Any, baseline: Any, instruction: Any = None) -> Annotations:
     n = len(preference)
     names = tuple(f"say {i}" for i in range(n)) if instruction is None else tuple(instruction)
@@ -424,14 +382,6 @@ def test_the_interval_covers_sampled_verdicts(world: World) -> None:
         found = length_controlled(sampled, difficulty, calibration, penalty=None, draws=60, seed=seed).win_rate
         inside += found.low <= target <= found.high
     assert inside >= 20
-
-
-def test_predictions_against_another_model() -> None:
-    hard = np.linspace(-2, 2, 9)
-    one, two = Weights(-1.0, 0.5, 0.3), Weights(-2.0, 0.9, -0.2)
-    assert predict_winrate(one, hard, one) == pytest.approx(0.5)
-    assert predict_winrate(one, hard, two) + predict_winrate(two, hard, one) == pytest.approx(1)
-    assert predict_winrate(one, hard, Weights(0, 0, 0)) == pytest.approx(predict_winrate(one, hard))
 
 
 def test_the_baseline_against_itself_is_at_fifty(world: World) -> None:
@@ -609,7 +559,3 @@ def test_calibration_scales_and_difficulty_order(tmp_path: Path) -> None:
         read_difficulty(order)
     order.write_text("instruction,instruction_difficulty\nsay a,1.5\nsay b,2.5\n")
     assert read_difficulty(order).places[instruction_key("say b")] == 1
-    weights = tmp_path / "w.csv"
-    weights.write_text("model,w_tanh_std_delta_len,w_instruction_difficulty,w_bias\na,1,2,3\na,1,2,3\n")
-    with pytest.raises(CoalaError, match="a second time"):
-        read_weights(weights)

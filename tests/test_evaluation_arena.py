@@ -18,7 +18,6 @@ from coala.evaluation.arena import (
     battles_of,
     bradley_terry,
     parse_verdict,
-    predicted_win_rate,
     read_battles,
     score,
 )
@@ -56,7 +55,7 @@ def test_published_scores_and_intervals(folder: Path, expected: dict[str, Any]) 
         assert (one.score.n, one.n_questions) == (want["weighted_battles"], want["questions"])
         assert one.score.value == pytest.approx(want["weighted_mean_win_rate"], abs=1e-9)
         # One baseline: the mean, the fit and its prediction are the same.
-        assert predicted_win_rate(ratings[model], 1000) == pytest.approx(one.score.value, abs=1e-9)
+        assert predicted(ratings[model], 1000) == pytest.approx(one.score.value, abs=1e-9)
         assert one.score.value == pytest.approx(want["bt_win_rate_vs_baseline"], abs=1e-4)
         assert ratings[model] == pytest.approx(one.rating, abs=1e-8)
         assert ratings[model] == pytest.approx(want["bt_mle_elo"], abs=1e-4)
@@ -210,6 +209,10 @@ def test_boards_differ_in_their_interval() -> None:
     assert "90 %" in new.published_interval.method
 
 
+def predicted(rating: float, other: float) -> float:
+    return 100 / (1 + 10 ** ((other - rating) / 400))
+
+
 def random_battles(seed: int, models: int = 5, n: int = 600) -> tuple[Battles, np.ndarray]:
     rng = np.random.default_rng(seed)
     strength = rng.normal(size=models)
@@ -243,9 +246,6 @@ def test_ratings_against_another_solver() -> None:
     moved = bradley_terry(battles, "m3", 500.0)
     assert moved["m1"] - moved["m2"] == pytest.approx(found["m1"] - found["m2"])
     assert moved["m3"] == 500
-    assert predicted_win_rate(found["m1"], found["m2"]) + predicted_win_rate(found["m2"], found["m1"]) == pytest.approx(
-        100
-    )
 
 
 def test_ratings_that_do_not_exist() -> None:
@@ -327,6 +327,24 @@ def test_turning_battles_round_changes_nothing(version: Any) -> None:
     two = style_controlled(mixed, first, second, "b", version=version, draws=0)
     assert two.scores["m"].value == pytest.approx(one.scores["m"].value, abs=1e-6)
     assert two.coefficients == pytest.approx(one.coefficients, abs=1e-7)
+
+
+def test_a_model_that_won_everything_has_no_finite_strength() -> None:
+    battles, ours, theirs, _ = star(0)
+    rng = np.random.default_rng(0)
+    question = [f"q{i}" for i in range(40)]
+    won = Battles(np.array(["w"] * 40), np.array(["b"] * 40), np.ones(40), np.array(question))
+    both = Battles(
+        *(np.concatenate([getattr(battles, name), getattr(won, name)]) for name in ("first", "second", "outcome")),
+        np.concatenate([battles.question, won.question]),
+    )
+    first, second = (np.vstack([side, rng.integers(1, 9, (40, 4))]).astype(float) for side in (ours, theirs))
+    found = style_controlled(both, first, second, "b", draws=0).scores
+    assert found["w"].value == pytest.approx(100, abs=1e-6)
+    assert "no finite strengths fit best" in found["w"].method
+    alone = style_controlled(battles, ours.astype(float), theirs.astype(float), "b", draws=0).scores["m"]
+    assert "no finite strengths" not in alone.method
+    assert found["m"].value == pytest.approx(alone.value, abs=10)
 
 
 def test_without_style_differences_it_is_bradley_terry() -> None:

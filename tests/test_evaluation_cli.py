@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from coala.cli.evaluate import app
+from coala.leaderboards.alpaca import LengthControl
 from coala.values import CoalaError
 
 from .evaluation_helpers import called
@@ -162,3 +164,14 @@ def test_every_command_has_an_example() -> None:
         found = CliRunner().invoke(app, [name, "--help"])
         assert found.exit_code == 0
         assert f"Example: `coala eval {name}" in found.stdout.replace("\n", " ")
+
+
+def test_published_stopping_is_asked_for_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    files = {name: tmp_path / f"{name}.csv" for name in ("calibration", "difficulty")}
+    with pytest.raises(CoalaError, match=r"pip install 'coala-align\[liblinear\]'"):
+        LengthControl(**files, stopping="liblinear")
+    assert LengthControl(**files).files == files
+    assert LengthControl(stopping="liblinear").files == {}

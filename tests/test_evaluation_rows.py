@@ -50,10 +50,6 @@ READERS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         length_control.read_calibration,
         ("preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline"),
     ),
-    "weights": (
-        length_control.read_weights,
-        ("model", "w_tanh_std_delta_len", "w_instruction_difficulty", "w_bias"),
-    ),
     "ratings": (
         lambda path: mtbench.scores(mtbench.read_ratings(path)[0]),
         ("question_id", "model", "turn", "judgment", "score", "judge", "category"),

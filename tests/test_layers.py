@@ -24,21 +24,23 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "settings": (set(), set()),
     "permission": (set(), set()),
     "store": (set(), set()),
+    "statistics": (set(), set()),
     "__main__": ({"cli"}, set()),
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
-    "data": ({"store"}, set()),
+    "data": ({"store", "statistics"}, set()),
     "backbone": ({"costs"}, {"torch", "transformers"}),
-    "convex": (set(), {"jax", "jaxtyping"}),
+    "convex": ({"statistics"}, {"jax", "jaxtyping"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
-    "evaluation": ({"data"}, {"scipy"}),
-    "baselines": ({"store", "costs", "backbone"}, {"torch"}),
-    "nash": ({"store"}, {"jaxtyping", "scipy"}),
+    "evaluation": ({"data", "statistics"}, set()),
+    "baselines": ({"store", "statistics", "costs", "backbone"}, {"torch"}),
+    "nash": ({"store", "statistics"}, {"jaxtyping", "scipy"}),
     "comal": (
         {
             *(
                 "store",
+                "statistics",
                 "costs",
                 "recipe",
                 "data",
@@ -53,17 +55,18 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"scipy"},
     ),
     "plan": ({"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "alignment"}, set()),
-    "report": ({"store", "costs", "evaluation"}, set()),
+    "report": ({"store", "costs"}, set()),
     "export": (
-        {"store", "costs", "backbone", "decoding", "evaluation", "alignment"},
+        {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "alignment"},
         {"torch", "transformers", "lm_eval"},
     ),
     "web": (set(), {"fastapi", "uvicorn"}),
-    "survey": ({"store", "evaluation", "web"}, {"fastapi", "uvicorn"}),
+    "survey": ({"store", "statistics", "web"}, {"fastapi", "uvicorn"}),
     "serve": ({"backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "alignment": (
         {
             "store",
+            "statistics",
             "costs",
             "recipe",
             "data",
@@ -78,7 +81,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "compare": (
         {
-            *("store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("store", "statistics", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
             *("evaluation", "baselines", "alignment", "plan", "report"),
         },
         {"pydantic", "yaml"},
@@ -86,7 +89,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "leaderboards": (
         {
             "survey",
-            *("store", "recipe", "data", "backbone", "features", "decoding", "evaluation", "report", "alignment"),
+            *("store", "statistics", "recipe", "data", "backbone", "features", "decoding"),
+            *("evaluation", "report", "alignment"),
             "export",
         },
         set(),
@@ -98,6 +102,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "decoding",
             *(
                 "evaluation",
+                "statistics",
                 "nash",
                 "comal",
                 "plan",

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coala.cli.survey import app as cli
-from coala.evaluation.statistics import wilson
+from coala.statistics.intervals import wilson
 from coala.survey import Records, Survey, load_survey, read_votes, save_survey
 from coala.survey.app import HEADERS, LARGEST_BODY, create_app
 from coala.values import CoalaError

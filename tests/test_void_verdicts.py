@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coala.cli.evaluate import app
-from coala.evaluation.order_effects import place_alone, place_alone_once, remarks_on
+from coala.evaluation.win_rates import place_alone, place_alone_once, remarks_on
 from coala.store import save_generations, save_pairs
 from coala.values import Estimate, Generation, Judgement, Pair, prompt_id, user
 from tests.evaluation_helpers import called, write_lines

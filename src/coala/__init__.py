@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from coala.data import check as check_pairs
     from coala.data import split as split_pairs
     from coala.decoding import Guidance, generate, guide, log_likelihood
-    from coala.evaluation import Judge, WordJudge, ranking_accuracy, win_rate
+    from coala.evaluation import Judge, WordJudge, win_rate
     from coala.evaluation import judge as compare_replies
     from coala.features import extract as extract_features
+    from coala.statistics.scores import ranking_accuracy
     from coala.store import load_features, load_head, load_pairs, save_features, save_head, save_pairs
     from coala.values import (
         Certificate,
@@ -45,7 +46,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         *("check_pairs = check", "split_pairs = split"),
     ),
     "coala.decoding": ("Guidance", "generate", "guide", "log_likelihood"),
-    "coala.evaluation": ("Judge", "WordJudge", "ranking_accuracy", "win_rate", "compare_replies = judge"),
+    "coala.evaluation": ("Judge", "WordJudge", "win_rate", "compare_replies = judge"),
+    "coala.statistics.scores": ("ranking_accuracy",),
     "coala.features": ("extract_features = extract",),
     "coala.store": ("load_features", "load_head", "load_pairs", "save_features", "save_head", "save_pairs"),
     "coala.values": (

@@ -53,13 +53,23 @@ _DTYPES = {
 }
 
 # Choices that more than one part of the program speaks of.
-Mode = Annotated[
-    Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"], Setting("How the head guides decoding.")
-]
-Rule = Annotated[
-    Literal["calibrated", "min-max", "raw", "z-score"],
-    Setting("How scores count; calibrated: by their evidence.", flag=None),
-]
+Mode = Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"]
+Rule = Literal["calibrated", "min-max", "raw", "z-score"]
+Method = Literal["learnt", "direct", "two-phase", "linear"]
+GateOn = Literal["auto", "reply", "prompt"]
+PhaseOne = Literal["gated", "cronos", "network"]
+Engine = Literal["processes", "ray"]
+Board = Literal["v0.1", "v2.0"]
+VerdictRule = Literal["last", "unanimous"]
+DifficultyBy = Literal["position", "instruction"]
+Stopping = Literal["optimum", "liblinear"]
+SubsetWeights = Literal["published", "rows"]
+StepLoss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
+Selection = Literal["random", "all", "best_worst"]
+Target = Literal["soft", "bernoulli", "hard"]
+Win = Literal["hard", "mean"]
+
+# Settings that more than one command takes.
 Template = Annotated[Literal["auto", "chat", "dialogue", "continuation"], Setting("How conversations are rendered.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -121,14 +131,14 @@ class HeadSettings:
     __pydantic_config__ = _STRICT
 
     method: Annotated[
-        Literal["learnt", "direct", "two-phase", "linear"],
+        Method,
         Setting(
             "How the head is fitted: `learnt` gates (one convex program), `direct` (the same, sampled gates), `linear` "
             "(none) or `two-phase` (the papers')."
         ),
     ] = "learnt"
     gate_on: Annotated[
-        Literal["auto", "reply", "prompt"] | None,
+        GateOn | None,
         Setting("What gates look at; auto: both compete (`coala align` then encodes prompts too)."),
     ] = None
     reference_scale: Annotated[
@@ -138,7 +148,7 @@ class HeadSettings:
         Literal["pairwise", "pointwise"], Setting("Two-phase: Phase II loss; pointwise is Eq. 9.", flag=None)
     ] = "pairwise"
     phase_one: Annotated[
-        Literal["gated", "cronos", "network"],
+        PhaseOne,
         Setting("Two-phase: Phase I by Newton's method (`gated`), ADMM (`cronos`) or as a ReLU `network`.", flag=None),
     ] = "gated"
     paper: Annotated[bool, Setting("Two-phase with the published settings, nothing searched.")] = False
@@ -155,7 +165,7 @@ class GuidanceSettings:
 
     __pydantic_config__ = _STRICT
 
-    mode: Mode = "block"
+    mode: Annotated[Mode, Setting("How the head guides decoding.")] = "block"
     strength: Annotated[
         Annotated[float, Ge(0)] | None, Setting("Guidance strength; 0 is unguided (default: the mode and rule's own).")
     ] = None
@@ -168,7 +178,7 @@ class GuidanceSettings:
         float, Gt(0), Le(1), Setting("Likeliest tokens that add up to this probability; 1 is all.", flag=None)
     ] = 0.9
     block_tokens: Annotated[int, Ge(1), Setting("Of mode block: tokens of a block.", flag=None)] = 5
-    rule: Rule = "calibrated"
+    rule: Annotated[Rule, Setting("How scores count; calibrated: by their evidence.", flag=None)] = "calibrated"
     budget: Annotated[
         Annotated[float, Ge(0)] | None, Setting("Of mode shift: nats a reply may spend on guidance.", flag=None)
     ] = None

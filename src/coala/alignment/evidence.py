@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coala import evaluation
+from coala.statistics import scores
 from coala.store import StoreError, load_features
 from coala.values import ConvexHead, Estimate
 
@@ -53,7 +53,7 @@ def _held_out(run: Path, head: ConvexHead) -> Estimate | None:
         return None
     if not len(features) or features.width != head.width or (head.needs_prompt and features.prompt is None):
         return None
-    return evaluation.accuracy_of_margins(head.margins(features), features.group)
+    return scores.accuracy_of_margins(head.margins(features), features.group)
 
 
 def _told(accuracy: Estimate) -> str:

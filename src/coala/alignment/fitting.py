@@ -72,7 +72,7 @@ def fit_folder(
     With ``eval_features`` ranking accuracy on them too. Raises :class:`~coala.values.CoalaError` for settings that do
     not agree and for folders that hold no features.
     """
-    from coala.evaluation import accuracy_of_margins
+    from coala.statistics.scores import accuracy_of_margins
 
     settings = check_head(settings)
     data = load_features(features, mmap=True)

@@ -139,7 +139,7 @@ def _judged(
     layers: Sequence[int], rows: Sequence[HeldOut], group: NDArray[np.str_], n_layers: int
 ) -> tuple[int, str, list[LayerScore]]:
     """The layer to take, why, and what each is worth."""
-    from coala.convex.validation import clustered_error
+    from coala.statistics.intervals import clustered
 
     place = min(range(len(rows)), key=lambda i: rows[i].loss)
     best, top = rows[place], layers[place]
@@ -149,7 +149,7 @@ def _judged(
             cost=layer / n_layers,
             nll=row.loss,
             excess=row.loss - best.loss,
-            excess_error=clustered_error(row.losses - best.losses, group),
+            excess_error=clustered(row.losses - best.losses, group)[1],
             accuracy=row.accuracy,
         )
         for layer, row in zip(layers, rows, strict=True)

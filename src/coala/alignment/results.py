@@ -17,6 +17,7 @@ from coala.alignment.stages import guidance_of
 from coala.permission import permitted
 from coala.recipe import recipe_of, refuse_asked_code
 from coala.report import write_report
+from coala.statistics import scores
 from coala.store import (
     RunFolder,
     StoreError,
@@ -69,7 +70,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
     certificate = head.certificate
     margins = head.margins(held_out)
     preferences = head.preference(held_out.chosen, held_out.rejected, held_out.prompt)
-    reliable = evaluation.reliability(preferences, held_out.group, seed=recipe.seed)
+    reliable = scores.reliability(preferences, held_out.group, seed=recipe.seed)
     with read_as("what a fit tells of itself", run.path / "head/fit.json"):
         linear = np.asarray(fitted["linear"], np.float32)
         curves, path = _curves(fitted["history"]), fitted["path"]
@@ -78,7 +79,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
     if "pairs" not in facts:
         raise StoreError(f"{run.path}: does not say what its stages did: stages/pairs.json is gone. Align again.")
     lengths = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
-    accuracy = evaluation.accuracy_of_margins
+    accuracy = scores.accuracy_of_margins
     seconds = sum(fact["seconds"] for fact in facts.values())
     summary: dict[str, Any] = {
         "n_train": len(train) // recipe.model.prefixes,
@@ -86,8 +87,8 @@ def make_report(run: RunFolder) -> dict[str, Any]:
         "accuracy_eval": accuracy(margins, held_out.group),
         "accuracy_train": accuracy(head.margins(train), train.group),
         "linear_accuracy_eval": accuracy(linear_margins, held_out.group),
-        "gain_over_linear": evaluation.accuracy_difference(margins, linear_margins, held_out.group),
-        "nll_eval": evaluation.pairwise_nll(margins / head.temperature, held_out.group),
+        "gain_over_linear": scores.accuracy_difference(margins, linear_margins, held_out.group),
+        "nll_eval": scores.pairwise_nll(margins / head.temperature, held_out.group),
         "calibration_error": reliable.error,
         "program": None if certificate is None else certificate.program,
         "certified_gap": None if certificate is None else certificate.relative_gap,
@@ -121,7 +122,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
         "path": _marked(path, {} if certificate is None else certificate.facts),
         "scores": {name: head.score(getattr(held_out, name), held_out.prompt) for name in ("chosen", "rejected")},
         "reliability": reliable,
-        "by_length": evaluation.by_length_difference(margins, lengths, held_out.group),
+        "by_length": scores.by_length_difference(margins, lengths, held_out.group),
         "costs": [
             {"stage": stage, **{k: fact[k] for k in ("seconds", "flops", "flops_bound", "peak_bytes") if k in fact}}
             for stage, fact in facts.items()
@@ -131,7 +132,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
     if all(path.exists() for path in replies.values()):
         texts = {name: load_generations(path) for name, path in replies.items()}
         content["perplexity"] = {
-            name: evaluation.perplexity([g.log_prob for g in some], [g.n_tokens for g in some])
+            name: scores.perplexity([g.log_prob for g in some], [g.n_tokens for g in some])
             for name, some in texts.items()
             if some
         }

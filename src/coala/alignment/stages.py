@@ -20,6 +20,7 @@ from coala.alignment.extraction import OF_A_SAMPLE, encode
 from coala.alignment.fitting import fit_settings
 from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import Recipe
+from coala.statistics.intervals import wald
 from coala.store import (
     claim,
     digest,
@@ -366,7 +367,7 @@ def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
     lines = []
     groups = len({pair.group for pair in held_out})
     # Half the width of the interval of a share near a half.
-    width = 100 * 1.96 * (0.25 / max(1, groups)) ** 0.5
+    width = 100 * (wald(0.5, max(1, groups))[1] - 0.5)
     if width > MOST_WIDTH:
         more = "" if recipe.eval_pairs else f" (--eval-fraction is {recipe.eval_fraction:g})"
         few = f"{len(held_out)} held-out pair{'' if len(held_out) == 1 else 's'} in {groups} group"

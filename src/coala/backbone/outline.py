@@ -57,10 +57,6 @@ class Outline:
         small = self.in_layers if quantise == "8bit" else self.in_layers // 2 + self.in_layers // 64 * 4
         return small + (self.parameters - self.in_layers) * _size(dtype)
 
-    def cache_bytes(self, dtype: str = "bfloat16") -> int:
-        """Bytes of keys and values per token and row."""
-        return self.cached * _size(dtype)
-
 
 def outline(model: str | Path, revision: str | None = None) -> Outline:
     """The outline of a model folder, a config.json, or a hub name at ``revision``, of which config.json alone is read.

@@ -12,6 +12,7 @@ import torch
 from coala.backbone import LanguageModel
 from coala.baselines.likelihoods import Float64, loaded_like
 from coala.baselines.training import Trained
+from coala.statistics.intervals import mean_estimate
 from coala.values import CoalaError, Estimate, SpecMismatch, Turn
 
 
@@ -26,11 +27,6 @@ class Drift:
     kl: Estimate
     values: Float64
     tokens: Float64
-
-    @property
-    def per_token(self) -> float:
-        """Nats per token."""
-        return float(self.values.sum() / self.tokens.sum())
 
 
 def drift(
@@ -113,12 +109,7 @@ def _sample(
 
 def _estimate(means: Float64, samples: int) -> Estimate:
     """The mean over prompts with Student's interval."""
-    from scipy.special import stdtrit
-
-    n = len(means)
-    value = float(means.mean())
-    about = f"KL of replies in nats, {samples} sample(s) a prompt"
-    if n < 2:
-        return Estimate(value, 0.0, math.inf, n, f"{about}; one prompt, so no interval")
-    half = float(stdtrit(n - 1, 0.975)) * float(means.std(ddof=1)) / math.sqrt(n)
-    return Estimate(value, max(0.0, value - half), value + half, n, f"{about}, t interval 95 % over prompts")
+    found = mean_estimate(means)
+    how = ", t interval 95 % over prompts" if found.n > 1 else "; one prompt, so no interval"
+    about = f"KL of replies in nats, {samples} sample(s) a prompt{how}"
+    return Estimate(found.value, max(0.0, found.low), found.high, found.n, about)

@@ -13,6 +13,7 @@ from coala.cli.options import By, JudgeFlags, OneOrder, Prompts, Reference, Repl
 from coala.cli.output import command_line, tell_failures
 from coala.leaderboards.contest import one_source
 from coala.leaderboards.record import run_of
+from coala.settings import DifficultyBy, Stopping
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of replies, of the bootstrap and of cross-validation's folds.")]
 
@@ -30,14 +31,14 @@ def alpaca(
         Path | None, typer.Option(help="Difficulty of every instruction; needed for length control.")
     ] = None,
     difficulty_by: Annotated[
-        Literal["position", "instruction"],
+        DifficultyBy,
         typer.Option(help="`position` as the published figures, even where rows are missing; or `instruction`."),
     ] = "position",
     penalty: Annotated[
         str, typer.Option(help="C of the L1 fit: a number, `cv` (chosen by five folds) or `none` (maximum likelihood).")
     ] = "cv",
     stopping: Annotated[
-        Literal["optimum", "liblinear"],
+        Stopping,
         typer.Option(help="`optimum`, or `liblinear`: where the published fits stopped, to reproduce them."),
     ] = "optimum",
     outputs: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from coala.cli.options import JudgeFlags, Prompts, Reference, ReplyFlags
 from coala.cli.output import command_line, tell_failures
 from coala.leaderboards.contest import one_source
 from coala.leaderboards.record import run_of
+from coala.settings import Board, VerdictRule
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap, and of replies.")]
 
@@ -35,11 +36,9 @@ def arena(
     ] = None,
     *,
     baseline: Annotated[str, typer.Option(help="The model that all others are compared with.")] = "gpt-4-0314",
-    board: Annotated[
-        Literal["v0.1", "v2.0"], typer.Option(help="Published interval: v0.1 95 %, v2.0 90 %, both over rows.")
-    ] = "v0.1",
+    board: Annotated[Board, typer.Option(help="Published interval: v0.1 95 %, v2.0 90 %, both over rows.")] = "v0.1",
     rule: Annotated[
-        Literal["last", "unanimous"], typer.Option(help="Of several verdicts: the `last`, or none unless `unanimous`.")
+        VerdictRule, typer.Option(help="Of several verdicts: the `last`, or none unless `unanimous`.")
     ] = "last",
     style: Annotated[
         list[str] | None,

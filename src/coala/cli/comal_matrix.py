@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from coala.cli.flags import with_settings
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
 from coala.comal.named_oracles import ORACLES
-from coala.settings import Device, Template
+from coala.settings import Device, Template, Win
 
 EPILOG = (
     """
@@ -43,7 +43,7 @@ def matrix(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of entrants that are not guided by a run.")] = 1.0,
     template: Template = "auto",
-    mode: Annotated[Literal["hard", "mean"], typer.Option(help="Who is preferred, or the mean probability.")] = "hard",
+    mode: Annotated[Win, typer.Option(help="Who is preferred, or the mean probability.")] = "hard",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     cache: Annotated[

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from coala.cli.options import Download, RunOption, TrustCode
 from coala.cli.output import command_line, conclude, progress
+from coala.settings import SubsetWeights
 
 
 def from_scores(
@@ -16,7 +17,7 @@ def from_scores(
         Path, typer.Argument(help="Rows with subset, chosen_score and rejected_score: JSON Lines or CSV, plain or .gz.")
     ],
     weights: Annotated[
-        Literal["published", "rows"],
+        SubsetWeights,
         typer.Option(help="What subsets weigh: their `published` example counts, or the file's `rows`."),
     ] = "published",
     into: RunOption = None,

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from coala.comal.oracles import Example, PreferenceOracle, ask
 from coala.evaluation.judges import VerdictStore
-from coala.evaluation.statistics import bounded_mean, share_estimate
 from coala.nash.game import Float, PreferenceGame
+from coala.settings import Win
+from coala.statistics.intervals import bounded_mean, share_estimate
 from coala.values import CoalaError, Estimate
-
-Mode = Literal["hard", "mean"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class WinRates:
     failures: int
     disagreement: float
     characters: Float
-    mode: Mode
+    mode: Win
     averages: tuple[Estimate, ...]
 
     def average(self, *, include_self: bool = False) -> Float:
@@ -65,17 +64,13 @@ class EmpiricalNash:
     unique: bool
     gap: dict[str, float]
 
-    @property
-    def unbeaten(self) -> tuple[str, ...]:
-        return tuple(name for name, value in self.gap.items() if value <= 1e-9)
-
 
 def win_rate_matrix(
     answers: Mapping[str, Sequence[str]],
     examples: Sequence[Example],
     oracle: PreferenceOracle,
     *,
-    mode: Mode = "hard",
+    mode: Win = "hard",
     group: Sequence[Any] | None = None,
     keeper: VerdictStore | None = None,
     tell: Callable[[float], None] | None = None,
@@ -87,7 +82,7 @@ def win_rate_matrix(
     """
     names, n = tuple(answers), len(examples)
     if mode not in ("hard", "mean"):
-        raise CoalaError(f"Mode {mode!r}; expected 'hard' or 'mean'.")
+        raise CoalaError(f"Win {mode!r}; expected 'hard' or 'mean'.")
     if len(names) < 2 or not n:
         raise CoalaError(f"Found {len(names)} policies and {n} prompts; expected two policies and one prompt at least.")
     for name in names:
@@ -135,7 +130,7 @@ def win_rate_matrix(
     )
 
 
-def _interval(values: Float, itself: bool, mode: Mode, group: Sequence[Any] | None) -> Estimate:
+def _interval(values: Float, itself: bool, mode: Win, group: Sequence[Any] | None) -> Estimate:
     if itself:
         return Estimate(50.0, 50.0, 50.0, len(values), "a policy against itself")
     sound = np.isfinite(values)

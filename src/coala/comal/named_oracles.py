@@ -242,7 +242,7 @@ def _head(rest: str, run: Path | None, *, pairwise: bool) -> Named:
     from coala.alignment import load_parts
     from coala.comal.model_oracles import from_coala_head
     from coala.comal.pair_head import choose_pair_head
-    from coala.evaluation import accuracy_difference, accuracy_of_margins
+    from coala.statistics.scores import accuracy_difference, accuracy_of_margins
     from coala.store import digest, load_features
     from coala.values import CoalaError
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.comal.pair_head import sigmoid
 from coala.evaluation.judges import VerdictStore
 from coala.nash.game import PreferenceGame
+from coala.statistics.logistic import sigmoid
 from coala.values import CoalaError, Generation, Turn, conversation_text
 
 Example = Mapping[str, Any]  # at least "prompt", a tuple of turns; whatever else the oracle needs to know

@@ -13,7 +13,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from coala.nash.game import Float
+from coala.statistics.intervals import Float
+from coala.statistics.logistic import fit_logistic, sigmoid
 from coala.values import CoalaError
 
 
@@ -77,10 +78,11 @@ def fit_pair_head(
     x, y = (first - mean) @ projection, (second - mean) @ projection
     above = np.triu_indices(k, 1)
     design = np.concatenate([x - y, x[:, above[0]] * y[:, above[1]] - x[:, above[1]] * y[:, above[0]]], axis=1)
-    theta, objective, norm = _logistic(design, p, ridge)
+    fit = fit_logistic(design, p, np.full(len(p), 1 / len(p)), l2=ridge)
     skew = np.zeros((k, k))
-    skew[above] = theta[k:]
-    return PairHead(projection, mean, theta[:k], skew - skew.T, ridge, objective, norm)
+    skew[above] = fit.coefficients[k:]
+    norm = float(np.linalg.norm(fit.gradient))
+    return PairHead(projection, mean, fit.coefficients[:k], skew - skew.T, ridge, fit.objective, norm)
 
 
 def choose_pair_head(
@@ -109,32 +111,3 @@ def choose_pair_head(
         losses[ridge] = float(np.mean(np.logaddexp(0, -head.margin(first[out], second[out]))))
     best = min(losses, key=losses.__getitem__)
     return fit_pair_head(first, second, rank=rank, ridge=best), {f"{ridge:g}": loss for ridge, loss in losses.items()}
-
-
-def _logistic(design: Float, p: Float, ridge: float) -> tuple[Float, float, float]:
-    """Damped Newton on mean(softplus(m) - p m) + ridge/2 |theta|^2, m = design @ theta."""
-
-    def value(theta: Float) -> float:
-        m = design @ theta
-        return float(np.mean(np.logaddexp(0, m) - p * m) + ridge / 2 * theta @ theta)
-
-    theta = np.zeros(design.shape[1])
-    objective, gradient = value(theta), np.zeros_like(theta)
-    for _ in range(100):
-        s = sigmoid(design @ theta)
-        gradient = design.T @ (s - p) / len(p) + ridge * theta
-        if np.linalg.norm(gradient) < 1e-10:
-            break
-        hessian = (design * (s * (1 - s) / len(p))[:, None]).T @ design + ridge * np.eye(len(theta))
-        step = np.linalg.solve(hessian, gradient)
-        length, decrease = 1.0, float(gradient @ step)
-        while (after := value(theta - length * step)) > objective - length * decrease / 4 and length > 1e-8:
-            length /= 2
-        if after >= objective:
-            break  # rounding
-        theta, objective = theta - length * step, after
-    return theta, objective, float(np.linalg.norm(gradient))
-
-
-def sigmoid(x: Float) -> Float:
-    return cast(Float, np.exp(-np.logaddexp(0, -x)))

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from coala.comal.inputs import examples_of, start_of
 from coala.comal.named_oracles import check_oracle, oracle_of
 from coala.comal.oracles import prompt_of
+from coala.settings import Win
 from coala.store import RunFolder, digest, load_generations, save_generations, save_json, write_atomic
 from coala.store.verdict_cache import open_cache
 from coala.values import CoalaError, prompt_id
@@ -130,7 +131,7 @@ def play_matrix(
     oracle: str,
     sampling: Sampling = Sampling(),
     template: str = "auto",
-    mode: Literal["hard", "mean"] = "hard",
+    mode: Win = "hard",
     device: str = "auto",
     seed: int = 0,
     cache: Path | None = None,

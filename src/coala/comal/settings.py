@@ -8,20 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from annotated_types import Ge
 
 from coala.messages import CoalaError
-from coala.settings import Setting
+from coala.settings import Selection, Setting, StepLoss, Target
 
 if TYPE_CHECKING:
     from coala.nash.criteria import Note
 
-Loss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
-Selection = Literal["random", "all", "best_worst"]
-Target = Literal["soft", "bernoulli", "hard"]
-LOSSES: tuple[Loss, ...] = ("inpo", "sppo", "dro", "rebel", "dpo")
+LOSSES: tuple[StepLoss, ...] = get_args(StepLoss)
 TO_WIN_RATES = ("sppo", "dro", "rebel")  # losses that are fitted to win rates, not to pairs
 
 
@@ -47,7 +44,7 @@ class COMALSettings:
     tau: Annotated[float | None, Setting("Strength of the regularisation, instead of --ref-weight.")] = None
     outer_steps: Annotated[int, Ge(1), Setting("Updates of the reference.", flag="--outer")] = 3
     inner_steps: Annotated[int, Ge(1), Setting("Inner steps per update, K.", letter="-k")] = 6
-    inner_loss: Annotated[Loss, Setting("Inner loss.", flag="--loss")] = "inpo"
+    inner_loss: Annotated[StepLoss, Setting("Inner loss.", flag="--loss")] = "inpo"
     num_candidates: Annotated[int, Ge(2), Setting("Answers drawn per prompt and step.", flag="--candidates")] = 5
     pair_selection: Annotated[Selection, Setting("Which pairs of candidates are trained on.", flag="--pairs")] = (
         "random"

@@ -9,7 +9,7 @@ from coala.compare.page import write_report
 from coala.compare.planning import plan_study
 from coala.compare.planning import total as plan_total
 from coala.compare.results import content_of
-from coala.compare.runner import run, statuses
+from coala.compare.runner import run
 from coala.compare.study import Study, bundled, load_study
 from coala.compare.text import PLAN_HEAD, plan_rows, summary_rows
 
@@ -25,7 +25,6 @@ __all__ = [
     "plan_study",
     "plan_total",
     "run",
-    "statuses",
     "summary_rows",
     "write_report",
 ]

@@ -125,7 +125,7 @@ class Costs:
 
 def measured_margins(margins: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Ranking accuracy, the margins in units of their own deviation, AUC-free of scale, and the margins themselves."""
-    from coala.evaluation import accuracy_of_margins, tie_share
+    from coala.statistics.scores import accuracy_of_margins, tie_share
 
     values = np.asarray(margins, np.float64)
     if not np.isfinite(values).all():
@@ -187,7 +187,7 @@ def replies_of(
     """
     from coala.baselines import TrainSettings, log_likelihoods
     from coala.decoding import Guidance, generate
-    from coala.evaluation import perplexity
+    from coala.statistics.scores import perplexity
 
     settings = context.study.evaluation
     pairs = prompts_of(context)
@@ -221,7 +221,7 @@ def replies_of(
         "perplexity": asdict(perplexity(found.chosen, found.chosen_tokens, [pair.group for pair in pairs])),
     }
     if any(reply.divergence is not None for reply in replies):
-        from coala.evaluation import mean_estimate
+        from coala.statistics.intervals import mean_estimate
 
         spent = [reply.divergence or 0.0 for reply in replies]
         result["kl"] = asdict(mean_estimate(spent, [pair.group for pair in pairs]))

@@ -34,7 +34,7 @@ from coala.compare.data import part
 from coala.compare.matrix import Cell, cells
 from coala.compare.study import Study
 from coala.evaluation import win_rate
-from coala.evaluation.statistics import clustered, mean_estimate, share_estimate
+from coala.statistics.intervals import clustered, mean_estimate, share_estimate
 from coala.values import Estimate, Judgement
 
 
@@ -203,7 +203,7 @@ def _differences(rows: Sequence[dict[str, Any]], group: Sequence[str]) -> list[d
     """COALA minus every other method: paired over pairs, groups as clusters; p-values by Holm over these."""
     from scipy.special import stdtr
 
-    from coala.evaluation.survey_statistics import holm
+    from coala.statistics.votes import holm
 
     ours = main_coala(rows)
     if ours is None:

@@ -18,7 +18,7 @@ from coala.compare.matrix import Cell, cells, spec_of
 from coala.compare.processes import Processes
 from coala.compare.progress import FILE, Listener
 from coala.compare.study import Study
-from coala.store import RunFolder, digest, discard, load_json, save_json
+from coala.store import RunFolder, digest, discard, save_json
 from coala.values import CoalaError
 
 
@@ -136,9 +136,3 @@ def _fail(
         except CoalaError as unplannable:
             plan = {"unknown": str(unplannable)}
     write(out / "cells" / cell.id, stamp, "failed", {"error": error, "memory": memory, "plan": plan})
-
-
-def statuses(out: Path) -> dict[str, str]:
-    """The status of every cell of the comparison in ``out``; ``missing`` where none is written."""
-    stamps = load_json(Path(out) / PLAN)["stamps"]
-    return {name: (read(Path(out) / "cells" / name) or {"status": "missing"})["status"] for name in stamps}

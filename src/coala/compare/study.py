@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from coala.documents import DocumentError, parse_yaml
 from coala.messages import joined, sentences
 from coala.recipe import RecipeError
-from coala.settings import GuidanceSettings, HeadSettings
+from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
 Kind = Literal["sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "base"]
@@ -34,12 +34,12 @@ class Model(_Strict):
 
     path: str = Field(description="local folder, hub name, or assets:NAME of what the package bundles")
     revision: str | None = None
-    template: Literal["auto", "chat", "dialogue", "continuation"] = "auto"
+    template: Template = "auto"
     max_tokens: int | None = Field(
         None, ge=2, description="prompt plus reply, for every method; default: the model's context"
     )
     ends_with_eos: bool = True
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     batch_tokens: int = Field(4096, ge=1, description="tokens of a forward pass that trains nothing")
     config: dict[str, Any] | None = Field(None, description="config.json, to plan without the model")
 

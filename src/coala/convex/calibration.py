@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from coala.statistics.logistic import sigmoid
 from coala.values import CoalaError
 
 # Half the square of the normal quantile of a two-sided 99 % interval: the log-likelihood that its ends may lose. Not
@@ -57,7 +58,7 @@ def fit_temperature(
 
     def rising(inverse: float) -> tuple[float, float]:
         """What must be 0 at the answer, as a rising function of 1/T, and its derivative."""
-        wrong = _sigmoid(offset - inverse * unit)
+        wrong = sigmoid(offset - inverse * unit)
         bend = share * wrong * (1 - wrong)
         if separable:
             return float(-share @ wrong - wanted), float(bend @ unit)
@@ -139,7 +140,3 @@ def _root(rising: Callable[[float], tuple[float, float]], low: float, high: floa
             return new
         x = new
     return x
-
-
-def _sigmoid(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

@@ -18,16 +18,16 @@ from coala.convex.gate_search import Search
 from coala.convex.gate_sources import GateOn, GateSource, Learnt, Sampled
 from coala.convex.pairwise import WIDTHS
 from coala.convex.papers.finetune import Logistic, PairLoss, Pointwise
-from coala.convex.papers.two_phase import PhaseOne, TwoPhase, fit_paper, fit_two_phase
+from coala.convex.papers.two_phase import TwoPhase, fit_paper, fit_two_phase
 from coala.convex.path import Choice, PairTask, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.rows import available_bytes, check_memory, solve_bytes
 from coala.convex.selftest import check_operators
 from coala.convex.solvers import Solution
 from coala.convex.validation import HeldOut, grouped_folds
+from coala.settings import Method, PhaseOne
 from coala.values import Certificate, CoalaError, ConvexHead, FeatureSet
 
-Method = Literal["learnt", "direct", "two-phase", "linear"]
 # Gates at most (learnt) or sampled, unless the caller says otherwise.
 N_PATTERNS: dict[Method, int] = {"learnt": 16, "direct": 8, "two-phase": 32, "linear": 0}
 Allocate = Callable[[tuple[int, ...], type[Any]], np.ndarray]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from coala.convex.linear import matmul
 from coala.convex.newton import GatedNewton
-from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, stationarity, widen
+from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms, widen
 from coala.convex.pytree import pytree
 from coala.convex.rows import moments, normal_product
 from coala.convex.solvers import Solution, solve
@@ -114,11 +114,6 @@ class PairProgram:
 
     def duality_gap(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Scalar:
         return self.bounds(u, multipliers).gap
-
-    def kkt(self, u: Float[Array, "d P"], multipliers: Array | None = None) -> Scalar:
-        """Largest violation of the optimality conditions over the groups."""
-        gradient = self.predict_adjoint(self.slope(self.predict(u))) + self.ridges[None] * u
-        return stationarity(gradient, u, self.levels).max(initial=0.0)
 
     def in_double(self) -> PairProgram:
         """Everything but the rows in float64; the products widen those block by block."""

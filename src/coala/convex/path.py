@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from coala.convex.gate_sources import FOLD_TOLERANCE, GateOn, GateSource
 from coala.convex.pairwise import OnStep, PairData, PairModel, solve_pairs
-from coala.convex.validation import HeldOut, clustered_error, rising_twice
+from coala.convex.validation import HeldOut, rising_twice
+from coala.statistics.intervals import clustered
 
 RIDGES = tuple(10.0 ** (-k / 2) for k in range(13))
 SPARSITIES = (0.65, 0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.06, 0.04, 0.03, 0.02)
@@ -123,7 +124,7 @@ class Difference:
     @classmethod
     def of(cls, gated: HeldOut, linear: HeldOut, group: Shaped[np.ndarray, "n"]) -> Difference:
         loss, hits = gated.losses - linear.losses, gated.hits - linear.hits
-        return cls(float(loss.mean()), clustered_error(loss, group), float(hits.mean()), clustered_error(hits, group))
+        return cls(*clustered(loss, group)[:2], *clustered(hits, group)[:2])
 
     @property
     def clear(self) -> bool:
@@ -307,14 +308,14 @@ def sparsest_within_an_error(candidates: list[Candidate], group: Shaped[np.ndarr
     lowest = min(candidates, key=lambda entry: entry.held_out.loss)
     for entry in candidates:
         change = entry.held_out.losses - lowest.held_out.losses
-        if change.mean() <= clustered_error(change, group):
+        if change.mean() <= clustered(change, group)[1]:
             return entry
     raise AssertionError("the lowest loss is within an error of itself")
 
 
 def _clearly_worse(held_out: HeldOut, best: HeldOut, group: Shaped[np.ndarray, "n"]) -> bool:
     change = held_out.losses - best.losses
-    return bool(change.mean() > 2 * clustered_error(change, group))
+    return bool(change.mean() > 2 * clustered(change, group)[1])
 
 
 def refit(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from coala.statistics.intervals import clustered
+
 
 def grouped_folds(group: Shaped[np.ndarray, "n"], n_folds: int, seed: int) -> Int[np.ndarray, "n"] | None:
     """A fold number (n,) for each pair, groups kept whole and folds of about one size; None for fewer than 2 groups.
@@ -34,16 +36,6 @@ def log_loss(margins: Float[np.ndarray, "n"], offset: Float[np.ndarray, "n"] | f
     return np.asarray(np.logaddexp(0.0, offset - margins))
 
 
-def clustered_error(values: Float[np.ndarray, "n"], group: Shaped[np.ndarray, "n"]) -> float:
-    """Standard error of ``values.mean()`` when values within a group are correlated; nan for a single group."""
-    _, member = np.unique(group, return_inverse=True)
-    sums = np.bincount(member, values - values.mean())
-    clusters = len(sums)
-    if clusters < 2:
-        return float("nan")
-    return float(np.sqrt((sums**2).sum() * clusters / (clusters - 1)) / len(values))
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """Out-of-fold score differences (n,) of one setting, with its mean loss, standard error and accuracy."""
@@ -57,7 +49,7 @@ class HeldOut:
         cls, margins: Float[np.ndarray, "n"], offset: Float[np.ndarray, "n"], group: Shaped[np.ndarray, "n"]
     ) -> HeldOut:
         losses = log_loss(margins, offset)
-        return cls(margins, losses, clustered_error(losses, group))
+        return cls(margins, losses, clustered(losses, group)[1])
 
     @property
     def loss(self) -> float:

@@ -17,7 +17,6 @@ from coala.costs.flops import (
     second_phase_flops,
     token_flops,
     training_flops,
-    transformer_shape,
     work_over_bound,
 )
 from coala.costs.measured import Meter, Stopwatch, ask_driver, peak_memory
@@ -47,6 +46,5 @@ __all__ = [
     "second_phase_flops",
     "token_flops",
     "training_flops",
-    "transformer_shape",
     "work_over_bound",
 ]

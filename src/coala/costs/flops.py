@@ -42,24 +42,6 @@ class Shape:
     attention_width: int
 
 
-def transformer_shape(
-    *,
-    n_layers: int,
-    width: int,
-    vocabulary: int,
-    mlp_width: int,
-    n_heads: int,
-    n_kv_heads: int | None = None,
-    head_size: int | None = None,
-    gated_mlp: bool = True,
-) -> Shape:
-    """Shape of a decoder with query, key, value, output and two (``gated_mlp``: three) MLP matrices a layer."""
-    size = head_size or width // n_heads
-    kv_width = (n_kv_heads or n_heads) * size
-    layer = 2 * width * n_heads * size + 2 * width * kv_width + (3 if gated_mlp else 2) * width * mlp_width
-    return Shape(n_layers, width, vocabulary, n_layers * layer, n_heads * size)
-
-
 def body_flops(shape: Shape, lengths: Lengths, *, own: Lengths | None = None, layer: int | None = None) -> int:
     """Forward pass without the LM head over rows of these many tokens, up to hidden state ``layer`` (default: all).
 

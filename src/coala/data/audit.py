@@ -6,7 +6,6 @@ the pairs that cues give away most plainly; :func:`balance` takes a cue out. Kno
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coala.data import classify, style
-from coala.data.cues import clustered_share
+from coala.data.classify import clustered_share
 from coala.data.duplicates import near_duplicates
 from coala.data.findings import DataError, Finding, listed
 from coala.data.turns import digest
+from coala.statistics.intervals import Z95, Float, clustered
 from coala.values import Estimate, Pair, conversation_text
 
-Float = NDArray[np.float64]
 SHUFFLED = "all cues, context shuffled"
 FEATURES = "features"
 ENOUGH_FOR_ONE = 2000  # pairs above which one deal of the folds is precise enough
@@ -172,11 +171,8 @@ def _other_prompts(pairs: Sequence[Pair], seed: int) -> list[tuple[Any, ...]]:
 
 def _difference(values: Float, groups: Sequence[str]) -> Estimate:
     """Mean of paired differences with a cluster-robust normal interval."""
-    mean = float(values.mean())
-    _, label = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
-    sums = np.bincount(label, weights=values - mean)
-    error = math.sqrt(len(sums) / max(1, len(sums) - 1) * float(sums @ sums)) / len(values)
-    half = 1.959963984540054 * error
+    mean, error, _ = clustered(values, list(groups))
+    half = Z95 * error
     return Estimate(mean, mean - half, mean + half, len(values), "paired difference, clustered by group")
 
 

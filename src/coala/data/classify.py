@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Float = NDArray[np.float64]
+from coala.statistics.intervals import Float, clustered, wilson
+from coala.statistics.logistic import fit_logistic
+from coala.values import Estimate
+
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)  # on columns of unit mean square
 FOLDS, INNER = 5, 3
 TIE = 1e-9
@@ -39,18 +42,7 @@ def fit(x: Any, ridge: float, start: Float | None = None) -> Float:
 
     No intercept: the loss of a pair must not change with the order in which its replies are named.
     """
-    from scipy.optimize import minimize
-
-    transposed = x.T
-
-    def value(w: Float) -> tuple[float, Float]:
-        margin = x @ w
-        weight = -np.exp(-np.logaddexp(0.0, margin))
-        return float(np.logaddexp(0.0, -margin).sum() + ridge / 2 * (w @ w)), transposed @ weight + ridge * w
-
-    start = np.zeros(x.shape[1]) if start is None else start
-    found = minimize(value, start, jac=True, method="L-BFGS-B", options={"maxiter": 300, "ftol": 1e-9, "gtol": 1e-5})
-    return np.asarray(found.x)
+    return fit_logistic(x, l2=ridge, start=start, many=True).coefficients
 
 
 def scale_of(x: Float) -> Float:
@@ -105,3 +97,14 @@ def out_of_fold(x: Any, groups: Sequence[str], seed: int, x_test: Any = None, sc
 def told(margins: Float) -> Float:
     """1 for right, 1/2 for a tie, 0 for wrong."""
     return np.where(np.abs(margins) <= TIE, 0.5, (margins > 0).astype(np.float64))
+
+
+def clustered_share(told: Float, groups: Sequence[str], method: str) -> Estimate:
+    """The mean of ``told`` (n,) in [0, 1] with a Wilson interval at the sample size that clustering by group leaves."""
+    if not len(told):
+        return Estimate(0.5, 0.0, 1.0, 0, method)
+    share, error, n_groups = clustered(told, list(groups))
+    # Of these groups, not of all that could be drawn: no n/(n - 1), and z rather than Student's t.
+    variance = error**2 * (n_groups - 1) / n_groups if n_groups > 1 else 0.0
+    trials = min(float(len(told)), share * (1 - share) / variance) if variance > 0 else float(n_groups)
+    return Estimate(share, *wilson(share, max(1.0, trials)), len(told), method)

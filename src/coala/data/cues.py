@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.data.classify import clustered_share
+from coala.statistics.intervals import Float
+from coala.statistics.logistic import fit_logistic
 from coala.values import Estimate, Pair
 
-Float = NDArray[np.float64]
-Z95 = 1.959963984540054
 FOLDS = 2
 
 _CUES: dict[str, Callable[[str], float]] = {
@@ -45,16 +46,6 @@ def position_cues(pairs: Sequence[Pair]) -> dict[str, Estimate]:
     result = {name: clustered_share(_told(column[:, None], fold), groups, how) for name, column in columns.items()}
     result["all together"] = clustered_share(_told(np.stack(list(columns.values()), axis=1), fold), groups, how)
     return result
-
-
-def share(wins: float, n: float, method: str = "Wilson interval", effective: float | None = None) -> Estimate:
-    """A share with its 95 % Wilson interval; ``effective`` is the sample size that counts when pairs are clustered."""
-    if n <= 0:
-        return Estimate(0.5, 0.0, 1.0, 0, method)
-    p, m = wins / n, effective or n
-    centre = (p + Z95**2 / (2 * m)) / (1 + Z95**2 / m)
-    half = Z95 / (1 + Z95**2 / m) * math.sqrt(p * (1 - p) / m + Z95**2 / (4 * m * m))
-    return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), int(n), method)
 
 
 def _first_words(pairs: Sequence[Pair], fold: NDArray[np.int64]) -> Float:
@@ -86,29 +77,6 @@ def _told(columns: Float, fold: NDArray[np.int64]) -> Float:
     for held_out in range(FOLDS):
         train, test = scaled[fold != held_out], fold == held_out
         if len(train):
-            margin = scaled[test] @ _logistic(train)
+            margin = scaled[test] @ fit_logistic(train, l2=1.0).coefficients
             told[test] = np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
     return told
-
-
-def _logistic(x: Float, ridge: float = 1.0, steps: int = 12) -> Float:
-    """argmin_w sum_i log(1 + exp(-x_i . w)) + ridge |w|^2 / 2 by Newton's method, x (n, d), w (d,)."""
-    w = np.zeros(x.shape[1])
-    for _ in range(steps):
-        p = 1 / (1 + np.exp(np.clip(x @ w, -30, 30)))
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(len(w))
-        w = w + np.linalg.solve(hessian, x.T @ p - ridge * w)
-    return w
-
-
-def clustered_share(told: Float, groups: Sequence[str], method: str) -> Estimate:
-    """The mean of ``told`` (n,) in [0, 1] with a Wilson interval at the sample size that clustering by group leaves."""
-    if not len(told):
-        return share(0, 0, method)
-    n, p = len(told), float(told.mean())
-    sums: dict[str, float] = defaultdict(float)
-    for value, group in zip(told, groups, strict=True):
-        sums[group] += value - p
-    variance = sum(s * s for s in sums.values()) / n**2
-    effective = min(float(n), p * (1 - p) / variance) if variance > 0 else float(len(sums))
-    return share(n * p, n, method, max(1.0, effective))

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
-from coala.data.cues import share
 from coala.data.files import Source
 from coala.data.findings import DataError, Finding, Findings, Severity
 from coala.data.formats import Located, read
 from coala.data.signs import markup, no_replies, power
+from coala.statistics.intervals import share_estimate
 from coala.values import Estimate, Pair
 
 MAX_CONFLICTS = (
@@ -227,8 +227,8 @@ def _lengths(located: Sequence[Located], counts: dict[str, int | float]) -> Iter
     differences = [len(one.pair.chosen) - len(one.pair.rejected) for one in located]
     wins = sum(d > 0 for d in differences)
     decided = sum(d != 0 for d in differences)
-    longer = share(wins, decided)
-    counts["chosen_longer"] = longer.value
+    longer = share_estimate([d > 0 for d in differences if d])
+    counts["chosen_longer"] = longer.value if decided else 0.5
     # The better of "take the longer" and "take the shorter", a tie one half.
     rule = max(wins, decided - wins) / len(located) + 0.5 * (len(located) - decided) / len(located)
     counts["length_rule_accuracy"] = rule
@@ -345,8 +345,8 @@ def _direction(located: Sequence[Located], counts: dict[str, int | float]) -> It
             if min(len(chosen), len(rejected)) * 2 < max(len(chosen), len(rejected)):
                 votes["is under half as long"].append(len(chosen) < len(rejected))
     cast = [vote for part in votes.values() for vote in part]
-    doubt = share(sum(cast), len(cast))
-    counts["rejected_looks_better"] = doubt.value
+    doubt = share_estimate(cast)
+    counts["rejected_looks_better"] = doubt.value if cast else 0.5
     if len(cast) >= ENOUGH and doubt.low > SUSPICIOUS:
         parts = ", ".join(f"chosen {name} in {sum(part)} of {len(part)}" for name, part in votes.items())
         yield _whole(

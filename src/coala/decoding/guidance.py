@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.settings import Mode, Rule
 from coala.values import CoalaError
 
-Mode = Literal["token", "prefix", "shift", "block", "best_of", "beam", "none"]
-Rule = Literal["calibrated", "min-max", "raw", "z-score"]
 Float64 = NDArray[np.float64]
 
 PAPER_EVERY = 5

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from coala.decoding.decoder import Batch, Decoder
-from coala.decoding.guidance import Float64, Mode, scaled
+from coala.decoding.guidance import Float64, scaled
 from coala.decoding.replies import Reply
 from coala.decoding.sampling import stream_key, uniform
+from coala.settings import Mode
 
 Arrivals = Callable[[], Sequence[Batch]]
 # Names the noise by which one of several blocks is kept, among the branches that name the noise of tokens.

@@ -1,25 +1,9 @@
-"""From saved scores and replies to judgements and estimates; every number comes with its interval and its n.
+"""From saved replies to judgements and win rates; every number comes with its interval and its n.
 
 The published benchmarks are modules of their own: `alpaca` and `length_control`, `mtbench`, `arena` and `arena_style`,
-`rewardbench`; `survey_statistics` and `agreement` are for votes of people.
+`rewardbench`. What is computed of arrays alone is in :mod:`coala.statistics`.
 """
 
-from coala.evaluation.estimates import (
-    LengthBin,
-    Reliability,
-    ReliabilityBin,
-    accuracy_difference,
-    accuracy_of_margins,
-    auc,
-    by_length_difference,
-    margins_of,
-    pairwise_nll,
-    perplexity,
-    ranking_accuracy,
-    reliability,
-    tie_share,
-    win_rate,
-)
 from coala.evaluation.harness import Judged, judge, judge_many
 from coala.evaluation.judges import (
     HeadJudge,
@@ -33,18 +17,7 @@ from coala.evaluation.judges import (
     WordJudge,
     read_instructions,
 )
-from coala.evaluation.order_effects import Consistency, consistency
-from coala.evaluation.statistics import (
-    bootstrap,
-    bounded_mean,
-    clopper_pearson,
-    clustered,
-    mean_estimate,
-    paired_difference,
-    share_estimate,
-    wald,
-    wilson,
-)
+from coala.evaluation.win_rates import Consistency, consistency, win_rate
 
 __all__ = [
     "Consistency",
@@ -54,35 +27,13 @@ __all__ = [
     "JudgeStopped",
     "Judged",
     "LanguageModelJudge",
-    "LengthBin",
     "OpenAIJudge",
-    "Reliability",
-    "ReliabilityBin",
     "ReplayJudge",
     "RuleJudge",
     "WordJudge",
-    "accuracy_difference",
-    "accuracy_of_margins",
-    "auc",
-    "bootstrap",
-    "bounded_mean",
-    "by_length_difference",
-    "clopper_pearson",
-    "clustered",
     "consistency",
     "judge",
     "judge_many",
-    "margins_of",
-    "mean_estimate",
-    "paired_difference",
-    "pairwise_nll",
-    "perplexity",
-    "ranking_accuracy",
     "read_instructions",
-    "reliability",
-    "share_estimate",
-    "tie_share",
-    "wald",
-    "wilson",
     "win_rate",
 ]

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from coala.evaluation.order_effects import place_alone, place_alone_once
 from coala.evaluation.rows import Row, as_number, read_rows, shown
-from coala.evaluation.statistics import Float, bounded_mean, share_estimate, void
+from coala.evaluation.win_rates import place_alone, place_alone_once
+from coala.statistics.intervals import Float, bounded_mean, share_estimate, void
 from coala.values import CoalaError, Estimate
 
 TIE = 1.5
@@ -31,7 +31,7 @@ class Annotations:
 
     ``preference`` (n,) is in [1, 2], nan where the judge gave none; ``model_length`` and ``baseline_length`` (n,) count
     characters; ``instruction`` (n,) names the instruction, "" where the file has none. ``nothing_said`` tells why the
-    preferences say nothing of the outputs, where the rows show that (:mod:`coala.evaluation.order_effects`).
+    preferences say nothing of the outputs, where the rows show that (:mod:`coala.evaluation.win_rates`).
     """
 
     model: str

@@ -12,23 +12,23 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coala.data.reasoning import spoken
 from coala.evaluation.alpaca import in_percent
-from coala.evaluation.logistic import Float, fit_logistic
-from coala.evaluation.order_effects import place_alone
 from coala.evaluation.rows import Row, read_rows, shown, shown_path
-from coala.evaluation.statistics import mean_estimate, share_estimate, void
+from coala.evaluation.win_rates import place_alone
+from coala.settings import Board, VerdictRule
+from coala.statistics.intervals import Float, mean_estimate, share_estimate, void
+from coala.statistics.logistic import fit_logistic
 from coala.values import CoalaError, Estimate
 
 STRONG_WEIGHT = 3  # battles for one strong verdict
 SCALE, BASE, ANCHOR = 400.0, 10.0, 1000.0  # ratings: 400 points are odds of ten to one; the baseline is at 1000
 _VERDICTS = tuple(re.compile(pattern) for pattern in (r"\[\[([AB<>=]+)\]\]", r"\[([AB<>=]+)\]"))
-Rule = Literal["last", "unanimous"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Battles:
     """Battles of ``first`` against ``second`` (n,) on ``question``: ``outcome`` 1 when first wins, 0, 1/2 for a tie.
 
     ``n_failed`` counts games without a verdict; ``nothing_said`` tells, for a model against the baseline, why its
-    verdicts say nothing (:func:`coala.evaluation.order_effects.place_alone`). A model against itself is refused: in the
+    verdicts say nothing (:func:`coala.evaluation.win_rates.place_alone`). A model against itself is refused: in the
     published design matrix its second entry overwrites the first and shifts every rating.
     """
 
@@ -95,7 +95,7 @@ class Score:
     rating: float
 
 
-def parse_verdict(judgment: str, rule: Rule = "last") -> str | None:
+def parse_verdict(judgment: str, rule: VerdictRule = "last") -> str | None:
     """``A>>B``, ``A>B``, ``A=B``, ``B>A`` or ``B>>A``; None where the judgement gives no such verdict.
 
     Thoughts are taken off first; where one has no end there is no verdict. Double brackets count, single ones only if
@@ -114,7 +114,7 @@ def _bracketed(text: str) -> list[str]:
     return next((found for pattern in _VERDICTS if (found := pattern.findall(text.upper()))), [])
 
 
-def _verdict_of(found: Sequence[str], rule: Rule) -> str | None:
+def _verdict_of(found: Sequence[str], rule: VerdictRule) -> str | None:
     return _normal(found[-1]) if found and (rule == "last" or len(set(found)) == 1) else None
 
 
@@ -145,7 +145,7 @@ def read_battles(
     *,
     model: str | None = None,
     baseline: str | None = None,
-    rule: Rule = "last",
+    rule: VerdictRule = "last",
     strong_weight: int = STRONG_WEIGHT,
 ) -> Battles:
     """Battles from a file of judgements or of battles.
@@ -214,7 +214,7 @@ def score(
     battles: Battles,
     baseline: str,
     *,
-    board: Literal["v2.0", "v0.1"] = "v0.1",
+    board: Board = "v0.1",
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Score]:
@@ -293,11 +293,6 @@ def bradley_terry(battles: Battles, anchor: str, rating: float = ANCHOR) -> dict
     return {name: rating + float(strength[i]) for name, i in place.items()}
 
 
-def predicted_win_rate(rating: float, other: float) -> float:
-    """P(the first beats the second) in percent, from their ratings."""
-    return 100 / (1 + math.exp(min((other - rating) / SCALE * math.log(BASE), 700.0)))
-
-
 def _connected(won: Float, models: Sequence[str]) -> None:
     """Along wins (or half wins) the first model must reach every other, and be reached by it."""
     for beats, lacks in ((won > 0, "never lost to"), ((won > 0).T, "never won against")):
@@ -350,7 +345,7 @@ def _battle(row: Row, model: str | None, baseline: str | None) -> tuple[tuple[st
     return pair, meaning[winner]
 
 
-def _games(row: Row, rule: Rule) -> tuple[list[str | None], int, int, int]:
+def _games(row: Row, rule: VerdictRule) -> tuple[list[str | None], int, int, int]:
     """The verdicts of a row's games, and how many differ from what is stored, think aloud, and give several."""
     games = row.fields["games"]
     if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(isinstance(game, dict) for game in games):

@@ -9,7 +9,7 @@ import numpy as np
 from coala.evaluation.arena import Battles, battles_of
 from coala.evaluation.harness import matched_replies, sides_of
 from coala.evaluation.judges import ChatJudge
-from coala.evaluation.order_effects import place_alone
+from coala.evaluation.win_rates import place_alone
 from coala.values import CoalaError, Generation, Turn
 
 

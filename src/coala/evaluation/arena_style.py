@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coala.evaluation.arena import ANCHOR, BASE, SCALE, Battles
-from coala.evaluation.logistic import Float, fit_logistic, sigmoid
 from coala.evaluation.rows import Row, as_number, read_rows, shown
-from coala.evaluation.statistics import group_numbers
+from coala.settings import Board
+from coala.statistics.intervals import Float, group_numbers, percentiles, resamples
+from coala.statistics.logistic import fit_logistic, sigmoid
 from coala.values import CoalaError, Estimate
 
 COLUMNS = ("tokens", "headers", "lists", "bold")
@@ -71,7 +72,7 @@ def read_styles(path: Path | str) -> dict[str, Float]:
     return found
 
 
-def style_differences(first: Float, second: Float, version: Literal["v2.0", "v0.1"] = "v2.0") -> Float:
+def style_differences(first: Float, second: Float, version: Board = "v2.0") -> Float:
     """Relative style of two replies (n, 4) before standardisation, each column in [-1, 1].
 
     v2.0: (t - t')/(t + t') for tokens; (a - b)/(a + b + 1) for markup per token, count / (tokens + 1). v0.1: the second
@@ -91,7 +92,7 @@ def style_controlled(
     second: Float,
     baseline: str,
     *,
-    version: Literal["v2.0", "v0.1"] = "v2.0",
+    version: Board = "v2.0",
     at: Literal["mean", "equal"] = "mean",
     columns: Sequence[str] = COLUMNS,
     draws: int = 100,
@@ -127,7 +128,8 @@ def style_controlled(
         design[:, : k + 1] *= math.log(BASE)
         l2, anchor = 0.5, PUBLISHED_ANCHOR
 
-    start = fit_logistic(design, y, l2=l2).coefficients
+    fit = fit_logistic(design, y, l2=l2)
+    start = fit.coefficients
 
     def nats(found: Float) -> Float:
         """Strengths over the baseline's, then the styles' coefficients, (k + columns,)."""
@@ -150,11 +152,10 @@ def style_controlled(
     groups = int(question.max()) + 1
     low, high = np.full(k, -math.inf), np.full(k, math.inf)
     about, how = f"style-controlled ({version}, at {at} style)", "no interval"
+    about += ", the limit, as no finite strengths fit best" if fit.separated else ""
     if draws > 0 and groups > 1:
-        rng = np.random.default_rng(seed)
-        weights = (np.bincount(rng.integers(groups, size=groups), minlength=groups)[question] for _ in range(draws))
-        drawn = np.array([scores(again(weight)) for weight in weights])
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        drawn = np.array([scores(again(times)) for times in resamples(question, draws, seed)])
+        low, high = np.transpose([percentiles(of_model) for of_model in drawn.T])
         how = f"percentile bootstrap 95 % over {groups} questions ({draws} draws, seed {seed})"
     counts = [int(((battles.first == name) | (battles.second == name)).sum()) for name in names]
     return StyleControlled(

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from coala.evaluation.judges import Cost, Judge, JudgeFailure, JudgeStopped, Paid
-from coala.evaluation.order_effects import Consistency, consistency
+from coala.evaluation.win_rates import Consistency, consistency
 from coala.values import CoalaError, Generation, Judgement, Turn
 
 OnProgress = Callable[[int, int], None]

@@ -11,21 +11,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coala.evaluation.alpaca import FEW_ROWS, Annotations, instruction_key, standard_error
-from coala.evaluation.liblinear import fit_as_liblinear
-from coala.evaluation.logistic import Float, fit_logistic, log_loss, sigmoid
 from coala.evaluation.rows import read_rows
+from coala.settings import DifficultyBy, Stopping
+from coala.statistics.intervals import Float, percentiles, resamples
+from coala.statistics.logistic import fit_logistic, log_loss, sigmoid
 from coala.values import CoalaError, Estimate
 
 # Both calibration files together weigh 0.2 of a row of the model per row, each of the two half of it.
 CALIBRATION_WEIGHT = 0.2 / 2
 PENALTIES = tuple(float(c) for c in np.logspace(-4, 4, 10))  # the C among which cross-validation chooses
 FOLDS = 5
+PUBLISHED_SEED = 123  # of the order of coordinates in the published fits
 BY_POSITION, BY_INSTRUCTION = "position", "instruction"
 
 
@@ -119,27 +121,12 @@ def read_calibration(path: Path | str) -> Calibration:
     )
 
 
-def read_weights(path: Path | str) -> dict[str, Weights]:
-    """Published weights by model: ``model``, ``w_tanh_std_delta_len``, ``w_instruction_difficulty``, ``w_bias``."""
-    found: dict[str, Weights] = {}
-    for row in read_rows(path):
-        model = row.label("model")
-        if model in found:
-            raise row.fault("model", f"{model} a second time", "each model once", "delete one of the two")
-        found[model] = Weights(
-            row.value("w_tanh_std_delta_len"), row.value("w_instruction_difficulty"), row.value("w_bias")
-        )
-    return found
-
-
-def predict_winrate(weights: Weights, difficulty: Float, against: Weights | None = None) -> Float:
+def predict_winrate(weights: Weights, difficulty: Float) -> Float:
     """P(model better) (n,) at no length difference: sigmoid(w_difficulty difficulty_i + w_bias).
 
-    ``against`` another model the weights are subtracted, so that any model against itself is at one half. The win rate
-    is 100 times the mean.
+    The win rate is 100 times the mean.
     """
-    other = against or Weights(0.0, 0.0, 0.0)
-    return sigmoid((weights.difficulty - other.difficulty) * difficulty + weights.bias - other.bias)
+    return sigmoid(weights.difficulty * difficulty + weights.bias)
 
 
 def length_controlled(
@@ -148,8 +135,8 @@ def length_controlled(
     calibration: Calibration | None,
     *,
     penalty: float | Literal["cv"] | None = "cv",
-    stopping: Literal["optimum", "liblinear"] = "optimum",
-    difficulty_by: Literal["position", "instruction"] = "position",
+    stopping: Stopping = "optimum",
+    difficulty_by: DifficultyBy = "position",
     draws: int = 200,
     seed: int = 0,
 ) -> LengthControlled:
@@ -211,11 +198,11 @@ def length_controlled(
     c = cross_validated(X, y, weight, seed=seed) if penalty == "cv" else penalty
     l1 = 0.0 if c is None else 1 / float(c)
     if stopping == "liblinear" and c is not None:
-        found = fit_as_liblinear(X, y, weight, c=float(c))
+        found = _as_published(X, y, weight, float(c))
     else:
         fit = fit_logistic(X, y, weight, l1=l1)
         found = fit.coefficients
-        if not fit.converged:
+        if fit.separated:
             remarks.append("no finite weights fit best (all rows won or lost): the value is the limit")
     weights = Weights(*(float(w) for w in found))
     predictions = predict_winrate(weights, hard)
@@ -227,22 +214,20 @@ def length_controlled(
             f"{n} rows beside {len(others)} calibration rows, which decide the length and difficulty weights"
         )
 
-    def drawn(rng: np.random.Generator) -> float:
-        picked = np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
+    def drawn(picked: NDArray[np.intp]) -> float:
         if alone and not _told_apart(own[picked > 0, 0], y[:n][picked > 0]):
             return math.nan
         again = fit_logistic(X, y, np.concatenate([picked, weight[n:]]), l1=l1, start=found, tolerance=1e-8)
         return 100 * float(picked @ predict_winrate(Weights(*again.coefficients), own[:, 1])) / n
 
-    rng = np.random.default_rng(seed)
     low, high, about = -math.inf, math.inf, "no interval"
     error = math.nan if alone else standard_error(predictions)
     if draws > 0 and n > 1:
-        again = np.array([drawn(rng) for _ in range(draws)])
+        again = np.array([drawn(picked) for picked in resamples(np.arange(n), draws, seed)])
         whole = again[np.isfinite(again)]
         # Draws that cannot tell could have been anything: beyond what the interval leaves out, so could the value.
         if len(whole) > 0.975 * draws:
-            low, high = (float(end) for end in np.quantile(whole, [0.025, 0.975]))
+            low, high = percentiles(whole)
             error = float(np.std(whole, ddof=1)) if alone and draws > 1 else error
         else:
             low, high = 0.0, 100.0
@@ -260,6 +245,28 @@ def length_controlled(
     return LengthControlled(
         *common, estimate, error, weights, None if c is None else float(c), predictions, tuple(remarks)
     )
+
+
+def published_solver() -> Any:
+    """The class of the published fits; CoalaError where its package is not installed."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ModuleNotFoundError as error:
+        raise CoalaError(
+            "Found no scikit-learn, which ends a fit where liblinear does; stop at the optimum, or install it: "
+            "pip install 'coala-align[liblinear]'"
+        ) from error
+    return LogisticRegression
+
+
+def _as_published(X: Float, y: Float, weight: Float, c: float) -> Float:
+    """Coefficients (3,) of the same fit by the published package at its usual tolerance, which is short of the optimum.
+
+    It takes labels: soft targets are two rows each, labelled 1 and 0 with weights in proportion.
+    """
+    model = published_solver()(C=c, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=PUBLISHED_SEED)
+    labels, weights = np.repeat([1, 0], len(X)), np.concatenate([weight * y, weight * (1 - y)])
+    return np.asarray(model.fit(np.vstack([X, X]), labels, weights).coef_[0])
 
 
 def cross_validated(

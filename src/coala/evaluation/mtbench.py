@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 
 from coala.data.reasoning import spoken
-from coala.evaluation.order_effects import place_alone
 from coala.evaluation.rows import Row, read_rows, shown
-from coala.evaluation.statistics import Float, bounded_mean, share_estimate, void
+from coala.evaluation.win_rates import place_alone
+from coala.statistics.intervals import Float, bounded_mean, share_estimate, void
 from coala.values import Estimate
 
 ERROR = -1.0  # the score of a judgement that holds no rating, as it is stored

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from coala.evaluation.estimates import accuracy_of_margins, tie_share
 from coala.evaluation.rows import as_number, read_rows
-from coala.evaluation.statistics import Float
+from coala.settings import SubsetWeights
+from coala.statistics.intervals import Float
+from coala.statistics.scores import accuracy_of_margins, tie_share
 from coala.values import CoalaError, Estimate
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -97,7 +97,7 @@ def read_scores(path: Path | str) -> Scored:
 def ranking(
     scored: Scored,
     sections: Mapping[str, Sequence[str]] = SECTIONS,
-    weights: Literal["published", "rows"] | Mapping[str, float] = "published",
+    weights: SubsetWeights | Mapping[str, float] = "published",
 ) -> Ranking:
     """Accuracy of every subset, and of every section that has one: sum_s w_s accuracy_s / sum_s w_s.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coala import evaluation
+from coala.statistics import scores
 from coala.store import RunFolder, StoreError, file_digest, load_features
 from coala.values import ConvexHead, Estimate, FeatureSpec
 
@@ -39,9 +39,9 @@ def facts_of(path: Path | str, head: ConvexHead) -> Facts:
     if len(held_out) and held_out.spec.same_features(head.spec):
         margins = head.margins(held_out)
         sure = head.preference(held_out.chosen, held_out.rejected, held_out.prompt)
-        metrics["ranking accuracy"] = evaluation.accuracy_of_margins(margins, held_out.group)
-        metrics["log loss (nats per pair)"] = evaluation.pairwise_nll(margins / head.temperature, held_out.group)
-        metrics["calibration error"] = evaluation.reliability(sure, held_out.group).error
+        metrics["ranking accuracy"] = scores.accuracy_of_margins(margins, held_out.group)
+        metrics["log loss (nats per pair)"] = scores.pairwise_nll(margins / head.temperature, held_out.group)
+        metrics["calibration error"] = scores.reliability(sure, held_out.group).error
     return Facts(metrics, data)
 
 

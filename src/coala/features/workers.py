@@ -15,11 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from coala.settings import Engine
 from coala.values import CoalaError, FeatureSpec, Pair
-
-Engine = Literal["processes", "ray"]
 
 
 @dataclass(frozen=True)

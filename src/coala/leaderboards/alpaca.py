@@ -21,14 +21,15 @@ from coala.leaderboards.record import (
     spread,
     told_interval,
 )
+from coala.settings import DifficultyBy, Stopping
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings
     from coala.evaluation.alpaca import Annotations, WinRate
     from coala.evaluation.length_control import LengthControlled
-    from coala.evaluation.statistics import Float
     from coala.report import Figure
+    from coala.statistics.intervals import Float
     from coala.store import RunFolder
 
 
@@ -43,15 +44,19 @@ class LengthControl:
 
     calibration: Path | None = None
     difficulty: Path | None = None
-    difficulty_by: Literal["instruction", "position"] = "position"
+    difficulty_by: DifficultyBy = "position"
     penalty: float | Literal["cv"] | None = "cv"
-    stopping: Literal["optimum", "liblinear"] = "optimum"
+    stopping: Stopping = "optimum"
     draws: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.calibration is None) != (self.difficulty is None):
             raise CoalaError("Length control needs two files: give both --calibration and --difficulty, or neither.")
+        if self.files and self.stopping == "liblinear":
+            from coala.evaluation.length_control import published_solver
+
+            published_solver()  # what it needs is missed before anything is generated and judged
 
     @property
     def files(self) -> dict[str, Path]:
@@ -175,7 +180,7 @@ def run_alpaca(
     Annotations, outputs and judgements lie in RUN/alpaca, in the published forms.
     """
     from coala.evaluation.alpaca import read_annotations
-    from coala.evaluation.order_effects import remarks_on
+    from coala.evaluation.win_rates import remarks_on
     from coala.report import Evaluation
 
     held = hold(

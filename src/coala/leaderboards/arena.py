@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
 from coala.leaderboards.judges import JudgeSettings, OnFailure, OnNote, OnProgress, quiet
@@ -19,14 +19,13 @@ from coala.leaderboards.record import (
     spending,
     told_interval,
 )
+from coala.settings import Board, VerdictRule
 
 if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings
     from coala.evaluation.arena import Battles
     from coala.evaluation.arena_style import StyleControlled
     from coala.store import RunFolder
-
-Board = Literal["v0.1", "v2.0"]
 
 
 def run_arena(
@@ -95,7 +94,7 @@ def count_arena(
     *,
     baseline: str = "gpt-4-0314",
     model: str | None = None,
-    rule: Literal["last", "unanimous"] = "last",
+    rule: VerdictRule = "last",
     style: Sequence[str] = (),
     board: Board = "v0.1",
     draws: int = 1000,
@@ -133,7 +132,7 @@ def _outcome(
     command: str,
 ) -> Outcome:
     from coala.evaluation.arena import score
-    from coala.evaluation.order_effects import remarks_on
+    from coala.evaluation.win_rates import remarks_on
     from coala.report import Evaluation
 
     scores = score(battles, baseline, board=board, draws=draws, seed=seed)
@@ -196,7 +195,7 @@ def _table(
 
 
 def _styled(
-    battles: Battles, named: Sequence[str], baseline: str, version: Literal["v0.1", "v2.0"], draws: int, seed: int
+    battles: Battles, named: Sequence[str], baseline: str, version: Board, draws: int, seed: int
 ) -> StyleControlled:
     """Style control with answer files given as NAME=FILE."""
     import numpy as np

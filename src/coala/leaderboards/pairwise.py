@@ -58,7 +58,7 @@ def run_pairwise(
     from coala.evaluation.arena_judging import battles
     from coala.evaluation.harness import judge_many
     from coala.evaluation.judges import ChatJudge
-    from coala.evaluation.order_effects import remarks_on
+    from coala.evaluation.win_rates import remarks_on
     from coala.report import Evaluation
     from coala.store import save_judgements
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from coala.leaderboards.judges import OnProgress
 from coala.leaderboards.record import Outcome, figure, fitted, interval
+from coala.settings import SubsetWeights
 
 if TYPE_CHECKING:
     from coala.evaluation.rewardbench import Ranking
 
 
-def count_rewardbench(
-    scores: Path, *, weights: Literal["published", "rows"] = "published", command: str = ""
-) -> Outcome:
+def count_rewardbench(scores: Path, *, weights: SubsetWeights = "published", command: str = "") -> Outcome:
     """Accuracy by subset and section of saved scores; what subsets weigh: their published counts, or the file's."""
     from coala.evaluation.rewardbench import ranking, read_scores
 

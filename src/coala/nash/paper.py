@@ -6,18 +6,17 @@ Three answers, b beats a and c beats b with 0.9, a beats c with 0.8; Nash policy
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.special import stdtrit
 
 from coala.nash.game import PreferenceGame
 from coala.nash.selection import FixedPoint, selection_fixed_point
 from coala.nash.solvers import Result, solve
+from coala.statistics.intervals import mean_estimate
 from coala.values import Estimate
 
 PAPER_GAME = PreferenceGame([[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]], labels=("a", "b", "c"))
@@ -105,12 +104,10 @@ def tail_gap(result: Result) -> float:
 
 def tail_estimate(values: Float64[np.ndarray, "seeds"]) -> Estimate:
     """Mean over seeds with Student's t interval; the whole range [0, 1] of a gap for a single seed."""
-    n, mean = len(values), float(values.mean())
-    if n < 2:
-        return Estimate(mean, 0.0, 1.0, n, "gap, mean of the last fifth of updates; one seed, so no interval")
-    half = float(stdtrit(n - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(n)
-    about = "gap, mean of the last fifth of updates, t interval 95 % over seeds"
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half), n, about)
+    found = mean_estimate(values)
+    how = ", t interval 95 % over seeds" if found.n > 1 else "; one seed, so no interval"
+    about = f"gap, mean of the last fifth of updates{how}"
+    return Estimate(found.value, max(0.0, found.low), min(1.0, found.high), found.n, about)
 
 
 def first_below(result: Result, gap: float) -> int | None:

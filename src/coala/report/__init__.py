@@ -13,7 +13,7 @@ no interval is known.
                     accuracy_eval, accuracy_train            ESTIMATE, share of pairs ranked right
                     linear_accuracy_eval                     ESTIMATE of a linear probe on the same pairs
                     gain_over_linear                         ESTIMATE, paired difference of the two accuracies
-                    nll_eval, auc_eval, margin_eval          ESTIMATE
+                    nll_eval                                 ESTIMATE
                     calibration_error                        ESTIMATE, of the probabilities of held-out pairs
                     certified_gap        proved gap as a share of the objective, or null
                     program, statement   str, what was solved and what is proved of it
@@ -32,7 +32,7 @@ no interval is known.
                     beta_rel null: the linear head
     scores          {chosen: [float], rejected: [float]}, held-out pairs
     reliability     {bins: [{predicted, observed: ESTIMATE}], confidence, error: ESTIMATE, error_by_chance}, the fields
-                    of :class:`coala.evaluation.Reliability`, held-out pairs
+                    of :class:`coala.statistics.scores.Reliability`, held-out pairs
     by_length       [{low, high, accuracy: ESTIMATE}], length difference chosen - rejected
     length_unit     str, what lengths count ("characters" if not given)
     costs           [{stage, seconds, flops, flops_bound, peak_bytes}]; peak_bytes a number or {host, device}
@@ -54,12 +54,7 @@ from coala.report.evaluations import Evaluation, Figure, Sample, save_evaluation
 from coala.report.page import render
 from coala.store import RunFolder, load_json, save_json, write_atomic
 
-__all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "build_report", "conclusions", "write_report"]
-
-
-def build_report(content: Mapping[str, Any]) -> str:
-    """The HTML page of ``content``: no script, nothing fetched, the same bytes for the same content."""
-    return render(plain(content))
+__all__ = ["Evaluation", "Figure", "Sample", "add_evaluation", "conclusions", "write_report"]
 
 
 def write_report(run: RunFolder, content: Mapping[str, Any]) -> Path:

@@ -134,8 +134,6 @@ def _ranking(summary: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple
         ("linear_accuracy_eval", "Held-out pairs ranked right by a linear head", "percent"),
         ("gain_over_linear", "Gain over the linear head", "points"),
         ("nll_eval", "Held-out NLL per pair (a coin: 0.693)", "plain"),
-        ("auc_eval", "Held-out AUC across prompts", "plain"),
-        ("margin_eval", "Held-out mean margin", "plain"),
     ):
         estimate = Interval(summary.get(key))
         if estimate:

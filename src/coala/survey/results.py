@@ -17,18 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.evaluation.agreement import fleiss_kappa, krippendorff_alpha
-from coala.evaluation.statistics import (
-    Float,
-    bootstrap,
-    clustered,
-    group_numbers,
-    share_estimate,
-    student,
-    wald,
-    wilson_estimate,
+from coala.statistics.agreement import fleiss_kappa, krippendorff_alpha
+from coala.statistics.intervals import bootstrap, share_estimate, wald
+from coala.statistics.votes import (
+    Contrast,
+    adjusted,
+    multinomial_difference,
+    two_way_difference,
+    two_way_share,
+    vote_difference,
 )
-from coala.evaluation.survey_statistics import Contrast, holm, multinomial_difference, vote_difference
 from coala.survey.form import Survey
 from coala.survey.votes import Attendance, Vote, Votes
 from coala.values import CoalaError, Estimate
@@ -164,60 +162,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- shares and differences over raters and questions ------------------------------------------------------------
-
-
-def two_way_error(
-    values: Float, raters: NDArray[Any], questions: NDArray[Any]
-) -> tuple[float, float, NDArray[np.intp]]:
-    """Mean of ``values`` (n,), its error clustered by raters and questions at once, and the coarser grouping (n,).
-
-    var = var_raters + var_questions - var_votes (Cameron, Gelbach and Miller 2011): votes that share either are
-    correlated. Never below the larger of the first two, which the difference can be by chance. nan when either side has
-    one group: of other raters, or other questions, nothing is known then.
-    """
-    mean, by_rater, n_raters = clustered(values, raters)
-    _, by_question, n_questions = clustered(values, questions)
-    _, by_vote, _ = clustered(values)
-    if n_raters < 2 or n_questions < 2:
-        return mean, math.nan, group_numbers(raters if n_raters < 2 else questions, len(values))
-    variance = max(by_rater**2 + by_question**2 - by_vote**2, by_rater**2, by_question**2)
-    side = raters if n_raters <= n_questions else questions
-    return mean, math.sqrt(variance), group_numbers(side, len(values))
-
-
-def two_way_share(values: Float, raters: NDArray[Any], questions: NDArray[Any], name: str) -> Estimate:
-    """Share (mean of zeros and ones) with Wilson's interval at the sample size of the two-way error."""
-    mean, error, labels = two_way_error(values, raters, questions)
-    found = wilson_estimate(mean, error, labels, name)
-    n_raters, n_questions = len(set(raters.tolist())), len(set(questions.tolist()))
-    return replace(found, method=f"{found.method}; clustered by {n_raters} raters and {n_questions} questions")
-
-
-def two_way_difference(
-    methods: Sequence[str], first: str, second: str, raters: NDArray[Any], questions: NDArray[Any]
-) -> Contrast:
-    """Share of ``first`` minus share of ``second`` with the two-way error and Student's t on (coarser groups - 1)."""
-    from scipy.special import stdtr
-
-    chosen = np.asarray(methods, dtype=str)
-    x = (chosen == first).astype(float) - (chosen == second)
-    mean, error, labels = two_way_error(x, raters, questions)
-    groups = int(labels.max()) + 1
-    if groups < 2:
-        about = "difference of dependent shares; one rater or one question, so no interval"
-        return Contrast(first, second, Estimate(mean, -1.0, 1.0, len(x), about), math.nan, math.nan, math.nan)
-    if not error > 0:  # no spread at all: whole groups then count as one trial each
-        return vote_difference(
-            methods, first, second, (raters if len(set(raters.tolist())) == groups else questions).tolist()
-        )
-    half = student(groups - 1) * error
-    p_value = 2 * float(stdtr(groups - 1, -abs(mean / error)))
-    about = f"difference of dependent shares, t interval 95 %, clustered by raters and questions, {groups - 1} freedoms"
-    estimate = Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), len(x), about)
-    return Contrast(first, second, estimate, mean / error, p_value, p_value)
-
-
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
@@ -252,8 +196,8 @@ def _part(survey: Survey, name: str, votes: Sequence[Vote], draws: int, seed: in
             )
         )
     pairs = list(combinations(survey.methods, 2))
-    by_rater = _adjusted([vote_difference(chosen, a, b, raters.tolist()) for a, b in pairs])
-    by_both = _adjusted([two_way_difference(chosen, a, b, raters, questions) for a, b in pairs])
+    by_rater = adjusted([vote_difference(chosen, a, b, raters.tolist()) for a, b in pairs])
+    by_both = adjusted([two_way_difference(chosen, a, b, raters, questions) for a, b in pairs])
     alpha, kappa = _agreement(votes, len(survey.methods), draws, seed) if draws else (None, None)
     return Part(
         name,
@@ -265,11 +209,6 @@ def _part(survey: Survey, name: str, votes: Sequence[Vote], draws: int, seed: in
         alpha,
         kappa,
     )
-
-
-def _adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
-    adjusted = holm([one.p_value for one in contrasts])
-    return [replace(one, adjusted=p) for one, p in zip(contrasts, adjusted, strict=True)]
 
 
 def _agreement(votes: Sequence[Vote], m: int, draws: int, seed: int) -> tuple[Estimate | None, Estimate | None]:
@@ -312,8 +251,8 @@ def _questions(survey: Survey, votes: Sequence[Vote], of: str, draws: int, seed:
         )
     rows = []
     for category in found.values():
-        adjusted = iter(_adjusted([one for question in category for one in question.against]))
-        rows += [replace(question, against=tuple(next(adjusted) for _ in question.against)) for question in category]
+        together = iter(adjusted([one for question in category for one in question.against]))
+        rows += [replace(question, against=tuple(next(together) for _ in question.against)) for question in category]
     return tuple(rows)
 
 

@@ -6,7 +6,7 @@ Kept for comparison with the paper; ``pairwise`` is the default because it is on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from coala.convex.path import SPARSITIES, PairTask, Progress
 from coala.convex.program import Program, largest_sparsity
 from coala.convex.solvers import Solution, solve
 from coala.convex.validation import HeldOut, rising_twice
+from coala.settings import PhaseOne
 
-PhaseOne = Literal["gated", "cronos", "network"]
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 # As published: sparsity on summed squares with the factor 1/2 of Algorithm 2, and ADMM's fixed number of steps.
 PAPER_SPARSITY = 1e-3

@@ -1,7 +1,7 @@
-"""Estimates from saved scores and judgements: ranking, calibration, win rates of judged replies, perplexity.
+"""Estimates from scores: ranking, calibration, perplexity.
 
 Pure NumPy on arrays; knows nothing of models, judges or files. How a value gets its interval is the business of
-:mod:`coala.evaluation.statistics`: rows of one ``group`` (a prompt, a conversation) are not independent and every
+:mod:`coala.statistics.intervals`: rows of one ``group`` (a prompt, a conversation) are not independent and every
 interval counts groups.
 """
 
@@ -11,25 +11,25 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from coala.evaluation.order_effects import place_alone, place_alone_once
-from coala.evaluation.statistics import (
+from coala.statistics.intervals import (
     Float,
+    Groups,
     clustered,
     group_numbers,
     mean_estimate,
     over,
+    percentiles,
+    resamples,
     share_estimate,
     student,
     vector,
-    void,
-    wilson_estimate,
 )
-from coala.values import CoalaError, Estimate, Judgement
+from coala.values import CoalaError, Estimate
 
 # --- ranking -----------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ from coala.values import CoalaError, Estimate, Judgement
 def ranking_accuracy(
     chosen: ArrayLike,
     rejected: ArrayLike,
-    group: Sequence[Any] | NDArray[Any] | None = None,
+    group: Groups = None,
     *,
     ties: Literal["half", "wrong"] = "half",
 ) -> Estimate:
@@ -46,24 +46,19 @@ def ranking_accuracy(
     A tie counts one half, so that a constant score has the accuracy of a coin; ``ties="wrong"`` is the strict count
     (that of TRL, where a constant score has 0). :func:`tie_share` tells how much that matters.
     """
-    return accuracy_of_margins(margins_of(chosen, rejected), group, ties=ties)
+    a, b = vector(chosen, "chosen scores"), vector(rejected, "rejected scores")
+    if a.shape != b.shape:
+        raise CoalaError(f"Found {len(a)} chosen and {len(b)} rejected scores; every pair needs one of each.")
+    return accuracy_of_margins(a - b, group, ties=ties)
 
 
 def accuracy_of_margins(
-    margins: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None, *, ties: Literal["half", "wrong"] = "half"
+    margins: ArrayLike, group: Groups = None, *, ties: Literal["half", "wrong"] = "half"
 ) -> Estimate:
     """:func:`ranking_accuracy` from margins score(chosen) - score(rejected), (n,)."""
     margin = vector(margins, "margins")
     wins = (margin > 0) + (0.5 * (margin == 0) if ties == "half" else 0.0)
     return share_estimate(wins, group, "share of pairs ranked right" + (", a tie one half" if ties == "half" else ""))
-
-
-def margins_of(chosen: ArrayLike, rejected: ArrayLike) -> Float:
-    """score(chosen) - score(rejected) in float64, (n,)."""
-    a, b = vector(chosen, "chosen scores"), vector(rejected, "rejected scores")
-    if a.shape != b.shape:
-        raise CoalaError(f"Found {len(a)} chosen and {len(b)} rejected scores; every pair needs one of each.")
-    return a - b
 
 
 def tie_share(margins: ArrayLike) -> float:
@@ -72,9 +67,7 @@ def tie_share(margins: ArrayLike) -> float:
     return float((margin == 0).mean()) if len(margin) else math.nan
 
 
-def accuracy_difference(
-    margins: ArrayLike, other: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None
-) -> Estimate:
+def accuracy_difference(margins: ArrayLike, other: ArrayLike, group: Groups = None) -> Estimate:
     """Ranking accuracy of one head minus another's on the same pairs (ties one half), with a paired t interval.
 
     When the two agree on every pair the interval reaches to Wilson's bound on the share of pairs where they may not.
@@ -93,30 +86,10 @@ def accuracy_difference(
     return Estimate(estimate.value, low, high, estimate.n, f"difference of accuracies, paired: {estimate.method}")
 
 
-def pairwise_nll(margins: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None) -> Estimate:
+def pairwise_nll(margins: ArrayLike, group: Groups = None) -> Estimate:
     """Mean of log(1 + exp(-margin)) in nats per pair (Bradley-Terry, Eq. 6); a head without a signal has log 2."""
     margin = vector(margins, "margins")
     return mean_estimate(np.logaddexp(0.0, -margin), group)
-
-
-def auc(chosen: ArrayLike, rejected: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None) -> Estimate:
-    """P(a random chosen reply scores above a random rejected one), across prompts; a tie counts one half.
-
-    Scores (n,) each. The error is DeLong's (1988) with the two components of a pair, and then of a group, summed
-    before squaring, as pairs share a prompt.
-    """
-    a, b = vector(chosen, "chosen scores"), vector(rejected, "rejected scores")
-    margins_of(a, b)
-    n = len(a)
-    labels = group_numbers(group, n)
-    if not n:
-        return wilson_estimate(math.nan, math.nan, labels, "AUC")
-    ordered_a, ordered_b = np.sort(a), np.sort(b)
-    above = (np.searchsorted(ordered_b, a, "left") + np.searchsorted(ordered_b, a, "right")) / (2 * n)
-    below = 1 - (np.searchsorted(ordered_a, b, "left") + np.searchsorted(ordered_a, b, "right")) / (2 * n)
-    value = float(above.mean())
-    _, error, _ = clustered(above + below, labels)
-    return wilson_estimate(value, error, labels, "AUC of chosen against rejected, DeLong error", counted=False)
 
 
 @dataclass(frozen=True)
@@ -131,7 +104,7 @@ class LengthBin:
 def by_length_difference(
     margins: ArrayLike,
     length_differences: ArrayLike,
-    group: Sequence[Any] | NDArray[Any] | None = None,
+    group: Groups = None,
     *,
     bins: int | Sequence[float] = 5,
 ) -> list[LengthBin]:
@@ -188,7 +161,7 @@ class Reliability:
 
 def reliability(
     preferences: ArrayLike,
-    group: Sequence[Any] | NDArray[Any] | None = None,
+    group: Groups = None,
     *,
     bins: int = 8,
     draws: int = 1000,
@@ -220,8 +193,9 @@ def reliability(
         for b in range(int(place.max()) + 1)
     ]
 
-    def error(right: Float) -> float:
-        return float(np.abs(np.bincount(place, right - confidence)).sum()) / n
+    def error(right: Float, times: float | NDArray[np.intp] = 1.0) -> float:
+        excess = np.bincount(place, times * (right - confidence))
+        return float(np.abs(excess).sum() / np.broadcast_to(times, n).sum())
 
     value = error(right)
     rng = np.random.default_rng(seed)
@@ -229,89 +203,14 @@ def reliability(
     groups = int(labels.max()) + 1
     low, high, about = 0.0, 1.0, "; one group, so no interval"
     if groups > 1:
-        excess = np.zeros((groups, len(rows)))
-        np.add.at(excess, (labels, place), right - confidence)
-        sizes = np.bincount(labels)
-        drawn = rng.integers(groups, size=(draws, groups))
-        errors = [np.abs(excess[some].sum(0)).sum() / sizes[some].sum() for some in drawn]
-        low, high = (float(end) for end in np.quantile(errors, [0.025, 0.975]))
+        low, high = percentiles([error(right, times) for times in resamples(labels, draws, rng)])
         about = f", percentile bootstrap 95 % ({draws} draws, seed {seed}){over(groups, n)}"
     # Resampling adds noise to noise, so the bootstrap can lie above the value it is an interval of.
     estimate = Estimate(value, min(low, value), max(high, value), n, f"calibration error, {len(rows)} bins{about}")
     return Reliability(tuple(rows), float(confidence.mean()), estimate, float(np.mean(by_chance)))
 
 
-# --- generated text ----------------------------------------------------------------------------------------------
-
-
-def win_rate(
-    judgements: Sequence[Judgement], ties: Literal["half", "exclude"] = "half", *, of: str | None = None
-) -> Estimate:
-    """Share of comparisons that ``of`` wins (by default the side named first in the first judgement).
-
-    The k-th judgement of a prompt in one order and the k-th in the other are averaged into one comparison before
-    anything else, which removes a judge's taste for the first place. A comparison with a failed judgement (``None``)
-    in either order is left out and counted in ``method``. A comparison that ends at exactly 1/2 is a tie: it counts
-    one half, or nothing with ``ties="exclude"``. Comparisons of one prompt are one group of the interval. Verdicts
-    that follow the place alone have no win rate: the value is nan and ``method`` says ``void`` and why.
-    """
-    if not judgements:
-        return Estimate(math.nan, 0.0, 1.0, 0, "win rate; no judgements")
-    ours = judgements[0].first if of is None else of
-    orders: dict[tuple[str, str, str], tuple[list[float | None], list[float | None]]] = {}
-    for judgement in judgements:
-        if ours not in (judgement.first, judgement.second) or judgement.first == judgement.second:
-            raise CoalaError(
-                f"The judgement of prompt {judgement.prompt_id!r} compares {judgement.first!r} with "
-                f"{judgement.second!r}; expected {ours!r} on exactly one side. Count one contest at a time."
-            )
-        value = judgement.preference
-        if value is not None and not 0 <= value <= 1:
-            raise CoalaError(f"A preference of {value} on prompt {judgement.prompt_id!r}; expected a value in [0, 1].")
-        swapped = judgement.second == ours
-        other = judgement.first if swapped else judgement.second
-        games = orders.setdefault((judgement.prompt_id, other, judgement.judge), ([], []))
-        games[swapped].append(value if value is None or not swapped else 1 - value)
-    values: list[float] = []
-    prompts: list[str] = []
-    # Preferences for the reply shown first: ours, and theirs, of comparisons judged in both orders or in one.
-    twice: tuple[list[float], list[float]] = ([], [])
-    once: tuple[list[float], list[float]] = ([], [])
-    failed = tied = both = 0
-    for (prompt_id, *_), (straight, swapped_games) in orders.items():
-        for k in range(max(len(straight), len(swapped_games))):
-            game = [side[k] for side in (straight, swapped_games) if k < len(side)]
-            known = [value for value in game if value is not None]
-            if len(known) < len(game):
-                failed += 1
-                continue
-            value = sum(known) / len(known)
-            both += len(known) == 2
-            places = twice if len(known) == 2 else once
-            if k < len(straight):
-                places[0].append(known[0])
-            if k < len(swapped_games):
-                places[1].append(1 - known[-1])
-            tied += value == 0.5
-            if value != 0.5 or ties == "half":
-                values.append(value)
-                prompts.append(prompt_id)
-    facts = [f"{both} of {len(values) + (tied if ties == 'exclude' else 0)} comparisons judged in both orders"]
-    facts.append(f"{tied} tied and {'counted one half' if ties == 'half' else 'left out'}")
-    if failed:
-        facts.append(f"{failed} failed and left out")
-    mixed = bool(twice[0]) and any(once)
-    why = "" if mixed else place_alone(*twice) if twice[0] else place_alone_once(*once)
-    if why:
-        n = len(twice[0]) or sum(map(len, once))
-        return void("win rate", n, ", ".join([why, *facts[2:]]))
-    estimate = share_estimate(values, prompts, "win rate")
-    return Estimate(estimate.value, estimate.low, estimate.high, estimate.n, f"{estimate.method}; {', '.join(facts)}")
-
-
-def perplexity(
-    log_probs: ArrayLike, n_tokens: ArrayLike, group: Sequence[Any] | NDArray[Any] | None = None
-) -> Estimate:
+def perplexity(log_probs: ArrayLike, n_tokens: ArrayLike, group: Groups = None) -> Estimate:
     """exp(-sum log_probs / sum n_tokens) of texts with summed log-probabilities ``log_probs`` (n,) in nats.
 
     The interval is that of the ratio's logarithm (linearised, cluster-robust, t), so it is never negative.

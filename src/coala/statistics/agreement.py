@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from coala.evaluation.statistics import Float, bootstrap
+from coala.statistics.intervals import Float, bootstrap
 from coala.values import CoalaError, Estimate
 
 Metric = Literal["nominal", "ordinal", "interval"]

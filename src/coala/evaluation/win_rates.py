@@ -1,18 +1,85 @@
-"""Does a judge contradict itself when the order of the replies is swapped, and which place does it favour?
+"""Win rates of judged replies; whether the judge contradicts itself when the order is swapped, and favours a place.
 
 A judge whose verdicts follow the place alone says nothing of the replies: :func:`place_alone` finds it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from coala.evaluation.statistics import Float, share_estimate
+from coala.statistics.intervals import Float, share_estimate, void
 from coala.values import CoalaError, Estimate, Judgement
+
+
+def win_rate(
+    judgements: Sequence[Judgement], ties: Literal["half", "exclude"] = "half", *, of: str | None = None
+) -> Estimate:
+    """Share of comparisons that ``of`` wins (by default the side named first in the first judgement).
+
+    The k-th judgement of a prompt in one order and the k-th in the other are averaged into one comparison before
+    anything else, which removes a judge's taste for the first place. A comparison with a failed judgement (``None``)
+    in either order is left out and counted in ``method``. A comparison that ends at exactly 1/2 is a tie: it counts
+    one half, or nothing with ``ties="exclude"``. Comparisons of one prompt are one group of the interval. Verdicts
+    that follow the place alone have no win rate: the value is nan and ``method`` says ``void`` and why.
+    """
+    if not judgements:
+        return Estimate(math.nan, 0.0, 1.0, 0, "win rate; no judgements")
+    ours = judgements[0].first if of is None else of
+    orders: dict[tuple[str, str, str], tuple[list[float | None], list[float | None]]] = {}
+    for judgement in judgements:
+        if ours not in (judgement.first, judgement.second) or judgement.first == judgement.second:
+            raise CoalaError(
+                f"The judgement of prompt {judgement.prompt_id!r} compares {judgement.first!r} with "
+                f"{judgement.second!r}; expected {ours!r} on exactly one side. Count one contest at a time."
+            )
+        value = judgement.preference
+        if value is not None and not 0 <= value <= 1:
+            raise CoalaError(f"A preference of {value} on prompt {judgement.prompt_id!r}; expected a value in [0, 1].")
+        swapped = judgement.second == ours
+        other = judgement.first if swapped else judgement.second
+        games = orders.setdefault((judgement.prompt_id, other, judgement.judge), ([], []))
+        games[swapped].append(value if value is None or not swapped else 1 - value)
+    values: list[float] = []
+    prompts: list[str] = []
+    # Preferences for the reply shown first: ours, and theirs, of comparisons judged in both orders or in one.
+    twice: tuple[list[float], list[float]] = ([], [])
+    once: tuple[list[float], list[float]] = ([], [])
+    failed = tied = both = 0
+    for (prompt_id, *_), (straight, swapped_games) in orders.items():
+        for k in range(max(len(straight), len(swapped_games))):
+            game = [side[k] for side in (straight, swapped_games) if k < len(side)]
+            known = [value for value in game if value is not None]
+            if len(known) < len(game):
+                failed += 1
+                continue
+            value = sum(known) / len(known)
+            both += len(known) == 2
+            places = twice if len(known) == 2 else once
+            if k < len(straight):
+                places[0].append(known[0])
+            if k < len(swapped_games):
+                places[1].append(1 - known[-1])
+            tied += value == 0.5
+            if value != 0.5 or ties == "half":
+                values.append(value)
+                prompts.append(prompt_id)
+    facts = [f"{both} of {len(values) + (tied if ties == 'exclude' else 0)} comparisons judged in both orders"]
+    facts.append(f"{tied} tied and {'counted one half' if ties == 'half' else 'left out'}")
+    if failed:
+        facts.append(f"{failed} failed and left out")
+    mixed = bool(twice[0]) and any(once)
+    why = "" if mixed else place_alone(*twice) if twice[0] else place_alone_once(*once)
+    if why:
+        n = len(twice[0]) or sum(map(len, once))
+        return void("win rate", n, ", ".join([why, *facts[2:]]))
+    estimate = share_estimate(values, prompts, "win rate")
+    return Estimate(estimate.value, estimate.low, estimate.high, estimate.n, f"{estimate.method}; {', '.join(facts)}")
 
 
 @dataclass(frozen=True)

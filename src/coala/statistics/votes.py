@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from coala.evaluation.statistics import Z95, Float, clustered, group_numbers, share_estimate, vector, wilson
+from coala.statistics.intervals import Z95, Float, clustered, group_numbers, student, vector, wilson, wilson_estimate
 from coala.values import CoalaError, Estimate
 
 
@@ -31,13 +31,6 @@ class Contrast:
     statistic: float
     p_value: float
     adjusted: float
-
-
-def wald_half_width(share: float, n: int, z: float = Z95) -> float:
-    """z sqrt(share (1 - share) / n): in the units of the share. It takes votes for independent trials."""
-    if n < 1 or not 0 <= share <= 1:
-        raise CoalaError(f"Found a share of {share} in {n} trials; expected one in [0, 1] and at least one trial.")
-    return z * math.sqrt(share * (1 - share) / n)
 
 
 def multinomial_difference(first: float, second: float, n: int, z: float = Z95) -> Contrast:
@@ -66,23 +59,12 @@ def multinomial_difference(first: float, second: float, n: int, z: float = Z95) 
     return Contrast("first", "second", Estimate(apart, low, high, n, about), statistic, p_value, p_value)
 
 
-def vote_shares(votes: Sequence[str], voters: Sequence[Any] | None = None) -> dict[str, Estimate]:
-    """Share of all votes by option (n votes, ``voters`` (n,) name who cast them), with Wilson intervals over voters."""
-    chosen = _votes(votes)
-    return {
-        option: share_estimate(chosen == option, voters, f"share of votes for {option}")
-        for option in sorted(set(chosen.tolist()))
-    }
-
-
 def vote_difference(votes: Sequence[str], first: str, second: str, voters: Sequence[Any] | None = None) -> Contrast:
     """Share of ``first`` minus share of ``second`` over n votes, with voters as clusters and Student's t.
 
     Each vote counts 1, -1 or 0, which carries the dependence of the two; with ``voters`` a person's votes are summed
     before squaring. With every vote its own voter this is :func:`multinomial_difference` up to n/(n - 1) and t for z.
     """
-    from scipy.special import stdtr, stdtrit
-
     chosen = _votes(votes)
     if first == second:
         raise CoalaError(f"A contrast of {first!r} with itself; expected two options.")
@@ -98,19 +80,73 @@ def vote_difference(votes: Sequence[str], first: str, second: str, voters: Seque
         statistic = math.copysign(math.inf, mean) if mean else 0.0
         wide = Estimate(mean, *_reach(mean, groups), len(x), f"{about}; no spread, Wilson's bound on either share")
         return Contrast(first, second, wide, statistic, p_value, p_value)
-    half = float(stdtrit(groups - 1, 0.975)) * error
-    statistic = mean / error
+    return _by_student(first, second, Estimate(mean, mean, mean, len(x), about), error, groups)
+
+
+def _by_student(first: str, second: str, found: Estimate, error: float, groups: int) -> Contrast:
+    """The contrast of a difference ``found`` with its standard ``error``, by Student's t over ``groups``."""
+    from scipy.special import stdtr
+
+    half, statistic = student(groups - 1) * error, found.value / error
     p_value = 2 * float(stdtr(groups - 1, -abs(statistic)))
-    estimate = Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), len(x), about)
-    return Contrast(first, second, estimate, statistic, p_value, p_value)
+    ends = max(-1.0, found.value - half), min(1.0, found.value + half)
+    return Contrast(first, second, Estimate(found.value, *ends, found.n, found.method), statistic, p_value, p_value)
+
+
+def two_way_error(
+    values: Float, raters: NDArray[Any], questions: NDArray[Any]
+) -> tuple[float, float, NDArray[np.intp]]:
+    """Mean of ``values`` (n,), its error clustered by raters and questions at once, and the coarser grouping (n,).
+
+    var = var_raters + var_questions - var_votes (Cameron, Gelbach and Miller 2011): votes that share either are
+    correlated. Never below the larger of the first two, which the difference can be by chance. nan when either side has
+    one group: of other raters, or other questions, nothing is known then.
+    """
+    mean, by_rater, n_raters = clustered(values, raters)
+    _, by_question, n_questions = clustered(values, questions)
+    _, by_vote, _ = clustered(values)
+    if n_raters < 2 or n_questions < 2:
+        return mean, math.nan, group_numbers(raters if n_raters < 2 else questions, len(values))
+    variance = max(by_rater**2 + by_question**2 - by_vote**2, by_rater**2, by_question**2)
+    side = raters if n_raters <= n_questions else questions
+    return mean, math.sqrt(variance), group_numbers(side, len(values))
+
+
+def two_way_share(values: Float, raters: NDArray[Any], questions: NDArray[Any], name: str) -> Estimate:
+    """Share (mean of zeros and ones) with Wilson's interval at the sample size of the two-way error."""
+    mean, error, labels = two_way_error(values, raters, questions)
+    found = wilson_estimate(mean, error, labels, name)
+    n_raters, n_questions = len(set(raters.tolist())), len(set(questions.tolist()))
+    return replace(found, method=f"{found.method}; clustered by {n_raters} raters and {n_questions} questions")
+
+
+def two_way_difference(
+    votes: Sequence[str], first: str, second: str, raters: NDArray[Any], questions: NDArray[Any]
+) -> Contrast:
+    """Share of ``first`` minus share of ``second`` with the two-way error and Student's t on (coarser groups - 1)."""
+    chosen = _votes(votes)
+    x = (chosen == first).astype(float) - (chosen == second)
+    mean, error, labels = two_way_error(x, raters, questions)
+    groups = int(labels.max()) + 1
+    if groups < 2:
+        about = "difference of dependent shares; one rater or one question, so no interval"
+        return Contrast(first, second, Estimate(mean, -1.0, 1.0, len(x), about), math.nan, math.nan, math.nan)
+    if not error > 0:  # no spread at all: whole groups then count as one trial each
+        return vote_difference(votes, first, second, labels.tolist())
+    about = f"difference of dependent shares, t interval 95 %, clustered by raters and questions, {groups - 1} freedoms"
+    return _by_student(first, second, Estimate(mean, mean, mean, len(x), about), error, groups)
 
 
 def contrasts(votes: Sequence[str], of: str, voters: Sequence[Any] | None = None) -> list[Contrast]:
     """``of`` against every other option, p-values adjusted together by Holm's method."""
     others = sorted(set(_votes(votes).tolist()) - {of})
-    found = [vote_difference(votes, of, other, voters) for other in others]
-    adjusted = holm([one.p_value for one in found])
-    return [replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
+    return adjusted([vote_difference(votes, of, other, voters) for other in others])
+
+
+def adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
+    """The same, their p-values adjusted together by Holm's method."""
+    together = holm([one.p_value for one in contrasts])
+    return [replace(one, adjusted=p) for one, p in zip(contrasts, together, strict=True)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -122,13 +158,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     p = np.asarray(p_values, dtype=np.float64)
     if ((p < 0) | (p > 1)).any():
         raise CoalaError("A p-value is not in [0, 1]; expected probabilities.")
-    adjusted = np.full(len(p), math.nan)
+    found = np.full(len(p), math.nan)
     order = [int(i) for i in np.argsort(p) if not math.isnan(p[i])]
     largest = 0.0
     for rank, i in enumerate(order):
         largest = max(largest, min(1.0, (len(order) - rank) * float(p[i])))
-        adjusted[i] = largest
-    return [float(one) for one in adjusted]
+        found[i] = largest
+    return [float(one) for one in found]
 
 
 def votes_for_width(share: float, half_width: float, z: float = Z95) -> int:

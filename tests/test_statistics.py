@@ -14,19 +14,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from coala.evaluation import bootstrap, bounded_mean, clopper_pearson, clustered, paired_difference, wald, wilson
-from coala.evaluation.agreement import fleiss_kappa, krippendorff_alpha
-from coala.evaluation.survey_statistics import (
+from coala.statistics.agreement import fleiss_kappa, krippendorff_alpha
+from coala.statistics.intervals import (
+    bootstrap,
+    bounded_mean,
+    clopper_pearson,
+    clustered,
+    paired_difference,
+    share_estimate,
+    wald,
+    wilson,
+)
+from coala.statistics.votes import (
     Contrast,
     contrasts,
     holm,
     intraclass_correlation,
     multinomial_difference,
     vote_difference,
-    vote_shares,
     votes_for_difference,
     votes_for_width,
-    wald_half_width,
 )
 from coala.values import CoalaError
 
@@ -43,7 +50,6 @@ def test_intervals_of_a_share_agree_with_scipy(n: int, data: Any) -> None:
     assert wilson(k / n, n) == pytest.approx((score.low, score.high), abs=1e-9)
     low, high = wald(k / n, n)
     assert (low + high) / 2 == pytest.approx(k / n)
-    assert high - low == pytest.approx(2 * wald_half_width(k / n, n))
 
 
 def test_edges_of_a_share() -> None:
@@ -57,8 +63,6 @@ def test_edges_of_a_share() -> None:
             clopper_pearson(*bad)
     with pytest.raises(CoalaError, match="level is 95"):
         clopper_pearson(1, 2, 95)
-    with pytest.raises(CoalaError, match="at least one trial"):
-        wald_half_width(0.5, 0)
 
 
 def test_exact_intervals_cover_at_least_as_often_as_they_say() -> None:
@@ -70,15 +74,20 @@ def test_exact_intervals_cover_at_least_as_often_as_they_say() -> None:
         assert as_printed < (0.7 if p == 0.03 else 0.96)
 
 
+def half_width(share: float, n: int, z: float = 1.959963984540054) -> float:
+    """In points."""
+    return 100 * (wald(share, n, z)[1] - share)
+
+
 def test_published_half_widths(shared: Path) -> None:
     found = json.loads((shared / "eval_reference" / "survey" / "survey_reference.json").read_text())
     for data, rates in found["table11"].items():
         for method, (rate, printed) in rates.items():
-            half = 100 * wald_half_width(rate / 100, found["n"], found["z"])
+            half = half_width(rate / 100, found["n"], found["z"])
             assert half == pytest.approx(found["computed_half_width"][data][method], abs=1e-4)
             # All but one are printed as computed; that one's rate must have been rounded up.
             assert (round(half, 1) == printed) == ((data, method) != ("EDU", "ORPO"))
-    assert 100 * wald_half_width(0.1545, 107, 1.96) < 6.85 < 100 * wald_half_width(0.1547, 107, 1.96)
+    assert half_width(0.1545, 107, 1.96) < 6.85 < half_width(0.1547, 107, 1.96)
 
 
 def test_published_differences_of_dependent_shares(shared: Path) -> None:
@@ -131,10 +140,9 @@ def test_complete_questions_are_votes(shared: Path) -> None:
     for name, counts in found["questions_complete"].items():
         votes = [method for method, count in counts.items() for _ in range(count)]
         assert len(votes) == 107
-        shares = vote_shares(votes)
         for method, printed in found["questions_printed_percent"][name].items():
             if printed is not None:
-                assert 100 * shares[method].value == pytest.approx(printed, abs=0.0501)
+                assert 100 * votes.count(method) / 107 == pytest.approx(printed, abs=0.0501)
         best = max(counts, key=lambda method: counts[method])
         assert all(one.difference.value > 0 for one in contrasts(votes, best))
 
@@ -160,8 +168,6 @@ def test_paired_differences_cancel_what_is_shared() -> None:
     found = paired_difference(a, b)
     t = stats.ttest_rel(a, b).confidence_interval()
     assert (found.low, found.high) == pytest.approx((t.low, t.high))
-    drawn = paired_difference(a, b, how="bootstrap")
-    assert (drawn.low, drawn.high) == pytest.approx((t.low, t.high), abs=0.05)
     assert paired_difference(b, a).value == -found.value
     with pytest.raises(CoalaError, match="same rows"):
         paired_difference([1.0], [1.0, 2.0])
@@ -229,9 +235,6 @@ def test_votes_agree_with_the_multinomial() -> None:
     assert one.difference.value == pytest.approx(two.difference.value)
     assert one.statistic == pytest.approx(two.statistic * math.sqrt(106 / 107))
     assert one.p_value == pytest.approx(two.p_value, abs=0.005)
-    shares = vote_shares(votes)
-    assert sum(share.value for share in shares.values()) == pytest.approx(1)
-    assert (shares["a"].low, shares["a"].high) == wilson(40 / 107, 107)
 
 
 def test_voters_are_the_trials() -> None:
@@ -246,7 +249,8 @@ def test_voters_are_the_trials() -> None:
         naive += vote_difference(votes, "a", "b").p_value < 0.05
     assert 0.02 < honest / 300 < 0.09
     assert naive / 300 > 0.3
-    wide, thin = vote_shares(votes, voters)["a"], vote_shares(votes)["a"]
+    chosen = np.array(votes) == "a"
+    wide, thin = share_estimate(chosen, voters), share_estimate(chosen)
     assert wide.value == thin.value
     assert wide.high - wide.low > 1.3 * (thin.high - thin.low)
     assert intraclass_correlation(np.array(votes) == "a", voters) > 0.1
@@ -267,7 +271,7 @@ def test_votes_without_spread() -> None:
     with pytest.raises(CoalaError, match="with itself"):
         vote_difference(["a"], "a", "a")
     with pytest.raises(CoalaError, match="n of at least 1"):
-        vote_shares([])
+        contrasts([], "a")
     with pytest.raises(CoalaError, match="sum is at most"):
         multinomial_difference(6, 5, 10)
 
@@ -304,9 +308,8 @@ def test_holm_lies_between_none_and_bonferroni(p: list[float]) -> None:
 
 def test_how_many_votes() -> None:
     assert votes_for_width(0.5, 0.098, 1.96) == 100
-    assert (
-        wald_half_width(0.3, votes_for_width(0.3, 0.05)) <= 0.05 < wald_half_width(0.3, votes_for_width(0.3, 0.05) - 1)
-    )
+    needed = votes_for_width(0.3, 0.05)
+    assert half_width(0.3, needed) <= 5 < half_width(0.3, needed - 1)
     n = votes_for_difference(0.391, 0.288)
     rng = np.random.default_rng(4)
     drawn = rng.multinomial(n, [0.391, 0.288, 0.321], size=3000)

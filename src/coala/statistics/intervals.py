@@ -9,7 +9,7 @@ data see Korn and Graubard 1998).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -105,14 +105,8 @@ def mean_estimate(
         half = student(groups - 1, level) * error
         about = f"mean, t interval {100 * level:g} %{over(groups, len(x))}"
         return Estimate(mean, mean - half, mean + half, len(x), about)
-    labels = group_numbers(group, len(x))
-    totals, sizes = np.bincount(labels, weights=x), np.bincount(labels).astype(float)
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for i in range(draws):
-        drawn = rng.integers(groups, size=groups)
-        means[i] = totals[drawn].sum() / sizes[drawn].sum()
-    low, high = _quantiles(means, level)
+    means = [times @ x / times.sum() for times in resamples(group_numbers(group, len(x)), draws, seed)]
+    low, high = percentiles(means, level)
     about = f"mean, percentile bootstrap {100 * level:g} % ({draws} draws, seed {seed}){over(groups, len(x))}"
     return Estimate(mean, low, high, len(x), about)
 
@@ -130,20 +124,12 @@ def bounded_mean(values: ArrayLike, group: Groups = None, *, of: float = 1.0) ->
     return Estimate(of * mean, *ends, len(x), inner.method)
 
 
-def paired_difference(
-    values: ArrayLike,
-    others: ArrayLike,
-    group: Groups = None,
-    *,
-    how: Literal["t", "bootstrap"] = "t",
-    draws: int = 2000,
-    seed: int = 0,
-) -> Estimate:
+def paired_difference(values: ArrayLike, others: ArrayLike, group: Groups = None) -> Estimate:
     """Mean of values - others on the same rows (n,); what the rows share cancels, and groups count as in a mean."""
     a, b = vector(values, "values"), vector(others, "values")
     if a.shape != b.shape:
         raise CoalaError(f"Found {len(a)} and {len(b)} values; a paired comparison needs the same rows on both sides.")
-    found = mean_estimate(a - b, group, how=how, draws=draws, seed=seed)
+    found = mean_estimate(a - b, group)
     return Estimate(found.value, found.low, found.high, found.n, f"paired difference: {found.method}")
 
 
@@ -168,17 +154,31 @@ def bootstrap(
     groups = int(labels.max()) + 1 if n else 0
     if groups < 2:
         return Estimate(value, -math.inf, math.inf, n, f"{name}; fewer than two groups, so no interval")
-    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
-    rng = np.random.default_rng(seed)
-    found = np.array(
-        [statistic(np.concatenate([members[g] for g in rng.integers(groups, size=groups)])) for _ in range(draws)]
-    )
+    found = np.array([statistic(np.repeat(np.arange(n), times)) for times in resamples(labels, draws, seed)])
     sound = found[np.isfinite(found)]
     about = f"{name}, percentile bootstrap {100 * level:g} % ({draws} draws, seed {seed}){over(groups, n)}"
     if len(sound) < len(found):
         about += f"; undefined in {len(found) - len(sound)} draws"
-    low, high = _quantiles(sound, level) if len(sound) else (-math.inf, math.inf)
+    low, high = percentiles(sound, level) if len(sound) else (-math.inf, math.inf)
     return Estimate(value, low, high, n, about)
+
+
+def resamples(labels: NDArray[np.intp], draws: int, seed: int | np.random.Generator = 0) -> Iterator[NDArray[np.intp]]:
+    """For each bootstrap draw of whole groups with replacement, how often each row is in it (n,).
+
+    ``labels`` (n,) number the groups from 0. Groups differ in size, and so do the draws' numbers of rows.
+    """
+    groups = int(labels.max()) + 1
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield np.bincount(rng.integers(groups, size=groups), minlength=groups)[labels]
+
+
+def percentiles(drawn: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Both ends of the percentile interval of ``drawn`` (draws,): what leaves (1 - level)/2 on either side."""
+    tail = (1 - _share_of("level", level)) / 2
+    low, high = np.quantile(np.asarray(drawn, dtype=np.float64), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def share_estimate(values: ArrayLike, group: Groups = None, name: str = "share") -> Estimate:
@@ -190,22 +190,19 @@ def share_estimate(values: ArrayLike, group: Groups = None, name: str = "share")
     return wilson_estimate(mean, error, group_numbers(group, len(x)), name)
 
 
-def wilson_estimate(
-    value: float, error: float, labels: NDArray[np.intp], name: str, *, counted: bool = True
-) -> Estimate:
+def wilson_estimate(value: float, error: float, labels: NDArray[np.intp], name: str) -> Estimate:
     """Wilson's interval at the sample size that gives the standard error ``error``; ``labels`` (n,) number the groups.
 
     Groups of one row each: n itself. Otherwise n_eff = value(1 - value)/error^2, at most n, with Student's t in place
     of z. When every row agrees the error is 0 and says nothing of clustering; then whole groups count as one trial
-    each, n_eff = n^2 / sum n_g^2, which is the most that correlated rows can cost. A share that is not a mean over n
-    trials (``counted=False``) takes n_eff from its error alone.
+    each, n_eff = n^2 / sum n_g^2, which is the most that correlated rows can cost.
     """
     n = len(labels)
     if not n:
         return Estimate(math.nan, 0.0, 1.0, 0, f"{name}; no rows")
     sizes = np.bincount(labels).astype(float)
     groups = len(sizes)
-    if counted and groups == n:
+    if groups == n:
         low, high = wilson(value, n)
         return Estimate(value, low, high, n, f"{name}, Wilson 95 %")
     if groups == 1:
@@ -215,8 +212,7 @@ def wilson_estimate(
         effective = n**2 / float(sizes @ sizes)
         low, high = wilson(value, effective)
     else:
-        effective = value * (1 - value) / error**2 if error > 0 else float(n)
-        effective = min(effective, float(n)) if counted else effective
+        effective = min(value * (1 - value) / error**2, float(n)) if error > 0 else float(n)
         low, high = wilson(value, effective, student(groups - 1))
     return Estimate(value, low, high, n, f"{name}, Wilson 95 % at n_eff = {effective:.1f}{over(groups, n)}")
 
@@ -260,12 +256,6 @@ def student(freedom: int, level: float = 0.95) -> float:
 def over(groups: int, n: int) -> str:
     """How a method names its groups; nothing where every row is its own."""
     return "" if groups == n else f", {groups} groups"
-
-
-def _quantiles(found: Float, level: float) -> tuple[float, float]:
-    tail = (1 - _share_of("level", level)) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def _share_of(name: str, value: float) -> float:
