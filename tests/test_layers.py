@@ -27,14 +27,15 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "__main__": ({"cli"}, set()),
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
-    "data": (set(), set()),
+    "pages": (set(), set()),
+    "data": ({"pages"}, set()),
     "backbone": ({"costs"}, {"torch", "transformers"}),
     "convex": (set(), {"jax"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
     "evaluation": ({"data"}, {"scipy"}),
     "baselines": ({"store", "costs", "backbone"}, {"torch"}),
-    "nash": ({"store"}, {"scipy"}),
+    "nash": ({"store", "pages"}, {"scipy"}),
     "comal": (
         {
             *(
@@ -47,20 +48,21 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "evaluation",
                 "baselines",
                 "nash",
+                "pages",
                 "alignment",
             ),
         },
         {"scipy"},
     ),
     "plan": ({"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "alignment"}, set()),
-    "report": ({"store", "costs", "evaluation"}, set()),
+    "report": ({"store", "pages"}, set()),
     "export": (
         {"store", "costs", "backbone", "decoding", "evaluation", "alignment"},
         {"torch", "transformers", "lm_eval"},
     ),
     "web": (set(), {"fastapi", "uvicorn"}),
-    "survey": ({"store", "evaluation", "web"}, {"fastapi", "uvicorn"}),
-    "serve": ({"backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "survey": ({"store", "pages", "evaluation", "web"}, {"fastapi", "uvicorn"}),
+    "serve": ({"pages", "backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "alignment": (
         {
             "store",
@@ -78,8 +80,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "compare": (
         {
-            *("store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "baselines", "alignment", "plan", "report"),
+            *("store", "pages", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
+            *("evaluation", "baselines", "alignment", "plan"),
         },
         {"pydantic", "yaml"},
     ),

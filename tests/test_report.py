@@ -28,8 +28,8 @@ from coala.evaluation import (
     reliability,
     share_estimate,
 )
+from coala.pages.words import flops, number, seconds, size
 from coala.report import build_report, conclusions, write_report
-from coala.report.content import flops, number, seconds, size
 from coala.store import RunFolder, load_json
 from coala.values import Certificate, CoalaError, Estimate
 
@@ -412,7 +412,7 @@ def test_empty_and_null_values_are_borne() -> None:
 def test_unknown_parts_are_refused() -> None:
     with pytest.raises(CoalaError, match=r"no part 'curve'.*curves"):
         build_report({"curve": {}})
-    with pytest.raises(CoalaError, match="cannot hold a object"):
+    with pytest.raises(CoalaError, match="cannot hold this: object has no JSON form"):
         build_report({"settings": {"x": object()}})
 
 

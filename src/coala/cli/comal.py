@@ -129,7 +129,7 @@ def game(
             "reason": result.reason,
             "updates": len(result.history) - 1,
             "gap": result.gap,
-            "kl": _finite(result.history.kl[-1]),
+            "kl": result.history.kl[-1],
             "policy": _named(result, result.policy),
             "nash": _named(result, result.nash.strategy),
             "nash_unique": result.nash.unique,
@@ -217,10 +217,3 @@ def _named(result: Result, policy: Any) -> dict[str, Any]:
         for names, part in zip(solved.names, solved.parts(policy), strict=True)
     ]
     return dict(zip(solved.prompts, parts, strict=True)) if solved.contextual else parts[0]
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    import math
-
-    return float(value) if math.isfinite(value) else None

@@ -34,11 +34,10 @@ def results(
 ) -> None:
     """Win rates, differences, agreement and the quality of the votes: tables, a page, one JSON line."""
     from coala.cli.output import emit, say
-    from coala.store import save_json, write_atomic
+    from coala.store import plain, save_json, write_atomic
     from coala.survey import Records, analyse, load_survey, read_votes
     from coala.survey.page import results_page
     from coala.survey.records import FILE
-    from coala.survey.results import plain
     from coala.values import CoalaError
 
     loaded = load_survey(survey)

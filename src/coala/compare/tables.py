@@ -5,22 +5,11 @@ Words and rounds; computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from coala.report.content import UNKNOWN, flops, number, seconds, size
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text below a head; the first cell of a row is its name. ``words``: cells hold sentences, which wrap."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    words: bool = False
+from coala.pages.parts import Table
+from coala.pages.words import UNKNOWN, flops, number, seconds, size
 
 
 def ranking(place: Mapping[str, Any]) -> Table | None:
@@ -227,7 +216,7 @@ def failures(content: Mapping[str, Any]) -> Table | None:
                 f"{size(sum(needs.values()))} ({plan.get('how', 'planned')}: {told})" if needs else UNKNOWN,
             )
         )
-    return Table("Cells that failed", ("cell", "what happened", "planned memory"), rows, words=True)
+    return Table("Cells that failed", ("cell", "what happened", "planned memory"), rows, kind="words")
 
 
 # --- single cells ------------------------------------------------------------------------------------------------

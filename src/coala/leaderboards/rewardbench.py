@@ -43,7 +43,7 @@ def run_rewardbench(
     from coala.evaluation.rewardbench import ranking
     from coala.export.rewardbench import read_benchmark, results, score_rows
     from coala.features import extract
-    from coala.store import save_json
+    from coala.store import plain, save_json
 
     benchmark = read_benchmark(file)
     backbone, head = fitted(run)
@@ -63,7 +63,7 @@ def run_rewardbench(
         sections = {key: value.value for key, value in found.sections.items()}
         save_json(out / "results.json", results(found, called, head.spec))
         save_json(out / "scores.json", score_rows(benchmark, chosen.tolist(), rejected.tolist()))
-        save_json(out / "ranking.json", {"by_section": sections, **asdict(found), "overall": _finite(found.overall)})
+        save_json(out / "ranking.json", {"by_section": sections, **plain(found)})
     return _outcome(found, called, files={"benchmark": file}, settings={"weights": "published"}, command=command)
 
 
@@ -89,7 +89,3 @@ def _outcome(
     )
     table = rows, ["subset or section", "accuracy", "n"]
     return Outcome(evaluation, asdict(found), [table], remarks=found.remarks)
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value else None  # JSON has no nan

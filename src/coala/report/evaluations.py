@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from coala.report.content import Interval, number
+from coala.pages.parts import Part, Table, aside, code_block, details, element, facts, listing, sides
+from coala.pages.words import Interval, number
 from coala.store import RunFolder, StoreError, digest, file_digest, load_json, save_json
 from coala.values import Estimate
 
@@ -118,36 +119,44 @@ def _differs(run: RunFolder, file: Mapping[str, Any]) -> bool:
 # --- as the page shows them ----------------------------------------------------------------------------------------
 
 
-def view(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the page's section on one evaluation, in words."""
-    judge = row.get("judge") or {}
-    facts = [(name, _worded(value)) for name, value in (row.get("facts") or {}).items()]
+def shown(row: Mapping[str, Any]) -> list[Part]:
+    """The parts of the page's section on one evaluation."""
+    title = str(row.get("title") or row.get("kind") or "evaluation")
+    counts = [(name, _worded(value)) for name, value in (row.get("facts") or {}).items()]
     failures = row.get("failures") or {}
     if failures:
-        facts.append(("failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items())))
-    return {
-        "title": str(row.get("title") or row.get("kind") or "evaluation"),
-        "created": row.get("created"),
-        "figures": [_figure(one) for one in row.get("figures") or []],
-        "facts": facts,
-        "remarks": [str(remark) for remark in row.get("remarks") or []],
-        "changed": list(row.get("changed") or []),
-        "samples": [
-            {
-                "prompt": one.get("prompt"),
-                "replies": list((one.get("replies") or {}).items()),
-                "verdict": one["verdict"],
-            }
-            for one in row.get("samples") or []
-        ],
-        "about": [
-            *((f"judge: {name}", text) for name, text in _flat(judge)),
-            *((f"setting: {name}", text) for name, text in _flat(row.get("settings") or {})),
-            *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
-            *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
-        ],
-        "command": row.get("command"),
-    }
+        counts.append(("failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items())))
+    metrics = [
+        (str(one.get("name")), _value(one), Interval(one.get("estimate")).how) for one in row.get("figures") or []
+    ]
+    changed = ", ".join(row.get("changed") or [])
+    remarks = [str(remark) for remark in row.get("remarks") or []]
+    samples = [
+        sides(
+            str(one.get("prompt") or "(the prompt was not given)"),
+            {name: (name, text) for name, text in (one.get("replies") or {}).items()},
+            aside(one["verdict"]),
+        )
+        for one in row.get("samples") or []
+    ]
+    rests_on = [
+        *((f"judge: {name}", text) for name, text in _flat(row.get("judge") or {})),
+        *((f"setting: {name}", text) for name, text in _flat(row.get("settings") or {})),
+        *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
+        *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
+    ]
+    heads = ("Metric", "Value (95 % interval unless told otherwise)", "How")
+    return [
+        element("h3", title),
+        aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
+        Table(title, heads, metrics, kind="measures") if metrics else None,
+        facts(f"Counts of {title}", counts) if counts else None,
+        listing(remarks) if remarks else None,
+        details("Samples of what was judged", *samples) if samples else None,
+        details("Judge, files and digests", facts(f"What {title} rests on", rests_on)),
+        code_block(str(row.get("command") or "")),
+        aside(str(row.get("created") or "")),
+    ]
 
 
 def spoken(row: Mapping[str, Any]) -> list[str]:
@@ -164,12 +173,6 @@ def spoken(row: Mapping[str, Any]) -> list[str]:
         else:
             sentences.append(f"{start}. The interval includes {level}: this shows no difference.")
     return sentences
-
-
-def _figure(one: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    estimate = Interval(one.get("estimate"))
-    how = f"n = {estimate.n:,}{'; ' if estimate.method else ''}{estimate.method}"
-    return str(one.get("name")), "", _value(one), how
 
 
 def _value(one: Mapping[str, Any]) -> str:
