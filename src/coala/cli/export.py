@@ -117,7 +117,7 @@ def lm_eval(
     """
     from coala.cli.output import command_line, finish, say, table
     from coala.leaderboards.record import interval, keep, require_head
-    from coala.report import Evaluation, Figure
+    from coala.report import Evaluation, Measure
     from coala.store import RunFolder, save_json
     from coala.values import CoalaError
 
@@ -149,14 +149,14 @@ def lm_eval(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    figures = [
-        Figure(f"{task} {name.partition(',')[0]}", _estimate(value, name, values, found, task), "plain")
+    measures = [
+        Measure(f"{task} {name.partition(',')[0]}", _estimate(value, name, values, found, task), "plain")
         for task, values in found["results"].items()
         for name, value in values.items()
         if isinstance(value, float) and "_stderr" not in name
     ]
     table(
-        [[one.name, interval(one.estimate, 4), str(one.estimate.n)] for one in figures],
+        [[one.name, interval(one.estimate, 4), str(one.estimate.n)] for one in measures],
         ["task and metric", "value [95 %]", "n"],
     )
     if out is not None:
@@ -168,7 +168,7 @@ def lm_eval(
         of=", ".join(names),
         title=f"lm-evaluation-harness: {', '.join(names)}",
         command=command_line(),
-        figures=figures,
+        measures=measures,
         files={},
         settings={**settings, "gen_kwargs": gen_kwargs, "chat": chat, "tasks": names},
         facts={f"version of {task}": version for task, version in (found.get("versions") or {}).items()},

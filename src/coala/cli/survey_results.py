@@ -12,7 +12,7 @@ import typer
 from coala.cli.options import RunOption
 from coala.cli.output import command_line
 from coala.cli.terminal import write
-from coala.leaderboards.record import figure, keep, run_of, spread
+from coala.leaderboards.record import keep, measure, run_of, spread
 
 if TYPE_CHECKING:
     from coala.report import Evaluation
@@ -68,14 +68,14 @@ def _evaluation(found: Results, survey: Path, page: Path, draws: int, seed: int)
     from coala.survey.form import FILE
     from coala.survey.page import p_value
 
-    figures = [figure(f"{part.name}: {rate.method}", rate.over_both) for part in found.parts for rate in part.rates]
+    measures = [measure(f"{part.name}: {rate.method}", rate.over_both) for part in found.parts for rate in part.rates]
     tests = {
         f"{part.name}: {one.over_both.first} - {one.over_both.second}, p by Holm": p_value(one.over_both.adjusted)
         for part in found.parts
         for one in part.differences
     }
-    figures += [
-        figure(f"{part.name}: {one.over_both.first} - {one.over_both.second}", one.over_both.difference, "plain", 0.0)
+    measures += [
+        measure(f"{part.name}: {one.over_both.first} - {one.over_both.second}", one.over_both.difference, "plain", 0.0)
         for part in found.parts
         for one in part.differences
     ]
@@ -86,7 +86,7 @@ def _evaluation(found: Results, survey: Path, page: Path, draws: int, seed: int)
         of=survey.resolve().name,
         title=f"Survey of people: {', '.join(found.methods)}",
         command=command_line(),
-        figures=figures,
+        measures=measures,
         files={"survey": survey / FILE, "results": page.with_suffix(".json")},
         settings={"draws": draws, "seed": seed},
         facts={

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coala.leaderboards.judges import OnProgress
-from coala.leaderboards.record import Outcome, figure, fitted, interval
+from coala.leaderboards.record import Outcome, fitted, interval, measure
 
 if TYPE_CHECKING:
     from coala.evaluation.rewardbench import Ranking
@@ -80,8 +80,8 @@ def _outcome(
         of=of,
         title=f"RewardBench: {of}",
         command=command,
-        figures=[figure(name, value, even=0.5) for name, value in named.items()]
-        + [figure(name, value) for name, value in found.subsets.items()],
+        measures=[measure(name, value, even=0.5) for name, value in named.items()]
+        + [measure(name, value) for name, value in found.subsets.items()],
         files=dict(files),
         settings=dict(settings),
         facts={"mean of sections": found.overall, "share of ties": found.ties},

@@ -1,7 +1,7 @@
 """Evaluations of a run: each kept as one file under RUN/evaluations, and what the report's page shows of them.
 
 A record says what was evaluated (files and their digests), by whom (judge, digests of its prompts), with which command,
-and what came out: estimates, counts, failures, a few samples. Computes no figure; knows no judge and no benchmark.
+and what came out: estimates, counts, failures, a few samples. Computes no measure; knows no judge and no benchmark.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Form = Literal["share", "percent", "plain"]
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measure:
     """One estimate under its name. ``form``: a ``share`` in [0, 1], a ``percent`` in [0, 100], or ``plain``.
 
     ``even`` is the value that would mean no difference; the report then says whether the interval includes it.
@@ -60,7 +60,7 @@ class Evaluation:
     of: str
     title: str
     command: str
-    figures: Sequence[Figure]
+    measures: Sequence[Measure]
     files: Mapping[str, Path]
     judge: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -86,9 +86,9 @@ def save_evaluation(run: RunFolder, evaluation: Evaluation) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"coala": version("coala-align"), "python": platform.python_version()},
     }
-    save_json(
-        target, {**vars(evaluation), "figures": [vars(one) for one in evaluation.figures]} | {"files": files} | made
-    )
+    kept = vars(evaluation) | {"figures": evaluation.measures, "files": files} | made
+    del kept["measures"]
+    save_json(target, kept)
     return target
 
 
@@ -126,7 +126,7 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
     failures = row.get("failures") or {}
     if failures:
         counts.append(("failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items())))
-    metrics = [
+    measures = [
         (str(one.get("name")), _value(one), Interval(one.get("estimate")).how) for one in row.get("figures") or []
     ]
     changed = ", ".join(row.get("changed") or [])
@@ -145,11 +145,11 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
         *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
         *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
     ]
-    heads = ("Metric", "Value (95 % interval unless told otherwise)", "How")
+    heads = ("Measure", "Value (95 % interval unless told otherwise)", "How")
     return [
         element("h3", title),
         aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
-        Table(title, heads, metrics, kind="measures") if metrics else None,
+        Table(title, heads, measures, kind="measures") if measures else None,
         facts(f"Counts of {title}", counts) if counts else None,
         listing(remarks) if remarks else None,
         details("Samples of what was judged", *samples) if samples else None,
@@ -160,7 +160,7 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
 
 
 def spoken(row: Mapping[str, Any]) -> list[str]:
-    """A sentence for each figure that can show no difference: whether it does."""
+    """A sentence for each measure that can show no difference: whether it does."""
     sentences = []
     for one in row.get("figures") or []:
         rate, even = Interval(one.get("estimate")), one.get("even")

@@ -20,15 +20,15 @@ from urllib.parse import parse_qs
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coala.pages.parts import environment, style_sheet
 from coala.survey.form import Survey
 from coala.survey.records import Rater, Records
 from coala.web.bodies import TooLarge, TooSlow, replay, whole_body
-from coala.web.strangers import foreign, known_host, names_of, security_headers
+from coala.web.strangers import foreign, headed, known_host, names_of, security_headers
 
 LARGEST_BODY = 16 * 1024
 LONGEST_FIELD = 200
@@ -308,13 +308,7 @@ class _Gate:
             await self._app(scope, receive, send)
             return
 
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
-            await send(message)
-
+        sending = headed(send, HEADERS)
         found = await self._passed(scope, receive)
         if isinstance(found, Response):
             await found(scope, receive, sending)
