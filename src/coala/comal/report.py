@@ -19,6 +19,7 @@ from coala.nash import plots
 from coala.nash.criteria import Note
 from coala.nash.page import BRAND, noted
 from coala.pages.parts import Table, gallery, headed, page, paragraphs, section
+from coala.pages.words import bracketed
 from coala.store import RunFolder, load_json
 
 MIB = 2**20
@@ -168,11 +169,8 @@ def matrix_rows(rates: WinRates) -> tuple[list[str], list[list[str]]]:
     head = ["row beats column, %", *rates.names, "mean", "characters"]
     rows = []
     for i, name in enumerate(rates.names):
-        cells = [
-            "50" if i == j else f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]" for j, e in enumerate(rates.intervals[i])
-        ]
-        mean = rates.averages[i]
-        rows.append([name, *cells, f"{mean.value:.1f} [{mean.low:.1f}, {mean.high:.1f}]", f"{rates.characters[i]:.0f}"])
+        cells = ["50" if i == j else bracketed(e, scale=1) for j, e in enumerate(rates.intervals[i])]
+        rows.append([name, *cells, bracketed(rates.averages[i], scale=1), f"{rates.characters[i]:.0f}"])
     return head, rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from coala.compare import tables
 from coala.compare.study import Study
 from coala.pages.parts import Part, Table
-from coala.pages.words import flops, seconds, size
+from coala.pages.words import bracketed, flops, seconds, size
 
 # LaTeX's own signs, and those that its fonts lack.
 _SIGNS = {
@@ -140,8 +140,8 @@ def summary_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 (
                     place_title(place),
                     row["label"],
-                    tables.share(row["accuracy"]),
-                    tables.share(row["win_rate"]),
+                    bracketed(row["accuracy"]),
+                    bracketed(row["win_rate"]),
                     flops(run) + ("" if costs is None or costs["counter"] else " (formula)"),
                     tables.percent(first.get("flops")),
                 )

@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from coala.data.audit import FEATURES, SHUFFLED, Audit, Example
 from coala.pages.parts import Table, aside, bar, facts, listing, page, section, sides
+from coala.pages.words import bracketed
 from coala.values import Estimate
 
 LONGEST = 600  # characters of a text that are shown
@@ -78,8 +79,7 @@ def render(audit: Audit, title: str) -> str:
 
 def _shown(estimate: Estimate) -> tuple[str, Markup]:
     """An estimate in per cent with its interval, and the interval drawn."""
-    low, value, high = estimate.low, estimate.value, estimate.high
-    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]", bar(low, value, high)
+    return bracketed(estimate), bar(estimate.low, estimate.value, estimate.high)
 
 
 def _example(one: Example) -> Markup:

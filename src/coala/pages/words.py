@@ -60,6 +60,13 @@ class Interval:
         return f"{number(self.value)} {ends}"
 
 
+def bracketed(estimate: Estimate | Any, form: str = ".1f", scale: float = 100) -> str:
+    """``72.5 [64.1, 79.6]`` for a table; the value alone if there is no interval, a dash if there is no value."""
+    found = Interval(estimate)
+    ends = f" [{scale * found.low:{form}}, {scale * found.high:{form}}]" if found.bounded else ""
+    return f"{scale * found.value:{form}}{ends}" if found else UNKNOWN
+
+
 def number(value: Any) -> str:
     """Four significant digits; a dash for what is unknown; anything else as text."""
     if value is None:
