@@ -57,8 +57,9 @@ def missing(text: str) -> Markup:
     return element("p", text, class_="missing")
 
 
-def listing(items: Iterable[Part], class_: str | None = None) -> Markup:
-    return element("ul", *(element("li", item) for item in items), class_=class_)
+def listing(items: Iterable[Part], class_: str | None = None) -> Part:
+    told = [element("li", item) for item in items]
+    return element("ul", *told, class_=class_) if told else None
 
 
 def facts_line(facts: Iterable[Part]) -> Markup:
@@ -70,18 +71,24 @@ def code_block(text: str) -> Part:
     return element("pre", element("code", text), class_="command") if text else None
 
 
-def section(title: str, *parts: Part, name: str | None = None) -> Markup:
-    """A card under its title, or without one; ``name`` is for addresses that lead to it."""
+def section(title: str, *parts: Part, name: str | None = None) -> Part:
+    """A card under its title; ``name`` is for addresses that lead to it. Without parts it is nothing, as all below."""
     inside = joined(parts)
-    if name:
-        return element("section", "\n", element("h2", title, id=name), "\n", inside, "\n", aria_labelledby=name)
-    return element("section", "\n", element("h2", title), "\n", inside, "\n", aria_label=title)
+    label = {"aria_labelledby": name} if name else {"aria_label": title}
+    return element("section", "\n", element("h2", title, id=name), "\n", inside, "\n", **label) if inside else None
 
 
-def details(summary: str, *parts: Part, opened: bool = False) -> Markup:
+def details(summary: str, *parts: Part, opened: bool = False) -> Part:
     """What is shown when asked for."""
-    inside = element("summary", summary), "\n", joined(parts), "\n"
-    return element("details", *inside, **({"open": ""} if opened else {}))
+    inside = joined(parts)
+    head = element("summary", summary)
+    return element("details", head, "\n", inside, "\n", open="" if opened else None) if inside else None
+
+
+def titled(title: str, *parts: Part) -> Part:
+    """Parts of a section under a title of their own."""
+    inside = joined(parts)
+    return joined([element("h3", title), inside]) if inside else None
 
 
 def gallery(*drawings: Part, small: bool = False) -> Part:
@@ -129,7 +136,7 @@ class Table:
 
     ``kind``: ``amounts`` are aligned on the right, except in the columns ``left``; ``words`` are sentences, which wrap;
     ``facts`` are a name and a value; ``measures`` are a name, a value and how it was made, stacked on a phone. Rows
-    whose places are in ``marked`` stand out; ``foot`` is the row of sums.
+    whose places are in ``marked`` stand out; ``foot`` is the row of sums. Without rows a table is nothing.
     """
 
     caption: str
@@ -140,6 +147,9 @@ class Table:
     left: Collection[int] = ()
     marked: Collection[int] = ()
     foot: Sequence[Part] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
 
     def __html__(self) -> str:
         inside = [element("caption", self.caption, class_="hidden")]
@@ -176,7 +186,7 @@ def facts(caption: str, rows: Iterable[tuple[str, Part]]) -> Table:
 
 def headed(*tables: Table) -> Markup:
     """Tables, each under its caption."""
-    return joined(part for table in tables for part in (element("h3", table.caption), table))
+    return joined(titled(table.caption, table) for table in tables)
 
 
 def environment(*folders: Path) -> Environment:

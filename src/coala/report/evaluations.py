@@ -130,7 +130,6 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
         (str(one.get("name")), _value(one), Interval(one.get("estimate")).how) for one in row.get("figures") or []
     ]
     changed = ", ".join(row.get("changed") or [])
-    remarks = [str(remark) for remark in row.get("remarks") or []]
     samples = [
         sides(
             str(one.get("prompt") or "(the prompt was not given)"),
@@ -149,10 +148,10 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
     return [
         element("h3", title),
         aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
-        Table(title, heads, measures, kind="measures") if measures else None,
-        facts(f"Counts of {title}", counts) if counts else None,
-        listing(remarks) if remarks else None,
-        details("Samples of what was judged", *samples) if samples else None,
+        Table(title, heads, measures, kind="measures"),
+        facts(f"Counts of {title}", counts),
+        listing(map(str, row.get("remarks") or [])),
+        details("Samples of what was judged", *samples),
         details("Judge, files and digests", facts(f"What {title} rests on", rests_on)),
         code_block(str(row.get("command") or "")),
         aside(str(row.get("created") or "")),

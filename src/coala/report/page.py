@@ -19,8 +19,10 @@ from coala.pages.parts import (
     listing,
     missing,
     page,
+    paragraphs,
     section,
     sides,
+    titled,
 )
 from coala.pages.words import Interval, flops, number, seconds, size
 from coala.report import figures
@@ -47,15 +49,14 @@ def render(content: Mapping[str, Any]) -> str:
         section(
             "In short",
             listing(said, "conclusions")
-            if said
-            else missing("There is nothing to conclude yet: no result was saved for this run."),
+            or missing("There is nothing to conclude yet: no result was saved for this run."),
             name="short",
         ),
         section("Certificate", *_certificate(summary, head), name="proof"),
         section("Does the head rank replies?", *_ranking(content, summary), name="ranking"),
         section("How the head was fitted", *_fit(content, summary, curves), name="fit"),
         section("Does guidance change the text?", *_text(content), name="text"),
-        section("Evaluations", *evaluations, name="evaluations") if evaluations else None,
+        section("Evaluations", *evaluations, name="evaluations"),
         section("Data", *_data(content), name="data"),
         section("What it cost", *_costs(_rows(content.get("costs")), summary), name="costs"),
         section("Reproduce", *_again(content), name="again"),
@@ -108,10 +109,9 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[Pa
         element("div", element("dt", name), element("dd", claims[kind]), class_=kind)
         for kind, name in (("proved", "Proved"), ("estimated", "Estimated"), ("unclaimed", "Not claimed"))
     ]
-    solved = list(_solved(certificate))
     return [
         element("dl", joined(boxes), class_="certificate"),
-        facts("What was solved", solved) if solved else None,
+        facts("What was solved", _solved(certificate)),
         gallery(figures.gap_bar(certificate)),
         _folded("All values of the certificate", "Values of the certificate", certificate),
         _folded("What the head reads", "Feature specification", head.get("spec")),
@@ -119,8 +119,7 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[Pa
 
 
 def _folded(summary: str, caption: str, values: Any) -> Part:
-    rows = list(_flat(values))
-    return details(summary, facts(caption, rows)) if rows else None
+    return details(summary, facts(caption, _flat(values)))
 
 
 def _ranking(content: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Part]:
@@ -142,15 +141,12 @@ def _ranking(content: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Par
     head = (f"Chosen minus rejected, {unit}", "Ranked right (95 % interval)", "Pairs")
     return [
         Table("Ranking of replies by the head", MEASURES, rows, kind="measures")
-        if rows
-        else missing("No ranking accuracy was saved for this run."),
+        or missing("No ranking accuracy was saved for this run."),
         drawn or missing("No held-out scores were saved, so there are no histograms."),
         details(
             "Accuracy by length difference, as a table",
             Table("Ranking accuracy by length difference", head, by_length, left=(1,)),
-        )
-        if by_length
-        else None,
+        ),
     ]
 
 
@@ -163,27 +159,25 @@ def _fit(content: Mapping[str, Any], summary: Mapping[str, Any], curves: Mapping
         figures.ridge_chart(path),
         figures.path_chart(path),
     )
-    parts: list[Part] = [drawn or missing("No solver history was saved for this run.")]
-    if summary.get("layer"):
-        parts.append(element("p", str(summary["layer"])))
-    if layers:
-        told = (
-            "A linear head on each layer, held-out pairs of a sample. Chosen is the lowest within one standard error "
-            "of the best, or the last where the sample cannot tell."
-        )
-        columns = {"Layer": "layer", "Share of a forward pass": "cost", "CV NLL": "nll", "Above the best": "excess"}
-        columns |= {"Std. error": "excess_error", "CV accuracy": "accuracy"}
-        table = _columns("Held-out loss by layer", columns, layers, "chosen", 0)
-        parts.append(
-            details("The layer that is read, and what the others would have been worth", element("p", told), table)
-        )
-    if path:
-        columns = {"Ridge": "tau", "Gates on": "gate_on", "Relative sparsity": "beta_rel", "Relaxed to": "relaxation"}
-        columns |= {"CV NLL": "cv_nll", "Std. error": "cv_se", "CV accuracy": "cv_accuracy", "Neurons": "n_neurons"}
-        named = [{**row, "beta_rel": "linear" if row.get("beta_rel") is None else row["beta_rel"]} for row in path]
-        table = _columns("Regularisation path", columns, named, "selected", 2, left=(1, 2))
-        parts.append(details("Regularisation path, as a table", table))
-    return parts
+    told = (
+        "A linear head on each layer, held-out pairs of a sample. Chosen is the lowest within one standard error of "
+        "the best, or the last where the sample cannot tell."
+    )
+    columns = {"Layer": "layer", "Share of a forward pass": "cost", "CV NLL": "nll", "Above the best": "excess"}
+    columns |= {"Std. error": "excess_error", "CV accuracy": "accuracy"}
+    by_layer = _columns("Held-out loss by layer", columns, layers, "chosen", 0)
+    columns = {"Ridge": "tau", "Gates on": "gate_on", "Relative sparsity": "beta_rel", "Relaxed to": "relaxation"}
+    columns |= {"CV NLL": "cv_nll", "Std. error": "cv_se", "CV accuracy": "cv_accuracy", "Neurons": "n_neurons"}
+    named = [{**row, "beta_rel": "linear" if row.get("beta_rel") is None else row["beta_rel"]} for row in path]
+    by_setting = _columns("Regularisation path", columns, named, "selected", 2, left=(1, 2))
+    return [
+        drawn or missing("No solver history was saved for this run."),
+        paragraphs(str(summary["layer"])) if summary.get("layer") else None,
+        details("The layer that is read, and what the others would have been worth", paragraphs(told), by_layer)
+        if by_layer
+        else None,
+        details("Regularisation path, as a table", by_setting),
+    ]
 
 
 def _columns(
@@ -210,16 +204,13 @@ def _text(content: Mapping[str, Any]) -> list[Part]:
     perplexities = [(name, estimate.plain(), estimate.how) for name, estimate in found.items() if estimate]
     heads = ("Judge", "Guided preferred (95 % interval)", "How")
     measure = "Perplexity under the base model"
-    samples = list(map(_sample, _rows(content.get("samples"))))
     return [
         Table("Win rates of guided against unguided replies", heads, contests, kind="measures")
-        if contests
-        else missing("No judge compared guided with unguided replies in this run."),
+        or missing("No judge compared guided with unguided replies in this run."),
         Table(measure, ("Replies", measure, "How"), perplexities, kind="measures")
-        if perplexities
-        else missing("No perplexity was measured in this run."),
-        element("h3", "Replies side by side") if samples else missing("No replies were generated in this run."),
-        *samples,
+        or missing("No perplexity was measured in this run."),
+        titled("Replies side by side", *map(_sample, _rows(content.get("samples"))))
+        or missing("No replies were generated in this run."),
     ]
 
 
@@ -240,13 +231,13 @@ def _data(content: Mapping[str, Any]) -> list[Part]:
         severity = str(finding.get("severity") or "note")
         kind = severity if severity in ("error", "warning") else "note"
         rows.append((element("span", severity, class_=f"badge {kind}"), str(finding.get("text") or "")))
-    found: Part = missing("No findings on the data were saved.")
-    if rows:
-        found = Table("Findings in the data", ("Severity", "Finding"), rows, kind="words")
-    elif content.get("data_findings") is not None:
-        found = element("p", "The data was checked; nothing was found amiss.")
-    reads = [str(line) for line in content.get("reads") or []]
-    return [found, *((element("h3", "As the model reads it"), listing(reads)) if reads else ())]
+    checked = content.get("data_findings") is not None
+    return [
+        Table("Findings in the data", ("Severity", "Finding"), rows, kind="words")
+        or (paragraphs("The data was checked; nothing was found amiss.") if checked else None)
+        or missing("No findings on the data were saved."),
+        titled("As the model reads it", listing(map(str, content.get("reads") or []))),
+    ]
 
 
 def _costs(costs: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[Part]:
@@ -276,9 +267,8 @@ def _costs(costs: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> li
 
 
 def _again(content: Mapping[str, Any]) -> list[Part]:
-    line = code_block(str(content.get("command") or ""))
     return [
-        line or missing("The command of this run was not saved."),
+        code_block(str(content.get("command") or "")) or missing("The command of this run was not saved."),
         _folded("All settings", "Settings", content.get("settings")),
     ]
 

@@ -21,6 +21,7 @@ from coala.pages.parts import (
     listing,
     page,
     section,
+    titled,
 )
 from coala.pages.words import Interval
 from coala.survey.results import Part as Category
@@ -34,7 +35,6 @@ MEASURES = ("Measure", "Value (95 % interval)", "How")
 def results_page(results: Results) -> str:
     """One self-contained page: no script, nothing fetched, the same bytes for the same results."""
     chance = 1 / len(results.methods)
-    remarks = section("Remarks", listing(results.remarks, "conclusions"), name="remarks") if results.remarks else None
     note = (
         "An interval over both lets raters and questions vary: what to expect from other people and other prompts of "
         "the kind. p-values are adjusted for all pairs of methods of a category."
@@ -46,7 +46,7 @@ def results_page(results: Results) -> str:
         *(_category(part, chance, f"part{number}") for number, part in enumerate(results.parts, 1)),
         section("Can the votes be trusted?", *_quality(results, chance), name="quality"),
         section("Question by question", _questions(results), name="each"),
-        remarks,
+        section("Remarks", listing(results.remarks, "conclusions"), name="remarks"),
         facts=[
             f"{max(part.n_raters for part in results.parts)} raters counted",
             f"{len(results.questions)} questions",
@@ -57,7 +57,7 @@ def results_page(results: Results) -> str:
     )
 
 
-def _category(part: Category, chance: float, name: str) -> Markup:
+def _category(part: Category, chance: float, name: str) -> Part:
     rates = [
         element(
             "div",
@@ -111,10 +111,8 @@ def _category(part: Category, chance: float, name: str) -> Markup:
             f"{100 * chance:.1f} %."
         ),
         details("Every interval", intervals, opened=True),
-        element("h3", "Differences"),
-        differences,
-        element("h3", "Agreement of raters") if agreement else None,
-        Table(f"Agreement, {part.name}", MEASURES, agreement, kind="measures") if agreement else None,
+        titled("Differences", differences),
+        titled("Agreement of raters", Table(f"Agreement, {part.name}", MEASURES, agreement, kind="measures")),
         name=name,
     )
 
@@ -136,7 +134,9 @@ def _quality(results: Results, chance: float) -> list[Part]:
         rows.append(("Median time per question", seconds(results.seconds), _how(results.seconds)))
     for place, one in enumerate(results.positions, 1):
         rows.append((f"Chose place {place} on the page", percent(one), _how(one)))
-    parts: list[Part] = [
+    shown = [(part.name, *(percent(rate.over_both) for rate in part.rates)) for part in results.everybody]
+    everybody = Table("Win rates with nobody left out", ("Part", *results.methods), shown)
+    return [
         facts(
             "Raters",
             [
@@ -151,12 +151,8 @@ def _quality(results: Results, chance: float) -> list[Part]:
             "Each method is shown equally often in each place, so a taste for a place adds noise and favours no "
             f"method. Without such a taste each place has {100 * chance:.1f} %."
         ),
+        titled("With nobody left out", everybody) if results.excluded else None,
     ]
-    if results.excluded:
-        shown = [(part.name, *(percent(rate.over_both) for rate in part.rates)) for part in results.everybody]
-        everybody = Table("Win rates with nobody left out", ("Part", *results.methods), shown)
-        parts += [element("h3", "With nobody left out"), everybody]
-    return parts
 
 
 def _questions(results: Results) -> Table:
