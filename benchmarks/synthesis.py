@@ -23,11 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from coala.cli.data import _Appender  # noqa: E402
 from coala.data.endpoint import Post  # noqa: E402
 from coala.data.http import Answer  # noqa: E402
 from coala.data.journal import Journal  # noqa: E402
 from coala.data.synthesis import Summary, synthesize  # noqa: E402
+from coala.store.appending import Appender  # noqa: E402
 from tests.test_data_synthesis import (  # noqa: E402
     House,
     billed,
@@ -64,7 +64,7 @@ def hold(url: str, n: int, post: Post | None, folder: Path) -> Summary:
     recipe = recipe_for(url, n, limits={"concurrency": 64, "timeout": 30.0})
     file = os.open(folder / "journal", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC)
     try:
-        return asyncio.run(synthesize(recipe, Journal(), _Appender(file).append, post=post))
+        return asyncio.run(synthesize(recipe, Journal(), Appender(file).append, post=post))
     finally:
         os.close(file)
 

@@ -46,7 +46,7 @@ def small_run(folder: Path, *, seed: int = 0) -> Path:
     model = load_backbone(tiny_backbone("llama", folder / "model"), device="cpu")
     settings = {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}, "evaluation": {"max_new_tokens": 6}}
     made = RunFolder(folder / "run")
-    made.start(load_recipe(None, settings, {}).model_dump(mode="json"))
+    made.start(load_recipe(None, settings, {}).plain())
     none = np.zeros((0, model.width + 1))
     save_head(
         made.path / "head",

@@ -54,7 +54,7 @@ def tiny_run(folder: Path, name: str = "tiny", gates: int = 0, **settings: int) 
     settings_of_run = {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}, "guidance": {"mode": "token"}}
     recipe = load_recipe(None, settings_of_run, {})
     made = RunFolder(folder / name)
-    made.start(recipe.model_dump(mode="json"))
+    made.start(recipe.plain())
     draw = np.random.default_rng(0)
     many, width = (gates, model.width + 1), model.width + 1
     head = ConvexHead(draw.normal(size=many), draw.normal(size=many), draw.normal(size=width), model.spec(2), "prompt")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -386,7 +386,10 @@ class TestCommands:
             (["chat", "nowhere", "--rule", "minmax"], "'minmax' is not one of 'calibrated', 'min-max'"),
             (["report", "nowhere"], "not a run folder"),
             (["fit", "nowhere", "--out", "head"], "features.json"),
-            (["fit", "nowhere", "--out", "head", "--paper"], "add --method two-phase"),
+            (
+                ["fit", "nowhere", "--out", "head", "--paper"],
+                "head.paper is a setting of head.method two-phase; found learnt",
+            ),
             (["align", "x.jsonl", "-m", "m", "--method", "pairwise"], "'pairwise' is not one of 'learnt', 'direct'"),
             (["align", "x.jsonl", "-m", "m", "--set", "head.method=pairwise"], "head.method"),
             (["align", "x.jsonl", "-m", "m", "--paper"], "head.paper"),
@@ -531,8 +534,8 @@ def test_a_layer_that_cannot_be_chosen_is_the_last_and_the_head_is_fitted_on_pre
 ) -> None:
     run = RunFolder(tmp_path / "run")
     settings = recipe(pairs, model, head={"method": "linear"}, evaluation={"prompts": 0})
-    asked = {**settings.model.model_dump(), "layer": "auto", "prefixes": 3}
-    content = align_recipe(settings.model_copy(update={"model": type(settings.model)(**asked)}), run)
+    asked = {**asdict(settings.model), "layer": "auto", "prefixes": 3}
+    content = align_recipe(replace(settings, model=type(settings.model)(**asked)), run)
     # 45 pairs; test_depth.py has enough to choose by.
     choice = json.loads((run.path / "layer.json").read_text())
     assert content["layers"] == choice["scores"] == []
@@ -604,7 +607,7 @@ def test_what_a_setting_does_not_decide_is_kept(
     after = stamps(copied)
     assert {stage for stage in after if after[stage] != before.get(stage)} == redone
     assert {stage for stage in after if after[stage] == before.get(stage)} == kept
-    assert copied.settings == json.loads(json.dumps(wanted.located().model_dump(mode="json")))
+    assert copied.settings == json.loads(json.dumps(wanted.located().plain()))
     assert any(" -> " in note for note in notes)
     assert any("keeps pairs" in note and "features" in note.partition(";")[0] for note in notes)
     # The same again is a resume that does nothing.

@@ -251,7 +251,7 @@ def test_a_fit_counts_less_than_its_plan_and_is_not_changed() -> None:
     from coala.compare.flop_counter import jax_products
     from coala.convex import fit
     from coala.plan.plan import fit_flops
-    from coala.recipe import HeadSettings
+    from coala.settings import HeadSettings
     from coala.values import FeatureSet, FeatureSpec
 
     rng = np.random.default_rng(0)

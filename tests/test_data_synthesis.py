@@ -31,6 +31,7 @@ from coala.data.http import Address, Answer, Connections, Unanswered
 from coala.data.journal import Journal, Usage, read_journal
 from coala.data.screening import cleaned, fault
 from coala.data.synthesis import Summary, synthesize
+from coala.data.synthesis_file import keys_of
 from tests.waiting import PATIENCE, Clock, wait_for
 
 # --- the endpoint ------------------------------------------------------------------------------------------------
@@ -564,22 +565,18 @@ def test_a_recipe_says_which_key_goes_where(
     url: str,
     confirmed: bool,
     words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from coala.cli.data import _keys
-
-    monkeypatch.setenv(name, KEY)
+    said: list[str] = []
     recipe = recipe_for(url)
     recipe = replace(recipe, student=replace(recipe.student, key=name), tutor=replace(recipe.tutor, key=name))
     if words:
         with pytest.raises(SynthesisError, match=words) as raised:
-            _keys(recipe, (), "r.yaml")
+            keys_of(recipe, {name: KEY}, (), "r.yaml", said.append)
         assert f"--send-key {name}" in str(raised.value)
         assert KEY not in str(raised.value)
         return
-    assert _keys(recipe, (name,) * confirmed, "r.yaml") == {name: KEY}
-    assert capsys.readouterr().err == f"sends the value of ${name} to {url} (named in r.yaml)\n"
+    assert keys_of(recipe, {name: KEY}, (name,) * confirmed, "r.yaml", said.append) == {name: KEY}
+    assert said == [f"sends the value of ${name} to {url} (named in r.yaml)"]
 
 
 def test_thoughts_are_no_part_of_a_conversation() -> None:

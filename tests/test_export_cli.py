@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = load_backbone(tiny_backbone("qwen2", folder / "model"), device="cpu")
     recipe = load_recipe(None, {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}}, {})
     made = RunFolder(folder / "run")
-    made.start(recipe.model_dump(mode="json"))
+    made.start(recipe.plain())
     draw = np.random.default_rng(0)
     size = (4, model.width + 1)
     head = ConvexHead(

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import coala
 from coala.alignment import evidence_notes, load_parts
+from coala.alignment.talking import Talker, sampled
 from coala.cli import app as cli
 from coala.cli import output
-from coala.cli.answering import room, sampled
 from coala.cli.terminal import visible
 from coala.decoding import Guidance, generate
 from coala.recipe import load_recipe
@@ -60,22 +60,22 @@ def test_a_changed_mode_is_told(served_run: Path) -> None:
 
 
 @pytest.mark.parametrize("system", [None, "be brief"])
-def test_a_prompt_that_does_not_fit_is_refused_or_cut_aloud(
-    parts: Any, system: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prompt_that_does_not_fit_is_refused_or_cut_aloud(parts: Any, system: str | None) -> None:
     backbone = parts[0]
+    said: list[str] = []
+    room = Talker(backbone, parts[1], parts[2], 0.0, said.append).room
     context = backbone.max_tokens
     options: dict[str, Any] = {"cut": False, "mend": "Shorten it."}
-    assert room(backbone, user("hello"), 6, **options) == 6
-    assert capsys.readouterr().err == ""
-    left = room(backbone, user("hello"), context, **options)
+    assert room(user("hello"), 6, **options) == 6
+    assert not said
+    left = room(user("hello"), context, **options)
     assert left == context - len(backbone.render("hello").tokens)
-    assert f"leaves the reply {left:,} of the {context:,} asked for" in capsys.readouterr().err
+    assert f"leaves the reply {left:,} of the {context:,} asked for" in said[-1]
     long = user("a film " * context)
     with pytest.raises(CoalaError, match=rf"context_length: the prompt has .* holds {context:,}, .* Shorten it\."):
-        room(backbone, long, 6, **options)
-    assert room(backbone, long, 6, cut=True, mend="") == 6
-    assert "tokens are cut" in capsys.readouterr().err
+        room(long, 6, **options)
+    assert room(long, 6, cut=True, mend="") == 6
+    assert "tokens are cut" in said[-1]
 
 
 @pytest.mark.parametrize(

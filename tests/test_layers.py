@@ -11,24 +11,24 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 
 # What everybody may import: values, and the small modules that know nothing but words.
-GROUND = {"values", "documents", "messages", "choices", "permission"}
+GROUND = {"values", "documents", "messages", "settings", "permission"}
 
 # Doors from a value to its own file, inside a method: the value knows the way, not what is behind it.
 DOORS = {("values", "store")}
 
 # module or package -> what else it may import from coala, and which heavy libraries it may import at module level
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
-    "values": (set(), set()),
+    "values": ({"messages"}, set()),
     "documents": (set(), set()),
     "messages": (set(), set()),
-    "choices": (set(), set()),
+    "settings": (set(), set()),
     "permission": (set(), set()),
     "store": (set(), set()),
     "__main__": ({"cli"}, set()),
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
     "pages": (set(), set()),
-    "data": ({"pages"}, set()),
+    "data": ({"store", "pages"}, set()),
     "backbone": ({"costs"}, {"torch", "transformers"}),
     "convex": (set(), {"jax"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
@@ -87,6 +87,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "leaderboards": (
         {
+            "survey",
             *("store", "recipe", "data", "backbone", "features", "decoding", "evaluation", "report", "alignment"),
             "export",
         },
@@ -185,6 +186,23 @@ def test_imports_point_down(path: Path) -> None:
             assert words[0] not in {"torch", "transformers"}, "JAX and torch never meet"
         if part == "backbone":
             assert words[0] not in {"jax", "jaxlib"}, "JAX and torch never meet"
+
+
+LONGEST_BODY = 30  # lines of a function in cli/, its docstring apart
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = function.body[0]
+    told = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and len(function.body) > 1
+    assert function.end_lineno is not None
+    return function.end_lineno - function.body[1 if told else 0].lineno + 1
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "cli").glob("*.py")), ids=lambda p: p.name)
+def test_a_command_parses_makes_one_call_and_prints(path: Path) -> None:
+    functions = [one for one in ast.walk(parsed(path)) if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {one.name: n for one in functions if (n := body_lines(one)) > LONGEST_BODY}
+    assert not long, f"longer than {LONGEST_BODY} lines: {long}. Move what is not parsing or printing into a part."
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(SOURCE).as_posix())

@@ -298,7 +298,7 @@ def test_a_matrix_over_checkpoints(place: Path, whole: Any) -> None:
 def test_the_head_of_an_alignment_judges_and_plays(place: Path, tmp_path: Path) -> None:
     """The papers' systems in one command: model, prompts and pairs of a COALA run, and its guided policy beside it."""
     from coala.alignment import align_recipe
-    from coala.recipe import Recipe
+    from coala.recipe import recipe_of
     from coala.store import RunFolder
     from tests.menagerie import tiny_backbone
 
@@ -306,7 +306,7 @@ def test_the_head_of_an_alignment_judges_and_plays(place: Path, tmp_path: Path) 
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(60, 20))
     evaluation = {"prompts": 2, "max_new_tokens": 4}
     settings = {"pairs": [str(pairs)], "eval_fraction": 0.3, "model": {"name": str(model)}, "evaluation": evaluation}
-    align_recipe(Recipe.model_validate({**settings, "head": {"method": "linear"}}), RunFolder(tmp_path / "coala"))
+    align_recipe(recipe_of({**settings, "head": {"method": "linear"}}), RunFolder(tmp_path / "coala"))
     step = ["--outer", 1, "-k", 1, "--candidates", 3, "--pairs", "all", "--max-new-tokens", 4, "--device", "cpu"]
     step += ["--prompts-per-step", 4, "--learning-rate", 1e-3, "--eta", 1]
     for oracle in ("head", "convex-head"):

@@ -35,7 +35,8 @@ from coala.plan.plan import PlanError, fit_flops, make_plan
 from coala.plan.probe import measured_rates
 from coala.plan.text import first_lines, table_rows
 from coala.plan.tokens import Guess, count
-from coala.recipe import HeadSettings, Recipe
+from coala.recipe import Recipe, recipe_of
+from coala.settings import HeadSettings
 from coala.store import RunFolder, load_json, save_pairs
 from coala.values import CoalaError, Pair, user
 from tests.menagerie import tiny_backbone
@@ -70,7 +71,7 @@ def recipe(pairs: Path | None, name: Path | str, /, **changes: Any) -> Recipe:
     settings: dict[str, Any] = {"pairs": [str(pairs)] if pairs else [], "model": {"name": str(name)}}
     for part, values in changes.items():
         settings[part] = {**settings[part], **values} if isinstance(values, dict) and part in settings else values
-    return Recipe.model_validate(settings)
+    return recipe_of(settings)
 
 
 def published(folder: Path, name: str, **more: Any) -> Path:
@@ -234,12 +235,12 @@ def test_llama_fits_a_card_of_24_gib_in_bfloat16(tmp_path: Path) -> None:
 
 def _apply(settings: Recipe, flags: tuple[str, ...]) -> Recipe:
     parts = {"prompts": "evaluation", "method": "head"}
-    changed = settings.model_dump()
+    changed = settings.plain()
     for flag in flags:
         name, value = re.fullmatch(r"--([a-z-]+) (\S+)", flag).groups()  # type: ignore[union-attr]
         name = name.replace("-", "_")
         changed[parts.get(name, "model")][name] = int(value) if value.isdigit() else value
-    return Recipe.model_validate(changed)
+    return recipe_of(changed)
 
 
 _MORE_CARDS = (("gpt2", 2.5), ("llama-3.1-8b", 1.0), ("llama-3.1-8b", 9.0))

@@ -24,7 +24,7 @@ from coala.plan.memory import OTHERS
 from coala.plan.plan import make_plan
 from coala.plan.text import first_lines, table_rows
 from coala.plan.tokens import Guess
-from coala.recipe import Recipe
+from coala.recipe import recipe_of
 from coala.store import FeatureStore, RunFolder, StoreError, claim, load_features, load_json
 from coala.values import CoalaError
 
@@ -338,7 +338,7 @@ def test_an_alignment_shared_interrupted_and_killed_gives_the_same_bytes(folder:
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 def test_the_plan_says_what_workers_need(tmp_path: Path, on_gpu: bool) -> None:
     config = published(tmp_path, "gpt2")
-    settings = Recipe.model_validate({"pairs": [], "model": {"name": "gpt2", "device": "cuda" if on_gpu else "cpu"}})
+    settings = recipe_of({"pairs": [], "model": {"name": "gpt2", "device": "cuda" if on_gpu else "cpu"}})
     place = "device" if on_gpu else "host"
 
     def plan(n_workers: int, gib: float) -> Any:

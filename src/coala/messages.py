@@ -58,6 +58,10 @@ _SIZES: Mapping[str, tuple[str, str, str]] = {
 Place = tuple[str | int, ...]
 
 
+class CoalaError(Exception):
+    """A mistake the user can mend: the message says what was found, what was expected and what to do."""
+
+
 def sentences(
     errors: Iterable[Mapping[str, Any]],
     schema: Any = None,

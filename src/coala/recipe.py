@@ -1,20 +1,30 @@
 """The settings of an alignment run: one validated object, read from YAML and overridden by flags.
 
-Knows names, types and limits; knows nothing of how a setting is carried out.
+The settings themselves are in ``coala.settings``; here is what holds between them. Knows nothing of how a setting is
+carried out.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
-from coala.choices import DTYPES, Dtype, GateOn, Loss, Method, Mode, PhaseOne, Pooling, Quantise, Rule, Template
 from coala.documents import DocumentError, parse_yaml
 from coala.messages import Place, joined, sentences
 from coala.permission import CODE_FLAG, permission
+from coala.settings import (
+    EvaluationSettings,
+    GuidanceSettings,
+    HeadSettings,
+    ModelSettings,
+    PairSettings,
+    flags,
+)
 from coala.values import CoalaError
 
 
@@ -22,96 +32,10 @@ class RecipeError(CoalaError):
     """A recipe that cannot be read or holds a setting that does not exist or fit."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Recipe(PairSettings):
+    """Everything that decides the outcome of ``coala align``; checked where it is made."""
 
-
-def _usual_name(dtype: Any) -> Any:
-    return DTYPES.get(dtype.lower(), dtype.lower()) if isinstance(dtype, str) else dtype
-
-
-class ModelSettings(_Strict):
-    """The frozen backbone and what is read from it."""
-
-    name: str = Field(description="local model folder or hub name")
-    revision: str | None = None
-    template: Template = "auto"
-    layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = Field(
-        -1, description="hidden state to read; -1 is the last, auto the lowest within one standard error of the best"
-    )
-    pooling: Pooling = "mean"
-    ends_with_eos: bool = False
-    max_tokens: int | None = Field(None, ge=2, description="prompt plus reply (default: the model's context)")
-    prefixes: int = Field(1, ge=1, description="fit the head on this many prefixes of every reply; 1 is the whole")
-    batch_tokens: int = Field(4096, ge=1)
-    device: str = Field(
-        "auto", description="auto, cpu, cuda, ... or offload: layers that do not fit stay in CPU memory or on disk"
-    )
-    adapter: str | None = Field(None, description="folder or hub name of a LoRA adapter of the model")
-    quantise: Quantise | None = None
-    dtype: Annotated[Dtype, BeforeValidator(_usual_name)] = "auto"
-    trust_remote_code: bool = False
-    prompt_features: bool | None = Field(
-        None, description="encode prompts too, for gates on them; on where head.gate_on asks for it"
-    )
-    log_ratios: bool | None = Field(
-        None, description="log-probability differences of the replies; on where head.reference_scale needs them"
-    )
-
-
-class HeadSettings(_Strict):
-    """How the head is fitted; see ``coala.convex.fit``."""
-
-    method: Method = "learnt"
-    gate_on: GateOn | None = Field(
-        None, description="what gates look at; auto lets the two compete; without a word auto over what there is"
-    )
-    reference_scale: float | None = Field(None, description="CVX-DPO: margin, this times the reference's log ratio")
-    loss: Loss = Field("pairwise", description="Phase II loss of the two-phase method")
-    phase_one: PhaseOne = Field("gated", description="what solves Phase I")
-    paper: bool = Field(False, description="the two-phase method with its published settings, nothing searched")
-    n_patterns: int | None = Field(None, ge=1, description="gates at most (learnt) or sampled; the method's own if not")
-    tolerance: float = Field(1e-4, gt=0, lt=1, description="certified relative gap")
-
-
-class GuidanceSettings(_Strict):
-    """How the head guides decoding."""
-
-    mode: Mode = "block"
-    strength: float | None = Field(None, ge=0, description="default: the rule's own")
-    every: int | None = Field(None, ge=1, description="guide every N tokens; 1, in prefix mode 5")
-    candidates: int = Field(5, ge=1)
-    top_k: int = Field(50, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
-    block_tokens: int = Field(5, ge=1)
-    rule: Rule = "calibrated"
-    budget: float | None = Field(None, ge=0, description="of mode shift: nats a reply may spend on guidance")
-    width: int = Field(4, ge=1, description="of mode beam: hypotheses kept")
-
-
-class EvaluationSettings(_Strict):
-    """What is generated and judged for the report."""
-
-    prompts: int = Field(50, ge=0, description="held-out prompts that get a guided and an unguided reply")
-    max_new_tokens: int = Field(48, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    judge: str | None = Field(
-        None,
-        description="head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file; none: only the head's scores",
-    )
-    labeller: str | None = Field(None, description="the scorer that made the labels, in the same form; shown beside it")
-
-
-class Recipe(_Strict):
-    """Everything that decides the outcome of ``coala align``."""
-
-    pairs: tuple[str, ...]
-    eval_pairs: tuple[str, ...] = ()
-    format: str = "auto"
-    role: str = "assistant"
-    skip_bad: bool = Field(False, description="leave out rows with errors, and say so, instead of stopping")
-    eval_fraction: float = Field(0.1, gt=0, lt=1)
-    seed: int = Field(0, ge=0)
     model: ModelSettings
     head: HeadSettings = HeadSettings()
     guidance: GuidanceSettings = GuidanceSettings()
@@ -122,10 +46,7 @@ class Recipe(_Strict):
         head, model = self.head, self.model
         if self.guidance.budget is not None and self.guidance.mode != "shift":
             raise ValueError(f"guidance.budget belongs to guidance.mode shift; found {self.guidance.mode}")
-        if head.paper and head.method != "two-phase":
-            raise ValueError(f"head.paper is a setting of head.method two-phase; found {head.method}")
-        if head.gate_on == "prompt" and head.method in ("two-phase", "linear"):
-            raise ValueError(f"head.gate_on prompt needs head.method learnt or direct; found {head.method}")
+        _agree(head)
         if head.gate_on == "prompt" and model.prompt_features is False:
             raise ValueError("head.gate_on prompt needs model.prompt_features, which is false")
         if head.reference_scale is not None and model.log_ratios is False:
@@ -159,20 +80,44 @@ class Recipe(_Strict):
             kind, _, rest = named.partition(":")
             return f"{kind}:{absolute(rest)}" if rest and kind in ("head", "words") else absolute(named)
 
-        judges = {k: judge(v) for k in ("judge", "labeller") if (v := getattr(self.evaluation, k)) is not None}
-        return self.model_copy(
-            update={
-                "pairs": tuple(map(absolute, self.pairs)),
-                "eval_pairs": tuple(map(absolute, self.eval_pairs)),
-                "model": self.model.model_copy(
-                    update={
-                        "name": absolute(self.model.name),
-                        "adapter": self.model.adapter and absolute(self.model.adapter),
-                    }
-                ),
-                "evaluation": self.evaluation.model_copy(update=judges),
-            }
+        judges: dict[str, Any] = {
+            k: judge(v) for k in ("judge", "labeller") if (v := getattr(self.evaluation, k)) is not None
+        }
+        adapter = self.model.adapter and absolute(self.model.adapter)
+        return replace(
+            self,
+            pairs=tuple(map(absolute, self.pairs)),
+            eval_pairs=tuple(map(absolute, self.eval_pairs)),
+            model=replace(self.model, name=absolute(self.model.name), adapter=adapter),
+            evaluation=replace(self.evaluation, **judges),
         )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it: nested mappings, lists, texts and numbers; :func:`recipe_of` reads it."""
+        found: dict[str, Any] = _RECIPE.dump_python(self, mode="json")
+        return found
+
+
+_RECIPE = TypeAdapter(Recipe)
+
+
+def _agree(head: HeadSettings) -> None:
+    if head.paper and head.method != "two-phase":
+        raise ValueError(f"head.paper is a setting of head.method two-phase; found {head.method}")
+    if head.gate_on == "prompt" and head.method in ("two-phase", "linear"):
+        raise ValueError(f"head.gate_on prompt needs head.method learnt or direct; found {head.method}")
+
+
+def check_head(head: HeadSettings) -> HeadSettings:
+    """The settings as they were given; :class:`RecipeError` for those that no recipe could hold."""
+    try:
+        _agree(head)
+        return TypeAdapter(HeadSettings).validate_python(head)
+    except ValidationError as error:
+        told = sentences(error.errors(), HeadSettings, name=lambda place: _named(("head", *place)))
+        raise RecipeError(joined(told)) from None
+    except ValueError as error:
+        raise RecipeError(f"{error}.") from None
 
 
 def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
@@ -218,7 +163,7 @@ def refuse_asked_code(asked: bool, source: Path) -> None:
 def recipe_of(document: Any, source: Path | None = None) -> Recipe:
     """A recipe from a plain document; the boundary where settings are checked."""
     try:
-        return Recipe.model_validate(document)
+        return _RECIPE.validate_python(document)
     except ValidationError as error:
         told = f"{source}: " if source else ""
         faults = [_HOW_TO_GIVE.get(fault, fault) for fault in sentences(error.errors(), Recipe, name=_named)]
@@ -227,25 +172,7 @@ def recipe_of(document: Any, source: Path | None = None) -> Recipe:
         raise RecipeError(told + joined(faults)) from None
 
 
-# Settings that have a flag of their own on the command line.
-FLAGS = {
-    **{name: "--" + name.replace("_", "-") for name in ("format", "skip_bad", "eval_fraction", "seed")},
-    "eval_pairs": "--eval",
-    "model.name": "--model",
-    **{
-        f"{section}.{name}": "--" + name.replace("_", "-")
-        for section, names in {
-            "model": (
-                *("template", "device", "dtype", "adapter", "quantise", "layer", "pooling", "prefixes"),
-                *("batch_tokens", "max_tokens"),
-            ),
-            "head": ("method", "gate_on", "reference_scale", "paper"),
-            "guidance": ("mode", "strength"),
-            "evaluation": ("prompts", "max_new_tokens", "judge"),
-        }.items()
-        for name in names
-    },
-}
+FLAGS = flags()
 _MODEL_MISSING = "--model is missing. Give a model folder or hub name, such as --model ./my-model."
 _HOW_TO_GIVE = {
     "model is missing": _MODEL_MISSING,

@@ -16,13 +16,11 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.messages import CoalaError as CoalaError
+
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 Float32 = NDArray[np.float32]
-
-
-class CoalaError(Exception):
-    """A mistake the user can mend: the message says what was found, what was expected and what to do."""
 
 
 class SpecMismatch(CoalaError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,10 @@ def answer(
     settings = recipe.evaluation
     length = settings.max_new_tokens if manner.max_new_tokens is None else manner.max_new_tokens
     temperature = settings.temperature if manner.temperature is None else manner.temperature
-    guidance = recipe.guidance.model_dump() if manner.guided else UNGUIDED
+    guidance = asdict(recipe.guidance) if manner.guided else UNGUIDED
     head = file_digest(run.path / "head" / "head.safetensors")
     prompts = [[one.id, [[turn.role, turn.text] for turn in one.prompt]] for one in asked]
-    model = recipe.model.model_dump(mode="json")
+    model = asdict(recipe.model)
     key = digest(prompts, model, head, guidance, [length, temperature, manner.seed, PORTION])[:12]
     path = run.path / FOLDER / f"{key}.jsonl"
     with claim(path.with_suffix(".lock")) as mine:

@@ -31,13 +31,13 @@ def adopt(recipe: Recipe, run: RunFolder) -> list[str]:
     the judgements alone. Raises ``StoreError``, naming each, for settings that decide pairs or features.
     """
     recorded = run.path / "run.json"
-    wanted = recipe.model_dump(mode="json")
+    wanted = recipe.plain()
     if not recorded.exists():
         run.start(wanted)
         return []
     # Read as a recipe, a run of before a setting existed has that setting's default.
     before = recipe_of(run.settings, recorded)
-    differing = differences(before.model_dump(mode="json"), wanted)
+    differing = differences(before.plain(), wanted)
     if not differing:
         return []
     undone: set[str] = set()
@@ -73,12 +73,8 @@ def check_changes(recipe: Recipe, run: RunFolder) -> None:
     if not recorded.exists():
         run.require_free()
         return
-    before = recipe_of(run.settings, recorded).model_dump(mode="json")
-    refused = {
-        name: sides
-        for name, sides in differences(before, recipe.model_dump(mode="json")).items()
-        if _undone(name) is None
-    }
+    before = recipe_of(run.settings, recorded).plain()
+    refused = {name: sides for name, sides in differences(before, recipe.plain()).items() if _undone(name) is None}
     if refused:
         raise run.refusal(refused)
 

@@ -6,12 +6,13 @@ Knows when a stage has to be done; nothing of what any of them does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from coala.costs import Stopwatch, peak_memory
 from coala.recipe import Recipe
+from coala.settings import ModelSettings
 from coala.store import RunFolder
 from coala.values import CoalaError
 
@@ -79,7 +80,7 @@ class StageContext:
         """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""
         folders = [Path(name) for name in (self.recipe.model.name, self.recipe.model.adapter) if name]
         files = [p for folder in folders if folder.is_dir() for p in sorted(folder.iterdir()) if p.is_file()]
-        return [self.recipe.model.model_dump(), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+        return [asdict(self.recipe.model), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
 
     def once(self, stage: str, inputs: dict[str, Any], outputs: list[str], work: Callable[[], Any]) -> None:
         """Do ``work`` unless this stage is done on these inputs; record seconds, memory and the facts it returns."""
@@ -99,16 +100,16 @@ def open_backbone(recipe: Recipe, named_by: Path | None = None) -> LanguageModel
     from coala.backbone.files import NotCached
 
     if named_by is None:
-        return load_backbone(**loading(recipe))
+        return load_backbone(**loading(recipe.model))
     # Whether its code may run is for the invocation to say, whatever the file does.
-    options = {**loading(recipe), "trust_remote_code": False, "download": False}
+    options = {**loading(recipe.model), "trust_remote_code": False, "download": False}
     try:
         return load_backbone(**options)
     except NotCached as error:
         raise CoalaError(f"{named_by}: {error}") from error
 
 
-def loading(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of ``coala.backbone.load_backbone`` for the recipe's model."""
+def loading(model: ModelSettings) -> dict[str, Any]:
+    """The arguments of ``coala.backbone.load_backbone`` for the model."""
     names = ("revision", "template", "device", "dtype", "trust_remote_code", "adapter", "quantise")
-    return {"model": recipe.model.name, **{name: getattr(recipe.model, name) for name in names}}
+    return {"model": model.name, **{name: getattr(model, name) for name in names}}

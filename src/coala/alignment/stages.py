@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.alignment.context import StageContext, loading
+from coala.alignment.context import StageContext
+from coala.alignment.extraction import OF_A_SAMPLE, encode
+from coala.alignment.fitting import fit_settings
 from coala.costs import decoding_flops, extraction_flops, head_flops
-from coala.recipe import HeadSettings, Recipe
+from coala.recipe import Recipe
 from coala.store import (
-    FeatureStore,
     claim,
     digest,
     discard,
@@ -29,18 +31,17 @@ from coala.store import (
     load_head,
     load_object,
     load_pairs,
-    save_features,
     save_generations,
     save_head,
     save_json,
     save_judgements,
     save_pairs,
-    scratch,
 )
 from coala.values import Pair, conversation_text, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
+    from coala.convex import Fit
     from coala.decoding import Guidance
     from coala.values import ConvexHead, Generation
 
@@ -102,7 +103,7 @@ def _pairs(context: StageContext) -> None:
 
 
 def _features(context: StageContext) -> None:
-    from coala.features import ExtractionTask, distinct_lengths, extract, survey, workers
+    from coala.features import distinct_lengths, survey
 
     model = context.recipe.model
     layer = _layer(context)
@@ -144,31 +145,18 @@ def _features(context: StageContext) -> None:
             with nullcontext(True) if context.cache is None else claim(folder / "extraction.lock", wait=True):
                 reused = context.cache is not None and (folder / "features.json").exists()
                 if not reused:
-                    shards = FeatureStore(folder / "shards")
-                    options = {"batch_tokens": model.batch_tokens, "prefixes": prefixes, **extras}
-
-                    def note(text: str) -> None:
-                        context.show(stage, 0, in_all, text)
-
-                    shared = ExtractionTask(loading(context.recipe), pairs, spec, options, shards.folder)
-                    # Whoever finds no shard to make would load the model for nothing.
-                    helpful = max(1, min(context.n_workers, len(plan.shards(model.batch_tokens))))
-                    with workers(shared, helpful, on_note=note):
-                        features = extract(
-                            pairs,
-                            backbone,
-                            spec,
-                            **options,
-                            store=shards,
-                            plan=plan,
-                            # Tokens, not pairs: long rows go first, so the first pairs cost the most.
-                            on_batch=lambda done, total, n: context.show(
-                                stage, n, in_all, f"{done:,} of {total:,} pairs"
-                            ),
-                            on_note=note,
-                        )
-                    save_features(folder, features)
-                    shards.discard()
+                    encode(
+                        folder,
+                        pairs,
+                        backbone,
+                        spec,
+                        model=model,
+                        options={"batch_tokens": model.batch_tokens, "prefixes": prefixes, **extras},
+                        plan=plan,
+                        n_workers=context.n_workers,
+                        on_tokens=partial(context.show, stage),
+                        on_note=lambda text: context.show(stage, 0, in_all, text),
+                    )
                 if context.cache is not None:
                     link_features(folder, target)
             if reused:
@@ -210,7 +198,7 @@ def _layer(context: StageContext) -> int:
             plan=plan,
             batch_tokens=model.batch_tokens,
             seed=context.recipe.seed,
-            on_batch=lambda done, total, tokens: context.show("layer", done, total, "pairs of a sample, all layers"),
+            on_batch=lambda done, total, tokens: context.show("layer", done, total, OF_A_SAMPLE),
         )
         save_json(context.path("layer.json"), choice.to_dict())
 
@@ -222,12 +210,10 @@ def _layer(context: StageContext) -> int:
 
 
 def _head(context: StageContext) -> None:
-    from coala.convex import Fit, fit
-
     settings = context.recipe.head
     inputs = {
         "features": file_digest(context.path("features/train/features.safetensors")),
-        "settings": settings.model_dump(),
+        "settings": asdict(settings),
         "seed": context.recipe.seed,
     }
 
@@ -235,40 +221,25 @@ def _head(context: StageContext) -> None:
         context.show("head", 0, None)
         features = load_features(context.path("features/train"), mmap=True)
 
-        def fitted(**options: Any) -> Fit:
-            return fit(
+        def fitted(linear: bool = False) -> Fit:
+            return fit_settings(
                 features,
-                reference_scale=settings.reference_scale,
-                tolerance=settings.tolerance,
+                settings,
                 seed=context.recipe.seed,
-                scratch=scratch(context.path("features")),
-                on_step=lambda stage, step, total, info: context.show("head", step, total, stage),
-                **options,
+                near=context.path("features"),
+                on_step=lambda stage, step, total: context.show("head", step, total, stage),
+                linear=linear,
             )
 
-        result = fitted(**fit_options(settings))
+        result = fitted()
         # Every head is shown beside the linear one, its own control (docs/departures.md).
-        linear = result.head if not result.head.n_neurons else fitted(method="linear").head
+        linear = result.head if not result.head.n_neurons else fitted(linear=True).head
         save_head(context.path("head"), result.head)
         save_json(
             context.path("head/fit.json"), {"path": result.path, "history": result.history, "linear": linear.linear}
         )
 
     context.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
-
-
-def fit_options(settings: HeadSettings) -> dict[str, Any]:
-    """The head's settings as arguments of ``coala.convex.fit``, but for those that a linear control shares."""
-    from coala.convex import Pointwise
-
-    return {
-        "method": settings.method,
-        "gate_on": settings.gate_on or "auto",
-        "phase_one": settings.phase_one,
-        "paper": settings.paper,
-        "loss": Pointwise() if settings.method == "two-phase" and settings.loss == "pointwise" else None,
-        "n_patterns": settings.n_patterns,
-    }
 
 
 def _replies(context: StageContext) -> None:
@@ -281,7 +252,7 @@ def _replies(context: StageContext) -> None:
             "prompts": digest([asdict(pair)["prompt"] for pair in chosen]),
             "head": file_digest(context.path("head/head.safetensors")),
             "model": context.model_stamp(),
-            "guidance": context.recipe.guidance.model_dump(),
+            "guidance": asdict(context.recipe.guidance),
             "settings": [settings.max_new_tokens, settings.temperature, context.recipe.seed],
         }
 
@@ -412,7 +383,7 @@ def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
 def guidance_of(recipe: Recipe) -> Guidance:
     from coala.decoding import Guidance
 
-    return Guidance(**recipe.guidance.model_dump())
+    return Guidance(**asdict(recipe.guidance))
 
 
 STAGES: dict[str, Callable[[StageContext], None]] = {

@@ -32,6 +32,7 @@ from coala.cli import (
 from coala.cli.output import wants_json
 from coala.cli.terminal import styled, visible, write
 from coala.cli.xla_cache import keep_compiled
+from coala.messages import CoalaError
 
 INTERRUPTED = 130
 
@@ -128,17 +129,7 @@ def root(
 
 def main() -> None:
     """Entry point: turns the library's errors into one message on stderr and an exit code."""
-    # No telemetry, ours or a library's; set before anything heavy is imported.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads that spin while they wait make two runs on one machine many times slower than one after the other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A head needs little memory; JAX would otherwise take most of a GPU at its first array.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    _settle_environment()
     keep_compiled()
     try:
         app()
@@ -151,14 +142,21 @@ def main() -> None:
         # The reader of our output has gone (`coala ... | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception as error:
-        # Imported here, for it loads NumPy: `--help` has to answer at once.
-        from coala.values import CoalaError
-
-        if not isinstance(error, CoalaError):
-            raise
-        styled(
-            typer.style(visible(f"error: {error}"), fg="red") if sys.stderr.isatty() else visible(f"error: {error}"),
-            err=True,
-        )
+    except CoalaError as error:
+        told = visible(f"error: {error}")
+        styled(typer.style(told, fg="red") if sys.stderr.isatty() else told, err=True)
         sys.exit(2)
+
+
+def _settle_environment() -> None:
+    # No telemetry, ours or a library's; set before anything heavy is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that spin while they wait make two runs on one machine many times slower than one after the other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A head needs little memory; JAX would otherwise take most of a GPU at its first array.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 import math
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from coala.cli.options import (
-    AskAgain,
-    Attempts,
-    BaseUrl,
-    By,
-    Cache,
-    Concurrency,
-    Download,
-    KeyEnv,
-    Limit,
-    Local,
-    MaxCalls,
-    MaxNewTokens,
-    MaxTokens,
-    Model,
-    OneOrder,
-    Prompts,
-    Reference,
-    RunOption,
-    Sampling,
-    Temperature,
-    Timeout,
-    TrustCode,
-    Unguided,
-    service_of,
-)
+from coala.cli.flags import with_settings
+from coala.cli.options import By, JudgeFlags, OneOrder, Prompts, Reference, ReplyFlags
 from coala.cli.output import command_line, tell_failures
-from coala.leaderboards.contest import manner_of, needed
-from coala.leaderboards.judges import JudgeSettings
+from coala.leaderboards.contest import one_source
 from coala.leaderboards.record import run_of
-
-
-class DifficultyBy(StrEnum):
-    """How an instruction finds its difficulty."""
-
-    position = "position"
-    instruction = "instruction"
-
-
-class Stopping(StrEnum):
-    """Where the fit of length control ends."""
-
-    optimum = "optimum"
-    liblinear = "liblinear"
-
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of replies, of the bootstrap and of cross-validation's folds.")]
 
 
+@with_settings
 def alpaca(
     annotations: Annotated[
         Path | None, typer.Argument(help="Annotations of one model: JSON Lines or one list, plain or .gz.")
     ] = None,
+    *,
     calibration: Annotated[
         Path | None, typer.Option(help="The authors' df_gamed.csv, or a stand-in; needed for length control.")
     ] = None,
@@ -69,44 +30,27 @@ def alpaca(
         Path | None, typer.Option(help="Difficulty of every instruction; needed for length control.")
     ] = None,
     difficulty_by: Annotated[
-        DifficultyBy,
+        Literal["position", "instruction"],
         typer.Option(help="`position` as the published figures, even where rows are missing; or `instruction`."),
-    ] = DifficultyBy.position,
+    ] = "position",
     penalty: Annotated[
         str, typer.Option(help="C of the L1 fit: a number, `cv` (chosen by five folds) or `none` (maximum likelihood).")
     ] = "cv",
     stopping: Annotated[
-        Stopping, typer.Option(help="`optimum`, or `liblinear`: where the published fits stopped, to reproduce them.")
-    ] = Stopping.optimum,
+        Literal["optimum", "liblinear"],
+        typer.Option(help="`optimum`, or `liblinear`: where the published fits stopped, to reproduce them."),
+    ] = "optimum",
     outputs: Annotated[
         Path | None, typer.Option(help="The model's whole output file, for the average length that is published.")
     ] = None,
     draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the length-controlled interval.")] = 200,
     seed: Seed = 0,
-    into: RunOption = None,
+    replies: ReplyFlags,
     prompts: Prompts = None,
     reference: Reference = None,
-    name: Annotated[str | None, typer.Option(help="The model's name (default: the run folder's).")] = None,
-    unguided: Unguided = False,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    limit: Limit = None,
     by: By = None,
-    local: Local = None,
-    model: Model = None,
-    base_url: BaseUrl = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
     one_order: OneOrder = False,
-    cache: Cache = None,
-    concurrency: Concurrency = 8,
-    max_calls: MaxCalls = None,
-    max_tokens: MaxTokens = None,
-    attempts: Attempts = 6,
-    timeout: Timeout = 180.0,
-    ask_again: AskAgain = False,
-    sampling: Sampling = None,
-    trust_remote_code: TrustCode = False,
-    download: Download = False,
+    judge: JudgeFlags,
 ) -> None:
     """AlpacaEval 2: win rate, its counts and lengths, and the length-controlled win rate.
 
@@ -119,26 +63,20 @@ def alpaca(
     from coala.cli.output import conclude, progress, say
     from coala.leaderboards.alpaca import LengthControl, count_alpaca, run_alpaca
 
-    control = LengthControl(
-        calibration, difficulty, difficulty_by.value, _penalty(penalty), stopping.value, draws, seed
-    )
-    run = run_of(into, annotations)
-    if needed(into, prompts, annotations, "annotations"):
-        assert prompts is not None
-        assert run is not None
-        service = service_of(
-            model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ()
-        )
+    control = LengthControl(calibration, difficulty, difficulty_by, _penalty(penalty), stopping, draws, seed)
+    run = run_of(replies.into, annotations)
+    one_source(run, prompts, annotations, "annotations")
+    if run is not None and prompts is not None:
         with progress() as show:
             found = run_alpaca(
                 run,
                 prompts,
                 reference,
-                judge=JudgeSettings(by or "weighted", service, local, cache, concurrency),
-                manner=manner_of(unguided, max_new_tokens, temperature, seed),
+                judge=judge.by(by or "weighted"),
+                manner=replies.manner(seed),
                 control=control,
-                name=name,
-                limit=limit,
+                name=replies.name,
+                limit=replies.limit,
                 one_order=one_order,
                 command=command_line(),
                 on_progress=show,

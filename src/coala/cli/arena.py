@@ -2,71 +2,45 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from coala.cli.options import (
-    AskAgain,
-    Attempts,
-    BaseUrl,
-    Cache,
-    Concurrency,
-    Download,
-    KeyEnv,
-    Limit,
-    Local,
-    MaxCalls,
-    MaxNewTokens,
-    MaxTokens,
-    Prompts,
-    Reference,
-    RunOption,
-    Sampling,
-    Temperature,
-    Timeout,
-    TrustCode,
-    Unguided,
-    service_of,
-)
+from coala.cli.flags import with_settings
+from coala.cli.options import JudgeFlags, Prompts, Reference, ReplyFlags
 from coala.cli.output import command_line, tell_failures
-from coala.leaderboards.contest import manner_of, needed
-from coala.leaderboards.judges import JudgeSettings
+from coala.leaderboards.contest import one_source
 from coala.leaderboards.record import run_of
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap, and of replies.")]
 
 
-class Board(StrEnum):
-    """Which published interval to print."""
+@dataclass(frozen=True, kw_only=True)
+class ArenaFlags(JudgeFlags):
+    """Judges of mode arena; ``model`` also names what saved judgements are of."""
 
-    old = "v0.1"
-    new = "v2.0"
-
-
-class Rule(StrEnum):
-    """Which of several verdicts counts."""
-
-    last = "last"
-    unanimous = "unanimous"
+    model: Annotated[
+        str | None,
+        typer.Option(help="The judged model, where rows do not name it; with --prompts the one that judges."),
+    ] = None
 
 
+@with_settings
 def arena(
     judgements: Annotated[
         Path | None,
         typer.Argument(help="Judgements of two games each, or battles (model, question, winner); JSON Lines or CSV."),
     ] = None,
+    *,
     baseline: Annotated[str, typer.Option(help="The model that all others are compared with.")] = "gpt-4-0314",
-    model: Annotated[
-        str | None,
-        typer.Option(help="The judged model, where rows do not name it; with --prompts the one that judges."),
-    ] = None,
-    board: Annotated[Board, typer.Option(help="Published interval: v0.1 95 %, v2.0 90 %, both over rows.")] = Board.old,
+    board: Annotated[
+        Literal["v0.1", "v2.0"], typer.Option(help="Published interval: v0.1 95 %, v2.0 90 %, both over rows.")
+    ] = "v0.1",
     rule: Annotated[
-        Rule, typer.Option(help="Of several verdicts: the `last`, or none unless `unanimous`.")
-    ] = Rule.last,
+        Literal["last", "unanimous"], typer.Option(help="Of several verdicts: the `last`, or none unless `unanimous`.")
+    ] = "last",
     style: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,29 +48,12 @@ def arena(
         ),
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 1000,
-    seed: Seed = 0,
-    into: RunOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap, and of replies.")] = 0,
+    replies: ReplyFlags,
     prompts: Prompts = None,
     reference: Reference = None,
-    name: Annotated[str | None, typer.Option(help="The run's name (default: its folder's).")] = None,
-    unguided: Unguided = False,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    limit: Limit = None,
     by: Annotated[str, typer.Option("--judge", help="arena, or a folder with a judge.yaml of mode arena.")] = "arena",
-    local: Local = None,
-    base_url: BaseUrl = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
-    cache: Cache = None,
-    concurrency: Concurrency = 8,
-    max_calls: MaxCalls = None,
-    max_tokens: MaxTokens = None,
-    attempts: Attempts = 6,
-    timeout: Timeout = 180.0,
-    ask_again: AskAgain = False,
-    sampling: Sampling = None,
-    trust_remote_code: TrustCode = False,
-    download: Download = False,
+    judge: ArenaFlags,
 ) -> None:
     """Arena-Hard: win rate against the baseline with the interval that counts questions, beside the published one.
 
@@ -108,23 +65,19 @@ def arena(
     from coala.cli.output import conclude, progress, say
     from coala.leaderboards.arena import count_arena, run_arena
 
-    common: dict[str, Any] = {"style": style or (), "board": board.value, "draws": draws, "command": command_line()}
-    run = run_of(into, judgements)
-    if needed(into, prompts, judgements, "judgements"):
-        assert prompts is not None
-        assert run is not None
-        service = service_of(
-            model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ()
-        )
+    common: dict[str, Any] = {"style": style or (), "board": board, "draws": draws, "command": command_line()}
+    run = run_of(replies.into, judgements)
+    one_source(run, prompts, judgements, "judgements")
+    if run is not None and prompts is not None:
         with progress() as show:
             found = run_arena(
                 run,
                 prompts,
                 reference,
-                judge=JudgeSettings(by, service, local, cache, concurrency),
-                manner=manner_of(unguided, max_new_tokens, temperature, seed),
-                name=name,
-                limit=limit,
+                judge=judge.by(by),
+                manner=replies.manner(seed),
+                name=replies.name,
+                limit=replies.limit,
                 on_progress=show,
                 on_failure=tell_failures(),
                 on_note=say,
@@ -132,5 +85,5 @@ def arena(
             )
     else:
         assert judgements is not None
-        found = count_arena(judgements, baseline=baseline, model=model, rule=rule.value, seed=seed, **common)
+        found = count_arena(judgements, baseline=baseline, model=judge.model, rule=rule, seed=seed, **common)
     conclude(found, run)

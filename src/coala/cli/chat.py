@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coala.choices import Mode, Rule
-from coala.cli.options import Download, TrustCode
+from coala.cli.flags import Given, Of, with_settings
+from coala.cli.options import Download, OwnTemperature, TrustCode
 from coala.cli.terminal import styled, write
+from coala.messages import CoalaError
+from coala.settings import GuidanceSettings
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
-    from coala.decoding import Guidance
-    from coala.values import ConvexHead, Turn
+    from coala.alignment.talking import Talker
+    from coala.values import Turn
 
 COMMANDS = """/system TEXT    what the model is told first; without TEXT nothing
 /guide on|off   guided or plain replies
@@ -38,18 +39,15 @@ Ctrl-C stops a reply; what was written of it stays."""
 HEAT = ((124, 231), (173, 16), (223, 16), (255, 16), (153, 16), (74, 16), (25, 231))
 
 
+@with_settings
 def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
+    *,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    mode: Annotated[Mode | None, typer.Option(help="How the head guides decoding.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Guidance strength; 0 is unguided.")] = None,
-    rule: Annotated[Rule | None, typer.Option(help="How scores count; calibrated: by their evidence.")] = None,
+    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "rule"))],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy. Default: the recipe's, else the model's own.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Likeliest tokens that add up to this probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="So many likeliest tokens; 0 is all.")] = None,
+    temperature: OwnTemperature = None,
+    sampling: Annotated[Given, Of(GuidanceSettings, ("top_p", "top_k"))],
     seed: Annotated[int, typer.Option(min=0)] = 0,
     trust_remote_code: TrustCode = False,
     download: Download = False,
@@ -59,40 +57,13 @@ def chat(
 
     Example: `coala chat runs/demo`   (then /help)
     """
-    from coala.cli.answering import opened
+    from coala.alignment.talking import open_talker
     from coala.cli.output import emit, say
 
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    found = opened(run, sampling, mode, strength=strength, rule=rule)
-    for line in found.backbone.reads(found.head.spec):
-        say(line)
-    talk = _Talk(
-        found.backbone,
-        found.head,
-        found.chosen,
-        max_new_tokens,
-        found.temperature,
-        seed,
-        guided=found.chosen.mode != "none",
-        system=system,
-        cut=cut,
-    )
+    talker = open_talker(run, {"temperature": temperature, **sampling}, guidance, say)
+    talk = _Talk(talker, max_new_tokens, seed, guided=talker.chosen.mode != "none", system=system, cut=cut)
     say("Type a message; /help lists commands, Ctrl-D ends.")
-    while True:
-        try:
-            line = input("you> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            if talk.interrupted:
-                break
-            talk.interrupted = True
-            write()
-            say("Ctrl-C again ends, and so does Ctrl-D.")
-            continue
-        talk.interrupted = False
-        if line in ("/quit", "/exit"):
-            break
+    while (line := talk.read()) is not None:
         if line.startswith("/"):
             talk.obey(line)
         elif line:
@@ -104,11 +75,8 @@ def chat(
 class _Talk:
     """A conversation and how it is carried on."""
 
-    backbone: LanguageModel
-    head: ConvexHead
-    chosen: Guidance
+    talker: Talker
     max_new_tokens: int
-    temperature: float
     seed: int
     guided: bool
     system: str | None = None
@@ -118,64 +86,95 @@ class _Talk:
     replies: int = 0
     turns: list[Turn] = field(default_factory=list)
 
-    @property
-    def guidance(self) -> Guidance:
-        """What was chosen, as it is at this temperature."""
-        return self.chosen.at(self.temperature)
+    def read(self) -> str | None:
+        """What is typed next; None at the end: /quit, Ctrl-D, or Ctrl-C twice."""
+        from coala.cli.output import say
+
+        while True:
+            try:
+                line = input("you> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if self.interrupted:
+                    return None
+                self.interrupted = True
+                write()
+                say("Ctrl-C again ends, and so does Ctrl-D.")
+                continue
+            self.interrupted = False
+            return None if line in ("/quit", "/exit") else line
 
     def obey(self, line: str) -> None:
         """A command; one that is not known or does not fit is told so and changes nothing."""
         from coala.cli.output import say
-        from coala.values import CoalaError
 
         command, _, value = line[1:].partition(" ")
         value = value.strip()
+        with_value: dict[str, Callable[[str], object]] = {
+            "help": lambda _: say(COMMANDS),
+            "guide": self._guide,
+            "strength": self._strengthen,
+            "temperature": self._warm,
+            "system": self._tell,
+            "seed": self._fix,
+        }
+        alone: dict[str, Callable[[], object]] = {
+            "retry": self.retry,
+            "compare": self._compare,
+            "score": self.score,
+            "new": self.turns.clear,
+        }
         try:
-            if command == "help":
-                say(COMMANDS)
-            elif command == "guide":
-                if value not in ("on", "off"):
-                    raise CoalaError(f"found {value!r}; expected on or off.")
-                self.guided = value == "on"
-                if self.guided and self.chosen.mode == "none":
-                    self.chosen = self.chosen.changed(mode="token")
-            elif command == "strength":
-                self.chosen = self.chosen.changed(strength=_number(value))
-                if not self.guided:
-                    say(f"strength is {self.guidance.strength:g}; replies stay plain until /guide on")
-                else:
-                    say(f"strength is {self.guidance.strength:g}: {self.guidance}")
-            elif command == "temperature":
-                self._warm(_number(value))
-            elif command == "system":
-                self.system = value or None
-                say("system prompt set" if value else "no system prompt")
-            elif command == "retry" and not value:
-                self.retry()
-            elif command == "seed":
-                self.seed = _seed(value)
-            elif command == "compare" and not value:
-                self.compare = not self.compare
-                say(f"compare is {'on' if self.compare else 'off'}")
-            elif command == "score" and not value:
-                self.score()
-            elif command == "new" and not value:
-                self.turns = []
+            if command in with_value:
+                with_value[command](value)
+            elif command in alone and not value:
+                alone[command]()
             else:
                 say(f"{line}: is no command; /help lists them.")
         except CoalaError as error:
             say(f"{line}: {error}")
 
-    def _warm(self, temperature: float) -> None:
-        from coala.cli.answering import cooled
-        from coala.cli.output import say
-        from coala.values import CoalaError
+    def _guide(self, value: str) -> None:
+        if value not in ("on", "off"):
+            raise CoalaError(f"found {value!r}; expected on or off.")
+        self.guided = value == "on"
+        if self.guided and self.talker.chosen.mode == "none":
+            self.talker = replace(self.talker, chosen=self.talker.chosen.changed(mode="token"))
 
+    def _strengthen(self, value: str) -> None:
+        from coala.cli.output import say
+
+        self.talker = replace(self.talker, chosen=self.talker.chosen.changed(strength=_number(value)))
+        guidance = self.talker.guidance
+        if self.guided:
+            say(f"strength is {guidance.strength:g}: {guidance}")
+        else:
+            say(f"strength is {guidance.strength:g}; replies stay plain until /guide on")
+
+    def _warm(self, value: str) -> None:
+        from coala.cli.output import say
+
+        temperature = _number(value)
         if not 0 <= temperature < math.inf:
             raise CoalaError(f"temperature is {temperature}; expected a finite number of at least 0 (0 is greedy).")
-        self.temperature = temperature
-        cooled(self.chosen, temperature)
+        self.talker = self.talker.changed(temperature=temperature)
         say(f"temperature is {temperature:g}")
+
+    def _tell(self, value: str) -> None:
+        from coala.cli.output import say
+
+        self.system = value or None
+        say("system prompt set" if value else "no system prompt")
+
+    def _fix(self, value: str) -> None:
+        self.seed = _seed(value)
+
+    def _compare(self) -> None:
+        from coala.cli.output import say
+
+        self.compare = not self.compare
+        say(f"compare is {'on' if self.compare else 'off'}")
 
     def retry(self) -> None:
         """Another reply to the last message, with the next seed."""
@@ -191,29 +190,13 @@ class _Talk:
 
     def answer(self, line: str) -> bool:
         """The reply to a message, and whether there is one: Ctrl-C ends it, and takes both back if nothing is there."""
-        from coala.cli.answering import conversation, room
-        from coala.cli.output import say, side_by_side
-        from coala.values import CoalaError, Turn
+        from coala.cli.output import say
+        from coala.values import Turn
 
         asked = [*self.turns, Turn("user", line)]
-        plain = replace(self.guidance, mode="none", budget=None)
         pieces: list[str] = []
-
-        def hear(piece: str) -> None:
-            pieces.append(piece)
-            write(piece, end="")
-
         try:
-            prompt = conversation(self.system, *asked)
-            mend = "/new forgets the conversation; --cut loses its beginning."
-            length = room(self.backbone, prompt, self.max_new_tokens, cut=self.cut, mend=mend)
-            if self.compare:
-                unguided = self._reply(prompt, plain, length)
-                reply = self._reply(prompt, self.guidance, length)
-                side_by_side(unguided, reply, ("unguided", "guided"))
-            else:
-                reply = self._reply(prompt, self.guidance if self.guided else plain, length, hear)
-                write()
+            reply = self._written(asked, pieces)
         except KeyboardInterrupt:
             self.interrupted = True
             write()
@@ -228,25 +211,31 @@ class _Talk:
         self.replies, self.seed = self.replies + 1, self.seed + 1
         return True
 
-    def _reply(
-        self, prompt: Sequence[Turn], guidance: Guidance, length: int, hear: Callable[[str], None] | None = None
-    ) -> str:
-        from coala.decoding import generate
+    def _written(self, asked: Sequence[Turn], pieces: list[str]) -> str:
+        """The reply, shown as it is made and kept in ``pieces``; beside the plain one if both are wanted."""
+        from coala.alignment.talking import conversation
+        from coala.cli.output import side_by_side
 
-        return generate(
-            [prompt],
-            self.backbone,
-            self.head,
-            guidance,
-            max_new_tokens=length,
-            temperature=self.temperature,
-            seed=self.seed,
-            on_token=None if hear is None else lambda _, piece: hear(piece),
-        )[0].text
+        def hear(piece: str) -> None:
+            pieces.append(piece)
+            write(piece, end="")
+
+        talker, prompt = self.talker, conversation(self.system, *asked)
+        mend = "/new forgets the conversation; --cut loses its beginning."
+        length = [talker.room(prompt, self.max_new_tokens, cut=self.cut, mend=mend)]
+        if self.compare:
+            unguided = talker.reply([prompt], talker.unguided, length, seed=self.seed)[0].text
+            reply = talker.reply([prompt], talker.guidance, length, seed=self.seed)[0].text
+            side_by_side(unguided, reply, ("unguided", "guided"))
+            return reply
+        guidance = talker.guidance if self.guided else talker.unguided
+        reply = talker.reply([prompt], guidance, length, seed=self.seed, on_piece=hear)[0].text
+        write()
+        return reply
 
     def score(self) -> None:
         """What the head makes of the last reply; on a terminal with a colour for every token."""
-        from coala.cli.answering import conversation
+        from coala.alignment.talking import conversation
         from coala.cli.output import say
         from coala.serve.scoring import score
 
@@ -254,7 +243,7 @@ class _Talk:
             say("/score: there is no reply yet.")
             return
         prompt = conversation(self.system, *self.turns[:-1])
-        work = score([prompt], [self.turns[-1].text], self.head, self.backbone, positions=True)
+        work = score([prompt], [self.turns[-1].text], self.talker.head, self.talker.backbone, positions=True)
         try:
             while True:
                 next(work)
@@ -285,8 +274,6 @@ def _heat(piece: str, share: float) -> str:
 
 
 def _number(text: str) -> float:
-    from coala.values import CoalaError
-
     try:
         return float(text)
     except ValueError:
@@ -294,8 +281,6 @@ def _number(text: str) -> float:
 
 
 def _seed(text: str) -> int:
-    from coala.values import CoalaError
-
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise CoalaError(f"could not convert {text!r}; expected a whole number of at least 0.")
     return int(text)

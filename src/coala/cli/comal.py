@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
 from coala.cli import comal_matrix, comal_train
+from coala.cli.flags import with_settings
 from coala.cli.terminal import write
-
-if TYPE_CHECKING:
-    from coala.nash.solvers import Result
+from coala.messages import CoalaError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Nash policies of preference games (COMAL).")
 app.command("train", epilog=comal_train.EPILOG)(comal_train.train)
 app.command("matrix", epilog=comal_matrix.EPILOG)(comal_matrix.matrix)
-SHOWN = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-COLUMNS = 8  # answers whose probabilities fit beside each other
-
-
-class Method(StrEnum):
-    """What runs."""
-
-    comal = "comal"
-    mwu = "mwu"
-    ipo = "ipo"
-    dpo = "dpo"
-    sppo = "sppo"
-    inpo = "inpo"
-    mirror_prox = "mirror_prox"
-    omwu = "omwu"
-
-
-class Inner(StrEnum):
-    """What solves the inner games of comal."""
-
-    exact = "exact"
-    md = "md"
-    inpo = "inpo"
-    sppo = "sppo"
-    dro = "dro"
-    rebel = "rebel"
-
-
-class Oracle(StrEnum):
-    """What a judge tells of a drawn pair."""
-
-    labels = "labels"
-    probabilities = "probabilities"
 
 
 GAME_FILE = """
@@ -68,75 +34,74 @@ Examples: `coala comal game game.json --out game.html`
 """
 
 
-@app.command(epilog=GAME_FILE)
-def game(
-    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="The game; its form is described below.")],
-    method: Annotated[Method, typer.Option(help="Which method runs.")] = Method.comal,
-    inner: Annotated[Inner, typer.Option(help="comal: Newton (`exact`) or a loss with inner steps.")] = Inner.exact,
-    eta: Annotated[float | None, typer.Option(help="Step size, not its inverse (default: 0.3).")] = None,
-    beta: Annotated[float | None, typer.Option(help="Instead of --eta: its inverse, as in preference losses.")] = None,
-    tau: Annotated[float, typer.Option(help="Strength of the regularisation (comal, inpo).")] = 0.1,
+@dataclass(frozen=True, kw_only=True)
+class SolverFlags:
+    """Arguments of ``coala.nash.solve``."""
+
+    method: Annotated[
+        Literal["comal", "mwu", "ipo", "dpo", "sppo", "inpo", "mirror_prox", "omwu"],
+        typer.Option(help="Which method runs."),
+    ] = "comal"
+    inner: Annotated[
+        Literal["exact", "md", "inpo", "sppo", "dro", "rebel"],
+        typer.Option(help="comal: Newton (`exact`) or a loss with inner steps."),
+    ] = "exact"
+    eta: Annotated[float | None, typer.Option(help="Step size, not its inverse (default: 0.3).")] = None
+    beta: Annotated[float | None, typer.Option(help="Instead of --eta: its inverse, as in preference losses.")] = None
+    tau: Annotated[float, typer.Option(help="Strength of the regularisation (comal, inpo).")] = 0.1
     outer: Annotated[
         int | None,
         typer.Option(min=1, help="Number of updates (default: 200 for comal, else 5000).", show_default=False),
-    ] = None,
+    ] = None
     inner_steps: Annotated[
         int | None, typer.Option(min=1, help="comal: inner updates per outer update (default: 25).")
-    ] = None,
+    ] = None
     pairs_per_step: Annotated[
         int | None, typer.Option(min=1, help="Draw so many pairs per step (default: exact expectations).")
-    ] = None,
-    oracle: Annotated[Oracle | None, typer.Option(help="What the judge of a drawn pair tells; `labels`.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawn pairs.")] = 0,
-    tol: Annotated[float | None, typer.Option(help="Stop at this duality gap.")] = None,
+    ] = None
+    oracle: Annotated[
+        Literal["labels", "probabilities"] | None,
+        typer.Option(help="What the judge of a drawn pair tells (default: labels)."),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawn pairs.")] = 0
+    tol: Annotated[float | None, typer.Option(help="Stop at this duality gap.")] = None
+
+
+@app.command(epilog=GAME_FILE)
+@with_settings
+def game(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="The game; its form is described below.")],
+    *,
+    settings: SolverFlags,
     out: Annotated[Path | None, typer.Option(help="Page to write (.html), or the figure of the path (.svg).")] = None,
 ) -> None:
     """Solve a game: print its Nash policy, the path of the method and the duality gap."""
-    from coala.cli.output import emit, progress, say
+    from coala.cli.output import emit, progress, say, table
     from coala.nash import load_game, solve
-    from coala.values import CoalaError
+    from coala.nash.page import game_page
+    from coala.nash.text import path_tables, summary
+    from coala.store import write_atomic
 
     if out is not None and out.suffix not in (".html", ".svg"):
         raise CoalaError(f"--out {out} ends in {out.suffix or 'nothing'}; expected a page (.html) or a figure (.svg).")
     problem, start = load_game(file)
-    updates = outer or (200 if method is Method.comal else 5000)
+    updates = settings.outer or (200 if settings.method == "comal" else 5000)
     with progress() as show:
         result = solve(
             problem,
             start,
-            method=method.value,
-            inner=inner.value,
-            eta=eta,
-            beta=beta,
-            tau=tau,
-            outer=outer,
-            inner_steps=inner_steps,
-            pairs_per_step=pairs_per_step,
-            oracle=oracle.value if oracle else None,
-            seed=seed,
-            tol=tol,
+            **vars(settings),
             on_update=lambda update, gap: show("solve", update, updates, f"gap {gap:.1e}"),
         )
     for note in result.notes:
         say(str(note))
-    _print_path(result)
+    for prompt, head, rows in path_tables(result):
+        if prompt:
+            write(f"\n{prompt}")
+        table(rows, head)
     if out is not None:
-        _write(out, result, file)
-    emit(
-        {
-            "method": result.method,
-            "converged": result.converged,
-            "reason": result.reason,
-            "updates": len(result.history) - 1,
-            "gap": result.gap,
-            "kl": result.history.kl[-1],
-            "policy": _named(result, result.policy),
-            "nash": _named(result, result.nash.strategy),
-            "nash_unique": result.nash.unique,
-            "warnings": [note.text for note in result.notes if note.level == "warning"],
-            "out": None if out is None else str(out),
-        }
-    )
+        write_atomic(out, result.plot_simplex() if out.suffix == ".svg" else game_page(result, file.name))
+    emit({**summary(result), "out": None if out is None else str(out)})
 
 
 @app.command(epilog="Example: `coala comal paper --out comal.html`")
@@ -149,8 +114,8 @@ def paper(
     from coala.cli.output import emit, progress, table
     from coala.nash.page import paper_page
     from coala.nash.paper import run_selections, run_study
+    from coala.nash.text import study_summary, study_table
     from coala.store import write_atomic
-    from coala.values import CoalaError
 
     if out.suffix != ".html":
         raise CoalaError(f"--out {out} ends in {out.suffix or 'nothing'}; expected a page (.html).")
@@ -158,62 +123,6 @@ def paper(
         study = run_study(pairs=pairs, seeds=seeds, on_run=lambda done, total, name: show("runs", done, total, name))
         selections = run_selections()
     write_atomic(out, paper_page(study, selections))
-    noisy = {row.entry.name: row.tail_gap for row in study.sampled}
-    rows = [
-        [
-            row.entry.name,
-            f"{row.first.gap:.2e}",
-            str(row.first.converged).lower(),
-            str(noisy.get(row.entry.name) or "-"),
-        ]
-        for row in study.noiseless
-    ]
-    table(rows, ["method", "gap, no noise", "converged", f"gap, {pairs} pairs per step: mean [95 %]"])
-    emit(
-        {
-            "out": out,
-            "pairs_per_step": pairs,
-            "seeds": seeds,
-            "noiseless": {row.entry.name: row.first.gap for row in study.noiseless},
-            "sampled": noisy,
-        }
-    )
-
-
-def _print_path(result: Result) -> None:
-    """Nash strategy and the policies of a few updates, a table per prompt."""
-    import numpy as np
-
-    from coala.cli.output import table
-
-    solved, history = result.game, result.history
-    last = len(history) - 1
-    updates = [update for update in SHOWN if update < last] + [last]
-    nash = solved.parts(result.nash.strategy)
-    for prompt, names, strategy, z in zip(solved.prompts, solved.names, nash, history.log_policy, strict=True):
-        if prompt:
-            write(f"\n{prompt}")
-        shown = np.sort(np.argsort(-np.maximum(strategy, np.exp(z[-1])), kind="stable")[:COLUMNS])
-        rows = [
-            [str(t), f"{history.gap[t]:.2e}", f"{history.kl[t]:.2e}", *(f"{p:.6f}" for p in np.exp(z[t, shown]))]
-            for t in updates
-        ]
-        rows.append(["Nash", "0", "0", *(f"{p:.6f}" for p in strategy[shown])])
-        table(rows, ["update", "gap", "KL", *(names[i] for i in shown)])
-
-
-def _write(out: Path, result: Result, file: Path) -> None:
-    from coala.nash.page import game_page
-    from coala.store import write_atomic
-
-    write_atomic(out, result.plot_simplex() if out.suffix == ".svg" else game_page(result, file.name))
-
-
-def _named(result: Result, policy: Any) -> dict[str, Any]:
-    """Probabilities by label, by prompt first where there are several."""
-    solved = result.game
-    parts = [
-        dict(zip(names, part.tolist(), strict=True))
-        for names, part in zip(solved.names, solved.parts(policy), strict=True)
-    ]
-    return dict(zip(solved.prompts, parts, strict=True)) if solved.contextual else parts[0]
+    head, rows = study_table(study)
+    table(rows, head)
+    emit({"out": out, "pairs_per_step": pairs, "seeds": seeds, **study_summary(study)})

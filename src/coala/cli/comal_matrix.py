@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from coala.cli.flags import with_settings
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
 from coala.comal.named_oracles import ORACLES
-
-
-class Mode(StrEnum):
-    """What a win is."""
-
-    hard = "hard"
-    mean = "mean"
-
+from coala.settings import Device, Template
 
 EPILOG = (
     """
@@ -38,6 +31,7 @@ Example:
 )
 
 
+@with_settings
 def matrix(
     entrants: Annotated[list[str], typer.Argument(metavar="ENTRANTS...", help="Two or more; see below.")],
     *,
@@ -48,9 +42,9 @@ def matrix(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of entrants that are not guided by a run.")] = 1.0,
-    template: Annotated[str, typer.Option(help="Of entrants that are models: auto, chat, ...")] = "auto",
-    mode: Annotated[Mode, typer.Option(help="Who is preferred, or the mean probability.")] = Mode.hard,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    template: Template = "auto",
+    mode: Annotated[Literal["hard", "mean"], typer.Option(help="Who is preferred, or the mean probability.")] = "hard",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     cache: Annotated[
         Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to OUT).")
@@ -75,7 +69,7 @@ def matrix(
             oracle=oracle,
             sampling=Sampling(samples, max_new_tokens, temperature, top_p),
             template=template,
-            mode="hard" if mode is Mode.hard else "mean",
+            mode=mode,
             device=device,
             seed=seed,
             cache=cache,

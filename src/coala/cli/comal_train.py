@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from coala.cli.flags import with_settings
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
 from coala.comal.named_oracles import ORACLES
+from coala.comal.settings import COMALSettings
+from coala.settings import Device, Template
 
-
-class Loss(StrEnum):
-    """What a step minimises."""
-
-    inpo = "inpo"
-    sppo = "sppo"
-    dro = "dro"
-    rebel = "rebel"
-    dpo = "dpo"
-
-
-class Pairs(StrEnum):
-    """Which of a prompt's answers are compared."""
-
-    random = "random"
-    all = "all"
-    best_worst = "best_worst"
-
-
-class Target(StrEnum):
-    """What is asked of a pair."""
-
-    soft = "soft"
-    bernoulli = "bernoulli"
-    hard = "hard"
+if TYPE_CHECKING:
+    from coala.comal.llm import LowRank
 
 
 EPILOG = (
@@ -52,6 +32,27 @@ By the same command: iterative IPO is --ref-weight 0, iterative DPO --ref-weight
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoRAFlags:
+    """The adapter that is trained instead of all weights."""
+
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train an adapter of this rank; 0: all weights.")] = 0
+    lora_alpha: Annotated[int | None, typer.Option(min=1, help="LoRA alpha (default: 2 x rank).")] = None
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Modules the adapter changes, separated by commas (default: peft's choice).")
+    ] = None
+
+    def adapter(self) -> LowRank | None:
+        from coala.comal.llm import LowRank
+
+        if not self.lora_rank:
+            return None
+        targets = self.lora_targets
+        modules = None if targets is None else tuple(name.strip() for name in targets.split(","))
+        return LowRank(self.lora_rank, self.lora_alpha or 2 * self.lora_rank, modules)
+
+
+@with_settings
 def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or a run (align or comal).")],
     prompts: Annotated[
@@ -61,53 +62,14 @@ def train(
     *,
     oracle: Annotated[str, typer.Option(help="What prefers one answer to another; see below.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; rerun the same command to resume.")],
-    eta: Annotated[float | None, typer.Option(help="Step size (default: 500, as published).")] = None,
-    beta: Annotated[float | None, typer.Option(help="1 / eta, instead of --eta.")] = None,
-    ref_weight: Annotated[float | None, typer.Option(help="Weight of the reference, eta x tau (default: 1/3).")] = None,
-    tau: Annotated[float | None, typer.Option(help="Strength of the regularisation, instead of --ref-weight.")] = None,
-    outer: Annotated[int, typer.Option(min=1, help="Updates of the reference.")] = 3,
-    inner_steps: Annotated[int, typer.Option("--inner-steps", "-k", min=1, help="Inner steps per update, K.")] = 6,
-    loss: Annotated[Loss, typer.Option(help="Inner loss.")] = Loss.inpo,
-    candidates: Annotated[int, typer.Option(min=2, help="Answers drawn per prompt and step.")] = 5,
-    pairs: Annotated[Pairs, typer.Option(help="Which pairs of candidates are trained on.")] = Pairs.random,
-    target: Annotated[
-        Target, typer.Option(help="What the loss aims at: the oracle's probability, a draw from it, or its winner.")
-    ] = Target.soft,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; anything but 1 changes the game that is solved.")
-    ] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold (1 = off); as --temperature.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    prompts_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Prompts per step, in turn (default: all).")
-    ] = None,
-    anchor_nll: Annotated[
-        float, typer.Option(min=0, help="Weight of a likelihood term against drift; see docs/nash.md.")
-    ] = 0.0,
-    length_normalize: Annotated[bool, typer.Option("--length-normalize", help="Margins per token.")] = False,
-    learning_rate: Annotated[
-        float, typer.Option(help="AdamW learning rate (optimiser state is reset every step).")
-    ] = 5e-7,
-    epochs: Annotated[float, typer.Option(help="Epochs over each step's pairs.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per forward pass.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per update.")] = 1,
-    schedule: Annotated[str, typer.Option(help="Learning rate schedule: linear, constant, cosine, ...")] = "linear",
-    lora_rank: Annotated[int, typer.Option(min=0, help="Train an adapter of this rank; 0: all weights.")] = 0,
-    lora_alpha: Annotated[int | None, typer.Option(min=1, help="LoRA alpha (default: 2 x rank).")] = None,
-    lora_targets: Annotated[
-        str | None, typer.Option(help="Modules the adapter changes, separated by commas (default: peft's choice).")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    template: Annotated[
-        str, typer.Option(help="How prompts are rendered: auto, chat, dialogue or continuation.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast).")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
+    settings: COMALSettings,
+    lora: LoRAFlags,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
+    template: Template = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the weights.")
+    ] = "float32",
+    device: Device = "auto",
     cache: Annotated[
         Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to RUN).")
     ] = None,
@@ -123,41 +85,9 @@ def train(
     The trained model is RUN/model, the report RUN/report.html; verdicts are cached, so none is paid for twice.
     """
     from coala.cli.output import emit, progress, say, table
-    from coala.comal.llm import LowRank
     from coala.comal.report import update_rows
     from coala.comal.runs import ModelOptions, train_run
-    from coala.comal.settings import COMALSettings
 
-    settings = COMALSettings(
-        eta=eta,
-        beta=beta,
-        ref_weight=ref_weight,
-        tau=tau,
-        outer_steps=outer,
-        inner_steps=inner_steps,
-        inner_loss=loss.value,
-        num_candidates=candidates,
-        pair_selection=pairs.value,
-        target=target.value,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        prompts_per_step=prompts_per_step,
-        length_normalize=length_normalize,
-        anchor_nll=anchor_nll,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        schedule=schedule,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
-    lora = None
-    if lora_rank:
-        modules = None if lora_targets is None else tuple(name.strip() for name in lora_targets.split(","))
-        lora = LowRank(lora_rank, lora_alpha or 2 * lora_rank, modules)
     with progress() as show:
         summary = train_run(
             model,
@@ -165,7 +95,7 @@ def train(
             out,
             settings,
             oracle=oracle,
-            options=ModelOptions(revision, template, dtype, device, lora),
+            options=ModelOptions(revision, template, dtype, device, lora.adapter()),
             cache=cache,
             keep_policies=keep_policies,
             restart=restart,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coala.cli.options import bytes_of
 from coala.cli.terminal import write
+from coala.messages import CoalaError
+
+if TYPE_CHECKING:
+    from coala.compare import Study
 
 
 def compare(
@@ -44,72 +49,49 @@ def compare(
 
     `coala compare laptop --set seeds=[0] --out runs/quick`
     """
-    from coala.cli.options import bytes_of
     from coala.cli.output import emit, progress, table
-    from coala.compare import PLAN_HEAD, load_study, plan_rows, plan_study, run, summary_rows, write_report
-    from coala.compare.cell import PLAN
+    from coala.compare import load_study, run, summary_rows, write_report
+    from coala.costs.measured import machine
     from coala.recipe import set_option
-    from coala.values import CoalaError
 
     study = load_study(recipe, data, [set_option(option) for option in set_ or []])
-    name = Path(recipe).name.removesuffix(".yaml")
     if dry_run:
-        planned = plan_study(study)
-        table(plan_rows(planned, study), PLAN_HEAD)
-        from coala.compare import plan_total
-
-        emit({"study": study.title, **plan_total(planned)})
+        _show_plan(study)
         return
-    folder = out or Path("runs") / name
-    if report_only and not (folder / PLAN).is_file():
-        raise CoalaError(
-            f"{folder}: is not the folder of a comparison. Name one with --out, or leave out --report-only."
-        )
-    if not report_only:
-        limit = bytes_of(memory)
+    folder = out or Path("runs") / Path(recipe).name.removesuffix(".yaml")
+    if report_only:
+        _require_comparison(folder)
+    else:
         with progress() as show:
-
-            def on_cell(done: int, total: int, cell: Any, note: str) -> None:
-                show("cells", done, total, f"{done} of {total}  {note}")
-
-            def on_work(cell: Any, stage: str, done: float, total: float | None, note: str) -> None:
-                show(f"{cell.id}: {stage}", done, total, note)
-
-            run(study, folder, on_cell=on_cell, on_work=on_work, retry=retry, memory=limit)
-    command = f"coala compare {recipe}" + "".join(f" --set {option}" for option in set_ or [])
-    content = write_report(study, folder, command=command, machine=_machine())
+            run(
+                study,
+                folder,
+                on_cell=lambda done, total, cell, note: show("cells", done, total, f"{done} of {total}  {note}"),
+                on_work=lambda cell, stage, *rest: show(f"{cell.id}: {stage}", *rest),
+                retry=retry,
+                memory=bytes_of(memory),
+            )
+    command = " ".join([f"coala compare {recipe}", *(f"--set {option}" for option in set_ or [])])
+    content = write_report(study, folder, command=command, machine=machine())
     head, *rows = summary_rows(content)
     table(rows, head)
     write(f"\nreport: {folder / 'report.html'}")
     emit({"out": folder, "report": folder / "report.html", **content["counts"]})
 
 
-def _machine() -> dict[str, str]:
-    """What the numbers were measured on, and the commit of this package where it is a checkout."""
-    import os
-    import platform
-    import subprocess
-    from importlib.metadata import PackageNotFoundError, version
+def _require_comparison(folder: Path) -> None:
+    from coala.compare.cell import PLAN
 
-    found = {"cores": str(os.cpu_count()), "Python": platform.python_version()}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        found["processor"] = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        found["processor"] = platform.machine()
-    for name in ("torch", "jax", "trl", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    for name, command in (
-        ("GPU", ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
-        ("commit", ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]),
-    ):
-        try:
-            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split("\n")
-        except (OSError, subprocess.SubprocessError):
-            continue
-        if told[0].strip():
-            found[name] = told[0].strip()
-    return found
+    if not (folder / PLAN).is_file():
+        raise CoalaError(
+            f"{folder}: is not the folder of a comparison. Name one with --out, or leave out --report-only."
+        )
+
+
+def _show_plan(study: Study) -> None:
+    from coala.cli.output import emit, table
+    from coala.compare import PLAN_HEAD, plan_rows, plan_study, plan_total
+
+    planned = plan_study(study)
+    table(plan_rows(planned, study), PLAN_HEAD)
+    emit({"study": study.title, **plan_total(planned)})

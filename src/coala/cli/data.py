@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-from collections.abc import Iterator, Sequence
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from coala.cli.flags import with_settings
 from coala.cli.options import TrustCode
 from coala.cli.terminal import write
+from coala.messages import CoalaError
+from coala.settings import Format, SkipBad
 
 if TYPE_CHECKING:
-    import asyncio
-
-    from coala.data.agents import SynthesisRecipe
+    from coala.data.audit import Audit
     from coala.values import Pair
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check, convert and make preference pairs.")
@@ -29,17 +27,8 @@ Sources = Annotated[
 ]
 
 
-class Role(StrEnum):
-    """The speakers whose replies can be compared."""
-
-    assistant = "assistant"
-    user = "user"
-
-
-Format = Annotated[str, typer.Option(help="Name of the format; `auto` recognises it (see `coala data formats`).")]
-
-
 @app.command(epilog="Example: `coala data check train.jsonl --against test.jsonl`")
+@with_settings
 def check(
     pairs: Sources,
     format: Format = "auto",
@@ -78,11 +67,12 @@ def check(
 
 
 @app.command(epilog="Example: `coala data convert hh.jsonl.gz --out pairs.jsonl`")
+@with_settings
 def convert(
     pairs: Sources,
     out: Annotated[Path, typer.Option(help="File to write: one pair per line, TRL's conversational format.")],
     format: Format = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors, and say so.")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Write pairs of any known format in one plain form. What is not read is named."""
     from coala.cli.output import emit
@@ -97,7 +87,7 @@ def convert(
 def alternate(
     conversations: Sources,
     out: Annotated[Path, typer.Option(help="File to write.")],
-    role: Annotated[Role, typer.Option(help="Whose replies are compared.")] = Role.assistant,
+    role: Annotated[Literal["assistant", "user"], typer.Option(help="Whose replies are compared.")] = "assistant",
     context: Annotated[
         str, typer.Option(help="The prompt: `all` that came before, the `first` utterance only, or the last N turns.")
     ] = "all",
@@ -112,7 +102,7 @@ def alternate(
 
     kept: Literal["all", "first"] | int
     kept = int(context) if context.isdecimal() else cast(Literal["all", "first"], context)
-    pairs = list(read_pairs(conversations, "conversations", role=role.value, context=kept))
+    pairs = list(read_pairs(conversations, "conversations", role=role, context=kept))
     save_pairs(out, pairs)
     cues = position_cues(pairs)
     for cue, accuracy in cues.items():
@@ -121,6 +111,7 @@ def alternate(
 
 
 @app.command(epilog="Example: `coala data audit pairs.jsonl --out audit.html --against test.jsonl`")
+@with_settings
 def audit(
     pairs: Sources,
     out: Annotated[Path | None, typer.Option(help="Page to write (HTML, needs nothing else).")] = None,
@@ -133,7 +124,7 @@ def audit(
         str | None, typer.Option(help="Cue to take out, e.g. `length` or `surface`; needs --balanced.")
     ] = None,
     balanced: Annotated[Path | None, typer.Option(help="File to write what is left to.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows with errors, and say so.")] = False,
+    skip_bad: SkipBad = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="Deals of the folds; 3, above 2,000 pairs 1.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of folds, shuffles and thinning.")] = 0,
 ) -> None:
@@ -142,12 +133,11 @@ def audit(
     Prints a table of cue-only accuracies, biases, repeats and leaks. `--balance CUE` writes a part of the pairs on
     which that cue says nothing. Conversations: `--format conversations` audits their alternating pairs.
     """
-    from coala.cli.output import emit, progress, say, table
+    from coala.cli.output import emit, progress, say
     from coala.data.audit import audit as look
     from coala.data.audit import balance as take_out
-    from coala.data.audit_page import render
+    from coala.data.audit_page import audit_summary, render
     from coala.store import load_features, save_pairs, write_atomic
-    from coala.values import CoalaError
 
     if (balance is None) != (balanced is None):
         raise CoalaError("--balance CUE and --balanced FILE go together: the cue to take out, and where to write.")
@@ -162,32 +152,8 @@ def audit(
             repeats=repeats,
             on_progress=lambda name, done, total: show("audit", done, total, name),
         )
-    for sentence in result.verdicts:
-        say(sentence)
-    table(
-        [
-            [
-                cue.name,
-                f"{cue.accuracy.value:.3f}",
-                f"[{cue.accuracy.low:.3f}, {cue.accuracy.high:.3f}]",
-                f"{cue.tied:.3f}",
-            ]
-            for cue in result.cues
-        ],
-        ["sees only", "ranked right", "95 % interval", "ties"],
-    )
-    for name, n in result.counts.items():
-        write(f"{name}: {n}")
-    summary: dict[str, object] = {
-        "pairs": result.n_pairs,
-        "groups": result.n_groups,
-        "cues": {cue.name: cue.accuracy for cue in result.cues},
-        "ties": {cue.name: cue.tied for cue in result.cues},
-        "context_gain": result.context_gain,
-        "features_gain": result.features_gain,
-        "chosen_longer": next(one.chosen_has_more for one in result.styles if one.name == "characters"),
-        "counts": dict(result.counts),
-    }
+    _show_audit(result)
+    summary = audit_summary(result)
     if out is not None:
         write_atomic(out, render(result, f"Audit of {', '.join(Path(name).name for name in pairs)}"))
         summary["out"] = out
@@ -197,6 +163,17 @@ def audit(
         say(f"{rest.cue}: {rest.before} before, {rest.after} after; {len(rest.pairs)} of {len(found)} pairs are left.")
         summary |= {"balanced": balanced, "pairs_left": len(rest.pairs), "before": rest.before, "after": rest.after}
     emit(summary)
+
+
+def _show_audit(audit: Audit) -> None:
+    from coala.cli.output import say, table
+    from coala.data.audit_page import cue_rows
+
+    for sentence in audit.verdicts:
+        say(sentence)
+    table(cue_rows(audit), ["sees only", "ranked right", "95 % interval", "ties"])
+    for name, n in audit.counts.items():
+        write(f"{name}: {n}")
 
 
 def _sound(names: list[str], format: str, skip_bad: bool) -> list[Pair]:
@@ -237,50 +214,22 @@ def synthesize(
     Every finished conversation is written down at once in OUT.journal: after a kill the same command goes on where it
     was. OUT is written when the run is finished or the budget spent (exit code 3).
     """
-    import asyncio
-    from dataclasses import asdict
-
     from coala.cli.output import emit, progress, say
-    from coala.data.agents import SynthesisError, read_recipe
-    from coala.data.journal import conversation_of, read_journal
-    from coala.data.synthesis import Progress
-    from coala.data.synthesis import synthesize as hold
-    from coala.store import write_atomic
+    from coala.data.synthesis_file import synthesize_file
 
-    try:
-        document = recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SynthesisError(f"{recipe}: cannot be read ({error}). Give the path of a YAML recipe.") from None
-    settings = read_recipe(
-        document,
-        str(recipe),
-        conversations,
-        tokens=tokens,
-        dollars=dollars,
-        concurrency=concurrency,
-        requests_per_minute=requests_per_minute,
-    )
-    keys = _keys(settings, send_key or (), str(recipe))
-    path = out.with_name(out.name + ".journal")
-    with _opened(path) as file, progress() as show:
-        journal = read_journal(_contents(file), str(path))
-        if journal.identity is not None:
-            say(f"{path}: {journal.finished} conversations are there; going on.")
-        os.ftruncate(file, journal.size)
-
-        def on_progress(now: Progress) -> None:
-            show("conversations", now.done, now.total, str(now))
-
-        # An error of the endpoint still leaves a file of all that is finished.
-        try:
-            summary = asyncio.run(hold(settings, journal, _Appender(file).append, keys=keys, on_progress=on_progress))
-        finally:
-            raw = _contents(file)
-            lines = sorted(read_journal(raw, str(path)).kept.items())
-            rows = [raw[place : place + length] for k, (place, length) in lines if k < settings.conversations]
-            if rows:
-                write_atomic(out, b"".join(_row(conversation_of(row)) for row in rows))
-    emit({**asdict(summary), "dollars": summary.dollars, "out": out, "journal": path}, alone=True)
+    limits = {"tokens": tokens, "dollars": dollars, "concurrency": concurrency}
+    with progress() as show:
+        summary, journal = synthesize_file(
+            recipe,
+            out,
+            conversations,
+            limits={**limits, "requests_per_minute": requests_per_minute},
+            environment=os.environ,
+            confirmed=send_key or (),
+            on_progress=lambda now: show("conversations", now.done, now.total, str(now)),
+            on_note=say,
+        )
+    emit({**asdict(summary), "dollars": summary.dollars, "out": out, "journal": journal}, alone=True)
     if summary.stopped:
         say(
             f"{summary.stopped}: {summary.kept} of {summary.wanted} conversations. Rerun with a higher limit to resume."
@@ -288,121 +237,8 @@ def synthesize(
         raise typer.Exit(3)
 
 
-def _row(conversation: dict[str, object]) -> bytes:
-    import json
-
-    return (json.dumps(conversation, ensure_ascii=False) + "\n").encode()
-
-
-def _keys(settings: SynthesisRecipe, confirmed: Sequence[str], file: str) -> dict[str, str]:
-    """The secrets that the agents name, from the environment; says which of them goes where.
-
-    A recipe may be a stranger's: it names variables and hosts, so it could have any secret sent anywhere. What leaves
-    this machine and is not named as an API key, or would go out unencrypted, is sent only if ``confirmed``.
-    """
-    from coala.cli.output import say
-    from coala.data.agents import SynthesisError
-    from coala.data.endpoint import bare
-    from coala.data.http import is_loopback
-
-    keys: dict[str, str] = {}
-    places = dict.fromkeys((agent.key, agent.base_url) for agent in (settings.student, settings.tutor) if agent.key)
-    for name, address in places:
-        if not (value := os.environ.get(name, "").strip()):
-            raise SynthesisError(
-                f"The recipe takes an API key from the environment variable {name}, which is not set. "
-                'Set it, or write `key: ""` for an endpoint without one.'
-            )
-        asks, anyway = f"{file}: asks to send the value of ${name} to {bare(address)}", f"add --send-key {name}"
-        if name not in confirmed and not is_loopback(address):
-            if not re.fullmatch(r"\w*API_?(KEY|TOKEN)\w*", name, re.IGNORECASE | re.ASCII):
-                expected = "expected a variable named as an API key, such as OPENAI_API_KEY"
-                raise SynthesisError(f"{asks}; {expected}. Fix: name the right variable, or {anyway}.")
-            if not address.startswith("https://"):
-                raise SynthesisError(f'{asks} unencrypted; expected https. Fix: write https, `key: ""`, or {anyway}.')
-        keys[name] = value
-    for name, address in places:
-        say(f"sends the value of ${name} to {bare(address)} (named in {file})")
-    return keys
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """The journal, open for appending and locked against a second run."""
-    import fcntl
-
-    from coala.data.agents import SynthesisError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:
-        raise SynthesisError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SynthesisError(f"{path}: another run is writing there. Wait for it, or give another --out.") from None
-        yield file
-    finally:
-        os.close(file)
-
-
-def _contents(file: int) -> bytes:
-    size = os.fstat(file).st_size
-    parts, place = [], 0
-    while place < size and (part := os.pread(file, min(2**26, size - place), place)):
-        parts.append(part)
-        place += len(part)
-    return b"".join(parts)
-
-
-class _Appender:
-    """Appends lines and returns when they are on the disk; lines that wait for the disk at one time share its turn."""
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-        self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
-        self._flushing: asyncio.Task[None] | None = None
-
-    async def append(self, line: bytes) -> None:
-        import asyncio
-
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((line, done))
-        if self._flushing is None or self._flushing.done():
-            self._flushing = asyncio.create_task(self._flush())
-        await done
-
-    async def _flush(self) -> None:
-        import asyncio
-
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            error: Exception | None = None
-            try:
-                await asyncio.to_thread(self._write, b"".join(line for line, _ in batch))
-            except OSError as trouble:
-                from coala.store import StoreError
-
-                error = StoreError(
-                    f"The journal could not be written ({trouble.strerror}). Free some space; go on then."
-                )
-            for _, done in batch:
-                if done.cancelled():
-                    continue
-                if error is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(error)
-
-    def _write(self, raw: bytes) -> None:
-        while raw:
-            raw = raw[os.write(self._file, raw) :]
-        os.fsync(self._file)
-
-
 @app.command(epilog="Example: `coala data show pairs.jsonl --n 3`")
+@with_settings
 def show(
     pairs: Sources,
     format: Format = "auto",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
 from coala.cli import rewardbench
+from coala.cli.flags import Given, Of, with_settings
 from coala.cli.options import Download, TrustCode
-
-if TYPE_CHECKING:
-    from coala.values import Estimate
+from coala.cli.output import command_line, conclude, say
+from coala.leaderboards.record import run_of
+from coala.messages import CoalaError
+from coala.settings import GuidanceSettings
 
 app = typer.Typer(no_args_is_help=True, help="Score published benchmarks with a run's head.")
 app.command("rewardbench", epilog="Example: `coala bench rewardbench filtered.jsonl --run runs/demo --out bench`")(
@@ -22,20 +22,14 @@ app.command("rewardbench", epilog="Example: `coala bench rewardbench filtered.js
 )
 
 
-class Form(StrEnum):
-    """What kind of folder is written."""
-
-    reward_model = "reward-model"
-    linear_head = "linear-head"
-
-
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`; with --verify, an exported one.")
     ],
     to: Annotated[
-        Form, typer.Option("--to", help="`reward-model` holds any head; `linear-head` needs no remote code.")
-    ] = Form.reward_model,
+        Literal["reward-model", "linear-head"],
+        typer.Option("--to", help="`reward-model` holds any head; `linear-head` needs no remote code."),
+    ] = "reward-model",
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must not exist or be empty.")] = None,
     drop_constant: Annotated[
         bool,
@@ -61,7 +55,6 @@ def export(
     from coala.cli.output import emit, table
     from coala.export import export_linear_head, export_reward_model, facts_of, verify_folder
     from coala.leaderboards.record import fitted
-    from coala.values import CoalaError
 
     if verify:
         manifest = verify_folder(run)
@@ -70,15 +63,15 @@ def export(
         return
     if out is None:
         raise CoalaError("Where should the folder be written? Give --out FOLDER.")
-    if drop_constant and to is not Form.linear_head:
+    if drop_constant and to != "linear-head":
         raise CoalaError("--drop-constant belongs to --to linear-head; a reward-model folder keeps the constant.")
     backbone, head = fitted(run)
     facts = facts_of(run, head)
-    if to is Form.linear_head:
+    if to == "linear-head":
         made = export_linear_head(head, backbone, out, facts, drop_constant=drop_constant)
     else:
         made = export_reward_model(head, backbone, out, facts)
-    needs = "trust_remote_code=True" if to is Form.reward_model else "no remote code"
+    needs = "trust_remote_code=True" if to == "reward-model" else "no remote code"
     table(
         [
             ["folder", str(made.folder)],
@@ -93,12 +86,13 @@ def export(
 @app.command(
     "lm-eval", epilog="Example: `coala bench lm-eval runs/demo --tasks my_task --include-path tasks --out results.json`"
 )
+@with_settings
 def lm_eval(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas; `lm-eval ls tasks` lists them.")],
+    *,
     include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
-    mode: Annotated[str | None, typer.Option(help="Mode of guidance (default: the run's own).")] = None,
-    strength: Annotated[float | None, typer.Option(help="The guidance's strength; 0 is unguided.")] = None,
+    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength"))],
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, to try.")] = None,
     gen_kwargs: Annotated[
@@ -115,73 +109,20 @@ def lm_eval(
 
     Likelihoods are the base model's; where a task asks for them, guidance changes nothing.
     """
-    from coala.cli.output import command_line, finish, say, table
-    from coala.leaderboards.record import interval, keep, require_head
-    from coala.report import Evaluation, Measure
-    from coala.store import RunFolder, save_json
-    from coala.values import CoalaError
+    from coala.leaderboards.lm_eval import run_lm_eval
 
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-
-        from coala.export.harness import GuidedLM
-    except ImportError as error:
-        raise CoalaError(f"{error}. Install the harness: pip install 'coala-align[lm-eval]'") from error
-    if include_path is not None and not include_path.is_dir():
-        raise CoalaError(f"{include_path}: no such folder. --include-path takes a folder with task files (.yaml).")
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    known = TaskManager(include_path=str(include_path) if include_path else None)
-    missing = [name for name in names if name not in known.all_tasks]
-    if missing or not names:
-        raise CoalaError(f"No task {', '.join(missing) or 'was named'}. `lm-eval ls tasks` lists them; --include-path.")
-    require_head(run)
-    found = simple_evaluate(
-        model=GuidedLM(run, mode=mode, strength=strength, batch_size=batch_size),
-        tasks=names,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        gen_kwargs=gen_kwargs,
-        apply_chat_template=chat,
-        task_manager=known,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
-    measures = [
-        Measure(f"{task} {name.partition(',')[0]}", _estimate(value, name, values, found, task), "plain")
-        for task, values in found["results"].items()
-        for name, value in values.items()
-        if isinstance(value, float) and "_stderr" not in name
-    ]
-    table(
-        [[one.name, interval(one.estimate, 4), str(one.estimate.n)] for one in measures],
-        ["task and metric", "value [95 %]", "n"],
+    sampling = {"gen_kwargs": gen_kwargs, "apply_chat_template": chat, "num_fewshot": num_fewshot, "limit": limit}
+    found = run_lm_eval(
+        run,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        guidance=guidance,
+        settings=sampling,
+        include_path=include_path,
+        batch_size=batch_size,
+        seed=seed,
+        out=out,
+        command=command_line(),
     )
     if out is not None:
-        save_json(out, {key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found})
         say(f"Written: {out}")
-    settings = {"mode": mode, "strength": strength, "num_fewshot": num_fewshot, "limit": limit, "seed": seed}
-    evaluation = Evaluation(
-        kind="lm-eval",
-        of=", ".join(names),
-        title=f"lm-evaluation-harness: {', '.join(names)}",
-        command=command_line(),
-        measures=measures,
-        files={},
-        settings={**settings, "gen_kwargs": gen_kwargs, "chat": chat, "tasks": names},
-        facts={f"version of {task}": version for task, version in (found.get("versions") or {}).items()},
-    )
-    finish({"run": run, "results": found["results"]} | keep(RunFolder.open(run), evaluation, say), ())
-
-
-def _estimate(value: float, name: str, values: Mapping[str, Any], found: Mapping[str, Any], task: str) -> Estimate:
-    """The harness's value with 1.96 of its standard errors to each side, which knows no groups; none if it has none."""
-    from coala.values import Estimate
-
-    metric, _, selection = name.partition(",")
-    error = values.get(f"{metric}_stderr,{selection}")
-    reach = 1.96 * error if isinstance(error, float) else float("nan")
-    n = (found.get("n-samples") or {}).get(task, {}).get("effective", 0)
-    return Estimate(value, value - reach, value + reach, int(n), "the harness's standard error")
+    conclude(found, run_of(run))

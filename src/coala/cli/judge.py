@@ -7,30 +7,13 @@ from typing import Annotated
 
 import typer
 
-from coala.cli.options import (
-    AskAgain,
-    Attempts,
-    BaseUrl,
-    By,
-    Cache,
-    Concurrency,
-    Download,
-    KeyEnv,
-    Local,
-    MaxCalls,
-    MaxTokens,
-    Model,
-    RunOption,
-    Sampling,
-    Timeout,
-    TrustCode,
-    service_of,
-)
+from coala.cli.flags import with_settings
+from coala.cli.options import By, JudgeFlags, RunOption
 from coala.cli.output import command_line, say, tell_failures
-from coala.leaderboards.judges import JudgeSettings
 from coala.leaderboards.record import run_of
 
 
+@with_settings
 def judge(
     ours: Annotated[
         Path, typer.Argument(metavar="GENERATIONS_A", help="Replies: a generations-*.jsonl of a run, or a run folder.")
@@ -39,29 +22,17 @@ def judge(
         Path | None,
         typer.Argument(metavar="[GENERATIONS_B]", help="Replies to the same prompts; a run folder's unguided ones."),
     ] = None,
+    *,
     by: By = None,
-    model: Model = None,
-    base_url: BaseUrl = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
-    local: Local = None,
+    endpoint: JudgeFlags,
     pairs: Annotated[
         Path | None, typer.Option(help="Pairs with the prompts (default: pairs-eval.jsonl next to the replies).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output file (default: judgements-JUDGE.jsonl next to A).")] = None,
-    cache: Cache = None,
     one_order: Annotated[
         bool, typer.Option("--one-order", help="Ask with A first only; biased, at half cost.")
     ] = False,
     into: RunOption = None,
-    concurrency: Concurrency = 8,
-    max_calls: MaxCalls = None,
-    max_tokens: MaxTokens = None,
-    attempts: Attempts = 6,
-    timeout: Timeout = 180.0,
-    ask_again: AskAgain = False,
-    sampling: Sampling = None,
-    trust_remote_code: TrustCode = False,
-    download: Download = False,
 ) -> None:
     """Judge A's replies against B's in both orders, or a run's guided ones against its unguided ones.
 
@@ -74,13 +45,12 @@ def judge(
     from coala.cli.output import conclude, progress
     from coala.leaderboards.pairwise import run_pairwise, sides_of_run
 
-    service = service_of(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
     run = run_of(into, *sides_of_run(ours, reference))
     with progress() as show:
         found = run_pairwise(
             ours,
             reference,
-            judge=JudgeSettings(by or ("weighted" if local else "pairwise"), service, local, cache, concurrency),
+            judge=endpoint.by(by or ("weighted" if endpoint.local else "pairwise")),
             pairs=pairs,
             out=out,
             one_order=one_order,
@@ -92,29 +62,18 @@ def judge(
     conclude(found, run)
 
 
+@with_settings
 def grade(
     questions: Annotated[Path, typer.Argument(help="Questions: question_id, category, turns; JSON Lines, also .gz.")],
     answers: Annotated[Path, typer.Argument(help="Answers: question_id, model_id, choices with turns.")],
+    *,
     out: Annotated[Path, typer.Option(help="Where the graded rows go.")],
     references: Annotated[Path | None, typer.Option(help="Reference answers, in the form of answers.")] = None,
     by: Annotated[
         str, typer.Option("--judge", help="grade, a folder with judge.yaml, or a .jsonl of prompt templates.")
     ] = "grade",
-    local: Local = None,
-    model: Model = None,
-    base_url: BaseUrl = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
-    cache: Cache = None,
-    concurrency: Concurrency = 8,
-    max_calls: MaxCalls = None,
-    max_tokens: MaxTokens = None,
-    attempts: Attempts = 6,
-    timeout: Timeout = 180.0,
-    ask_again: AskAgain = False,
-    sampling: Sampling = None,
+    endpoint: JudgeFlags,
     into: RunOption = None,
-    trust_remote_code: TrustCode = False,
-    download: Download = False,
 ) -> None:
     """Grade answers from 1 to 10, turn by turn, the way MT-Bench does; `coala eval mtbench` reads what is written.
 
@@ -123,13 +82,12 @@ def grade(
     from coala.cli.output import conclude, progress
     from coala.leaderboards.mtbench import grade_answers
 
-    service = service_of(model, base_url, key_env, max_calls, max_tokens, attempts, timeout, ask_again, sampling or ())
     with progress() as show:
         found = grade_answers(
             questions,
             answers,
             out=out,
-            judge=JudgeSettings(by, service, local, cache, concurrency),
+            judge=endpoint.by(by),
             references=references,
             command=command_line(),
             on_progress=show,

@@ -4,71 +4,44 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coala.choices import DTYPES, Dtype
+from coala.messages import CoalaError
 from coala.permission import CODE_FLAG, DOWNLOAD_FLAG, permitted
 
 if TYPE_CHECKING:
-    from coala.leaderboards.judges import Service
+    from coala.alignment.answers import ReplySettings
+    from coala.leaderboards.judges import JudgeSettings
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
-
-
-def _dtype(given: str) -> str:
-    low = given.lower()
-    found = DTYPES.get(low, low)
-    if found not in get_args(Dtype):
-        raise typer.BadParameter(f"{given!r} is not one of {', '.join(get_args(Dtype))}.")
-    return found
-
-
-def layer_of(given: str) -> int | str:
-    """The number of a layer, or ``auto``."""
-    if given == "auto":
-        return given
-    try:
-        return int(given)
-    except ValueError:
-        raise typer.BadParameter(f"{given!r} is neither a number (-1 is the last layer) nor auto.") from None
-
-
-def _words(*words: str) -> Callable[[str], list[str]]:
-    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
-
-
-DEVICE_HELP = "auto, cpu, cuda, or offload (keep what does not fit in CPU memory or on disk)."
-DTYPE_OPTION = typer.Option(
-    parser=_dtype,
-    metavar=f"[{'|'.join(get_args(Dtype))}]",
-    autocompletion=_words(*get_args(Dtype)),
-    help="Number format of the weights; bf16, fp16, half and fp32 are understood.",
-)
-LAYER_OPTION = typer.Option(
-    parser=layer_of,
-    metavar="[INTEGER|auto]",
-    autocompletion=_words("auto", "-1"),
-    help="Hidden state to read; -1 is the last, auto the lowest layer within one standard error of the best.",
-)
 
 
 def bytes_of(text: str | None) -> int | None:
     """``24GiB``, ``24GB`` or ``24g``, all in powers of 1024 as cards are sold, or a plain number of bytes."""
     if text is None:
         return None
-    from coala.values import CoalaError
-
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        from coala.values import CoalaError
-
         raise CoalaError(f"found {text!r}, expected a size such as 24GiB or 800MiB.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Around imports: says which extra to install where one is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise CoalaError(
+            f"{what} needs {error.name or 'a package'}, which is not installed: pip install 'coala-align[{extra}]'."
+        ) from None
 
 
 def _allow_code(context: typer.Context, wanted: bool) -> bool:
@@ -148,6 +121,7 @@ Reference = Annotated[
         "head (default: the outputs in the file of prompts)."
     ),
 ]
+RunName = Annotated[str | None, typer.Option(help="The run's name in results (default: its folder's).")]
 Unguided = Annotated[bool, typer.Option("--unguided", help="Answer without the head: the base model by itself.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest reply, in tokens (default: as in the run's recipe).")
@@ -156,21 +130,67 @@ Temperature = Annotated[
     float | None, typer.Option(min=0.0, help="Sampling temperature (default: as in the run's recipe).")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts only.")]
+OwnTemperature = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0.0, help="0 is greedy (default: the recipe's, else the model's own)."),
+]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the recipe.")]
+Workers = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes that share the extraction, each with the model.")
+]
 
 
-def service_of(
-    model: str | None,
-    base_url: str | None,
-    key_env: str,
-    max_calls: int | None,
-    max_tokens: int | None,
-    attempts: int,
-    timeout: float,
-    ask_again: bool,
-    sampling: Sequence[str],
-) -> Service:
-    """What these flags say of the endpoint, the key from the environment with it."""
-    from coala.leaderboards.judges import Service
+@dataclass(frozen=True, kw_only=True)
+class JudgeFlags:
+    """The endpoint or model that judges, what it may spend, and where its answers are kept."""
 
-    key = os.environ.get(key_env, "")
-    return Service(model, base_url, key_env, key, max_calls, max_tokens, attempts, timeout, ask_again, sampling)
+    local: Local = None
+    model: Model = None
+    base_url: BaseUrl = None
+    key_env: KeyEnv = "OPENAI_API_KEY"
+    cache: Cache = None
+    concurrency: Concurrency = 8
+    max_calls: MaxCalls = None
+    max_tokens: MaxTokens = None
+    attempts: Attempts = 6
+    timeout: Timeout = 180.0
+    ask_again: AskAgain = False
+    sampling: Sampling = None
+    trust_remote_code: TrustCode = False
+    download: Download = False
+
+    def by(self, name: str) -> JudgeSettings:
+        """The judge called ``name``, the key from the environment with it."""
+        from coala.leaderboards.judges import JudgeSettings, Service
+
+        service = Service(
+            self.model,
+            self.base_url,
+            self.key_env,
+            os.environ.get(self.key_env, ""),
+            self.max_calls,
+            self.max_tokens,
+            self.attempts,
+            self.timeout,
+            self.ask_again,
+            self.sampling or (),
+        )
+        return JudgeSettings(name, service, self.local, self.cache, self.concurrency)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyFlags:
+    """The run whose report an evaluation goes into, and how it answers prompts."""
+
+    into: RunOption = None
+    name: RunName = None
+    unguided: Unguided = False
+    max_new_tokens: MaxNewTokens = None
+    temperature: Temperature = None
+    limit: Limit = None
+
+    def manner(self, seed: int) -> ReplySettings:
+        from coala.alignment.answers import ReplySettings
+
+        return ReplySettings(not self.unguided, self.max_new_tokens, self.temperature, seed)

@@ -22,7 +22,10 @@ from coala.cli.terminal import json_text, visible, write
 NOT_ALL = 1  # exit code: there are results, but the judge stopped before the end
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
     from coala.alignment import OnProgress
+    from coala.cli.pace import Pace
     from coala.leaderboards.record import Outcome
     from coala.store import RunFolder
 
@@ -56,29 +59,22 @@ def say(message: str) -> None:
 @contextmanager
 def progress() -> Iterator[OnProgress]:
     """One bar per stage with elapsed and remaining time; plain lines now and then when stderr is not a terminal."""
-    if not sys.stderr.isatty():
+    if sys.stderr.isatty():
+        with _bars() as show:
+            yield show
+    else:
         yield progress_lines(say)
-        return
+
+
+@contextmanager
+def _bars() -> Iterator[OnProgress]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
-    from rich.text import Text
+    from rich.progress import Progress
 
     from coala.cli.pace import Pace
 
     pace = Pace()
-
-    class Left(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            return Text(pace.told(task.fields["stage"]))
-
-    columns = (
-        TextColumn("{task.description:<10}", markup=False),
-        BarColumn(bar_width=30),
-        TextColumn("{task.percentage:>3.0f}%"),
-        Left(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*_columns(pace), console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: float, total: float | None, note: str = "") -> None:
@@ -91,6 +87,23 @@ def progress() -> Iterator[OnProgress]:
             bars.update(tasks[stage], completed=done, total=total, note=visible(note))
 
         yield show
+
+
+def _columns(pace: Pace) -> Sequence[ProgressColumn]:
+    from rich.progress import BarColumn, ProgressColumn, TextColumn
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(pace.told(task.fields["stage"]))
+
+    return (
+        TextColumn("{task.description:<10}", markup=False),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f}%"),
+        Left(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
 
 
 @contextmanager
@@ -214,7 +227,10 @@ def conclude(found: Outcome, run: RunFolder | None) -> None:
     from coala.leaderboards.record import keep
 
     for rows, headers in found.tables:
-        table(rows, headers)
+        if headers:
+            table(rows, headers)
+        else:  # lines of text between tables
+            write("\n".join("  ".join(row) for row in rows))
     if found.stopped:
         say(f"stopped: {found.stopped}")
     kept = {} if found.evaluation is None else keep(run, found.evaluation, say)

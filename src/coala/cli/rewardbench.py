@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,27 +11,21 @@ from coala.cli.options import Download, RunOption, TrustCode
 from coala.cli.output import command_line, conclude, progress
 
 
-class Weigh(StrEnum):
-    """What subsets weigh in their section."""
-
-    published = "published"
-    rows = "rows"
-
-
 def from_scores(
     scores: Annotated[
         Path, typer.Argument(help="Rows with subset, chosen_score and rejected_score: JSON Lines or CSV, plain or .gz.")
     ],
     weights: Annotated[
-        Weigh, typer.Option(help="What subsets weigh: their `published` example counts, or the file's `rows`.")
-    ] = Weigh.published,
+        Literal["published", "rows"],
+        typer.Option(help="What subsets weigh: their `published` example counts, or the file's `rows`."),
+    ] = "published",
     into: RunOption = None,
 ) -> None:
     """RewardBench: ranking accuracy by subset, a tie counting as wrong, and example-weighted section scores."""
     from coala.leaderboards.record import run_of
     from coala.leaderboards.rewardbench import count_rewardbench
 
-    conclude(count_rewardbench(scores, weights=weights.value, command=command_line()), run_of(into, scores))
+    conclude(count_rewardbench(scores, weights=weights, command=command_line()), run_of(into, scores))
 
 
 def by_head(

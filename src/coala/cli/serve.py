@@ -8,25 +8,24 @@ from typing import Annotated
 
 import typer
 
-from coala.cli.options import Download, TrustCode
+from coala.cli.flags import with_settings
+from coala.cli.options import Download, TrustCode, needs_extra
+from coala.messages import CoalaError
+from coala.serve.limits import Limits
 
 KEY = "COALA_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SHORTEST_KEY = 16
 
 
+@with_settings
 def serve(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback can be reached.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name; the folder's.")] = None,
-    max_rows: Annotated[
-        int, typer.Option(min=1, help="Rows of the model's batch; blocks take one per candidate.")
-    ] = 40,
-    queue: Annotated[int, typer.Option(min=0, help="Replies that may wait besides; then 429 with Retry-After.")] = 112,
-    deadline: Annotated[float, typer.Option(help="Seconds a request may take, the queue included.")] = 120.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 1024,
-    max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 1 << 20,
-    grace: Annotated[float, typer.Option(help="Seconds that requests at hand get when the server ends.")] = 30.0,
+    limits: Limits,
     api_key_env: Annotated[str, typer.Option(help="Variable of the environment that holds the key.")] = KEY,
     no_key: Annotated[bool, typer.Option("--no-key", help="Serve others than loopback without a key.")] = False,
     trust_remote_code: TrustCode = False,
@@ -45,32 +44,13 @@ def serve(
     """
     from coala.alignment import evidence_notes, load_parts
     from coala.cli.output import emit, say
-    from coala.values import CoalaError
 
-    try:
-        from coala.serve import Limits
+    with needs_extra("serve", "Serving"):
         from coala.serve.app import Served, create_app
         from coala.serve.memory import settle
         from coala.serve.uvicorn_server import listen, server
-    except ImportError as error:
-        raise CoalaError(
-            f"Serving needs {error.name or 'a package'}, which is not installed: pip install 'coala-align[serve]'."
-        ) from None
-    limits = Limits(
-        max_rows=max_rows, queue=queue, deadline=deadline, max_tokens=max_tokens, max_body=max_body, grace=grace
-    )
-    local = host in ("127.0.0.1", "::1", "localhost")
-    key = os.environ.get(api_key_env)
-    if key is not None and (len(key) < SHORTEST_KEY or not key.isascii() or key != key.strip()):
-        raise CoalaError(
-            f"{api_key_env} holds {len(key)} characters; expected at least {SHORTEST_KEY} of ASCII without spaces at "
-            "the ends, hard to guess."
-        )
-    if not local and key is None and not no_key:
-        raise CoalaError(
-            f"{host} can be reached by others and there is no key. Set {api_key_env}, or say --no-key if everyone who "
-            "can reach it may use it."
-        )
+    key = _key(host, api_key_env, no_key)
+    local = host in LOOPBACK
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
     with listen(host, port) as listening:
         backbone, head, guidance = load_parts(run)
@@ -87,3 +67,19 @@ def serve(
         settle()
         server(app, limits).run(sockets=[listening])
     emit({"served": served.name, "requests": app.state.observed.n_requests, "tokens": app.state.observed.n_tokens})
+
+
+def _key(host: str, api_key_env: str, no_key: bool) -> str | None:
+    """The key that requests must bring, from the environment; none where only this machine can ask."""
+    key = os.environ.get(api_key_env)
+    if key is not None and (len(key) < SHORTEST_KEY or not key.isascii() or key != key.strip()):
+        raise CoalaError(
+            f"{api_key_env} holds {len(key)} characters; expected at least {SHORTEST_KEY} of ASCII without spaces at "
+            "the ends, hard to guess."
+        )
+    if host not in LOOPBACK and key is None and not no_key:
+        raise CoalaError(
+            f"{host} can be reached by others and there is no key. Set {api_key_env}, or say --no-key if everyone who "
+            "can reach it may use it."
+        )
+    return key

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coala.cli.survey_results import Folder, results
+from coala.cli.options import RunOption, needs_extra
+from coala.messages import CoalaError
 
-if TYPE_CHECKING:
-    from coala.survey import Check, Prompt
+Folder = Annotated[Path, typer.Argument(metavar="SURVEY", help="A folder made by `coala survey build`.")]
 
 app = typer.Typer(no_args_is_help=True, help="Ask people which reply is best, without telling whose it is.")
 
@@ -62,60 +61,27 @@ def build(
     The same arguments make the same survey. Each rater sees answers in an order of their own, balanced over raters.
     """
     from coala.cli.output import emit, say
-    from coala.leaderboards.judges import load_replies
-    from coala.survey import build as build_survey
-    from coala.survey import save_survey
-    from coala.survey.records import FILE
-    from coala.values import CoalaError
+    from coala.leaderboards.survey import build_survey, survey_summary
 
-    methods: dict[str, Any] = {}
-    beside: list[Path] = []
-    for argument in generations:
-        name, file = _named(argument)
-        name = name or Path(file).name.partition(".")[0].removeprefix("generations-")
-        if name in methods:
-            raise CoalaError(f"Two files are of a method {name!r}. Name them: coala survey build one=FILE other=FILE.")
-        methods[name] = load_replies(Path(file))
-        beside.append(Path(file).parent / "pairs-eval.jsonl")
-    found = [prompt for argument in prompts or _beside(beside) for prompt in _read_prompts(*_named(argument))]
-    if not prompts:  # runs on the same pairs hold the same prompts
-        found = list({prompt.prompt_id: prompt for prompt in found}.values())
-    settings: dict[str, Any] = {"fields": tuple(field or ())}
-    if title is not None:
-        settings["title"] = title
-    if consent is not None:
-        settings["consent"] = _text(consent)
-    survey = build_survey(
-        methods,
-        found,
-        asks=_asks(ask or [], [prompt.category for prompt in found]),
+    path, survey = build_survey(
+        generations,
+        out,
+        prompts=prompts or (),
+        asks=ask or (),
+        consent=consent,
+        check_file=check_file,
+        title=title,
+        fields=tuple(field or ()),
         per_category=per_category,
         repeats=repeats,
         checks=checks,
-        own_checks=_read_checks(check_file) if check_file else (),
         seed=seed,
         max_failed_checks=max_failed_checks,
         min_seconds=min_seconds,
-        **settings,
     )
-    if (out / FILE).exists():
-        raise CoalaError(f"{out}: holds answers to a survey already. Give another --out, or move {FILE} away.")
-    path = save_survey(out, survey)
     for remark in survey.remarks:
         say(f"note: {remark}")
-    pages = len(survey.questions) + repeats * len(survey.categories) + len(survey.checks)
-    emit(
-        {
-            "survey": path,
-            "methods": list(survey.methods),
-            "questions": {name: len(survey.of_category(name)) for name in survey.categories},
-            "checks": len(survey.checks),
-            "pages_per_rater": pages,
-            "digest": survey.digest,
-            "remarks": list(survey.remarks),
-        },
-        alone=True,
-    )
+    emit(survey_summary(path, survey, repeats), alone=True)
 
 
 @app.command(epilog=f"Example: `{ADMIN}=... coala survey serve survey --port 8000`")
@@ -137,21 +103,14 @@ def serve(
     """
     from coala.cli.output import say
     from coala.survey import Records, load_survey
-    from coala.values import CoalaError
 
-    try:
+    with needs_extra("serve", "Serving"):
         from coala.survey.app import create_app
         from coala.survey.records import new_token
         from coala.web.listening import Patient, listen, server
         from coala.web.strangers import LOOPBACK, origin_of
-    except ImportError as error:
-        raise CoalaError(
-            f"Serving needs {error.name or 'a package'}, which is not installed: pip install 'coala-align[serve]'."
-        ) from None
     loaded = load_survey(survey)
-    token = os.environ.get(ADMIN)
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        raise CoalaError(f"{ADMIN} has {len(token)} characters; expected at least {SHORTEST_TOKEN}, hard to guess.")
+    token = _token()
     known = None if site is None else origin_of(site)
     local = host in LOOPBACK
     # Made here: a port that is taken should be told before a password is printed.
@@ -164,78 +123,38 @@ def serve(
             say(f"password of the organiser's page, shown this once (any user name): {token}")
         if not local:
             say("note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it.")
-        app = create_app(
-            loaded, records, admin_token=token, invited_only=invited_only, local=local or known is not None, site=known
-        )
+        safe = local or known is not None
+        app = create_app(loaded, records, admin_token=token, invited_only=invited_only, local=safe, site=known)
         try:
             server(app, head_time=Patient.head_time, read_time=Patient.read_time, grace=GRACE).run(sockets=[listening])
         finally:
             records.close()
 
 
-app.command("results", epilog="Example: `coala survey results survey --of coala`")(results)
+def _token() -> str | None:
+    """The organiser's password, if the environment holds one."""
+    token = os.environ.get(ADMIN)
+    if token is not None and len(token) < SHORTEST_TOKEN:
+        raise CoalaError(f"{ADMIN} has {len(token)} characters; expected at least {SHORTEST_TOKEN}, hard to guess.")
+    return token
 
 
-def _named(argument: str) -> tuple[str, str]:
-    """NAME=FILE, or a file alone; a path that exists is never cut at its equals sign."""
-    name, sign, file = argument.partition("=")
-    return (name, file) if sign and not Path(argument).exists() else ("", argument)
+@app.command(epilog="Example: `coala survey results survey --of coala`")
+def results(
+    survey: Folder,
+    of: Annotated[str | None, typer.Option(help="Method compared with the others question by question.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.html and results.json; SURVEY.")] = None,
+    save_votes: Annotated[
+        Path | None, typer.Option(help="File for the counted votes, one JSON row each, without personal data.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstraps.")] = 0,
+    into: RunOption = None,
+) -> None:
+    """Win rates, differences, agreement and the quality of the votes: tables, a page, one JSON line."""
+    from coala.cli.output import command_line, conclude
+    from coala.leaderboards.record import run_of
+    from coala.leaderboards.survey import count_survey
 
-
-def _asks(given: Sequence[str], categories: Sequence[str]) -> Mapping[str, str]:
-    """The sentence of each category: its own, or the one given without a category."""
-    asks: dict[str, str] = {}
-    for argument in given:
-        name, sign, text = argument.partition("=")
-        if sign and name in categories:
-            asks[name] = text
-        else:
-            asks |= {category: argument for category in categories if category not in asks}
-    return asks
-
-
-def _beside(files: Sequence[Path]) -> list[str]:
-    """The runs' own pairs, each once."""
-    from coala.values import CoalaError
-
-    there = list(dict.fromkeys(str(path) for path in files if path.exists()))
-    if not there:
-        raise CoalaError(
-            f"There is no pairs-eval.jsonl beside the generations ({files[0].parent}). Give the texts of the prompts "
-            "with --prompts."
-        )
-    return there
-
-
-def _read_prompts(category: str, file: str) -> list[Prompt]:
-    from coala.alignment.answers import read_prompts
-    from coala.survey import Prompt
-
-    return [Prompt(one.id, one.text, one.category or category or "questions") for one in read_prompts(file)]
-
-
-def _read_checks(file: Path) -> list[Check]:
-    from coala.evaluation.rows import read_rows
-    from coala.survey import Check
-    from coala.survey.form import clean
-
-    found = []
-    for row in read_rows(file):
-        answers, right = row.get("answers"), row.get("right")
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise row.fault("answers", "something else", "a list of texts", "mend or delete the row")
-        if isinstance(right, bool) or not isinstance(right, int):
-            raise row.fault("right", "something else", "the number of an answer, from 0", "mend or delete the row")
-        found.append(Check(clean(row.text("prompt")), tuple(map(clean, answers)), right))
-    return found
-
-
-def _text(file: Path) -> str:
-    from coala.values import CoalaError
-
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CoalaError(f"{file}: cannot be read ({error.strerror}). Check the path.") from None
-    except UnicodeDecodeError:
-        raise CoalaError(f"{file}: is not UTF-8 text. Save it as UTF-8.") from None
+    found = count_survey(survey, of=of, out=out, save_votes=save_votes, draws=draws, seed=seed, command=command_line())
+    conclude(found, run_of(into, survey))

@@ -8,10 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from coala.nash.criteria import Note
-from coala.values import CoalaError
+from annotated_types import Ge
+
+from coala.messages import CoalaError
+from coala.settings import Setting
+
+if TYPE_CHECKING:
+    from coala.nash.criteria import Note
 
 Loss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
 Selection = Literal["random", "all", "best_worst"]
@@ -36,33 +41,41 @@ class COMALSettings:
     sum where it belongs. To first order it shortens the step of ``inpo`` by the factor 1 - a/4, whatever eta.
     """
 
-    eta: float | None = None
-    beta: float | None = None
-    ref_weight: float | None = None
-    tau: float | None = None
-    outer_steps: int = 3
-    inner_steps: int = 6
-    inner_loss: Loss = "inpo"
-    num_candidates: int = 5
-    pair_selection: Selection = "random"
-    target: Target = "soft"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    prompts_per_step: int | None = None
-    length_normalize: bool = False
-    anchor_nll: float = 0.0
-    learning_rate: float = 5e-7
-    epochs: float = 3.0
-    batch_size: int = 8
-    accumulation: int = 1
-    schedule: str = "linear"
+    eta: Annotated[float | None, Setting("Step size (default: 500, as published).")] = None
+    beta: Annotated[float | None, Setting("1 / eta, instead of --eta.")] = None
+    ref_weight: Annotated[float | None, Setting("Weight of the reference, eta x tau (default: 1/3).")] = None
+    tau: Annotated[float | None, Setting("Strength of the regularisation, instead of --ref-weight.")] = None
+    outer_steps: Annotated[int, Ge(1), Setting("Updates of the reference.", flag="--outer")] = 3
+    inner_steps: Annotated[int, Ge(1), Setting("Inner steps per update, K.", letter="-k")] = 6
+    inner_loss: Annotated[Loss, Setting("Inner loss.", flag="--loss")] = "inpo"
+    num_candidates: Annotated[int, Ge(2), Setting("Answers drawn per prompt and step.", flag="--candidates")] = 5
+    pair_selection: Annotated[Selection, Setting("Which pairs of candidates are trained on.", flag="--pairs")] = (
+        "random"
+    )
+    target: Annotated[
+        Target, Setting("What the loss aims at: the oracle's probability, a draw from it, or its winner.")
+    ] = "soft"
+    temperature: Annotated[float, Setting("Sampling temperature; anything but 1 changes the game that is solved.")] = (
+        1.0
+    )
+    top_p: Annotated[float, Setting("Nucleus sampling threshold (1 = off); as --temperature.")] = 1.0
+    max_new_tokens: Annotated[int, Ge(1), Setting("Longest answer, in tokens.")] = 256
+    prompts_per_step: Annotated[Annotated[int, Ge(1)] | None, Setting("Prompts per step, in turn (default: all).")] = (
+        None
+    )
+    length_normalize: Annotated[bool, Setting("Margins per token.")] = False
+    anchor_nll: Annotated[float, Ge(0), Setting("Weight of a likelihood term against drift; see docs/nash.md.")] = 0.0
+    learning_rate: Annotated[float, Setting("AdamW learning rate (optimiser state is reset every step).")] = 5e-7
+    epochs: Annotated[float, Setting("Epochs over each step's pairs.")] = 3.0
+    batch_size: Annotated[int, Ge(1), Setting("Pairs per forward pass.")] = 8
+    accumulation: Annotated[int, Ge(1), Setting("Forward passes per update.")] = 1
+    schedule: Annotated[str, Setting("Learning rate schedule: linear, constant, cosine, ...")] = "linear"
     warmup: float = 0.0
     weight_decay: float = 0.0
     clip: float = 1.0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    bf16: Annotated[bool, Setting("Compute in bfloat16 (autocast).")] = False
+    gradient_checkpointing: Annotated[bool, Setting("Recompute activations to save memory.")] = False
+    seed: Annotated[int, Ge(0), Setting("Seed of all draws.")] = 0
 
     def __post_init__(self) -> None:
         eta = _one("eta", self.eta, "beta", self.beta, lambda beta: 1 / beta, 500.0)
@@ -97,6 +110,8 @@ class COMALSettings:
 
     def notes(self) -> list[Note]:
         """What the settings say before any run."""
+        from coala.nash.criteria import Note
+
         eta, weight = self.step, self.weight
         found = []
         if self.temperature != 1 or self.top_p != 1:

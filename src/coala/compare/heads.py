@@ -153,7 +153,7 @@ def head_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         from coala.decoding import Guidance
 
         base = context.backbone
-        result |= replies_of(context, base, base, costs, fitted.head, Guidance(**method.guidance.model_dump()))
+        result |= replies_of(context, base, base, costs, fitted.head, Guidance(**asdict(method.guidance)))
     return result
 
 
@@ -181,7 +181,7 @@ def _compiling() -> Iterator[list[float]]:
 
 
 def _fit(context: CellContext, features: FeatureSet) -> Fit:
-    from coala.alignment.stages import fit_options
+    from coala.alignment.fitting import fit_options
     from coala.convex import Logistic, Pointwise, fit
 
     method, beta = context.method, context.study.beta

@@ -12,10 +12,11 @@ P weights, P' those trained, all in float32 as TRL loads them; activations 2 x 3
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,7 +28,7 @@ from coala.compare.matrix import Cell, cells, features_method, prompt_features
 from coala.compare.study import Method, Study
 from coala.costs import Method as TrainMethod
 from coala.costs import body_flops, training_flops
-from coala.recipe import Recipe
+from coala.recipe import Recipe, recipe_of
 from coala.store import save_json
 from coala.values import CoalaError
 
@@ -102,7 +103,7 @@ class _Place:
 
     def recipe(self, method: Method | None = None) -> Recipe:
         model, files = self.study.models[self.model], self._files
-        head = {} if method is None else {"head": method.head.model_dump()}
+        head = {} if method is None else {"head": asdict(method.head)}
         layer = -1 if method is None else method.layer
         settings = {
             "name": model.path,
@@ -119,7 +120,7 @@ class _Place:
             "prompt_features": False if method is None else prompt_features(method),
             "log_ratios": method is not None and method.log_ratios,
         }
-        return Recipe.model_validate(
+        return recipe_of(
             {
                 "pairs": [str(files["train"])] if files else [],
                 "eval_pairs": [str(files["test"])] if files else [],
@@ -163,7 +164,7 @@ class _Place:
         from coala.plan.plan import make_plan
 
         recipe = self.recipe(method)
-        key = recipe.model_dump_json()
+        key = json.dumps(recipe.plain())
         if key not in self.plans:
             guess, rows = self.guess
             machine = self.study.machine

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from coala.documents import DocumentError, parse_yaml
 from coala.messages import joined, sentences
-from coala.recipe import GuidanceSettings, HeadSettings, RecipeError
+from coala.recipe import RecipeError
+from coala.settings import GuidanceSettings, HeadSettings
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
 Kind = Literal["sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "base"]

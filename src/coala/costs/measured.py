@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -165,6 +168,32 @@ def ask_driver(field: str) -> list[float]:
         return [float(line) for line in done.stdout.split("\n") if line.strip()]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
+
+
+def machine() -> dict[str, str]:
+    """What numbers are measured on, and the commit of this package where it is a checkout."""
+    found = {"cores": str(os.cpu_count()), "Python": platform.python_version()}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        found["processor"] = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        found["processor"] = platform.machine()
+    for name in ("torch", "jax", "trl", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    for name, command in (
+        ("GPU", ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
+        ("commit", ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]),
+    ):
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split("\n")
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if told[0].strip():
+            found[name] = told[0].strip()
+    return found
 
 
 def peak_memory() -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from markupsafe import Markup
 
 from coala.data.audit import FEATURES, SHUFFLED, Audit, Example
@@ -75,6 +77,33 @@ def render(audit: Audit, title: str) -> str:
         ),
         facts=[f"{audit.n_pairs:,} pairs in {audit.n_groups:,} groups"],
     )
+
+
+def cue_rows(audit: Audit) -> list[list[str]]:
+    """A row for each cue: how often it alone ranks a pair right, with its interval, and how often it is tied."""
+    return [
+        [
+            cue.name,
+            f"{cue.accuracy.value:.3f}",
+            f"[{cue.accuracy.low:.3f}, {cue.accuracy.high:.3f}]",
+            f"{cue.tied:.3f}",
+        ]
+        for cue in audit.cues
+    ]
+
+
+def audit_summary(audit: Audit) -> dict[str, Any]:
+    """The figures of an audit by name."""
+    return {
+        "pairs": audit.n_pairs,
+        "groups": audit.n_groups,
+        "cues": {cue.name: cue.accuracy for cue in audit.cues},
+        "ties": {cue.name: cue.tied for cue in audit.cues},
+        "context_gain": audit.context_gain,
+        "features_gain": audit.features_gain,
+        "chosen_longer": next(one.chosen_has_more for one in audit.styles if one.name == "characters"),
+        "counts": dict(audit.counts),
+    }
 
 
 def _shown(estimate: Estimate) -> tuple[str, Markup]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def _of_run(path: Path) -> tuple[ConvexHead, Guidance]:
     """The head and guidance of a finished run."""
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
-    return load_head(run.path / "head"), Guidance(**recipe.guidance.model_dump())
+    return load_head(run.path / "head"), Guidance(**asdict(recipe.guidance))
 
 
 class _Loop(Decoder):

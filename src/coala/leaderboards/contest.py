@@ -96,8 +96,8 @@ def hold(
     return RunVsReference(asked, ours, theirs, chosen, found, fought)
 
 
-def needed(run: Path | None, prompts: Path | None, saved: Path | None, what: str) -> bool:
-    """Whether a run is to answer ``prompts``; else ``saved`` judgements are counted. CoalaError for neither or both."""
+def one_source(run: RunFolder | None, prompts: Path | None, saved: Path | None, what: str) -> None:
+    """CoalaError unless either ``run`` is to answer ``prompts`` or ``saved`` judgements are to be counted."""
     from coala.values import CoalaError
 
     if (saved is None) == (prompts is None):
@@ -106,18 +106,11 @@ def needed(run: Path | None, prompts: Path | None, saved: Path | None, what: str
         )
     if prompts is not None and run is None:
         raise CoalaError("--prompts needs --run RUN, the run that answers them.")
-    return prompts is not None
 
 
 def own_name(run: RunFolder, manner: ReplySettings) -> str:
     """What a run is called in results if nothing else is said."""
     return run.path.resolve().name + ("" if manner.guided else " unguided")
-
-
-def manner_of(unguided: bool, max_new_tokens: int | None, temperature: float | None, seed: int) -> ReplySettings:
-    from coala.alignment.answers import ReplySettings
-
-    return ReplySettings(not unguided, max_new_tokens, temperature, seed)
 
 
 def described(run: RunFolder, manner: ReplySettings) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from coala.leaderboards.record import (
     spending,
     told,
 )
-from coala.values import CoalaError
+from coala.values import CoalaError, prompt_id
 
 if TYPE_CHECKING:
     from coala.values import Generation, Turn
@@ -143,9 +143,14 @@ def _prompts(
 ) -> Mapping[str, Sequence[Turn]]:
     """Prompts by id, as far as they are there; CoalaError for one that is ``needed`` and is not."""
     from coala.alignment.answers import read_prompts
+    from coala.store import load_pairs
 
     path = pairs or replies.parent / "pairs-eval.jsonl"
-    found = {one.id: one.prompt for one in read_prompts(path)} if pairs is not None or path.exists() else {}
+    found: dict[str, Sequence[Turn]] = {}
+    if pairs is not None:
+        found = {one.id: one.prompt for one in read_prompts(pairs)}
+    elif path.exists():
+        found = {prompt_id(pair.prompt): pair.prompt for pair in load_pairs(path)}
     lacking = [reply.prompt_id for reply in mine if reply.prompt_id not in found]
     if needed and lacking:
         raise CoalaError(

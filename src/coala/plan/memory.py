@@ -6,7 +6,7 @@ Upper bounds by the formulas of :mod:`coala.costs`; nothing is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -234,9 +234,7 @@ class Needs:
 
 def _with(recipe: Recipe, **changes: Mapping[str, Any]) -> Recipe:
     """The recipe with other values in some of its parts."""
-    return recipe.model_copy(
-        update={part: getattr(recipe, part).model_copy(update=dict(values)) for part, values in changes.items()}
-    )
+    return replace(recipe, **{part: replace(getattr(recipe, part), **values) for part, values in changes.items()})
 
 
 def mends_of(

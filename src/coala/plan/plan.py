@@ -7,7 +7,7 @@ its weights are here. Every formula is one of :mod:`coala.costs`; nothing is wri
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coala.alignment.layer_choice import FEWEST_PAIRS, MOST_PAIRS, SHARE
@@ -25,7 +25,8 @@ from coala.costs import (
 from coala.plan.memory import Needs, Parts, Shortage, mends_of
 from coala.plan.probe import probed, reply_seconds
 from coala.plan.tokens import Counts, Guess, count
-from coala.recipe import HeadSettings, Recipe
+from coala.recipe import Recipe
+from coala.settings import HeadSettings
 from coala.values import CoalaError, Estimate
 
 # Of a solve of the pairwise program: steps of Newton's method, and of conjugate gradients in each.
@@ -276,7 +277,7 @@ def _replies(recipe: Recipe, shape: Shape, prompts: list[int]) -> int:
     """Of unguided and guided replies that all run to their full length, as ``align`` counts them."""
     from coala.decoding import Guidance
 
-    guidance = Guidance(**recipe.guidance.model_dump())
+    guidance = Guidance(**asdict(recipe.guidance))
     new = recipe.evaluation.max_new_tokens
     total = 0
     for tokens in prompts:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from coala.costs import Load
-from coala.recipe import ModelSettings, Recipe
+from coala.recipe import Recipe
+from coala.settings import ModelSettings
 from coala.values import CoalaError, FeatureSpec, Pair, Turn, conversation_text, user
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@
     worker     the one thread that owns the model; work in, news out; how much may wait
     answers    a request's replies, from the worker's news to text, tokens and facts
     protocol   how they are worded: one JSON object, or a stream of events
-    pieces     tokens to the pieces of text they add
+    detokenize tokens to the pieces of text they add
     spelling   the bytes that tokens stand for
     scoring    the head's scores of given replies, whole and after every token
     memory     what is no longer used goes back to the machine
     gate       what every request passes: sizes, times, keys, headers, counts
     metrics    counts and times in Prometheus's text format
-    observing  what is counted
+    server_metrics  what is counted
     contract   the OpenAPI document
     app        the addresses
-    listening  how the limits bear on connections
+    uvicorn_server  how the limits bear on connections
 
 Knows nothing of how heads are fitted or tokens chosen. Needs the extra `serve`.
 """

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Annotated, get_type_hints
 
-from coala.values import CoalaError
+from annotated_types import Ge
+
+from coala.messages import CoalaError
+from coala.settings import Setting
 
 
 @dataclass(frozen=True)
@@ -20,21 +24,22 @@ class Limits:
     long it may leave what it is sent unread. ``grace`` is what requests at hand get when the server ends.
     """
 
-    max_rows: int = 40
-    queue: int = 112
-    deadline: float = 120.0
-    max_body: int = 1 << 20
-    max_tokens: int = 1024
+    max_rows: Annotated[int, Ge(1), Setting("Rows of the model's batch; blocks take one per candidate.")] = 40
+    queue: Annotated[int, Ge(0), Setting("Replies that may wait besides; then 429 with Retry-After.")] = 112
+    deadline: Annotated[float, Setting("Seconds a request may take, the queue included.")] = 120.0
+    max_body: Annotated[int, Ge(1), Setting("Most bytes of a request.")] = 1 << 20
+    max_tokens: Annotated[int, Ge(1), Setting("Most tokens of a reply.")] = 1024
     max_choices: int = 16
     max_texts: int = 256
     head_time: float = 20.0
     body_time: float = 20.0
     read_time: float = 30.0
-    grace: float = 30.0
+    grace: Annotated[float, Setting("Seconds that requests at hand get when the server ends.")] = 30.0
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
         for field in fields(self):
-            found, whole = getattr(self, field.name), field.type == "int"
+            found, whole = getattr(self, field.name), kinds[field.name] is int
             least = 0 if field.name == "queue" else 1
             fits = isinstance(found, int if whole else int | float) and not isinstance(found, bool)
             if not fits or not (found >= least if whole else 0 < found < math.inf):

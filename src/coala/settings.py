@@ -1,0 +1,306 @@
+"""The settings of an alignment: for each its type, default, bounds and one line of help, declared once.
+
+Recipes, flags of commands and what a run records take them from here. Imports nothing that is slow to load, so that
+`coala --help` answers at once; ``coala.recipe`` validates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What people are told of a setting, in one line with its unit.
+
+    ``flag`` is the setting's own on a command line, where it is not ``--`` and its name; None for one that only a
+    recipe or ``--set`` gives.
+    """
+
+    help: str
+    flag: str | None = ""
+    letter: str = ""
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Spellings:
+    """Other names for the same choices, in lower case."""
+
+    of: Mapping[str, str] = field(hash=False)
+
+    def usual(self, given: Any) -> Any:
+        return self.of.get(given.lower(), given.lower()) if isinstance(given, str) else given
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core.core_schema import no_info_before_validator_function
+
+        return no_info_before_validator_function(self.usual, handler(source))
+
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "full": "float32",
+}
+
+# Choices that more than one part of the program speaks of.
+Mode = Annotated[
+    Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"], Setting("How the head guides decoding.")
+]
+Rule = Annotated[
+    Literal["calibrated", "min-max", "raw", "z-score"],
+    Setting("How scores count; calibrated: by their evidence.", flag=None),
+]
+Template = Annotated[Literal["auto", "chat", "dialogue", "continuation"], Setting("How conversations are rendered.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Spellings(_DTYPES),
+    Setting("Number format of the weights; bf16, fp16, half and fp32 are understood."),
+]
+Quantise = Annotated[Literal["8bit", "4bit"], Setting("By bitsandbytes.")]
+Device = Annotated[str, Setting("auto, cpu, cuda, or offload (keep what does not fit in CPU memory or on disk).")]
+Seed = Annotated[int, Ge(0), Setting("Fixes split, fit and sampling.")]
+Format = Annotated[str, Setting("Format of the pairs; auto recognises it (see `coala data formats`).")]
+SkipBad = Annotated[bool, Setting("Leave out rows with errors, and say so, instead of stopping.")]
+
+# A section that is given as a mapping names no other settings, and is checked again where it is given as a value.
+_STRICT = {"extra": "forbid", "revalidate_instances": "always"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The frozen backbone and what is read from it."""
+
+    __pydantic_config__ = _STRICT
+
+    name: Annotated[str, Setting("Local model folder or hub name.", flag="--model", letter="-m")]
+    revision: Annotated[str | None, Setting("Commit of a hub model.", flag=None)] = None
+    template: Template = "auto"
+    layer: Annotated[
+        Annotated[int, Ge(-1)] | Literal["auto"],
+        Setting("Hidden state to read; -1 is the last, auto the lowest layer within one standard error of the best."),
+    ] = -1
+    pooling: Annotated[
+        Literal["mean", "mean_all", "last", "attn"],
+        Setting("How states become one vector; mean is over the reply."),
+    ] = "mean"
+    ends_with_eos: Annotated[bool, Setting("Put the end-of-sequence token behind each reply.", flag=None)] = False
+    max_tokens: Annotated[
+        Annotated[int, Ge(2)] | None, Setting("Longest prompt plus reply, in tokens (default: the model's context).")
+    ] = None
+    prefixes: Annotated[int, Ge(1), Setting("Fit on this many prefixes of every reply; 1 is the whole.")] = 1
+    batch_tokens: Annotated[int, Ge(1), Setting("Tokens per forward pass.")] = 4096
+    device: Device = "auto"
+    adapter: Annotated[str | None, Setting("LoRA adapter of the model: a folder or hub name.")] = None
+    quantise: Quantise | None = None
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+    prompt_features: Annotated[
+        bool | None,
+        Setting("Encode prompts by themselves too, for gates on them; on where head.gate_on asks for it.", flag=None),
+    ] = None
+    log_ratios: Annotated[
+        bool | None,
+        Setting("Also log p(chosen) - log p(rejected); on where head.reference_scale needs it.", flag=None),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """How the head is fitted; see ``coala.convex.fit``."""
+
+    __pydantic_config__ = _STRICT
+
+    method: Annotated[
+        Literal["learnt", "direct", "two-phase", "linear"],
+        Setting(
+            "How the head is fitted: `learnt` gates (one convex program), `direct` (the same, sampled gates), `linear` "
+            "(none) or `two-phase` (the papers')."
+        ),
+    ] = "learnt"
+    gate_on: Annotated[
+        Literal["auto", "reply", "prompt"] | None,
+        Setting("What gates look at; auto: both compete (`coala align` then encodes prompts too)."),
+    ] = None
+    reference_scale: Annotated[
+        float | None, Setting("CVX-DPO: ask for a margin of this times the model's log ratio (computes those too).")
+    ] = None
+    loss: Annotated[
+        Literal["pairwise", "pointwise"], Setting("Two-phase: Phase II loss; pointwise is Eq. 9.", flag=None)
+    ] = "pairwise"
+    phase_one: Annotated[
+        Literal["gated", "cronos", "network"],
+        Setting("Two-phase: Phase I by Newton's method (`gated`), ADMM (`cronos`) or as a ReLU `network`.", flag=None),
+    ] = "gated"
+    paper: Annotated[bool, Setting("Two-phase with the published settings, nothing searched.")] = False
+    n_patterns: Annotated[
+        Annotated[int, Ge(1)] | None,
+        Setting("Gates at most (learnt) or sampled (default: the method's own).", flag=None),
+    ] = None
+    tolerance: Annotated[float, Gt(0), Lt(1), Setting("Certified relative gap.", flag=None)] = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceSettings:
+    """How the head guides decoding; what each does is told at :class:`coala.decoding.Guidance`."""
+
+    __pydantic_config__ = _STRICT
+
+    mode: Mode = "block"
+    strength: Annotated[
+        Annotated[float, Ge(0)] | None, Setting("Guidance strength; 0 is unguided (default: the mode and rule's own).")
+    ] = None
+    every: Annotated[
+        Annotated[int, Ge(1)] | None, Setting("Guide every N tokens (default: 1, in prefix mode 5).", flag=None)
+    ] = None
+    candidates: Annotated[int, Ge(1), Setting("Candidates per guided step.", flag=None)] = 5
+    top_k: Annotated[int, Ge(0), Setting("So many likeliest tokens; 0 is all.", flag=None)] = 50
+    top_p: Annotated[
+        float, Gt(0), Le(1), Setting("Likeliest tokens that add up to this probability; 1 is all.", flag=None)
+    ] = 0.9
+    block_tokens: Annotated[int, Ge(1), Setting("Of mode block: tokens of a block.", flag=None)] = 5
+    rule: Rule = "calibrated"
+    budget: Annotated[
+        Annotated[float, Ge(0)] | None, Setting("Of mode shift: nats a reply may spend on guidance.", flag=None)
+    ] = None
+    width: Annotated[int, Ge(1), Setting("Of mode beam: hypotheses kept.", flag=None)] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is generated and judged for the report."""
+
+    __pydantic_config__ = _STRICT
+
+    prompts: Annotated[int, Ge(0), Setting("Held-out prompts to answer for the report, guided and unguided.")] = 50
+    max_new_tokens: Annotated[int, Ge(1), Setting("Longest reply, in tokens.")] = 48
+    temperature: Annotated[float, Ge(0), Setting("Sampling temperature; 0 is greedy.", flag=None)] = 1.0
+    judge: Annotated[
+        str | None,
+        Setting(
+            "Compares guided with unguided replies: head:RUN, rule:NAME[:ARGUMENT], words:FILE or a file of words."
+        ),
+    ] = None
+    labeller: Annotated[
+        str | None, Setting("The scorer that made the labels, in the judge's form; shown beside it.", flag=None)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """Which pairs, how they are read and which are held out: the settings of a recipe that stand in no section."""
+
+    pairs: tuple[str, ...]
+    eval_pairs: Annotated[
+        tuple[str, ...], Setting("Held-out pairs (default: whole groups of PAIRS are held out).", flag="--eval")
+    ] = ()
+    format: Format = "auto"
+    role: Annotated[str, Setting("Whose replies are compared.", flag=None)] = "assistant"
+    skip_bad: SkipBad = False
+    eval_fraction: Annotated[float, Gt(0), Lt(1), Setting("Share of groups held out.")] = 0.1
+    seed: Seed = 0
+
+
+SECTIONS = {
+    "": PairSettings,
+    "model": ModelSettings,
+    "head": HeadSettings,
+    "guidance": GuidanceSettings,
+    "evaluation": EvaluationSettings,
+}
+
+
+def told(section: type, name: str) -> Setting | None:
+    """The :class:`Setting` of a field of ``section``, a dataclass; None for a field that has none."""
+    return setting_of(get_type_hints(section, include_extras=True)[name])
+
+
+def setting_of(annotation: Any) -> Setting | None:
+    """The :class:`Setting` in an annotation, or in a member of a union."""
+    found = [one for one in taken_apart(annotation)[1] if isinstance(one, Setting)]
+    return found[-1] if found else None
+
+
+def flag_of(section: type, name: str) -> str | None:
+    """The flag of a setting, or None if it has none of its own."""
+    setting = told(section, name)
+    if setting is None or setting.flag is None:
+        return None
+    return setting.flag or "--" + name.replace("_", "-")
+
+
+def flags() -> dict[str, str]:
+    """The flags of ``coala align`` by the names of settings: ``head.gate_on`` -> ``--gate-on``."""
+    named = ((f"{section}.{one.name}".lstrip("."), flag_of(kind, one.name)) for section, kind in SECTIONS.items()
+             for one in fields(kind))  # fmt: skip
+    return {name: flag for name, flag in named if flag is not None}
+
+
+_ABOUT = (
+    "Each is a key of a YAML recipe (`--recipe FILE`) and can be given by `--set SECTION.NAME=VALUE`; some have a flag "
+    "of their own on `coala align` and `coala plan`. `pairs` and `model.name` must be given."
+)
+
+
+def table() -> str:
+    """The settings of a recipe as Markdown, a section each: name, values, default, flag, and what it is."""
+    lines = ["# Settings of a recipe", "", _ABOUT, ""]
+    for section, kind in SECTIONS.items():
+        lines += [
+            f"## {section or 'At the top'}",
+            "",
+            "| setting | values | default | flag | |",
+            "|---|---|---|---|---|",
+        ]
+        hints = get_type_hints(kind, include_extras=True)
+        for one in fields(kind):
+            if (setting := setting_of(hints[one.name])) is None:
+                continue
+            default = "" if one.default in (MISSING, None, ()) else f"`{one.default}`".replace("True", "true")
+            flag = f"`{found}`" if (found := flag_of(kind, one.name)) else ""
+            values = values_of(hints[one.name]).replace("|", "\\|")
+            lines.append(f"| `{one.name}` | {values} | {default.replace('False', 'false')} | {flag} | {setting.help} |")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def values_of(annotation: Any) -> str:
+    """What a setting may be, in words: ``number, 0 to 1``, ``auto | chat``."""
+    forms, marks = taken_apart(annotation)
+    words = [word for form in forms if get_origin(form) is Literal for word in get_args(form)]
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    kinds = [
+        names.get(form, "list of texts") for form in forms if form is not NoneType and get_origin(form) is not Literal
+    ]
+    bounds = [
+        f"{text} {getattr(mark, name):g}"
+        for kind, name, text in (
+            (Ge, "ge", "at least"),
+            (Gt, "gt", "above"),
+            (Le, "le", "at most"),
+            (Lt, "lt", "below"),
+        )
+        for mark in marks
+        if isinstance(mark, kind)
+    ]
+    return ", ".join([*kinds, *bounds, " | ".join(f"`{word}`" for word in words)]).rstrip(", ")
+
+
+def taken_apart(hint: Any) -> tuple[list[Any], list[Any]]:
+    """The forms of a union, and everything that annotates it or them."""
+    if get_origin(hint) is Annotated:
+        forms, marks = taken_apart(get_args(hint)[0])
+        return forms, [*marks, *hint.__metadata__]
+    if get_origin(hint) in (Union, UnionType):
+        parts = [taken_apart(part) for part in get_args(hint)]
+        return [form for forms, _ in parts for form in forms], [mark for _, marks in parts for mark in marks]
+    return [hint], []

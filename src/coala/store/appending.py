@@ -1,0 +1,78 @@
+"""A file that is only ever appended to, by one process, each line on disk before it is acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from coala.store.files import StoreError
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[int]:
+    """A file open for appending, locked against a second run; made if there is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreError(f"{path}: another run is writing there. Wait for it, or give another --out.") from None
+        yield file
+    finally:
+        os.close(file)
+
+
+def contents(file: int) -> bytes:
+    size = os.fstat(file).st_size
+    parts, place = [], 0
+    while place < size and (part := os.pread(file, min(2**26, size - place), place)):
+        parts.append(part)
+        place += len(part)
+    return b"".join(parts)
+
+
+class Appender:
+    """Appends lines and returns when they are on the disk; lines that wait for the disk at one time share its turn."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._flushing: asyncio.Task[None] | None = None
+
+    async def append(self, line: bytes) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((line, done))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush())
+        await done
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            error: Exception | None = None
+            try:
+                await asyncio.to_thread(self._write, b"".join(line for line, _ in batch))
+            except OSError as trouble:
+                error = StoreError(
+                    f"The journal could not be written ({trouble.strerror}). Free some space; go on then."
+                )
+            for _, done in batch:
+                if done.cancelled():
+                    continue
+                if error is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(error)
+
+    def _write(self, raw: bytes) -> None:
+        while raw:
+            raw = raw[os.write(self._file, raw) :]
+        os.fsync(self._file)
