@@ -23,7 +23,7 @@ from coala.compare.data import limited, part, prepare
 from coala.compare.matrix import spec_of
 from coala.compare.page import render
 from coala.compare.progress import FILE, Listener, Teller
-from coala.compare.results import PUBLISHED_COSTS, curve_of, falling, finite
+from coala.compare.results import PUBLISHED_COSTS, curve_of, falling
 from coala.compare.study import Study, study_of
 from coala.compare.text import _escaped, latex, markdown
 from coala.recipe import RecipeError
@@ -423,10 +423,6 @@ def test_markdown_has_a_cell_for_every_head() -> None:
     assert rows
     widths = {line.replace(r"\|", "").count("|") for line in rows[:7]}
     assert len(widths) == 1
-
-
-def test_numbers_that_json_has_not() -> None:
-    assert finite({"a": [math.nan, 1.0, (math.inf,)]}) == {"a": [None, 1.0, [None]]}
 
 
 # --- what is said ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from coala.evaluation.alpaca import win_rate as alpaca_win_rate
 from coala.evaluation.alpaca_judging import annotation_rows
 from coala.evaluation.length_control import length_controlled
 from coala.leaderboards.record import run_of
-from coala.report import Evaluation, Figure, Sample, add_evaluation, conclusions, write_report
+from coala.report import Evaluation, Measure, Sample, add_evaluation, conclusions, write_report
 from coala.report.evaluations import saved_evaluations
 from coala.store import RunFolder, StoreError, file_digest, load_generations, load_head, save_generations, save_pairs
 from coala.values import CoalaError, Estimate, Pair, Turn, prompt_id, user
@@ -518,7 +518,7 @@ def evaluation(files: dict[str, Path], **changes: Any) -> Evaluation:
         "of": "guided unguided",
         "title": "guided against unguided",
         "command": "coala eval judge a b --model '<m>'",
-        "figures": [Figure("win rate", rate, even=0.5), Figure("score", Estimate(7.5, 7.0, 8.0, 9, "t"), "plain")],
+        "measures": [Measure("win rate", rate, even=0.5), Measure("score", Estimate(7.5, 7.0, 8.0, 9, "t"), "plain")],
         "files": files,
         "judge": {"name": "pairwise m", "digest": "d" * 64, "prompts": {"prompt": "e" * 64}},
         "facts": {"not judged": "1 of 41"},
@@ -577,7 +577,7 @@ def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
 
 def test_sentences_on_evaluations_say_whether_there_is_a_difference() -> None:
     def said(low: float, high: float) -> str:
-        row = {"title": "t", "files": [], "figures": [vars(Figure("f", Estimate(0.6, low, high, 9, ""), even=0.5))]}
+        row = {"title": "t", "files": [], "figures": [vars(Measure("f", Estimate(0.6, low, high, 9, ""), even=0.5))]}
         return " ".join(conclusions({"evaluations": [row]}))
 
     assert "above 50 %" in said(0.55, 0.7)

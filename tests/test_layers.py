@@ -28,14 +28,15 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "__main__": ({"cli"}, set()),
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
-    "data": ({"store", "statistics"}, set()),
+    "pages": (set(), set()),
+    "data": ({"store", "statistics", "pages"}, set()),
     "backbone": ({"costs"}, {"torch", "transformers"}),
     "convex": ({"statistics"}, {"jax", "jaxtyping"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
     "evaluation": ({"data", "statistics"}, set()),
     "baselines": ({"store", "statistics", "costs", "backbone"}, {"torch"}),
-    "nash": ({"store", "statistics"}, {"jaxtyping", "scipy"}),
+    "nash": ({"store", "statistics", "pages"}, {"jaxtyping", "scipy"}),
     "comal": (
         {
             *(
@@ -49,20 +50,21 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "evaluation",
                 "baselines",
                 "nash",
+                "pages",
                 "alignment",
             ),
         },
         {"scipy"},
     ),
     "plan": ({"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "alignment"}, set()),
-    "report": ({"store", "costs"}, set()),
+    "report": ({"store", "pages"}, set()),
     "export": (
         {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "alignment"},
         {"torch", "transformers", "lm_eval"},
     ),
     "web": (set(), {"fastapi", "uvicorn"}),
-    "survey": ({"store", "statistics", "web"}, {"fastapi", "uvicorn"}),
-    "serve": ({"backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "survey": ({"store", "pages", "statistics", "web"}, {"fastapi", "uvicorn"}),
+    "serve": ({"pages", "backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
     "alignment": (
         {
             "store",
@@ -81,8 +83,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "compare": (
         {
-            *("store", "statistics", "costs", "recipe", "data", "backbone", "convex", "features", "decoding"),
-            *("evaluation", "baselines", "alignment", "plan", "report"),
+            *("store", "statistics", "pages", "costs", "recipe", "data", "backbone", "convex", "features"),
+            *("decoding", "evaluation", "baselines", "alignment", "plan"),
         },
         {"pydantic", "yaml"},
     ),

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coala.pages.words import flops, number, seconds, size
 from coala.report import conclusions, write_report
-from coala.report.content import flops, number, plain, seconds, size
 from coala.report.page import render
 from coala.statistics.intervals import share_estimate
 from coala.statistics.scores import (
@@ -29,7 +29,7 @@ from coala.statistics.scores import (
     perplexity,
     reliability,
 )
-from coala.store import RunFolder, load_json
+from coala.store import RunFolder, load_json, plain
 from coala.values import Certificate, CoalaError, Estimate
 
 HOSTILE = (
@@ -413,7 +413,7 @@ def test_empty_and_null_values_are_borne() -> None:
 def test_unknown_parts_are_refused() -> None:
     with pytest.raises(CoalaError, match=r"no part 'curve'.*curves"):
         page_of({"curve": {}})
-    with pytest.raises(CoalaError, match="cannot hold a object"):
+    with pytest.raises(CoalaError, match="cannot hold this: object has no JSON form"):
         page_of({"settings": {"x": object()}})
 
 

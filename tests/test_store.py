@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from coala.store import (
     load_head,
     load_judgements,
     load_pairs,
+    plain,
     save_features,
     save_generations,
     save_head,
@@ -32,7 +34,7 @@ from coala.store import (
     save_pairs,
     write_atomic,
 )
-from coala.values import Certificate, ConvexHead, FeatureSet, FeatureSpec, Generation, Judgement, Pair, Turn
+from coala.values import Certificate, ConvexHead, Estimate, FeatureSet, FeatureSpec, Generation, Judgement, Pair, Turn
 
 SPEC = FeatureSpec("model", "", "weights", "chat:0", 3, "mean", False, 64)
 CERTIFICATE = Certificate(
@@ -193,6 +195,37 @@ def test_a_path_through_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("data")
     with pytest.raises(StoreError, match=r"file/x: could not be written.*--out"):
         write_atomic(tmp_path / "file" / "x", b"data")
+
+
+def test_plain_values_are_what_json_holds() -> None:
+    value = {
+        1: [math.nan, 1.0, (math.inf,)],
+        "array": np.array([[1.0, math.nan]], np.float32),
+        "number": np.int64(3),
+        "yes": np.bool_(True),
+        "path": Path("a/b"),
+        "set": {"b", "a"},
+        "turn": Turn("user", "hi"),
+        "estimate": Estimate(0.5, -math.inf, 1.0, 3, "m"),
+        "nothing": [Estimate(math.nan, 0.0, 1.0, 0, "none")],
+    }
+    kept = {
+        "1": [None, 1.0, [None]],
+        "array": [[1.0, None]],
+        "number": 3,
+        "yes": True,
+        "path": "a/b",
+        "set": ["a", "b"],
+        "turn": {"role": "user", "text": "hi"},
+        "estimate": {"value": 0.5, "low": None, "high": 1.0, "n": 3, "method": "m"},
+        # The ends of an estimate of nothing are what is possible at all, not what was found.
+        "nothing": [{"value": None, "low": None, "high": None, "n": 0, "method": "none"}],
+    }
+    assert plain(value) == kept
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == kept
+    assert plain(plain(value)) == kept
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        plain({"x": object()})
 
 
 def test_digest_separates_values() -> None:

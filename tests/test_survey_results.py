@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from coala.cli.survey import app
 from coala.statistics.intervals import share_estimate
 from coala.statistics.votes import two_way_error, two_way_share
+from coala.store import plain
 from coala.survey import Prompt, Question, Records, Survey, Votes, analyse, build, save_survey
 from coala.survey.page import results_page, verdicts
 from coala.survey.records import new_token
-from coala.survey.results import ALL, plain
+from coala.survey.results import ALL
 from coala.survey.votes import Attendance, Checked, Repeated, Vote
 from coala.values import CoalaError, Generation
 from tests.survey_raters import made_up

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import signal
 import sys
@@ -11,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -39,7 +37,7 @@ wants_json: ContextVar[bool] = ContextVar("wants_json", default=False)
 
 
 def emit(result: dict[str, Any], *, alone: bool = False) -> None:
-    """The last line on stdout: one JSON object for programs, who pipe stdout or say ``--json``.
+    """The last line on stdout: one JSON object for programs, who pipe stdout or say ``--json``; not finite is null.
 
     People at a terminal have seen what it holds; if nothing else was shown (``alone``), they get its short values.
     """
@@ -47,16 +45,10 @@ def emit(result: dict[str, Any], *, alone: bool = False) -> None:
         short = {name: value for name, value in result.items() if isinstance(value, str | int | float | Path)}
         table([[name.replace("_", " "), str(value)] for name, value in short.items()] if alone else [])
         return
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value) and not isinstance(value, type):
-            return asdict(value)
-        if isinstance(value, Path):
-            return str(value)
-        return float(value)
+    from coala.store import plain
 
     sys.stdout.flush()
-    write(json_text(json.dumps(result, default=plain, ensure_ascii=False)))
+    write(json_text(json.dumps(plain(result), ensure_ascii=False)))
 
 
 def say(message: str) -> None:
@@ -202,24 +194,10 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 10
 
 
 def finish(result: Mapping[str, Any], remarks: Sequence[str]) -> None:
-    """Remarks on stderr, then the JSON line, in which a number that is not finite is null."""
-    from coala.values import Estimate
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Estimate) and math.isnan(value.value):
-            # The ends of an estimate of nothing are what is possible at all, not what was found.
-            value = {**asdict(value), "low": None, "high": None}
-        if is_dataclass(value) and not isinstance(value, type):
-            value = {item.name: getattr(value, item.name) for item in fields(value)}
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """Remarks on stderr, then the JSON line."""
     for remark in remarks:
         say(f"note: {remark}")
-    emit({**plain(result), "remarks": list(remarks)})
+    emit({**result, "remarks": list(remarks)})
 
 
 def tell_failures() -> Any:

@@ -17,7 +17,9 @@ from coala.comal.measures import remarks
 from coala.comal.settings import COMALSettings
 from coala.nash import plots
 from coala.nash.criteria import Note
-from coala.nash.page import Part, Picture, Table, render
+from coala.nash.page import BRAND, noted
+from coala.pages.parts import Table, gallery, headed, page, paragraphs, section
+from coala.pages.words import bracketed
 from coala.store import RunFolder, load_json
 
 MIB = 2**20
@@ -125,36 +127,38 @@ def run_page(summary: Mapping[str, Any], title: str) -> str:
     }
     words = f"Margin asked for and margin achieved by step, at the end {lines['asked'][-1]:.3g} and "
     words += f"{lines['achieved'][-1]:.3g}."
-    parts = [
-        Part(
+    margins = (
+        plots.curves(lines, "margin, nats", words, floor=1e-6, xlabel="step", wide=True) if len(steps) > 1 else None
+    )
+    return page(
+        title,
+        BRAND,
+        section(
             "Run",
-            [
+            paragraphs(
                 f"{summary['policy']}; oracle {summary['oracle']}.",
                 f"eta {settings['eta']:g}, tau {settings['tau']:g} (eta tau {settings['ref_weight']:.3g}), "
                 f"{settings['outer_steps']} updates of {settings['inner_steps']} steps, loss {settings['inner_loss']}.",
-            ],
-            notes=[Note(note["level"], note["text"]) for note in summary["notes"]],
+            ),
+            *noted([Note(note["level"], note["text"]) for note in summary["notes"]]),
         ),
-        Part(
+        section(
             "By update of the reference",
-            [
+            paragraphs(
                 "Margin asked: root mean square of the differences of log-probabilities that the targets ask for, as "
                 "far as differences can meet them; achieved: the share of it that was reached, the effective eta as a "
                 "share of eta; transitive: that part's share of the targets; cyclic: the share of triples of answers "
                 "that go in a circle, where all pairs were judged. Drift: nats by which the sampled answers' "
                 "log-probability changed, summed over the steps; mass: the least share of probability kept in a step. "
                 "Peak: the process's highest use of memory until then.",
-            ],
-            [Picture(plots.curves(lines, "margin, nats", floor=1e-6, xlabel="step"), words, wide=True)]
-            if len(steps) > 1
-            else [],
-            [
+            ),
+            gallery(margins),
+            headed(
                 Table(f"{summary['seconds']:.0f} seconds in all", head, rows),
-                Table("Seconds by stage", ["update", *STAGES], seconds),
-            ],
+                Table("Seconds by stage", ("update", *STAGES), seconds),
+            ),
         ),
-    ]
-    return render(title, parts, width=22)
+    )
 
 
 # --- matrices ----------------------------------------------------------------------------------------------------
@@ -165,11 +169,8 @@ def matrix_rows(rates: WinRates) -> tuple[list[str], list[list[str]]]:
     head = ["row beats column, %", *rates.names, "mean", "characters"]
     rows = []
     for i, name in enumerate(rates.names):
-        cells = [
-            "50" if i == j else f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]" for j, e in enumerate(rates.intervals[i])
-        ]
-        mean = rates.averages[i]
-        rows.append([name, *cells, f"{mean.value:.1f} [{mean.low:.1f}, {mean.high:.1f}]", f"{rates.characters[i]:.0f}"])
+        cells = ["50" if i == j else bracketed(e, scale=1) for j, e in enumerate(rates.intervals[i])]
+        rows.append([name, *cells, bracketed(rates.averages[i], scale=1), f"{rates.characters[i]:.0f}"])
     return head, rows
 
 
@@ -184,16 +185,17 @@ def matrix_page(rates: WinRates, nash: EmpiricalNash, title: str, sentences: Seq
     head, rows = matrix_rows(rates)
     alone = "It is the only one." if nash.unique else "It is one of several."
     how = "who is preferred counts (a tie half)" if rates.mode == "hard" else "mean of the oracle's probabilities"
-    parts = [
-        Part("Win rates", list(sentences), tables=[Table(f"Win rates in %; {how}", head, rows)]),
-        Part(
+    return page(
+        title,
+        BRAND,
+        section("Win rates", paragraphs(*sentences), headed(Table(f"Win rates in %; {how}", head, rows))),
+        section(
             "Empirical Nash mixture",
-            [
+            paragraphs(
                 f"The mixture of these entrants that none of them beats. {alone} The gap of an entrant is what the one "
                 "that beats it most wins beyond what it loses, as a share; 0 if none does. Both are of the win rates "
                 "as measured and inherit their error."
-            ],
-            tables=[Table("Entrants", *nash_rows(nash))],
+            ),
+            headed(Table("Entrants", *nash_rows(nash))),
         ),
-    ]
-    return render(title, parts, width=22)
+    )

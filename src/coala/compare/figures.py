@@ -1,15 +1,13 @@
-"""Figures of a comparison as inline SVG, in the style of :mod:`coala.report.figures`."""
+"""Figures of a comparison as inline SVG, in the style of :mod:`coala.pages.drawing`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from coala.report.figures import GREY, Drawing, drawing
-
-COLOURS = ("#1f6f8b", "#d1603d", "#5b8a3c", "#8b5fa8", "#b08a1e", "#c2527f", "#3f4a56", "#4f9c95", "#7a6a58", "#5d6fc4")
+from coala.pages.drawing import GREY, Drawing, colours, drawing
 
 
 def margin_curves(place: Mapping[str, Any]) -> Drawing | None:
@@ -21,7 +19,7 @@ def margin_curves(place: Mapping[str, Any]) -> Drawing | None:
 
     def draw(axes: Any) -> None:
         axes.axhline(0, color=GREY, linewidth=1)
-        for row, colour in zip(rows, _colours(len(rows)), strict=True):
+        for row, colour in zip(rows, colours(len(rows)), strict=True):
             lines = np.array([np.interp(grid, *np.array(curve).T) for curve in row["curves"] if curve])
             axes.plot(grid, lines.mean(0), color=colour, label=row["label"])
             if len(lines) > 1:
@@ -50,7 +48,7 @@ def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Dr
 
     def draw(axes: Any) -> None:
         axes.axhline(50, color=GREY, linewidth=1, linestyle=":")
-        for (row, run, searched), colour in zip(points, _colours(len(points)), strict=True):
+        for (row, run, searched), colour in zip(points, colours(len(points)), strict=True):
             estimate = row[measure]
             value = 100 * estimate["value"]
             ends = [[value - 100 * estimate["low"]], [100 * estimate["high"] - value]]
@@ -76,7 +74,3 @@ def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Dr
 
 def _key(place: Mapping[str, Any]) -> str:
     return "-".join(str(place[name]) for name in ("dataset", "model", "init"))
-
-
-def _colours(n: int) -> Sequence[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(n)]

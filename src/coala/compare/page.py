@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from coala.compare import figures, tables
-from coala.compare.results import content_of, finite
+from coala.compare.results import content_of
 from coala.compare.study import Study
 from coala.compare.text import latex, markdown, place_tables, place_title, sentences
-from coala.report.figures import Drawing
-from coala.store import save_json, write_atomic
+from coala.pages.parts import Part, aside, code_block, gallery, headed, listing, page, paragraphs, section
+from coala.store import plain, save_json, write_atomic
 
 
 def write_report(
@@ -19,7 +19,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write ``report.html``, ``.json``, ``.tex`` and ``.md`` into ``out``; the content."""
     out = Path(out)
-    content: dict[str, Any] = finite({**content_of(study, out), "command": command, "machine": dict(machine or {})})
+    content: dict[str, Any] = plain({**content_of(study, out), "command": command, "machine": dict(machine or {})})
     save_json(out / "report.json", content)
     write_atomic(out / "report.html", render(content))
     write_atomic(out / "report.tex", latex(content))
@@ -29,51 +29,35 @@ def write_report(
 
 def render(content: Mapping[str, Any]) -> str:
     """The page of a content: no script, nothing fetched, the same bytes for the same content."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader([here, here.parent / "report"]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # Both packages have a page.html; this folder comes first, the stylesheet is the report's.
-    return environment.get_template("page.html").render(_view(content)).rstrip() + "\n"
-
-
-def _view(content: Mapping[str, Any]) -> dict[str, Any]:
     counts = content["counts"]
     facts = [f"{counts['done']} of {counts['cells']} cells done"]
     facts += [f"{counts['failed']} failed"] if counts["failed"] else []
     facts += [f"{counts['missing']} missing"] if counts["missing"] else []
     facts += [f"{name}: {value}" for name, value in sorted(content["machine"].items())]
-    more = [tables.stage_one(content), tables.published(content), tables.failures(content)]
-    return {
-        "title": content["title"],
-        "reproduces": content["reproduces"],
-        "facts": facts,
-        "conclusions": sentences(content),
-        "places": [
-            {
-                "title": place_title(place),
-                "pairs": _worded(place["pairs"]),
-                "tables": place_tables(place),
-                "figures": _drawn(
-                    figures.margin_curves(place),
-                    figures.accuracy_by_flops(place),
-                    figures.accuracy_by_flops(place, "win_rate"),
-                )
-                if place["ranks"]
-                else [],
-            }
-            for place in content["places"]
-        ],
-        "tables": [table for table in more if table is not None],
-        "how": list(_how(content)),
-        "command": content["command"],
-    }
+    more = (tables.stage_one(content), tables.published(content), tables.failures(content))
+    found = sentences(content) or ["No cell is done yet, so there is nothing to conclude."]
+    return page(
+        content["title"],
+        "COALA comparison",
+        section("In short", listing(found, "conclusions"), aside(content["reproduces"]), name="short"),
+        *map(_place, content["places"]),
+        section(
+            "Costs as published, and what failed", headed(*(table for table in more if table is not None)), name="more"
+        ),
+        section("How it was made", paragraphs(*_how(content)), code_block(content["command"]), name="how"),
+        facts=facts,
+        footer="All numbers are in report.json beside this page.",
+    )
+
+
+def _place(place: Mapping[str, Any]) -> Part:
+    shown = (
+        figures.margin_curves(place),
+        figures.accuracy_by_flops(place),
+        figures.accuracy_by_flops(place, "win_rate"),
+    )
+    drawn = gallery(*shown) if place["ranks"] else ""
+    return section(place_title(place), aside(_worded(place["pairs"])), headed(*place_tables(place)), drawn)
 
 
 def _worded(pairs: Mapping[str, Any]) -> str:
@@ -98,9 +82,3 @@ def _how(content: Mapping[str, Any]) -> Iterator[str]:
         )
     seeds = content["settings"]["seeds"]
     yield f"Seeds: {', '.join(map(str, seeds))}."
-
-
-def _drawn(*drawings: Drawing | None) -> list[dict[str, Any]]:
-    from markupsafe import Markup
-
-    return [{"svg": Markup(d.svg), "title": d.title, "caption": d.caption} for d in drawings if d is not None]

@@ -17,7 +17,6 @@ margin_ratio {mean, sd}, nll, kl, perplexity, win_rate (ESTIMATE), rate, curves,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -238,14 +237,3 @@ def _stage_one(study: Study, places: Sequence[Mapping[str, Any]]) -> list[dict[s
         if entry:
             rows.append({**{k: place[k] for k in ("dataset", "model", "init")}, "accuracy": entry})
     return rows
-
-
-def finite(value: Any) -> Any:
-    """The content with numbers that JSON has not as None."""
-    if isinstance(value, dict):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

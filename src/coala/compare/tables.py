@@ -5,22 +5,11 @@ Words and rounds; computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from coala.report.content import UNKNOWN, flops, number, seconds, size
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text below a head; the first cell of a row is its name. ``words``: cells hold sentences, which wrap."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    words: bool = False
+from coala.pages.parts import Table
+from coala.pages.words import UNKNOWN, bracketed, flops, number, seconds, size
 
 
 def ranking(place: Mapping[str, Any]) -> Table | None:
@@ -42,7 +31,7 @@ def ranking(place: Mapping[str, Any]) -> Table | None:
             (
                 row["label"],
                 UNKNOWN if row["rate"] is None else f"{row['rate']:g}",
-                share(row["accuracy"]),
+                bracketed(row["accuracy"]),
                 deviation(row["seed_accuracy"], 100),
                 over_seeds(row["margin_ratio"]),
                 over_seeds(row["nll"]),
@@ -65,7 +54,7 @@ def differences(place: Mapping[str, Any]) -> Table | None:
     rows = [
         (
             f"minus {entry['minus']}",
-            f"{points(entry['difference'])}",
+            bracketed(entry["difference"], "+.1f"),
             f"{entry['p']:.2g}",
             f"{entry['p_holm']:.2g}",
         )
@@ -80,9 +69,9 @@ def replies(place: Mapping[str, Any]) -> Table | None:
     rows = [
         (
             row["label"],
-            share(row["win_rate"]),
-            plain(row["perplexity"]),
-            plain(row["kl"]),
+            bracketed(row["win_rate"]),
+            bracketed(row["perplexity"], ".3g", 1),
+            bracketed(row["kl"], ".3g", 1),
             over_seeds(row["tokens"]),
         )
         for row in place["methods"]
@@ -206,7 +195,7 @@ def stage_one(content: Mapping[str, Any]) -> Table | None:
         ("model, data", *names),
         [
             (f"{row['model']}, {row['dataset']}" + (", after SFT" if row["init"] == "sft" else ""),
-             *(share(row["accuracy"].get(name)) for name in names))
+             *(bracketed(row["accuracy"].get(name)) for name in names))
             for row in rows
         ],
     )  # fmt: skip
@@ -227,30 +216,10 @@ def failures(content: Mapping[str, Any]) -> Table | None:
                 f"{size(sum(needs.values()))} ({plan.get('how', 'planned')}: {told})" if needs else UNKNOWN,
             )
         )
-    return Table("Cells that failed", ("cell", "what happened", "planned memory"), rows, words=True)
+    return Table("Cells that failed", ("cell", "what happened", "planned memory"), rows, kind="words")
 
 
 # --- single cells ------------------------------------------------------------------------------------------------
-
-
-def share(estimate: Mapping[str, Any] | None) -> str:
-    if estimate is None or estimate.get("value") is None:
-        return UNKNOWN
-    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
-
-
-def points(estimate: Mapping[str, Any]) -> str:
-    if estimate.get("low") is None or estimate.get("high") is None:
-        return f"{100 * estimate['value']:+.1f}"
-    return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
-
-
-def plain(estimate: Mapping[str, Any] | None) -> str:
-    if estimate is None or estimate.get("value") is None:
-        return UNKNOWN
-    if estimate.get("low") is None or estimate.get("high") is None:
-        return number(estimate["value"])
-    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
 
 
 def over_seeds(found: Mapping[str, Any] | None) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from coala.compare import tables
 from coala.compare.study import Study
-from coala.compare.tables import Table
-from coala.report.content import flops, seconds, size
+from coala.pages.parts import Part, Table
+from coala.pages.words import bracketed, flops, seconds, size
 
 # LaTeX's own signs, and those that its fonts lack.
 _SIGNS = {
@@ -72,8 +72,8 @@ def latex(content: Mapping[str, Any]) -> str:
 
 
 def _tabular(table: Table, caption: str) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(map(_escaped, cells)) + r" \\"
+    def line(cells: Sequence[Part]) -> str:
+        return " & ".join(_escaped(str(cell)) for cell in cells) + r" \\"
 
     body = [line(table.head), r"\hline", *map(line, table.rows)]
     columns = "l" + "r" * (len(table.head) - 1)
@@ -116,8 +116,8 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def _piped(table: Table) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    def line(cells: Sequence[Part]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     rows = [line(table.head), line(["---"] * len(table.head)), *map(line, table.rows)]
     return ["", f"**{table.caption}**", "", *rows, *(["", table.note] if table.note else [])]
@@ -140,8 +140,8 @@ def summary_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 (
                     place_title(place),
                     row["label"],
-                    tables.share(row["accuracy"]),
-                    tables.share(row["win_rate"]),
+                    bracketed(row["accuracy"]),
+                    bracketed(row["win_rate"]),
                     flops(run) + ("" if costs is None or costs["counter"] else " (formula)"),
                     tables.percent(first.get("flops")),
                 )

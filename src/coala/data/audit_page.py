@@ -1,37 +1,81 @@
-"""An audit as one HTML page that needs nothing else; the template is ``audit.html`` beside this module."""
+"""An audit as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from coala.data.audit import FEATURES, SHUFFLED, Audit
+from markupsafe import Markup
+
+from coala.data.audit import FEATURES, SHUFFLED, Audit, Example
+from coala.pages.parts import Table, aside, bar, facts, listing, page, section, sides
+from coala.pages.words import bracketed
 from coala.values import Estimate
 
 LONGEST = 600  # characters of a text that are shown
 
 
 def render(audit: Audit, title: str) -> str:
-    """The page; every text of the data reaches it through Jinja's escaping."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "cut": _cut, "bar": _bar}
-    return environment.get_template("audit.html").render(
-        title=title,
-        audit=audit,
-        controls=(SHUFFLED, FEATURES),
-        # A column in which no pair differs says nothing.
-        styles=sorted(
-            (one for one in audit.styles if one.chosen_has_more.n),
-            key=lambda one: -abs(one.chosen_has_more.value - 0.5),
+    """The page; every text of the data is escaped."""
+    leaks = " and leaks" if "leaks: pairs of the other split" in audit.counts else ""
+    return page(
+        title,
+        "COALA data audit",
+        section("In short", listing(audit.verdicts, "conclusions")),
+        section(
+            "What cues alone rank right",
+            aside(
+                "Logistic regression on the difference of the two replies, five folds by group, ridge chosen within; "
+                "per cent with 95 % interval clustered by group, a tie counting one half. The line marks one half."
+            ),
+            Table(
+                "What cues alone rank right",
+                ("sees only", "ranked right, %", "", "ties, %"),
+                [
+                    (
+                        Markup("{} <small>(for comparison)</small>").format(cue.name)
+                        if cue.name in (SHUFFLED, FEATURES)
+                        else cue.name,
+                        *_shown(cue.accuracy),
+                        f"{100 * cue.tied:.1f}",
+                    )
+                    for cue in audit.cues
+                ],
+            ),
         ),
+        section(
+            "How chosen and rejected replies differ",
+            aside(
+                "Means (lengths as log(1 + n), words and marks as shares of replies), and of the pairs that differ the "
+                "share in which the chosen reply has more."
+            ),
+            Table(
+                "How chosen and rejected replies differ",
+                ("", "chosen", "rejected", "chosen has more, %", "", "pairs that differ"),
+                [
+                    (
+                        one.name,
+                        f"{one.chosen:.2f}",
+                        f"{one.rejected:.2f}",
+                        *_shown(one.chosen_has_more),
+                        f"{one.chosen_has_more.n:,}",
+                    )
+                    # A column in which no pair differs says nothing.
+                    for one in sorted(audit.styles, key=lambda one: -abs(one.chosen_has_more.value - 0.5))
+                    if one.chosen_has_more.n
+                ],
+            ),
+        ),
+        section(
+            f"Repeats{leaks}",
+            aside("Nearly the same: Jaccard similarity of three-word runs of 0.8 and more, between different groups."),
+            facts("Repeats", ((name, f"{n:,}") for name, n in audit.counts.items())),
+        ),
+        section(
+            "The pairs that cues give away most plainly",
+            *map(_example, audit.examples),
+            None if audit.examples else aside("None: the cues rank no pair right."),
+        ),
+        facts=[f"{audit.n_pairs:,} pairs in {audit.n_groups:,} groups"],
     )
 
 
@@ -62,18 +106,14 @@ def audit_summary(audit: Audit) -> dict[str, Any]:
     }
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+def _shown(estimate: Estimate) -> tuple[str, Markup]:
+    """An estimate in per cent with its interval, and the interval drawn."""
+    return bracketed(estimate), bar(estimate.low, estimate.value, estimate.high)
 
 
-def _bar(estimate: Estimate) -> dict[str, str]:
-    """Places of the interval and its value on a scale from 0 to 1, as CSS percentages."""
-    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
-    return {
-        "left": f"{100 * low:.2f}%",
-        "width": f"{100 * (high - low):.2f}%",
-        "at": f"{100 * min(1.0, max(0.0, estimate.value)):.2f}%",
-    }
+def _example(one: Example) -> Markup:
+    because = aside(f"margin {one.margin:.1f}, mostly by {', '.join(one.because)}")
+    return sides(_cut(one.prompt), {name: (name, _cut(getattr(one, name))) for name in ("chosen", "rejected")}, because)
 
 
 def _cut(text: str) -> str:

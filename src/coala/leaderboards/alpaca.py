@@ -14,9 +14,9 @@ from coala.leaderboards.record import (
     Outcome,
     about,
     comparisons,
-    figure,
     judged_rows,
-    order_figures,
+    measure,
+    order_measures,
     spending,
     spread,
     told_interval,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings
     from coala.evaluation.alpaca import Annotations, WinRate
     from coala.evaluation.length_control import LengthControlled
-    from coala.report import Figure
+    from coala.report import Measure
     from coala.statistics.intervals import Float
     from coala.store import RunFolder
 
@@ -71,8 +71,8 @@ class LengthControl:
         by = {"penalty": chosen, "stopping": self.stopping, "difficulty by": self.difficulty_by}
         return {**by, "draws": self.draws, "seed": self.seed}
 
-    def figures(self, rows: Annotations, outputs: Float | None, *, alone: bool) -> _Found:
-        """All figures of annotated rows; ``alone`` controls length by them alone where there are no files."""
+    def measures(self, rows: Annotations, outputs: Float | None, *, alone: bool) -> _Found:
+        """All measures of annotated rows; ``alone`` controls length by them alone where there are no files."""
         from coala.evaluation.alpaca import win_rate
 
         raw = win_rate(rows, outputs)
@@ -86,7 +86,7 @@ class LengthControl:
             ["reference", f"{raw.baseline}, {raw.baseline_length:.0f} characters on average"],
         ]
         result: dict[str, Any] = {"model": raw.model, "raw": raw}
-        figures = [figure("win rate", raw.win_rate, "percent", 50.0)]
+        measures = [measure("win rate", raw.win_rate, "percent", 50.0)]
         facts: dict[str, Any] = {"standard error": raw.standard_error}
         remarks = raw.remarks
         controlled = self._controlled(rows, alone)
@@ -97,17 +97,17 @@ class LengthControl:
             shown.insert(1, ["length-controlled", f"{told_interval(controlled.win_rate)} {beside}"])
             shown.insert(3, ["its published error" if self.files else "its standard error", _number(error)])
             result["length_controlled"] = {k: v for k, v in vars(controlled).items() if k != "predictions"}
-            figures.append(figure("length-controlled win rate", controlled.win_rate, "percent", 50.0))
+            measures.append(measure("length-controlled win rate", controlled.win_rate, "percent", 50.0))
             facts["standard error of the length-controlled"] = error
             remarks += tuple(remark for remark in controlled.remarks if remark not in remarks)
-        figures.append(figure("excluding ties", raw.excluding_ties, "percent", 50.0))
+        measures.append(measure("excluding ties", raw.excluding_ties, "percent", 50.0))
         facts |= {
             "wins / losses / ties": f"{raw.n_wins} / {raw.n_wins_base} / {raw.n_draws}",
             "without a preference": raw.n_missing,
             "average length": f"{raw.average_length} characters",
             "reference": f"{raw.baseline}, {raw.baseline_length:.0f} characters on average",
         }
-        return _Found(raw, shown, result, figures, facts, remarks)
+        return _Found(raw, shown, result, measures, facts, remarks)
 
     def _controlled(self, rows: Annotations, alone: bool) -> LengthControlled | None:
         import numpy as np
@@ -135,18 +135,18 @@ class LengthControl:
 def count_alpaca(
     annotations: Path, *, control: LengthControl, outputs: Path | None = None, command: str = ""
 ) -> Outcome:
-    """The figures of saved annotations of one model; ``outputs`` is its whole output file, for its average length."""
+    """The measures of saved annotations of one model; ``outputs`` is its whole output file, for its average length."""
     from coala.evaluation.alpaca import read_annotations, read_output_lengths
     from coala.report import Evaluation
 
     rows = read_annotations(annotations)
-    found = control.figures(rows, None if outputs is None else read_output_lengths(outputs), alone=False)
+    found = control.measures(rows, None if outputs is None else read_output_lengths(outputs), alone=False)
     evaluation = Evaluation(
         kind="alpaca",
         of=f"{found.raw.model} {annotations.name.partition('.')[0]}",
         title=f"AlpacaEval 2: {found.raw.model} against {found.raw.baseline}",
         command=command,
-        figures=found.figures,
+        measures=found.measures,
         files={"annotations": annotations, **control.files, **({} if outputs is None else {"outputs": outputs})},
         judge=_annotators(annotations),
         settings=control.settings,
@@ -200,7 +200,7 @@ def run_alpaca(
     parts = [*sides, judge.name, *(() if asks is None else (asks,)), *(("one-order",) * one_order)]
     folder = run.path / "alpaca" / "-".join(stem(str(part)) for part in parts)
     saved = _save(folder, held)
-    found = control.figures(read_annotations(saved["annotations"]), None, alone=True)
+    found = control.measures(read_annotations(saved["annotations"]), None, alone=True)
     more = (*held.chosen.remarks, *remarks_on(held.found.judgements))
     said = held.found
     evaluation = Evaluation(
@@ -208,7 +208,7 @@ def run_alpaca(
         of=f"{found.raw.model} {folder.name}",
         title=f"AlpacaEval 2: {found.raw.model} against {found.raw.baseline}, judged by {held.chosen.judge.name}",
         command=command,
-        figures=[*found.figures, *order_figures(said)],
+        measures=[*found.measures, *order_measures(said)],
         files={"prompts": prompts, **given_reference(reference), **saved, **control.files, **held.chosen.files},
         judge=held.chosen.facts,
         settings={**control.settings, **described(run, manner), "orders": "one, drawn" if one_order else "both"},
@@ -225,12 +225,12 @@ def run_alpaca(
 
 @dataclass(frozen=True)
 class _Found:
-    """The figures, as they are printed, emitted and kept."""
+    """The measures, as they are printed, emitted and kept."""
 
     raw: WinRate
     shown: list[list[str]]
     result: dict[str, Any]
-    figures: list[Figure]
+    measures: list[Measure]
     facts: dict[str, Any]
     remarks: tuple[str, ...]
 

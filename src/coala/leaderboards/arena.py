@@ -13,9 +13,9 @@ from coala.leaderboards.record import (
     Outcome,
     about,
     comparisons,
-    figure,
     judged_rows,
-    order_figures,
+    measure,
+    order_measures,
     spending,
     told_interval,
 )
@@ -138,11 +138,15 @@ def _outcome(
     scores = score(battles, baseline, board=board, draws=draws, seed=seed)
     controlled = _styled(battles, style, baseline, board, draws, seed) if style else None
     result: dict[str, Any] = {"baseline": baseline, "scores": scores, "failed_games": battles.n_failed}
-    figures = [figure(f"{one.model}, percent of battles", one.score, "percent", 50.0) for one in scores.values()]
-    figures += [figure(f"{one.model}, excluding ties", one.excluding_ties, "percent", 50.0) for one in scores.values()]
+    measures = [measure(f"{one.model}, percent of battles", one.score, "percent", 50.0) for one in scores.values()]
+    measures += [
+        measure(f"{one.model}, excluding ties", one.excluding_ties, "percent", 50.0) for one in scores.values()
+    ]
     if controlled:
         result["style_controlled"] = controlled
-        figures += [figure(f"{n}, style controlled", value, "percent", 50.0) for n, value in controlled.scores.items()]
+        measures += [
+            measure(f"{n}, style controlled", value, "percent", 50.0) for n, value in controlled.scores.items()
+        ]
     facts: dict[str, Any] = {"baseline": baseline, "games without a verdict": battles.n_failed}
     facts |= {f"{one.model}, win / loss / tie": f"{one.wins} / {one.losses} / {one.ties}" for one in scores.values()}
     tables, remarks = [_table(scores, controlled, board)], battles.remarks
@@ -151,7 +155,7 @@ def _outcome(
         remarks = (*held.chosen.remarks, *remarks, *remarks_on(found.judgements))
         tables.append((judged_rows(found), []))
         result |= {"judge": held.chosen.judge.name, **about(found)}
-        figures += order_figures(found)
+        measures += order_measures(found)
         facts |= spending(found.n_unjudged, found.n_comparisons, found.stopped, found.cost, found.words)
     whose = ", ".join(scores)
     evaluation = Evaluation(
@@ -159,7 +163,7 @@ def _outcome(
         of=f"{whose} {baseline}",
         title=f"Arena-Hard: {whose} against {baseline}",
         command=command,
-        figures=figures,
+        measures=measures,
         files=dict(files),
         judge={} if held is None else held.chosen.facts,
         settings={**settings, "board": board, "draws": draws, "seed": seed},

@@ -27,7 +27,7 @@ def run_lm_eval(
     ``settings`` are arguments of ``lm_eval.simple_evaluate``. Likelihoods are the base model's. Raises
     :class:`~coala.values.CoalaError` without the harness (extra ``lm-eval``) and for tasks that it does not know.
     """
-    from coala.report import Evaluation, Figure
+    from coala.report import Evaluation, Measure
     from coala.store import save_json
 
     try:
@@ -52,8 +52,8 @@ def run_lm_eval(
         **settings,
         **seeds,
     )
-    figures = [
-        Figure(f"{task} {name.partition(',')[0]}", _estimate(value, name, values, found, task), "plain")
+    measures = [
+        Measure(f"{task} {name.partition(',')[0]}", _estimate(value, name, values, found, task), "plain")
         for task, values in found["results"].items()
         for name, value in values.items()
         if isinstance(value, float) and "_stderr" not in name
@@ -65,12 +65,12 @@ def run_lm_eval(
         of=", ".join(tasks),
         title=f"lm-evaluation-harness: {', '.join(tasks)}",
         command=command,
-        figures=figures,
+        measures=measures,
         files={},
         settings={**guidance, **settings, "seed": seed, "tasks": list(tasks)},
         facts={f"version of {task}": version for task, version in (found.get("versions") or {}).items()},
     )
-    rows = [[one.name, interval(one.estimate, 4), str(one.estimate.n)] for one in figures]
+    rows = [[one.name, interval(one.estimate, 4), str(one.estimate.n)] for one in measures]
     result = {"run": run, "results": found["results"]}
     return Outcome(evaluation, result, [(rows, ["task and metric", "value [95 %]", "n"])])
 

@@ -1,4 +1,4 @@
-"""MT-Bench: grades of answers by a judge, end to end with a run or not, and the figures of saved judgements."""
+"""MT-Bench: grades of answers by a judge, end to end with a run or not, and the measures of saved judgements."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from coala.leaderboards.judges import (
     quiet,
     stem,
 )
-from coala.leaderboards.record import Outcome, cost_rows, figure, spending, spent, spread, told, told_interval
+from coala.leaderboards.record import Outcome, cost_rows, measure, spending, spent, spread, told, told_interval
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings
     from coala.evaluation.grading import Answered
     from coala.leaderboards.judges import Chosen
-    from coala.report import Evaluation, Figure
+    from coala.report import Evaluation, Measure
     from coala.store import RunFolder
 
 
@@ -124,16 +124,16 @@ def count_mtbench(judgements: Path, questions: Path | None = None, *, command: s
     categories = None if questions is None else mtbench.read_categories(questions)
     ratings, remarks = mtbench.read_ratings(judgements, categories)
     scores = mtbench.scores(ratings)
-    figures, tables = [], []
+    measures, tables = [], []
     for one in scores.values():
         parts = {"overall": one.overall}
         parts |= {f"turn {turn}": value for turn, value in one.by_turn.items()} | dict(one.by_category)
         rows = [[name, told_interval(value), str(value.n)] for name, value in parts.items()]
         tables.append((rows, [one.model, "score", "n"]))
-        figures += [figure(f"{one.model}, {name}", value, "plain") for name, value in parts.items()]
+        measures += [measure(f"{one.model}, {name}", value, "plain") for name, value in parts.items()]
     remarks += _said(scores)
     failures = {f"error, {one.model}": one.n_errors for one in scores.values() if one.n_errors}
-    record = _record(judgements, scores, figures, {}, failures, remarks, command)
+    record = _record(judgements, scores, measures, {}, failures, remarks, command)
     return Outcome(record, {"scores": scores}, tables, remarks=remarks)
 
 
@@ -176,12 +176,12 @@ def _graded(
     ratings, remarks = mtbench.read_ratings(out)
     scores = mtbench.scores(ratings)
     remarks = (*chosen.remarks, *remarks, *_said(scores))
-    figures, tables = [], []
+    measures, tables = [], []
     for one in scores.values():
         parts = {"overall": one.overall, **{f"turn {turn}": value for turn, value in one.by_turn.items()}}
         tables.append(([[name, told(value)] for name, value in parts.items()], [one.model, f"graded by {by.name}"]))
         parts |= dict(one.by_category)
-        figures += [figure(f"{one.model}, {name}", value, "plain") for name, value in parts.items()]
+        measures += [measure(f"{one.model}, {name}", value, "plain") for name, value in parts.items()]
     costs = cost_rows(found.failures, found.cost, f"{found.n_unjudged} of {found.n_grades} grades", found.words)
     result = {
         "out": str(out),
@@ -195,7 +195,7 @@ def _graded(
         of=f"{names} {stem(judge.name)} {by.model}",
         title=f"{names}, graded by {by.name}",
         command=command,
-        figures=figures,
+        measures=measures,
         files={**files, "grades": out},
         judge=chosen.facts,
         settings=dict(settings),
@@ -233,22 +233,22 @@ def _matches(judgements: Path, command: str) -> Outcome:
         for one in contests.values()
     ]
     head = ["model", "win / loss / tie", "win rate", "loss rate", "adjusted", "excluding ties", "errors"]
-    figures = [
-        figure(f"{one.model}, {word}", rate, even=0.5 if word != "wins" else None)
+    measures = [
+        measure(f"{one.model}, {word}", rate, even=0.5 if word != "wins" else None)
         for one in contests.values()
         for word, rate in (("wins", one.win_rate), ("adjusted", one.adjusted), ("no ties", one.excluding_ties))
     ]
     facts = {f"{one.model}, win / loss / tie": f"{one.wins} / {one.losses} / {one.ties}" for one in contests.values()}
     failures = {"error": next(iter(contests.values())).n_errors}
     remarks += _said(contests)
-    record = _record(judgements, contests, figures, facts, failures, remarks, command)
+    record = _record(judgements, contests, measures, facts, failures, remarks, command)
     return Outcome(record, {"matches": contests}, [(rows, head)], remarks=remarks)
 
 
 def _record(
     judgements: Path,
     models: Mapping[str, Any],
-    figures: Sequence[Figure],
+    measures: Sequence[Measure],
     facts: Mapping[str, Any],
     failures: Mapping[str, int],
     remarks: Sequence[str],
@@ -265,7 +265,7 @@ def _record(
         of=judgements.name.partition(".")[0],
         title=f"MT-Bench: {', '.join(models)}",
         command=command,
-        figures=figures,
+        measures=measures,
         files={"judgements": judgements},
         judge={"name": ", ".join(judges)} if judges else {},
         facts=facts,

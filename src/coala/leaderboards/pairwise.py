@@ -22,9 +22,9 @@ from coala.leaderboards.record import (
     Outcome,
     about,
     comparisons,
-    figure,
     judged_rows,
-    order_figures,
+    measure,
+    order_measures,
     spending,
     told,
 )
@@ -89,12 +89,12 @@ def run_pairwise(
     remarks = (*chosen.remarks, *remarks_on(found.judgements))
     result: dict[str, Any] = {"out": str(target), "judge": chosen.judge.name, "win_rate": rate, **about(found)}
     rows = [["win rate", told(rate)], *judged_rows(found)]
-    figures = [figure("win rate", rate, even=0.5), *order_figures(found)]
+    measures = [measure("win rate", rate, even=0.5), *order_measures(found)]
     if fought is not None and len(fought):
         points = next(iter(score(fought, str(fought.second[0])).values())).score
         remarks += fought.remarks
         result["arena"] = points
-        figures.insert(1, figure("percent of battles, a strong verdict being three", points, "percent", 50.0))
+        measures.insert(1, measure("percent of battles, a strong verdict being three", points, "percent", 50.0))
         rows.insert(1, ["percent of battles, a strong verdict being three", told(points)])
     ahead = found.judgements[0].first if found.judgements else "nothing to judge"
     names = [path.name.partition(".")[0].removeprefix("generations-") for path in sides]
@@ -103,7 +103,7 @@ def run_pairwise(
         of=f"{' '.join(names)} {stem(judge.name)}",
         title=f"{names[0]} against {names[1]}, judged by {chosen.judge.name}",
         command=command,
-        figures=figures,
+        measures=measures,
         files={"replies": sides[0], "reference": sides[1], "judgements": target, **chosen.files},
         judge=chosen.facts,
         settings={"orders": "ours first" if one_order else "both"},

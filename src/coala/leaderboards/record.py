@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.evaluation.harness import Judged
     from coala.evaluation.judges import Cost
-    from coala.report import Evaluation, Figure, Sample
+    from coala.report import Evaluation, Measure, Sample
     from coala.store import RunFolder
     from coala.values import ConvexHead, Estimate, Generation, Judgement, Turn
 
@@ -64,10 +64,10 @@ def fitted(run: Path) -> tuple[LanguageModel, ConvexHead]:
     return backbone, head
 
 
-def figure(name: str, estimate: Estimate, form: str = "share", even: float | None = None) -> Figure:
-    from coala.report import Figure
+def measure(name: str, estimate: Estimate, form: str = "share", even: float | None = None) -> Measure:
+    from coala.report import Measure
 
-    return Figure(name, estimate, form, even)  # type: ignore[arg-type]
+    return Measure(name, estimate, form, even)  # type: ignore[arg-type]
 
 
 def comparisons(
@@ -139,17 +139,17 @@ def spent(
     }
 
 
-def order_figures(found: Judged) -> list[Figure]:
+def order_measures(found: Judged) -> list[Measure]:
     """What order does to the judge, for a record; nothing where no comparison was judged in both orders."""
-    from coala.report import Figure
+    from coala.report import Measure
 
     about = found.consistency
     if not about.position_bias.n:
         return []
     return [
-        Figure("position bias", about.position_bias),
-        Figure("inconsistency", about.inconsistency),
-        Figure("preference for the reply shown first", about.first_place, "share", 0.5),
+        Measure("position bias", about.position_bias),
+        Measure("inconsistency", about.inconsistency),
+        Measure("preference for the reply shown first", about.first_place, "share", 0.5),
     ]
 
 

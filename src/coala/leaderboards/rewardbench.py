@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coala.leaderboards.judges import OnProgress
-from coala.leaderboards.record import Outcome, figure, fitted, interval
+from coala.leaderboards.record import Outcome, fitted, interval, measure
 from coala.settings import SubsetWeights
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run_rewardbench(
     from coala.evaluation.rewardbench import ranking
     from coala.export.rewardbench import read_benchmark, results, score_rows
     from coala.features import extract
-    from coala.store import save_json
+    from coala.store import plain, save_json
 
     benchmark = read_benchmark(file)
     backbone, head = fitted(run)
@@ -62,7 +62,7 @@ def run_rewardbench(
         sections = {key: value.value for key, value in found.sections.items()}
         save_json(out / "results.json", results(found, called, head.spec))
         save_json(out / "scores.json", score_rows(benchmark, chosen.tolist(), rejected.tolist()))
-        save_json(out / "ranking.json", {"by_section": sections, **asdict(found), "overall": _finite(found.overall)})
+        save_json(out / "ranking.json", {"by_section": sections, **plain(found)})
     return _outcome(found, called, files={"benchmark": file}, settings={"weights": "published"}, command=command)
 
 
@@ -79,8 +79,8 @@ def _outcome(
         of=of,
         title=f"RewardBench: {of}",
         command=command,
-        figures=[figure(name, value, even=0.5) for name, value in named.items()]
-        + [figure(name, value) for name, value in found.subsets.items()],
+        measures=[measure(name, value, even=0.5) for name, value in named.items()]
+        + [measure(name, value) for name, value in found.subsets.items()],
         files=dict(files),
         settings=dict(settings),
         facts={"mean of sections": found.overall, "share of ties": found.ties},
@@ -88,7 +88,3 @@ def _outcome(
     )
     table = rows, ["subset or section", "accuracy", "n"]
     return Outcome(evaluation, asdict(found), [table], remarks=found.remarks)
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value else None  # JSON has no nan

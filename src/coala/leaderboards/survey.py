@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coala.leaderboards.judges import load_replies
-from coala.leaderboards.record import Outcome, figure, spread
+from coala.leaderboards.record import Outcome, measure, spread
 from coala.survey import (
     Check,
     Prompt,
@@ -25,7 +25,6 @@ from coala.survey import (
 from coala.survey.form import FILE, clean
 from coala.survey.page import p_value, percent, points, results_page, seconds
 from coala.survey.records import FILE as ANSWERS
-from coala.survey.results import plain
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def count_survey(
     personal data, in ``save_votes``. ``of`` is a method that is compared with the others question by question. Raises
     :class:`~coala.values.CoalaError` for a survey without answers.
     """
-    from coala.store import save_json, write_atomic
+    from coala.store import plain, save_json, write_atomic
 
     loaded = load_survey(survey)
     if not (survey / ANSWERS).exists():
@@ -134,13 +133,13 @@ def _evaluation(found: Results, survey: Path, page: Path, settings: Mapping[str,
     """What a run's report shows of the votes."""
     from coala.report import Evaluation
 
-    figures = [figure(f"{part.name}: {rate.method}", rate.over_both) for part in found.parts for rate in part.rates]
+    measures = [measure(f"{part.name}: {rate.method}", rate.over_both) for part in found.parts for rate in part.rates]
     tests = {}
     for part in found.parts:
         for one in (difference.over_both for difference in part.differences):
             name = f"{part.name}: {one.first} - {one.second}"
             tests[f"{name}, p by Holm"] = p_value(one.adjusted)
-            figures.append(figure(name, one.difference, "plain", 0.0))
+            measures.append(measure(name, one.difference, "plain", 0.0))
     here = found.attendance
     left_out = {f"left out: {reason}": n for reason, n in found.excluded.items()}
     return Evaluation(
@@ -148,7 +147,7 @@ def _evaluation(found: Results, survey: Path, page: Path, settings: Mapping[str,
         of=survey.resolve().name,
         title=f"Survey of people: {', '.join(found.methods)}",
         command=command,
-        figures=figures,
+        measures=measures,
         files={"survey": survey / FILE, "results": page.with_suffix(".json")},
         settings=settings,
         facts={

@@ -194,7 +194,7 @@ class Result:
                 "A triangle shows one game of three answers, and this is another: write a page (.html) instead."
             )
         strategy = cast(Vector, self.nash.strategy)
-        return simplex_plot({self.method: np.exp(self.history.log_policy[0])}, self.game.names[0], strategy)
+        return simplex_plot(self.method, np.exp(self.history.log_policy[0]), self.game.names[0], strategy).svg
 
 
 # --- the driver --------------------------------------------------------------------------------------------------

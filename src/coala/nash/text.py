@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from coala.nash.paper import Study
 from coala.nash.solvers import Result
+from coala.store import plain
 
 SHOWN = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 COLUMNS = 8  # answers whose probabilities fit beside each other
@@ -17,19 +17,19 @@ COLUMNS = 8  # answers whose probabilities fit beside each other
 
 def summary(result: Result) -> dict[str, Any]:
     """What came out: policy, Nash strategy, gap and warnings; JSON has no infinity, which is None."""
-    kl = float(result.history.kl[-1])
-    return {
+    told = {
         "method": result.method,
         "converged": result.converged,
         "reason": result.reason,
         "updates": len(result.history) - 1,
         "gap": result.gap,
-        "kl": kl if math.isfinite(kl) else None,
+        "kl": result.history.kl[-1],
         "policy": _named(result, result.policy),
         "nash": _named(result, result.nash.strategy),
         "nash_unique": result.nash.unique,
         "warnings": [note.text for note in result.notes if note.level == "warning"],
     }
+    return plain(told)
 
 
 def path_tables(result: Result) -> Iterator[tuple[str, list[str], list[list[str]]]]:

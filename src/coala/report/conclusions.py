@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coala.report.content import Interval, number, plain
+from coala.pages.words import Interval, number
+from coala.report.content import plain
 from coala.report.evaluations import spoken
 
 

@@ -1,7 +1,7 @@
 """Evaluations of a run: each kept as one file under RUN/evaluations, and what the report's page shows of them.
 
 A record says what was evaluated (files and their digests), by whom (judge, digests of its prompts), with which command,
-and what came out: estimates, counts, failures, a few samples. Computes no figure; knows no judge and no benchmark.
+and what came out: estimates, counts, failures, a few samples. Computes no measure; knows no judge and no benchmark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from coala.report.content import Interval, number
+from coala.pages.parts import Part, Table, aside, code_block, details, element, facts, listing, sides
+from coala.pages.words import Interval, number
 from coala.store import RunFolder, StoreError, digest, file_digest, load_json, save_json
 from coala.values import Estimate
 
@@ -25,7 +26,7 @@ Form = Literal["share", "percent", "plain"]
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measure:
     """One estimate under its name. ``form``: a ``share`` in [0, 1], a ``percent`` in [0, 100], or ``plain``.
 
     ``even`` is the value that would mean no difference; the report then says whether the interval includes it.
@@ -59,7 +60,7 @@ class Evaluation:
     of: str
     title: str
     command: str
-    figures: Sequence[Figure]
+    measures: Sequence[Measure]
     files: Mapping[str, Path]
     judge: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -85,9 +86,9 @@ def save_evaluation(run: RunFolder, evaluation: Evaluation) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"coala": version("coala-align"), "python": platform.python_version()},
     }
-    save_json(
-        target, {**vars(evaluation), "figures": [vars(one) for one in evaluation.figures]} | {"files": files} | made
-    )
+    kept = vars(evaluation) | {"figures": evaluation.measures, "files": files} | made
+    del kept["measures"]
+    save_json(target, kept)
     return target
 
 
@@ -118,40 +119,47 @@ def _differs(run: RunFolder, file: Mapping[str, Any]) -> bool:
 # --- as the page shows them ----------------------------------------------------------------------------------------
 
 
-def view(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the page's section on one evaluation, in words."""
-    judge = row.get("judge") or {}
-    facts = [(name, _worded(value)) for name, value in (row.get("facts") or {}).items()]
+def shown(row: Mapping[str, Any]) -> list[Part]:
+    """The parts of the page's section on one evaluation."""
+    title = str(row.get("title") or row.get("kind") or "evaluation")
+    counts = [(name, _worded(value)) for name, value in (row.get("facts") or {}).items()]
     failures = row.get("failures") or {}
     if failures:
-        facts.append(("failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items())))
-    return {
-        "title": str(row.get("title") or row.get("kind") or "evaluation"),
-        "created": row.get("created"),
-        "figures": [_figure(one) for one in row.get("figures") or []],
-        "facts": facts,
-        "remarks": [str(remark) for remark in row.get("remarks") or []],
-        "changed": list(row.get("changed") or []),
-        "samples": [
-            {
-                "prompt": one.get("prompt"),
-                "replies": list((one.get("replies") or {}).items()),
-                "verdict": one["verdict"],
-            }
-            for one in row.get("samples") or []
-        ],
-        "about": [
-            *((f"judge: {name}", text) for name, text in _flat(judge)),
-            *((f"setting: {name}", text) for name, text in _flat(row.get("settings") or {})),
-            *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
-            *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
-        ],
-        "command": row.get("command"),
-    }
+        counts.append(("failed verdicts", ", ".join(f"{kind} {n}" for kind, n in failures.items())))
+    measures = [
+        (str(one.get("name")), _value(one), Interval(one.get("estimate")).how) for one in row.get("figures") or []
+    ]
+    changed = ", ".join(row.get("changed") or [])
+    samples = [
+        sides(
+            str(one.get("prompt") or "(the prompt was not given)"),
+            {name: (name, text) for name, text in (one.get("replies") or {}).items()},
+            aside(one["verdict"]),
+        )
+        for one in row.get("samples") or []
+    ]
+    rests_on = [
+        *((f"judge: {name}", text) for name, text in _flat(row.get("judge") or {})),
+        *((f"setting: {name}", text) for name, text in _flat(row.get("settings") or {})),
+        *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
+        *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
+    ]
+    heads = ("Measure", "Value (95 % interval unless told otherwise)", "How")
+    return [
+        element("h3", title),
+        aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
+        Table(title, heads, measures, kind="measures"),
+        facts(f"Counts of {title}", counts),
+        listing(map(str, row.get("remarks") or [])),
+        details("Samples of what was judged", *samples),
+        details("Judge, files and digests", facts(f"What {title} rests on", rests_on)),
+        code_block(str(row.get("command") or "")),
+        aside(str(row.get("created") or "")),
+    ]
 
 
 def spoken(row: Mapping[str, Any]) -> list[str]:
-    """A sentence for each figure that can show no difference: whether it does."""
+    """A sentence for each measure that can show no difference: whether it does."""
     sentences = []
     for one in row.get("figures") or []:
         rate, even = Interval(one.get("estimate")), one.get("even")
@@ -164,12 +172,6 @@ def spoken(row: Mapping[str, Any]) -> list[str]:
         else:
             sentences.append(f"{start}. The interval includes {level}: this shows no difference.")
     return sentences
-
-
-def _figure(one: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    estimate = Interval(one.get("estimate"))
-    how = f"n = {estimate.n:,}{'; ' if estimate.method else ''}{estimate.method}"
-    return str(one.get("name")), "", _value(one), how
 
 
 def _value(one: Mapping[str, Any]) -> str:

@@ -1,49 +1,15 @@
-"""The report's figures as inline SVG: the same bytes for the same numbers, text as text, nothing fetched.
-
-Each function takes a part of the content and returns a :class:`Drawing`, or ``None`` when there is nothing to draw.
-"""
+"""The report's figures: each function draws a part of the content, ``None`` when there is nothing to draw."""
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from coala.report.content import Interval, number
-
-BLUE, ORANGE, GREEN, GREY, INK = "#1f6f8b", "#d1603d", "#5b8a3c", "#8a929c", "#2b3138"
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#b4bac2",
-    "axes.labelcolor": INK,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e7eaee",
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round",
-    "xtick.color": "#59616b",
-    "ytick.color": "#59616b",
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "text.color": INK,
-}
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """An SVG element, its caption, and a sentence for those who cannot see it."""
-
-    svg: str
-    title: str
-    caption: str
+from coala.pages.drawing import BLUE, GREEN, GREY, INK, ORANGE, Drawing, drawing
+from coala.pages.words import Interval, number
 
 
 def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -114,7 +80,7 @@ def gap_bar(certificate: Mapping[str, Any]) -> Drawing | None:
     asked_for = "" if asked is None else f", of {number(asked)} asked for"
     title = f"Objective {objective:.8g} and lower bound {bound:.8g}: a gap of {gap:.2g} of the objective{asked_for}."
     caption = "The optimal value of the head's convex program lies between the two marks."
-    return drawing("bounds", title, caption, draw, height=2.1)
+    return drawing("bounds", title, caption, draw, size=(5.4, 2.1))
 
 
 def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -327,53 +293,3 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Any, Any]:
 
 def _finite(values: Sequence[Any]) -> Any:
     return np.array([float(value) for value in values if value is not None])
-
-
-def drawing(name: str, title: str, caption: str, draw: Callable[[Any], None], height: float = 3.1) -> Drawing:
-    """What ``draw`` puts on the axes it is given, ``height`` inches tall; ``name`` is the figure's own on its page."""
-    import matplotlib.style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, NullFormatter
-
-    # "default" first: the reader's own matplotlib settings must not change the page.
-    with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": f"coala-{name}"}]):
-        figure = Figure(figsize=(5.4, height), facecolor="none")
-        axes = figure.subplots()
-        axes.set_facecolor("none")
-        draw(axes)
-        for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "log":
-                # 1e-4, not a power set as mathematics: parsing those takes most of the time of a figure.
-                axis.set_major_formatter(LogFormatter(labelOnlyBase=True))
-                axis.set_minor_formatter(NullFormatter())
-        _fill(figure, axes)
-        text = io.StringIO()
-        canvas: Any = FigureCanvasSVG(figure)
-        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
-    return Drawing(_inline(text.getvalue(), name), title, caption)
-
-
-def _fill(figure: Any, axes: Any, margin: float = 3.0) -> None:
-    """Let axes and labels fill the figure but for ``margin`` points; matplotlib's own engines measure three times."""
-    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.17, top=0.96)
-    inner, outer, whole = axes.bbox, axes.get_tightbbox(), figure.bbox
-    pixels = margin * figure.dpi / 72
-    left, bottom = inner.x0 - outer.x0 + pixels, inner.y0 - outer.y0 + pixels
-    right, top = outer.x1 - inner.x1 + pixels, outer.y1 - inner.y1 + pixels
-    figure.subplots_adjust(
-        left=left / whole.width,
-        right=1 - right / whole.width,
-        bottom=bottom / whole.height,
-        top=1 - top / whole.height,
-    )
-
-
-def _inline(svg: str, name: str) -> str:
-    """The ``<svg>`` element alone, scaling with its box; ids are made unique among the page's figures."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>fig-{name}-", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1).strip()

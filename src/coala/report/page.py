@@ -1,89 +1,279 @@
-"""Lays the content of a report out as one HTML page; the template is ``page.html`` beside this module.
-
-Everything reaches the page through Jinja's autoescaping; only the figures, made here of numbers, are marked as safe.
-"""
+"""Lays the content of a report out as one HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from coala.pages.parts import (
+    Part,
+    Table,
+    bar,
+    beneath,
+    code_block,
+    details,
+    element,
+    facts,
+    gallery,
+    joined,
+    listing,
+    missing,
+    page,
+    paragraphs,
+    section,
+    sides,
+    titled,
+)
+from coala.pages.words import Interval, flops, number, seconds, size
 from coala.report import figures
 from coala.report.conclusions import certified_gap, conclusions
-from coala.report.content import Interval, flops, number, seconds, size
-from coala.report.evaluations import view
-from coala.report.figures import Drawing
+from coala.report.evaluations import shown
+
+MEASURES = ("Measure", "Value (95 % interval)", "How")
 
 
 def render(content: Mapping[str, Any]) -> str:
     """The page of a plain content (:func:`coala.report.content.plain`)."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "seconds": seconds, "flops": flops, "size": size}
-    return environment.get_template("page.html").render(_view(content)).rstrip() + "\n"
-
-
-def _view(content: Mapping[str, Any]) -> dict[str, Any]:
     summary, head, curves = (_mapping(content.get(name)) for name in ("summary", "head", "curves"))
-    costs, win_rates, samples = (_rows(content.get(name)) for name in ("costs", "win_rates", "samples"))
-    solver, perplexity = _rows(curves.get("solver")), _mapping(content.get("perplexity"))
-    unit = str(content.get("length_unit") or "characters")
-    return {
-        "title": str(content.get("title") or "COALA alignment report"),
-        "command": content.get("command"),
-        "created": content.get("created"),
-        "settings": list(_flat(content.get("settings"))),
-        "summary": summary,
-        "conclusions": [sentence.replace(" %", "\u00a0%") for sentence in conclusions(content)],
-        "tiles": _tiles(content, summary, head),
-        "reads": [str(line) for line in content.get("reads") or []],
-        "findings": _rows(content.get("data_findings")),
-        "data_read": content.get("data_findings") is not None,
-        "certificate": _certificate(summary, head),
-        "certificate_table": list(_solved(_mapping(head.get("certificate")))),
-        "certificate_figures": _drawn(figures.gap_bar(_mapping(head.get("certificate")))),
-        "certificate_facts": list(_flat(head.get("certificate"))),
-        "spec": list(_flat(head.get("spec"))),
-        "fit_figures": _drawn(
-            figures.margin_curve(_rows(curves.get("margin"))),
-            figures.gap_curve(solver),
-            figures.objective_curve(solver),
-            figures.ridge_chart(_rows(content.get("path"))),
-            figures.path_chart(_rows(content.get("path"))),
+    evaluations = [part for row in _rows(content.get("evaluations")) for part in shown(row)]
+    said = [sentence.replace(" %", "\u00a0%") for sentence in conclusions(content)]
+    line = [
+        content.get("created"),
+        f"{number(summary['n_train'])} training pairs" if summary.get("n_train") is not None else None,
+        f"{number(summary['n_eval'])} held-out pairs" if summary.get("n_eval") is not None else None,
+    ]
+    return page(
+        str(content.get("title") or "COALA alignment report"),
+        "COALA report",
+        _tiles(content, summary, head),
+        section(
+            "In short",
+            listing(said, "conclusions")
+            or missing("There is nothing to conclude yet: no result was saved for this run."),
+            name="short",
         ),
-        "ranking_figures": _drawn(
-            figures.histograms(_mapping(content.get("scores"))),
-            figures.reliability_curve(_mapping(content.get("reliability"))),
-            figures.length_chart(_rows(content.get("by_length")), unit),
+        section("Certificate", *_certificate(summary, head), name="proof"),
+        section("Does the head rank replies?", *_ranking(content, summary), name="ranking"),
+        section("How the head was fitted", *_fit(content, summary, curves), name="fit"),
+        section("Does guidance change the text?", *_text(content), name="text"),
+        section("Evaluations", *evaluations, name="evaluations"),
+        section("Data", *_data(content), name="data"),
+        section("What it cost", *_costs(_rows(content.get("costs")), summary), name="costs"),
+        section("Reproduce", *_again(content), name="again"),
+        facts=[str(fact) for fact in line if fact],
+        footer="All values of this page are in report.json beside it.",
+    )
+
+
+def _tiles(content: Mapping[str, Any], summary: Mapping[str, Any], head: Mapping[str, Any]) -> Part:
+    """The key numbers; those that are shares carry their interval on the scale from 0 to 1."""
+    tiles: list[Part] = []
+
+    def tile(label: str, value: str, note: str, drawn: Part = None) -> None:
+        above = element("p", label, class_="label"), element("p", value, class_="value")
+        tiles.append(element("div", *above, drawn, element("p", note, class_="note"), class_="tile"))
+
+    def share(label: str, estimate: Any) -> None:
+        rate = Interval(estimate)
+        if rate:
+            span = f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %" if rate.bounded else "no interval"
+            drawn = bar(rate.low, rate.value, rate.high)
+            tile(label, f"{100 * rate.value:.1f} %", f"{span}, n = {rate.n:,}", drawn)
+
+    share("Ranked right, held-out", summary.get("accuracy_eval"))
+    for row in _rows(content.get("win_rates"))[:2]:
+        share(f"Guided wins, {row.get('judge') or 'judge'}", row.get("estimate"))
+    gap, _ = certified_gap(summary, head)
+    if gap is not None:
+        tile("Certified gap", f"{100 * gap:.2g} %", "of the objective, proved")
+    both = _mapping(content.get("perplexity"))
+    guided, unguided = Interval(both.get("guided")), Interval(both.get("unguided"))
+    if guided and unguided:
+        tile("Perplexity, guided", number(guided.value), f"without guidance {number(unguided.value)}")
+    if summary.get("seconds") is not None:
+        work = summary.get("gflops")
+        note = flops(work * 1e9) if isinstance(work, int | float) else "wall time"
+        tile("Whole run", seconds(summary["seconds"]), note)
+    return element("section", joined(tiles), class_="tiles", aria_label="Key numbers") if tiles else None
+
+
+# --- the head ----------------------------------------------------------------------------------------------------
+
+
+def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[Part]:
+    claims = _claims(summary, head)
+    if claims is None:
+        return [missing("No head was saved, so nothing is certified.")]
+    certificate = _mapping(head.get("certificate"))
+    boxes = [
+        element("div", element("dt", name), element("dd", claims[kind]), class_=kind)
+        for kind, name in (("proved", "Proved"), ("estimated", "Estimated"), ("unclaimed", "Not claimed"))
+    ]
+    return [
+        element("dl", joined(boxes), class_="certificate"),
+        facts("What was solved", _solved(certificate)),
+        gallery(figures.gap_bar(certificate)),
+        _folded("All values of the certificate", "Values of the certificate", certificate),
+        _folded("What the head reads", "Feature specification", head.get("spec")),
+    ]
+
+
+def _folded(summary: str, caption: str, values: Any) -> Part:
+    return details(summary, facts(caption, _flat(values)))
+
+
+def _ranking(content: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Part]:
+    rows = _measured(summary, _mapping(content.get("reliability")))
+    lengths, unit = _rows(content.get("by_length")), str(content.get("length_unit") or "characters")
+    drawn = gallery(
+        figures.histograms(_mapping(content.get("scores"))),
+        figures.reliability_curve(_mapping(content.get("reliability"))),
+        figures.length_chart(lengths, unit),
+    )
+    by_length = [
+        (
+            f"{number(row.get('low'))} to {number(row.get('high'))}",
+            Interval(row.get("accuracy")).percent(),
+            str(Interval(row.get("accuracy")).n),
+        )
+        for row in lengths
+    ]
+    head = (f"Chosen minus rejected, {unit}", "Ranked right (95 % interval)", "Pairs")
+    return [
+        Table("Ranking of replies by the head", MEASURES, rows, kind="measures")
+        or missing("No ranking accuracy was saved for this run."),
+        drawn or missing("No held-out scores were saved, so there are no histograms."),
+        details(
+            "Accuracy by length difference, as a table",
+            Table("Ranking accuracy by length difference", head, by_length, left=(1,)),
         ),
-        "layer_choice": summary.get("layer"),
-        "layers": _rows(content.get("layers")),
-        "path": _rows(content.get("path")),
-        "ranking": _ranking(summary, _mapping(content.get("reliability"))),
-        "by_length": [
-            {**row, "worded": Interval(row.get("accuracy")).percent(), "n": Interval(row.get("accuracy")).n}
-            for row in _rows(content.get("by_length"))
-        ],
-        "length_unit": unit,
-        "win_rates": [_contest(row) for row in win_rates],
-        "perplexity": [
-            (name, "", estimate.plain(), _how(estimate))
-            for name, estimate in ((name, Interval(perplexity.get(name))) for name in ("unguided", "guided"))
-            if estimate
-        ],
-        "samples": [{**row, "scores": _mapping(row.get("scores"))} for row in samples],
-        "evaluations": [view(row) for row in _rows(content.get("evaluations"))],
-        "costs": [{**row, "over_bound": _over_bound(row)} for row in costs],
-        "costs_bounded": any(_over_bound(row) is not None for row in costs),
-    }
+    ]
+
+
+def _fit(content: Mapping[str, Any], summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[Part]:
+    solver, path, layers = _rows(curves.get("solver")), _rows(content.get("path")), _rows(content.get("layers"))
+    drawn = gallery(
+        figures.margin_curve(_rows(curves.get("margin"))),
+        figures.gap_curve(solver),
+        figures.objective_curve(solver),
+        figures.ridge_chart(path),
+        figures.path_chart(path),
+    )
+    told = (
+        "A linear head on each layer, held-out pairs of a sample. Chosen is the lowest within one standard error of "
+        "the best, or the last where the sample cannot tell."
+    )
+    columns = {"Layer": "layer", "Share of a forward pass": "cost", "CV NLL": "nll", "Above the best": "excess"}
+    columns |= {"Std. error": "excess_error", "CV accuracy": "accuracy"}
+    by_layer = _columns("Held-out loss by layer", columns, layers, "chosen", 0)
+    columns = {"Ridge": "tau", "Gates on": "gate_on", "Relative sparsity": "beta_rel", "Relaxed to": "relaxation"}
+    columns |= {"CV NLL": "cv_nll", "Std. error": "cv_se", "CV accuracy": "cv_accuracy", "Neurons": "n_neurons"}
+    named = [{**row, "beta_rel": "linear" if row.get("beta_rel") is None else row["beta_rel"]} for row in path]
+    by_setting = _columns("Regularisation path", columns, named, "selected", 2, left=(1, 2))
+    return [
+        drawn or missing("No solver history was saved for this run."),
+        paragraphs(str(summary["layer"])) if summary.get("layer") else None,
+        details("The layer that is read, and what the others would have been worth", paragraphs(told), by_layer)
+        if by_layer
+        else None,
+        details("Regularisation path, as a table", by_setting),
+    ]
+
+
+def _columns(
+    caption: str, names: Mapping[str, str], rows: Sequence[Mapping[str, Any]], mark: str, at: int, **options: Any
+) -> Table:
+    """The values of each row by the heads of their columns; rows of which ``mark`` is true say so in column ``at``."""
+    cells = [[number(row.get(name)) for name in names.values()] for row in rows]
+    marked = [place for place, row in enumerate(rows) if row.get(mark)]
+    for place in marked:
+        cells[place][at] += f" ({mark})"
+    return Table(caption, list(names), cells, marked=marked, **options)
+
+
+# --- text, data, costs -------------------------------------------------------------------------------------------
+
+
+def _text(content: Mapping[str, Any]) -> list[Part]:
+    contests = [
+        (beneath(str(row.get("judge") or "judge"), str(row.get("comment") or "")), rate.percent(), rate.how)
+        for row, rate in ((row, Interval(row.get("estimate"))) for row in _rows(content.get("win_rates")))
+    ]
+    both = _mapping(content.get("perplexity"))
+    found = {name: Interval(both.get(name)) for name in ("unguided", "guided")}
+    perplexities = [(name, estimate.plain(), estimate.how) for name, estimate in found.items() if estimate]
+    heads = ("Judge", "Guided preferred (95 % interval)", "How")
+    measure = "Perplexity under the base model"
+    return [
+        Table("Win rates of guided against unguided replies", heads, contests, kind="measures")
+        or missing("No judge compared guided with unguided replies in this run."),
+        Table(measure, ("Replies", measure, "How"), perplexities, kind="measures")
+        or missing("No perplexity was measured in this run."),
+        titled("Replies side by side", *map(_sample, _rows(content.get("samples"))))
+        or missing("No replies were generated in this run."),
+    ]
+
+
+def _sample(row: Mapping[str, Any]) -> Part:
+    scores = _mapping(row.get("scores"))
+
+    def side(name: str) -> tuple[Part, str]:
+        score = scores.get(name)
+        shown = None if score is None else element("span", f"score {number(score)}", class_="score")
+        return joined([name, shown]), str(row.get(name) or "")
+
+    return sides(str(row.get("prompt") or ""), {name: side(name) for name in ("unguided", "guided")})
+
+
+def _data(content: Mapping[str, Any]) -> list[Part]:
+    rows = []
+    for finding in _rows(content.get("data_findings")):
+        severity = str(finding.get("severity") or "note")
+        kind = severity if severity in ("error", "warning") else "note"
+        rows.append((element("span", severity, class_=f"badge {kind}"), str(finding.get("text") or "")))
+    checked = content.get("data_findings") is not None
+    return [
+        Table("Findings in the data", ("Severity", "Finding"), rows, kind="words")
+        or (paragraphs("The data was checked; nothing was found amiss.") if checked else None)
+        or missing("No findings on the data were saved."),
+        titled("As the model reads it", listing(map(str, content.get("reads") or []))),
+    ]
+
+
+def _costs(costs: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[Part]:
+    if not costs:
+        return [missing("No costs were recorded for this run.")]
+    bounds = [_over_bound(row) for row in costs]
+    bounded = any(bound is not None for bound in bounds)
+
+    def row(name: Any, took: Any, work: Any, bound: float | None, peak: Any) -> list[str]:
+        over = ["" if bound is None else f"{number(bound)} x"] if bounded else []
+        return [str(name), seconds(took), flops(work), *over, peak]
+
+    rows = [
+        row(one.get("stage") or "", one.get("seconds"), one.get("flops"), bound, size(one.get("peak_bytes")))
+        for one, bound in zip(costs, bounds, strict=True)
+    ]
+    work = summary.get("gflops")
+    whole = row("Whole run", summary.get("seconds"), work * 1e9 if isinstance(work, int | float) else None, None, "")
+    told = (
+        "FLOPs are two per multiply-add of matrix products only. Peak memory is that of the process up to the end of "
+        "the stage."
+    )
+    over = ["Over the lower bound"] if bounded else []
+    heads = ("Stage", "Wall time", "FLOPs by formula", *over, "Peak memory")
+    foot = whole if "seconds" in summary or "gflops" in summary else ()
+    return [Table("Costs by stage", heads, rows, told, foot=foot)]
+
+
+def _again(content: Mapping[str, Any]) -> list[Part]:
+    return [
+        code_block(str(content.get("command") or "")) or missing("The command of this run was not saved."),
+        _folded("All settings", "Settings", content.get("settings")),
+    ]
+
+
+# --- in words ----------------------------------------------------------------------------------------------------
 
 
 def _over_bound(row: Mapping[str, Any]) -> float | None:
@@ -94,40 +284,9 @@ def _over_bound(row: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _tiles(content: Mapping[str, Any], summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The key numbers; those that are shares carry their interval on the scale from 0 to 1."""
-    tiles: list[dict[str, Any]] = []
-
-    def share(label: str, estimate: Any, note: str) -> None:
-        rate = Interval(estimate)
-        if rate:
-            span = f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %" if rate.bounded else "no interval"
-            bar = {"low": 100 * max(0.0, rate.low), "high": 100 * min(1.0, rate.high), "at": 100 * rate.value}
-            tiles.append({"label": label, "value": f"{100 * rate.value:.1f} %", "note": f"{span}, {note}", "bar": bar})
-
-    accuracy = Interval(summary.get("accuracy_eval"))
-    share("Ranked right, held-out", summary.get("accuracy_eval"), f"n = {accuracy.n:,}")
-    for row in _rows(content.get("win_rates"))[:2]:
-        rate = Interval(row.get("estimate"))
-        share(f"Guided wins, {row.get('judge') or 'judge'}", row.get("estimate"), f"n = {rate.n:,}")
-    gap, _ = certified_gap(summary, head)
-    if gap is not None:
-        tiles.append({"label": "Certified gap", "value": f"{100 * gap:.2g} %", "note": "of the objective, proved"})
-    both = _mapping(content.get("perplexity"))
-    guided, unguided = Interval(both.get("guided")), Interval(both.get("unguided"))
-    if guided and unguided:
-        note = f"without guidance {number(unguided.value)}"
-        tiles.append({"label": "Perplexity, guided", "value": number(guided.value), "note": note})
-    if summary.get("seconds") is not None:
-        work = summary.get("gflops")
-        note = flops(work * 1e9) if isinstance(work, int | float) else "wall time"
-        tiles.append({"label": "Whole run", "value": seconds(summary["seconds"]), "note": note})
-    return tiles
-
-
-def _ranking(summary: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows of label, comment, worded estimate, and how it was made."""
-    rows = []
+def _measured(summary: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[Part, str, str]]:
+    """Rows of label, worded estimate, and how it was made."""
+    rows: list[tuple[Part, str, str]] = []
     for key, label, form in (
         ("accuracy_eval", "Held-out pairs ranked right", "percent"),
         ("accuracy_train", "Training pairs ranked right", "percent"),
@@ -138,12 +297,12 @@ def _ranking(summary: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple
         estimate = Interval(summary.get(key))
         if estimate:
             worded = estimate.plain() if form == "plain" else estimate.percent(points=form == "points")
-            rows.append((label, "", worded, _how(estimate)))
+            rows.append((label, worded, estimate.how))
     error = Interval(summary.get("calibration_error"))
     if error:
         chance = found.get("error_by_chance")
         comment = "" if chance is None else f"By chance alone: {100 * chance:.1f} points"
-        rows.append(("Held-out calibration error", comment, _points(error), _how(error)))
+        rows.append((beneath("Held-out calibration error", comment), _points(error), error.how))
     return rows
 
 
@@ -178,11 +337,7 @@ def _solved(certificate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Versions", ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
 
 
-def _how(estimate: Interval) -> str:
-    return f"n = {estimate.n:,}{'; ' if estimate.method else ''}{estimate.method}"
-
-
-def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, str] | None:
+def _claims(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, str] | None:
     """The three parts of the box: what is proved, what is only estimated, what nobody claims."""
     if not head and not summary.get("statement"):
         return None
@@ -236,11 +391,6 @@ def _fine(value: Any) -> str:
     return f"{value:.9g}" if isinstance(value, float) else number(value)
 
 
-def _contest(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    rate = Interval(row.get("estimate"))
-    return str(row.get("judge") or "judge"), str(row.get("comment") or ""), rate.percent(), _how(rate)
-
-
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as dotted names and words, in the order of the names (report.json keeps no other)."""
     for key, inner in sorted(_mapping(value).items()):
@@ -261,9 +411,3 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
-
-
-def _drawn(*drawings: Drawing | None) -> list[dict[str, Any]]:
-    from markupsafe import Markup
-
-    return [{"svg": Markup(d.svg), "title": d.title, "caption": d.caption} for d in drawings if d is not None]

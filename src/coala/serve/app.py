@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from coala.pages.parts import environment, facts_line, style_sheet
 from coala.serve import bodies, schemas, shapes
 from coala.serve.answers import Answering, Ask, Gone, Replying
 from coala.serve.contract import ANSWERS, contract
@@ -319,10 +320,8 @@ def create_app(
         return PlainTextResponse(exposition(observed.metrics), media_type=TYPE)
 
     pages = Path(__file__).parent / "pages"
-    shown = playground(pages / "playground.html", served, limits, keyed=key is not None)
-    look = (pages.parent.parent / "report" / "page.css").read_text("utf-8") + (pages / "playground.css").read_text(
-        "utf-8"
-    )
+    shown = playground(pages, served, limits, keyed=key is not None)
+    look = style_sheet(pages / "playground.css")
     script = (pages / "playground.js").read_text("utf-8")
 
     @app.get("/", include_in_schema=False)
@@ -379,16 +378,22 @@ def within(param: str, found: int, most: int, what: str) -> None:
         )
 
 
-def playground(template: Path, served: Served, limits: Limits, *, keyed: bool) -> str:
+def playground(folder: Path, served: Served, limits: Limits, *, keyed: bool) -> str:
     """The page, with what its script has to know in the attributes of its body."""
-    from jinja2 import Environment, StrictUndefined
-
-    made = Environment(autoescape=True, undefined=StrictUndefined).from_string(template.read_text("utf-8"))
-    return made.render(
-        name=served.name,
-        unguided=served.names[1],
-        guidance=served.guidance,
-        most_tokens=limits.max_tokens,
-        most_choices=limits.choices,
-        keyed=keyed,
+    facts = ["the same prompt and seed, with the head and without", f"the run's own guidance: {served.guidance}"]
+    return (
+        environment(folder)
+        .get_template("playground.html")
+        .render(
+            title=served.name,
+            tab=f"{served.name}: playground",
+            brand="COALA",
+            facts=facts_line(facts),
+            footer="Scores mean nothing by themselves: higher is preferred to lower, for replies to one prompt.",
+            unguided=served.names[1],
+            guidance=served.guidance,
+            most_tokens=limits.max_tokens,
+            most_choices=limits.choices,
+            keyed=keyed,
+        )
     )

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coala.serve.errors import Refusal
 from coala.serve.limits import Limits
 from coala.web.bodies import TooLarge, TooSlow, replay, whole_body
-from coala.web.strangers import LOOPBACK, foreign, known_host, security_headers
+from coala.web.strangers import LOOPBACK, foreign, headed, known_host, security_headers
 
 HEADERS = security_headers(connect_src="'self'")
 # Addresses that take a body; others know nothing of POST.
@@ -54,16 +54,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        status = CLIENT_GONE
+        status, answering = CLIENT_GONE, headed(send, HEADERS)
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
-            await send(message)
+            await answering(message)
 
         try:
             await self._answer(scope, receive, sending)

@@ -9,11 +9,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coala.documents import DocumentError, parse_json, tensors_header
-from coala.values import CoalaError
+from coala.values import CoalaError, Estimate
 
 try:
     import fcntl
@@ -113,12 +114,31 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` as JSON holds it: dataclasses, arrays, sets and paths unfolded, numbers that are not finite as null.
+
+    TypeError for what has no such form.
+    """
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Estimate) and math.isnan(value.value):
+        # The ends of an estimate of nothing are what is possible at all, not what was found.
+        return {**plain(vars(value)), "low": None, "high": None}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(inner) for inner in (value if isinstance(value, Sequence) else sorted(value, key=str))]
+    return plain(_unfolded(value))
+
+
+def _unfolded(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
         return dict(value)
@@ -128,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, default=_plain, sort_keys=True, ensure_ascii=False, **options)
+    return json.dumps(value, default=_unfolded, sort_keys=True, ensure_ascii=False, **options)
 
 
 def save_json(path: Path, value: Any) -> None:

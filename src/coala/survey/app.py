@@ -20,15 +20,15 @@ from urllib.parse import parse_qs
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from coala.pages.parts import environment, style_sheet
 from coala.survey.form import Survey
-from coala.survey.page import environment
 from coala.survey.records import Rater, Records
 from coala.web.bodies import TooLarge, TooSlow, replay, whole_body
-from coala.web.strangers import foreign, known_host, names_of, security_headers
+from coala.web.strangers import foreign, headed, known_host, names_of, security_headers
 
 LARGEST_BODY = 16 * 1024
 LONGEST_FIELD = 200
@@ -70,17 +70,16 @@ def create_app(
     """
     # No generated documentation: its pages fetch scripts from elsewhere. No redirects made of a request's Host.
     app = FastAPI(title=survey.title, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    pages = environment()
-    here = Path(__file__).parent
-    look = (here.parent / "report" / "page.css").read_text("utf-8") + (here / "pages" / "survey.css").read_text("utf-8")
-    keys = (here / "pages" / "keys.js").read_text("utf-8")
+    here = Path(__file__).parent / "pages"
+    pages, look = environment(here), style_sheet(here / "survey.css")
+    keys = (here / "keys.js").read_text("utf-8")
 
     def page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
-        shown = {"language": "en", "problem": "", "link": "", "link_text": "", "alarm": False} | values
+        shown = {"problem": "", "link": "", "link_text": "", "alarm": False} | values
         return HTMLResponse(pages.get_template(name).render(shown), status)
 
     def message(heading: str, *paragraphs: str, status: int = 200, link: str = "", link_text: str = "") -> HTMLResponse:
-        values = {"heading": heading, "paragraphs": paragraphs, "link": link, "link_text": link_text}
+        values = {"title": heading, "paragraphs": paragraphs, "link": link, "link_text": link_text}
         return page("message.html", status, alarm=status >= 400, **values)
 
     def no_page(status: int, *paragraphs: str) -> Response:
@@ -100,7 +99,7 @@ def create_app(
         return page(
             "welcome.html",
             status,
-            heading=survey.title,
+            title=survey.title,
             n_pages=len(survey.questions) + survey.repeats * len(survey.categories) + len(survey.checks),
             consent=[part for part in survey.consent.split("\n\n") if part.strip()],
             fields=survey.fields,
@@ -118,6 +117,7 @@ def create_app(
         return page(
             "question.html",
             status,
+            title=f"Question {number} of {len(rater.pages)}",
             number=number,
             n_pages=len(rater.pages),
             prompt=asked.prompt,
@@ -176,7 +176,7 @@ def create_app(
     @app.get("/s/{token}/withdraw")
     def leave(token: str) -> Response:
         rater = taking_part(token)
-        return page("withdraw.html", heading="Withdraw", token=rater.token)
+        return page("withdraw.html", title="Withdraw", token=rater.token)
 
     @app.post("/s/{token}/withdraw")
     def withdraw(token: str, fields: Form) -> Response:
@@ -184,7 +184,7 @@ def create_app(
         if _one(fields, "sure") != "yes":
             problem = "Nothing was deleted: please tick the box if you want that."
             status = HTTPStatus.UNPROCESSABLE_ENTITY
-            return page("withdraw.html", status, heading="Withdraw", token=token, problem=problem)
+            return page("withdraw.html", status, title="Withdraw", token=token, problem=problem)
         records.withdraw(rater)
         return message("You have withdrawn", "Everything you entered was deleted. Thank you for your time.")
 
@@ -245,7 +245,7 @@ def create_app(
             ("Answers", records.n_answers),
             ("Answers that were changed", records.n_changed),
         ]
-        return page("admin.html", heading=survey.title, rows=rows, links=links, invited_only=invited_only)
+        return page("admin.html", title=survey.title, rows=rows, links=links, invited_only=invited_only)
 
     @app.get("/admin", dependencies=[Depends(organiser)])
     def admin() -> Response:
@@ -308,13 +308,7 @@ class _Gate:
             await self._app(scope, receive, send)
             return
 
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
-            await send(message)
-
+        sending = headed(send, HEADERS)
         found = await self._passed(scope, receive)
         if isinstance(found, Response):
             await found(scope, receive, sending)

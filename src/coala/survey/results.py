@@ -7,12 +7,10 @@ other raters or other questions would have given other numbers. Three intervals 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,19 +145,6 @@ def analyse(
         seconds=_median(counted, draws, seed, by_rater=True),
         remarks=tuple(_remarks(survey, votes, counted)),
     )
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON holds it: dataclasses unfolded, numbers that are not finite as null."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

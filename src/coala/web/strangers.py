@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Message, Send
 
 from coala.values import CoalaError
 
@@ -42,6 +43,17 @@ def security_headers(**policy: str) -> dict[str, str]:
         # A page from a cache could show what was replaced since, or one person's page to another.
         "Cache-Control": "no-store",
     }
+
+
+def headed(send: Send, headers: Mapping[str, str]) -> Send:
+    """``send``, with ``headers`` on every answer."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(headers)
+        await send(message)
+
+    return sending
 
 
 def host_name(host: str) -> str:
