@@ -24,10 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from coala.cli.data import _Appender  # noqa: E402
-from coala.data.endpoint import Post  # noqa: E402
-from coala.data.http import Answer  # noqa: E402
 from coala.data.journal import Journal  # noqa: E402
 from coala.data.synthesis import Summary, synthesize  # noqa: E402
+from coala.endpoint import Answer, Post, Server  # noqa: E402
 from tests.test_data_synthesis import (  # noqa: E402
     House,
     billed,
@@ -42,7 +41,7 @@ from tests.test_data_synthesis import (  # noqa: E402
 from tests.waiting import wait_for  # noqa: E402
 
 
-async def at_once(address: object, headers: object, body: bytes, timeout: float) -> Answer:
+async def at_once(server: Server, body: bytes, timeout: float) -> Answer:
     """The scripted answer without a network."""
     request = json.loads(body)
     text, finish = scripted({**request, "faulty": False})

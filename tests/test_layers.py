@@ -27,12 +27,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "__main__": ({"cli"}, set()),
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
-    "data": (set(), set()),
+    "endpoint": (set(), set()),
+    "data": ({"endpoint"}, set()),
     "backbone": ({"costs"}, {"torch", "transformers"}),
     "convex": (set(), {"jax"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
-    "evaluation": ({"data"}, {"scipy"}),
+    "evaluation": ({"data", "endpoint"}, {"scipy"}),
     "baselines": ({"store", "costs", "backbone"}, {"torch"}),
     "nash": ({"store"}, {"scipy"}),
     "comal": (
@@ -86,7 +87,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "leaderboards": (
         {
             *("store", "recipe", "data", "backbone", "features", "decoding", "evaluation", "report", "alignment"),
-            "export",
+            *("export", "endpoint"),
         },
         set(),
     ),
@@ -108,6 +109,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "baselines",
                 "compare",
                 "web",
+                "endpoint",
             ),
         },
         {"typer"},
@@ -127,6 +129,8 @@ HEAVY = {
     "trl",
     "fastapi",
     "uvicorn",
+    "aiohttp",
+    "yarl",
 }
 
 

@@ -302,8 +302,7 @@ def _keys(settings: SynthesisRecipe, confirmed: Sequence[str], file: str) -> dic
     """
     from coala.cli.output import say
     from coala.data.agents import SynthesisError
-    from coala.data.endpoint import bare
-    from coala.data.http import is_loopback
+    from coala.endpoint import bare, is_loopback
 
     keys: dict[str, str] = {}
     places = dict.fromkeys((agent.key, agent.base_url) for agent in (settings.student, settings.tutor) if agent.key)

@@ -173,4 +173,14 @@ def service_of(
     from coala.leaderboards.judges import Service
 
     key = os.environ.get(key_env, "")
-    return Service(model, base_url, key_env, key, max_calls, max_tokens, attempts, timeout, ask_again, sampling)
+    return Service(
+        model, base_url, key_env, key, max_calls, max_tokens, attempts, timeout, ask_again, sampling, _headers()
+    )
+
+
+def _headers() -> dict[str, str]:
+    """What OpenAI's own client would send besides, as its variables in the environment say."""
+    lines = [line.partition(":") for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")]
+    named = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
+    accounts = {name: os.environ[variable] for name, variable in named.items() if os.environ.get(variable)}
+    return {**accounts, **{name.strip(): value.strip() for name, colon, value in lines if colon}}

@@ -211,6 +211,7 @@ class OpenAIJudge(ChatJudge):
         ask_again: bool = False,
         patience: Patience | None = None,
         budget: Budget | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        endpoint = OpenAIEndpoint(base_url, key, patience=patience, budget=budget)
+        endpoint = OpenAIEndpoint(base_url, key, patience=patience, budget=budget, headers=headers)
         super().__init__(instructions, endpoint, model=model, keeper=keeper, sampling=sampling, ask_again=ask_again)
