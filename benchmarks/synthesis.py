@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 from coala.cli.data import _Appender  # noqa: E402
 from coala.data.journal import Journal  # noqa: E402
 from coala.data.synthesis import Summary, synthesize  # noqa: E402
-from coala.endpoint import Answer, Post, Server  # noqa: E402
+from coala.endpoint import Post, Server  # noqa: E402
+from coala.endpoint.transport import Answer  # noqa: E402
 from tests.test_data_synthesis import (  # noqa: E402
     House,
     billed,

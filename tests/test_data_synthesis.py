@@ -29,7 +29,9 @@ from coala.data.endpoint import TOKENS_PER_MESSAGE, TOKENS_PER_REQUEST
 from coala.data.journal import Journal, read_journal
 from coala.data.screening import cleaned, fault
 from coala.data.synthesis import Summary, synthesize
-from coala.endpoint import Answer, Client, Connections, Post, Server, Unanswered, Usage
+from coala.endpoint import Client, Post, Server, Usage
+from coala.endpoint.transport import Answer, Connections, Unanswered
+from coala.values import CoalaError
 from tests.waiting import PATIENCE, Clock, wait_for
 
 # --- the endpoint ------------------------------------------------------------------------------------------------
@@ -436,7 +438,7 @@ def test_refused_and_silent_endpoints_are_explained() -> None:
         SynthesisError, match=r"no usable answer after 3 requests \(last: .*\)\. Finished conversations"
     ):
         hold(recipe_for("http://127.0.0.1:9/v1", 3, limits={"retries": 2}))
-    with pytest.raises(SynthesisError, match="is no address"):
+    with pytest.raises(CoalaError, match="is no address"):
         hold(recipe_for("http:///v1", 1))
 
 

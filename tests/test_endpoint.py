@@ -14,22 +14,20 @@ import pytest
 
 import coala.endpoint.client
 from coala.endpoint import (
-    Answer,
     Client,
     Completion,
-    Connections,
     Failed,
     Ledger,
     OutOfBudget,
     RetryPolicy,
     Server,
-    Unanswered,
     Usage,
     bare,
     change_for,
     is_loopback,
-    strike,
 )
+from coala.endpoint.secrets import strike
+from coala.endpoint.transport import Answer, Connections, Unanswered
 from coala.values import CoalaError
 from tests.judge_server import JudgeServer, say
 from tests.waiting import PATIENCE, Clock
@@ -96,7 +94,6 @@ def test_interim_answers_without_an_end_are_left() -> None:
                 while True:
                     writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
                     await writer.drain()
-                    await asyncio.sleep(0)
 
         server, connections = await asyncio.start_server(serve, "127.0.0.1", 0), Connections()
         port = server.sockets[0].getsockname()[1]
@@ -122,7 +119,7 @@ class Scripted:
 
     async def __call__(self, server: Server, body: bytes, timeout: float) -> Answer:
         self.bodies.append(body)
-        await asyncio.sleep(0)
+        await Clock().asleep(0)  # others may come in between
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Unanswered):
             raise answer
@@ -248,7 +245,7 @@ def test_many_at_a_time_never_pass_a_limit(limit: Any, most: int, name: str) -> 
     short = [one for one in found if isinstance(one, OutOfBudget)]
     # Those who wait for others to settle are served, as long as what is left may pay for them: 20 are set aside of 64.
     assert len(found) - len(short) == ledger.spent[0] == most
-    assert {one.name for one in short} == {name}
+    assert {one.args[0] for one in short} == {name}
     assert ledger.reserved == (0, 0, 0)
 
 

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from coala.data.agents import NANODOLLARS, Agent, Limits, SynthesisError
+from coala.data.agents import NANODOLLARS, Agent, SynthesisError, SynthesisRecipe
 from coala.data.findings import printable
 from coala.endpoint import Client, Completion, Failed, Ledger, Post, RetryPolicy, Server, Usage, bare
-from coala.values import CoalaError
 
 # No tokenizer of bytes makes more tokens than there are bytes; chat templates add a few for each message.
 TOKENS_PER_MESSAGE, TOKENS_PER_REQUEST = 16, 64
 
 
 class Endpoint:
-    """The agents' endpoints under one set of limits. ``keys`` maps an agent's ``key`` to the secret."""
+    """The agents' endpoints. ``keys`` maps an agent's ``key`` to the secret; CoalaError for what is no address."""
 
-    def __init__(self, limits: Limits, ledger: Ledger, keys: Mapping[str, str], post: Post | None = None) -> None:
+    def __init__(
+        self, recipe: SynthesisRecipe, ledger: Ledger, keys: Mapping[str, str], post: Post | None = None
+    ) -> None:
+        limits = recipe.limits
         policy = RetryPolicy(
             attempts=limits.retries + 1,
             first_wait=limits.backoff,
@@ -27,8 +29,8 @@ class Endpoint:
             per_minute=limits.requests_per_minute,
         )
         self.client = Client(policy, ledger, keys.values(), post)
-        self._keys = keys
-        self._servers: dict[tuple[str, str], Server] = {}
+        places = {(agent.base_url, agent.key) for agent in (recipe.student, recipe.tutor)}
+        self._servers = {(url, key): Server.of(url, keys.get(key, "")) for url, key in places}
 
     async def ask(
         self,
@@ -60,20 +62,11 @@ class Endpoint:
             return Usage(prompt, completion, 0, price(agent, prompt, completion))
 
         try:
-            return await self.client.ask(self._server(agent), request, cost, count)
+            return await self.client.ask(self._servers[agent.base_url, agent.key], request, cost, count)
         except Failed as failed:
             if failed.status == 400 and "content_filter" in failed.said:
                 return Completion("", "content_filter")
             raise SynthesisError(f"{bare(agent.base_url)}: {self._told(failed, agent)}") from None
-
-    def _server(self, agent: Agent) -> Server:
-        place = agent.base_url, agent.key
-        if place not in self._servers:
-            try:
-                self._servers[place] = Server.of(agent.base_url, self._keys.get(agent.key, ""))
-            except CoalaError as error:
-                raise SynthesisError(str(error)) from None
-        return self._servers[place]
 
     def _told(self, failed: Failed, agent: Agent) -> str:
         said = printable(failed.said)[:300]

@@ -167,7 +167,7 @@ class _Run:
         self.lost = journal.lost()
         journal.spent += self.lost
         self.budget = Ledger((None, limits.tokens, money), journal.spent, self.lease)
-        self.endpoint = Endpoint(limits, self.budget, keys, post)
+        self.endpoint = Endpoint(recipe, self.budget, keys, post)
         self.open: list[_Attempt] = []
         self.forecast = _Forecast(recipe)
         self.failure: SynthesisError | None = None

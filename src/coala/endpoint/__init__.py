@@ -5,17 +5,14 @@ A server is not trusted: its answers are bounded in bytes and time, and keys are
 
 from coala.endpoint.budget import Ledger, OutOfBudget, Usage
 from coala.endpoint.client import Client, Failed, RetryPolicy, Stopped
-from coala.endpoint.completion import Completion, read_completion
-from coala.endpoint.secrets import strike
+from coala.endpoint.completion import Completion
 from coala.endpoint.token_limit import Change, change_for
-from coala.endpoint.transport import Answer, Connections, Post, Server, Unanswered, bare, is_loopback
+from coala.endpoint.transport import Post, Server, bare, is_loopback
 
 __all__ = [
-    "Answer",
     "Change",
     "Client",
     "Completion",
-    "Connections",
     "Failed",
     "Ledger",
     "OutOfBudget",
@@ -23,11 +20,8 @@ __all__ = [
     "RetryPolicy",
     "Server",
     "Stopped",
-    "Unanswered",
     "Usage",
     "bare",
     "change_for",
     "is_loopback",
-    "read_completion",
-    "strike",
 ]

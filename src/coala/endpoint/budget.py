@@ -7,8 +7,9 @@ requests.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from operator import add, gt, sub
 
 SHARE = 64  # a lease reaches this part of the whole budget ahead: what a kill can cost besides what was under way
 NAMES = ("calls", "tokens", "nanodollars")
@@ -28,21 +29,14 @@ class Usage:
         return self.prompt + self.completion + self.uncertain
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt + other.prompt,
-            self.completion + other.completion,
-            self.uncertain + other.uncertain,
-            self.nanodollars + other.nanodollars,
-        )
+        return Usage(*map(add, vars(self).values(), vars(other).values()))
 
 
 class OutOfBudget(Exception):
-    """What is left of ``name`` (``spent`` of ``limit``) cannot pay for the next request, and nothing that is under way
-    can free more."""
+    """What is left cannot pay for the next request, and nothing that is under way can free more.
 
-    def __init__(self, name: str, limit: int, spent: int) -> None:
-        super().__init__(f"{spent} of {limit} {name} are spent")
-        self.name, self.limit, self.spent = name, limit, spent
+    ``args`` are what ran out (one of ``NAMES``), the limit and what is spent of it.
+    """
 
 
 class Ledger:
@@ -59,9 +53,9 @@ class Ledger:
         lease: Callable[[int, int], Awaitable[None]] | None = None,
     ) -> None:
         self.limit = limit
-        self.spent = (0, spent.tokens, spent.nanodollars)
-        self.reserved = (0, 0, 0)
-        self._leased = self.spent
+        self.spent: tuple[int, ...] = (0, spent.tokens, spent.nanodollars)
+        self.reserved: tuple[int, ...] = (0, 0, 0)
+        self._leased = self.spent[1:]
         self._lease = lease if self.is_limited else None
         self._changed = asyncio.Condition()
 
@@ -80,37 +74,31 @@ class Ledger:
         """
         async with self._changed:
             cost = _cost(bound)
-            while (place := self._short_of(_sum(self.reserved, cost))) is not None:
-                if self.reserved == (0, 0, 0):
-                    raise OutOfBudget(NAMES[place], self.limit[place] or 0, self.spent[place])
+            while (place := self._short_of(map(add, self.reserved, cost))) is not None:
+                if not any(self.reserved):
+                    raise OutOfBudget(NAMES[place], self.limit[place], self.spent[place])
                 await self._changed.wait()
-            self.reserved = _sum(self.reserved, cost)
-            ahead = _sum(self.spent, self.reserved)
-            if self._lease and any(a > b for a, b in zip(ahead[1:], self._leased[1:], strict=True)):
-                calls, tokens, money = (
-                    a if bound is None else min(bound, a + bound // SHARE)
-                    for a, bound in zip(ahead, self.limit, strict=True)
-                )
+            self.reserved = tuple(map(add, self.reserved, cost))
+            ahead = tuple(map(add, self.spent, self.reserved))
+            if self._lease and any(map(gt, ahead[1:], self._leased)):
+                sums = zip(ahead[1:], self.limit[1:], strict=True)
+                tokens, money = (a if limit is None else min(limit, a + limit // SHARE) for a, limit in sums)
                 # Written within the lock: nobody spends on a lease that is not yet on the disk.
                 await self._lease(tokens, money)
-                self._leased = (calls, tokens, money)
+                self._leased = (tokens, money)
 
     async def settle(self, bound: Usage, used: Usage) -> None:
         """Give back what was set aside and count what was used."""
         async with self._changed:
-            self.reserved = _sum(self.reserved, _cost(bound), -1)
-            self.spent = _sum(self.spent, (1, used.tokens, used.nanodollars))
+            self.reserved = tuple(map(sub, self.reserved, _cost(bound)))
+            self.spent = tuple(map(add, self.spent, (1, used.tokens, used.nanodollars)))
             self._changed.notify_all()
 
-    def _short_of(self, more: tuple[float, float, float]) -> int | None:
+    def _short_of(self, more: Iterable[float]) -> int | None:
         """The place of the first limit that ``more`` would pass."""
-        sums = zip(self.limit, self.spent, more, strict=True)
-        return next((k for k, (bound, a, b) in enumerate(sums) if bound is not None and a + b > bound), None)
+        sums = enumerate(zip(self.limit, map(add, self.spent, more), strict=True))
+        return next((place for place, (limit, total) in sums if limit is not None and total > limit), None)
 
 
 def _cost(bound: Usage) -> tuple[int, int, int]:
     return 1, max(1, bound.tokens), bound.nanodollars
-
-
-def _sum(a: tuple[int, int, int], b: tuple[int, int, int], sign: int = 1) -> tuple[int, int, int]:
-    return a[0] + sign * b[0], a[1] + sign * b[1], a[2] + sign * b[2]

@@ -22,6 +22,7 @@ from coala.endpoint.budget import Ledger, Usage
 from coala.endpoint.completion import Completion, read_completion
 from coala.endpoint.secrets import strike
 from coala.endpoint.transport import Answer, Connections, Post, Server, Unanswered
+from coala.values import CoalaError
 
 LONGEST_PAUSE = 86_400.0  # seconds, whatever a server asks for
 
@@ -31,30 +32,51 @@ class RetryPolicy:
     """When to try again. Waits are ``first_wait`` 2^k seconds times 0.5 to 1, at most ``longest_wait``.
 
     A server's Retry-After is waited out by all requests to it; one above ``longest_asked`` is a failure. ``timeout`` is
-    for one request, its whole answer with it. ``per_minute`` spaces requests evenly.
+    for one request, its whole answer with it. ``per_minute`` spaces requests evenly. After ``give_up_after`` requests
+    in a row that all failed for good, who asks had better stop.
     """
 
     attempts: int = 6
     first_wait: float = 1.0
     longest_wait: float = 60.0
     timeout: float = 180.0
+    give_up_after: int = 10
     longest_asked: float = math.inf
     per_minute: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.give_up_after < 1:
+            raise CoalaError(f"Patience of {self.attempts} attempts and {self.give_up_after} failures; expected 1 up.")
+        if not (self.first_wait >= 0 and self.longest_wait >= 0 and self.timeout > 0):
+            raise CoalaError(
+                f"Waits of {self.first_wait} to {self.longest_wait} s, timeout {self.timeout} s; expected seconds."
+            )
 
 
 class Failed(Exception):
     """No completion came, and to send the request again would not help, or has not after so many ``attempts``.
 
     ``kind`` is "timeout", "connection", "not read" (too large, or compressed), "malformed" (no completion), "rate
-    limit", "server error" or "rejected". ``said`` is how the answer begins, on one line, the keys struck out; ``after``
-    the seconds for which the server wants to be left alone.
+    limit", "server error" or "rejected". ``said`` is how the answer begins, on one line, the keys struck out.
     """
 
-    def __init__(self, kind: str, reason: str = "", answer: Answer | None = None, said: str = "") -> None:
+    def __init__(self, kind: str, reason: str, answer: Answer | None = None, said: str = "") -> None:
         super().__init__(reason)
-        self.kind, self.said, self.attempts = kind, said, 0
+        self.kind, self.said, self.attempts = kind, said, 1
         self.status, self.headers = (answer.status, answer.headers) if answer else (0, {})
-        self.after = _retry_after(self.headers)
+
+    @property
+    def after(self) -> float | None:
+        """Seconds the server asks to wait: `retry-after-ms`, or `Retry-After` as seconds or a date; None without."""
+        for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+            with suppress(ValueError):
+                seconds = float(self.headers.get(name, "")) / unit
+                if math.isfinite(seconds):
+                    return max(0.0, seconds)
+        with suppress(ValueError, TypeError, OverflowError):
+            date = parsedate_to_datetime(self.headers.get("retry-after", ""))
+            return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
+        return None
 
     @property
     def is_out_of_quota(self) -> bool:
@@ -77,14 +99,12 @@ class Client:
         self.policy, self.ledger = policy, ledger
         self.requests = self.retries = 0
         self._connections = Connections()
+        self.close = self._connections.close
         self._post = post or self._connections.post
         self._secrets = tuple(secrets)
         self._stopped = asyncio.Event()
         self._free_at = 0.0  # when the next request may start
         self._not_before: defaultdict[str, float] = defaultdict(float)
-
-    async def close(self) -> None:
-        await self._connections.close()
 
     def stop(self) -> None:
         """End all waits and send nothing more; what is under way is let finish."""
@@ -112,53 +132,52 @@ class Client:
         sent that might not be paid for.
         """
         body = json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        bound, attempt = cost(None), 0
+        bound, attempts = cost(None), 0
         while True:
             await self._turn(server)
             await self.ledger.reserve(bound)
             used = bound
             try:
-                found, used = await self._once(server, body, cost)
+                if self._stopped.is_set():
+                    raise Stopped
+                self.requests += 1
+                answer = await self._post(server, body, self.policy.timeout)
+                used = bound if answer.status < 300 else Usage()
+                found = self._read(answer)
+                used = cost(found)
+                return found
+            except Unanswered as error:
+                failed = Failed(error.kind, self.struck(str(error)))
+                used = bound if error.sent else Usage()
+            except Failed as error:
+                failed = error
             finally:
                 await self.ledger.settle(bound, used)
                 count(used)
-            if isinstance(found, Completion):
-                return found
-            found.attempts = attempt = attempt + 1
-            if attempt >= self.policy.attempts or not self._may_pass(found):
-                raise found
+            failed.attempts = attempts = attempts + 1
+            if attempts >= self.policy.attempts or not self._may_pass(failed):
+                raise failed
             self.retries += 1
-            await self._wait(server, found, body)
+            await self._wait(server, failed, body)
 
-    async def _once(
-        self, server: Server, body: bytes, cost: Callable[[Completion | None], Usage]
-    ) -> tuple[Completion | Failed, Usage]:
-        """Send the request once; what came of it, and what that took."""
-        if self._stopped.is_set():
-            raise Stopped
-        self.requests += 1
-        try:
-            answer = await self._post(server, body, self.policy.timeout)
-        except Unanswered as error:
-            return Failed(error.kind, self.struck(str(error))), cost(None) if error.sent else Usage()
+    def _read(self, answer: Answer) -> Completion:
+        reason, kind = "", "rejected"
         if 200 <= answer.status < 300:
             try:
-                found = read_completion(answer.body)
+                return read_completion(answer.body, self.struck)
             except ValueError as error:
-                return Failed("malformed", self.struck(str(error)), answer, self._said(answer)), cost(None)
-            return found.mapped(self.struck), cost(found)
-        kind = "server error" if answer.status in (408, 409, 425) or answer.status >= 500 else "rejected"
-        return Failed("rate limit" if answer.status == 429 else kind, "", answer, self._said(answer)), Usage()
-
-    def _said(self, answer: Answer) -> str:
+                reason, kind = self.struck(str(error)), "malformed"
+        elif answer.status in (408, 409, 425) or answer.status >= 500:
+            kind = "server error"
+        elif answer.status == 429:
+            kind = "rate limit"
         # Struck out before it is cut: a part of a key is a part of a secret.
-        text = self.struck(answer.body[:5000].decode("utf-8", "replace"))
-        return " ".join(text[:1000].split())
+        said = self.struck(answer.body[:5000].decode("utf-8", "replace"))[:1000]
+        raise Failed(kind, reason, answer, " ".join(said.split()))
 
     def _may_pass(self, failed: Failed) -> bool:
-        if failed.kind in ("not read", "rejected") or failed.is_out_of_quota:
-            return False
-        return failed.after is None or failed.after <= self.policy.longest_asked
+        is_final = failed.kind in ("not read", "rejected") or failed.is_out_of_quota
+        return not is_final and (failed.after is None or failed.after <= self.policy.longest_asked)
 
     async def _turn(self, server: Server) -> None:
         """Wait until this request may start: one at a time through the gate, evenly spaced under a rate."""
@@ -188,16 +207,3 @@ class Client:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopped.wait(), seconds)
             raise Stopped
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds a server asks to wait: `retry-after-ms`, or `Retry-After` as seconds or a date; None without."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        with suppress(ValueError):
-            seconds = float(headers.get(name, "")) / unit
-            if math.isfinite(seconds):
-                return max(0.0, seconds)
-    with suppress(ValueError, TypeError, OverflowError):
-        date = parsedate_to_datetime(headers.get("retry-after", ""))
-        return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
-    return None

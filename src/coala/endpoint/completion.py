@@ -1,11 +1,11 @@
-"""What a chat server answers, read strictly: a completion, or ValueError; knows nothing of how it came."""
+"""What a chat server answers, read strictly, and the form it is kept in; knows nothing of how it came."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -14,7 +14,8 @@ class Completion:
     """The first choice: its ``text``, why it ends, and the likeliest first tokens (nats) if they were asked for.
 
     ``finish`` is "stop", "length", "content_filter" or the server's own word; ``reasoning`` what the server gives as
-    thoughts, apart from the text; token counts are None where there are none; ``model`` is as the server names it.
+    thoughts, apart from the text; token counts are None where there are none. ``model`` is as the server names it, and
+    is not kept.
     """
 
     text: str
@@ -24,16 +25,20 @@ class Completion:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     reasoning: str = ""
-    model: str = ""
+    model: str = field(default="", compare=False)
 
-    def mapped(self, change: Callable[[str], str]) -> Completion:
-        """With every text changed."""
-        text, refusal, reasoning, model = map(change, (self.text, self.refusal, self.reasoning, self.model))
-        return replace(self, text=text, refusal=refusal, reasoning=reasoning, model=model)
+    def to_json(self) -> str:
+        return json.dumps({name: value for name, value in vars(self).items() if name != "model"})
+
+    @classmethod
+    def from_json(cls, text: str) -> Completion:
+        row = json.loads(text)
+        top = None if row["top"] is None else tuple((str(token), float(value)) for token, value in row["top"])
+        return cls(**{**row, "top": top})
 
 
-def read_completion(body: bytes) -> Completion:
-    """Raises :class:`ValueError` for a body that is no chat completion."""
+def read_completion(body: bytes, struck: Callable[[str], str] = str) -> Completion:
+    """``struck`` is done to every text. Raises :class:`ValueError` for a body that is no chat completion."""
     try:
         document = json.loads(body)
         choice = document["choices"][0]
@@ -45,14 +50,14 @@ def read_completion(body: bytes) -> Completion:
         usage, model = document.get("usage"), document.get("model")
         usage = usage if isinstance(usage, dict) else {}
         return Completion(
-            text=text or "",
+            text=struck(text or ""),
             finish=str(finish or "stop"),
-            refusal=refusal or "",
+            refusal=struck(refusal or ""),
             top=_top(choice.get("logprobs")),
             prompt_tokens=_tokens(usage.get("prompt_tokens")),
             completion_tokens=_tokens(usage.get("completion_tokens")),
-            reasoning=thoughts if isinstance(thoughts, str) else json.dumps(thoughts),
-            model=model if isinstance(model, str) else "",
+            reasoning=struck(thoughts if isinstance(thoughts, str) else json.dumps(thoughts)),
+            model=struck(model) if isinstance(model, str) else "",
         )
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None

@@ -25,17 +25,6 @@ LARGEST = 16 * 2**20  # bytes of one answer
 IDLE = 4.0  # seconds after which a connection is not used again: servers close theirs after five
 
 
-class Unanswered(Exception):
-    """No whole answer came back; ``sent`` says whether the request may have been carried out all the same.
-
-    ``kind`` is "timeout", "connection", or "not read": the answer was too large, or compressed.
-    """
-
-    def __init__(self, kind: str, reason: str, *, sent: bool) -> None:
-        super().__init__(reason)
-        self.kind, self.sent = kind, sent
-
-
 @dataclass(frozen=True)
 class Answer:
     """Status, headers (names in lower case) and body."""
@@ -43,6 +32,17 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+class Unanswered(Exception):
+    """No whole answer came back; ``sent`` says whether the request may have been carried out all the same.
+
+    ``kind`` is "timeout", "connection", or "not read": the answer was too large, or compressed.
+    """
+
+    def __init__(self, kind: str, reason: str, *, sent: bool = True) -> None:
+        super().__init__(reason)
+        self.kind, self.sent = kind, sent
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,14 @@ class Server:
         elif url.user or url.password:
             named = f"{url.user or ''}:{url.password or ''}"
             sent["Authorization"] = f"Basic {base64.b64encode(named.encode()).decode()}"
-        path = url.path.rstrip("/") + "/chat/completions"
-        there = url.with_user(None).with_path(path, keep_query=True)
-        return cls(str(there), {**sent, **(headers or {})}, _proxy(url.scheme, host))
+        there = str(url.with_user(None).with_path(url.path.rstrip("/") + "/chat/completions", keep_query=True))
+        return cls(there, {**sent, **(headers or {})}, _proxy(there, url.scheme, host))
 
 
-def _proxy(scheme: str, host: str) -> str | None:
+def _proxy(url: str, scheme: str, host: str) -> str | None:
     """The environment's proxy (``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``); none on the way to this machine."""
-    proxies = getproxies()
-    proxy = proxies.get(scheme) or proxies.get("all")
-    if not proxy or _is_here(host) or proxy_bypass(host):
+    proxy = getproxies().get(scheme) or getproxies().get("all")
+    if not proxy or is_loopback(url) or proxy_bypass(host):
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     if not proxy.startswith(("http://", "https://")):
@@ -94,17 +92,13 @@ def _proxy(scheme: str, host: str) -> str | None:
     return proxy
 
 
-def _is_here(host: str) -> bool:
-    host = host.removesuffix(".")
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine: localhost, 127.0.0.0/8 or ::1."""
+    host = (urlsplit(url).hostname or "").removesuffix(".")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine: localhost, 127.0.0.0/8 or ::1."""
-    return _is_here(urlsplit(url).hostname or "")
 
 
 def bare(url: str) -> str:
@@ -127,22 +121,24 @@ class Connections:
 
         self._session = self._session or _opened()
         sent: list[bool] = []
-        response = None
+        begun = ""
         try:
-            async with asyncio.timeout(timeout):
-                async with self._session.post(
+            async with (
+                asyncio.timeout(timeout),
+                self._session.post(
                     server.url,
                     data=body,
                     headers=server.headers,
                     proxy=server.proxy,
                     allow_redirects=False,
                     trace_request_ctx=sent,
-                ) as response:
-                    content = await _content(response)
+                ) as response,
+            ):
+                begun = f": the answer was still coming after {timeout:g} s"
+                content = await _content(response)
                 return Answer(response.status, {k.lower(): v for k, v in response.headers.items()}, content)
         except TimeoutError:
-            still = f"the answer was still coming after {timeout:g} s"
-            reason = f"no whole answer within {timeout:g} s: {still}" if response else f"no answer within {timeout:g} s"
+            reason = f"no {'whole ' * bool(begun)}answer within {timeout:g} s{begun}"
             raise Unanswered("timeout", reason, sent=bool(sent)) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             error = getattr(error, "os_error", error)
@@ -162,12 +158,10 @@ def _opened() -> aiohttp.ClientSession:
 
     trace = aiohttp.TraceConfig()
     trace.on_request_headers_sent.append(sent)
-    # Without a limit of its own: how many are under way is the business of who asks. Whole answers are timed above.
-    connector = aiohttp.TCPConnector(
-        limit=0, keepalive_timeout=IDLE, ssl=truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    )
+    context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     return aiohttp.ClientSession(
-        connector=connector,
+        # How many are under way is the business of who asks, and whole answers are timed above.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE, ssl=context),
         timeout=aiohttp.ClientTimeout(),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
@@ -179,15 +173,13 @@ async def _content(response: aiohttp.ClientResponse) -> bytes:
     codings = {response.headers.get(name, "").strip().lower() for name in ("Content-Encoding", "Transfer-Encoding")}
     if codings := codings - {"", "identity", "chunked"}:
         # What is not compressed cannot unpack into more than was sent.
-        coding = min(codings)[:20]
-        raise Unanswered("not read", f"the answer is compressed ({coding}) although that was not asked for", sent=True)
+        raise Unanswered("not read", f"the answer is compressed ({min(codings)[:20]}) although that was not asked for")
     content = bytearray()
     # A length is a promise; what comes is counted all the same.
-    if (response.content_length or 0) <= LARGEST:
-        async for part in response.content.iter_any():
-            content += part
-            if len(content) > LARGEST:
-                break
-        else:
-            return bytes(content)
-    raise Unanswered("not read", f"the answer has over {LARGEST >> 20} MiB", sent=True)
+    too_large = (response.content_length or 0) > LARGEST
+    while not too_large and (part := await response.content.readany()):
+        content += part
+        too_large = len(content) > LARGEST
+    if too_large:
+        raise Unanswered("not read", f"the answer has over {LARGEST >> 20} MiB")
+    return bytes(content)

@@ -11,30 +11,28 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
 from coala.endpoint import (
     Change,
     Client,
-    Completion,
     Failed,
     Ledger,
     OutOfBudget,
-    RetryPolicy,
     Server,
     Stopped,
     Usage,
     bare,
     change_for,
 )
+from coala.endpoint import Completion as Answer
+from coala.endpoint import RetryPolicy as Patience
 from coala.evaluation.judges.protocol import Cost, JudgeFailure, JudgeStopped
-from coala.evaluation.judges.verdicts import Answer
 from coala.evaluation.rows import shown
 from coala.values import CoalaError
 
-OPENAI = "https://api.openai.com/v1"
 _LOWERINGS = 4  # of the limit of tokens for one request, each as the endpoint asks
 _CHARACTERS_PER_TOKEN = 3  # where an endpoint does not count; English has about four, so budgets hold
 
@@ -55,23 +53,6 @@ class Endpoint(Protocol):
     def begin(self) -> None: ...
 
     def interrupt(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Patience(RetryPolicy):
-    """A :class:`~coala.endpoint.RetryPolicy`; after ``give_up_after`` requests in a row that all failed for good,
-    nothing more is sent. A Retry-After above ``longest_wait`` ends the judging.
-    """
-
-    give_up_after: int = 10
-
-    def __post_init__(self) -> None:
-        if self.attempts < 1 or self.give_up_after < 1:
-            raise CoalaError(f"Patience of {self.attempts} attempts and {self.give_up_after} failures; expected 1 up.")
-        if not (self.first_wait >= 0 and self.longest_wait >= 0 and self.timeout > 0):
-            raise CoalaError(
-                f"Waits of {self.first_wait} to {self.longest_wait} s, timeout {self.timeout} s; expected seconds."
-            )
 
 
 @dataclass(frozen=True)
@@ -102,9 +83,10 @@ class OpenAIEndpoint:
     """An endpoint at ``base_url`` (None: OpenAI's own) with its ``key``; safe for many threads at once.
 
     Retried: 408, 409, 425, 429, 5xx, timeouts, lost connections, and bodies that are not the answer they should be.
-    Refused for good: any other 4xx; 401, 403, 404, a redirect and a spent quota end all (:class:`JudgeStopped`). A
-    refusal that names a lower limit of tokens is met with that limit, which ``remarks`` tell. Answers are bounded in
-    bytes and, as a whole, by the timeout; the key is struck out of all that comes back. ``headers`` are sent along.
+    Refused for good: any other 4xx; 401, 403, 404, a redirect, a spent quota and a Retry-After above the longest wait
+    end all (:class:`JudgeStopped`). A refusal that names a lower limit of tokens is met with that limit, which
+    ``remarks`` tell. Answers are bounded in bytes and, as a whole, by the timeout; the key is struck out of all that
+    comes back. ``headers`` are sent along.
     """
 
     def __init__(
@@ -120,20 +102,22 @@ class OpenAIEndpoint:
 
         if not key and base_url is None:
             raise CoalaError("OpenAI's endpoint needs a key and there is none. Give one, or another base URL.")
-        url = OPENAI if base_url is None else base_url
+        url = "https://api.openai.com/v1" if base_url is None else base_url
         # A name and password in the address are meant for it; a key may stand in the environment for another.
         self._server = Server.of(url, (key or "none") if bare(url) == url else "", headers)
         self.identity = str(URL(url)).rstrip("/")
-        self._patience, budget = patience or Patience(), budget or Budget()
-        policy = replace(self._patience, longest_asked=self._patience.longest_wait)
+        self._where = bare(self.identity)
+        patience, budget = patience or Patience(), budget or Budget()
+        policy = replace(patience, longest_asked=patience.longest_wait)
         self._client = Client(policy, Ledger((budget.calls, budget.tokens, None)), (key,) if key else ())
+        # All of this changes in the loop's thread alone, so that there is nothing to lock.
         self._cost = Cost()
         self._failed_in_a_row = 0
         self._changes: dict[str, list[Change]] = {}
         self._remarks: dict[str, None] = {}
-        # All of the above changes in the loop's thread alone, so that there is nothing to lock.
         self._loop = _loop()
-        weakref.finalize(self, _abandon, self._client, self._loop)
+        client, loop = self._client, self._loop
+        weakref.finalize(self, lambda: asyncio.run_coroutine_threadsafe(client.close(), loop))
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -160,83 +144,75 @@ class OpenAIEndpoint:
 
     async def _ask(self, request: Mapping[str, Any]) -> Answer:
         plain = json.dumps(request, sort_keys=True)
-
-        def cost(found: Completion | None) -> Usage:
-            return Usage() if found is None else _usage(found, plain)
-
         asked = dict(request)
         for known in self._changes.get(str(request.get("model")), ()):
             asked = known.applied(asked)
-        for lowerings in range(_LOWERINGS + 1):
+        for lowering in range(_LOWERINGS + 1):
             try:
-                found = await self._client.ask(self._server, asked, cost)
-            except Failed as error:
-                failure = self._told(error)
-                change = change_for(error.said, asked) if error.status in (400, 413, 422) else None
-                if isinstance(failure, JudgeStopped):
-                    raise failure from None
-                if change is None or lowerings == _LOWERINGS:
-                    break
-                self._learn(change, asked)
-                asked = change.applied(asked)
+                found = await self._client.ask(self._server, asked, lambda found: _usage(found, plain))
             except Stopped:
                 raise JudgeStopped("Judging was interrupted. Run again to go on; what was bought is kept.") from None
             except OutOfBudget as out:
+                name, limit, spent = out.args
                 raise JudgeStopped(
-                    f"The budget of {out.limit} {out.name} is spent ({out.spent} used). "
+                    f"The budget of {limit} {name} is spent ({spent} used). "
                     "Run again with a new one to go on; what was bought is kept."
                 ) from None
+            except Failed as failed:
+                failure = self._told(failed)
+                change = change_for(failed.said, asked) if failed.status in (400, 413, 422) else None
+                if change is None or lowering == _LOWERINGS:
+                    break
+                self._learn(change, asked)
+                asked = change.applied(asked)
             else:
-                used = _usage(found, plain)
-                unmetered = found.prompt_tokens is None or found.completion_tokens is None
+                used, counts = _usage(found, plain), (found.prompt_tokens, found.completion_tokens)
+                self._cost += Cost(0, 1, 0, used.prompt, used.completion, int(None in counts))
                 self._failed_in_a_row = 0
-                self._cost += Cost(0, 1, 0, used.prompt, used.completion, int(unmetered))
-                return Answer(**{one.name: getattr(found, one.name) for one in fields(Answer)})
+                return found
+        if isinstance(failure, JudgeStopped):
+            raise failure
         self._failed_in_a_row += 1
-        if self._failed_in_a_row >= self._patience.give_up_after:
+        if self._failed_in_a_row >= self._client.policy.give_up_after:
             raise JudgeStopped(
-                f"{self._failed_in_a_row} requests to {bare(self.identity)} failed in a row, the last one so: "
-                f"{failure} Mend that and run again; what was bought is kept."
+                f"{self._failed_in_a_row} requests to {self._where} failed in a row, the last one so: {failure} "
+                "Mend that and run again; what was bought is kept."
             )
         raise failure
 
     def _learn(self, change: Change, asked: Mapping[str, Any]) -> None:
-        wanted, where = asked[change.old], bare(self.identity)
+        cut = "an answer that reaches the limit is a failure (cut short)"
         if change.name != change.old:
-            said = f"{where} takes {change.name} in place of {change.old}"
+            said = f"{self._where} takes {change.name} in place of {change.old}"
         elif change.lasts:
-            said = (
-                f"{where} takes at most {change.limit:,} tokens for an answer, so the judge asks for that in "
-                f"place of {wanted:,}; an answer that reaches the limit is a failure (cut short)"
-            )
+            limit = f"takes at most {change.limit:,} tokens for an answer"
+            said = f"{self._where} {limit}, so the judge asks for that in place of {asked[change.old]:,}; {cut}"
         else:
-            said = (
-                f"after some prompts the model's context has no room for {wanted:,} tokens: fewer were asked for; an "
-                "answer that reaches the limit is a failure (cut short)"
-            )
+            room = f"the model's context has no room for {asked[change.old]:,} tokens"
+            said = f"after some prompts {room}: fewer were asked for; {cut}"
         self._remarks[said] = None
         if change.lasts:
             self._changes.setdefault(str(asked.get("model")), []).append(change)
 
     def _told(self, failed: Failed) -> JudgeFailure | JudgeStopped:
-        where, code, kind, reason = bare(self.identity), failed.status, failed.kind, str(failed)
-        said = f"{where} answered {code}: {shown(failed.said, 200)}."
+        code, kind, reason, after = failed.status, failed.kind, str(failed), failed.after
         if kind == "timeout":
             return JudgeFailure(kind, f"{reason[0].upper()}{reason[1:]}.")
         if kind == "connection":
             return JudgeFailure(kind, f"The connection failed: {shown(reason)}.")
         if kind == "not read":
-            return JudgeFailure(kind, f"{where}: {reason}. Check that it is a chat endpoint.")
+            return JudgeFailure(kind, f"{self._where}: {reason}. Check that it is a chat endpoint.")
         if kind == "malformed":
-            found = failed.headers.get("content-type", "")
-            if "json" in found.lower():
+            form = failed.headers.get("content-type", "")
+            if "json" in form.lower():
                 return JudgeFailure(kind, f"The answer is no chat completion ({shown(reason)}).")
-            found = f"it is {shown(found[:60])}" if found else "it names no content type"
-            return JudgeFailure(kind, f"The answer is no chat completion: {found}; expected application/json.")
+            form = f"it is {shown(form[:60])}" if form else "it names no content type"
+            return JudgeFailure(kind, f"The answer is no chat completion: {form}; expected application/json.")
+        said = f"{self._where} answered {code}: {shown(failed.said, 200)}."
         if 300 <= code < 400:
             there = shown(self._client.struck(failed.headers.get("location", "another address")), 120)
             return JudgeStopped(
-                f"{where} answered {code}: it redirects to {there}, and redirects are not followed, since the "
+                f"{self._where} answered {code}: it redirects to {there}, and redirects are not followed, since the "
                 "prompts and the key would go there. Fix: give that address as the base URL, if you trust it."
             )
         if code in (401, 403):
@@ -245,20 +221,17 @@ class OpenAIEndpoint:
             return JudgeStopped(f"{said} Check the base URL and the model's name.")
         if failed.is_out_of_quota:
             return JudgeStopped(f"{said} The account's quota is spent; what was bought is kept.")
-        if failed.after is not None and failed.after > self._patience.longest_wait and kind != "rejected":
-            return JudgeStopped(
-                f"{said} It asks to wait {failed.after:.0f} s: run again then; what was bought is kept."
-            )
+        if kind != "rejected" and after is not None and after > self._client.policy.longest_asked:
+            return JudgeStopped(f"{said} It asks to wait {after:.0f} s: run again then; what was bought is kept.")
         return JudgeFailure(kind, said)
 
 
-def _usage(found: Completion, request: str) -> Usage:
+def _usage(found: Answer | None, request: str) -> Usage:
+    """Tokens as they were counted, or taken from the characters; none as long as there is no answer."""
+    if found is None:
+        return Usage()
     asked, said = found.prompt_tokens, found.completion_tokens
     return Usage(
         math.ceil(len(request) / _CHARACTERS_PER_TOKEN) if asked is None else asked,
         math.ceil(len(found.text) / _CHARACTERS_PER_TOKEN) if said is None else said,
     )
-
-
-def _abandon(client: Client, loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.run_coroutine_threadsafe(client.close(), loop)
