@@ -4,8 +4,8 @@
     python benchmarks/synthesis.py --kills 10         # 1,000 conversations, faults, the command killed ten times
 
 Two figures: over HTTP on loopback, client and server on the same machine; and with the network taken out (the scripted
-answers are computed in the process), which is the overhead of everything else. What a busy machine leaves of the first is
-read from the rate by CPU time. Prints a table; the last line is JSON.
+answers are computed in the process), which is the overhead of everything else. On a busy machine the rates by CPU time
+tell more. Prints a table; the last line is JSON.
 """
 
 from __future__ import annotations
