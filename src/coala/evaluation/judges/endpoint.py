@@ -166,8 +166,9 @@ class OpenAIEndpoint:
                 self._learn(change, asked)
                 asked = change.applied(asked)
             else:
-                used, counts = _usage(found, plain), (found.prompt_tokens, found.completion_tokens)
-                self._cost += Cost(0, 1, 0, used.prompt, used.completion, int(None in counts))
+                used = _usage(found, plain)
+                unmetered = int(None in (found.prompt_tokens, found.completion_tokens))
+                self._cost += Cost(0, 1, 0, used.prompt, used.completion, unmetered)
                 self._failed_in_a_row = 0
                 return found
         if isinstance(failure, JudgeStopped):
