@@ -23,7 +23,7 @@ from coala.store import RunFolder, save_head
 from coala.values import ConvexHead
 
 from .menagerie import tiny_backbone
-from .waiting import PATIENCE, wait_for
+from .waiting import PATIENCE, skip, wait_for
 
 CONTEXT = 16384
 
@@ -97,16 +97,7 @@ class Here:
 
     def skip(self, seconds: float) -> None:
         """Move the clock of the server's event loop: whatever waits for that moment or an earlier one is due."""
-        loop = self.worker._loop
-        moved = threading.Event()
-
-        def move() -> None:
-            now = loop.time
-            loop.time = lambda: now() + seconds
-            loop.call_soon(moved.set)
-
-        loop.call_soon_threadsafe(move)
-        assert moved.wait(PATIENCE)
+        skip(self.worker._loop, seconds)
 
     @property
     def url(self) -> str:

@@ -29,12 +29,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
     "pages": (set(), set()),
-    "data": ({"store", "statistics", "pages"}, set()),
+    "endpoint": (set(), set()),
+    "data": ({"store", "statistics", "pages", "endpoint"}, set()),
     "backbone": ({"costs"}, {"torch", "transformers"}),
     "convex": ({"statistics"}, {"jax", "jaxtyping"}),
     "features": ({"store", "costs", "backbone"}, {"torch"}),
     "decoding": ({"store", "recipe", "backbone"}, {"torch"}),
-    "evaluation": ({"data", "statistics"}, set()),
+    "evaluation": ({"data", "statistics", "endpoint"}, set()),
     "baselines": ({"store", "statistics", "costs", "backbone"}, {"torch"}),
     "nash": ({"store", "statistics", "pages"}, {"jaxtyping", "scipy"}),
     "comal": (
@@ -93,7 +94,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "survey",
             *("store", "statistics", "recipe", "data", "backbone", "features", "decoding"),
             *("evaluation", "report", "alignment"),
-            "export",
+            *("export", "endpoint"),
         },
         set(),
     ),
@@ -116,6 +117,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "baselines",
                 "compare",
                 "web",
+                "endpoint",
             ),
         },
         {"typer"},
@@ -135,6 +137,8 @@ HEAVY = {
     "trl",
     "fastapi",
     "uvicorn",
+    "aiohttp",
+    "yarl",
 }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-pytest.importorskip("openai", reason="the extra `judge` is not installed")
+pytest.importorskip("openai", reason="the client that is served is not installed")
 
 import httpx
 import openai

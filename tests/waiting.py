@@ -1,7 +1,7 @@
 """How tests wait: until something has happened, however busy the machine is; never until some time has passed.
 
 The only file that reads a clock or sleeps (tests/test_tests.py sees to it). What ends by time in the product is
-driven by a clock that a test moves: :class:`Clock` here, `Here.skip` for the server's event loop.
+driven by a clock that a test moves: :class:`Clock`, and :func:`skip` for an event loop.
 """
 
 from __future__ import annotations
@@ -58,18 +58,15 @@ class Clock:
         self.move(until - self._now)
 
 
-class ClockedEvent(threading.Event):
-    """Whoever waits for it with a limit has waited so long on ``clock``, and not at all on the wall's."""
+def skip(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    """Move the clock of a loop that runs in another thread: whatever waits there for that moment or an earlier one is
+    due."""
+    moved = threading.Event()
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self._clock = clock
-        self.waits: list[float] = []
+    def move() -> None:
+        now = loop.time
+        loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+        loop.call_soon(moved.set)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        if timeout is None:
-            return super().wait()
-        if not self.is_set():
-            self.waits.append(timeout)
-            self._clock.move(timeout)
-        return self.is_set()
+    loop.call_soon_threadsafe(move)
+    assert moved.wait(PATIENCE)

@@ -175,6 +175,7 @@ class JudgeFlags:
             self.timeout,
             self.ask_again,
             self.sampling or (),
+            _headers(),
         )
         return JudgeSettings(name, service, self.local, self.cache, self.concurrency)
 
@@ -194,3 +195,11 @@ class ReplyFlags:
         from coala.alignment.answers import ReplySettings
 
         return ReplySettings(not self.unguided, self.max_new_tokens, self.temperature, seed)
+
+
+def _headers() -> dict[str, str]:
+    """What OpenAI's own client would send besides, as its variables in the environment say."""
+    lines = [line.partition(":") for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")]
+    named = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
+    accounts = {name: os.environ[variable] for name, variable in named.items() if os.environ.get(variable)}
+    return {**accounts, **{name.strip(): value.strip() for name, colon, value in lines if colon}}

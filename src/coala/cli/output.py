@@ -217,7 +217,7 @@ def tell_failures() -> Any:
 
 def command_line() -> str:
     """The command line, without names and passwords in addresses."""
-    from coala.leaderboards.judges import bare
+    from coala.endpoint import bare
 
     return bare(shlex.join(["coala", *sys.argv[1:]]))
 

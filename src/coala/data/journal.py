@@ -22,31 +22,10 @@ from typing import Any
 
 from coala.data.agents import SynthesisError
 from coala.data.findings import describe, printable
+from coala.endpoint import Usage
 
 VERSION = 1
 KINDS = ("begun", "lease", "kept", "dropped", "given up", "resumed", "ended")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens and billionths of a dollar. ``uncertain`` tokens are those of requests whose fate is unknown, at most."""
-
-    prompt: int = 0
-    completion: int = 0
-    uncertain: int = 0
-    nanodollars: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt + self.completion + self.uncertain
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt + other.prompt,
-            self.completion + other.completion,
-            self.uncertain + other.uncertain,
-            self.nanodollars + other.nanodollars,
-        )
 
 
 @dataclass

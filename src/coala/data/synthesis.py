@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from coala.data.agents import ROLE_OF, Draw, Speaker, SynthesisError, SynthesisRecipe, draw, messages
-from coala.data.budget import Budget, OutOfBudget
-from coala.data.endpoint import Endpoint, Post, most
-from coala.data.http import Connections
-from coala.data.journal import VERSION, Journal, Usage, line, text_digest
+from coala.data.endpoint import Endpoint, most
+from coala.data.journal import VERSION, Journal, line, text_digest
 from coala.data.reasoning import spoken
 from coala.data.screening import cleaned, fault
+from coala.endpoint import Ledger, OutOfBudget, Post, Usage
 
 Record = Callable[[bytes], Awaitable[None]]
 SPEAKERS: tuple[Speaker, Speaker] = ("student", "tutor")
@@ -78,12 +77,11 @@ async def synthesize(
     whatever was finished is recorded then.
     """
     _same_recipe(recipe, journal)
-    connections = Connections()
-    run = _Run(recipe, journal, record, keys or {}, post or connections.post, on_progress)
+    run = _Run(recipe, journal, record, keys or {}, post, on_progress)
     try:
         return await run.all()
     finally:
-        await connections.close()
+        await run.endpoint.client.close()
 
 
 def _same_recipe(recipe: SynthesisRecipe, journal: Journal) -> None:
@@ -159,7 +157,7 @@ class _Run:
         journal: Journal,
         record: Record,
         keys: Mapping[str, str],
-        post: Post,
+        post: Post | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.recipe, self.journal, self.record = recipe, journal, record
@@ -168,8 +166,8 @@ class _Run:
         money = None if limits.dollars is None else int(limits.dollars * 1e9)
         self.lost = journal.lost()
         journal.spent += self.lost
-        self.budget = Budget((limits.tokens, money), journal.spent, self.lease)
-        self.endpoint = Endpoint(limits, self.budget, post, keys)
+        self.budget = Ledger((None, limits.tokens, money), journal.spent, self.lease)
+        self.endpoint = Endpoint(recipe, self.budget, keys, post)
         self.open: list[_Attempt] = []
         self.forecast = _Forecast(recipe)
         self.failure: SynthesisError | None = None
@@ -203,8 +201,8 @@ class _Run:
             wanted=self.recipe.conversations,
             dropped=dict(self.journal.dropped),
             spent=self.journal.spent,
-            requests=self.endpoint.requests,
-            retries=self.endpoint.retries,
+            requests=self.endpoint.client.requests,
+            retries=self.endpoint.client.retries,
             seconds=time.monotonic() - began,
             stopped="the budget is spent" if self.out_of_budget else "",
         )
@@ -238,9 +236,8 @@ class _Run:
             # Dropped attempts cost too: as often as so far.
             again = self.journal.spent.tokens / max(1, self.journal.spent_on_kept.tokens) if self.journal.kept else 1.0
             last = self.forecast.bound
-            if self.budget.covers(
-                (MARGIN * again * ahead.tokens + last.tokens, MARGIN * again * ahead.nanodollars + last.nanodollars)
-            ):
+            more = MARGIN * again
+            if self.budget.covers(more * ahead.tokens + last.tokens, more * ahead.nanodollars + last.nanodollars):
                 return True
             if not self.open:
                 # The guess at a first conversation is a high one: there the budget itself decides.
@@ -283,12 +280,12 @@ class _Run:
             said = spoken(reply.text)
             text = cleaned(said or "", speaker)
             # A thought without an end was cut, whatever the endpoint says of it.
-            finish = reply.finish if said is not None else "length"
+            finish = "length" if said is None else "content_filter" if reply.refusal else reply.finish
             finish = "stop" if agent.keep_cut and finish == "length" else finish
             if reason := fault(text, finish, speaker, attempt.said):
                 return f"{speaker}: {reason}"
             attempt.said.append(text)
-            attempt.models[speaker] = reply.model
+            attempt.models[speaker] = reply.model or agent.model
             if place == 0 and self.recipe.distinct == "opening" and text_digest([text]) in self.journal.digests:
                 return "duplicate"
         return None

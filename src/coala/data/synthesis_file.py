@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from coala.data.agents import SynthesisError, SynthesisRecipe, read_recipe
-from coala.data.endpoint import bare
-from coala.data.http import is_loopback
 from coala.data.journal import conversation_of, read_journal
 from coala.data.synthesis import Progress, Summary, synthesize
+from coala.endpoint import bare, is_loopback
 from coala.store import write_atomic
 from coala.store.appending import Appender, appending, contents
 

@@ -26,7 +26,10 @@ def quiet(note: str) -> None:
 
 @dataclass(frozen=True)
 class Service:
-    """An endpoint and what may be asked of it; ``key_env`` names where ``key`` comes from, for messages."""
+    """An endpoint and what may be asked of it; ``key_env`` names where ``key`` comes from, for messages.
+
+    ``headers`` are sent with every request.
+    """
 
     model: str | None
     base_url: str | None
@@ -38,6 +41,7 @@ class Service:
     timeout: float
     ask_again: bool
     sampling: Sequence[str]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,9 @@ def kept_beside(replies: Path, out: Path, note: OnNote = quiet) -> Path:
 
 def chat_facts(judge: OpenAIJudge) -> dict[str, Any]:
     """What a record tells of a judge behind an endpoint; never its key."""
+    from coala.endpoint import bare
+
     return {"name": judge.name, "model": judge.model, "endpoint": bare(judge.endpoint), **_told_of(judge.instructions)}
-
-
-def bare(address: str) -> str:
-    """An address without the name and password that it may hold."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", address)
 
 
 def _told_of(instructions: Instructions) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _told_of(instructions: Instructions) -> dict[str, Any]:
 def chat_judge(
     instructions: Instructions, service: Service, cache: Path, note: OnNote = quiet
 ) -> tuple[OpenAIJudge, VerdictCache]:
-    from coala.data.http import is_loopback
+    from coala.endpoint import bare, is_loopback
     from coala.evaluation.judges import Budget, OpenAIJudge, Patience
     from coala.store.verdict_cache import open_cache
     from coala.values import CoalaError
@@ -179,6 +180,7 @@ def chat_judge(
             ask_again=service.ask_again,
             patience=Patience(attempts=service.attempts, timeout=service.timeout),
             budget=Budget(service.max_calls, service.max_tokens),
+            headers=service.headers,
         )
     except BaseException:
         kept.close()

@@ -5,15 +5,17 @@ a failure is counted (:func:`coala.evaluation.win_rate`), never imputed at rando
 the shipped instructions.
 """
 
+from coala.endpoint import Completion as Answer
+from coala.endpoint import RetryPolicy as Patience
 from coala.evaluation.judges.chat import ChatJudge, Memory, OpenAIJudge, VerdictStore
-from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint, Patience
+from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint
 from coala.evaluation.judges.instructions import SHIPPED, Exchange, Instructions, Prompt, asked, read_instructions
 from coala.evaluation.judges.language_model import LanguageModelJudge, LocalEndpoint
 from coala.evaluation.judges.named import NamedJudge, local_judge, named_judge
 from coala.evaluation.judges.protocol import Cost, Judge, JudgeFailure, JudgeStopped, Paid, preference
 from coala.evaluation.judges.replay import ReplayJudge
 from coala.evaluation.judges.scorers import RULES, HeadJudge, RuleJudge, WordJudge
-from coala.evaluation.judges.verdicts import Answer, Verdict, read_rating, read_verdict
+from coala.evaluation.judges.verdicts import Verdict, read_rating, read_verdict
 
 __all__ = [
     "RULES",

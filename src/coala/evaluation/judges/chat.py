@@ -12,10 +12,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint, Patience
+from coala.endpoint import Completion as Answer
+from coala.endpoint import RetryPolicy as Patience
+from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint
 from coala.evaluation.judges.instructions import Exchange, Instructions, asked
 from coala.evaluation.judges.protocol import Cost, JudgeFailure, JudgeStopped, preference
-from coala.evaluation.judges.verdicts import Answer, Verdict, read_rating, read_verdict
+from coala.evaluation.judges.verdicts import Verdict, read_rating, read_verdict
 from coala.values import CoalaError, Generation, Judgement, Turn, conversation_text
 
 
@@ -211,6 +213,7 @@ class OpenAIJudge(ChatJudge):
         ask_again: bool = False,
         patience: Patience | None = None,
         budget: Budget | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        endpoint = OpenAIEndpoint(base_url, key, patience=patience, budget=budget)
+        endpoint = OpenAIEndpoint(base_url, key, patience=patience, budget=budget, headers=headers)
         super().__init__(instructions, endpoint, model=model, keeper=keeper, sampling=sampling, ask_again=ask_again)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coala.endpoint import Completion as Answer
 from coala.evaluation.judges.instructions import Instructions, asked
 from coala.evaluation.judges.protocol import Cost, JudgeFailure, JudgeStopped
-from coala.evaluation.judges.verdicts import Answer
 from coala.evaluation.mtbench import HIGHEST, LOWEST
 from coala.values import CoalaError, Generation, Judgement, Turn, conversation_text
 

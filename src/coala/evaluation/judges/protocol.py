@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add, sub
 from typing import Protocol, runtime_checkable
 
 from coala.values import CoalaError, Generation, Judgement, Turn
@@ -54,17 +55,10 @@ class Cost:
         return self.prompt_tokens + self.completion_tokens
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(
-            self.calls - other.calls,
-            self.answers - other.answers,
-            self.kept - other.kept,
-            self.prompt_tokens - other.prompt_tokens,
-            self.completion_tokens - other.completion_tokens,
-            self.unmetered - other.unmetered,
-        )
+        return Cost(*map(sub, vars(self).values(), vars(other).values()))
 
     def __add__(self, other: Cost) -> Cost:
-        return self - (Cost() - other)
+        return Cost(*map(add, vars(self).values(), vars(other).values()))
 
 
 @runtime_checkable

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coala.data.reasoning import opens_thought, spoken
+from coala.endpoint import Completion as Answer
 from coala.evaluation.alpaca import preference_from_logprobs
 from coala.evaluation.arena import parse_verdict, verdicts_in
 from coala.evaluation.judges.instructions import ARENA_LABELS, Instructions
@@ -19,32 +20,6 @@ from coala.evaluation.mtbench import ERROR, HIGHEST, LOWEST, parse_game, parse_r
 from coala.evaluation.rows import as_number, shown
 
 _BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a judge said: ``text``, why it ended, and for one-token verdicts the likeliest first tokens (nats).
-
-    ``reasoning`` is what the endpoint gave as thoughts, apart from the text; no verdict is read from it. Kept as it
-    came, so that a verdict can be read again without being bought again.
-    """
-
-    text: str
-    finish: str = "stop"
-    refusal: str = ""
-    top: tuple[tuple[str, float], ...] | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    reasoning: str = ""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Answer:
-        row = json.loads(text)
-        top = None if row["top"] is None else tuple((str(token), float(value)) for token, value in row["top"])
-        return cls(**{**row, "top": top})
 
 
 @dataclass(frozen=True)
