@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 
 # What everybody may import: values, and the small modules that know nothing but words.
-GROUND = {"values", "documents", "messages", "choices", "permission"}
+GROUND = {"values", "documents", "messages", "choices", "permission", "processes"}
 
 # Doors from a value to its own file, inside a method: the value knows the way, not what is behind it.
 DOORS = {("values", "store")}
@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "messages": (set(), set()),
     "choices": (set(), set()),
     "permission": (set(), set()),
+    "processes": (set(), set()),
     "store": (set(), set()),
     "__main__": ({"cli"}, set()),
     "costs": (set(), set()),
@@ -60,7 +61,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "web": (set(), {"fastapi", "uvicorn"}),
     "survey": ({"store", "evaluation", "web"}, {"fastapi", "uvicorn"}),
-    "serve": ({"backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "serve": ({"backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn", "prometheus_client"}),
     "alignment": (
         {
             "store",
@@ -127,6 +128,7 @@ HEAVY = {
     "trl",
     "fastapi",
     "uvicorn",
+    "prometheus_client",
 }
 
 

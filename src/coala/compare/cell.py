@@ -1,7 +1,4 @@
-"""One cell, in a process of its own: do its work, write what came of it, or why nothing did.
-
-python -m coala.compare OUT CELL
-"""
+"""One cell, in a process of its own: do its work, write what came of it, or why nothing did."""
 
 from __future__ import annotations
 
