@@ -51,7 +51,7 @@ def serve(
         from coala.serve import Limits
         from coala.serve.app import Served, create_app
         from coala.serve.memory import settle
-        from coala.serve.uvicorn_server import listen, server
+        from coala.web.listening import listen, server
     except ImportError as error:
         raise CoalaError(
             f"Serving needs {error.name or 'a package'}, which is not installed: pip install 'coala-align[serve]'."
@@ -85,5 +85,6 @@ def serve(
         if not local:
             say("note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it.")
         settle()
-        server(app, limits).run(sockets=[listening])
+        times = {"head_time": limits.head_time, "read_time": limits.read_time, "grace": limits.grace}
+        server(app, **times).run(sockets=[listening])
     emit({"served": served.name, "requests": app.state.observed.n_requests, "tokens": app.state.observed.n_tokens})

@@ -142,7 +142,7 @@ def serve(
     try:
         from coala.survey.app import create_app
         from coala.survey.records import new_token
-        from coala.web.listening import Patient, listen, server
+        from coala.web.listening import listen, server
         from coala.web.strangers import LOOPBACK, origin_of
     except ImportError as error:
         raise CoalaError(
@@ -168,7 +168,7 @@ def serve(
             loaded, records, admin_token=token, invited_only=invited_only, local=local or known is not None, site=known
         )
         try:
-            server(app, head_time=Patient.head_time, read_time=Patient.read_time, grace=GRACE).run(sockets=[listening])
+            server(app, grace=GRACE).run(sockets=[listening])
         finally:
             records.close()
 

@@ -17,7 +17,6 @@
     server_metrics  what is counted and timed, for Prometheus
     contract        the OpenAPI document
     app             the addresses
-    uvicorn_server  how the limits bear on connections
 
 Knows nothing of how heads are fitted or tokens chosen. Needs the extra `serve`.
 """
