@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from coala.backbone import LanguageModel, load_backbone
+from coala.choices import Mode
 from coala.convex import fit
 from coala.costs import body_flops, head_flops, token_flops
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
-from coala.decoding.guidance import Mode
 from coala.decoding.sampling import gumbel, restrict, stream_key
 from coala.evaluation import WordJudge, mean_estimate, paired_difference, perplexity, win_rate
 from coala.features import extract

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from coala.backbone import LanguageModel
+from coala.choices import Mode
 from coala.decoding import Guidance, generate
-from coala.decoding.guidance import Mode
 from coala.decoding.sampling import restrict, uniform
 from coala.decoding.search import kept
 from coala.values import CoalaError, ConvexHead

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from coala.choices import Mode
 from coala.decoding.decoder import Batch, Decoder
-from coala.decoding.guidance import Float64, Mode, scaled
+from coala.decoding.guidance import Float64, scaled
 from coala.decoding.replies import Reply
 from coala.decoding.sampling import stream_key, uniform
 
