@@ -54,6 +54,18 @@ def seven(path: Path) -> int:
     return 7
 
 
+def tells(parent: Parent) -> int:
+    parent.tell(("from a fork", os.getpid()))
+    return 3
+
+
+def forks_teller(parent: Parent) -> None:
+    for _ in range(2):
+        pid = parent.fork(tells, parent)
+        parent.tell(pid)
+        parent.tell(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
 def wait_in_fork(path: Path) -> int:
     path.write_text(str(os.getpid()))
     signal.pause()
@@ -124,6 +136,15 @@ def test_a_fork_does_its_work_and_nothing_else(tmp_path: Path) -> None:
         assert child.hear() == 2
         errors.seek(0)
         assert b"ValueError: broken" in errors.read()
+
+
+def test_a_fork_tells_while_it_is_waited_for() -> None:
+    with Child(forks_teller) as child:
+        told = list(child.told())
+    for pid, *rest in (sorted(told[:3], key=str), sorted(told[3:], key=str)):
+        told_by_it = next(one for one in (pid, *rest) if isinstance(one, tuple))
+        assert told_by_it[0] == "from a fork"
+        assert {told_by_it[1], 3} == {one for one in (pid, *rest) if isinstance(one, int)}
 
 
 HOLD = """

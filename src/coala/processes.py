@@ -114,6 +114,7 @@ class Parent:
         self._watch()
 
     def tell(self, message: Any) -> None:
+        # Up to 4 KiB a pipe takes whole or not at all: who is killed at it leaves nothing half told.
         self._to.write(pickle.dumps(message))
         self._to.flush()
 
@@ -122,7 +123,10 @@ class Parent:
         return self._asked.get()
 
     def fork(self, work: Callable[..., int], *arguments: Any) -> int:
-        """The pid of a copy of this process, whose exit code is what ``work`` returns; 2 if it raises."""
+        """The pid of a copy of this process, whose exit code is what ``work`` returns; 2 if it raises.
+
+        It may tell while this process waits for it, and ends with the parent too.
+        """
         pid = os.fork()
         if pid:
             return pid
@@ -130,7 +134,6 @@ class Parent:
         # Nothing may go on here that the parent was doing, whatever is raised.
         try:
             self._watch()  # threads are not copied
-            os.close(self._to.fileno())
             code = work(*arguments)
         except BaseException:  # noqa: BLE001
             traceback.print_exc()

@@ -10,20 +10,18 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 
 from coala.compare.cell import carry_out, libraries, library_set
 from coala.compare.matrix import Cell, says_peak
+from coala.compare.progress import OnStage, unheard
 from coala.compare.study import Study
 from coala.processes import Child, Parent
 from coala.store import save_json
 from coala.values import CoalaError
 
 _POLL = 0.05
-_LISTEN = 0.5
 _TOLD = 4000
 
 
@@ -43,12 +41,10 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self._ends.close()
 
-    def carry_out(
-        self, cell: Cell, memory: int | None = None, listen: Callable[[], None] = lambda: None
-    ) -> tuple[int, bool]:
+    def carry_out(self, cell: Cell, memory: int | None = None, listen: OnStage = unheard) -> tuple[int, bool]:
         """The exit code of the cell's process, and whether it was ended for taking more than ``memory`` bytes.
 
-        ``listen`` is called now and then while it runs.
+        ``listen`` is told how far it is.
 
         What a process that did not end by itself wrote last to stderr is left in the cell's folder.
         """
@@ -67,13 +63,13 @@ class Processes:
             save_json(self._out / "cells" / cell.id / "stderr.json", {"stderr": told})
         return code, over
 
-    def _anew(self, cell: Cell, memory: int | None, listen: Callable[[], None]) -> tuple[int, bool]:
+    def _anew(self, cell: Cell, memory: int | None, listen: OnStage) -> tuple[int, bool]:
         with Child(_alone, self._out, cell.id, errors=self._errors) as child:
             found = _watched(child, child.pid, memory, listen)
             child.join()
             return found
 
-    def _forked(self, cell: Cell, memory: int | None, listen: Callable[[], None]) -> tuple[int, bool]:
+    def _forked(self, cell: Cell, memory: int | None, listen: OnStage) -> tuple[int, bool]:
         name = library_set(self._study, cell)
         parent = self._parents.get(name)
         if parent is None or parent.ended:
@@ -92,32 +88,43 @@ class Processes:
             raise
 
 
-def _watched(child: Child, pid: int, memory: int | None, listen: Callable[[], None]) -> tuple[int, bool]:
+def _watched(child: Child, pid: int, memory: int | None, listen: OnStage) -> tuple[int, bool]:
     """The exit code that ``child`` tells of the process ``pid``, and whether that took too much and was killed."""
     over = False
     while True:
         try:
-            return child.hear(_LISTEN if memory is None or over else _POLL), over
+            told = child.hear(None if memory is None or over else _POLL)
         except TimeoutError:
-            listen()
-            if memory is not None and not over and _resident(pid) > memory:
-                os.kill(pid, 9)
-                over = True
+            told = None
         except EOFError:
             code = child.join()
             return (2 if code in (0, 1) else code), over
+        if isinstance(told, int):
+            return told, over
+        if told is not None:
+            listen(*told)
+        if memory is not None and not over and _resident(pid) > memory:
+            os.kill(pid, 9)
+            over = True
 
 
 def _alone(parent: Parent, out: Path, cell: str) -> None:
-    parent.tell(carry_out(out, cell))
+    parent.tell(carry_out(out, cell, lambda *told: parent.tell(told)))
+
+
+def _in_fork(parent: Parent, out: Path, cell: str) -> int:
+    parent.tell(os.getpid())
+    return carry_out(out, cell, lambda *told: parent.tell(told), forked=True)
 
 
 def fork_for_each(parent: Parent, out: Path, name: str) -> None:
-    """Load a set of libraries, then fork for every cell that is asked for; its pid and its exit code are told."""
+    """Load a set of libraries, then fork for every cell that is asked for.
+
+    Told are its pid, how far it is, and its exit code.
+    """
     libraries(name)
     while True:
-        pid = parent.fork(partial(carry_out, out, parent.asked(), forked=True))
-        parent.tell(pid)
+        pid = parent.fork(_in_fork, parent, out, parent.asked())
         parent.tell(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
