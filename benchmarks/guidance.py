@@ -32,10 +32,10 @@ from coala.convex import fit
 from coala.costs import body_flops, head_flops, token_flops
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
-from coala.decoding.guidance import Mode
 from coala.decoding.sampling import gumbel, restrict, stream_key
 from coala.evaluation import WordJudge, win_rate
 from coala.features import extract
+from coala.settings import Mode
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity
 from coala.values import ConvexHead, Estimate, Generation, Pair, Turn, conversation_text, user

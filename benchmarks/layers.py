@@ -37,7 +37,7 @@ def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
     from coala.backbone import load_backbone
     from coala.convex import fit
     from coala.data import check
-    from coala.features import extract_many
+    from coala.features import extract
     from coala.statistics.scores import accuracy_difference, accuracy_of_margins
 
     folder = ROOT / "src" / "coala" / "assets" / model if model == "film-lm" else data / "models" / model
@@ -50,7 +50,7 @@ def cell(data: Path, name: str, model: str, most: int) -> dict[str, Any]:
         "last token, last layer": backbone.spec(pooling="last"),
         f"mean, picked layer {chosen}": backbone.spec(layer=chosen),
     }
-    parts = [extract_many(pairs, backbone, list(specs.values())) for pairs in (train, test)]
+    parts = [extract(pairs, backbone, list(specs.values())) for pairs in (train, test)]
     margins = {}
     for (label, _), fitted, held_out in zip(specs.items(), *parts, strict=True):
         margins[label] = fit(fitted, method="linear").head.margins(held_out).astype(float)

@@ -208,7 +208,7 @@ def under_load(there: There, args: argparse.Namespace) -> dict[str, Any]:
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
-        left = next(int(line.split()[1]) for line in lines if line.startswith("coala_replies_in_hand "))
+        left = next(int(float(line.split()[1])) for line in lines if line.startswith("coala_replies_in_hand "))
         if left == 0:
             break
         time.sleep(0.05)

@@ -74,14 +74,14 @@ class Here:
         **options: Any,
     ) -> None:
         from coala.serve.app import Served, create_app
-        from coala.serve.uvicorn_server import listen, server
+        from coala.web.listening import listen, server
 
         limits = limits or Limits()
         self.served = Served("tiny", backbone, head, guidance or Guidance())
         self.app = create_app(self.served, limits, **options)
         self._socket = listen("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
-        self._server = server(self.app, limits)
+        self._server = server(self.app, head_time=limits.head_time, read_time=limits.read_time, grace=limits.grace)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
     def __enter__(self) -> Here:

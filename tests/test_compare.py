@@ -22,7 +22,7 @@ from coala.compare.costs import spread
 from coala.compare.data import limited, part, prepare
 from coala.compare.matrix import spec_of
 from coala.compare.page import render
-from coala.compare.progress import FILE, Listener, Teller
+from coala.compare.progress import Teller
 from coala.compare.results import PUBLISHED_COSTS, curve_of, falling
 from coala.compare.study import Study, study_of
 from coala.compare.text import _escaped, latex, markdown
@@ -483,19 +483,12 @@ def test_costs_are_told_of_heads_that_were_counted() -> None:
 # --- how far a cell is -----------------------------------------------------------------------------------------------
 
 
-def test_a_cell_tells_how_far_it_is_at_most_once_a_second(tmp_path: Path) -> None:
-    now = [0.0]
-    tell, heard = Teller(tmp_path, lambda: now[0]), []
-    listen = Listener(tmp_path, lambda *told: heard.append(told))
-    listen()  # nothing is there yet
+def test_a_cell_tells_how_far_it_is_at_most_once_a_second() -> None:
+    now, heard = [0.0], []
+    tell = Teller(lambda *told: heard.append(told), lambda: now[0])
     for step in range(31):
         tell("training", step, 30, "steps")
-        listen()
-        listen()
         now[0] += 0.25
     tell("replies", 0, None)
-    listen()
     assert [told[:3] for told in heard] == [*(("training", step, 30) for step in range(0, 31, 4)), ("replies", 0, None)]
-    (tmp_path / FILE).write_text("[1")
-    listen()
-    assert len(heard) == 9
+    assert heard[0][3] == "steps"

@@ -118,9 +118,10 @@ def small(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def apart(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small study, every cell in a process as in use."""
-    out = tmp_path_factory.mktemp("out") / "apart"
-    run(small_study(made), out)
+    """The small study, every cell in a process as in use; beside it, what those processes told."""
+    out, told = tmp_path_factory.mktemp("out") / "apart", []
+    run(small_study(made), out, on_work=lambda cell, *how_far: told.append([cell.id, *how_far]))
+    (out.parent / "told.json").write_text(json.dumps(told))
     return out
 
 
@@ -246,6 +247,14 @@ def test_peaks_are_those_of_processes_that_share_nothing(made: Path, whole: Path
     rows = {row["label"]: row["costs"] for row in content_of(given, whole)["places"][0]["methods"]}
     measured = rows["dpo (full)"]["measured"]
     assert measured["peak_bytes"]["host"] > measured["own_bytes"]["host"] > 0
+
+
+@pytest.mark.nightly
+def test_cells_tell_how_far_they_are_from_forks_and_from_processes_begun_anew(made: Path, apart: Path) -> None:
+    told = {(cell, stage) for cell, stage, *_ in json.loads((apart.parent / "told.json").read_text())}
+    by_id = {cell.id: cell for cell in cells(small_study(made))}
+    assert ("d.tiny.base.base", "replies") in told
+    assert {says_peak(small_study(made), by_id[cell]) for cell, _ in told} == {True, False}
 
 
 @pytest.mark.nightly

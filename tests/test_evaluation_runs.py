@@ -183,12 +183,13 @@ def test_replies_are_kept_by_portions_and_resumed_to_the_same_bytes(
         pass
 
     def kill(done: int, total: int) -> None:
-        raise Killed
+        if done:
+            raise Killed
 
     path.unlink()
     with pytest.raises(Killed):
         answer(there, asked, ReplySettings(), on_reply=kill)
-    assert load_generations(path) == whole[:16]
+    assert load_generations(path) == whole[:3]  # 16 rows, of 5 a reply
     assert answer(there, asked, ReplySettings()) == whole
     assert path.read_bytes() == unbroken
     # Other settings are other replies, beside these.

@@ -23,7 +23,7 @@ import coala.backbone.network
 import coala.features.prefix_tree
 from coala.backbone import POOLINGS, BackboneError, LanguageModel, load_backbone
 from coala.backbone.network import Network
-from coala.features import distinct_tokens, extract, extract_many, survey
+from coala.features import distinct_tokens, extract, survey
 from coala.features.prefix_tree import _forest
 from coala.store import FeatureStore, StoreError
 from coala.values import CoalaError, FeatureSet, Pair, SpecMismatch, Turn, user
@@ -325,7 +325,7 @@ def test_sharing_changes_nothing(name: str, tmp_path_factory: pytest.TempPathFac
     spec = model.spec(layer=1, max_tokens=longest)
     last = model.spec(pooling="last", max_tokens=longest)
     plan = survey(pairs, model, spec, prompt_features=True)
-    found = extract_many(pairs, model, [spec, last], prompt_features=True, batch_tokens=200)
+    found = extract(pairs, model, [spec, last], prompt_features=True, batch_tokens=200)
     for features, asked in zip(found, (spec, last), strict=True):
         expected = naive(pairs, model, asked)
         np.testing.assert_allclose(features.chosen, expected[:, 0], rtol=1e-4, atol=1e-4)
@@ -409,7 +409,7 @@ def test_several_layers_come_from_one_pass(backbone: LanguageModel, monkeypatch:
         return run(self, tokens, *args, **kwargs)
 
     monkeypatch.setattr(Network, "run", counted)
-    many = extract_many(pairs, backbone, specs)
+    many = extract(pairs, backbone, specs)
     once = sum(asked)
     for features, spec in zip(many, specs, strict=True):
         alone = extract(pairs, backbone, spec)
@@ -417,7 +417,7 @@ def test_several_layers_come_from_one_pass(backbone: LanguageModel, monkeypatch:
         assert features.spec == spec
     assert sum(asked) == 7 * once
     with pytest.raises(CoalaError, match="differ in more than layer and pooling"):
-        extract_many(pairs, backbone, [specs[0], replace(specs[0], max_tokens=20)])
+        extract(pairs, backbone, [specs[0], replace(specs[0], max_tokens=20)])
 
 
 @pytest.mark.parametrize("more", [{}, {"prompt_features": True, "log_ratios": True}], ids=["plain", "all"])

@@ -22,7 +22,7 @@ from coala.cli.terminal import visible
 from coala.decoding import Guidance, generate
 from coala.recipe import load_recipe
 from coala.store import RunFolder, load_generations, save_features, save_generations
-from coala.values import CoalaError, ConvexHead, FeatureSet, Pair, Turn, turns, user
+from coala.values import CoalaError, ConvexHead, FeatureSet, Generation, Pair, Turn, turns, user
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +234,43 @@ def test_replies_are_kept_with_their_prompts(parts: Any, tmp_path: Path) -> None
     assert json.loads((tmp_path / "g.jsonl").read_text())["prompt"] == [{"role": "user", "content": "hello"}]
     (found,) = load_generations(tmp_path / "g.jsonl")
     assert replace(found, score=0.0) == replace(replies[0], score=0.0)
+
+
+# --- replies that are kept ------------------------------------------------------------------------------------------
+
+
+def test_replies_are_kept_batch_by_batch_and_not_made_again(parts: Any, tmp_path: Path) -> None:
+    backbone, head, guidance = parts
+    file, told = tmp_path / "kept.jsonl", []
+
+    def made(*ids: str) -> list[Generation]:
+        told.clear()
+        return generate(
+            ["hello", "a film", "tell me more of it"],
+            backbone,
+            head,
+            guidance,
+            max_new_tokens=4,
+            seed=0,
+            prompt_ids=ids,
+            batch_size=2,
+            kept=file,
+            on_reply=lambda done, total: told.append((done, total)),
+        )
+
+    whole = made("a", "b", "c")
+    assert told == [(0, 3), (2, 3), (3, 3)]
+    assert load_generations(file) == whole
+    marked = [replace(reply, text="kept") for reply in whole]
+    save_generations(file, marked)
+    assert made("a", "b", "c") == marked
+    assert told == [(3, 3)]
+    save_generations(file, marked[:2])
+    assert made("a", "b", "c") == [*marked[:2], whole[2]] == load_generations(file)
+    assert told == [(2, 3), (3, 3)]
+    # Half a batch, and other ids: made anew.
+    save_generations(file, marked[:1])
+    assert made("a", "b", "c") == whole
+    save_generations(file, marked)
+    assert [reply.prompt_id for reply in made("a", "b", "d")] == ["a", "b", "d"]
+    assert told == [(0, 3), (2, 3), (3, 3)]

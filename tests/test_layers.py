@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 
 # What everybody may import: values, and the small modules that know nothing but words.
-GROUND = {"values", "documents", "messages", "settings", "permission"}
+GROUND = {"values", "documents", "messages", "settings", "permission", "processes"}
 
 # Doors from a value to its own file, inside a method: the value knows the way, not what is behind it.
 DOORS = {("values", "store")}
@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "messages": (set(), set()),
     "settings": (set(), set()),
     "permission": (set(), set()),
+    "processes": (set(), set()),
     "store": (set(), set()),
     "statistics": (set(), set()),
     "__main__": ({"cli"}, set()),
@@ -65,7 +66,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "web": (set(), {"fastapi", "uvicorn"}),
     "survey": ({"store", "pages", "statistics", "web"}, {"fastapi", "uvicorn"}),
-    "serve": ({"pages", "backbone", "decoding", "web"}, {"torch", "pydantic", "fastapi", "uvicorn"}),
+    "serve": (
+        {"pages", "backbone", "decoding", "web"},
+        {"torch", "pydantic", "fastapi", "uvicorn", "prometheus_client"},
+    ),
     "alignment": (
         {
             "store",
@@ -138,6 +142,7 @@ HEAVY = {
     "fastapi",
     "uvicorn",
     "aiohttp",
+    "prometheus_client",
     "yarl",
 }
 

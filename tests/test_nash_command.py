@@ -277,6 +277,7 @@ def test_a_matrix_over_checkpoints(place: Path, whole: Any) -> None:
     assert sum(found["nash"].values()) == pytest.approx(1)
     assert "run-2" in printed
     assert "after update 2" in (out / "matrix.html").read_text()
+    assert not (out / "portions").exists()
     # An entrant more: the others' answers are there, in any of the forms.
     before = {path: path.stat().st_mtime_ns for path in out.glob("answers-*.jsonl")}
     saved = out / "answers-run-1.jsonl"

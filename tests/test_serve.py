@@ -551,7 +551,9 @@ def test_metrics_count_what_happened(parts: Any) -> None:
             client.chat.completions.create(model="other", messages=MESSAGES)
         for i in range(40):
             httpx.get(f"{here.url}/nowhere/{i}")
-        text = httpx.get(f"{here.url}/metrics").text
+        answer = httpx.get(f"{here.url}/metrics")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        text = answer.text
         names = set()
         values: dict[str, float] = {}
         for line in text.splitlines():

@@ -120,6 +120,27 @@ WRONG = [
 ]
 
 
+def bounds_of(settings: Any) -> dict[str, dict[str, Any]]:
+    """By setting, the bounds and choices of its JSON schema."""
+    names = ("minimum", "exclusiveMinimum", "maximum", "enum")
+    found = {}
+    for name, about in settings.model_json_schema()["properties"].items():
+        entries = [about, *about.get("anyOf", ())]
+        found[name] = {key: entry[key] for entry in entries for key in names if key in entry}
+    return found
+
+
+def test_a_request_guides_within_the_bounds_of_a_recipe() -> None:
+    from coala.recipe import GuidanceSettings
+    from coala.serve.schemas import GuidanceSettings as OfRequests
+
+    recipe, request = bounds_of(GuidanceSettings), bounds_of(OfRequests)
+    assert list(recipe) == list(request)
+    assert sum(map(len, recipe.values())) > 8
+    for name, bounds in recipe.items():
+        assert bounds.items() <= request[name].items(), name
+
+
 @pytest.mark.parametrize(("change", "param"), WRONG, ids=lambda value: str(value)[:50])
 def test_fields_that_do_not_fit_are_named(here: Here, change: dict[str, Any], param: str | None) -> None:
     error = refused(httpx.post(f"{here.url}/v1/chat/completions", json={**CHAT, **change}), 400, 404)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coala.values import CoalaError
 from coala.web.bodies import TooLarge, TooSlow, replay, whole_body
-from coala.web.listening import ENDINGS, LEAST_READ, server
+from coala.web.listening import ENDINGS, LEAST_READ, Patient, server
 from coala.web.strangers import LOOPBACK, foreign, host_name, known_host, names_of, origin_of
 
 # --- who asks -------------------------------------------------------------------------------------------------------
@@ -246,6 +248,51 @@ def test_who_has_read_all_is_no_longer_waited_for(connection: Any) -> None:
     connection.connection_lost(None)
     assert connection.loop.timers == []
     assert not connection.transport.aborted
+
+
+def test_uvicorn_is_as_patience_found_it() -> None:
+    """Private parts of uvicorn that :class:`Patient` rests on, and when they change during a request."""
+    changed = f"uvicorn {version('uvicorn')} has changed under coala.web.listening.Patient, and slow clients may go "
+    changed += "unheeded: "
+    for name in ("connection_made", "data_received", "connection_lost", "pause_writing", "resume_writing"):
+        assert name in vars(H11Protocol), f"{changed}H11Protocol has no {name} of its own"
+    answered = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await answered.wait()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def connected() -> None:
+        made = server(app, grace=1.0)  # type: ignore[arg-type]
+        made.config.load()
+        assert issubclass(made.config.http_protocol_class, Patient), f"{changed}its own protocol is used"
+        plain = H11Protocol(made.config, server_state=made.server_state, app_state={})
+        wire = Wire()
+        wire.write = lambda data: None  # type: ignore[attr-defined]
+        plain.connection_made(wire)  # type: ignore[arg-type]
+        assert plain.transport is wire, f"{changed}no transport"
+        assert plain.loop is asyncio.get_running_loop(), f"{changed}no loop"
+        assert plain.cycle is None, f"{changed}a cycle before the first request"
+        plain.data_received(b"GET / HTTP/1.1\r\nHost: loc")
+        assert plain.cycle is None, f"{changed}a cycle before the headers are whole"
+        plain.data_received(b"alhost\r\n\r\n")
+        assert plain.cycle is not None, f"{changed}no cycle once the headers are whole"
+        assert plain.cycle.response_complete is False, f"{changed}a response is complete before it was made"
+        answered.set()
+        await asyncio.gather(*made.server_state.tasks)
+        assert plain.cycle.response_complete is True, f"{changed}a response that was made is not complete"
+        plain.connection_lost(None)
+
+    asyncio.run(connected())
+
+
+def test_a_request_whose_headers_do_not_come_is_hung_up_on(connection: Any) -> None:
+    connection.data_received(b"GET / HTTP/1.1\r\nHost: loc")
+    ((delay, _, _),) = connection.loop.timers
+    assert delay == 7.0
+    connection.loop.late()
+    assert connection.transport.aborted
 
 
 # --- the end --------------------------------------------------------------------------------------------------------

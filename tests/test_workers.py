@@ -189,12 +189,9 @@ def test_workers_share_and_change_nothing(
         write(self, shard, arrays)
 
     monkeypatch.setattr(FeatureStore, "write", last)
-    with workers(job, 3, on_note=notes.append):
+    with workers(job, 3, on_note=notes.append) as others:
         if killed:
-            import multiprocessing
-
-            victim = multiprocessing.active_children()[0]
-            os.kill(victim.pid or 0, signal.SIGKILL)
+            os.kill(others[0].pid, signal.SIGKILL)
         features = extract(job.pairs, backbone, job.spec, **job.options, store=store)
     assert same(features, alone)
     assert notes == (["A worker ended with code -9; the others did its work."] if killed else [])
@@ -292,7 +289,7 @@ def helpers_of(process: subprocess.Popen[str], wanted: int) -> list[int]:
 
     def pids() -> list[int]:
         found = subprocess.run(["pgrep", "-P", str(process.pid), "-a"], capture_output=True, text=True, check=False)
-        return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
+        return [int(line.split()[0]) for line in found.stdout.splitlines() if "coala.processes" in line]
 
     wait_for(lambda: len(pids()) >= wanted, process)
     return pids()

@@ -138,7 +138,7 @@ def load_recipe(path: Path | None, *overrides: dict[str, Any]) -> Recipe:
     own = document.get("model")
     asks = isinstance(own, dict) and bool(own.get("trust_remote_code"))
     for above in overrides:
-        document = _overlay(document, above)
+        document = overlay(document, above)
     recipe = recipe_of(document, path)
     given = [above["model"]["trust_remote_code"] for above in overrides if _says(above)]
     if asks and path is not None and recipe.model.trust_remote_code and not any(given):
@@ -187,13 +187,14 @@ def _named(place: Place) -> str:
     return f"{name} ({FLAGS[name]})" if name in FLAGS else name
 
 
-def _overlay(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def overlay(base: dict[str, Any], above: dict[str, Any], *, nulls: bool = False) -> dict[str, Any]:
+    """``above`` laid over ``base``, mapping by mapping; what is ``None`` in it leaves out, or is laid over too."""
     merged = dict(base)
     for key, value in above.items():
         if isinstance(value, dict):
             inner = merged.get(key)
-            merged[key] = _overlay(inner if isinstance(inner, dict) else {}, value)
-        elif value is not None:
+            merged[key] = overlay(inner if isinstance(inner, dict) else {}, value, nulls=nulls)
+        elif nulls or value is not None:
             merged[key] = value
     return merged
 

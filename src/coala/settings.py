@@ -159,7 +159,7 @@ class HeadSettings:
     tolerance: Annotated[float, Gt(0), Lt(1), Setting("Certified relative gap.", flag=None)] = 1e-4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GuidanceSettings:
     """How the head guides decoding; what each does is told at :class:`coala.decoding.Guidance`."""
 

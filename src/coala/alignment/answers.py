@@ -16,12 +16,12 @@ from coala.alignment.results import load_parts
 from coala.data import read_pairs
 from coala.evaluation.rows import Row, read_rows, shown
 from coala.recipe import recipe_of
-from coala.store import RunFolder, StoreError, claim, digest, file_digest, load_generations, save_generations
+from coala.store import RunFolder, StoreError, claim, digest, file_digest, load_generations
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id, user
 
 FOLDER = "replies"
 UNGUIDED = "unguided"
-PORTION = 16  # replies decoded together and kept together
+PORTION = 16  # rows decoded together, and kept together
 _MEND = "mend or delete the row"
 OnReply = Callable[[int, int], None]
 
@@ -119,6 +119,8 @@ def answer(
     The model is loaded only if a reply is missing. Raises :class:`CoalaError` for a run without a head and for one in
     which another process is answering the same prompts.
     """
+    from coala.decoding import generate
+
     if not (run.path / "head" / "head.json").is_file():
         raise StoreError(f"{run.path}: has no fitted head yet. Finish it with `coala align`, and try again.")
     recipe = recipe_of(run.settings, run.path / "run.json")
@@ -135,21 +137,24 @@ def answer(
         if not mine:
             raise StoreError(f"{path}: another process is making these replies. Wait for it, or stop it.")
         kept = load_generations(path) if path.exists() else []
-        # Portions are always the same prompts, so that a resumed run decodes what an unbroken one would have.
         if [reply.prompt_id for reply in kept] != [one.id for one in asked[: len(kept)]]:
             raise StoreError(f"{path}: holds replies to other prompts. Delete it, and run again.")
         if len(kept) < len(asked):
             backbone, fitted, rule = load_parts(run.path)
             rule = rule.at(temperature)
-            options: dict[str, Any] = {"max_new_tokens": length, "temperature": temperature, "seed": manner.seed}
-            while len(kept) < len(asked):
-                some = asked[len(kept) : len(kept) + PORTION]
-                kept += _generated(
-                    some, backbone, fitted, rule if manner.guided else replace(rule, mode="none"), options
-                )
-                save_generations(path, kept)
-                if on_reply is not None:
-                    on_reply(len(kept), len(asked))
+            kept = generate(
+                [one.prompt for one in asked],
+                backbone,
+                fitted,
+                rule if manner.guided else replace(rule, mode="none"),
+                max_new_tokens=length,
+                temperature=temperature,
+                seed=manner.seed,
+                prompt_ids=[one.id for one in asked],
+                batch_size=max(1, PORTION // rule.rows),
+                kept=path,
+                on_reply=on_reply,
+            )
     return kept
 
 
@@ -180,23 +185,6 @@ def converse(
             said[i] = (*said[i], Turn("assistant", reply.text))
         done += len(here)
     return [tuple(turn.text for turn in turns if turn.role == "assistant") for turns in said]
-
-
-def _generated(
-    some: Sequence[PromptRow], backbone: Any, head: Any, rule: Any, options: dict[str, Any]
-) -> list[Generation]:
-    from coala.decoding import generate
-
-    names = [one.id for one in some]
-    return generate(
-        [one.prompt for one in some],
-        backbone,
-        head,
-        rule,
-        prompt_ids=names,
-        batch_size=max(1, PORTION // rule.rows),
-        **options,
-    )
 
 
 def _prompt(row: Row) -> tuple[Turn, ...]:

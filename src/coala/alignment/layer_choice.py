@@ -96,7 +96,7 @@ def choose_layer(
     import jax
 
     from coala.convex import fit
-    from coala.features import extract_many, survey
+    from coala.features import extract, survey
 
     n_layers = backbone.n_layers
     if layers is None:
@@ -124,7 +124,7 @@ def choose_layer(
         )
         return LayerChoice(last, n_layers, why, (), 0, 0.0)
     specs = [backbone.spec(layer, spec.pooling, spec.ends_with_eos, spec.max_tokens) for layer in layers]
-    found = extract_many(sample, backbone, specs, batch_tokens=batch_tokens, plan=read, on_batch=on_batch)
+    found = extract(sample, backbone, specs, batch_tokens=batch_tokens, plan=read, on_batch=on_batch)
     # Small fits; where the model is on a GPU, the card is torch's.
     with jax.default_device(jax.devices("cpu")[0]):
         held_out = [fit(features, method="linear", seed=seed).held_out for features in found]

@@ -6,12 +6,11 @@ nothing of what a stage does.
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from coala.alignment.context import OnNote, OnProgress, StageContext, quiet, silent
 from coala.alignment.stages import STAGES
+from coala.processes import Child, Parent
 from coala.recipe import Recipe
 from coala.store import RunFolder
 from coala.values import CoalaError
@@ -47,43 +46,23 @@ def carry_out(
 def _in_a_process(
     stage: str, recipe: Recipe, run: RunFolder, show: OnProgress, note: OnNote, cache: Path | None, n_workers: int
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work_and_tell, args=(stage, recipe, run.path, theirs, cache, n_workers))
-    process.start()
-    theirs.close()
-    try:
-        while True:
-            message = mine.recv()
-            if isinstance(message, CoalaError):
-                raise message
+    with Child(_work_and_tell, stage, recipe, run.path, cache, n_workers) as child:
+        for message in child.told():
             if isinstance(message, str):
                 note(message)
             else:
                 show(*message)
-    except EOFError:
-        process.join()
-    finally:
-        if process.is_alive():
-            process.terminate()
-            process.join()
-    if process.exitcode:
+        code = child.join()
+    if code:
         raise CoalaError(
-            f"The stage {stage!r} ended with exit code {process.exitcode}"
-            f"{' (killed, perhaps for lack of memory)' if process.exitcode == -9 else ''}. "
+            f"The stage {stage!r} ended with exit code {code}"
+            f"{' (killed, perhaps for lack of memory)' if code == -9 else ''}. "
             "Finished work is kept; rerun the same command to resume."
         )
 
 
-def _work_and_tell(
-    stage: str, recipe: Recipe, path: Path, pipe: Connection, cache: Path | None, n_workers: int
-) -> None:
+def _work_and_tell(parent: Parent, stage: str, recipe: Recipe, path: Path, cache: Path | None, n_workers: int) -> None:
     def show(stage: str, done: float, total: float | None, note: str = "") -> None:
-        pipe.send((stage, done, total, note))
+        parent.tell((stage, done, total, note))
 
-    try:
-        STAGES[stage](StageContext(recipe, RunFolder(path), show, pipe.send, cache, n_workers))
-    except CoalaError as error:
-        pipe.send(CoalaError(str(error)))
-    finally:
-        pipe.close()
+    STAGES[stage](StageContext(recipe, RunFolder(path), show, parent.tell, cache, n_workers))

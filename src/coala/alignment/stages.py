@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.convex import Fit
     from coala.decoding import Guidance
-    from coala.values import ConvexHead, Generation
 
 
 PORTION = 32  # rows decoded together
@@ -244,6 +243,8 @@ def _head(context: StageContext) -> None:
 
 
 def _replies(context: StageContext) -> None:
+    from coala.decoding import generate
+
     settings = context.recipe.evaluation
     pairs = load_pairs(context.path("pairs-eval.jsonl"))
     chosen = list({conversation_text(pair.prompt): pair for pair in pairs}.values())[: settings.prompts]
@@ -262,7 +263,19 @@ def _replies(context: StageContext) -> None:
             backbone, head, guidance = context.backbone(), load_head(context.path("head")), guidance_of(context.recipe)
             guidance = guidance.at(settings.temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
-            replies = _written(context, stage, chosen, backbone, head, rule, digest(inputs))
+            replies = generate(
+                [pair.prompt for pair in chosen],
+                backbone,
+                head,
+                rule,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=context.recipe.seed,
+                prompt_ids=[prompt_id(pair.prompt) for pair in chosen],
+                batch_size=max(1, rows_at_once(backbone) // rule.rows),
+                kept=context.path(f"{PORTIONS}/{stage}-{digest(inputs)[:12]}.jsonl"),
+                on_reply=lambda n, total: context.show(stage, n, total, f"{n} of {total} replies"),
+            )
             prompts = {prompt_id(pair.prompt): pair.prompt for pair in chosen}
             save_generations(context.path(f"generations-{method}.jsonl"), replies, prompts)
             flops: int = sum(
@@ -280,48 +293,6 @@ def _replies(context: StageContext) -> None:
 
         context.once(stage, inputs, [f"generations-{method}.jsonl"], work)
     discard(context.path(PORTIONS))
-
-
-def _written(
-    context: StageContext,
-    stage: str,
-    chosen: Sequence[Pair],
-    backbone: LanguageModel,
-    head: ConvexHead,
-    rule: Guidance,
-    about: str,
-) -> list[Generation]:
-    """A reply to each of ``chosen``, kept portion by portion under ``about``, the digest of all that decides them.
-
-    Portions are always the same prompts, so that a resumed run decodes what an unbroken one would have.
-    """
-    from coala.decoding import generate
-
-    settings = context.recipe.evaluation
-    at_once = max(1, rows_at_once(backbone) // rule.rows)
-    path = context.path(f"{PORTIONS}/{stage}-{about[:12]}.jsonl")
-    replies = load_generations(path) if path.exists() else []
-    ids = [prompt_id(pair.prompt) for pair in chosen]
-    if [reply.prompt_id for reply in replies] != ids[: len(replies)] or len(replies) % at_once:
-        replies = []
-    context.show(stage, len(replies), len(chosen))
-    for first in range(len(replies), len(chosen), at_once):
-        some = slice(first, first + at_once)
-        replies += generate(
-            [pair.prompt for pair in chosen[some]],
-            backbone,
-            head,
-            rule,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=context.recipe.seed,
-            prompt_ids=ids[some],
-            batch_size=at_once,
-        )
-        if len(replies) < len(chosen):
-            save_generations(path, replies)
-        context.show(stage, len(replies), len(chosen), f"{len(replies)} of {len(chosen)} replies")
-    return replies
 
 
 def _judgements(context: StageContext) -> None:

@@ -48,7 +48,7 @@ def serve(
     with needs_extra("serve", "Serving"):
         from coala.serve.app import Served, create_app
         from coala.serve.memory import settle
-        from coala.serve.uvicorn_server import listen, server
+        from coala.web.listening import listen, server
     key = _key(host, api_key_env, no_key)
     local = host in LOOPBACK
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
@@ -65,7 +65,8 @@ def serve(
         if not local:
             say("note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it.")
         settle()
-        server(app, limits).run(sockets=[listening])
+        times = {"head_time": limits.head_time, "read_time": limits.read_time, "grace": limits.grace}
+        server(app, **times).run(sockets=[listening])
     emit({"served": served.name, "requests": app.state.observed.n_requests, "tokens": app.state.observed.n_tokens})
 
 

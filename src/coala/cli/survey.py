@@ -107,7 +107,7 @@ def serve(
     with needs_extra("serve", "Serving"):
         from coala.survey.app import create_app
         from coala.survey.records import new_token
-        from coala.web.listening import Patient, listen, server
+        from coala.web.listening import listen, server
         from coala.web.strangers import LOOPBACK, origin_of
     loaded = load_survey(survey)
     token = _token()
@@ -126,7 +126,7 @@ def serve(
         safe = local or known is not None
         app = create_app(loaded, records, admin_token=token, invited_only=invited_only, local=safe, site=known)
         try:
-            server(app, head_time=Patient.head_time, read_time=Patient.read_time, grace=GRACE).run(sockets=[listening])
+            server(app, grace=GRACE).run(sockets=[listening])
         finally:
             records.close()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,68 @@ from coala.comal.oracles import Example, prompt_of
 from coala.values import CoalaError, prompt_id
 
 if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.comal.runs import Sampling
     from coala.decoding.guidance import Guidance
-    from coala.values import Generation
+    from coala.values import ConvexHead, Generation
 
-Answer = Callable[[Sequence["Example"], int, int, float, float, int], list["Generation"]]
+    Writer = tuple[LanguageModel, ConvexHead | None, Guidance]
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """Whose answers they are: a name, what decides them (for the record), the same in words, and the making."""
+    """Whose answers they are: a name, what decides them (for the record), the same in words, and who writes them.
+
+    ``opened(top_p)`` holds the writer while answers are drawn; who has none has answered in ``file``.
+    """
 
     name: str
     identity: Mapping[str, Any]
     how: str
-    answer: Answer
+    opened: Callable[[float], AbstractContextManager[Writer]] | None
+    file: Path | None = None
+
+    def answer(
+        self,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        seed: int,
+        kept: Path,
+        on_reply: Callable[[int, int], None],
+    ) -> list[Generation]:
+        """Answers, sample by sample, kept in the folder ``kept`` as they come.
+
+        A prompt's noise depends on the seed and the prompt alone.
+        """
+        from coala.decoding import generate
+        from coala.store import load_generations
+
+        prompts = [prompt_of(example) for example in examples]
+        ids = [prompt_id(prompt) for prompt in prompts]
+        if self.opened is None:
+            assert self.file is not None
+            return [reply for reply in load_generations(self.file) if reply.prompt_id in set(ids)]
+        found: list[Generation] = []
+        in_all = sampling.samples * len(ids)
+        with self.opened(sampling.top_p) as (backbone, head, guidance):
+            for sample in range(sampling.samples):
+
+                def tell(done: int, _: int, before: int = sample * len(ids)) -> None:
+                    on_reply(before + done, in_all)
+
+                found += generate(
+                    prompts,
+                    backbone,
+                    head,
+                    guidance,
+                    max_new_tokens=sampling.max_new_tokens,
+                    temperature=sampling.temperature,
+                    seed=seed + sample,
+                    prompt_ids=ids,
+                    kept=kept / f"{sample}.jsonl",
+                    on_reply=tell,
+                )
+        return found
 
 
 def entrants_of(text: str, template: str, device: str) -> Iterator[Entrant]:
@@ -64,43 +113,19 @@ def _unguided(top_p: float) -> Guidance:
     return Guidance("none", top_k=0, top_p=top_p)
 
 
-def _generate(
-    backbone: Any, examples: Sequence[Example], samples: int, tokens: int, temperature: float, seed: int, **how: Any
-) -> list[Generation]:
-    """Answers of ``backbone``, sample by sample; a prompt's noise depends on the seed and the prompt alone."""
-    from coala.decoding import generate
-
-    prompts, ids = [prompt_of(example) for example in examples], [prompt_id(prompt_of(example)) for example in examples]
-    found = []
-    for sample in range(samples):
-        found += generate(
-            prompts,
-            backbone,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            seed=seed + sample,
-            prompt_ids=ids,
-            **how,
-        )
-    return found
-
-
 def _model(model: str, name: str, template: str, device: str) -> Entrant:
     from coala.backbone.files import check_files, find, weights_digest
 
     folder, _, _ = find(model, None)
     check_files(folder)
 
-    def answer(
-        examples: Sequence[Example], samples: int, tokens: int, temperature: float, top_p: float, seed: int
-    ) -> list[Generation]:
+    def opened(top_p: float) -> AbstractContextManager[Writer]:
         from coala.backbone import load_backbone
 
-        backbone = load_backbone(model, template=template, device=device)
-        return _generate(backbone, examples, samples, tokens, temperature, seed, guidance=_unguided(top_p))
+        return nullcontext((load_backbone(model, template=template, device=device), None, _unguided(top_p)))
 
     identity = {"weights": weights_digest(folder), "template": template}
-    return Entrant(name, identity, f"the model {model}", answer)
+    return Entrant(name, identity, f"the model {model}", opened)
 
 
 def _checkpoints(run: Path, part: str, name: str, device: str) -> Iterator[Entrant]:
@@ -125,21 +150,11 @@ def _checkpoints(run: Path, part: str, name: str, device: str) -> Iterator[Entra
         identity = {"policy": load_json(record)["outputs"][place], "model": settings["policy"]}
         when = "the start" if which == "start" else f"after update {which}"
         label = f"{name}-{which}" if part == "all" else name
-        yield Entrant(label, identity, f"{run}, {when}", _answer_of_checkpoint(run / place, about, device))
-
-
-def _answer_of_checkpoint(place: Path, about: Mapping[str, Any], device: str) -> Answer:
-    def answer(
-        examples: Sequence[Example], samples: int, tokens: int, temperature: float, top_p: float, seed: int
-    ) -> list[Generation]:
-        with _as_backbone(place, about, device) as backbone:
-            return _generate(backbone, examples, samples, tokens, temperature, seed, guidance=_unguided(top_p))
-
-    return answer
+        yield Entrant(label, identity, f"{run}, {when}", partial(_as_writer, run / place, about, device))
 
 
 @contextmanager
-def _as_backbone(place: Path, about: Mapping[str, Any], device: str) -> Iterator[Any]:
+def _as_writer(place: Path, about: Mapping[str, Any], device: str, top_p: float) -> Iterator[Writer]:
     """The weights of a checkpoint as a frozen model, by way of a folder that is gone afterwards."""
     import tempfile
 
@@ -163,7 +178,7 @@ def _as_backbone(place: Path, about: Mapping[str, Any], device: str) -> Iterator
                 backbone = load_backbone(folder, template=about["template"], device=device)
             else:
                 backbone = load_backbone(about["model"], adapter=folder, device=device, download=False, **options)
-    yield backbone
+    yield backbone, None, _unguided(top_p)
 
 
 def _guided(run: Path, part: str, name: str) -> Entrant:
@@ -181,13 +196,11 @@ def _guided(run: Path, part: str, name: str) -> Entrant:
     if part:
         guidance = replace(guidance, mode="none")
 
-    def answer(
-        examples: Sequence[Example], samples: int, tokens: int, temperature: float, _: float, seed: int
-    ) -> list[Generation]:
+    def opened(_: float) -> AbstractContextManager[Writer]:
         from coala.alignment import load_parts
 
         backbone, head, _guidance = load_parts(run)
-        return _generate(backbone, examples, samples, tokens, temperature, seed, head=head, guidance=guidance)
+        return nullcontext((backbone, head, guidance))
 
     identity = {
         "head": file_digest(run / "head"),
@@ -195,36 +208,27 @@ def _guided(run: Path, part: str, name: str) -> Entrant:
         "rule": repr(guidance),
     }
     how = f"{run}, {guidance}, from the run's own restricted base (top-k {guidance.top_k}, top-p {guidance.top_p:g})"
-    return Entrant(name, identity, how, answer)
+    return Entrant(name, identity, how, opened)
 
 
 def _baseline(run: Path, name: str, device: str) -> Entrant:
     from coala.store import file_digest
 
-    def answer(
-        examples: Sequence[Example], samples: int, tokens: int, temperature: float, top_p: float, seed: int
-    ) -> list[Generation]:
+    def opened(top_p: float) -> AbstractContextManager[Writer]:
         from coala.baselines import load_trained
 
-        backbone = load_trained(run).backbone(device=device)
-        return _generate(backbone, examples, samples, tokens, temperature, seed, guidance=_unguided(top_p))
+        return nullcontext((load_trained(run).backbone(device=device), None, _unguided(top_p)))
 
-    return Entrant(name, {"model": file_digest(run / "model")}, f"the baseline {run}", answer)
+    return Entrant(name, {"model": file_digest(run / "model")}, f"the baseline {run}", opened)
 
 
 def _answered(file: Path, name: str) -> Entrant:
-    from coala.store import file_digest, load_generations
+    from coala.store import file_digest
 
     if not file.is_file():
         raise CoalaError(f"{file}: there is no such file. Check the path.")
 
-    def answer(
-        examples: Sequence[Example], samples: int, _tokens: int, _temperature: float, _top_p: float, _seed: int
-    ) -> list[Generation]:
-        wanted = {prompt_id(prompt_of(example)) for example in examples}
-        return [reply for reply in load_generations(file) if reply.prompt_id in wanted]
-
-    return Entrant(name, {"file": file_digest(file)}, f"answers of {file}", answer)
+    return Entrant(name, {"file": file_digest(file)}, f"answers of {file}", None, file)
 
 
 def texts_of(replies: Sequence[Generation], examples: Sequence[Example], samples: int, name: str) -> list[str]:

@@ -12,7 +12,7 @@ from coala.comal.inputs import examples_of, start_of
 from coala.comal.named_oracles import check_oracle, oracle_of
 from coala.comal.oracles import prompt_of
 from coala.settings import Win
-from coala.store import RunFolder, digest, load_generations, save_generations, save_json, write_atomic
+from coala.store import RunFolder, digest, discard, load_generations, save_generations, save_json, write_atomic
 from coala.store.verdict_cache import open_cache
 from coala.values import CoalaError, prompt_id
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OnProgress = Callable[..., None]  # stage, done, total and, maybe, a note
 OnNote = Callable[[str], None]
 VERDICTS = "verdicts.sqlite"
+PORTIONS = "portions"  # folder of answers that are not all written yet
 
 
 @dataclass(frozen=True)
@@ -222,18 +223,23 @@ def _answers(
     """The answers of each entrant by its name; those that are kept are not drawn again."""
     from coala.comal.entrants import texts_of
 
-    drawing = sampling.samples, sampling.max_new_tokens, sampling.temperature, sampling.top_p
     rules = {"prompts": digest([prompt_id(prompt_of(example)) for example in examples]), **asdict(sampling)}
     rules |= {"seed": seed}
     run.start({"command": "comal matrix", **rules})
     answers: dict[str, list[str]] = {}
     for number, entrant in enumerate(entrants):
         on_progress("answers", number, len(entrants), entrant.name)
+
+        def on_reply(done: int, total: int, number: int = number, name: str = entrant.name) -> None:
+            on_progress("answers", number + done / total, len(entrants), f"{name}: {done} of {total}")
+
         stage, file = f"answers-{entrant.name}", f"answers-{entrant.name}.jsonl"
         made = {"entrant": entrant.identity, **rules}
         if not run.done(stage, made):
-            save_generations(run.path / file, entrant.answer(examples, *drawing, seed))
+            kept = run.path / PORTIONS / digest(made)[:12]
+            save_generations(run.path / file, entrant.answer(examples, sampling, seed, kept, on_reply))
             run.finish(stage, made, [file])
         answers[entrant.name] = texts_of(load_generations(run.path / file), examples, sampling.samples, entrant.name)
+    discard(run.path / PORTIONS)
     on_progress("answers", len(entrants), len(entrants))
     return answers

@@ -1,7 +1,4 @@
-"""One cell, in a process of its own: do its work, write what came of it, or why nothing did.
-
-python -m coala.compare OUT CELL
-"""
+"""One cell, in a process of its own: do its work, write what came of it, or why nothing did."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 
 from coala.compare.cell_context import CellContext, Costs
 from coala.compare.matrix import Cell, cells
+from coala.compare.progress import OnStage, unheard
 from coala.compare.study import Study, study_of
 from coala.store import claim, load_json, load_object, save_json
 from coala.values import CoalaError
@@ -19,10 +17,11 @@ CELL = "cell.json"
 PLAN = "compare.json"
 
 
-def carry_out(out: Path, name: str, *, forked: bool = False) -> int:
+def carry_out(out: Path, name: str, tell: OnStage = unheard, *, forked: bool = False) -> int:
     """Do the cell ``name`` of the study in ``out``; 0 if it is done, 1 if it failed and says why in its file.
 
-    ``forked`` says that the process shares its libraries with another, so that its peak memory says nothing.
+    ``tell`` is told how far it is. ``forked`` says that the process shares its libraries with another, so that its peak
+    memory says nothing.
     """
     study = study_of(load_json(out / PLAN)["study"])
     cell = next(cell for cell in cells(study) if cell.id == name)
@@ -34,7 +33,7 @@ def carry_out(out: Path, name: str, *, forked: bool = False) -> int:
         if done is not None and done["status"] == "done":
             return 0
         try:
-            result, costs = _done(study, cell, out)
+            result, costs = _done(study, cell, out, tell)
         except Exception as error:  # noqa: BLE001  a failed cell is a result too, whatever failed
             if not isinstance(error, CoalaError) and not out_of_memory(error):
                 save_json(folder / "traceback.json", {"traceback": traceback.format_exc()})
@@ -76,9 +75,9 @@ def worded(error: BaseException) -> str:
     return text if isinstance(error, CoalaError) else f"{type(error).__name__}: {text}"
 
 
-def _done(study: Study, cell: Cell, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _done(study: Study, cell: Cell, out: Path, tell: OnStage) -> tuple[dict[str, Any], dict[str, Any]]:
     libraries(library_set(study, cell))
-    context, costs = CellContext(study, cell, out), Costs()
+    context, costs = CellContext(study, cell, out, tell), Costs()
     if cell.kind == "train":
         from coala.compare.trained import train_cell
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from coala.compare.data import part
 from coala.compare.matrix import Cell
-from coala.compare.progress import Teller
+from coala.compare.progress import OnStage, Teller, unheard
 from coala.compare.study import Method, Model, Study
 from coala.costs import Meter, peak_memory
 from coala.store import load_generations, load_json, save_generations
@@ -42,11 +42,12 @@ class CellContext:
     study: Study
     cell: Cell
     out: Path
+    tell: OnStage = unheard
 
     @cached_property
     def show(self) -> Teller:
         """Tells whoever waits for this cell how far it is."""
-        return Teller(self.folder)
+        return Teller(self.tell)
 
     @property
     def folder(self) -> Path:

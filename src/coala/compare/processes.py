@@ -8,23 +8,20 @@ its peak is not what such work takes on its own: cells that say what it takes be
 from __future__ import annotations
 
 import os
-import select
-import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 
 from coala.compare.cell import carry_out, libraries, library_set
 from coala.compare.matrix import Cell, says_peak
+from coala.compare.progress import OnStage, unheard
 from coala.compare.study import Study
+from coala.processes import Child, Parent
 from coala.store import save_json
+from coala.values import CoalaError
 
 _POLL = 0.05
-_LISTEN = 0.5
 _TOLD = 4000
 
 
@@ -33,31 +30,21 @@ class Processes:
 
     def __init__(self, study: Study, out: Path) -> None:
         self._study, self._out = study, out
-        self._parents: dict[str, subprocess.Popen[bytes]] = {}
+        self._parents: dict[str, Child] = {}
+        self._ends = ExitStack()
         # One file for what all of them write to stderr: they share its place in it with us.
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed at the end of the block
+        self._errors = self._ends.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
 
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for parent in self._parents.values():
-            parent.kill()
-            parent.wait()
-            for pipe in (parent.stdin, parent.stdout):
-                assert pipe is not None
-                with suppress(OSError):
-                    pipe.close()
-        self._errors.close()
+    def __exit__(self, *_: object) -> None:
+        self._ends.close()
 
-    def carry_out(
-        self, cell: Cell, memory: int | None = None, listen: Callable[[], None] = lambda: None
-    ) -> tuple[int, bool]:
+    def carry_out(self, cell: Cell, memory: int | None = None, listen: OnStage = unheard) -> tuple[int, bool]:
         """The exit code of the cell's process, and whether it was ended for taking more than ``memory`` bytes.
 
-        ``listen`` is called now and then while it runs.
+        ``listen`` is told how far it is.
 
         What a process that did not end by itself wrote last to stderr is left in the cell's folder.
         """
@@ -65,92 +52,80 @@ class Processes:
         forked = self._study.device == "cpu" and sys.platform == "linux" and not says_peak(self._study, cell)
         self._errors.seek(0)
         self._errors.truncate()
-        code, over = (self._forked if forked else self._anew)(cell, memory, listen)
+        try:
+            code, over = (self._forked if forked else self._anew)(cell, memory, listen)
+        except CoalaError as error:
+            self._errors.write(str(error).encode())
+            code, over = 2, False
         if code not in (0, 1):
             self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _TOLD))
             told = self._errors.read().decode(errors="replace")
             save_json(self._out / "cells" / cell.id / "stderr.json", {"stderr": told})
         return code, over
 
-    def _anew(self, cell: Cell, memory: int | None, listen: Callable[[], None]) -> tuple[int, bool]:
-        command = [sys.executable, "-m", "coala.compare", str(self._out), cell.id]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._errors) as process:
-            try:
-                while True:
-                    with suppress(subprocess.TimeoutExpired):
-                        return process.wait(_LISTEN if memory is None else _POLL), False
-                    listen()
-                    if memory is not None and _resident(process.pid) > memory:
-                        process.kill()
-                        process.wait()
-                        return process.returncode, True
-            except BaseException:
-                process.kill()
-                raise
+    def _anew(self, cell: Cell, memory: int | None, listen: OnStage) -> tuple[int, bool]:
+        with Child(_alone, self._out, cell.id, errors=self._errors) as child:
+            found = _watched(child, child.pid, memory, listen)
+            child.join()
+            return found
 
-    def _forked(self, cell: Cell, memory: int | None, listen: Callable[[], None]) -> tuple[int, bool]:
-        parent = self._parent(library_set(self._study, cell))
-        if parent is None:
-            return 2, False
-        assert parent.stdin is not None
-        assert parent.stdout is not None
-        pid, over = 0, False
-        with suppress(BrokenPipeError):
-            parent.stdin.write(f"{cell.id}\n".encode())
-            pid = int(parent.stdout.readline() or 0)
-        if not pid:
+    def _forked(self, cell: Cell, memory: int | None, listen: OnStage) -> tuple[int, bool]:
+        name = library_set(self._study, cell)
+        parent = self._parents.get(name)
+        if parent is None or parent.ended:
+            parent = self._ends.enter_context(Child(fork_for_each, self._out, name, errors=self._errors))
+            self._parents[name] = parent
+        parent.ask(cell.id)
+        try:
+            pid = parent.hear()
+        except EOFError:
             return 2, False
         try:
-            while not select.select([parent.stdout], [], [], _LISTEN if memory is None or over else _POLL)[0]:
-                listen()
-                if memory is not None and not over and _resident(pid) > memory:
-                    os.kill(pid, 9)
-                    over = True
+            return _watched(parent, pid, memory, listen)
         except BaseException:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
             raise
-        return int(parent.stdout.readline() or 2), over
-
-    def _parent(self, name: str) -> subprocess.Popen[bytes] | None:
-        """The process with these libraries that is to be forked; None if it ends before it is ready."""
-        found = self._parents.get(name)
-        if found is None or found.poll() is not None:
-            command = [sys.executable, "-m", "coala.compare", str(self._out), "--fork", name]
-            pipe = subprocess.PIPE
-            # Unbuffered: what was read ahead would not be waited for.
-            found = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, bufsize=0)
-            self._parents[name] = found
-            assert found.stdout is not None
-            if not found.stdout.readline():
-                return None
-        return found
 
 
-def fork_for_each(out: Path, name: str) -> int:
-    """Load a set of libraries, then fork for every cell that stdin names; its pid and its exit code go to stdout."""
+def _watched(child: Child, pid: int, memory: int | None, listen: OnStage) -> tuple[int, bool]:
+    """The exit code that ``child`` tells of the process ``pid``, and whether that took too much and was killed."""
+    over = False
+    while True:
+        try:
+            told = child.hear(None if memory is None or over else _POLL)
+        except TimeoutError:
+            told = None
+        except EOFError:
+            code = child.join()
+            return (2 if code in (0, 1) else code), over
+        if isinstance(told, int):
+            return told, over
+        if told is not None:
+            listen(*told)
+        if memory is not None and not over and _resident(pid) > memory:
+            os.kill(pid, 9)
+            over = True
+
+
+def _alone(parent: Parent, out: Path, cell: str) -> None:
+    parent.tell(carry_out(out, cell, lambda *told: parent.tell(told)))
+
+
+def _in_fork(parent: Parent, out: Path, cell: str) -> int:
+    parent.tell(os.getpid())
+    return carry_out(out, cell, lambda *told: parent.tell(told), forked=True)
+
+
+def fork_for_each(parent: Parent, out: Path, name: str) -> None:
+    """Load a set of libraries, then fork for every cell that is asked for.
+
+    Told are its pid, how far it is, and its exit code.
+    """
     libraries(name)
-    os.write(1, b"ready\n")
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_in_fork(out, line.strip()))
-        os.write(1, f"{pid}\n".encode())
-        status = os.waitpid(pid, 0)[1]
-        os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
-    return 0
-
-
-def _in_fork(out: Path, cell: str) -> int:
-    # Nothing may go on here that the parent was doing, whatever is raised.
-    try:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1):
-            os.dup2(nowhere, stream)
-        return carry_out(out, cell, forked=True)
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-        return 2
+    while True:
+        pid = parent.fork(_in_fork, parent, out, parent.asked())
+        parent.tell(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def _resident(pid: int) -> int:

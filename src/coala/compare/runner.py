@@ -16,9 +16,8 @@ from coala.compare.cell import CELL, PLAN, read, write
 from coala.compare.data import prepare
 from coala.compare.matrix import Cell, cells, spec_of
 from coala.compare.processes import Processes
-from coala.compare.progress import FILE, Listener
 from coala.compare.study import Study
-from coala.store import RunFolder, digest, discard, save_json
+from coala.store import RunFolder, digest, save_json
 from coala.values import CoalaError
 
 
@@ -107,9 +106,7 @@ def _bring(
         _fail(study, cell, out, stamp, f"it needs {', '.join(missing)}, which failed", planned=False)
         return "failed: " + missing[0] + " is not there"
     began = time.monotonic()
-    discard(folder / FILE)
-    code, over = processes.carry_out(cell, memory, Listener(folder, partial(on_work, cell)))
-    discard(folder / FILE)
+    code, over = processes.carry_out(cell, memory, partial(on_work, cell))
     found = read(folder)
     if over:
         _fail(study, cell, out, stamp, f"its process took more than the {memory or 0:,} bytes it was given")

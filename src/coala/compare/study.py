@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from coala.documents import DocumentError, parse_yaml
 from coala.messages import joined, sentences
-from coala.recipe import RecipeError
+from coala.recipe import RecipeError, overlay
 from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
@@ -237,7 +237,7 @@ def load_study(name: str | Path, data: Path | None = None, overrides: list[dict[
         path = inside
     document = _extended(_mapping(path), path)
     for above in overrides or []:
-        document = _overlay(document, above)
+        document = overlay(document, above, nulls=True)
     return study_of(document, str(path), data)
 
 
@@ -257,7 +257,7 @@ def _extended(document: dict[str, Any], path: Path) -> dict[str, Any]:
     if base is None:
         return document
     beside = path.parent / f"{base}.yaml"
-    whole = _overlay(_mapping(beside if beside.is_file() else STUDIES / f"{base}.yaml"), document)
+    whole = overlay(_mapping(beside if beside.is_file() else STUDIES / f"{base}.yaml"), document, nulls=True)
     for name in ("models", "datasets"):
         if name in use:
             _all_known(use[name], whole[name], name, path)
@@ -302,11 +302,3 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
         for key, dataset in study.datasets.items()
     }
     return study.model_copy(update={"models": models, "datasets": datasets})
-
-
-def _overlay(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in above.items():
-        inner = merged.get(key)
-        merged[key] = _overlay(inner if isinstance(inner, dict) else {}, value) if isinstance(value, dict) else value
-    return merged

@@ -21,7 +21,8 @@ A stop token ends the reply and is not part of it: as a candidate it is worth wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from coala.backbone import LanguageModel
 from coala.decoding.decoder import Decoder
@@ -29,6 +30,7 @@ from coala.decoding.guidance import Guidance
 from coala.decoding.replies import OnToken
 from coala.decoding.requests import Request, effective, generation, prepare
 from coala.decoding.search import WAYS, nobody
+from coala.store import load_generations, save_generations
 from coala.values import CoalaError, ConvexHead, Generation, Prompt, prompts_of
 
 
@@ -45,6 +47,8 @@ def generate(
     prompt_ids: Sequence[str] | None = None,
     batch_size: int = 16,
     on_token: OnToken | None = None,
+    kept: Path | None = None,
+    on_reply: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """One reply per prompt, in their order, guided by ``head`` if there is one.
 
@@ -56,7 +60,13 @@ def generate(
     least half the context. ``temperature`` 0 is greedy.
 
     ``on_token(index, piece)`` is handed pieces of text that add up to the reply: a block at a time in mode ``block``,
-    the whole reply in modes ``best_of`` and ``beam``.
+    the whole reply in modes ``best_of`` and ``beam``. ``on_reply(done, total)`` is told how many replies there are,
+    before the first batch and after each.
+
+    ``kept`` is a file to which the replies are written batch by batch, and from which those that are there are taken,
+    if they are to the same ids. Its name should stand for all that decides them. Batches are then always the same
+    prompts, so that a resumed call decodes what an unbroken one would have; else prompts of like length share one,
+    which saves padding.
 
     In each :class:`Generation`, ``score`` is the head's score of the reply's pooled feature and ``log_prob`` the sum of
     the unrestricted log-probabilities, at temperature 1, of its ``n_tokens`` tokens; neither counts the stop token (but
@@ -79,6 +89,7 @@ def generate(
     if head is not None:
         backbone.require(head.spec)
     wanted = effective(guidance, head, temperature)
+    done = _kept(kept, ids, batch_size)
     parts = [
         prepare(
             Request(prompt, guidance, max_new_tokens, seed, temperature, stop, prompt_id),
@@ -88,16 +99,31 @@ def generate(
             on_token=on_token,
         )
         for index, (prompt, prompt_id) in enumerate(zip(conversations, ids, strict=True))
+        if index >= len(done)
     ]
     decoder = Decoder(backbone, head, wanted, temperature=temperature)
-    # Prompts of like length share a batch, which saves padding.
-    order = sorted(parts, key=lambda part: len(part.row))
+    order = parts if kept is not None else sorted(parts, key=lambda part: len(part.row))
+    if on_reply is not None:
+        on_reply(len(done), len(ids))
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
         start = decoder.begin([part.row for part in some], [part.read for part in some], [part.reply for part in some])
         for _ in WAYS[wanted.mode](decoder, start, nobody):
             pass
-    return [generation(part.reply, head, wanted) for part in parts]
+        if kept is not None:
+            done += [generation(part.reply, head, wanted) for part in some]
+            save_generations(kept, done)
+        if on_reply is not None:
+            on_reply(len(ids) - len(order) + first + len(some), len(ids))
+    return done if kept is not None else [generation(part.reply, head, wanted) for part in parts]
+
+
+def _kept(path: Path | None, ids: Sequence[str], batch_size: int) -> list[Generation]:
+    """The replies there are of whole batches; none of others' ids."""
+    found = load_generations(path) if path is not None and path.exists() else []
+    if [reply.prompt_id for reply in found] != list(ids[: len(found)]):
+        return []
+    return found if len(found) == len(ids) else found[: len(found) - len(found) % batch_size]
 
 
 def _check_types(backbone: object, head: object, guidance: object) -> None:

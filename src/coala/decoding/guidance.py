@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.settings import Mode, Rule
+from coala.settings import GuidanceSettings, Mode, Rule, taken_apart
 from coala.values import CoalaError
 
 Float64 = NDArray[np.float64]
@@ -34,8 +34,11 @@ def usual_strength(mode: Mode, rule: Rule) -> float:
     return 24.0 if mode in RANKING else 8.0
 
 
+_HINTS = get_type_hints(GuidanceSettings, include_extras=True)
+
+
 @dataclass(frozen=True)
-class Guidance:
+class Guidance(GuidanceSettings):
     """How the head guides decoding, and the restricted base distribution that guided and unguided text share.
 
     ``mode``:
@@ -66,38 +69,19 @@ class Guidance:
     ``top_k`` (0: off) and then ``top_p`` (1: off) restrict the base distribution.
     """
 
-    mode: Mode = "block"
     strength: float = None  # type: ignore[assignment]  # the usual one
-    every: int | None = None
-    candidates: int = 5
-    top_k: int = 50
-    top_p: float = 0.9
-    block_tokens: int = 5
-    rule: Rule = "calibrated"
-    budget: float | None = None
-    width: int = 4
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, get_args(Mode))
-        _one_of("rule", self.rule, get_args(Rule))
+        for field in fields(self):
+            _check(field.name, getattr(self, field.name))
         given: Any = self.strength
         if given is None:
             object.__setattr__(self, "strength", usual_strength(self.mode, self.rule))
-        _number("strength", self.strength, "a finite number of at least 0", lambda x: math.isfinite(x) and x >= 0)
-        if self.every is not None:
-            _count("every", self.every, 1)
-        _count("candidates", self.candidates, 1)
-        _count("top_k", self.top_k, 0)
-        _count("block_tokens", self.block_tokens, 1)
-        _count("width", self.width, 1)
-        _number("top_p", self.top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
-        if self.budget is not None:
-            _number("budget", self.budget, "a finite number of nats of at least 0", lambda x: 0 <= x < math.inf)
-            if self.mode not in ("shift", "none"):
-                raise CoalaError(
-                    f"Guidance budget is {self.budget:g} in mode {self.mode!r}, whose divergence is not known exactly. "
-                    "Use mode 'shift', or leave the budget out."
-                )
+        if self.budget is not None and self.mode not in ("shift", "none"):
+            raise CoalaError(
+                f"Guidance budget is {self.budget:g} in mode {self.mode!r}, whose divergence is not known exactly. "
+                "Use mode 'shift', or leave the budget out."
+            )
 
     @classmethod
     def paper(cls, strength: float = 2.0) -> Guidance:
@@ -181,19 +165,29 @@ class Guidance:
         return f"{self.mode}, {self.rule} {how}, every {self.interval}, {self.candidates} candidates"
 
 
-def _one_of(name: str, found: object, expected: tuple[str, ...]) -> None:
-    if found not in expected:
-        raise CoalaError(f"Guidance {name} is {found!r}; expected one of {', '.join(expected)}.")
-
-
-def _number(name: str, found: Any, expected: str, fits: Callable[[float], bool]) -> None:
-    if isinstance(found, bool) or not isinstance(found, int | float | np.number) or not fits(float(found)):
+def _check(name: str, found: Any) -> None:
+    """Raises :class:`CoalaError` for what the recipe's setting of this name does not allow; nothing is converted."""
+    kinds, marks = taken_apart(_HINTS[name])
+    if found is None and type(None) in kinds:
+        return
+    bounds: dict[str, Any] = {
+        which: getattr(mark, which) for mark in marks for which in ("ge", "gt", "le") if hasattr(mark, which)
+    }
+    words = get_args(kinds[0])
+    number = isinstance(found, int | float | np.number) and not isinstance(found, bool) and math.isfinite(found)
+    if words:
+        fits, expected = found in words, f"one of {', '.join(words)}"
+    elif int in kinds:
+        fits = number and isinstance(found, int | np.integer) and found >= bounds["ge"]
+        expected = f"a whole number of at least {bounds['ge']}"
+    elif "gt" in bounds:
+        fits = number and bounds["gt"] < found <= bounds["le"]
+        expected = f"a number in ({bounds['gt']}, {bounds['le']}]"
+    else:
+        fits = number and found >= bounds["ge"]
+        expected = f"a finite number{' of nats' if name == 'budget' else ''} of at least {bounds['ge']}"
+    if not fits:
         raise CoalaError(f"Guidance {name} is {found!r}; expected {expected}.")
-
-
-def _count(name: str, found: Any, least: int) -> None:
-    if isinstance(found, bool) or not isinstance(found, int | np.integer) or found < least:
-        raise CoalaError(f"Guidance {name} is {found!r}; expected a whole number of at least {least}.")
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------

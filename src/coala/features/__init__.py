@@ -1,6 +1,6 @@
 """Pairs to features: what is read and what it shares, the passes that read it, the shards that keep it."""
 
-from coala.features.extraction import extract, extract_many
+from coala.features.extraction import extract
 from coala.features.prefix_tree import PrefixTree, distinct_lengths, distinct_tokens, survey
 from coala.features.workers import ExtractionTask, workers
 
@@ -10,7 +10,6 @@ __all__ = [
     "distinct_lengths",
     "distinct_tokens",
     "extract",
-    "extract_many",
     "survey",
     "workers",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,20 @@ ROWS = "rows"
 PIECE_SECONDS = 20.0
 
 
+@overload
+def extract(pairs: Sequence[Pair], backbone: LanguageModel, spec: FeatureSpec, **options: Any) -> FeatureSet: ...
+
+
+@overload
 def extract(
+    pairs: Sequence[Pair], backbone: LanguageModel, spec: Sequence[FeatureSpec], **options: Any
+) -> list[FeatureSet]: ...
+
+
+def extract(  # type: ignore[misc]  # the options are declared here alone
     pairs: Sequence[Pair],
     backbone: LanguageModel,
-    spec: FeatureSpec,
+    spec: FeatureSpec | Sequence[FeatureSpec],
     *,
     prefixes: int = 1,
     prompt_features: bool = False,
@@ -41,8 +51,11 @@ def extract(
     on_batch: OnBatch | None = None,
     on_note: Callable[[str], None] | None = None,
     clock: Callable[[], float] = monotonic,
-) -> FeatureSet:
+) -> FeatureSet | list[FeatureSet]:
     """Features of ``pairs`` in their order; what prompts with their replies have in common is encoded once.
+
+    Several specs, which may differ in ``layer`` and ``pooling`` only, give features each, from one pass over the data
+    that goes up to the highest layer.
 
     With ``prefixes`` k > 1 the replies are pooled at k prefixes too, of 1/k, 2/k, ... of their tokens (rounded up),
     from the same forward passes: a pair then gives k rows in this order, the last of them the whole replies.
@@ -64,46 +77,10 @@ def extract(
     Raises ``SpecMismatch`` if ``spec`` is not of ``backbone``, ``StoreError`` if the store holds another extraction,
     ``BackboneError`` for ``log_ratios`` of a model without a language-model head.
     """
-    return extract_many(
-        pairs,
-        backbone,
-        [spec],
-        prefixes=prefixes,
-        prompt_features=prompt_features,
-        log_ratios=log_ratios,
-        batch_tokens=batch_tokens,
-        shard_rows=shard_rows,
-        store=store,
-        plan=plan,
-        on_batch=on_batch,
-        on_note=on_note,
-        clock=clock,
-    )[0]
-
-
-def extract_many(
-    pairs: Sequence[Pair],
-    backbone: LanguageModel,
-    specs: Sequence[FeatureSpec],
-    *,
-    prefixes: int = 1,
-    prompt_features: bool = False,
-    log_ratios: bool = False,
-    batch_tokens: int = 4096,
-    shard_rows: int | None = None,
-    store: FeatureStore | None = None,
-    plan: PrefixTree | None = None,
-    on_batch: OnBatch | None = None,
-    on_note: Callable[[str], None] | None = None,
-    clock: Callable[[], float] = monotonic,
-) -> list[FeatureSet]:
-    """:func:`extract` for several layers and poolings from one pass over the data, which goes up to the highest layer.
-
-    ``specs`` may differ in ``layer`` and ``pooling`` only.
-    """
+    specs = [spec] if isinstance(spec, FeatureSpec) else spec
     _check(specs, backbone, prefixes, log_ratios, batch_tokens)
-    for spec in specs[1:]:
-        backbone.require(spec)
+    for further in specs[1:]:
+        backbone.require(further)
     plan = survey(pairs, backbone, specs[0], prompt_features=prompt_features) if plan is None else plan
     shards = plan.shards(batch_tokens, shard_rows)
     progress = _Progress(plan, on_batch)
@@ -152,17 +129,18 @@ def extract_many(
     def features(name: str, which: NDArray[np.int64]) -> NDArray[np.float32]:
         return rows[name][which].reshape(len(which) * prefixes, rows[name].shape[-1])
 
-    return [
+    found = [
         FeatureSet(
             features(name, chosen),
             features(name, rejected),
             groups,
-            spec,
+            one,
             prompt=None if plan.prompt is None else features(name, plan.prompt),
             log_ratio=log_ratio,
         )
-        for name, spec in zip(names(specs), specs, strict=True)
+        for name, one in zip(names(specs), specs, strict=True)
     ]
+    return found[0] if isinstance(spec, FeatureSpec) else found
 
 
 def _kept(

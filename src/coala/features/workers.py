@@ -6,17 +6,13 @@ and puts the features together. A worker that dies costs the shard it was at.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from coala.processes import Child, Parent
 from coala.settings import Engine
 from coala.values import CoalaError, FeatureSpec, Pair
 
@@ -56,8 +52,8 @@ def workers(
     engine: Engine = "processes",
     address: str | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> Iterator[None]:
-    """While it lasts, ``n_workers`` - 1 other processes of this machine work on ``task`` beside this one.
+) -> Iterator[list[Child]]:
+    """While it lasts, ``n_workers`` - 1 other processes of this machine (yielded) work on ``task`` beside this one.
 
     With the engine ``ray``, ``n_workers`` tasks do, on the cluster at ``address`` (default: one started here), and this
     process waits for them first. Raises :class:`CoalaError` without Ray; a worker that fails is told to ``on_note``.
@@ -67,60 +63,33 @@ def workers(
         raise CoalaError(f"{n_workers} workers; expected at least 1.")
     if engine == "ray":
         _on_ray(task, n_workers, address, note)
-        yield
+        yield []
         return
     if n_workers == 1:
-        yield
+        yield []
         return
     import torch
 
     mine = torch.get_num_threads()
     threads = max(1, mine // n_workers)
-    context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=_help, args=(task, threads), daemon=True) for _ in range(n_workers - 1)]
     try:
-        with _deaf():
-            for process in others:
-                process.start()
-        torch.set_num_threads(threads)
-        yield
-        for process in others:
-            process.join()
-            if process.exitcode:
-                note(f"A worker ended with code {process.exitcode}; the others did its work.")
+        with ExitStack() as ends:
+            others = [ends.enter_context(Child(_help, task, threads)) for _ in range(n_workers - 1)]
+            torch.set_num_threads(threads)
+            yield others
+            for other in others:
+                try:
+                    code = other.join()
+                    if code:
+                        note(f"A worker ended with code {code}; the others did its work.")
+                except CoalaError as error:
+                    note(f"A worker ended ({error}); the others did its work.")
     finally:
         torch.set_num_threads(mine)
-        for process in others:
-            if process.is_alive():
-                process.terminate()
-                process.join()
 
 
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes started now hear no Ctrl-C, which reaches all of a terminal: the one that asked ends the others."""
-    # Starting it later would unblock SIGINT in this thread.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        # Blocked, not ignored: a Ctrl-C of this moment is heard now.
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _help(task: ExtractionTask, threads: int) -> None:
-    """Work on ``task`` for as long as the process that asked for it lives."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def _help(_: Parent, task: ExtractionTask, threads: int) -> None:
     task.work(threads)
-
-
-def _die_with_parent() -> None:
-    """SIGKILL leaves children running: exit with the parent, so that a restarted run does not race with them."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _on_ray(task: ExtractionTask, n_workers: int, address: str | None, note: Callable[[str], None]) -> None:

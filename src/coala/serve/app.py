@@ -26,12 +26,11 @@ from coala.serve.detokenize import Reader
 from coala.serve.errors import Refusal, failure, too_busy
 from coala.serve.gate import CLIENT_GONE, HEADERS, Gate
 from coala.serve.limits import Limits
-from coala.serve.metrics import TYPE, exposition
 from coala.serve.prompts import Prompt, rendered
 from coala.serve.protocol import EventStream, Protocol, events
 from coala.serve.reading import Reading
 from coala.serve.scoring import Scored, read, weigh
-from coala.serve.server_metrics import Observed
+from coala.serve.server_metrics import TYPE, Observed
 from coala.serve.work import Busy
 from coala.serve.worker import Worker
 from coala.values import ConvexHead, Turn, user
@@ -317,7 +316,7 @@ def create_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counts and times for Prometheus."""
-        return PlainTextResponse(exposition(observed.metrics), media_type=TYPE)
+        return PlainTextResponse(observed.exposition(), media_type=TYPE)
 
     pages = Path(__file__).parent / "pages"
     shown = playground(pages, served, limits, keyed=key is not None)

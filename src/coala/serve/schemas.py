@@ -24,7 +24,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_plain_validator_function
 
-from coala.settings import Rule
+from coala.settings import Mode, Rule
 
 LARGEST = 1e6  # of strengths and budgets: far beyond use, far from overflow
 MOST = 2**31 - 1  # of counts: what every part that takes one can hold
@@ -151,7 +151,7 @@ class GuidanceSettings(_Strict):
         }
     )
 
-    mode: Literal["token", "prefix", "shift", "block", "best_of", "beam", "none"] | None = None
+    mode: Mode | None = None
     strength: Annotated[Number, Field(ge=0, le=LARGEST)] | None = None
     every: Count | None = None
     candidates: Count | None = None

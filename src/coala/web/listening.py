@@ -39,10 +39,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Patient(H11Protocol):
-    """A connection that is closed if a request's headers are not whole in time, or if what was sent is left unread."""
+    """A connection that is closed if a request's headers are not whole in time, or if what was sent is left unread.
 
-    head_time = 20.0
-    read_time = 30.0
+    Rests on parts of uvicorn that it does not promise to keep: a test of tests/test_web.py names them one by one.
+    """
+
+    head_time: float
+    read_time: float
     _late: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
@@ -127,7 +130,7 @@ class _Server(uvicorn.Server):
         self.config.app.state.ending = True  # type: ignore[union-attr]
 
 
-def server(app: FastAPI, *, head_time: float, read_time: float, grace: float) -> uvicorn.Server:
+def server(app: FastAPI, *, head_time: float = 20.0, read_time: float = 30.0, grace: float) -> uvicorn.Server:
     """What serves ``app`` by ``run(sockets=[...])`` until SIGINT, SIGTERM, SIGHUP or ``should_exit``.
 
     A client has ``head_time`` seconds for a request's headers and takes what it is sent within ``read_time``, or at
