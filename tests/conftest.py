@@ -87,6 +87,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def settled() -> None:
     """What is imported by now stays: no collection walks through it again, and trainers ask for many collections."""
+    shapes.begin()
     gc.collect()
     gc.freeze()
 

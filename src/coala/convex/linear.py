@@ -81,7 +81,7 @@ def pcg(
     return LinearSolve(end.x, end.steps)
 
 
-def weighted_grams(X: Float[Array, "n d"], weights: Float[Array, "n K"]) -> Float[Array, "K d d"]:
+def weighted_grams(X: Float[Array, "n d"], weights: Float[Array, "n k"]) -> Float[Array, "k d d"]:
     """X^T diag(weights_k) X for every column k of ``weights`` (n, K), as (K, d, d); X is (n, d)."""
     # One at a time: n d numbers of scratch memory rather than n d K.
     return jnp.asarray(jax.lax.map(lambda column: matmul((column[:, None] * X).T, X), weights.T))
