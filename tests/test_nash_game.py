@@ -58,6 +58,8 @@ def test_win_rates_and_gap_are_the_sums(P: Any, seed: int) -> None:
     wins = [sum(P[i, j] * p[j] for j in range(n)) for i in range(n)]
     assert max(wins) >= 0.5 - 1e-15
     assert game.gap(p) == pytest.approx(2 * max(wins) - 1, abs=1e-14)
+    best = game.best_response(p)
+    assert wins[game.names[0].index(best)] == max(wins)  # type: ignore[arg-type]
 
 
 @settings(max_examples=40)
@@ -88,6 +90,7 @@ def test_the_papers_game() -> None:
     assert nash.unique
     assert nash.support == ("a", "b", "c")
     assert game.gap([0.2, 0.5, 0.3]) == pytest.approx(0.28, abs=1e-15)
+    assert game.best_response([0.2, 0.5, 0.3]) == "c"
     assert kl_divergence(np.array([4, 3, 4]) / 11, np.log([0.2, 0.5, 0.3])) == pytest.approx(0.122039, abs=5e-7)
 
 
@@ -137,6 +140,7 @@ def test_prompts_are_weighted_and_may_differ_in_size() -> None:
     ):
         value = getattr(game, name)(*((p, q) if name == "win_rate" else (p,)))
         assert value == pytest.approx(0.25 * expected[0] + 0.75 * expected[1], abs=1e-15)
+    assert game.best_response(p) == {"x": "3", "y": single[1].best_response(p["y"])}
     nash = game.nash()
     assert isinstance(nash, Nash)
     assert isinstance(nash.strategy, dict)

@@ -766,12 +766,19 @@ def test_stops_at_the_tolerance() -> None:
     assert "above 1e-06 after 3" in paper(outer=3).reason
 
 
-def test_a_result_can_be_drawn() -> None:
+def test_a_result_can_be_drawn_and_tabled() -> None:
     result = paper(outer=5)
     assert result.plot_simplex().startswith("<svg")
     assert result.plot_simplex() == result.plot_simplex()
     with pytest.raises(CoalaError, match=r"\.html"):
         solve(PreferenceGame(random_matrix(4, 0)), outer=2).plot_simplex()
+    try:
+        import pandas  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(CoalaError, match="pip install pandas"):
+            result.to_frame()
+    else:
+        assert list(result.to_frame().columns) == ["update", "gap", "kl", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,14 @@ class PreferenceGame:
         gaps = [duality_gap(P, part) for P, part in zip(self.matrices, self.parts(p, "p"), strict=True)]
         return float(self.shares @ gaps)
 
+    def best_response(self, p: ArrayLike | Mapping[str, ArrayLike]) -> str | dict[str, str]:
+        """The label of the answer that beats p most often (the first of equals), per prompt if there are several."""
+        best = [
+            names[int((P @ part).argmax())]
+            for P, names, part in zip(self.matrices, self.names, self.parts(p, "p"), strict=True)
+        ]
+        return dict(zip(self.prompts, best, strict=True)) if self.contextual else best[0]
+
     def nash(self) -> Nash:
         """A Nash policy by linear programming (HiGHS), exact to rounding; see :func:`nash_of_matrix`."""
         found = [nash_of_matrix(P) for P in self.matrices]

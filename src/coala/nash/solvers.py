@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -184,6 +185,23 @@ class Result:
         return float(
             self.game.shares @ [kl_divergence(p, z[-1]) for p, z in zip(parts, self.history.log_policy, strict=True)]
         )
+
+    def to_frame(self) -> Any:
+        """The history as a pandas table: update, gap, kl and one column per answer."""
+        try:
+            table = import_module("pandas")
+        except ModuleNotFoundError as error:
+            raise CoalaError(
+                "to_frame needs pandas: `pip install pandas`, or read `.history`, which has arrays."
+            ) from error
+        columns: dict[str, Any] = {
+            "update": np.arange(len(self.history)),
+            "gap": self.history.gap,
+            "kl": self.history.kl,
+        }
+        for prompt, names, z in zip(self.game.prompts, self.game.names, self.history.log_policy, strict=True):
+            columns |= {f"{prompt}: {name}" if prompt else name: np.exp(z[:, i]) for i, name in enumerate(names)}
+        return table.DataFrame(columns)
 
     def plot_simplex(self) -> str:
         """The path over the triangle of three answers as an SVG element; for one matrix of size 3."""
