@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode
 
-from coala.survey import Prompt, Survey, build
+from coala.survey import Survey, SurveyPrompt, build
 from coala.values import Generation
 
 from .waiting import PATIENCE, linger, wait_for
@@ -40,7 +40,7 @@ def made_up(
 ) -> Survey:
     """A survey of texts made of words; the methods' answers differ in length, as real ones do."""
     rng = random.Random(7)
-    prompts = [Prompt(f"{c}-{i}", f"Prompt {i} of {c} <b>&amp;", c) for c in categories for i in range(n)]
+    prompts = [SurveyPrompt(f"{c}-{i}", f"Prompt {i} of {c} <b>&amp;", c) for c in categories for i in range(n)]
     generations = {
         method: [
             Generation(

@@ -512,7 +512,7 @@ def test_blank_lines_without_an_end_are_refused(tmp_path: Path, monkeypatch: pyt
 def test_the_field_of_a_lone_row_is_no_container(tmp_path: Path, row: dict[str, Any]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row))
-    assert [one.value for one in files.records(str(path)) if isinstance(one, records.Record)] == [row]
+    assert [one.value for one in files.records(str(path)) if isinstance(one, records.RowRecord)] == [row]
 
 
 def test_extract_says_what_reading_warns_of(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from scipy.stats import chisquare, kstest
 
 from coala.data.agents import (
     Agent,
-    Limits,
     SynthesisError,
+    SynthesisLimits,
     SynthesisRecipe,
     draw,
     messages,
@@ -86,7 +86,7 @@ def test_each_agent_sees_itself_as_the_assistant() -> None:
 
 
 def test_identity_leaves_out_how_fast_and_how_many() -> None:
-    faster = replace(RECIPE, limits=Limits(concurrency=1, tokens=5), conversations=3)
+    faster = replace(RECIPE, limits=SynthesisLimits(concurrency=1, tokens=5), conversations=3)
     elsewhere = replace(faster, student=replace(AGENT, base_url="http://x", key="K", input_price=3.0))
     assert elsewhere.identity == RECIPE.identity
     assert replace(RECIPE, seed=1).identity != RECIPE.identity

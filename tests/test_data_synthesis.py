@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import coala.endpoint.client
 from coala.cli import app
 from coala.data import read_pairs
-from coala.data.agents import Agent, Draw, Limits, SynthesisError, SynthesisRecipe, draw, instructions
+from coala.data.agents import Agent, Draw, SynthesisError, SynthesisLimits, SynthesisRecipe, draw, instructions
 from coala.data.endpoint import TOKENS_PER_MESSAGE, TOKENS_PER_REQUEST
 from coala.data.journal import Journal, read_journal
 from coala.data.screening import cleaned, fault
@@ -194,7 +194,7 @@ def recipe_for(url: str, n: int = 20, **changes: Any) -> SynthesisRecipe:
             output_price=10.0,
         )
 
-    limits = Limits(**{"backoff": 0.005, "timeout": PATIENCE, "concurrency": 32, **changes.pop("limits", {})})
+    limits = SynthesisLimits(**{"backoff": 0.005, "timeout": PATIENCE, "concurrency": 32, **changes.pop("limits", {})})
     return SynthesisRecipe(
         student=agent("Student of {field}, {mood}, {language}"),
         tutor=agent("Tutor of {field}"),
@@ -375,7 +375,7 @@ def test_a_budget_is_never_passed(limit: dict[str, Any], faults: bool) -> None:
         # Continued without a limit, it becomes what it would have been at once.
         journal = read_journal(b"".join(lines))
         assert journal.lost().tokens == 0
-        hold(replace(recipe, conversations=40, limits=Limits(backoff=0.005, timeout=PATIENCE)), journal, lines)
+        hold(replace(recipe, conversations=40, limits=SynthesisLimits(backoff=0.005, timeout=PATIENCE)), journal, lines)
     found = kept(lines)
     for index in range(40):
         expected = by_hand(recipe, index)
@@ -478,7 +478,7 @@ KEY = "sk-a-long-secret"
 
 
 def test_a_key_that_an_endpoint_echoes_is_struck_out() -> None:
-    recipe = replace(recipe_for("http://me:word@127.0.0.1/v1", 1), limits=Limits(retries=0, concurrency=1))
+    recipe = replace(recipe_for("http://me:word@127.0.0.1/v1", 1), limits=SynthesisLimits(retries=0, concurrency=1))
     recipe = replace(recipe, student=replace(recipe.student, key="K"), tutor=replace(recipe.tutor, key="K"))
 
     def answering(status: int, **headers: str) -> Any:
@@ -541,7 +541,7 @@ def test_a_recipe_says_which_key_goes_where(
 
 
 def test_thoughts_are_no_part_of_a_conversation() -> None:
-    recipe = replace(recipe_for("http://127.0.0.1/v1", 2), limits=Limits(retries=0, concurrency=1, attempts=2))
+    recipe = replace(recipe_for("http://127.0.0.1/v1", 2), limits=SynthesisLimits(retries=0, concurrency=1, attempts=2))
     n = 0
 
     async def post(server: Server, body: bytes, timeout: float) -> Answer:

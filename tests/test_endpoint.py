@@ -16,9 +16,9 @@ import coala.endpoint.client
 from coala.endpoint import (
     Client,
     Completion,
-    Failed,
     Ledger,
     OutOfBudget,
+    RequestFailed,
     RetryPolicy,
     Server,
     Usage,
@@ -186,17 +186,17 @@ def test_retry_after_in_every_form(headers: dict[str, str], seconds: float | Non
 
 def test_waits_double_up_to_the_longest_and_are_spread(waits: list[float]) -> None:
     policy = RetryPolicy(attempts=9, first_wait=1.0, longest_wait=20.0)
-    with pytest.raises(Failed) as raised:
+    with pytest.raises(RequestFailed) as raised:
         ask(Scripted(busy()), policy, seed=1)
     assert (raised.value.attempts, raised.value.kind, raised.value.said) == (9, "server error", "busy")
     first = list(waits)
     assert all(0.5 * most <= wait <= most for wait, most in zip(first, (1, 2, 4, 8, 16, 20, 20, 20), strict=True))
     waits.clear()
-    with pytest.raises(Failed):
+    with pytest.raises(RequestFailed):
         ask(Scripted(busy()), policy, seed=1)
     assert waits == first  # a function of the request
     waits.clear()
-    with pytest.raises(Failed):
+    with pytest.raises(RequestFailed):
         ask(Scripted(busy()), policy, seed=2)
     assert len({*waits, *first}) == 16
 
@@ -204,7 +204,7 @@ def test_waits_double_up_to_the_longest_and_are_spread(waits: list[float]) -> No
 def test_what_asks_for_too_long_or_cannot_pass_fails_at_once(waits: list[float]) -> None:
     quota = Answer(429, {}, b'{"error": {"code": "insufficient_quota"}}')
     for answer in (busy(retry_after="61"), quota, Answer(400, {}, b""), Unanswered("not read", "too large", sent=True)):
-        with pytest.raises(Failed) as raised:
+        with pytest.raises(RequestFailed) as raised:
             ask(Scripted(answer, GOOD), RetryPolicy(longest_asked=60.0))
         assert raised.value.attempts == 1
     assert waits == []

@@ -27,7 +27,7 @@ from coala.evaluation.length_control import (
     Calibration,
     Difficulty,
     LengthControlled,
-    Weights,
+    LengthWeights,
     instruction_key,
     length_controlled,
     predict_winrate,
@@ -261,7 +261,7 @@ def test_length_controlled_with_a_chosen_penalty(
 def test_published_weights_give_the_published_values(folder: Path, difficulty: Difficulty) -> None:
     rows = {row["model"]: row for row in table(folder / "published_weights_and_lc.csv")}
     columns = ("w_tanh_std_delta_len", "w_instruction_difficulty", "w_bias")
-    weights = {model: Weights(*(float(row[column]) for column in columns)) for model, row in rows.items()}
+    weights = {model: LengthWeights(*(float(row[column]) for column in columns)) for model, row in rows.items()}
     whole = [model for model, row in rows.items() if float(row["n_total"]) == 805]
     assert len(whole) == 93
     errors = 0
@@ -291,7 +291,7 @@ def test_published_predictions_are_affine_in_the_difficulty(folder: Path, diffic
             design = np.column_stack([difficulty.values, np.ones(len(g))])
             (w, b), *_ = np.linalg.lstsq(design, logit, rcond=None)
             assert np.abs(logit - design @ [w, b]).max() < 1e-6
-            assert np.abs(predict_winrate(Weights(0.0, w, b), difficulty.values) - g).max() < 1e-7
+            assert np.abs(predict_winrate(LengthWeights(0.0, w, b), difficulty.values) - g).max() < 1e-7
 
 
 def test_calibration_file_has_its_sufficient_statistics(calibration: Calibration, difficulty: Difficulty) -> None:
@@ -340,10 +340,10 @@ def made(preference: Any, model: Any, baseline: Any, instruction: Any = None) ->
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[Annotations, Difficulty, Calibration, Weights]:
+def world() -> tuple[Annotations, Difficulty, Calibration, LengthWeights]:
     """A model of 400 answers whose preferences follow known weights exactly."""
     rng = np.random.default_rng(3)
-    truth = Weights(-1.5, 0.8, -0.4)
+    truth = LengthWeights(-1.5, 0.8, -0.4)
     hard = rng.normal(size=400)
     baseline, model = rng.integers(200, 2000, 400), rng.integers(200, 2000, 400)
     difference = baseline - model
@@ -356,7 +356,7 @@ def world() -> tuple[Annotations, Difficulty, Calibration, Weights]:
     return annotations, Difficulty(hard, places), Calibration(gamed, other, np.zeros(300), y), truth
 
 
-World = tuple[Annotations, Difficulty, Calibration, Weights]
+World = tuple[Annotations, Difficulty, Calibration, LengthWeights]
 
 
 def test_true_weights_are_found(world: World) -> None:

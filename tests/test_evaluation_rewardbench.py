@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coala.evaluation.rewardbench import EXAMPLES, SECTIONS, Scored, ranking, read_scores
+from coala.evaluation.rewardbench import EXAMPLES, SECTIONS, ScoredRows, ranking, read_scores
 from coala.values import CoalaError
 from tests.evaluation_helpers import write_lines
 
 SIZES = EXAMPLES | {"math-prm": 447}
 
 
-def whole(seed: int = 0) -> Scored:
+def whole(seed: int = 0) -> ScoredRows:
     """All 2,985 pairs with subsets of different accuracy."""
     rng = np.random.default_rng(seed)
     subset = [name for name, n in SIZES.items() for _ in range(n)]
     ease = {name: rng.random() for name in SIZES}
     margin = np.array([rng.normal(2 * ease[name] - 0.5) for name in subset])
-    return Scored(margin, tuple(subset), tuple(str(i) for i in range(len(subset))))
+    return ScoredRows(margin, tuple(subset), tuple(str(i) for i in range(len(subset))))
 
 
 def test_the_tables_are_whole() -> None:
@@ -57,16 +57,16 @@ def test_sections_are_example_weighted_means() -> None:
 
 def test_a_constant_scorer_gets_nothing() -> None:
     scored = whole()
-    constant = ranking(Scored(np.zeros(len(scored.margin)), scored.subset, scored.prompt))
+    constant = ranking(ScoredRows(np.zeros(len(scored.margin)), scored.subset, scored.prompt))
     assert constant.overall == 0
     assert constant.rows.value == 0
     assert constant.ties == 1
     # Scale and shift of the scorer do not matter.
-    assert ranking(Scored(3 * scored.margin, scored.subset, scored.prompt)).sections == ranking(scored).sections
+    assert ranking(ScoredRows(3 * scored.margin, scored.subset, scored.prompt)).sections == ranking(scored).sections
 
 
 def test_parts_of_the_benchmark_are_remarked() -> None:
-    few = Scored(
+    few = ScoredRows(
         np.array([1.0, -1.0, 0.0, 2.0]), ("mt-bench-easy", "mt-bench-easy", "own", "math-prm"), ("a", "a", "b", "c")
     )
     found = ranking(few)
@@ -83,7 +83,7 @@ def test_parts_of_the_benchmark_are_remarked() -> None:
     with pytest.raises(CoalaError, match="weights of a section's subsets"):
         ranking(few, {"mine": ("own",)}, {"own": -1})
     with pytest.raises(CoalaError, match="no scored pairs"):
-        ranking(Scored(np.array([]), (), ()))
+        ranking(ScoredRows(np.array([]), (), ()))
 
 
 def test_reading_scores(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from coala.backbone import POOLINGS, LanguageModel, load_backbone
 from coala.export import (
     ExportError,
-    Facts,
+    RunFacts,
     as_reward_func,
     export_linear_head,
     export_reward_model,
@@ -279,7 +279,7 @@ def test_card_and_manifest(models: dict[str, LanguageModel], tmp_path: Path) -> 
             assert str(tmp_path.parent) not in path.read_text(), path.name
             assert model.name not in path.read_text(), path.name
     assert verify_folder(made.folder)["spec"]["weights"] == head.spec.weights
-    bare = export_reward_model(replace(head, certificate=None), model, tmp_path / "bare", Facts())
+    bare = export_reward_model(replace(head, certificate=None), model, tmp_path / "bare", RunFacts())
     assert "None was saved" in (bare.folder / "README.md").read_text()
 
 

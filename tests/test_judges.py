@@ -37,7 +37,7 @@ from coala.evaluation.judges import (
     ChatJudge,
     Cost,
     Instructions,
-    Prompt,
+    JudgePrompt,
     asked,
     read_rating,
     read_verdict,
@@ -103,7 +103,7 @@ def test_shipped_judges_show_every_part_once(name: str) -> None:
 
 @given(st.text(), st.text(), st.text())
 def test_texts_are_never_taken_for_places(question: str, first: str, second: str) -> None:
-    prompt = Prompt("p", "", "Q:{question}|A:{answer_a}|B:{answer_b}|{other}{")
+    prompt = JudgePrompt("p", "", "Q:{question}|A:{answer_a}|B:{answer_b}|{other}{")
     for extra in ("", "{answer_b}", "{question}", "\\1"):
         filled = prompt.fill(asked([question], [[first + extra], [second]]))
         assert filled == [{"role": "user", "content": f"Q:{question}|A:{first + extra}|B:{second}|{{other}}{{"}]

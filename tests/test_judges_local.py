@@ -13,7 +13,7 @@ import pytest
 from coala.evaluation import JudgeFailure, judge_many, read_instructions, win_rate
 from coala.evaluation.arena_judging import battles
 from coala.evaluation.grading import Answered, grade_many
-from coala.evaluation.judges import ChatJudge, LocalEndpoint, Memory, asked
+from coala.evaluation.judges import ChatJudge, LocalEndpoint, VerdictMemory, asked
 from coala.values import Turn, user
 from tests.evaluation_helpers import reply
 
@@ -53,7 +53,7 @@ def test_comparisons(mode: str, parser: str | None, liked: str, other: str) -> N
     ours = [reply(f"p{i}", f"GOOD reply {i}", "ours") for i in range(3)]
     theirs = [reply(f"p{i}", f"poor reply {i}", "theirs") for i in range(3)]
     prompts = {f"p{i}": user("Say it.") for i in range(3)}
-    keeper, model = Memory(), Liking(liked, other)
+    keeper, model = VerdictMemory(), Liking(liked, other)
     by = made(mode, parser, model, keeper)
     found = judge_many(ours, theirs, by, prompts=prompts)
     assert win_rate(found.judgements).value == pytest.approx(1.0, abs=1e-12)

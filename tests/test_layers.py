@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 
 # What everybody may import: values, and the small modules that know nothing but words.
-GROUND = {"values", "documents", "messages", "settings", "permission", "processes"}
+GROUND = {"values", "documents", "messages", "settings", "permission", "processes", "callbacks"}
 
 # Doors from a value to its own file, inside a method: the value knows the way, not what is behind it.
 DOORS = {("values", "store")}
@@ -24,6 +24,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "settings": (set(), set()),
     "permission": (set(), set()),
     "processes": (set(), set()),
+    "callbacks": (set(), set()),
     "store": (set(), set()),
     "statistics": (set(), set()),
     "__main__": ({"cli"}, set()),

@@ -15,10 +15,10 @@ from scipy.optimize import minimize
 from coala.nash import METHODS, PreferenceGame, Result, duality_gap, kl_divergence, selection_fixed_point, solve
 from coala.nash.criteria import frequencies, inner_limit, outer_factor, proved_limit, single_factor
 from coala.nash.paper import FIVE_ANSWERS, PAPER_GAME, PAPER_START, first_below, tail_gap
-from coala.nash.selection import Selection
+from coala.nash.selection import SelectionGame
 from coala.nash.steps import (
     Population,
-    Sampled,
+    SampledFeedback,
     mirror_step,
     normalise,
     pair_regression,
@@ -501,7 +501,7 @@ def test_dpo_has_a_step_where_wins_are_certain() -> None:
 
 def test_counts_have_the_law_of_drawn_pairs() -> None:
     p, n, rounds = np.array(PAPER_START), 400, 400
-    sampled = Sampled(PAPER, n, np.random.default_rng(0))
+    sampled = SampledFeedback(PAPER, n, np.random.default_rng(0))
     wins = np.array([sampled.wins(np.log(p)) for _ in range(rounds)])
     met = wins + wins.transpose(0, 2, 1)
     assert (wins == wins.round()).all()
@@ -517,7 +517,7 @@ def test_counts_have_the_law_of_drawn_pairs() -> None:
 def test_judges_that_tell_probabilities_are_less_noisy() -> None:
     rewards = {}
     for labels in (True, False):
-        sampled = Sampled(PAPER, 200, np.random.default_rng(0), labels)
+        sampled = SampledFeedback(PAPER, 200, np.random.default_rng(0), labels)
         drawn = np.array([sampled.pair_rewards(np.log(PAPER_START)) for _ in range(300)])
         rewards[labels] = drawn - drawn.mean(1, keepdims=True)
     exact = PAPER @ np.array(PAPER_START)
@@ -734,7 +734,7 @@ def test_selection_has_the_law_of_drawing(candidates: int, hard: bool) -> None:
         pairs = [(a, b) for a in best for b in worst if a != b]
         rows += [(np.eye(n)[drawn[a]] - np.eye(n)[drawn[b]], 0.5, weight / len(pairs)) for a, b in pairs]
     naive = least_squares([row for row in rows if np.abs(row[0]).max() > 0], n)
-    found = Selection(P, candidates, hard).rewards(np.log(p))
+    found = SelectionGame(P, candidates, hard).rewards(np.log(p))
     np.testing.assert_allclose(found - found[0], naive - naive[0], atol=1e-9)
 
 

@@ -27,7 +27,7 @@ from coala.alignment import load_parts
 from coala.decoding import Engine, Guidance, Request, generate
 from coala.export.rewards import score_replies
 from coala.serve import Limits
-from coala.serve.detokenize import Reader
+from coala.serve.detokenize import PieceReader
 from coala.serve.scoring import score
 from coala.serve.worker import Ended, Failed, Ticket, Worker
 from coala.values import CoalaError, Turn, user
@@ -374,7 +374,7 @@ def test_rerank_orders_by_score(here: Here, parts: Any) -> None:
 
 def test_pieces_add_up_whatever_the_tokens(parts: Any) -> None:
     backbone = parts[0]
-    reader = Reader(backbone)
+    reader = PieceReader(backbone)
     draw = np.random.default_rng(0)
     for _ in range(30):
         tokens = draw.integers(1, 340, size=12).tolist()

@@ -27,7 +27,7 @@ from coala.serve.answers import Answering, Gone
 from coala.serve.contract import TAKEN
 from coala.serve.errors import Refusal
 from coala.serve.prompts import TooLong, rendered
-from coala.serve.reading import Reading
+from coala.serve.reading import TokenReader
 from coala.serve.scoring import read
 from coala.serve.work import Busy, Ended, Failed, News, Ticket
 from coala.values import user
@@ -280,9 +280,9 @@ class Heard:
         self.ticket = Ticket(self.told.put_nowait, chore=chore)
 
 
-def with_reading(act: Callable[[Reading], typing.Coroutine[Any, Any, None]], capacity: int = 4) -> None:
+def with_reading(act: Callable[[TokenReader], typing.Coroutine[Any, Any, None]], capacity: int = 4) -> None:
     async def run() -> None:
-        reading = Reading(capacity)
+        reading = TokenReader(capacity)
         reading.start()
         await act(reading)
         await reading.close()
@@ -306,7 +306,7 @@ def test_a_short_text_does_not_wait_for_a_long_one() -> None:
         yield
         return "short"
 
-    async def act(reading: Reading) -> None:
+    async def act(reading: TokenReader) -> None:
         first, second = Heard(long()), Heard(short())
         reading.take([first.ticket])
         reading.take([second.ticket])
@@ -324,7 +324,7 @@ def test_failures_are_told_and_the_thread_goes_on() -> None:
         yield
         raise error
 
-    async def act(reading: Reading) -> None:
+    async def act(reading: TokenReader) -> None:
         for error, refused in ((TooLong("x"), True), (RuntimeError("x"), False)):
             heard = Heard(fails(error))
             reading.take([heard.ticket])
@@ -340,7 +340,7 @@ def test_there_is_a_bound_on_what_waits() -> None:
         go.wait()
         yield
 
-    async def act(reading: Reading) -> None:
+    async def act(reading: TokenReader) -> None:
         heard = [Heard(waits()) for _ in range(2)]
         reading.take([one.ticket for one in heard])
         with pytest.raises(Busy):
@@ -369,7 +369,7 @@ def test_nobody_reads_for_one_who_no_longer_waits(leaves: bool) -> None:
         finally:
             ended.set()
 
-    async def act(reading: Reading) -> None:
+    async def act(reading: TokenReader) -> None:
         async def receive() -> dict[str, str]:
             if not leaves:
                 await asyncio.Event().wait()

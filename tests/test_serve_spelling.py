@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 from coala.backbone import load_backbone
-from coala.serve.detokenize import Reader
+from coala.serve.detokenize import PieceReader
 from coala.serve.spelling import Spelling
 
 from .menagerie import _bert_tokenizer, _chat_tokenizer, _gpt2_tokenizer, _llama_tokenizer, tiny_backbone
@@ -55,13 +55,13 @@ def test_tokens_that_mend_words_have_no_bytes_of_their_own() -> None:
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "qwen2"])
-def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Reader]:
+def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PieceReader]:
     backbone = load_backbone(tiny_backbone(request.param, tmp_path_factory.mktemp("s") / request.param), device="cpu")
-    return backbone, Reader(backbone)
+    return backbone, PieceReader(backbone)
 
 
 @given(draw=st.data())
-def test_bytes_of_any_reply_are_its_text(reader: tuple[Any, Reader], draw: st.DataObject) -> None:
+def test_bytes_of_any_reply_are_its_text(reader: tuple[Any, PieceReader], draw: st.DataObject) -> None:
     """Whatever a model writes, bytes that are no characters too; all at once or a few at a time."""
     _, read = reader
     tokens = draw.draw(st.lists(st.integers(1, 330), max_size=14))
@@ -72,7 +72,7 @@ def test_bytes_of_any_reply_are_its_text(reader: tuple[Any, Reader], draw: st.Da
 
 
 @given(text=st.text(min_size=1, max_size=12))
-def test_bytes_of_a_reply_of_characters_are_the_tokens_own(reader: tuple[Any, Reader], text: str) -> None:
+def test_bytes_of_a_reply_of_characters_are_the_tokens_own(reader: tuple[Any, PieceReader], text: str) -> None:
     """Half characters too; but for the space that a dialogue puts before a reply."""
     backbone, read = reader
     tokens = backbone.tokenizer.encode(text, add_special_tokens=False)
@@ -86,7 +86,7 @@ def test_bytes_of_a_reply_of_characters_are_the_tokens_own(reader: tuple[Any, Re
     assert own[0] in (spelt[0], b" " + spelt[0])
 
 
-def test_a_half_character_has_its_own_bytes_as_an_alternative(reader: tuple[Any, Reader]) -> None:
+def test_a_half_character_has_its_own_bytes_as_an_alternative(reader: tuple[Any, PieceReader]) -> None:
     from types import SimpleNamespace
 
     from coala.serve.answers import Other, Replying

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import coala.survey.records
 from coala.cli.survey import app
 from coala.store import save_generations
-from coala.survey import Check, Prompt, Records, Survey, ballot, build, load_survey, read_votes, save_survey
+from coala.survey import Check, Records, Survey, SurveyPrompt, ballot, build, load_survey, read_votes, save_survey
 from coala.survey.ballot import answer_order
 from coala.survey.form import clean
 from coala.survey.records import COUNT, FILE, new_token
@@ -34,7 +34,7 @@ def two(n: int, **changes: str) -> dict[str, list[Generation]]:
     return {m: [reply(str(i), changes.get(m, f"{m} says {i}")) for i in range(n)] for m in ("one", "other")}
 
 
-PROMPTS = [Prompt(str(i), f"prompt {i}", "all") for i in range(6)]
+PROMPTS = [SurveyPrompt(str(i), f"prompt {i}", "all") for i in range(6)]
 
 
 # --- building ----------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_build_is_deterministic_and_seed_draws_other_questions() -> None:
 
 
 def test_default_is_the_papers_25_per_category() -> None:
-    prompts = [Prompt(f"{c}{i}", "p", c) for c in ("edu", "imdb") for i in range(30)]
+    prompts = [SurveyPrompt(f"{c}{i}", "p", c) for c in ("edu", "imdb") for i in range(30)]
     generations = {m: [reply(p.prompt_id, m + p.prompt_id) for p in prompts] for m in ("COALA", "DPO", "ORPO", "SFT")}
     survey = build(generations, prompts)
     assert [len(survey.of_category(c)) for c in survey.categories] == [25, 25]

@@ -19,7 +19,7 @@ from coala.cli.survey import app
 from coala.statistics.intervals import share_estimate
 from coala.statistics.votes import two_way_error, two_way_share
 from coala.store import plain
-from coala.survey import Prompt, Question, Records, Survey, Votes, analyse, build, save_survey
+from coala.survey import Records, Survey, SurveyPrompt, SurveyQuestion, Votes, analyse, build, save_survey
 from coala.survey.page import results_page, verdicts
 from coala.survey.records import new_token
 from coala.survey.results import ALL
@@ -32,7 +32,7 @@ METHODS = ("SFT", "ORPO", "COALA", "DPO")
 
 def asked(n: int, categories: Sequence[str] = ("edu",), **settings: Any) -> Survey:
     questions = [
-        Question(f"{c}{i}", c, f"prompt {i} <of> {c}", tuple(f"{m} {i}" for m in METHODS))
+        SurveyQuestion(f"{c}{i}", c, f"prompt {i} <of> {c}", tuple(f"{m} {i}" for m in METHODS))
         for c in categories
         for i in range(n)
     ]
@@ -283,7 +283,7 @@ def test_command_prints_tables_writes_a_page_and_ends_in_json(tmp_path: Path) ->
 
 
 def test_survey_built_from_generations_keeps_each_methods_own_text_in_the_results() -> None:
-    prompts = [Prompt(str(i), "p", "all") for i in range(2)]
+    prompts = [SurveyPrompt(str(i), "p", "all") for i in range(2)]
     generations = {m: [Generation(str(i), f"{m}{i}", "none", 1, 0, 0.0, 0.0) for i in range(2)] for m in METHODS}
     survey = build(generations, prompts, per_category=0)
     results = analyse(survey, votes_of(np.array([[1, 1], [1, 1]])), draws=10)

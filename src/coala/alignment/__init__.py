@@ -8,11 +8,11 @@ from typing import Any
 
 from coala.alignment.changes import adopt
 from coala.alignment.checks import check_settings
-from coala.alignment.context import OnNote, OnProgress, quiet
 from coala.alignment.evidence import evidence_notes
 from coala.alignment.processes import carry_out
 from coala.alignment.results import load_parts, make_report, summary_rows
 from coala.alignment.run import Run, load_run
+from coala.callbacks import OnNote, OnProgress, quiet
 from coala.recipe import Recipe, recipe_of
 from coala.store import RunFolder, load_pairs, save_pairs
 from coala.values import CoalaError, Pair

@@ -14,7 +14,7 @@ from typing import Any
 
 from coala.alignment.results import load_parts
 from coala.data import read_pairs
-from coala.evaluation.rows import Row, read_rows, shown
+from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.recipe import recipe_of
 from coala.store import RunFolder, StoreError, claim, digest, file_digest, load_generations
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id, user
@@ -187,7 +187,7 @@ def converse(
     return [tuple(turn.text for turn in turns if turn.role == "assistant") for turns in said]
 
 
-def _prompt(row: Row) -> tuple[Turn, ...]:
+def _prompt(row: FileRow) -> tuple[Turn, ...]:
     # `text` is a prompt beside the number of a question only: a run's replies have it too.
     known = ("instruction", "prompt", "turns", *(("text",) if row.get("question_id") is not None else ()))
     name = row.name_of(*known)
@@ -218,7 +218,7 @@ def _is_message(item: Any) -> bool:
     return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
 
 
-def _reply(row: Row) -> tuple[str, str, str]:
+def _reply(row: FileRow) -> tuple[str, str, str]:
     """What a row's reply is found by, its text, and whose it is."""
     if row.get("output") is not None:
         named = row.label("generator") if row.get("generator") is not None else Path(row.file).name.partition(".")[0]
@@ -233,12 +233,12 @@ def _reply(row: Row) -> tuple[str, str, str]:
     raise AssertionError("a row without a reply was not refused")
 
 
-def _key(row: Row) -> str:
+def _key(row: FileRow) -> str:
     own = row.name_of("prompt_id", "uid", "question_id")
     return row.label(own) if own else prompt_id(_prompt(row))
 
 
-def _last(row: Row, *fields: str) -> str:
+def _last(row: FileRow, *fields: str) -> str:
     """The last reply of messages, or of the turns of the first choice."""
     name = row.name_of(*(fields or ("messages", "choices"))) or ""
     value = row.get(name)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.costs import Stopwatch, peak_memory
 from coala.recipe import Recipe
 from coala.settings import ModelSettings
@@ -19,26 +20,6 @@ from coala.values import CoalaError
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.backbone.template import Renderer
-
-
-class OnProgress(Protocol):
-    """Called with a stage, units done, units in all (``None``: unknown) and a note; without a stage, with a line."""
-
-    def __call__(self, stage: str, done: float, total: float | None, note: str = "") -> None: ...
-
-
-class OnNote(Protocol):
-    """Called with a line for whoever watches: what was decided, guessed or left out."""
-
-    def __call__(self, text: str, /) -> None: ...
-
-
-def quiet(text: str, /) -> None:
-    pass
-
-
-def silent(stage: str, done: float, total: float | None, note: str = "") -> None:
-    pass
 
 
 @dataclass

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coala.alignment.context import OnNote, OnProgress, loading
+from coala.alignment.context import loading
+from coala.callbacks import OnNote, OnProgress
 from coala.settings import ModelSettings
 from coala.store import FeatureStore, RunFolder, load_object, save_features, save_json
 from coala.values import FeatureSet, FeatureSpec, Pair

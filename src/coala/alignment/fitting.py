@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.alignment.context import OnProgress
+from coala.callbacks import OnProgress
 from coala.recipe import check_head
 from coala.settings import HeadSettings
 from coala.store import load_features, save_head, scratch

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coala.alignment.context import OnNote, OnProgress, StageContext, quiet, silent
+from coala.alignment.context import StageContext
 from coala.alignment.stages import STAGES
+from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.processes import Child, Parent
 from coala.recipe import Recipe
 from coala.store import RunFolder

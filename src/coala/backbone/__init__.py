@@ -10,7 +10,7 @@ from coala.backbone.outline import Outline, outline
 from coala.backbone.pooling import POOLINGS, Pooling, RunningState
 from coala.backbone.prefix import Prefix
 from coala.backbone.reading import Reading
-from coala.backbone.template import Row
+from coala.backbone.template import RenderedRow
 
 __all__ = [
     "POOLINGS",
@@ -20,7 +20,7 @@ __all__ = [
     "Pooling",
     "Prefix",
     "Reading",
-    "Row",
+    "RenderedRow",
     "RunningState",
     "load_backbone",
     "outline",

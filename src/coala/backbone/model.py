@@ -14,7 +14,7 @@ from coala.backbone.network import BackboneError, Network, Scored
 from coala.backbone.pooling import POOLINGS
 from coala.backbone.prefix import Prefix
 from coala.backbone.reading import Reading
-from coala.backbone.template import Renderer, Row
+from coala.backbone.template import RenderedRow, Renderer
 from coala.costs import Shape
 from coala.values import FeatureSpec, Pair, Prompt, SpecMismatch, Turn, turns
 
@@ -139,7 +139,7 @@ class LanguageModel:
         *,
         max_tokens: int | None = None,
         ends_with_eos: bool = False,
-    ) -> Row:
+    ) -> RenderedRow:
         """Tokens of a prompt (see :func:`coala.values.turns`), ready to be continued, or of a prompt and its reply.
 
         Without truncation the tokens of the prompt alone begin the tokens of prompt and reply. Beyond ``max_tokens``
@@ -152,7 +152,7 @@ class LanguageModel:
             raise BackboneError(f"max_tokens is {max_tokens}; expected at least 1. Ask for fewer new tokens.")
         return self._renderer.render(turns(prompt), reply, max_tokens=longest, ends_with_eos=ends_with_eos)
 
-    def raw(self, text: str, *, max_tokens: int | None = None) -> Row:
+    def raw(self, text: str, *, max_tokens: int | None = None) -> RenderedRow:
         """Tokens of a text to be continued as it stands, in no template; cut on the left as :meth:`render` does."""
         longest = self.max_tokens if max_tokens is None else min(max_tokens, self.max_tokens)
         return self._plain.render((Turn("user", text),), None, max_tokens=longest)

@@ -23,7 +23,7 @@ SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 
 @dataclass(frozen=True)
-class Row:
+class RenderedRow:
     """``tokens`` of a prompt and perhaps a reply; ``start`` is the index of the reply's first token.
 
     ``dropped`` counts tokens cut off, prompt and reply together; ``tail`` counts tokens after the reply that are not
@@ -221,7 +221,9 @@ class Renderer:
                 return whole[len(alone) :]
         return self._encode(text)
 
-    def render(self, prompt: Sequence[Turn], reply: str | None, *, max_tokens: int, ends_with_eos: bool = False) -> Row:
+    def render(
+        self, prompt: Sequence[Turn], reply: str | None, *, max_tokens: int, ends_with_eos: bool = False
+    ) -> RenderedRow:
         """See :meth:`coala.backbone.LanguageModel.render`."""
         text = self.prompt_text(prompt)
         body = self._encode(text)
@@ -243,7 +245,7 @@ class Renderer:
             reply_tokens = reply_tokens[: max(budget - len(prompt_tokens), 0)]
         start = len(prompt_tokens)
         dropped = total - start - len(reply_tokens)
-        return Row([*prompt_tokens, *reply_tokens, *self.after], start, dropped, len(self.after))
+        return RenderedRow([*prompt_tokens, *reply_tokens, *self.after], start, dropped, len(self.after))
 
     def surplus(self, text: str, most: int) -> int:
         """Tokens that ``text`` has at least, if these are clearly over ``most``, else 0.

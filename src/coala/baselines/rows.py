@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coala.backbone import LanguageModel, Row
+from coala.backbone import LanguageModel, RenderedRow
 from coala.baselines.settings import Method, TrainSettings
 from coala.values import CoalaError, Pair, conversation_text
 
@@ -21,8 +21,8 @@ IGNORED = -100
 class PairRows:
     """One pair in tokens."""
 
-    chosen: Row
-    rejected: Row
+    chosen: RenderedRow
+    rejected: RenderedRow
 
 
 def render_pairs(pairs: Sequence[Pair], backbone: LanguageModel, settings: TrainSettings) -> list[PairRows]:
@@ -58,16 +58,16 @@ def columns(method: Method, rows: Sequence[PairRows]) -> list[dict[str, list[int
     ]
 
 
-def labels(row: Row) -> list[int]:
+def labels(row: RenderedRow) -> list[int]:
     """The row's tokens with the prompt ignored."""
     return [IGNORED] * row.start + row.tokens[row.start :]
 
 
-def _sides(pair: PairRows) -> tuple[tuple[str, Row], tuple[str, Row]]:
+def _sides(pair: PairRows) -> tuple[tuple[str, RenderedRow], tuple[str, RenderedRow]]:
     return ("chosen", pair.chosen), ("rejected", pair.rejected)
 
 
-def _whole(row: Row) -> dict[str, list[int]]:
+def _whole(row: RenderedRow) -> dict[str, list[int]]:
     return {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": labels(row)}
 
 

@@ -59,7 +59,7 @@ def matrix(
     """
     from coala.cli.output import emit, progress, say, table
     from coala.comal.report import matrix_rows, nash_rows
-    from coala.comal.runs import Sampling, play_matrix
+    from coala.comal.runs import AnswerSampling, play_matrix
 
     with progress() as show:
         rates, nash, result = play_matrix(
@@ -67,7 +67,7 @@ def matrix(
             prompts,
             out,
             oracle=oracle,
-            sampling=Sampling(samples, max_new_tokens, temperature, top_p),
+            sampling=AnswerSampling(samples, max_new_tokens, temperature, top_p),
             template=template,
             mode=mode,
             device=device,

@@ -24,7 +24,7 @@ NOT_ALL = 1  # exit code: there are results, but the judge stopped before the en
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-    from coala.alignment import OnProgress
+    from coala.callbacks import OnProgress
     from coala.cli.pace import Pace
     from coala.leaderboards.record import Outcome
     from coala.store import RunFolder

@@ -16,7 +16,7 @@ from coala.values import CoalaError, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
-    from coala.comal.runs import Sampling
+    from coala.comal.runs import AnswerSampling
     from coala.decoding.guidance import Guidance
     from coala.values import ConvexHead, Generation
 
@@ -39,7 +39,7 @@ class Entrant:
     def answer(
         self,
         examples: Sequence[Example],
-        sampling: Sampling,
+        sampling: AnswerSampling,
         seed: int,
         kept: Path,
         on_reply: Callable[[int, int], None],

@@ -105,7 +105,7 @@ def examples_of(path: Path) -> list[Example]:
 
 def _rows(path: Path) -> list[Example]:
     from coala.data import DataError, Finding, read_pairs
-    from coala.data.files import Record, records
+    from coala.data.files import RowRecord, records
     from coala.data.findings import Fault
     from coala.data.turns import turns
     from coala.values import Turn, user
@@ -115,7 +115,7 @@ def _rows(path: Path) -> list[Example]:
     for event in records(str(path)):
         if isinstance(event, Finding):
             raise DataError([event])
-        assert isinstance(event, Record)
+        assert isinstance(event, RowRecord)
         row = event.value
         if not isinstance(row, Mapping) or "prompt" not in row:
             # Not our form: pairs of some known format, or an error that names the row.

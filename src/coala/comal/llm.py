@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from coala.comal.pairs import Sampled, TrainRow
+from coala.comal.pairs import SampledPairs, TrainRow
 from coala.comal.settings import COMALSettings
 from coala.comal.trainer import arguments, trainer_types
 from coala.nash.game import Float
@@ -168,7 +168,7 @@ class LanguagePolicy:
 
     def sample(
         self, prompts: Sequence[list[int]], settings: COMALSettings, seed: int, *, tell: Tell | None = None
-    ) -> list[list[Sampled]]:
+    ) -> list[list[SampledPairs]]:
         """``num_candidates`` answers to each prompt, independently drawn; a function of weights, prompts and seed."""
         import torch
         import transformers
@@ -187,7 +187,7 @@ class LanguagePolicy:
         )
         rows = [prompt for prompt in prompts for _ in range(n)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found: list[Sampled | None] = [None] * len(rows)
+        found: list[SampledPairs | None] = [None] * len(rows)
         before, base.generation_config = base.generation_config, config
         devices = [self.device] if self.device.type == "cuda" else []
         try:
@@ -213,7 +213,7 @@ class LanguagePolicy:
         whole = [answer for answer in found if answer is not None]
         return [whole[i : i + n] for i in range(0, len(whole), n)]
 
-    def _answer(self, prompt: list[int], tokens: list[int]) -> Sampled:
+    def _answer(self, prompt: list[int], tokens: list[int]) -> SampledPairs:
         end = next((k for k, token in enumerate(tokens) if token in self._renderer.stop_tokens), None)
         said = tokens if end is None else tokens[:end]
         text = self._renderer.decode(said)
@@ -223,7 +223,7 @@ class LanguagePolicy:
             # Many tokenizers drop the space a text begins with; here it parts the answer from the prompt.
             before, whole = self._renderer.decode(prompt[-1:]), self._renderer.decode([*prompt[-1:], *said])
             text = whole[len(before) :] if whole.startswith(before) else text
-        return Sampled(tokens if end is None else tokens[: end + 1], text, end is not None)
+        return SampledPairs(tokens if end is None else tokens[: end + 1], text, end is not None)
 
     # --- likelihoods ---------------------------------------------------------------------------------------------
 

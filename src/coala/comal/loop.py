@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from coala.comal.measures import measure, remarks
 from coala.comal.oracles import Example, PreferenceOracle, ask, prompt_of
-from coala.comal.pairs import Sampled, TrainRow, by_prompt, select, shard_of, targets
+from coala.comal.pairs import SampledPairs, TrainRow, by_prompt, select, shard_of, targets
 from coala.comal.settings import COMALSettings
 from coala.costs import peak_memory
 from coala.evaluation.judges import VerdictStore
@@ -60,7 +60,7 @@ class Policy(Protocol):
 
     def sample(
         self, prompts: Sequence[list[int]], settings: COMALSettings, seed: int, *, tell: Tell | None = None
-    ) -> list[list[Sampled]]: ...
+    ) -> list[list[SampledPairs]]: ...
 
     def log_probs(
         self,
@@ -85,7 +85,7 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
+class LoopProgress:
     """One inner step done: its numbers as in ``log.json``, and the remarks on them."""
 
     outer: int
@@ -105,11 +105,11 @@ def run_comal(
     folder: Path | str,
     *,
     keeper: VerdictStore | None = None,
-    on_step: Callable[[Progress], None] | None = None,
+    on_step: Callable[[LoopProgress], None] | None = None,
     on_work: OnWork | None = None,
     about: Mapping[str, Any] | None = None,
     keep_policies: bool = False,
-) -> list[Progress]:
+) -> list[LoopProgress]:
     """Train ``policy`` in place, from what it is, for ``outer_steps`` updates of the reference; returns what was done.
 
     Call it again with the same arguments (and the policy as it was at the start) to go on with a run that ended early.
@@ -177,7 +177,7 @@ class _Loop:
         outer, inner = divmod(number, self.settings.inner_steps)
         return f"outer-{outer + 1:02d}-inner-{inner + 1:02d}"
 
-    def step(self, outer: int, inner: int, current: str, reference: str) -> tuple[Progress, str]:
+    def step(self, outer: int, inner: int, current: str, reference: str) -> tuple[LoopProgress, str]:
         """The four stages of one inner step; the name of the policy it made."""
         where = f"outer-{outer:02d}/inner-{inner:02d}"
         name = where.replace("/", "-")
@@ -217,7 +217,7 @@ class _Loop:
         if not self.keep_policies and current not in ("start", reference):
             shutil.rmtree(self.run.path / current, ignore_errors=True)
         numbers = load_json(self.run.path / log)
-        return Progress(outer, inner, numbers, tuple(remarks(numbers))), after
+        return LoopProgress(outer, inner, numbers, tuple(remarks(numbers))), after
 
     def _stage(
         self,

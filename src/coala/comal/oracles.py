@@ -43,7 +43,7 @@ class PreferenceOracle(Protocol):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class OracleVerdict:
     """``preference``: P(a beats b), or None without a verdict. ``disagreement``: |p(a, b) + p(b, a) - 1|, 0 at best."""
 
     preference: float | None
@@ -67,7 +67,7 @@ def ask(
     keeper: VerdictStore | None = None,
     batch_size: int = 64,
     tell: Callable[[float], None] | None = None,
-) -> list[Verdict]:
+) -> list[OracleVerdict]:
     """The oracle's verdicts with P(a, b) = (p(a, b) + 1 - p(b, a))/2, so that P(a, b) + P(b, a) = 1 whatever it says.
 
     A row without a verdict in either order has none: no coin replaces it. A value outside [0, 1] or nan is a
@@ -102,14 +102,14 @@ def ask(
             tell((first + len(rows)) / len(open_rows))
     n = len(examples)
     if oracle.antisymmetric:
-        return [Verdict(said[i], None if said[i] is None else 0.0) for i in range(n)]
+        return [OracleVerdict(said[i], None if said[i] is None else 0.0) for i in range(n)]
     return [_combined(said[i], said[n + i]) for i in range(n)]
 
 
-def _combined(forward: float | None, backward: float | None) -> Verdict:
+def _combined(forward: float | None, backward: float | None) -> OracleVerdict:
     if forward is None or backward is None:
-        return Verdict(None)
-    return Verdict((forward + 1 - backward) / 2, abs(forward + backward - 1))
+        return OracleVerdict(None)
+    return OracleVerdict((forward + 1 - backward) / 2, abs(forward + backward - 1))
 
 
 def _checked(oracle: PreferenceOracle, value: float | None, example: Example) -> float | None:

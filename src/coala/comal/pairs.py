@@ -25,7 +25,7 @@ from coala.comal.settings import TO_WIN_RATES, COMALSettings
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledPairs:
     """One drawn answer: its ``tokens`` (the stop token among them if ``finished``) and its ``text``."""
 
     tokens: list[int]

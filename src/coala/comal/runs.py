@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coala.callbacks import OnNote, OnProgress
 from coala.comal.inputs import examples_of, start_of
 from coala.comal.named_oracles import check_oracle, oracle_of
 from coala.comal.oracles import prompt_of
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from coala.comal.matrix import EmpiricalNash, WinRates
     from coala.comal.settings import COMALSettings
 
-OnProgress = Callable[..., None]  # stage, done, total and, maybe, a note
-OnNote = Callable[[str], None]
 VERDICTS = "verdicts.sqlite"
 PORTIONS = "portions"  # folder of answers that are not all written yet
 
@@ -115,7 +114,7 @@ def train_run(
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AnswerSampling:
     """How entrants answer: so many answers per prompt, of at most so many tokens."""
 
     samples: int = 1
@@ -130,7 +129,7 @@ def play_matrix(
     out: Path,
     *,
     oracle: str,
-    sampling: Sampling = Sampling(),
+    sampling: AnswerSampling = AnswerSampling(),
     template: str = "auto",
     mode: Win = "hard",
     device: str = "auto",
@@ -216,7 +215,7 @@ def _answers(
     run: RunFolder,
     entrants: Sequence[Entrant],
     examples: Sequence[Any],
-    sampling: Sampling,
+    sampling: AnswerSampling,
     seed: int,
     on_progress: OnProgress,
 ) -> dict[str, list[str]]:

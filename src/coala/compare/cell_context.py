@@ -21,7 +21,7 @@ import numpy as np
 from coala.compare.data import part
 from coala.compare.matrix import Cell
 from coala.compare.progress import OnStage, Teller, unheard
-from coala.compare.study import Method, Model, Study
+from coala.compare.study import Study, StudyMethod, StudyModel
 from coala.costs import Meter, peak_memory
 from coala.store import load_generations, load_json, save_generations
 from coala.values import CoalaError, Generation, Pair, conversation_text, prompt_id
@@ -54,11 +54,11 @@ class CellContext:
         return self.out / "cells" / self.cell.id
 
     @property
-    def method(self) -> Method:
+    def method(self) -> StudyMethod:
         return next(m for m in self.study.methods if m.name == self.cell.method)
 
     @property
-    def model(self) -> Model:
+    def model(self) -> StudyModel:
         return self.study.models[self.cell.model]
 
     def part(self, name: str) -> list[Pair]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from coala.compare.matrix import Cell, features_key
-from coala.compare.study import Method
+from coala.compare.study import StudyMethod
 
 Found = dict[str, dict[str, Any]]
 
@@ -31,7 +31,7 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 def costs_of(
     first: Cell,
-    method: Method | None,
+    method: StudyMethod | None,
     done: Sequence[Cell],
     here: Sequence[Cell],
     found: Found,

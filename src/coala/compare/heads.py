@@ -11,7 +11,7 @@ import numpy as np
 
 from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, calibrated_nll, measured_margins, replies_of
 from coala.compare.matrix import features_key, features_method, prompt_features
-from coala.compare.study import Method
+from coala.compare.study import StudyMethod
 from coala.store import FeatureStore, load_features, save_features, save_head, scratch
 from coala.values import FeatureSet
 
@@ -100,7 +100,7 @@ def _told(context: CellContext, part: str, most: int) -> Callable[[int, int, int
     return tell
 
 
-def _chosen_layer(context: CellContext, method: Method, backbone: LanguageModel) -> tuple[LayerChoice, int]:
+def _chosen_layer(context: CellContext, method: StudyMethod, backbone: LanguageModel) -> tuple[LayerChoice, int]:
     """The layer that a sample speaks for, and the FLOPs of reading that sample at full depth."""
     from coala.alignment.layer_choice import choose_layer
     from coala.costs import extraction_flops

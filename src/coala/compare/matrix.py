@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coala.compare.study import Method, Study
+from coala.compare.study import Study, StudyMethod
 
 CellKind = Literal["base", "train", "features", "head", "adamw", "count"]
 
@@ -51,7 +51,7 @@ def says_peak(study: Study, cell: Cell) -> bool:
     return cell.kind == "features" or (cell.kind in ("train", "head", "adamw") and cell.seed == study.seeds[0])
 
 
-def features_key(method: Method) -> str:
+def features_key(method: StudyMethod) -> str:
     """What of a head's method decides its features."""
     parts = [f"L{method.layer}" if method.layer != -1 else "Llast", method.pooling]
     parts += [f"p{method.prefixes}"] if method.prefixes > 1 else []
@@ -60,7 +60,7 @@ def features_key(method: Method) -> str:
     return "-".join(parts)
 
 
-def prompt_features(method: Method) -> bool:
+def prompt_features(method: StudyMethod) -> bool:
     return method.head.gate_on in ("auto", "prompt")
 
 
@@ -132,7 +132,7 @@ def _place(study: Study, dataset: str, model: str, init: str) -> Iterator[Cell]:
 
 
 def _method(
-    study: Study, base: Cell, method: Method, setting: str, start: tuple[str, ...], count: bool
+    study: Study, base: Cell, method: StudyMethod, setting: str, start: tuple[str, ...], count: bool
 ) -> Iterator[Cell]:
     where = (base.dataset, base.model, base.init)
     here = ".".join((*where, method.name, *([setting] if setting else [])))
@@ -154,7 +154,7 @@ def _method(
         yield Cell(f"{here}.count", "count", *where, method.name, setting, study.seeds[0], needs)
 
 
-def features_method(study: Study, cell: Cell) -> Method:
+def features_method(study: Study, cell: Cell) -> StudyMethod:
     """A method whose features a cell of features holds."""
     return next(
         m for m in study.methods if not m.trained and m.kind != "base" and f"features-{features_key(m)}" == cell.method

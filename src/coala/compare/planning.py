@@ -25,7 +25,7 @@ import numpy as np
 
 from coala.compare.data import PARTS, prepare
 from coala.compare.matrix import Cell, cells, features_method, prompt_features
-from coala.compare.study import Method, Study
+from coala.compare.study import Study, StudyMethod
 from coala.costs import Method as TrainMethod
 from coala.costs import body_flops, training_flops
 from coala.recipe import Recipe, recipe_of
@@ -34,7 +34,7 @@ from coala.values import CoalaError
 
 if TYPE_CHECKING:
     from coala.backbone import Outline
-    from coala.plan.plan import Plan
+    from coala.plan.plan import RunPlan
     from coala.plan.tokens import Counts, Guess
 
 GIB = 2**30
@@ -74,7 +74,7 @@ class _Place:
     dataset: str
     model: str
     out: Path
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, RunPlan] = field(default_factory=dict)
 
     @contextmanager
     def config(self) -> Iterator[Path | None]:
@@ -101,7 +101,7 @@ class _Place:
         files = {part: folder / f"{part}.jsonl" for part in PARTS}
         return files if all(path.is_file() for path in files.values()) else None
 
-    def recipe(self, method: Method | None = None) -> Recipe:
+    def recipe(self, method: StudyMethod | None = None) -> Recipe:
         model, files = self.study.models[self.model], self._files
         head = {} if method is None else {"head": asdict(method.head)}
         layer = -1 if method is None else method.layer
@@ -159,7 +159,7 @@ class _Place:
         tokenizer = folder if folder.is_dir() and has_tokenizer(folder) else None
         return count(self.recipe(), self.outline, tokenizer=tokenizer, guess=guess, rows=rows)
 
-    def head_plan(self, method: Method) -> Plan:
+    def head_plan(self, method: StudyMethod) -> RunPlan:
         """The plan of a head's run; one for all methods whose recipe is the same."""
         from coala.plan.plan import make_plan
 

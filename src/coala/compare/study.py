@@ -29,7 +29,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Model(_Strict):
+class StudyModel(_Strict):
     """A base model, and what decides the tokens that every method sees."""
 
     path: str = Field(description="local folder, hub name, or assets:NAME of what the package bundles")
@@ -63,7 +63,7 @@ class Dataset(_Strict):
     source: str = Field("", description="where the pairs come from, for people")
 
 
-class Setting(_Strict):
+class StudySetting(_Strict):
     """How baselines are trained: the paper's tables or TRL's defaults, adapters or all weights, and the rates tried."""
 
     source: Literal["paper", "trl"] = "paper"
@@ -81,7 +81,7 @@ class Setting(_Strict):
         return rates if len(rates) > 1 or kind == "sft" else ()
 
 
-class Method(_Strict):
+class StudyMethod(_Strict):
     """One method: a baseline in each of ``settings``, or a convex head on features of the frozen base."""
 
     name: Annotated[str, _NAME]
@@ -119,7 +119,7 @@ class Split(_Strict):
     seed: int = Field(0, ge=0)
 
 
-class Evaluation(_Strict):
+class StudyEvaluation(_Strict):
     prompts: int = Field(50, ge=0, description="held-out prompts answered by every method that writes")
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, ge=0)
@@ -144,13 +144,13 @@ class Study(_Strict):
 
     title: str
     reproduces: str = Field("", description="the table or figure of a paper, and what of it cannot be had")
-    models: dict[Annotated[str, _NAME], Model] = Field(min_length=1)
+    models: dict[Annotated[str, _NAME], StudyModel] = Field(min_length=1)
     datasets: dict[Annotated[str, _NAME], Dataset] = Field(min_length=1)
-    settings: dict[Annotated[str, _NAME], Setting] = {"full": Setting(source="trl", adapter=False)}
-    methods: tuple[Method, ...] = Field(min_length=1)
+    settings: dict[Annotated[str, _NAME], StudySetting] = {"full": StudySetting(source="trl", adapter=False)}
+    methods: tuple[StudyMethod, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     split: Split = Split()
-    evaluation: Evaluation = Evaluation()
+    evaluation: StudyEvaluation = StudyEvaluation()
     machine: Machine = Machine()
     device: Literal["auto", "cpu"] = "auto"
     beta: float = Field(0.1, gt=0, description="CVX-DPO's scale of the reference")
@@ -188,10 +188,10 @@ class Study(_Strict):
         return self
 
     @property
-    def sft(self) -> Method | None:
+    def sft(self) -> StudyMethod | None:
         return next((method for method in self.methods if method.kind == "sft"), None)
 
-    def settings_of(self, method: Method) -> tuple[str, ...]:
+    def settings_of(self, method: StudyMethod) -> tuple[str, ...]:
         return (method.settings or tuple(self.settings)[:1]) if method.trained else ("",)
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, measured_margins, prompts_of, replies_of
-from coala.compare.study import Setting, Study
+from coala.compare.study import Study, StudySetting
 from coala.store import load_json, save_json
 from coala.values import CoalaError, Pair
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MARGINS = ("eval_rewards/margins", "eval_margin")
 
 
-def settings_for(study: Study, setting: Setting, kind: str, *, max_tokens: int | None, ends_with_eos: bool) -> Any:
+def settings_for(study: Study, setting: StudySetting, kind: str, *, max_tokens: int | None, ends_with_eos: bool) -> Any:
     """The baseline's settings in one ``setting`` of the study, but for rate and seed."""
     from coala.baselines import Lora, paper, trl
 

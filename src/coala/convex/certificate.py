@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from coala.convex.pairwise import PairModel
-from coala.convex.path import Choice, Difference, PairTask
+from coala.convex.path import LossDifference, PairTask, PathChoice
 from coala.convex.validation import HeldOut
 
 OnFitStep = Callable[[str, int, int | None, dict[str, Any]], None]
@@ -29,7 +29,7 @@ def statement(model: PairModel) -> str:
     )
 
 
-def gates_estimate(model: PairModel, choice: Choice) -> dict[str, Any] | None:
+def gates_estimate(model: PairModel, choice: PathChoice) -> dict[str, Any] | None:
     """What the last search for a better gate found; None where nothing was searched."""
     if not np.isfinite(model.violation):
         return None
@@ -45,7 +45,7 @@ def gates_estimate(model: PairModel, choice: Choice) -> dict[str, Any] | None:
 
 
 def validation_facts(
-    task: PairTask, linear: HeldOut | None, chosen: HeldOut | None, difference: Difference | None
+    task: PairTask, linear: HeldOut | None, chosen: HeldOut | None, difference: LossDifference | None
 ) -> dict[str, Any]:
     """Held-out losses and rankings of the linear head and the chosen one, and their difference."""
     if task.fold is None or chosen is None:

@@ -15,11 +15,11 @@ from coala.convex.calibration import fit_temperature, least_slope
 from coala.convex.certificate import OnFitStep, Recorder, gates_estimate, statement, validation_facts
 from coala.convex.gate_sampling import sample_patterns
 from coala.convex.gate_search import Search
-from coala.convex.gate_sources import GateOn, GateSource, Learnt, Sampled
+from coala.convex.gate_sources import GateOn, GateSource, Learnt, SampledGates
 from coala.convex.pairwise import WIDTHS
 from coala.convex.papers.finetune import Logistic, PairLoss, Pointwise
 from coala.convex.papers.two_phase import TwoPhase, fit_paper, fit_two_phase
-from coala.convex.path import Choice, PairTask, choose, refit
+from coala.convex.path import PairTask, PathChoice, choose, refit
 from coala.convex.prepare import Scaling, Standardisation
 from coala.convex.rows import available_bytes, check_memory, solve_bytes
 from coala.convex.selftest import check_operators
@@ -143,7 +143,7 @@ def fit(
                 sources.append(Learnt(kind, Search(max_neurons=count)))
             else:
                 _, gates = sample_patterns(seen, count, jax.random.key(seed))
-                sources.append(Sampled(gates, kind))
+                sources.append(SampledGates(gates, kind))
         return maker.pairwise(method, choose(task, sources, report), report)
 
 
@@ -259,7 +259,7 @@ class _Maker:
     precision: str
     tolerance: float
 
-    def pairwise(self, method: Method, choice: Choice, report: OnFitStep) -> Fit:
+    def pairwise(self, method: Method, choice: PathChoice, report: OnFitStep) -> Fit:
         task = self.task
         gate_on = "reply" if choice.source is None else choice.source.gate_on
         recorder = Recorder(task, report)

@@ -75,7 +75,7 @@ class Learnt:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledGates:
     """Fixed gates (e, P): one convex program, nothing searched."""
 
     gates: Float[np.ndarray, "e P"]

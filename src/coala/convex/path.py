@@ -113,7 +113,7 @@ class PairTask:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LossDifference:
     """Held-out loss and ranking accuracy of gates minus linear, with the standard error of each."""
 
     nll: float
@@ -122,7 +122,7 @@ class Difference:
     accuracy_se: float
 
     @classmethod
-    def of(cls, gated: HeldOut, linear: HeldOut, group: Shaped[np.ndarray, "n"]) -> Difference:
+    def of(cls, gated: HeldOut, linear: HeldOut, group: Shaped[np.ndarray, "n"]) -> LossDifference:
         loss, hits = gated.losses - linear.losses, gated.hits - linear.hits
         return cls(*clustered(loss, group)[:2], *clustered(hits, group)[:2])
 
@@ -133,7 +133,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PathChoice:
     """What validation chose; ``source`` None means no gates. Relative values are in the units of the path.
 
     Gates were picked at ``sparsity`` and their weights solved for at ``relaxation`` times it.
@@ -147,7 +147,7 @@ class Choice:
     sparsity: float | None = None
     sparsity_relative: float | None = None
     relaxation: float = 1.0
-    difference: Difference | None = None
+    difference: LossDifference | None = None
     path: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -179,15 +179,15 @@ def _nothing(data: PairData) -> Float[np.ndarray, "e 0"]:
     return np.zeros((data.seen_by_gates.shape[-1], 0))
 
 
-def choose(task: PairTask, sources: list[GateSource], progress: Progress) -> Choice:
+def choose(task: PairTask, sources: list[GateSource], progress: Progress) -> PathChoice:
     """Ridge, then source, sparsity and relaxation, by the held-out loss; a default ridge and no gates without folds."""
     scale = task.curvature_scale
     if task.fold is None:
-        return Choice(DEFAULT_RIDGE * scale, DEFAULT_RIDGE)
+        return PathChoice(DEFAULT_RIDGE * scale, DEFAULT_RIDGE)
     path: list[dict[str, Any]] = []
     relative, models, linear = _choose_ridge(task, scale, path, progress)
     ridge = relative * scale
-    plain = Choice(ridge, relative, linear, linear, path=path)
+    plain = PathChoice(ridge, relative, linear, linear, path=path)
     best: list[Candidate] = []
     for source in sources:
         candidates = _walk(task, source, ridge, models, linear, path, progress)
@@ -196,10 +196,10 @@ def choose(task: PairTask, sources: list[GateSource], progress: Progress) -> Cho
     if not best:
         return plain
     winner = min(best, key=lambda candidate: candidate.held_out.loss)
-    difference = Difference.of(winner.held_out, linear, task.group)
+    difference = LossDifference.of(winner.held_out, linear, task.group)
     if not difference.clear:
         return replace(plain, difference=difference)
-    return Choice(
+    return PathChoice(
         ridge,
         relative,
         linear,
@@ -319,7 +319,7 @@ def _clearly_worse(held_out: HeldOut, best: HeldOut, group: Shaped[np.ndarray, "
 
 
 def refit(
-    task: PairTask, choice: Choice, data: PairData, *, tolerance: float = 1e-4, on_step: OnStep | None = None
+    task: PairTask, choice: PathChoice, data: PairData, *, tolerance: float = 1e-4, on_step: OnStep | None = None
 ) -> PairModel:
     """The chosen model on ``data``: down the path as in validation, then one solve with a certificate in float64.
 

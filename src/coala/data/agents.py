@@ -82,7 +82,7 @@ class Agent:
 
 
 @dataclass(frozen=True)
-class Limits:
+class SynthesisLimits:
     """How hard the endpoint is worked and when to stop; nothing here changes what is drawn.
 
     ``tokens`` and ``dollars`` bound the whole data set over all runs. ``retries`` is how often one request is sent
@@ -123,7 +123,7 @@ class SynthesisRecipe:
     seed: Annotated[int, Ge(0)] = 0
     send_seed: bool = True
     distinct: Literal["conversation", "opening"] = "conversation"
-    limits: Limits = Limits()
+    limits: SynthesisLimits = SynthesisLimits()
 
     def __post_init__(self) -> None:
         low, high = self.temperature
@@ -274,7 +274,7 @@ def parse_recipe(
         given_number = {} if conversations is None else {"conversations": conversations}
         recipe = TypeAdapter(SynthesisRecipe).validate_python({**document, **given_number})
         if given := {name: value for name, value in limits.items() if value is not None}:
-            above = TypeAdapter(Limits).validate_python({**asdict(recipe.limits), **given})
+            above = TypeAdapter(SynthesisLimits).validate_python({**asdict(recipe.limits), **given})
             recipe = replace(recipe, limits=above)
     except (ValidationError, RecursionError) as error:
         raise SynthesisError(f"{source}: invalid settings: {_worded(error)}") from None

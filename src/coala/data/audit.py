@@ -48,7 +48,7 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Example:
+class CueExample:
     """A pair that the cues give away, and the columns that do most of it."""
 
     prompt: str
@@ -67,7 +67,7 @@ class Audit:
     cues: tuple[Cue, ...]
     styles: tuple[Style, ...]
     counts: Mapping[str, int]
-    examples: tuple[Example, ...]
+    examples: tuple[CueExample, ...]
     verdicts: tuple[str, ...]
     context_gain: Estimate
     features_gain: Estimate | None = None
@@ -195,18 +195,20 @@ def _styles(chosen: Float, rejected: Float, groups: Sequence[str]) -> tuple[Styl
 
 def _examples(
     pairs: Sequence[Pair], table: Float, margins: Float, groups: Sequence[str], seed: int, most: int = 6
-) -> tuple[Example, ...]:
+) -> tuple[CueExample, ...]:
     """The pairs with the largest out-of-fold margins, one per group."""
     scaled = table / classify.scale_of(table)
     w = classify.fit(scaled, classify.best_ridge(scaled, groups, seed))
-    found: dict[str, Example] = {}
+    found: dict[str, CueExample] = {}
     for k in np.argsort(-margins, kind="stable"):
         pair = pairs[k]
         if margins[k] <= classify.TIE or len(found) == most:
             break
         parts = scaled[k] * w
         because = [style.COLUMNS[c] for c in np.argsort(-parts)[:3] if parts[c] > 0]
-        shown = Example(conversation_text(pair.prompt), pair.chosen, pair.rejected, float(margins[k]), tuple(because))
+        shown = CueExample(
+            conversation_text(pair.prompt), pair.chosen, pair.rejected, float(margins[k]), tuple(because)
+        )
         found.setdefault(pair.group, shown)
     return tuple(found.values())
 

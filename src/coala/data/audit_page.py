@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from coala.data.audit import FEATURES, SHUFFLED, Audit, Example
+from coala.data.audit import FEATURES, SHUFFLED, Audit, CueExample
 from coala.pages.parts import Table, aside, bar, facts, listing, page, section, sides
 from coala.pages.words import bracketed
 from coala.values import Estimate
@@ -111,7 +111,7 @@ def _shown(estimate: Estimate) -> tuple[str, Markup]:
     return bracketed(estimate), bar(estimate.low, estimate.value, estimate.high)
 
 
-def _example(one: Example) -> Markup:
+def _example(one: CueExample) -> Markup:
     because = aside(f"margin {one.margin:.1f}, mostly by {', '.join(one.because)}")
     return sides(_cut(one.prompt), {name: (name, _cut(getattr(one, name))) for name in ("chosen", "rejected")}, because)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coala.data.findings import Fault, Finding, describe, listed
-from coala.data.records import Record, Rows, names
+from coala.data.records import RowRecord, Rows, names
 
 # Names of fields that rows have, by which rows are told from what surrounds them.
 FIELDS = names(
@@ -32,7 +32,7 @@ def contents(name: str, value: Any, part: str = "") -> Rows:
     rows, remarks = _rows(name, value, part, "", 0)
     yield from remarks
     for number, row in enumerate(rows, 1):
-        yield Record(name, number, row)
+        yield RowRecord(name, number, row)
 
 
 def is_message(value: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from coala.data.agents import NANODOLLARS, Agent, SynthesisError, SynthesisRecipe
 from coala.data.findings import printable
-from coala.endpoint import Client, Completion, Failed, Ledger, Post, RetryPolicy, Server, Usage, bare
+from coala.endpoint import Client, Completion, Ledger, Post, RequestFailed, RetryPolicy, Server, Usage, bare
 
 # No tokenizer of bytes makes more tokens than there are bytes; chat templates add a few for each message.
 TOKENS_PER_MESSAGE, TOKENS_PER_REQUEST = 16, 64
@@ -63,12 +63,12 @@ class Endpoint:
 
         try:
             return await self.client.ask(self._servers[agent.base_url, agent.key], request, cost, count)
-        except Failed as failed:
+        except RequestFailed as failed:
             if failed.status == 400 and "content_filter" in failed.said:
                 return Completion("", "content_filter")
             raise SynthesisError(f"{bare(agent.base_url)}: {self._told(failed, agent)}") from None
 
-    def _told(self, failed: Failed, agent: Agent) -> str:
+    def _told(self, failed: RequestFailed, agent: Agent) -> str:
         said = printable(failed.said)[:300]
         if 300 <= failed.status < 400:
             there = printable(self.client.struck(failed.headers.get("location", "another address")))[:120]

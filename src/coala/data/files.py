@@ -19,9 +19,9 @@ from typing import BinaryIO, cast
 from coala.data import json_files, tables
 from coala.data.findings import DataError, Fault, Finding, listed
 from coala.data.hub import ask_once
-from coala.data.records import MAX_ROW_BYTES, Record, Rows, Unpacked, whole
+from coala.data.records import MAX_ROW_BYTES, RowRecord, Rows, Unpacked, whole
 
-__all__ = ["MAX_ROW_BYTES", "Record", "Source", "is_hub_name", "parted", "records", "source_digest", "sources"]
+__all__ = ["MAX_ROW_BYTES", "RowRecord", "Source", "is_hub_name", "parted", "records", "source_digest", "sources"]
 
 LINES = (".jsonl", ".ndjson")
 KINDS = (*LINES, ".json", ".csv", ".tsv", ".parquet")
@@ -182,7 +182,7 @@ def _hub(name: str) -> Rows:
         ask_once(dataset)
         rows = load_dataset(dataset, split=part or "train", streaming=True)
         for number, row in enumerate(rows, 1):
-            yield Record(name, number, row)
+            yield RowRecord(name, number, row)
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of a dozen packages
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         mend = "check the name (owner/name or owner/name:split) and the network, or give a downloaded file"

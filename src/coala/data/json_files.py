@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from coala.data import records
 from coala.data.containers import contents
 from coala.data.findings import Fault, Finding
-from coala.data.records import Record, Rows, require_few_values
+from coala.data.records import RowRecord, Rows, require_few_values
 
 GIVE_UP = 100  # unreadable lines at the head of a file after which it is not read as lines at all
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
@@ -93,7 +93,7 @@ def _breaks_off(error: json.JSONDecodeError, text: str) -> bool:
 
 def lines(name: str, stream: BinaryIO, part: str = "") -> Rows:
     """The rows of a JSON Lines file; of a file that turns out to be one document, what that holds."""
-    first: Record | None = None  # a lone line may be a container: held until a second one comes
+    first: RowRecord | None = None  # a lone line may be a container: held until a second one comes
     sound = False
     number = faults = blank = 0
     while raw := stream.readline(records.MAX_ROW_BYTES + 1):
@@ -127,18 +127,18 @@ def lines(name: str, stream: BinaryIO, part: str = "") -> Rows:
                     yield Finding(name, None, "", found, "JSON lines", mend)
                     return
             elif not sound and not faults:
-                first, sound = Record(name, row, event), True
+                first, sound = RowRecord(name, row, event), True
             else:
                 if first is not None:
                     _require_no_part(part)
                     yield first
                     first = None
                 sound = True
-                yield Record(name, row, event)
+                yield RowRecord(name, row, event)
     if first is not None:
         if isinstance(first.value, dict) and not faults:
             for held in contents(name, first.value, part):
-                same = isinstance(held, Record) and held.value is first.value
+                same = isinstance(held, RowRecord) and held.value is first.value
                 yield first if same else held
         else:
             _require_no_part(part)
@@ -228,7 +228,7 @@ def document(name: str, raw: bytes, part: str = "") -> Rows:
         return
     _require_no_part(part)
     for number, row in enumerate(found, 1):
-        yield Record(name, number, row)
+        yield RowRecord(name, number, row)
 
 
 def is_lines(raw: bytes) -> bool:

@@ -24,7 +24,7 @@ _PIECE = 2**20
 
 
 @dataclass(frozen=True)
-class Record:
+class RowRecord:
     """One row as the file has it; ``row`` as in :class:`~coala.data.findings.Finding`."""
 
     file: str
@@ -32,7 +32,7 @@ class Record:
     value: Any
 
 
-Rows = Iterator[Record | Finding]
+Rows = Iterator[RowRecord | Finding]
 
 
 def names(listed: str) -> frozenset[str]:

@@ -43,7 +43,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SynthesisProgress:
     """How far a run is: finished conversations of all, what they cost, and what all of them would."""
 
     done: int
@@ -65,7 +65,7 @@ async def synthesize(
     *,
     keys: Mapping[str, str] | None = None,
     post: Post | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[SynthesisProgress], None] | None = None,
 ) -> Summary:
     """Hold the conversations of ``recipe`` that ``journal`` does not have yet.
 
@@ -158,7 +158,7 @@ class _Run:
         record: Record,
         keys: Mapping[str, str],
         post: Post | None,
-        on_progress: Callable[[Progress], None] | None,
+        on_progress: Callable[[SynthesisProgress], None] | None,
     ) -> None:
         self.recipe, self.journal, self.record = recipe, journal, record
         self.on_progress = on_progress
@@ -325,7 +325,7 @@ class _Run:
         expected = None
         if done:
             expected = Usage(spent.tokens * total // done, 0, 0, spent.nanodollars * total // done)
-        self.on_progress(Progress(done, total, spent, expected))
+        self.on_progress(SynthesisProgress(done, total, spent, expected))
 
 
 def _finished(recipe: SynthesisRecipe, attempt: _Attempt) -> dict[str, Any]:

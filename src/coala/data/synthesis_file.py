@@ -12,7 +12,7 @@ from typing import Any
 
 from coala.data.agents import SynthesisError, SynthesisRecipe, read_recipe
 from coala.data.journal import conversation_of, read_journal
-from coala.data.synthesis import Progress, Summary, synthesize
+from coala.data.synthesis import Summary, SynthesisProgress, synthesize
 from coala.endpoint import bare, is_loopback
 from coala.store import write_atomic
 from coala.store.appending import Appender, appending, contents
@@ -26,7 +26,7 @@ def synthesize_file(
     limits: Mapping[str, Any],
     environment: Mapping[str, str],
     confirmed: Sequence[str] = (),
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[SynthesisProgress], None],
     on_note: Callable[[str], None],
 ) -> tuple[Summary, Path]:
     """Hold the conversations of ``recipe`` and write them to ``out``; what was done, and the journal beside it.

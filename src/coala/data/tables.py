@@ -10,7 +10,7 @@ from coala.data import records
 from coala.data.containers import leaves
 from coala.data.findings import Fault, Finding
 from coala.data.json_files import decoded
-from coala.data.records import Record, Rows, refuse_bomb, require_few_values, unpacked_limit
+from coala.data.records import RowRecord, Rows, refuse_bomb, require_few_values, unpacked_limit
 
 _BATCH_BYTES = 256 * 2**20  # what a batch of parquet rows may decode to at the worst
 
@@ -50,7 +50,7 @@ def delimited(name: str, raw: bytes, delimiter: str) -> Rows:
             mend = "put fields that hold the separator, quotes or line breaks in double quotes"
             yield Finding(name, number, "", found, "as many fields as columns", mend)
         else:
-            yield Record(name, number, {c: v for c, v in zip(header, row, strict=True) if c})
+            yield RowRecord(name, number, {c: v for c, v in zip(header, row, strict=True) if c})
     if broken:
         yield broken
 
@@ -95,7 +95,7 @@ def parquet(name: str, raw: bytes) -> Rows:
                 unpacked += sum(map(len, leaves(row)))
                 if unpacked > unpacked_limit(len(raw)):
                     raise refuse_bomb(len(raw))
-                yield Record(name, number, _plain(row))
+                yield RowRecord(name, number, _plain(row))
     except (ArrowException, OSError, ValueError, OverflowError, NotImplementedError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         mend = "fetch the file again, or write it again with pyarrow"

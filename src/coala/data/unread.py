@@ -15,7 +15,7 @@ from typing import Any
 
 from coala.data.containers import is_message, leaves
 from coala.data.findings import Fault, Finding, listed
-from coala.data.records import Record, names
+from coala.data.records import RowRecord, names
 
 Row = Mapping[str, Any]
 _MESSAGE_FIELDS = frozenset({"role", "from", "user", "content", "value", "text"})
@@ -178,11 +178,11 @@ class Unread:
         self._file = file
         self._left = left  # columns that a format is known to have and not to need
         self._worded: Counter[str] = Counter()
-        self._first: dict[str, Record] = {}
+        self._first: dict[str, RowRecord] = {}
         self._values: dict[str, set[str] | None] = {}
         self._plain: dict[str, None] = {}
 
-    def see(self, record: Record, used: Set[str], read: Set[str]) -> None:
+    def see(self, record: RowRecord, used: Set[str], read: Set[str]) -> None:
         """Count a row of which the columns ``used`` are read as words, and ``read`` otherwise (as ratings are)."""
         row = record.value
         text: str | None = None
@@ -200,7 +200,7 @@ class Unread:
                 if not said or not all(one in text for one in said) or _is_plain(field, value):
                     self._count(record, field, field, value)
 
-    def _count(self, record: Record, shown: str, name: str, value: Any) -> None:
+    def _count(self, record: RowRecord, shown: str, name: str, value: Any) -> None:
         if is_empty(value):
             return
         if shown in self._left or _is_plain(name, value):

@@ -4,7 +4,7 @@ A server is not trusted: its answers are bounded in bytes and time, and keys are
 """
 
 from coala.endpoint.budget import Ledger, OutOfBudget, Usage
-from coala.endpoint.client import Client, Failed, RetryPolicy, Stopped
+from coala.endpoint.client import Client, RequestFailed, RetryPolicy, Stopped
 from coala.endpoint.completion import Completion
 from coala.endpoint.token_limit import Change, change_for
 from coala.endpoint.transport import Post, Server, bare, is_loopback
@@ -13,10 +13,10 @@ __all__ = [
     "Change",
     "Client",
     "Completion",
-    "Failed",
     "Ledger",
     "OutOfBudget",
     "Post",
+    "RequestFailed",
     "RetryPolicy",
     "Server",
     "Stopped",

@@ -53,7 +53,7 @@ class RetryPolicy:
             )
 
 
-class Failed(Exception):
+class RequestFailed(Exception):
     """No completion came, and to send the request again would not help, or has not after so many ``attempts``.
 
     ``kind`` is "timeout", "connection", "not read" (too large, or compressed), "malformed" (no completion), "rate
@@ -128,8 +128,8 @@ class Client:
         ``cost`` tells what a completion took; of ``None``, what a request can take at most, which is set aside before,
         and counted where it may have been carried out and nobody knows.
 
-        Raises :class:`Failed`, :class:`Stopped`, and :class:`~coala.endpoint.budget.OutOfBudget` before anything is
-        sent that might not be paid for.
+        Raises :class:`RequestFailed`, :class:`Stopped`, and :class:`~coala.endpoint.budget.OutOfBudget` before anything
+        is sent that might not be paid for.
         """
         body = json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         bound, attempts = cost(None), 0
@@ -147,9 +147,9 @@ class Client:
                 used = cost(found)
                 return found
             except Unanswered as error:
-                failed = Failed(error.kind, self.struck(str(error)))
+                failed = RequestFailed(error.kind, self.struck(str(error)))
                 used = bound if error.sent else Usage()
-            except Failed as error:
+            except RequestFailed as error:
                 failed = error
             finally:
                 await self.ledger.settle(bound, used)
@@ -173,9 +173,9 @@ class Client:
             kind = "rate limit"
         # Struck out before it is cut: a part of a key is a part of a secret.
         said = self.struck(answer.body[:5000].decode("utf-8", "replace"))[:1000]
-        raise Failed(kind, reason, answer, " ".join(said.split()))
+        raise RequestFailed(kind, reason, answer, " ".join(said.split()))
 
-    def _may_pass(self, failed: Failed) -> bool:
+    def _may_pass(self, failed: RequestFailed) -> bool:
         is_final = failed.kind in ("not read", "rejected") or failed.is_out_of_quota
         return not is_final and (failed.after is None or failed.after <= self.policy.longest_asked)
 
@@ -190,7 +190,7 @@ class Client:
             if start > now:
                 await self._pause(start - now)
 
-    async def _wait(self, server: Server, failed: Failed, body: bytes) -> None:
+    async def _wait(self, server: Server, failed: RequestFailed, body: bytes) -> None:
         # Drawn from the request, so that no hidden state is needed and yet no two requests wait alike.
         drawn = hashlib.blake2b(f"{failed.attempts} ".encode() + body, digest_size=4).digest()
         share, policy = int.from_bytes(drawn, "big") / 2**32, self.policy

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from coala.evaluation.rows import Row, as_number, read_rows, shown
+from coala.evaluation.rows import FileRow, as_number, read_rows, shown
 from coala.evaluation.win_rates import place_alone, place_alone_once
 from coala.statistics.intervals import Float, bounded_mean, share_estimate, void
 from coala.values import CoalaError, Estimate
@@ -206,7 +206,7 @@ def _remarks(annotations: Annotations, n: int, output_lengths: Float | None) -> 
     return tuple(remarks)
 
 
-def _preference(row: Row) -> float:
+def _preference(row: FileRow) -> float:
     if row.get("preference") is not None:
         value = row.value("preference", low=0, high=2)
         if 0 < value < 1:
@@ -223,7 +223,7 @@ def _preference(row: Row) -> float:
     return math.nan if found is None else found
 
 
-def _nothing_said(rows: Sequence[Row]) -> str:
+def _nothing_said(rows: Sequence[FileRow]) -> str:
     """Why the preferences of all rows follow the place alone, if they do."""
     twice: list[tuple[float, float]] = []
     once: tuple[list[float], list[float]] = ([], [])
@@ -242,7 +242,7 @@ def _nothing_said(rows: Sequence[Row]) -> str:
     return place_alone_once(*once)
 
 
-def _logprobs(row: Row, top: Any) -> list[tuple[str, float]]:
+def _logprobs(row: FileRow, top: Any) -> list[tuple[str, float]]:
     pairs = []
     for entry in top if isinstance(top, list) else (top,):
         parts = [entry.get("token"), entry.get("logprob")] if isinstance(entry, dict) else entry
@@ -253,7 +253,7 @@ def _logprobs(row: Row, top: Any) -> list[tuple[str, float]]:
     return pairs
 
 
-def _length(row: Row, side: str) -> float:
+def _length(row: FileRow, side: str) -> float:
     if row.get(f"output_{side}") is not None or (row.get(f"len_{side}") is None and f"output_{side}" in row.fields):
         return float(len(row.text(f"output_{side}")))
     return row.value(f"len_{side}", f"output_{side}", low=0, high=1e9)

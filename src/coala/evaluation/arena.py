@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from coala.data.reasoning import spoken
 from coala.evaluation.alpaca import in_percent
-from coala.evaluation.rows import Row, read_rows, shown, shown_path
+from coala.evaluation.rows import FileRow, read_rows, shown, shown_path
 from coala.evaluation.win_rates import place_alone
 from coala.settings import Board, VerdictRule
 from coala.statistics.intervals import Float, mean_estimate, share_estimate, void
@@ -75,7 +75,7 @@ class Battles:
 
 
 @dataclass(frozen=True)
-class Score:
+class ArenaScore:
     """A model's score against the baseline. Estimates are in percent.
 
     ``score`` has the bootstrap interval that draws questions; ``published_interval`` is the same value with the one
@@ -217,7 +217,7 @@ def score(
     board: Board = "v0.1",
     draws: int = 1000,
     seed: int = 0,
-) -> dict[str, Score]:
+) -> dict[str, ArenaScore]:
     """Every model's mean outcome against the baseline, in percent.
 
     With one baseline for all this equals the win rate that a Bradley-Terry fit predicts, so no fit is needed.
@@ -242,7 +242,7 @@ def score(
         decided = won != 0.5
         level = 0.95 if board == "v0.1" else 0.9
         value = float(won.mean())
-        found[model] = Score(
+        found[model] = ArenaScore(
             model=model,
             baseline=baseline,
             score=_percent(won, question, draws, seed, 0.95),
@@ -257,10 +257,10 @@ def score(
     return found
 
 
-def _void(model: str, baseline: str, why: str, n: int, n_questions: int) -> Score:
+def _void(model: str, baseline: str, why: str, n: int, n_questions: int) -> ArenaScore:
     """No score, since the verdicts say nothing of the replies."""
     nothing = in_percent(void("mean outcome", n, why))
-    return Score(model, baseline, nothing, nothing, nothing, 0, 0, 0, n_questions, math.nan)
+    return ArenaScore(model, baseline, nothing, nothing, nothing, 0, 0, 0, n_questions, math.nan)
 
 
 def bradley_terry(battles: Battles, anchor: str, rating: float = ANCHOR) -> dict[str, float]:
@@ -322,7 +322,7 @@ def _percent(won: Float, group: NDArray[np.str_] | None, draws: int, seed: int, 
     return Estimate(found.value, max(0.0, found.low), min(100.0, found.high), found.n, found.method)
 
 
-def _names(row: Row, model: str | None, baseline: str | None) -> tuple[str, str]:
+def _names(row: FileRow, model: str | None, baseline: str | None) -> tuple[str, str]:
     ours = row.label("model") if row.get("model") is not None or model is None else model
     other = row.label("baseline") if row.get("baseline") is not None or baseline is None else baseline
     if ours == other:
@@ -330,7 +330,7 @@ def _names(row: Row, model: str | None, baseline: str | None) -> tuple[str, str]
     return ours, other
 
 
-def _battle(row: Row, model: str | None, baseline: str | None) -> tuple[tuple[str, str], float]:
+def _battle(row: FileRow, model: str | None, baseline: str | None) -> tuple[tuple[str, str], float]:
     winner = row.text("winner").lower()
     if row.get("model_a") is not None:
         pair = row.label("model_a"), row.label("model_b")
@@ -345,7 +345,7 @@ def _battle(row: Row, model: str | None, baseline: str | None) -> tuple[tuple[st
     return pair, meaning[winner]
 
 
-def _games(row: Row, rule: VerdictRule) -> tuple[list[str | None], int, int, int]:
+def _games(row: FileRow, rule: VerdictRule) -> tuple[list[str | None], int, int, int]:
     """The verdicts of a row's games, and how many differ from what is stored, think aloud, and give several."""
     games = row.fields["games"]
     if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(isinstance(game, dict) for game in games):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coala.evaluation.arena import ANCHOR, BASE, SCALE, Battles
-from coala.evaluation.rows import Row, as_number, read_rows, shown
+from coala.evaluation.rows import FileRow, as_number, read_rows, shown
 from coala.settings import Board
 from coala.statistics.intervals import Float, group_numbers, percentiles, resamples
 from coala.statistics.logistic import fit_logistic, sigmoid
@@ -185,7 +185,7 @@ def _checked(battles: Battles, baseline: str, first: Float, second: Float, colum
         raise CoalaError(f"There is no style column {shown(unknown[0])}; expected some of {', '.join(COLUMNS)}.")
 
 
-def _style(row: Row) -> Float:
+def _style(row: FileRow) -> Float:
     counts = row.get("conv_metadata", "metadata")
     if isinstance(counts, Mapping) and "token_len" in counts:
         names = ("token_len", "header_count", "list_count", "bold_count")
@@ -201,7 +201,7 @@ def _style(row: Row) -> Float:
     return style_of(reply)
 
 
-def _count(row: Row, name: str, value: Any) -> float:
+def _count(row: FileRow, name: str, value: Any) -> float:
     parts = list(value.values()) if isinstance(value, Mapping) else [value]
     numbers = [as_number(part) for part in parts]
     if any(number is None or not 0 <= number <= 1e9 for number in numbers):

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coala.evaluation.harness import OnFailure, OnProgress, kind_of, run
+from coala.callbacks import OnFailure
+from coala.evaluation.harness import OnDone, kind_of, run
 from coala.evaluation.judges import ChatJudge, Cost, Exchange, JudgeStopped, asked
 from coala.evaluation.mtbench import ERROR
-from coala.evaluation.rows import Row, read_rows, shown
+from coala.evaluation.rows import FileRow, read_rows, shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Graded:
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """The turns of a question, one or two, and its category (or "")."""
 
     question: str
@@ -56,16 +57,18 @@ class Question:
     turns: tuple[str, ...]
 
 
-def read_questions(path: Path | str) -> list[Question]:
+def read_questions(path: Path | str) -> list[BenchmarkQuestion]:
     """A question file: ``question_id``, ``turns`` and perhaps ``category``, each question once."""
-    found: dict[str, Question] = {}
+    found: dict[str, BenchmarkQuestion] = {}
     for row in read_rows(path):
         name, turns = row.label("question_id"), _texts(row, row.get("turns"))
         if not 1 <= len(turns) <= 2:
             raise row.fault("turns", f"{len(turns)} turns", "1 or 2", "mend or delete the row")
         if name in found:
             raise row.fault("question_id", f"{shown(name)} again", "each question once", "delete one of them")
-        found[name] = Question(name, row.label("category") if row.get("category") not in (None, "") else "", turns)
+        found[name] = BenchmarkQuestion(
+            name, row.label("category") if row.get("category") not in (None, "") else "", turns
+        )
     return list(found.values())
 
 
@@ -95,7 +98,7 @@ def grade_many(
     by: ChatJudge,
     *,
     concurrency: int = 1,
-    on_progress: OnProgress | None = None,
+    on_progress: OnDone | None = None,
     on_failure: OnFailure | None = None,
 ) -> Graded:
     """A grade for every turn: the first by itself, the second with the first before it.
@@ -156,14 +159,14 @@ def _row(one: Answered, turn: int, by: ChatJudge, value: tuple[float, str] | Exc
     return row | said | {"score": value[0]}
 
 
-def _choice(row: Row) -> tuple[str, ...]:
+def _choice(row: FileRow) -> tuple[str, ...]:
     choices = row.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise row.fault("choices", shown(choices), "a list of objects with turns", "mend or delete the row")
     return _texts(row, choices[0].get("turns"))
 
 
-def _texts(row: Row, value: Any) -> tuple[str, ...]:
+def _texts(row: FileRow, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise row.fault("turns", shown(value), "a list of texts", "mend or delete the row")
     return tuple(value)

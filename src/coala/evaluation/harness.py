@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
 
+from coala.callbacks import OnFailure
 from coala.evaluation.judges import Cost, Judge, JudgeFailure, JudgeStopped, Paid
 from coala.evaluation.win_rates import Consistency, consistency
 from coala.values import CoalaError, Generation, Judgement, Turn
 
-OnProgress = Callable[[int, int], None]
-OnFailure = Callable[[str, Exception], None]
+OnDone = Callable[[int, int], None]
 Result = TypeVar("Result")
 NO_PREFERENCE = "no preference"
 
@@ -71,7 +71,7 @@ def judge_many(
     swap: bool | Literal["drawn"] = True,
     prompts: Mapping[str, Sequence[Turn]] | None = None,
     concurrency: int = 1,
-    on_progress: OnProgress | None = None,
+    on_progress: OnDone | None = None,
     on_failure: OnFailure | None = None,
 ) -> Judged:
     """Compare each of ``ours`` with the reply of ``reference`` to the same prompt, in both orders with ``swap``.

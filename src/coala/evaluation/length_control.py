@@ -32,7 +32,7 @@ BY_POSITION, BY_INSTRUCTION = "position", "instruction"
 
 
 @dataclass(frozen=True)
-class Weights:
+class LengthWeights:
     """The model's three coefficients, in nats, in the published order."""
 
     length: float
@@ -73,7 +73,7 @@ class LengthControlled:
     baseline_length: float
     win_rate: Estimate
     standard_error: float
-    weights: Weights
+    weights: LengthWeights
     penalty: float | None
     predictions: Float
     remarks: tuple[str, ...]
@@ -121,7 +121,7 @@ def read_calibration(path: Path | str) -> Calibration:
     )
 
 
-def predict_winrate(weights: Weights, difficulty: Float) -> Float:
+def predict_winrate(weights: LengthWeights, difficulty: Float) -> Float:
     """P(model better) (n,) at no length difference: sigmoid(w_difficulty difficulty_i + w_bias).
 
     The win rate is 100 times the mean.
@@ -169,7 +169,7 @@ def length_controlled(
     if annotations.model == annotations.baseline:
         half = np.full(len(hard), 0.5)
         itself = Estimate(50.0, 50.0, 50.0, len(hard), "the baseline against itself is 50 by construction")
-        return LengthControlled(*common, itself, 0.0, Weights(0, 0, 0), None, half, ("nothing was fitted",))
+        return LengthControlled(*common, itself, 0.0, LengthWeights(0, 0, 0), None, half, ("nothing was fitted",))
     if penalty not in ("cv", None) and not (isinstance(penalty, int | float) and 0 < penalty < math.inf):
         raise CoalaError(f"The penalty C is {penalty!r}; expected a positive number, 'cv' or None.")
     if stopping not in ("optimum", "liblinear"):
@@ -191,7 +191,7 @@ def length_controlled(
         )
         unknown = Estimate(math.nan, 0.0, 100.0, len(own), "length-controlled, own rows alone; not identified")
         undefined = np.full(len(hard), math.nan)
-        return LengthControlled(*common, unknown, math.nan, Weights(0, 0, 0), None, undefined, tuple(remarks))
+        return LengthControlled(*common, unknown, math.nan, LengthWeights(0, 0, 0), None, undefined, tuple(remarks))
     X, n = np.vstack([own, others]), len(own)
     y = np.concatenate([annotations.preference[known] - 1, calibration.preference])
     weight = np.concatenate([np.ones(n), np.full(len(others), CALIBRATION_WEIGHT)])
@@ -204,7 +204,7 @@ def length_controlled(
         found = fit.coefficients
         if fit.separated:
             remarks.append("no finite weights fit best (all rows won or lost): the value is the limit")
-    weights = Weights(*(float(w) for w in found))
+    weights = LengthWeights(*(float(w) for w in found))
     predictions = predict_winrate(weights, hard)
     value = 100 * float(predictions.mean())
     if annotations.repeated:
@@ -218,7 +218,7 @@ def length_controlled(
         if alone and not _told_apart(own[picked > 0, 0], y[:n][picked > 0]):
             return math.nan
         again = fit_logistic(X, y, np.concatenate([picked, weight[n:]]), l1=l1, start=found, tolerance=1e-8)
-        return 100 * float(picked @ predict_winrate(Weights(*again.coefficients), own[:, 1])) / n
+        return 100 * float(picked @ predict_winrate(LengthWeights(*again.coefficients), own[:, 1])) / n
 
     low, high, about = -math.inf, math.inf, "no interval"
     error = math.nan if alone else standard_error(predictions)

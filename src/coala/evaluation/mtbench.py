@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from coala.data.reasoning import spoken
-from coala.evaluation.rows import Row, read_rows, shown
+from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.evaluation.win_rates import place_alone
 from coala.statistics.intervals import Float, bounded_mean, share_estimate, void
 from coala.values import Estimate
@@ -55,7 +55,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Scores:
+class TurnScores:
     """Mean ratings of one model. ``overall`` is over all valid rows, not over the turn means."""
 
     model: str
@@ -217,7 +217,7 @@ def read_categories(path: Path | str) -> dict[str, str]:
     return {row.label("question_id"): row.label("category") for row in read_rows(path)}
 
 
-def scores(ratings: Sequence[Rating]) -> dict[str, Scores]:
+def scores(ratings: Sequence[Rating]) -> dict[str, TurnScores]:
     """Mean scores of every model: overall, by turn and by category, with t intervals that count questions.
 
     Rows with a score of -1 are left out and counted. A repeated (question, turn) counts again, as the benchmark's own
@@ -235,7 +235,7 @@ def scores(ratings: Sequence[Rating]) -> dict[str, Scores]:
             remarks += ("some questions have no category",)
         if len(judges) > 1:
             remarks += (f"{len(judges)} judges are mixed",)
-        found[model] = Scores(
+        found[model] = TurnScores(
             model=model,
             overall=_mean(valid),
             by_turn={
@@ -320,14 +320,14 @@ def _number(rating: str) -> float:
     return float(rating) if len(rating) < 20 else ERROR
 
 
-def _turn(row: Row) -> int:
+def _turn(row: FileRow) -> int:
     turn = row.value("turn", low=1, high=99)
     if turn != int(turn):
         raise row.fault("turn", f"{turn:g}", "a whole number", "mend the row")
     return int(turn)
 
 
-def _judge(row: Row) -> str:
+def _judge(row: FileRow) -> str:
     value = row.get("judge")
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return value[0] if value else ""  # the judge; what follows is the prompt's name

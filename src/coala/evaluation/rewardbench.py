@@ -48,7 +48,7 @@ _REJECTED = ("rejected_score", "score_rejected", "scores_rejected", "rejected")
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
+class ScoredRows:
     """Scores of n pairs: ``margin`` (n,) = chosen - rejected, the subset and the prompt (a group) of each."""
 
     margin: Float
@@ -71,7 +71,7 @@ class Ranking:
     remarks: tuple[str, ...]
 
 
-def read_scores(path: Path | str) -> Scored:
+def read_scores(path: Path | str) -> ScoredRows:
     """One pair per row: ``subset`` and two scores (``chosen_score``, ``rejected_score`` or the names upstream uses).
 
     A list of one number is that number. ``prompt`` or ``id``, if there, names the group for intervals.
@@ -91,11 +91,11 @@ def read_scores(path: Path | str) -> Scored:
         margins.append(margin)
         subsets.append(row.label("subset"))
         prompts.append(row.text("prompt") if isinstance(row.get("prompt"), str) else f"row {i}")
-    return Scored(np.array(margins), tuple(subsets), tuple(prompts))
+    return ScoredRows(np.array(margins), tuple(subsets), tuple(prompts))
 
 
 def ranking(
-    scored: Scored,
+    scored: ScoredRows,
     sections: Mapping[str, Sequence[str]] = SECTIONS,
     weights: SubsetWeights | Mapping[str, float] = "published",
 ) -> Ranking:

@@ -17,7 +17,7 @@ from coala.values import CoalaError
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """One row: ``number`` is the line of a JSON Lines file and the record of any other, from 1.
 
     Fields are asked for by one or several names, the first that is there counts; null and an empty CSV cell are as
@@ -88,7 +88,7 @@ class Row:
         return value
 
 
-def read_rows(path: Path | str) -> list[Row]:
+def read_rows(path: Path | str) -> list[FileRow]:
     """All rows of a file: jsonl, json, csv, tsv or parquet, plain or gzipped. CoalaError at the first bad one."""
     name = str(path)
     # A name without an ending would be looked for on the hub, where there are no judgements.
@@ -105,7 +105,7 @@ def read_rows(path: Path | str) -> list[Row]:
         else:
             # An empty cell of a table is no value; an empty text of JSON is one.
             table = name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-            rows.append(Row(shown_path(name), found.row, _cells(found.value) if table else found.value))
+            rows.append(FileRow(shown_path(name), found.row, _cells(found.value) if table else found.value))
     return rows
 
 

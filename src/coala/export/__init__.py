@@ -3,7 +3,7 @@
 Knows what those expect; nothing of how a head is fitted.
 """
 
-from coala.export.card import Facts, facts_of
+from coala.export.card import RunFacts, facts_of
 from coala.export.folder import Exported, export_linear_head, export_reward_model, verify_folder
 from coala.export.network import ExportError
 from coala.export.rewardbench import read_benchmark, results
@@ -12,8 +12,8 @@ from coala.export.rewards import RewardFunction, as_reward_func, score_replies
 __all__ = [
     "ExportError",
     "Exported",
-    "Facts",
     "RewardFunction",
+    "RunFacts",
     "as_reward_func",
     "export_linear_head",
     "export_reward_model",

@@ -14,14 +14,14 @@ from coala.values import ConvexHead, Estimate, FeatureSpec
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What a run knows of its head: ``metrics`` on held-out pairs by name, and ``data`` (counts, digests) by name."""
 
     metrics: dict[str, Estimate] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
 
 
-def facts_of(path: Path | str, head: ConvexHead) -> Facts:
+def facts_of(path: Path | str, head: ConvexHead) -> RunFacts:
     """Metrics of ``head`` on the run's held-out features, and the run's pairs counted and digested."""
     run = RunFolder.open(path)
     metrics: dict[str, Estimate] = {}
@@ -35,19 +35,19 @@ def facts_of(path: Path | str, head: ConvexHead) -> Facts:
     try:
         held_out = load_features(run.path / "features/eval")
     except StoreError:
-        return Facts(metrics, data)
+        return RunFacts(metrics, data)
     if len(held_out) and held_out.spec.same_features(head.spec):
         margins = head.margins(held_out)
         sure = head.preference(held_out.chosen, held_out.rejected, held_out.prompt)
         metrics["ranking accuracy"] = scores.accuracy_of_margins(margins, held_out.group)
         metrics["log loss (nats per pair)"] = scores.pairwise_nll(margins / head.temperature, held_out.group)
         metrics["calibration error"] = scores.reliability(sure, held_out.group).error
-    return Facts(metrics, data)
+    return RunFacts(metrics, data)
 
 
-def card(head: ConvexHead, spec: FeatureSpec, form: str, facts: Facts | None, difference: float) -> str:
+def card(head: ConvexHead, spec: FeatureSpec, form: str, facts: RunFacts | None, difference: float) -> str:
     """README.md of a folder of ``form``; ``spec`` names the model as it may be published."""
-    facts = facts or Facts()
+    facts = facts or RunFacts()
     base = spec.backbone.partition("+")[0]
     front = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
     front += [f"base_model: {base}"] if spec.revision else []

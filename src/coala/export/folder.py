@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coala.export.card import Facts, card
+from coala.export.card import RunFacts, card
 from coala.export.network import (
     ExportError,
     linear_network,
@@ -59,7 +59,7 @@ class Exported:
 
 
 def export_reward_model(
-    head: ConvexHead, backbone: LanguageModel, folder: Path | str, facts: Facts | None = None
+    head: ConvexHead, backbone: LanguageModel, folder: Path | str, facts: RunFacts | None = None
 ) -> Exported:
     """Write an ``AutoModelForSequenceClassification`` folder that scores as ``head`` does on ``backbone``.
 
@@ -82,7 +82,7 @@ def export_linear_head(
     head: ConvexHead,
     backbone: LanguageModel,
     folder: Path | str,
-    facts: Facts | None = None,
+    facts: RunFacts | None = None,
     *,
     drop_constant: bool = False,
 ) -> Exported:
@@ -166,7 +166,9 @@ def _finish_tokenizer(
     save_json(path, stored)
 
 
-def _close(work: Path, folder: Path, form: str, head: ConvexHead, facts: Facts | None, difference: float) -> Exported:
+def _close(
+    work: Path, folder: Path, form: str, head: ConvexHead, facts: RunFacts | None, difference: float
+) -> Exported:
     """Card and manifest, and the folder in its place."""
     spec = public_spec(head.spec)
     files = {p.relative_to(work).as_posix(): file_digest(p) for p in sorted(work.rglob("*")) if p.is_file()}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.evaluation.rewardbench import Ranking, Scored
-from coala.evaluation.rows import Row, read_rows, shown
+from coala.evaluation.rewardbench import Ranking, ScoredRows
+from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.values import ROLES, FeatureSpec, Pair, Role, Turn
 
 _MEND = "mend or delete the row"
@@ -25,10 +25,10 @@ class Benchmark:
     subset: tuple[str, ...]
     id: tuple[str, ...]
 
-    def scored(self, chosen: NDArray[np.floating[Any]], rejected: NDArray[np.floating[Any]]) -> Scored:
+    def scored(self, chosen: NDArray[np.floating[Any]], rejected: NDArray[np.floating[Any]]) -> ScoredRows:
         """Scores (n,) of both replies for ``coala.evaluation.rewardbench.ranking``; rows of one prompt are a group."""
         margin = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
-        return Scored(margin, self.subset, tuple(pair.group for pair in self.pairs))
+        return ScoredRows(margin, self.subset, tuple(pair.group for pair in self.pairs))
 
 
 def read_benchmark(path: Path | str) -> Benchmark:
@@ -80,7 +80,7 @@ def score_rows(benchmark: Benchmark, chosen: Sequence[float], rejected: Sequence
     ]
 
 
-def _conversation(row: Row, field: str, speaker: Role) -> tuple[Turn, ...]:
+def _conversation(row: FileRow, field: str, speaker: Role) -> tuple[Turn, ...]:
     value = row.get(field)
     if isinstance(value, list):
         if not value:
@@ -89,7 +89,7 @@ def _conversation(row: Row, field: str, speaker: Role) -> tuple[Turn, ...]:
     return (Turn(speaker, row.text(field)),)
 
 
-def _turn(row: Row, field: str, item: Any) -> Turn:
+def _turn(row: FileRow, field: str, item: Any) -> Turn:
     good = isinstance(item, Mapping) and item.get("role") in ROLES and isinstance(item.get("content"), str)
     if not good:
         raise row.fault(field, shown(item), f"a message with content and a role of {', '.join(ROLES)}", _MEND)

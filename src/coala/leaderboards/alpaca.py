@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from coala.callbacks import OnFailure, OnNote, OnProgress, quiet
 from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
-from coala.leaderboards.judges import JudgeSettings, OnFailure, OnNote, OnProgress, quiet, stem
+from coala.leaderboards.judges import JudgeSettings, stem
 from coala.leaderboards.record import (
     Outcome,
     about,

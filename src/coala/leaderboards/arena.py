@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coala.callbacks import OnFailure, OnNote, OnProgress, quiet
 from coala.leaderboards.contest import RunVsReference, described, given_reference, hold, own_name
-from coala.leaderboards.judges import JudgeSettings, OnFailure, OnNote, OnProgress, quiet
+from coala.leaderboards.judges import JudgeSettings
 from coala.leaderboards.record import (
     Outcome,
     about,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coala.leaderboards.judges import VERDICTS, Chosen, JudgeSettings, OnFailure, OnNote, OnProgress, choose, quiet
+from coala.callbacks import OnFailure, OnNote, OnProgress, quiet
+from coala.leaderboards.judges import VERDICTS, Chosen, JudgeSettings, choose
 
 if TYPE_CHECKING:
     from coala.alignment.answers import PromptRow, ReplySettings

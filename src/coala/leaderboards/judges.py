@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from coala.callbacks import OnNote, quiet
 
 if TYPE_CHECKING:
     from coala.evaluation.judges import Instructions, Judge, OpenAIJudge
@@ -15,13 +17,6 @@ if TYPE_CHECKING:
     from coala.values import Generation, Turn
 
 VERDICTS = "verdicts.sqlite"
-OnNote = Callable[[str], None]
-OnProgress = Callable[[str, int, int], None]  # stage, done and total
-OnFailure = Callable[[str, Exception], None]  # what failed, and why
-
-
-def quiet(note: str) -> None:
-    """Who does not want to hear."""
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coala.callbacks import OnFailure, OnNote, OnProgress, quiet
 from coala.leaderboards.contest import described, own_name
-from coala.leaderboards.judges import (
-    VERDICTS,
-    JudgeSettings,
-    OnFailure,
-    OnNote,
-    OnProgress,
-    asking,
-    kept_beside,
-    quiet,
-    stem,
-)
+from coala.leaderboards.judges import VERDICTS, JudgeSettings, asking, kept_beside, stem
 from coala.leaderboards.record import Outcome, cost_rows, measure, spending, spent, spread, told, told_interval
 from coala.values import CoalaError
 

@@ -7,17 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.leaderboards.judges import (
-    JudgeSettings,
-    OnFailure,
-    OnNote,
-    OnProgress,
-    choose,
-    kept_beside,
-    load_replies,
-    quiet,
-    stem,
-)
+from coala.callbacks import OnFailure, OnNote, OnProgress, quiet
+from coala.leaderboards.judges import JudgeSettings, choose, kept_beside, load_replies, stem
 from coala.leaderboards.record import (
     Outcome,
     about,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.leaderboards.judges import OnNote, quiet
+from coala.callbacks import OnNote, quiet
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel

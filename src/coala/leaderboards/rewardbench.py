@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.leaderboards.judges import OnProgress
+from coala.callbacks import OnProgress
 from coala.leaderboards.record import Outcome, fitted, interval, measure
 from coala.settings import SubsetWeights
 

@@ -11,10 +11,10 @@ from coala.leaderboards.judges import load_replies
 from coala.leaderboards.record import Outcome, measure, spread
 from coala.survey import (
     Check,
-    Prompt,
     Records,
     Results,
     Survey,
+    SurveyPrompt,
     Votes,
     analyse,
     build,
@@ -283,10 +283,10 @@ def _beside(files: Sequence[Path]) -> list[str]:
     return there
 
 
-def _read_prompts(category: str, file: str) -> list[Prompt]:
+def _read_prompts(category: str, file: str) -> list[SurveyPrompt]:
     from coala.alignment.answers import read_prompts
 
-    return [Prompt(one.id, one.text, one.category or category or "questions") for one in read_prompts(file)]
+    return [SurveyPrompt(one.id, one.text, one.category or category or "questions") for one in read_prompts(file)]
 
 
 def _read_checks(file: Path) -> list[Check]:

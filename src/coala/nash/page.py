@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from coala.nash import plots
 from coala.nash.criteria import Note
 from coala.nash.game import Series, Vector
-from coala.nash.paper import PAPER_GAME, Row, Study, first_below
+from coala.nash.paper import PAPER_GAME, PaperStudy, StudyRow, first_below
 from coala.nash.selection import FixedPoint
 from coala.nash.solvers import Result
 from coala.pages.drawing import Drawing
@@ -61,7 +61,7 @@ def game_page(result: Result, title: str) -> str:
     return page(title, BRAND, *parts)
 
 
-def paper_page(study: Study, selections: Mapping[tuple[str, int, bool], FixedPoint] | None = None) -> str:
+def paper_page(study: PaperStudy, selections: Mapping[tuple[str, int, bool], FixedPoint] | None = None) -> str:
     """The paper's Figures 1 and 2 with the numbers behind them; ``selections`` by game, candidates, hard judge."""
     parts = [
         section(
@@ -131,7 +131,7 @@ def _distance(kl: Series) -> Drawing | None:
     return plots.curves({"KL": kl}, "KL(Nash, policy)", words, "Distance to the Nash policy.")
 
 
-def _triangles(rows: Sequence[Row]) -> list[Drawing]:
+def _triangles(rows: Sequence[StudyRow]) -> list[Drawing]:
     (strategy,) = PAPER_GAME.parts(PAPER_GAME.nash().strategy)
     names = PAPER_GAME.names[0]
     drawn = []
@@ -145,7 +145,7 @@ def _triangles(rows: Sequence[Row]) -> list[Drawing]:
     return drawn
 
 
-def _lines(rows: Sequence[Row]) -> list[Drawing]:
+def _lines(rows: Sequence[StudyRow]) -> list[Drawing]:
     kind = "from drawn pairs" if rows[0].tail_gap else "without noise"
     drawn = []
     for what, name in (("gap", "duality gap"), ("kl", "KL(Nash, policy)")):
@@ -165,7 +165,7 @@ def _spread(values: Series, length: int) -> Float64[np.ndarray, "points"]:
     return values[np.minimum(np.arange(length) * (len(values) - 1) // (length - 1), len(values) - 1)]
 
 
-def _numbers(rows: Sequence[Row]) -> Table:
+def _numbers(rows: Sequence[StudyRow]) -> Table:
     cells = []
     for row in rows:
         last = row.first
@@ -191,7 +191,7 @@ def _numbers(rows: Sequence[Row]) -> Table:
     return Table("After 5000 proximal steps, population losses", head, cells)
 
 
-def _sampled_numbers(rows: Sequence[Row]) -> Table:
+def _sampled_numbers(rows: Sequence[StudyRow]) -> Table:
     cells = []
     for row in rows:
         strategy = row.first.nash.strategy

@@ -52,7 +52,7 @@ ENTRIES = (
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class StudyRow:
     """One method: its run or its runs over seeds, and for sampled ones the mean gap over the last fifth of updates."""
 
     entry: Entry
@@ -65,16 +65,18 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class PaperStudy:
     """``noiseless`` and ``sampled`` rows; the sampled ones drew ``pairs`` pairs at each proximal step."""
 
-    noiseless: tuple[Row, ...]
-    sampled: tuple[Row, ...]
+    noiseless: tuple[StudyRow, ...]
+    sampled: tuple[StudyRow, ...]
     pairs: int
     seeds: int
 
 
-def run_study(*, pairs: int = 10_000, seeds: int = 5, on_run: Callable[[int, int, str], None] | None = None) -> Study:
+def run_study(
+    *, pairs: int = 10_000, seeds: int = 5, on_run: Callable[[int, int, str], None] | None = None
+) -> PaperStudy:
     """Run every method without noise and with ``pairs`` labelled pairs per step from each of ``seeds`` seeds."""
     sampled = [entry for entry in ENTRIES if entry.can_sample]
     total = len(ENTRIES) + seeds * len(sampled)
@@ -88,12 +90,12 @@ def run_study(*, pairs: int = 10_000, seeds: int = 5, on_run: Callable[[int, int
             on_run(done, total, entry.name)
         return result
 
-    noiseless = tuple(Row(entry, (run(entry),)) for entry in ENTRIES)
+    noiseless = tuple(StudyRow(entry, (run(entry),)) for entry in ENTRIES)
     noisy = []
     for entry in sampled:
         runs = tuple(run(entry, pairs_per_step=pairs, seed=seed) for seed in range(seeds))
-        noisy.append(Row(entry, runs, tail_estimate(np.array([tail_gap(result) for result in runs]))))
-    return Study(noiseless, tuple(noisy), pairs, seeds)
+        noisy.append(StudyRow(entry, runs, tail_estimate(np.array([tail_gap(result) for result in runs]))))
+    return PaperStudy(noiseless, tuple(noisy), pairs, seeds)
 
 
 def tail_gap(result: Result) -> float:

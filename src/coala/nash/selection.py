@@ -34,7 +34,7 @@ class FixedPoint:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class SelectionGame:
     """The law of (best, worst) among ``candidates`` draws; ``hard`` judges tell who wins, others with what probability.
 
     A candidate's score is its mean win rate against the other candidates; equal scores are decided by lot.
@@ -109,7 +109,7 @@ def selection_fixed_point(
         raise CoalaError(
             f"{candidates} draws from {n} answers can come out in {size} ways, too many to enumerate: take fewer."
         )
-    selection = Selection(game.matrices[0], candidates, hard)
+    selection = SelectionGame(game.matrices[0], candidates, hard)
     p = game.parts(game.uniform() if start is None else start, "start")[0]
     if p.min() <= 0:
         raise CoalaError("The study of selection starts from a policy that plays every answer; found a 0 in the start.")
@@ -122,7 +122,9 @@ def selection_fixed_point(
     return FixedPoint(np.exp(z), duality_gap(game.matrices[0], np.exp(z)), moved)
 
 
-def _updates(selection: Selection, z: Vector, eta: float, tau: float, outer: int, inner_steps: int) -> Iterator[Vector]:
+def _updates(
+    selection: SelectionGame, z: Vector, eta: float, tau: float, outer: int, inner_steps: int
+) -> Iterator[Vector]:
     for _ in range(outer):
         reference = z
         for _ in range(inner_steps):

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from coala.nash import criteria
 from coala.nash.criteria import Note
 from coala.nash.game import Nash, Policy, PreferenceGame, Series, Vector, duality_gap, kl_divergence
-from coala.nash.steps import Feedback, Population, Sampled, mirror_step, normalise, regularised_nash, sppo_step
+from coala.nash.steps import Feedback, Population, SampledFeedback, mirror_step, normalise, regularised_nash, sppo_step
 from coala.values import CoalaError
 
 Schedule = float | Sequence[float] | Callable[[int], float]
@@ -29,7 +29,7 @@ CONVERGED = 1e-6  # the gap that is called converged when no tolerance is given
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class UpdatePlan:
     """Settings per outer update: ``eta``, ``tau``, ``inner_steps``, equally long; ``inner`` names the inner solver."""
 
     eta: list[float]
@@ -66,7 +66,7 @@ INNER_STEPS: dict[str, InnerStep] = {
 }
 
 
-def comal(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
+def comal(feedback: Feedback, z: Vector, plan: UpdatePlan) -> Iterator[Vector]:
     """Algorithm 1: solve the game regularised towards the policy, make its solution the policy, repeat."""
     for eta, tau, inner_steps in zip(plan.eta, plan.tau, plan.inner_steps, strict=True):
         reference = z
@@ -80,7 +80,7 @@ def comal(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
         yield z
 
 
-def inpo(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
+def inpo(feedback: Feedback, z: Vector, plan: UpdatePlan) -> Iterator[Vector]:
     """Algorithm 2 alone: the reference stays the start, the limit is the Nash policy of that regularised game."""
     reference = z
     for eta, tau in zip(plan.eta, plan.tau, strict=True):
@@ -88,8 +88,8 @@ def inpo(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
         yield z
 
 
-def _unregularised(step: InnerStep) -> Callable[[Feedback, Vector, Plan], Iterator[Vector]]:
-    def method(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
+def _unregularised(step: InnerStep) -> Callable[[Feedback, Vector, UpdatePlan], Iterator[Vector]]:
+    def method(feedback: Feedback, z: Vector, plan: UpdatePlan) -> Iterator[Vector]:
         for eta in plan.eta:
             z = step(feedback, z, z, eta, 0.0)
             yield z
@@ -97,14 +97,14 @@ def _unregularised(step: InnerStep) -> Callable[[Feedback, Vector, Plan], Iterat
     return method
 
 
-def iterative_dpo(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
+def iterative_dpo(feedback: Feedback, z: Vector, plan: UpdatePlan) -> Iterator[Vector]:
     """p' ~ p exp(eta r) with r the Bradley-Terry rewards of labelled pairs drawn from p."""
     for eta in plan.eta:
         z = normalise(z + eta * feedback.logit_rewards(z))
         yield z
 
 
-def mirror_prox(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
+def mirror_prox(feedback: Feedback, z: Vector, plan: UpdatePlan) -> Iterator[Vector]:
     """Appendix F: a step to look ahead, then the step from the old point with the rewards found there."""
     for eta in plan.eta:
         half = normalise(z + eta * feedback.win_rates(z))
@@ -112,7 +112,7 @@ def mirror_prox(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
         yield z
 
 
-def optimistic(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
+def optimistic(feedback: Feedback, z: Vector, plan: UpdatePlan) -> Iterator[Vector]:
     """OMWU (Appendix F): Mirror-Prox that looks ahead with the rewards of the last half step."""
     rewards = feedback.win_rates(z)
     for eta in plan.eta:
@@ -121,7 +121,7 @@ def optimistic(feedback: Feedback, z: Vector, plan: Plan) -> Iterator[Vector]:
         yield z
 
 
-METHODS: dict[str, Callable[[Feedback, Vector, Plan], Iterator[Vector]]] = {
+METHODS: dict[str, Callable[[Feedback, Vector, UpdatePlan], Iterator[Vector]]] = {
     "comal": comal,
     "mwu": _unregularised(_by_win_rates),
     "ipo": _unregularised(_by_pairs),
@@ -274,7 +274,7 @@ def solve(
         _count("inner_steps", value)
         for value in _values("inner_steps", 25 if inner_steps is None else inner_steps, outer)
     ]
-    plan = Plan(_values("eta", rate, outer), _values("tau", tau, outer), counts, inner)
+    plan = UpdatePlan(_values("eta", rate, outer), _values("tau", tau, outer), counts, inner)
     if tol is not None and not (math.isfinite(tol) and tol >= 0):
         raise CoalaError(f"tol is {tol}; expected a duality gap of at least 0 at which to stop.")
 
@@ -328,7 +328,9 @@ def _feedbacks(
     pairs = _count("pairs_per_step", pairs)
     # A stream of its own per prompt: what one prompt draws does not depend on the others.
     streams = [np.random.default_rng([seed, i]) for i in range(len(inside))]
-    return [Sampled(P, pairs, stream, oracle != "probabilities") for P, stream in zip(inside, streams, strict=True)]
+    return [
+        SampledFeedback(P, pairs, stream, oracle != "probabilities") for P, stream in zip(inside, streams, strict=True)
+    ]
 
 
 def _distances(game: PreferenceGame, nash: Nash, logs: list[Float64[np.ndarray, "_ _"]], rows: int) -> Series:
@@ -340,7 +342,7 @@ def _distances(game: PreferenceGame, nash: Nash, logs: list[Float64[np.ndarray, 
     return game.shares @ np.array(distances)
 
 
-def _notes(game: PreferenceGame, kept: list[Any], method: str, plan: Plan) -> Iterator[Note]:
+def _notes(game: PreferenceGame, kept: list[Any], method: str, plan: UpdatePlan) -> Iterator[Note]:
     """Remarks on the last settings of the plan, which decide where the tail goes."""
     for P, rows, names, prompt in zip(game.matrices, kept, game.names, game.prompts, strict=True):
         inside = PreferenceGame(P[np.ix_(rows, rows)]) if len(rows) > 1 else None

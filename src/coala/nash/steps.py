@@ -71,7 +71,7 @@ class Population:
 
 
 @dataclass(frozen=True, eq=False)
-class Sampled:
+class SampledFeedback:
     """Feedback from ``pairs`` pairs of answers drawn from the policy at each call.
 
     ``labels``: each pair is judged by a coin that shows P (a Bernoulli label); otherwise the judge tells P itself. Only

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coala.nash.paper import Study
+from coala.nash.paper import PaperStudy
 from coala.nash.solvers import Result
 from coala.store import plain
 
@@ -48,7 +48,7 @@ def path_tables(result: Result) -> Iterator[tuple[str, list[str], list[list[str]
         yield prompt, ["update", "gap", "KL", *(names[i] for i in shown)], rows
 
 
-def study_table(study: Study) -> tuple[list[str], list[list[str]]]:
+def study_table(study: PaperStudy) -> tuple[list[str], list[list[str]]]:
     """A header and a row for each method of the paper's experiment."""
     noisy = {row.entry.name: row.tail_gap for row in study.sampled}
     rows = [
@@ -63,7 +63,7 @@ def study_table(study: Study) -> tuple[list[str], list[list[str]]]:
     return ["method", "gap, no noise", "converged", f"gap, {study.pairs} pairs per step: mean [95 %]"], rows
 
 
-def study_summary(study: Study) -> dict[str, Any]:
+def study_summary(study: PaperStudy) -> dict[str, Any]:
     """The gaps of each method, without noise and sampled."""
     return {
         "noiseless": {row.entry.name: row.first.gap for row in study.noiseless},

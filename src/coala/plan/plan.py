@@ -38,7 +38,7 @@ class PlanError(CoalaError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run will cost. Bytes are upper bounds by stage and part, FLOPs and tokens by what they are spent on.
 
     ``tokens``: ``computed``; ``distinct``, the least possible; ``pair_by_pair``, each reply with its prompt, as a loop
@@ -100,7 +100,7 @@ def make_plan(
     rows: int | None = None,
     guess: Guess | None = None,
     n_workers: int = 1,
-) -> Plan:
+) -> RunPlan:
     """The plan of ``coala align`` with this recipe; what does not fit is in its ``shortages``.
 
     ``memory``, ``device_memory`` and ``disk`` are the bytes there will be (default: what is free here; with
@@ -157,7 +157,7 @@ def make_plan(
     needs = Needs(recipe, outline, counts, on_gpu, room, n_workers)
     shortages = needs.shortages()
     mends, together = mends_of(recipe, outline, counts, on_gpu, room, n_workers) if shortages else ((), False)
-    return Plan(
+    return RunPlan(
         model=settings.name,
         parameters=outline.parameters,
         device="gpu" if on_gpu else "cpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coala.costs import work_over_bound
 from coala.plan.memory import OTHERS, size
-from coala.plan.plan import Plan
+from coala.plan.plan import RunPlan
 from coala.values import Estimate
 
 # What a run does; the other counts are what it is compared with.
@@ -12,7 +12,7 @@ DONE = ("layer", "extraction", "fit", "replies")
 _KEYS = {"device memory": "device", "memory": "host"}
 
 
-def first_lines(plan: Plan) -> list[str]:
+def first_lines(plan: RunPlan) -> list[str]:
     """The plan in a few lines, for the start of a run."""
     tokens, flops = plan.tokens, plan.flops
     share = tokens["computed"] / tokens["pair_by_pair"] if tokens["pair_by_pair"] else 1.0
@@ -38,7 +38,7 @@ def first_lines(plan: Plan) -> list[str]:
     return lines + [f"short: {shortage}" for shortage in plan.shortages]
 
 
-def table_rows(plan: Plan) -> list[tuple[str, str]]:
+def table_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """The whole plan as two columns."""
     quantised = f", {plan.quantise}" if plan.quantise else ""
     rows = [

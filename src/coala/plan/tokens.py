@@ -20,7 +20,7 @@ from coala.settings import ModelSettings
 from coala.values import CoalaError, FeatureSpec, Pair, Turn, conversation_text, user
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel, Outline, Row
+    from coala.backbone import LanguageModel, Outline, RenderedRow
     from coala.features.prefix_tree import PrefixTree
 
 CHARACTERS_PER_TOKEN = 4
@@ -201,11 +201,11 @@ class _Reader:
         *,
         max_tokens: int | None = None,
         ends_with_eos: bool = False,
-    ) -> Row:
+    ) -> RenderedRow:
         longest = self._context if max_tokens is None else min(max_tokens, self._context)
         return self._row(prompt, reply, longest, ends_with_eos)
 
-    def _row(self, prompt: Sequence[Turn], reply: str | None, longest: int, ends_with_eos: bool) -> Row:
+    def _row(self, prompt: Sequence[Turn], reply: str | None, longest: int, ends_with_eos: bool) -> RenderedRow:
         raise NotImplementedError
 
 
@@ -214,8 +214,8 @@ class _Tokenized(_Reader):
         super().__init__(shares, context)
         self._renderer = renderer
 
-    def _row(self, prompt: Sequence[Turn], reply: str | None, longest: int, ends_with_eos: bool) -> Row:
-        row: Row = self._renderer.render(prompt, reply, max_tokens=longest, ends_with_eos=ends_with_eos)
+    def _row(self, prompt: Sequence[Turn], reply: str | None, longest: int, ends_with_eos: bool) -> RenderedRow:
+        row: RenderedRow = self._renderer.render(prompt, reply, max_tokens=longest, ends_with_eos=ends_with_eos)
         return row
 
 
@@ -227,8 +227,8 @@ class _Guessed(_Reader):
         self._guess = guess
         self._names: dict[str, int] = {}
 
-    def _row(self, prompt: Sequence[Turn], reply: str | None, longest: int, ends_with_eos: bool) -> Row:
-        from coala.backbone import Row
+    def _row(self, prompt: Sequence[Turn], reply: str | None, longest: int, ends_with_eos: bool) -> RenderedRow:
+        from coala.backbone import RenderedRow
 
         asked = "\n\n".join([*(f"{turn.role}: {turn.text}" for turn in prompt), "assistant:"])
         begin = self._tokens(asked, None if self._guess is None else self._guess.prompt)
@@ -241,7 +241,7 @@ class _Guessed(_Reader):
             kept = max(min(len(begin), max(longest // 4, 1)), longest - len(rest))
             begin = begin[-kept:]
             rest = rest[: max(longest - len(begin), 0)]
-        return Row([*begin, *rest], len(begin), whole - len(begin) - len(rest))
+        return RenderedRow([*begin, *rest], len(begin), whole - len(begin) - len(rest))
 
     def _tokens(self, text: str, number: int | None) -> list[int]:
         if number is not None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from starlette.types import Receive
 
-from coala.serve.detokenize import CONTEXT, UNFINISHED, Growing, Reader
+from coala.serve.detokenize import CONTEXT, UNFINISHED, Growing, PieceReader
 from coala.serve.errors import Refusal, failure, too_busy, too_late
 from coala.serve.prompts import Prompt, TooLong
-from coala.serve.reading import Reading
+from coala.serve.reading import TokenReader
 from coala.serve.work import Began, Busy, Ended, Failed, News, Piece, Ticket
 from coala.serve.worker import Worker
 from coala.values import CoalaError, Generation
@@ -73,7 +73,7 @@ class Told:
 
 
 @dataclass
-class Choice:
+class ReplyChoice:
     """One reply as it comes in. ``told`` are its tokens whose text is out, if they are wanted."""
 
     prompt: int
@@ -135,7 +135,7 @@ class Answering:
             pass
         self._news.put_nowait((-1, Gone()))
 
-    def take(self, tickets: Sequence[Callable[[Callable[[News], None]], Ticket]], to: Worker | Reading) -> None:
+    def take(self, tickets: Sequence[Callable[[Callable[[News], None]], Ticket]], to: Worker | TokenReader) -> None:
         """Queue work, once what was queued before is done; each of ``tickets`` makes one from whom to tell.
 
         Refused if there is too much already.
@@ -147,7 +147,7 @@ class Answering:
             raise too_busy(busy.retry_after) from None
         self._tickets = made
 
-    async def done(self, chore: Generator[None, None, T], by: Worker | Reading) -> T:
+    async def done(self, chore: Generator[None, None, T], by: Worker | TokenReader) -> T:
         """What a chore comes to."""
         self.take([partial(Ticket, chore=chore)], by)
         while True:
@@ -178,10 +178,10 @@ class Replying:
     """An :class:`Ask` carried out: pieces as they come, and the choices once all are whole."""
 
     def __init__(
-        self, ask: Ask, prompts: Sequence[Rendered], answering: Answering, worker: Worker, reader: Reader
+        self, ask: Ask, prompts: Sequence[Rendered], answering: Answering, worker: Worker, reader: PieceReader
     ) -> None:
         self.ask, self._answering, self._reader = ask, answering, reader
-        self.choices = [Choice(prompt) for prompt in range(len(ask.prompts)) for _ in range(ask.drawn)]
+        self.choices = [ReplyChoice(prompt) for prompt in range(len(ask.prompts)) for _ in range(ask.drawn)]
         if ask.n_top is not None:
             for choice in self.choices:
                 choice.growing = Growing(reader)
@@ -217,7 +217,7 @@ class Replying:
                 choice.job = news.result
                 yield which, *self._finish(choice), True
 
-    def _finish(self, choice: Choice) -> tuple[str, list[Told]]:
+    def _finish(self, choice: ReplyChoice) -> tuple[str, list[Told]]:
         """What the end of a reply adds: text that was held back to it, tokens whose text was not out."""
         job, text = choice.job, choice.generation.text
         assert job is not None
@@ -230,7 +230,7 @@ class Replying:
 
     def _tell(
         self,
-        choice: Choice,
+        choice: ReplyChoice,
         tokens: Sequence[int],
         log_probs: Sequence[float],
         alternatives: Sequence[Sequence[tuple[int, float]]],
@@ -271,9 +271,9 @@ class Replying:
             own = text.encode()
         return Other(text, log_prob, own)
 
-    def best(self) -> list[Choice]:
+    def best(self) -> list[ReplyChoice]:
         """The choices that are returned, for each prompt the best first if more were drawn."""
-        found: list[Choice] = []
+        found: list[ReplyChoice] = []
         for prompt in range(len(self.ask.prompts)):
             drawn = [choice for choice in self.choices if choice.prompt == prompt]
             if self.ask.drawn > self.ask.n:

@@ -22,14 +22,14 @@ from coala.pages.parts import environment, facts_line, style_sheet
 from coala.serve import bodies, schemas, shapes
 from coala.serve.answers import Answering, Ask, Gone, Replying
 from coala.serve.contract import ANSWERS, contract
-from coala.serve.detokenize import Reader
+from coala.serve.detokenize import PieceReader
 from coala.serve.errors import Refusal, failure, too_busy
 from coala.serve.gate import CLIENT_GONE, HEADERS, Gate
 from coala.serve.limits import Limits
 from coala.serve.prompts import Prompt, rendered
 from coala.serve.protocol import EventStream, Protocol, events
-from coala.serve.reading import Reading
-from coala.serve.scoring import Scored, read, weigh
+from coala.serve.reading import TokenReader
+from coala.serve.scoring import ScoredReply, read, weigh
 from coala.serve.server_metrics import TYPE, Observed
 from coala.serve.work import Busy
 from coala.serve.worker import Worker
@@ -84,8 +84,8 @@ def create_app(
     from coala.decoding import Engine
 
     worker = Worker(partial(Engine, served.backbone, served.head, max_rows=limits.max_rows), limits.capacity)
-    reading = Reading(limits.capacity)
-    readers = {raw: Reader(served.backbone, raw=raw) for raw in (False, True)}
+    reading = TokenReader(limits.capacity)
+    readers = {raw: PieceReader(served.backbone, raw=raw) for raw in (False, True)}
     observed = Observed(worker, limits)
     began = int(time.time())
 
@@ -219,7 +219,7 @@ def create_app(
 
     async def scored(
         prompts: Sequence[Sequence[Turn]], replies: Sequence[str], positions: bool, request: Request
-    ) -> tuple[list[Scored], dict[str, int]]:
+    ) -> tuple[list[ScoredReply], dict[str, int]]:
         require_places(1)
         head, backbone = served.head, served.backbone
         async with Answering(request.receive, limits.deadline) as answering:

@@ -16,7 +16,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 4
 
 
-class Reader:
+class PieceReader:
     """Tokens of ``backbone`` to text, as they read in the middle of a reply; ``raw`` if it continues a text as it
     stands."""
 
@@ -55,7 +55,7 @@ class Growing:
     What a token only begins, such as the first bytes of a character, belongs to the token that completes it.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: PieceReader) -> None:
         self._reader = reader
         self.tokens: list[int] = []
         self._first = self._told = 0  # the window's first token; the first whose text is still to be told

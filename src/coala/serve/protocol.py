@@ -15,7 +15,7 @@ from typing import Any, Literal
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from coala.serve.answers import Answering, Ask, Choice, Gone, Other, Replying, Told
+from coala.serve.answers import Answering, Ask, Gone, Other, ReplyChoice, Replying, Told
 from coala.serve.detokenize import UNFINISHED
 from coala.serve.errors import Refusal
 from coala.values import Generation
@@ -40,7 +40,7 @@ class Protocol:
         self._wants = ask.n_top is not None
         self._n_top = ask.n_top or 0
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[ReplyChoice], usage: dict[str, int]) -> dict[str, Any]:
         made = []
         for index, choice in enumerate(choices):
             content: dict[str, Any] = {"text": choice.generation.text}
@@ -71,7 +71,7 @@ class Protocol:
         content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
         return self._event(index, content, self._log_probs(told, offset) if told else None, None)
 
-    def ended(self, index: int, choice: Choice) -> dict[str, Any]:
+    def ended(self, index: int, choice: ReplyChoice) -> dict[str, Any]:
         content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         event = self._event(index, {**content, "coala": facts(choice.generation)}, None, choice.finish)
         return {**event, "coala": self._settings}
@@ -164,13 +164,13 @@ async def events(replying: Replying, protocol: Protocol, with_usage: bool) -> As
         yield protocol.used(replying.usage)
 
 
-def _at_once(protocol: Protocol, index: int, choice: Choice) -> list[dict[str, Any]]:
+def _at_once(protocol: Protocol, index: int, choice: ReplyChoice) -> list[dict[str, Any]]:
     opening = protocol.opening(index)
     middle = [protocol.grown(index, choice.generation.text, choice.told, 0)] if choice.generation.text else []
     return [*([opening] if opening else []), *middle, protocol.ended(index, choice)]
 
 
-def _offset(choice: Choice, told: Sequence[Told]) -> int:
+def _offset(choice: ReplyChoice, told: Sequence[Told]) -> int:
     """Characters of the tokens told before these."""
     return sum(len(one.text) for one in choice.told[: len(choice.told) - len(told)])
 

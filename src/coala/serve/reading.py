@@ -19,7 +19,7 @@ from coala.serve.work import Busy, Ended, News, Ticket, advance
 SOON = 1
 
 
-class Reading:
+class TokenReader:
     """Does chores, ``capacity`` of them at most, a piece of each in turn.
 
     All methods are for the event loop's thread, on which tickets are told; of what was cancelled no further piece is

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from coala.backbone import POOLINGS
-from coala.serve.detokenize import Reader
+from coala.serve.detokenize import PieceReader
 from coala.serve.prompts import require_room, too_long
 from coala.values import ConvexHead, Float32, Turn
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel, Row
+    from coala.backbone import LanguageModel, RenderedRow
 
 # Tokens of one forward pass, and states pooled at once: how long others wait for a piece.
 BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredReply:
     """A reply's ``score`` as the head gives it to extracted features; ``n_tokens`` of prompt and reply were read.
 
     ``dropped`` tokens were cut off, for the head reads no more than it was fitted on. With positions, ``pieces`` of
@@ -44,8 +44,8 @@ class Texts:
     """Replies as the head reads them behind their prompts, the prompts alone where its gates act on them, and each
     reply's pieces of text where scores after every token are wanted."""
 
-    rows: list[Row]
-    alone: list[Row] | None
+    rows: list[RenderedRow]
+    alone: list[RenderedRow] | None
     pieces: list[tuple[str, ...]] | None
 
 
@@ -63,8 +63,8 @@ def read(
     Unless ``cut``, :class:`TooLong` is raised at the first text that is longer than the model's context.
     """
     spec = head.spec
-    reader = Reader(backbone)
-    known: dict[Sequence[Turn], Row] = {}
+    reader = PieceReader(backbone)
+    known: dict[Sequence[Turn], RenderedRow] = {}
     rows, alone, pieces = [], [], []
     for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         turns = tuple(prompt)
@@ -86,7 +86,7 @@ def read(
     return Texts(rows, alone if head.needs_prompt else None, pieces if positions else None)
 
 
-def weigh(texts: Texts, head: ConvexHead, backbone: LanguageModel) -> Generator[None, None, list[Scored]]:
+def weigh(texts: Texts, head: ConvexHead, backbone: LanguageModel) -> Generator[None, None, list[ScoredReply]]:
     """The scores of ``texts``; yields between pieces of the model's work."""
     rows, alone = texts.rows, texts.alone
     gates: dict[tuple[int, ...], Float32] = {}
@@ -97,7 +97,7 @@ def weigh(texts: Texts, head: ConvexHead, backbone: LanguageModel) -> Generator[
             features = _pooled(backbone, head, [distinct[at] for at in some], spans)
             gates |= {tuple(distinct[at].tokens): feature for at, feature in zip(some, features, strict=True)}
             yield
-    found: list[Scored | None] = [None] * len(rows)
+    found: list[ScoredReply | None] = [None] * len(rows)
     for some in batches(rows):
         features = _pooled(backbone, head, [rows[at] for at in some], [(rows[at].start, rows[at].stop) for at in some])
         for at, feature in zip(some, features, strict=True):
@@ -110,7 +110,7 @@ def weigh(texts: Texts, head: ConvexHead, backbone: LanguageModel) -> Generator[
                     yield
             whole = _scores(head, feature[None], gate)[0]
             pieces = () if texts.pieces is None else texts.pieces[at]
-            found[at] = Scored(whole, len(row.tokens), row.dropped, pieces, tuple(scores))
+            found[at] = ScoredReply(whole, len(row.tokens), row.dropped, pieces, tuple(scores))
         yield
     return [one for one in found if one is not None]
 
@@ -122,7 +122,7 @@ def score(
     backbone: LanguageModel,
     *,
     positions: bool = False,
-) -> Generator[None, None, list[Scored]]:
+) -> Generator[None, None, list[ScoredReply]]:
     """Scores of ``replies`` to ``prompts``, one each; yields between pieces of work and returns the scores.
 
     The head must have been fitted on features of ``backbone``.
@@ -131,7 +131,7 @@ def score(
     return (yield from weigh(texts, head, backbone))
 
 
-def _end(row: Row, head: ConvexHead, backbone: LanguageModel) -> int:
+def _end(row: RenderedRow, head: ConvexHead, backbone: LanguageModel) -> int:
     """Index behind the reply's text: the closing token that some heads read is not part of it."""
     closed = head.spec.ends_with_eos and row.stop > row.start and row.tokens[row.stop - 1] in backbone.stop_tokens
     return row.stop - closed
@@ -145,7 +145,7 @@ def _scores(head: ConvexHead, features: Float32, prompt: Float32 | None) -> list
     return scores
 
 
-def batches(rows: Sequence[Row]) -> list[list[int]]:
+def batches(rows: Sequence[RenderedRow]) -> list[list[int]]:
     """Places of ``rows`` by length, as many together as ``BATCH_TOKENS`` hold, padding counted."""
     order = sorted(range(len(rows)), key=lambda at: -len(rows[at].tokens))
     found: list[list[int]] = []
@@ -157,7 +157,7 @@ def batches(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def _pooled(
-    backbone: LanguageModel, head: ConvexHead, rows: Sequence[Row], spans: Sequence[tuple[int, int]]
+    backbone: LanguageModel, head: ConvexHead, rows: Sequence[RenderedRow], spans: Sequence[tuple[int, int]]
 ) -> Float32:
     """Features (B, d) of the tokens start <= t < stop of each row."""
     pooling = POOLINGS[head.spec.pooling]
@@ -166,7 +166,7 @@ def _pooled(
     return np.asarray(pooling.pool(hidden, start, stop).cpu().numpy(), dtype=np.float32)
 
 
-def _prefixes(backbone: LanguageModel, head: ConvexHead, row: Row, end: int) -> Generator[Float32, None, None]:
+def _prefixes(backbone: LanguageModel, head: ConvexHead, row: RenderedRow, end: int) -> Generator[Float32, None, None]:
     """Features (k, d) of the reply cut after each of its tokens, in order; some at a time."""
     pooling = POOLINGS[head.spec.pooling]
     hidden = backbone.hidden([row.tokens], head.spec.layer, scored=pooling.scored)

@@ -20,13 +20,13 @@ class ErrorAnswer(BaseModel):
     error: Problem
 
 
-class Usage(BaseModel):
+class ReplyUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class Facts(BaseModel):
+class ReplyFacts(BaseModel):
     """What COALA tells of a reply: the head's score, the model's own log-probability, nats spent on guidance."""
 
     score: float | None
@@ -74,7 +74,7 @@ class ChatChoice(BaseModel):
     message: ChatReply
     logprobs: ChatLogProbs | None
     finish_reason: Literal["stop", "length"]
-    coala: Facts
+    coala: ReplyFacts
 
 
 class _Answer(BaseModel):
@@ -82,7 +82,7 @@ class _Answer(BaseModel):
     created: int
     model: str
     system_fingerprint: str
-    usage: Usage
+    usage: ReplyUsage
     coala: Settings
 
 
@@ -103,7 +103,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogProbs | None
     finish_reason: Literal["stop", "length"]
-    coala: Facts
+    coala: ReplyFacts
 
 
 class CompletionAnswer(_Answer):
@@ -129,7 +129,7 @@ class ScoreAnswer(BaseModel):
     object: Literal["list"]
     model: str
     data: list[ReplyScore]
-    usage: Usage
+    usage: ReplyUsage
 
 
 class Ranked(BaseModel):
@@ -142,7 +142,7 @@ class RerankAnswer(BaseModel):
     id: str
     model: str
     results: list[Ranked]
-    usage: Usage
+    usage: ReplyUsage
 
 
 class ModelFacts(BaseModel):

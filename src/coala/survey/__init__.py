@@ -13,7 +13,7 @@ survey's file and in the results, nowhere between.
 """
 
 from coala.survey.ballot import Item, ballot
-from coala.survey.form import Check, Prompt, Question, Survey, build, load_survey, save_survey
+from coala.survey.form import Check, Survey, SurveyPrompt, SurveyQuestion, build, load_survey, save_survey
 from coala.survey.records import Records
 from coala.survey.results import Results, analyse
 from coala.survey.votes import Votes, read_votes
@@ -21,11 +21,11 @@ from coala.survey.votes import Votes, read_votes
 __all__ = [
     "Check",
     "Item",
-    "Prompt",
-    "Question",
     "Records",
     "Results",
     "Survey",
+    "SurveyPrompt",
+    "SurveyQuestion",
     "Votes",
     "analyse",
     "ballot",

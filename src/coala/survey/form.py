@@ -45,7 +45,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SurveyPrompt:
     """A prompt that generations refer to by ``prompt_id``."""
 
     prompt_id: str
@@ -54,7 +54,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Question:
+class SurveyQuestion:
     """A prompt and one answer per method, in the order of the survey's methods."""
 
     prompt_id: str
@@ -85,7 +85,7 @@ class Survey:
     title: str
     methods: tuple[str, ...]
     asks: Mapping[str, str]
-    questions: tuple[Question, ...]
+    questions: tuple[SurveyQuestion, ...]
     checks: tuple[Check, ...] = ()
     repeats: int = 0
     consent: str = CONSENT
@@ -114,7 +114,7 @@ class Survey:
 
 def build(
     generations: Mapping[str, Sequence[Generation]],
-    prompts: Sequence[Prompt],
+    prompts: Sequence[SurveyPrompt],
     *,
     asks: Mapping[str, str] | None = None,
     per_category: int = PER_CATEGORY,
@@ -159,7 +159,7 @@ def build(
     if stray := sorted(set(asks or {}) - set(categories)):
         raise CoalaError(f"A sentence is given for category {stray[0]!r}; the prompts are of {_listed(categories)}.")
     rng = np.random.default_rng(seed)
-    chosen: list[Question] = []
+    chosen: list[SurveyQuestion] = []
     for category in categories:
         some = [prompt for prompt in usable if prompt.category == category]
         if len(some) < max(per_category, 1):
@@ -171,7 +171,7 @@ def build(
         drawn = sorted(rng.permutation(len(some))[: per_category or len(some)].tolist())
         for prompt in (some[i] for i in drawn):
             answers = tuple(texts[method][prompt.prompt_id] for method in texts)
-            chosen.append(Question(prompt.prompt_id, category, clean(prompt.text), answers))
+            chosen.append(SurveyQuestion(prompt.prompt_id, category, clean(prompt.text), answers))
     made = tuple(make_checks(checks, len(texts), rng))
     return Survey(
         methods=tuple(texts),
@@ -249,7 +249,7 @@ def load_survey(folder: Path) -> Survey:
                 "methods": tuple(row["methods"]),
                 "fields": tuple(row["fields"]),
                 "remarks": tuple(row["remarks"]),
-                "questions": tuple(Question(**q | {"answers": tuple(q["answers"])}) for q in row["questions"]),
+                "questions": tuple(SurveyQuestion(**q | {"answers": tuple(q["answers"])}) for q in row["questions"]),
                 "checks": tuple(Check(**c | {"answers": tuple(c["answers"])}) for c in row["checks"]),
             }
         )

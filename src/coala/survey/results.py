@@ -50,7 +50,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Difference:
+class MethodDifference:
     """One method's share minus another's, over raters and over both; p-values adjusted over all pairs (Holm)."""
 
     over_raters: Contrast
@@ -66,7 +66,7 @@ class Part:
     n_raters: int
     n_questions: int
     rates: tuple[Rate, ...]
-    differences: tuple[Difference, ...]
+    differences: tuple[MethodDifference, ...]
     alpha: Estimate | None
     kappa: Estimate | None
 
@@ -190,7 +190,7 @@ def _part(survey: Survey, name: str, votes: Sequence[Vote], draws: int, seed: in
         n_raters,
         len(set(questions.tolist())),
         tuple(rates),
-        tuple(map(Difference, by_rater, by_both)),
+        tuple(map(MethodDifference, by_rater, by_both)),
         alpha,
         kappa,
     )

@@ -94,7 +94,7 @@ def _search(
     return jnp.where(end.done, end.t, end.low), along
 
 
-class NewtonState(NamedTuple):
+class MinimiserState(NamedTuple):
     theta: Weights
     scores: Scores
 
@@ -115,17 +115,17 @@ class DampedNewton(_Solved):
     needs_convex: ClassVar[bool] = True
     allows_cap: ClassVar[bool] = True
 
-    def init(self, program: SecondLayer, start: Weights | None = None) -> NewtonState:
+    def init(self, program: SecondLayer, start: Weights | None = None) -> MinimiserState:
         theta = _first(program, start)
-        return NewtonState(theta, program.scores(theta))
+        return MinimiserState(theta, program.scores(theta))
 
     @partial(jax.jit, static_argnums=0)
-    def step(self, program: SecondLayer, state: NewtonState) -> NewtonState:
+    def step(self, program: SecondLayer, state: MinimiserState) -> MinimiserState:
         theta, scores = state
         direction = _newton_direction(program, theta, scores)
         t, along = _search(program, theta, scores, direction)
         moved = tuple(z + t * dz for z, dz in zip(scores, along, strict=True))
-        return NewtonState(program.project(theta + t * direction), moved)
+        return MinimiserState(program.project(theta + t * direction), moved)
 
 
 def _newton_direction(program: SecondLayer, theta: Weights, scores: Scores) -> Weights:

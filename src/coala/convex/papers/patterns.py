@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Key, Scalar, Shaped
 from coala.convex.gate_sampling import distinct
 from coala.convex.linear import matmul
 from coala.convex.papers.pattern_steps import Layer, Neurons, newton_step, search_neurons
-from coala.convex.papers.recover import Network, recover_network
+from coala.convex.papers.recover import ReluNetwork, recover_network
 from coala.convex.program import Program
 from coala.convex.solvers import Status, certify
 from coala.values import CoalaError
@@ -50,7 +50,7 @@ class NetworkSolution:
 
     weights: Float[np.ndarray, "2 d P"]
     patterns: Bool[np.ndarray, "n P"]
-    network: Network
+    network: ReluNetwork
     objective: float
     gap: float
     estimated_gap: float

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 
-class Network(NamedTuple):
+class ReluNetwork(NamedTuple):
     """f(x) = sum_i second_layer_i (first_layer_i . x)_+: first_layer (m, d), second_layer (m,)."""
 
     first_layer: Float[np.ndarray, "m d"]
@@ -35,7 +35,7 @@ class GatedNetwork(NamedTuple):
         return np.where(x @ self.gates.T >= 0, x @ self.first_layer.T, 0.0)
 
 
-def recover_network(u: Float[np.ndarray, "2 d P"]) -> Network:
+def recover_network(u: Float[np.ndarray, "2 d P"]) -> ReluNetwork:
     """The ReLU network of cone-constrained weights u (2, d, P), u[0] = v, u[1] = w; zero blocks give no neuron.
 
     For a feasible u it predicts on the training rows what the program predicts.
@@ -44,7 +44,7 @@ def recover_network(u: Float[np.ndarray, "2 d P"]) -> Network:
     signs = np.repeat([1.0, -1.0], u.shape[2]).astype(u.dtype)
     root = np.sqrt(np.linalg.norm(blocks, axis=1))
     alive = root > 0
-    return Network(blocks[alive] / root[alive, None], signs[alive] * root[alive])
+    return ReluNetwork(blocks[alive] / root[alive, None], signs[alive] * root[alive])
 
 
 def recover_gated(u: Float[np.ndarray, "d P"], gates: Float[np.ndarray, "d P"]) -> GatedNetwork:

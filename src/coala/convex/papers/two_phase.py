@@ -19,7 +19,7 @@ from coala.convex.papers.cronos import Cronos
 from coala.convex.papers.finetune import PairLoss, finetune
 from coala.convex.papers.minimisers import AdamW, Minimiser
 from coala.convex.papers.patterns import PatternGeneration
-from coala.convex.papers.recover import GatedNetwork, Network, recover_gated, recover_network
+from coala.convex.papers.recover import GatedNetwork, ReluNetwork, recover_gated, recover_network
 from coala.convex.path import SPARSITIES, PairTask, Progress
 from coala.convex.program import Program, largest_sparsity
 from coala.convex.solvers import Solution, solve
@@ -40,7 +40,7 @@ class TwoPhase:
     ``solver`` names what solved Phase I, ``n_patterns`` counts the gates it was given.
     """
 
-    network: Network | GatedNetwork
+    network: ReluNetwork | GatedNetwork
     phase_one: Solution
     phase_two: Solution
     solver: str
@@ -87,7 +87,7 @@ class _Rows:
         )
 
     def hidden(
-        self, network: Network | GatedNetwork, width: int
+        self, network: ReluNetwork | GatedNetwork, width: int
     ) -> tuple[Float[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
         """Activations (n, width) of both sides; zeros stand for neurons that are not there: one shape, one compile."""
         active = network.hidden(self.X)
@@ -96,7 +96,7 @@ class _Rows:
 
     def phase_two(
         self,
-        network: Network | GatedNetwork,
+        network: ReluNetwork | GatedNetwork,
         loss: PairLoss,
         ridge: float,
         used: Bool[np.ndarray, "n"],
@@ -127,7 +127,7 @@ def fit_two_phase(
     unit = unit if unit > 0 else 1.0
     relative, ridge, chosen, path = _choose(task, rows, unit, loss, progress)
     program = rows.program(relative * unit)
-    network: Network | GatedNetwork
+    network: ReluNetwork | GatedNetwork
     if phase_one == "gated":
         first = solve(program.relaxation, GatedNewton(), tolerance=tolerance)
         network = recover_gated(first.value, rows.gates)

@@ -69,7 +69,7 @@ from coala.data.formats.replies import (
     strings,
 )
 from coala.data.formats.reviews import read_imdb
-from coala.data.records import Record
+from coala.data.records import RowRecord
 from coala.data.turns import is_messages
 from coala.values import Role, Turn
 
@@ -79,10 +79,10 @@ LOOKED_AT = 50  # rows that decide which format a file has
 
 
 def read_alternating(
-    records: Iterable[Record],
+    records: Iterable[RowRecord],
     speaker: Role = "assistant",
     context: Context = "all",
-    again: Callable[[], Iterable[Record]] | None = None,
+    again: Callable[[], Iterable[RowRecord]] | None = None,
 ) -> Reading:
     """Conversations as alternating pairs (see :func:`~coala.data.conversations.alternate`), snapshots left out.
 
@@ -91,7 +91,7 @@ def read_alternating(
     """
     if again is None:
         records = list(records)
-    first: Iterable[Record] = records if again is None else again()
+    first: Iterable[RowRecord] = records if again is None else again()
     stay = iter(whole(said for _, _, said in _conversations(first, [])))
     wanted = next(stay, None)
     faults: list[Finding] = []
@@ -105,7 +105,7 @@ def read_alternating(
     yield from faults
 
 
-def _conversations(records: Iterable[Record], faults: list[Finding]) -> Iterator[tuple[Record, str, list[Turn]]]:
+def _conversations(records: Iterable[RowRecord], faults: list[Finding]) -> Iterator[tuple[RowRecord, str, list[Turn]]]:
     """The conversations among the records; what is wrong with the others goes to ``faults``."""
     for record in records:
         try:
@@ -287,7 +287,7 @@ def read(
         yield from intake.remarks()
 
 
-def _again(name: str) -> Iterator[Record]:
+def _again(name: str) -> Iterator[RowRecord]:
     """The records that :func:`read` makes pairs of, once more."""
     intake = Intake(name, [])
     return intake.checked(intake.opened(records(name)), READERS["conversations"])
@@ -300,7 +300,7 @@ def _order(event: Located | Finding) -> float:
     return event.row
 
 
-def _recognise(name: str, head: list[Record]) -> Reader | Finding:
+def _recognise(name: str, head: list[RowRecord]) -> Reader | Finding:
     """The format most of the first rows have; of equals, the one that stands first in :data:`READERS`."""
     votes = Counter(next((reader.name for reader in _ALL if reader.matches(record.value)), "") for record in head)
     votes.pop("", None)

@@ -10,7 +10,7 @@ from coala.data.context import beside, in_context
 from coala.data.findings import Fault, Finding, describe, listed
 from coala.data.formats.ratings import check_ratings, rated_columns, ratings
 from coala.data.formats.reader import Reader
-from coala.data.records import MAX_COLUMNS, Record
+from coala.data.records import MAX_COLUMNS, RowRecord
 from coala.data.serialised import opened
 from coala.data.turns import GROUP_FIELDS
 from coala.data.unread import Unread, objects_of, refuse
@@ -29,7 +29,7 @@ class Intake:
         self._placed: Counter[tuple[str, str]] = Counter()
         self._unread: Unread | None = None
 
-    def opened(self, events: Iterable[Record | Finding]) -> Iterator[Record]:
+    def opened(self, events: Iterable[RowRecord | Finding]) -> Iterator[RowRecord]:
         """The records that are objects, messages written as text read; findings and all others are set aside."""
         for event in events:
             if isinstance(event, Finding):
@@ -41,9 +41,9 @@ class Intake:
                 self._faults.append(fault.at(event.file, event.row))
                 continue
             self._parsed.update(parsed)
-            yield event if row is event.value else Record(event.file, event.row, row)
+            yield event if row is event.value else RowRecord(event.file, event.row, row)
 
-    def checked(self, rows: Iterable[Record], reader: Reader) -> Iterator[Record]:
+    def checked(self, rows: Iterable[RowRecord], reader: Reader) -> Iterator[RowRecord]:
         """The rows without tool calls or images beside what ``reader`` takes; everything else beside it is counted."""
         self._unread = Unread(self._name, reader.left)
         for record in rows:

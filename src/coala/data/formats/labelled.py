@@ -12,7 +12,7 @@ from coala.data.conversations import bridge_session
 from coala.data.findings import Fault, NoPreference, describe
 from coala.data.formats.reader import Reading, by_row, only
 from coala.data.formats.replies import last_reply
-from coala.data.records import Record, names
+from coala.data.records import RowRecord, names
 from coala.data.turns import (
     Row,
     best_against_lower,
@@ -117,12 +117,12 @@ def _helpsteer_prompt(said: str) -> list[Turn]:
     return [Turn(who, sound_text(words, "prompt")) for who, words in made if words]
 
 
-def read_helpsteer(records: Iterable[Record]) -> Reading:
+def read_helpsteer(records: Iterable[RowRecord]) -> Reading:
     """Rows ``prompt, response, helpfulness, ...`` that share a prompt: the most helpful against each less helpful.
 
     Correctness, then coherence, break ties of helpfulness. A pair stands at the first row of its prompt.
     """
-    asked: dict[tuple[str, tuple[Turn, ...]], list[tuple[Record, tuple[float, ...], str]]] = {}
+    asked: dict[tuple[str, tuple[Turn, ...]], list[tuple[RowRecord, tuple[float, ...], str]]] = {}
     for record in records:
         row = record.value
         try:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from coala.data.findings import Fault, Finding
-from coala.data.records import Record, names
+from coala.data.records import RowRecord, names
 from coala.data.turns import number
 from coala.data.unread import tokens_of
 
@@ -63,7 +63,7 @@ def _numbers(row: Mapping[str, Any], inside: str, depth: int) -> Iterator[tuple[
             yield place, value
 
 
-def check_ratings(record: Record, rated: Ratings) -> Iterator[Finding]:
+def check_ratings(record: RowRecord, rated: Ratings) -> Iterator[Finding]:
     """At most one warning for a row: the strongest sign of swapped labels a file can give."""
     for measure, both in rated.items():
         (better, high), (worse, low) = both["chosen"], both["rejected"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from coala.data.context import PARTS, Around, in_context
 from coala.data.findings import Fault, Finding
-from coala.data.records import Record
+from coala.data.records import RowRecord
 from coala.data.turns import Row, group_of
 from coala.values import Pair
 
@@ -38,7 +38,7 @@ class Reader:
     name: str
     about: str
     matches: Callable[[Row], bool]
-    pairs: Callable[[Iterable[Record]], Reading]
+    pairs: Callable[[Iterable[RowRecord]], Reading]
     columns: Callable[[Row], Set[str]]
     around: Around = PARTS
     left: frozenset[str] = frozenset()
@@ -58,10 +58,10 @@ def placed(row: Row, one: Pair, used: Set[str]) -> Pair:
 
 def by_row(
     make: Callable[[Row], list[Pair]], columns: Callable[[Row], Set[str]]
-) -> Callable[[Iterable[Record]], Reading]:
+) -> Callable[[Iterable[RowRecord]], Reading]:
     """The ``pairs`` of a format whose rows stand alone, their prompts completed by what stands around them."""
 
-    def read(records: Iterable[Record]) -> Reading:
+    def read(records: Iterable[RowRecord]) -> Reading:
         for record in records:
             try:
                 made = [placed(record.value, one, columns(record.value)) for one in make(record.value)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from coala.data.findings import Fault, Finding, describe
 from coala.data.formats.reader import Reading, by_row
-from coala.data.records import Record
+from coala.data.records import RowRecord
 from coala.data.turns import (
     Row,
     is_transcript,
@@ -121,7 +121,7 @@ def mapped(row: Row) -> Set[str]:
     return {one for one in mapping(row).values() if one is not None}
 
 
-def read_columns(records: Iterable[Record]) -> Reading:
+def read_columns(records: Iterable[RowRecord]) -> Reading:
     """Columns under other names, as ``question, better, worse``; the mapping comes out as a note."""
     named = False
 

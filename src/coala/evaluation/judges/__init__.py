@@ -7,9 +7,9 @@ the shipped instructions.
 
 from coala.endpoint import Completion as Answer
 from coala.endpoint import RetryPolicy as Patience
-from coala.evaluation.judges.chat import ChatJudge, Memory, OpenAIJudge, VerdictStore
-from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint
-from coala.evaluation.judges.instructions import SHIPPED, Exchange, Instructions, Prompt, asked, read_instructions
+from coala.evaluation.judges.chat import ChatJudge, OpenAIJudge, VerdictMemory, VerdictStore
+from coala.evaluation.judges.endpoint import Budget, JudgeEndpoint, OpenAIEndpoint
+from coala.evaluation.judges.instructions import SHIPPED, Exchange, Instructions, JudgePrompt, asked, read_instructions
 from coala.evaluation.judges.language_model import LanguageModelJudge, LocalEndpoint
 from coala.evaluation.judges.named import NamedJudge, local_judge, named_judge
 from coala.evaluation.judges.protocol import Cost, Judge, JudgeFailure, JudgeStopped, Paid, preference
@@ -24,25 +24,25 @@ __all__ = [
     "Budget",
     "ChatJudge",
     "Cost",
-    "Endpoint",
     "Exchange",
     "HeadJudge",
     "Instructions",
     "Judge",
+    "JudgeEndpoint",
     "JudgeFailure",
+    "JudgePrompt",
     "JudgeStopped",
     "LanguageModelJudge",
     "LocalEndpoint",
-    "Memory",
     "NamedJudge",
     "OpenAIEndpoint",
     "OpenAIJudge",
     "Paid",
     "Patience",
-    "Prompt",
     "ReplayJudge",
     "RuleJudge",
     "Verdict",
+    "VerdictMemory",
     "VerdictStore",
     "WordJudge",
     "asked",

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from coala.endpoint import Completion as Answer
 from coala.endpoint import RetryPolicy as Patience
-from coala.evaluation.judges.endpoint import Budget, Endpoint, OpenAIEndpoint
+from coala.evaluation.judges.endpoint import Budget, JudgeEndpoint, OpenAIEndpoint
 from coala.evaluation.judges.instructions import Exchange, Instructions, asked
 from coala.evaluation.judges.protocol import Cost, JudgeFailure, JudgeStopped, preference
 from coala.evaluation.judges.verdicts import Verdict, read_rating, read_verdict
@@ -29,7 +29,7 @@ class VerdictStore(Protocol):
     def put(self, key: str, answer: str) -> None: ...
 
 
-class Memory:
+class VerdictMemory:
     """Keeps answers as long as it lives."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class ChatJudge:
     def __init__(
         self,
         instructions: Instructions,
-        endpoint: Endpoint,
+        endpoint: JudgeEndpoint,
         *,
         model: str | None = None,
         keeper: VerdictStore | None = None,
@@ -71,7 +71,7 @@ class ChatJudge:
         self.name = f"{instructions.name} {chosen}"
         self._endpoint, self._ask_again = endpoint, ask_again
         # Not `or`: an empty keeper may well be false.
-        self._keeper: VerdictStore = Memory() if keeper is None else keeper
+        self._keeper: VerdictStore = VerdictMemory() if keeper is None else keeper
         self._lock = threading.Lock()
         self._flights: dict[str, threading.Lock] = {}
         self._kept = 0

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from coala.endpoint import (
     Change,
     Client,
-    Failed,
     Ledger,
     OutOfBudget,
+    RequestFailed,
     Server,
     Stopped,
     Usage,
@@ -37,7 +37,7 @@ _LOWERINGS = 4  # of the limit of tokens for one request, each as the endpoint a
 _CHARACTERS_PER_TOKEN = 3  # where an endpoint does not count; English has about four, so budgets hold
 
 
-class Endpoint(Protocol):
+class JudgeEndpoint(Protocol):
     """Whatever answers chat requests; ``identity`` is part of what an answer is kept under."""
 
     @property
@@ -158,7 +158,7 @@ class OpenAIEndpoint:
                     f"The budget of {limit} {name} is spent ({spent} used). "
                     "Run again with a new one to go on; what was bought is kept."
                 ) from None
-            except Failed as failed:
+            except RequestFailed as failed:
                 failure = self._told(failed)
                 change = change_for(failed.said, asked) if failed.status in (400, 413, 422) else None
                 if change is None or lowering == _LOWERINGS:
@@ -195,7 +195,7 @@ class OpenAIEndpoint:
         if change.lasts:
             self._changes.setdefault(str(asked.get("model")), []).append(change)
 
-    def _told(self, failed: Failed) -> JudgeFailure | JudgeStopped:
+    def _told(self, failed: RequestFailed) -> JudgeFailure | JudgeStopped:
         code, kind, reason, after = failed.status, failed.kind, str(failed), failed.after
         if kind == "timeout":
             return JudgeFailure(kind, f"{reason[0].upper()}{reason[1:]}.")

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 from coala.documents import DocumentError, parse_yaml
 from coala.evaluation.judges.protocol import JudgeStopped
-from coala.evaluation.rows import Row, read_rows, shown
+from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.values import CoalaError
 
 Mode = Literal["pairwise", "weighted", "grade", "arena"]
@@ -73,7 +73,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class JudgePrompt:
     """Templates for exchanges of ``turns`` questions, with reference answers or without; ``name`` is told in results.
 
     Placeholders are ``{question}``, ``{answer_a}`` and ``{answer_b}`` (``{answer}`` when grading), and for two turns
@@ -109,7 +109,7 @@ class Instructions:
 
     name: str
     mode: Mode
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[JudgePrompt, ...]
     parser: Parser = "brackets"
     labels: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -173,7 +173,7 @@ class Instructions:
         plain = json.dumps(parts, sort_keys=True, default=dict)
         return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def prompt_for(self, exchange: Exchange) -> Prompt:
+    def prompt_for(self, exchange: Exchange) -> JudgePrompt:
         """The template for this many turns, the one with references if the exchange has them and there is one."""
         turns = len(exchange.questions)
         full = len(exchange.references) >= turns
@@ -248,7 +248,7 @@ def _from_folder(folder: Path) -> Instructions:
     )
 
 
-def _prompt(path: Path, listed: Mapping[str, Any]) -> Prompt:
+def _prompt(path: Path, listed: Mapping[str, Any]) -> JudgePrompt:
     if extra := sorted(set(map(str, listed)) - {"user", "system", "turns", "reference"}):
         raise CoalaError(f"{path}: a prompt has {shown(extra[0])}; expected user, system, turns, reference. Mend it.")
     user, system = listed.get("user"), listed.get("system")
@@ -258,7 +258,7 @@ def _prompt(path: Path, listed: Mapping[str, Any]) -> Prompt:
     if not isinstance(reference, bool) or turns not in (1, 2):
         raise CoalaError(f"{path}: a prompt is for 1 or 2 turns, with reference true or false. Mend it.")
     texts = [_read(path.parent / name) if name else "" for name in (system, user)]
-    return Prompt(Path(user).stem, texts[0].strip(), texts[1].strip(), int(turns), reference)
+    return JudgePrompt(Path(user).stem, texts[0].strip(), texts[1].strip(), int(turns), reference)
 
 
 def _read(path: Path) -> str:
@@ -282,11 +282,11 @@ def _from_templates(path: Path, kind: Literal["pairwise", "single"]) -> Instruct
     )
 
 
-def _template(row: Row) -> Prompt:
+def _template(row: FileRow) -> JudgePrompt:
     user, system = row.text("prompt_template"), row.text("system_prompt")
     there = set(_PLACE.findall(user))
     reference = bool(there & {"ref_answer_1", "ref_answer_2"})
-    return Prompt(row.label("name"), system, user, 2 if "question_2" in there else 1, reference)
+    return JudgePrompt(row.label("name"), system, user, 2 if "question_2" in there else 1, reference)
 
 
 def asked(turns: Sequence[str], answers: Sequence[Sequence[str]], references: Sequence[str] = ()) -> Exchange:
