@@ -20,7 +20,7 @@ _END = "zephyr-marigold-thimble"
 _OPEN, _SHUT = re.compile(r"<think>|\[THINK\]|<\|thinking\|>", re.I), re.compile(r"</think>|\[/THINK\]", re.I)
 
 
-class Refused(BackboneError):
+class RefusedChat(BackboneError):
     """A conversation that a chat template does not take, or of which it leaves words out: a row, not the model.
 
     ``reason`` is short and without the way out.
@@ -92,7 +92,7 @@ class ChatTemplate:
         return self.render([*turns, Turn("assistant", reply)], header=False)
 
     def render(self, turns: Sequence[Turn], *, header: bool) -> str:
-        """The template's own text; raises :class:`Refused`."""
+        """The template's own text; raises :class:`RefusedChat`."""
         messages = [{"role": turn.role, "content": self._content(turn.text)} for turn in turns]
         self._environment.start(sum(len(turn.text) for turn in turns))
         try:
@@ -106,9 +106,9 @@ class ChatTemplate:
             )
         except TooMuch as error:
             reason = f"the chat template does not end: {error}"
-            raise Refused(f"{reason[0].upper()}{reason[1:]}. Fix: use template 'dialogue'.", reason) from error
+            raise RefusedChat(f"{reason[0].upper()}{reason[1:]}. Fix: use template 'dialogue'.", reason) from error
         except Exception as error:  # a template raises whatever its author chose
-            raise Refused(
+            raise RefusedChat(
                 f"The chat template refuses the conversation {conversation_text(turns)[:80]!r}: {_said(error)}. "
                 "Use roles in the order it expects, or template 'dialogue'.",
                 f"the chat template refuses it: {_said(error)}",
@@ -117,8 +117,8 @@ class ChatTemplate:
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.parts else text
 
-    def _lost(self, turns: Sequence[Turn], turn: Turn) -> Refused:
-        return Refused(
+    def _lost(self, turns: Sequence[Turn], turn: Turn) -> RefusedChat:
+        return RefusedChat(
             f"The chat template leaves out words of the {turn.role} in the conversation "
             f"{conversation_text(turns)[:80]!r} ({turn.text.strip()[:40]!r}). Use template 'dialogue'.",
             f"the chat template leaves out words of the {turn.role} ({turn.text.strip()[:40]!r})",
@@ -134,7 +134,7 @@ class ChatTemplate:
                 self.parts = False
                 try:
                     self.render(asked, header=True)
-                except Refused:
+                except RefusedChat:
                     return  # every row will be refused, with the template's own words
                 raise BackboneError(
                     f"The chat template leaves out what the user says: {self.render(asked, header=True)[:80]!r} is "
@@ -146,7 +146,7 @@ class ChatTemplate:
                 self.render([*asked, reply], header=False),
                 *(self.render(asked, header=led) for led in (False, True)),
             )
-        except Refused as error:
+        except RefusedChat as error:
             self.notes.append(f"The chat template refuses a question with its answer: {error}")
             return
         if REPLIED not in whole:
@@ -160,7 +160,7 @@ class ChatTemplate:
     def _arrives(self, turns: Sequence[Turn]) -> bool:
         try:
             return all(turn.text in self.render(turns, header=True) for turn in turns)
-        except Refused:
+        except RefusedChat:
             return False
 
     def _find_header(self, whole: str, bare: str, led: str) -> None:
@@ -221,7 +221,7 @@ class ChatTemplate:
         try:
             text = self.render(turns, header=True)
             plain = self.render([turns[0], Turn("assistant", ANSWERED), turns[2]], header=True)
-        except Refused:
+        except RefusedChat:
             return
         if not all(word in plain for word in (ASKED, ANSWERED, ASKED_AGAIN)):
             self.notes.append("The chat template leaves out past turns; rows that have some are refused.")

@@ -25,7 +25,7 @@ _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Folder, the name to record, and the commit.
-Found = tuple[Path, str, str]
+FoundFiles = tuple[Path, str, str]
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -36,7 +36,7 @@ def find(
     needed: str = NEEDED,
     wanted: tuple[str, ...] = _WANTED,
     download: bool = True,
-) -> Found:
+) -> FoundFiles:
     """Folder, the name to record, and the commit (empty for a folder) of a model in a folder or on the hub.
 
     Without ``download`` a hub model has to be in the local cache, unless this invocation permits to fetch it.
@@ -57,7 +57,7 @@ def find(
     return _from_hub(model, revision or None, needed, wanted, fetch=download or permission().download)
 
 
-def _from_hub(name: str, revision: str | None, needed: str, wanted: tuple[str, ...], *, fetch: bool) -> Found:
+def _from_hub(name: str, revision: str | None, needed: str, wanted: tuple[str, ...], *, fetch: bool) -> FoundFiles:
     from huggingface_hub import snapshot_download
 
     try:

@@ -16,7 +16,7 @@ from coala.backbone.files import check_files, find
 from coala.backbone.kinds import SUPPORTED, brief, encoder_options, read_config, refuse_foreign_code
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError, Network
-from coala.backbone.placement import Limits, Placement, place
+from coala.backbone.placement import MemoryLimits, Placement, place
 from coala.backbone.template import Renderer
 from coala.permission import permission
 
@@ -41,7 +41,7 @@ def load_backbone(
     generation: bool = True,
     adapter: str | Path | None = None,
     quantise: str | None = None,
-    max_memory: Limits | None = None,
+    max_memory: MemoryLimits | None = None,
     download: bool = True,
 ) -> LanguageModel:
     """Load a frozen model from a folder, or by its hub name at ``revision``.

@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 QUANTISED = ("8bit", "4bit")
 # Not an option of its own: wherever a device can be named, in a recipe or on the command line, this can.
 OFFLOAD = "offload"
-Limits = Mapping[int | str, int | str]
+MemoryLimits = Mapping[int | str, int | str]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Placement:
     device: torch.device | None
     dtype: torch.dtype
     quantise: str = ""
-    limits: Limits | None = None
+    limits: MemoryLimits | None = None
     scratch: TemporaryDirectory[str] | None = None
 
     def options(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Placement:
         return model if placed else model.to(self.device)
 
 
-def place(device: str, dtype: str, quantise: str | None, limits: Limits | None) -> Placement:
+def place(device: str, dtype: str, quantise: str | None, limits: MemoryLimits | None) -> Placement:
     """The placement of these options; raises :class:`BackboneError` for what this machine cannot do."""
     if limits is not None and device != OFFLOAD:
         raise BackboneError(f"max_memory limits device={OFFLOAD!r}; found device={device!r}. Leave it out.")
@@ -83,7 +83,7 @@ def place(device: str, dtype: str, quantise: str | None, limits: Limits | None) 
     return Placement(where, numbers, quantise or "", limits, scratch)
 
 
-def _one_card() -> Limits:
+def _one_card() -> MemoryLimits:
     """What is free on the first GPU and in memory: a second one would leave hidden states on two devices."""
     free = import_module("accelerate.utils").get_max_memory()
     return {where: room for where, room in free.items() if where in (0, "cpu")}

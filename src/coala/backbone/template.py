@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from coala.backbone.chat import ANSWERED, ASKED, ASKED_AGAIN, ChatTemplate, Refused, continues
+from coala.backbone.chat import ANSWERED, ASKED, ASKED_AGAIN, ChatTemplate, RefusedChat, continues
 from coala.backbone.network import BackboneError
 from coala.values import Pair, Turn
 
@@ -119,7 +119,7 @@ class Renderer:
         try:
             self.prompt_text(prompt)
             self.chat.whole(self._guarded(prompt), reply)
-        except Refused as error:
+        except RefusedChat as error:
             return error.reason
         return ""
 
@@ -191,7 +191,7 @@ class Renderer:
         for turns in ([asked, Turn("assistant", ANSWERED), Turn("user", ASKED_AGAIN)], [asked]):
             try:
                 tokens = self._encode(self.chat.prompt(turns))
-            except Refused:
+            except RefusedChat:
                 continue
             special = {self.tokenizer.convert_tokens_to_ids(token) for token in self._special()}
             found: list[int] = []

@@ -5,14 +5,14 @@ No loss of theirs is written here. Knows the frozen model's rendering and likeli
 
 from coala.baselines.drift import Drift, drift
 from coala.baselines.likelihoods import PairLikelihoods, log_likelihoods, reward_margins
-from coala.baselines.settings import METHODS, Lora, Method, TrainSettings, paper, sweep, trl
+from coala.baselines.settings import METHODS, BaselineMethod, Lora, TrainSettings, paper, sweep, trl
 from coala.baselines.training import Trained, load_trained, train, whole_model
 
 __all__ = [
     "METHODS",
+    "BaselineMethod",
     "Drift",
     "Lora",
-    "Method",
     "PairLikelihoods",
     "TrainSettings",
     "Trained",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coala.backbone import LanguageModel, RenderedRow
-from coala.baselines.settings import Method, TrainSettings
+from coala.baselines.settings import BaselineMethod, TrainSettings
 from coala.values import CoalaError, Pair, conversation_text
 
 # What a label of this value is: no part of the loss (torch's cross-entropy and TRL agree on it).
@@ -46,7 +46,7 @@ def render_pairs(pairs: Sequence[Pair], backbone: LanguageModel, settings: Train
     return rows
 
 
-def columns(method: Method, rows: Sequence[PairRows]) -> list[dict[str, list[int]]]:
+def columns(method: BaselineMethod, rows: Sequence[PairRows]) -> list[dict[str, list[int]]]:
     """The rows under the names that TRL's trainer of ``method`` reads; labels count the reply's tokens only."""
     if method == "sft":
         return [{"input_ids": pair.chosen.tokens, "labels": labels(pair.chosen)} for pair in rows]

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from coala.values import CoalaError
 
-Method = Literal["sft", "dpo", "orpo", "simpo", "reward"]
-METHODS: tuple[Method, ...] = get_args(Method)
+BaselineMethod = Literal["sft", "dpo", "orpo", "simpo", "reward"]
+METHODS: tuple[BaselineMethod, ...] = get_args(BaselineMethod)
 
 # Table 13, "Target_modules (Gpt-2 base)" and "(all other models)".
 GPT2_TARGETS = ("c_attn", "c_proj")
@@ -105,13 +105,13 @@ _PAPER_BETAS: dict[str, float] = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.5}
 _PAPER_GAMMA = 1.0
 
 
-def trl(method: Method) -> TrainSettings:
+def trl(method: BaselineMethod) -> TrainSettings:
     """TRL 1.16's defaults for a method: all weights trained, three epochs of batches of 8, no warm-up."""
     check_method(method)
     return TrainSettings(learning_rate=_RATES[method])
 
 
-def paper(method: Method) -> TrainSettings:
+def paper(method: BaselineMethod) -> TrainSettings:
     """The COALA paper's settings for the methods it compares with (Tables 13 and 14), and the like for a reward model.
 
     What these tables leave open is marked; the tables are the same for every method.

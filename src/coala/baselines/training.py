@@ -22,7 +22,7 @@ import torch
 from coala.backbone import LanguageModel, load_backbone
 from coala.baselines import trl_adapter
 from coala.baselines.rows import PairRows, render_pairs
-from coala.baselines.settings import Lora, Method, TrainSettings, check_method
+from coala.baselines.settings import BaselineMethod, Lora, TrainSettings, check_method
 from coala.costs import Shape, body_flops, peak_memory, training_flops
 from coala.store import RunFolder, StoreError, digest, load_json, save_json, write_atomic
 from coala.values import CoalaError, Pair
@@ -46,7 +46,7 @@ class Trained:
     """
 
     folder: Path
-    method: Method
+    method: BaselineMethod
     settings: TrainSettings
     model: str
     revision: str
@@ -87,7 +87,7 @@ class Trained:
 
 
 def train(
-    method: Method,
+    method: BaselineMethod,
     pairs: Sequence[Pair],
     model: str | Path,
     *,
@@ -156,7 +156,7 @@ def load_trained(folder: str | Path) -> Trained:
     settings = TrainSettings(**about["settings"], lora=None if lora is None else Lora(**lora))
     return Trained(
         folder=run.path,
-        method=cast(Method, about["baseline"]),
+        method=cast(BaselineMethod, about["baseline"]),
         settings=settings,
         model=facts["model"],
         revision=facts["revision"],
@@ -240,7 +240,7 @@ class _Base:
 
 
 def _train(
-    method: Method,
+    method: BaselineMethod,
     base: _Base,
     out: Path,
     settings: TrainSettings,
@@ -306,7 +306,7 @@ def _train(
     }
 
 
-def epoch_flops(method: Method, shape: Shape, rows: Sequence[PairRows], settings: TrainSettings) -> int:
+def epoch_flops(method: BaselineMethod, shape: Shape, rows: Sequence[PairRows], settings: TrainSettings) -> int:
     """FLOPs of one epoch by :mod:`coala.costs`; a reward model is trained like SFT on both replies, without a head."""
     chosen = [len(pair.chosen.tokens) for pair in rows]
     rejected = [len(pair.rejected.tokens) for pair in rows]

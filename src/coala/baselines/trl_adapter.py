@@ -18,13 +18,13 @@ from typing import Any
 
 from coala.backbone.load import quiet
 from coala.baselines.rows import PairRows, collate_pairs, columns
-from coala.baselines.settings import GPT2_TARGETS, TARGETS, Lora, Method, TrainSettings
+from coala.baselines.settings import GPT2_TARGETS, TARGETS, BaselineMethod, Lora, TrainSettings
 from coala.values import CoalaError
 
 PACKAGES = ("trl", "peft", "datasets", "accelerate", "transformers", "torch")
 PINNED = "1.16."
 # Module, trainer, configuration.
-_PLACES: dict[Method, tuple[str, str, str]] = {
+_PLACES: dict[BaselineMethod, tuple[str, str, str]] = {
     "sft": ("trl", "SFTTrainer", "SFTConfig"),
     "dpo": ("trl", "DPOTrainer", "DPOConfig"),
     "orpo": ("trl.experimental.orpo", "ORPOTrainer", "ORPOConfig"),
@@ -95,7 +95,7 @@ def tokenizer_of(model: str, revision: str | None, trust_remote_code: bool) -> A
 
 
 def build_trainer(
-    method: Method,
+    method: BaselineMethod,
     rows: list[PairRows],
     eval_rows: list[PairRows] | None,
     model: str,
@@ -152,7 +152,7 @@ def build_trainer(
 
 
 def _arguments(
-    method: Method, settings: TrainSettings, folder: Path, *, evaluated: bool, on_cpu: bool
+    method: BaselineMethod, settings: TrainSettings, folder: Path, *, evaluated: bool, on_cpu: bool
 ) -> dict[str, Any]:
     """Our settings under TRL's names."""
     arguments: dict[str, Any] = {
@@ -224,7 +224,7 @@ def _reward_model(model: str, init: dict[str, Any], seed: int) -> Any:
     return loaded
 
 
-def _on_tokens(method: Method, trainer: Any) -> Any:
+def _on_tokens(method: BaselineMethod, trainer: Any) -> Any:
     """TRL's trainer for rows that are tokens; SFT's and the reward model's take them as they are."""
     if method == "dpo":
         return type(trainer.__name__, (trainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
@@ -234,7 +234,7 @@ def _on_tokens(method: Method, trainer: Any) -> Any:
     return trainer
 
 
-def _peft_config(method: Method, lora: Lora, model: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _peft_config(method: BaselineMethod, lora: Lora, model: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     targets = lora.targets

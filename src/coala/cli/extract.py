@@ -10,7 +10,7 @@ import typer
 
 from coala.cli.flags import every, with_settings
 from coala.cli.options import TrustCode
-from coala.settings import Engine, Format, ModelSettings
+from coala.settings import Format, ModelSettings, WorkerEngine
 
 
 @with_settings
@@ -22,7 +22,7 @@ def extract(
     format: Format = "auto",
     n_workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the work.")] = 1,
     engine: Annotated[
-        Engine, typer.Option(help="Where workers run: processes of this machine, or Ray tasks.")
+        WorkerEngine, typer.Option(help="Where workers run: processes of this machine, or Ray tasks.")
     ] = "processes",
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster; without it one is started here.")] = None,
     trust_remote_code: TrustCode = False,

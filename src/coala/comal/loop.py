@@ -45,7 +45,7 @@ from coala.store import (
 from coala.values import CoalaError, Turn
 
 Tell = Callable[[float], None]  # how much of a stage is done, from 0 to 1
-OnWork = Callable[[float, int, str], None]  # stages done and stages to do in this session, and which one is at work
+OnLoopWork = Callable[[float, int, str], None]  # stages done and stages to do in this session, and which one is at work
 STAGES = ("sample", "judge", "score", "train")
 
 
@@ -106,7 +106,7 @@ def run_comal(
     *,
     keeper: VerdictStore | None = None,
     on_step: Callable[[LoopProgress], None] | None = None,
-    on_work: OnWork | None = None,
+    on_work: OnLoopWork | None = None,
     about: Mapping[str, Any] | None = None,
     keep_policies: bool = False,
 ) -> list[LoopProgress]:
@@ -163,7 +163,7 @@ class _Loop:
     oracle: PreferenceOracle
     settings: COMALSettings
     keeper: VerdictStore | None
-    on_work: OnWork | None
+    on_work: OnLoopWork | None
     keep_policies: bool
     loaded: str | None = None  # which policy the model holds, so that skipped stages load nothing
 

@@ -13,7 +13,7 @@ import numpy as np
 from coala.compare.matrix import Cell, features_key
 from coala.compare.study import StudyMethod
 
-Found = dict[str, dict[str, Any]]
+FoundCosts = dict[str, dict[str, Any]]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
@@ -34,7 +34,7 @@ def costs_of(
     method: StudyMethod | None,
     done: Sequence[Cell],
     here: Sequence[Cell],
-    found: Found,
+    found: FoundCosts,
 ) -> dict[str, Any] | None:
     """What one run costs, and one run with the search that its settings took.
 

@@ -26,7 +26,7 @@ import numpy as np
 from coala.compare.data import PARTS, prepare
 from coala.compare.matrix import Cell, cells, features_method, prompt_features
 from coala.compare.study import Study, StudyMethod
-from coala.costs import Method as TrainMethod
+from coala.costs import CostedMethod as TrainMethod
 from coala.costs import body_flops, training_flops
 from coala.recipe import Recipe, recipe_of
 from coala.store import save_json

@@ -27,7 +27,7 @@ import numpy as np
 from coala.compare import conclusions
 from coala.compare.cell import read
 from coala.compare.conclusions import main_coala
-from coala.compare.costs import Found, costs_of, put_shares, spread
+from coala.compare.costs import FoundCosts, costs_of, put_shares, spread
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
 from coala.compare.matrix import Cell, cells
@@ -40,7 +40,7 @@ from coala.values import Estimate, Judgement
 def content_of(study: Study, out: Path) -> dict[str, Any]:
     """The content of the report of ``study`` in ``out``; cells that are missing or failed are said to be."""
     everything = cells(study)
-    found: Found = {}
+    found: FoundCosts = {}
     failures, missing = [], 0
     for cell in everything:
         record = read(Path(out) / "cells" / cell.id)
@@ -85,7 +85,9 @@ PUBLISHED_COSTS = {
 }
 
 
-def _place(study: Study, out: Path, place: tuple[str, str, str], here: Sequence[Cell], found: Found) -> dict[str, Any]:
+def _place(
+    study: Study, out: Path, place: tuple[str, str, str], here: Sequence[Cell], found: FoundCosts
+) -> dict[str, Any]:
     """One dataset with one model and one start: every method there, and COALA against each."""
     dataset, model, init = place
     rows: list[dict[str, Any]] = []
@@ -122,7 +124,7 @@ _METHODS = ("base", "train", "head", "adamw")
 
 
 def _row(
-    study: Study, done: Sequence[Cell], wanted: int, here: Sequence[Cell], found: Found, group: Sequence[str]
+    study: Study, done: Sequence[Cell], wanted: int, here: Sequence[Cell], found: FoundCosts, group: Sequence[str]
 ) -> dict[str, Any]:
     first = done[0]
     results = [found[cell.id]["result"] for cell in done]

@@ -17,7 +17,7 @@ from coala.recipe import RecipeError, overlay
 from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
-Kind = Literal["sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "base"]
+MethodKind = Literal["sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "base"]
 Init = Literal["base", "sft"]
 FEWEST_RATES = 4
 # Around TRL's and the paper's own rates; a study may name others.
@@ -85,7 +85,7 @@ class StudyMethod(_Strict):
     """One method: a baseline in each of ``settings``, or a convex head on features of the frozen base."""
 
     name: Annotated[str, _NAME]
-    kind: Kind
+    kind: MethodKind
     settings: tuple[str, ...] = ()
     layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = -1
     pooling: Literal["mean", "mean_all", "last"] = "mean"

@@ -21,7 +21,7 @@ from coala.values import CoalaError, Pair
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
-    from coala.baselines import Method, Trained, TrainSettings
+    from coala.baselines import BaselineMethod, Trained, TrainSettings
 
 # Of TRL's logs, the held-out margin of each method.
 _MARGINS = ("eval_rewards/margins", "eval_margin")
@@ -31,7 +31,7 @@ def settings_for(study: Study, setting: StudySetting, kind: str, *, max_tokens: 
     """The baseline's settings in one ``setting`` of the study, but for rate and seed."""
     from coala.baselines import Lora, paper, trl
 
-    found: TrainSettings = (paper if setting.source == "paper" else trl)(cast("Method", kind))
+    found: TrainSettings = (paper if setting.source == "paper" else trl)(cast("BaselineMethod", kind))
     if setting.adapter is not None:
         found = replace(found, lora=(found.lora or Lora()) if setting.adapter else None)
     change = dict(setting.change)
@@ -148,7 +148,7 @@ def _train(
 
     context.show(stage, 0, None)
     return train(
-        cast("Method", context.method.kind),
+        cast("BaselineMethod", context.method.kind),
         pairs,
         context.start,
         out=out,

@@ -1,8 +1,8 @@
 """FLOPs, bytes, seconds and joules of each stage: counted by formula, and measured."""
 
 from coala.costs.flops import (
+    CostedMethod,
     Lengths,
-    Method,
     Shape,
     body_flops,
     cronos_flops,
@@ -23,10 +23,10 @@ from coala.costs.measured import Meter, Stopwatch, ask_driver, peak_memory
 from coala.costs.planned import Load, decoding_bytes, pass_bytes
 
 __all__ = [
+    "CostedMethod",
     "Lengths",
     "Load",
     "Meter",
-    "Method",
     "Shape",
     "Stopwatch",
     "ask_driver",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from coala.values import CoalaError
 
 Lengths = Sequence[int] | NDArray[np.integer[Any]]
-Method = Literal["sft", "orpo", "simpo", "dpo"]
+CostedMethod = Literal["sft", "orpo", "simpo", "dpo"]
 
 # Forwards' worth of work per sequence: all weights trained, and adapters on a frozen base. A backward pass costs two
 # forwards with weight gradients, one without (adapters themselves neglected); DPO adds one of its reference.
@@ -91,7 +91,7 @@ def training_flops(
     shape: Shape,
     chosen: Lengths,
     rejected: Lengths,
-    method: Method,
+    method: CostedMethod,
     *,
     adapters: bool = False,
     checkpointing: bool = False,

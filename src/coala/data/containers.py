@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coala.data.findings import Fault, Finding, describe, listed
-from coala.data.records import RowRecord, Rows, names
+from coala.data.records import RecordsRead, RowRecord, names
 
 # Names of fields that rows have, by which rows are told from what surrounds them.
 FIELDS = names(
@@ -27,7 +27,7 @@ _MESSAGE = (("role", "from", "user"), ("content", "value", "text"))
 _DEPTH = 4
 
 
-def contents(name: str, value: Any, part: str = "") -> Rows:
+def contents(name: str, value: Any, part: str = "") -> RecordsRead:
     """The records of a document; ``part`` names one of several lists (``FILE.json:part``)."""
     rows, remarks = _rows(name, value, part, "", 0)
     yield from remarks

@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 from coala.data import json_files, tables
 from coala.data.findings import DataError, Fault, Finding, listed
 from coala.data.hub import ask_once
-from coala.data.records import MAX_ROW_BYTES, RowRecord, Rows, Unpacked, whole
+from coala.data.records import MAX_ROW_BYTES, RecordsRead, RowRecord, Unpacked, whole
 
 __all__ = ["MAX_ROW_BYTES", "RowRecord", "Source", "is_hub_name", "parted", "records", "source_digest", "sources"]
 
@@ -75,7 +75,7 @@ def source_digest(source: str | Path) -> str:
     return hashlib.sha256(f"{whole_file} {part}".encode()).hexdigest() if part else whole_file
 
 
-def records(name: str) -> Rows:
+def records(name: str) -> RecordsRead:
     """The rows of one source, in order. Blank lines are no rows; an empty source yields one error."""
     empty = True
     path, part = parted(name)
@@ -122,7 +122,7 @@ def _kind(name: str) -> str | None:
     return suffix if suffix in KINDS else None
 
 
-def _file(name: str, part: str) -> Rows:
+def _file(name: str, part: str) -> RecordsRead:
     with Path(name).open("rb") as raw:
         kind = _kind(name)
         if kind is None:
@@ -171,7 +171,7 @@ def _file(name: str, part: str) -> Rows:
 # --- the hub -----------------------------------------------------------------------------------------------------
 
 
-def _hub(name: str) -> Rows:
+def _hub(name: str) -> RecordsRead:
     try:
         from datasets import load_dataset
     except ImportError:

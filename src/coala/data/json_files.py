@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from coala.data import records
 from coala.data.containers import contents
 from coala.data.findings import Fault, Finding
-from coala.data.records import RowRecord, Rows, require_few_values
+from coala.data.records import RecordsRead, RowRecord, require_few_values
 
 GIVE_UP = 100  # unreadable lines at the head of a file after which it is not read as lines at all
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
@@ -91,7 +91,7 @@ def _breaks_off(error: json.JSONDecodeError, text: str) -> bool:
 # --- lines -------------------------------------------------------------------------------------------------------
 
 
-def lines(name: str, stream: BinaryIO, part: str = "") -> Rows:
+def lines(name: str, stream: BinaryIO, part: str = "") -> RecordsRead:
     """The rows of a JSON Lines file; of a file that turns out to be one document, what that holds."""
     first: RowRecord | None = None  # a lone line may be a container: held until a second one comes
     sound = False
@@ -208,7 +208,7 @@ def _alone(text: str) -> Any:
 # --- documents ---------------------------------------------------------------------------------------------------
 
 
-def document(name: str, raw: bytes, part: str = "") -> Rows:
+def document(name: str, raw: bytes, part: str = "") -> RecordsRead:
     """The rows of a file read in one piece: a list, a container, or objects one after another."""
     if not raw.strip():
         return

@@ -32,7 +32,7 @@ class RowRecord:
     value: Any
 
 
-Rows = Iterator[RowRecord | Finding]
+RecordsRead = Iterator[RowRecord | Finding]
 
 
 def names(listed: str) -> frozenset[str]:

@@ -10,12 +10,12 @@ from coala.data import records
 from coala.data.containers import leaves
 from coala.data.findings import Fault, Finding
 from coala.data.json_files import decoded
-from coala.data.records import RowRecord, Rows, refuse_bomb, require_few_values, unpacked_limit
+from coala.data.records import RecordsRead, RowRecord, refuse_bomb, require_few_values, unpacked_limit
 
 _BATCH_BYTES = 256 * 2**20  # what a batch of parquet rows may decode to at the worst
 
 
-def delimited(name: str, raw: bytes, delimiter: str) -> Rows:
+def delimited(name: str, raw: bytes, delimiter: str) -> RecordsRead:
     """Records of a csv or tsv file: a header, then rows of as many fields. Cells stay text."""
     if not raw.strip():
         return
@@ -69,7 +69,7 @@ def _header(header: list[str], delimiter: str) -> list[str]:
     return header
 
 
-def parquet(name: str, raw: bytes) -> Rows:
+def parquet(name: str, raw: bytes) -> RecordsRead:
     """Records of a parquet file, decoded a few rows at a time."""
     try:
         from pyarrow import ArrowException, BufferReader

@@ -26,8 +26,8 @@ ERROR = -1.0  # the score of a judgement that holds no rating, as it is stored
 LOWEST, HIGHEST = 1.0, 10.0
 _RATINGS = tuple(re.compile(pattern, re.ASCII) for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"))
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
-Outcome = Literal["model_1", "model_2", "tie", "error"]
-_OUTCOMES: dict[str, Outcome] = {name: name for name in ("model_1", "model_2", "tie", "error")}
+GameOutcome = Literal["model_1", "model_2", "tie", "error"]
+_OUTCOMES: dict[str, GameOutcome] = {name: name for name in ("model_1", "model_2", "tie", "error")}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Match:
     question: str
     turn: int
     judge: str
-    outcomes: tuple[Outcome, Outcome]
+    outcomes: tuple[GameOutcome, GameOutcome]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _published_rating(judgment: str) -> float:
     return ERROR
 
 
-def parse_game(judgment: str, swapped: bool) -> Outcome:
+def parse_game(judgment: str, swapped: bool) -> GameOutcome:
     """Who wins by ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie); model 1 is A unless ``swapped``.
 
     No verdict outside the thoughts, or two that differ, is an error.
@@ -174,7 +174,7 @@ def read_matches(path: Path | str) -> tuple[list[Match], tuple[str, ...]]:
     matches = []
     differing = thinking = several = 0
     for row in read_rows(path):
-        outcomes: list[Outcome] = []
+        outcomes: list[GameOutcome] = []
         for game in (1, 2):
             stored = None
             if row.get(f"g{game}_winner") is not None:

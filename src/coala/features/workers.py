@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coala.processes import Child, Parent
-from coala.settings import Engine
+from coala.settings import WorkerEngine
 from coala.values import CoalaError, FeatureSpec, Pair
 
 
@@ -49,7 +49,7 @@ def workers(
     task: ExtractionTask,
     n_workers: int,
     *,
-    engine: Engine = "processes",
+    engine: WorkerEngine = "processes",
     address: str | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Iterator[list[Child]]:

@@ -22,7 +22,7 @@ from coala.values import Estimate
 
 FOLDER = "evaluations"
 SAMPLES = 5
-Form = Literal["share", "percent", "plain"]
+MeasureForm = Literal["share", "percent", "plain"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Measure:
 
     name: str
     estimate: Estimate
-    form: Form = "share"
+    form: MeasureForm = "share"
     even: float | None = None
 
 

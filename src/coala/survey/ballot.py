@@ -23,14 +23,14 @@ import numpy as np
 
 from coala.survey.form import Survey
 
-Kind = Literal["question", "repeat", "check"]
+PageKind = Literal["question", "repeat", "check"]
 
 
 @dataclass(frozen=True)
 class Item:
     """One page: number ``index`` of the questions or checks, its answers in the order of their numbers ``order``."""
 
-    kind: Kind
+    kind: PageKind
     index: int
     order: tuple[int, ...]
 

@@ -46,7 +46,7 @@ from coala.data.formats.labelled import (
     ultrafeedback,
     ultrafeedback_columns,
 )
-from coala.data.formats.reader import Located, Reader, Reading, by_row, only
+from coala.data.formats.reader import Located, Reader, RowReading, by_row, only
 from coala.data.formats.replies import (
     CHOSEN,
     PREFERENCE,
@@ -83,7 +83,7 @@ def read_alternating(
     speaker: Role = "assistant",
     context: Context = "all",
     again: Callable[[], Iterable[RowRecord]] | None = None,
-) -> Reading:
+) -> RowReading:
     """Conversations as alternating pairs (see :func:`~coala.data.conversations.alternate`), snapshots left out.
 
     Whether a conversation is a snapshot of another is known only at the end. ``again`` reads the records once more for

@@ -10,7 +10,7 @@ from typing import Any
 from coala.data.context import in_context
 from coala.data.conversations import bridge_session
 from coala.data.findings import Fault, NoPreference, describe
-from coala.data.formats.reader import Reading, by_row, only
+from coala.data.formats.reader import RowReading, by_row, only
 from coala.data.formats.replies import last_reply
 from coala.data.records import RowRecord, names
 from coala.data.turns import (
@@ -117,7 +117,7 @@ def _helpsteer_prompt(said: str) -> list[Turn]:
     return [Turn(who, sound_text(words, "prompt")) for who, words in made if words]
 
 
-def read_helpsteer(records: Iterable[RowRecord]) -> Reading:
+def read_helpsteer(records: Iterable[RowRecord]) -> RowReading:
     """Rows ``prompt, response, helpfulness, ...`` that share a prompt: the most helpful against each less helpful.
 
     Correctness, then coherence, break ties of helpfulness. A pair stands at the first row of its prompt.

@@ -21,7 +21,7 @@ class Located:
     pair: Pair
 
 
-Reading = Iterator[Located | Finding]
+RowReading = Iterator[Located | Finding]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Reader:
     name: str
     about: str
     matches: Callable[[Row], bool]
-    pairs: Callable[[Iterable[RowRecord]], Reading]
+    pairs: Callable[[Iterable[RowRecord]], RowReading]
     columns: Callable[[Row], Set[str]]
     around: Around = PARTS
     left: frozenset[str] = frozenset()
@@ -58,10 +58,10 @@ def placed(row: Row, one: Pair, used: Set[str]) -> Pair:
 
 def by_row(
     make: Callable[[Row], list[Pair]], columns: Callable[[Row], Set[str]]
-) -> Callable[[Iterable[RowRecord]], Reading]:
+) -> Callable[[Iterable[RowRecord]], RowReading]:
     """The ``pairs`` of a format whose rows stand alone, their prompts completed by what stands around them."""
 
-    def read(records: Iterable[RowRecord]) -> Reading:
+    def read(records: Iterable[RowRecord]) -> RowReading:
         for record in records:
             try:
                 made = [placed(record.value, one, columns(record.value)) for one in make(record.value)]

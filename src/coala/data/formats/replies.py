@@ -6,7 +6,7 @@ from collections.abc import Iterable, Set
 from typing import Any
 
 from coala.data.findings import Fault, Finding, describe
-from coala.data.formats.reader import Reading, by_row
+from coala.data.formats.reader import RowReading, by_row
 from coala.data.records import RowRecord
 from coala.data.turns import (
     Row,
@@ -121,7 +121,7 @@ def mapped(row: Row) -> Set[str]:
     return {one for one in mapping(row).values() if one is not None}
 
 
-def read_columns(records: Iterable[RowRecord]) -> Reading:
+def read_columns(records: Iterable[RowRecord]) -> RowReading:
     """Columns under other names, as ``question, better, worse``; the mapping comes out as a note."""
     named = False
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 
 from coala.data.findings import Fault, Finding
-from coala.data.formats.reader import Located, Reading
+from coala.data.formats.reader import Located, RowReading
 from coala.data.records import RowRecord
 from coala.data.turns import digest, label, named_group, same_reply, sound_text, text
 from coala.values import Pair, user
@@ -18,7 +18,7 @@ _BREAK = re.compile(r"<br\s*/?>")
 _SENTIMENT = {"1": True, "pos": True, "positive": True, "0": False, "neg": False, "negative": False}
 
 
-def read_imdb(records: Iterable[RowRecord]) -> Reading:
+def read_imdb(records: Iterable[RowRecord]) -> RowReading:
     """Reviews ``text, label, movie``: a positive one chosen, a negative one rejected, under one fixed prompt.
 
     Each review is used at most once. Reviews of one film are paired first, in file order; what a film has left over

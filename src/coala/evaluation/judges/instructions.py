@@ -18,17 +18,17 @@ from coala.evaluation.judges.protocol import JudgeStopped
 from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.values import CoalaError
 
-Mode = Literal["pairwise", "weighted", "grade", "arena"]
+JudgeMode = Literal["pairwise", "weighted", "grade", "arena"]
 Parser = Literal["brackets", "json", "token"]
 SHIPPED = ("pairwise", "weighted", "grade", "arena")
 ARENA_LABELS = ("A>>B", "A>B", "A=B", "B>A", "B>>A")
-_PARSERS: Mapping[Mode, tuple[Parser, ...]] = {
+_PARSERS: Mapping[JudgeMode, tuple[Parser, ...]] = {
     "pairwise": ("brackets", "json"),
     "weighted": ("token",),
     "grade": ("brackets", "json"),
     "arena": ("brackets", "json"),
 }
-_LABELS: Mapping[Mode, tuple[str, ...]] = {
+_LABELS: Mapping[JudgeMode, tuple[str, ...]] = {
     "pairwise": ("A", "B", "C"),
     "weighted": ("m", "M"),
     "grade": (),
@@ -108,7 +108,7 @@ class Instructions:
     """
 
     name: str
-    mode: Mode
+    mode: JudgeMode
     prompts: tuple[JudgePrompt, ...]
     parser: Parser = "brackets"
     labels: tuple[str, ...] = ()
@@ -239,9 +239,9 @@ def _from_folder(folder: Path) -> Instructions:
         raise CoalaError(f"{path}: sampling must be fields and labels a list. Mend it.")
     return Instructions(
         name=folder.resolve().name,
-        mode=cast(Mode, mode),
+        mode=cast(JudgeMode, mode),
         prompts=tuple(_prompt(path, one) for one in listed),
-        parser=cast(Parser, document.get("parser") or _PARSERS.get(cast(Mode, mode), get_args(Parser))[0]),
+        parser=cast(Parser, document.get("parser") or _PARSERS.get(cast(JudgeMode, mode), get_args(Parser))[0]),
         labels=tuple(map(str, labels)),
         sampling=sampling,
         model=str(document.get("model") or ""),

@@ -9,8 +9,8 @@ from typing import Literal
 from coala.evaluation.judges.scorers import RULES, RuleJudge, WordJudge
 from coala.values import CoalaError
 
-Kind = Literal["head", "rule", "words", "replay"]
-KINDS: tuple[Kind, ...] = ("head", "rule", "words", "replay")
+JudgeKind = Literal["head", "rule", "words", "replay"]
+KINDS: tuple[JudgeKind, ...] = ("head", "rule", "words", "replay")
 GRAMMAR = "head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file"
 
 
@@ -18,7 +18,7 @@ GRAMMAR = "head:RUN, rule:NAME[:ARGUMENT], words:FILE or a word-judge file"
 class NamedJudge:
     """A judge's ``kind`` and what stands behind the colon: a run folder, a rule or a file."""
 
-    kind: Kind
+    kind: JudgeKind
     rest: str
 
     def __str__(self) -> str:
