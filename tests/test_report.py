@@ -19,6 +19,7 @@ import pytest
 
 from coala.pages.words import flops, number, seconds, size
 from coala.report import conclusions, write_report
+from coala.report.content import plain
 from coala.report.page import render
 from coala.statistics.intervals import share_estimate
 from coala.statistics.scores import (
@@ -29,7 +30,7 @@ from coala.statistics.scores import (
     perplexity,
     reliability,
 )
-from coala.store import RunFolder, load_json, plain
+from coala.store import RunFolder, load_json
 from coala.values import Certificate, CoalaError, Estimate
 
 HOSTILE = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
@@ -124,15 +125,15 @@ def bounds_of(settings: Any) -> dict[str, dict[str, Any]]:
     """By setting, the bounds and choices of its JSON schema."""
     names = ("minimum", "exclusiveMinimum", "maximum", "enum")
     found = {}
-    for name, about in settings.model_json_schema()["properties"].items():
+    for name, about in TypeAdapter(settings).json_schema()["properties"].items():
         entries = [about, *about.get("anyOf", ())]
         found[name] = {key: entry[key] for entry in entries for key in names if key in entry}
     return found
 
 
 def test_a_request_guides_within_the_bounds_of_a_recipe() -> None:
-    from coala.recipe import GuidanceSettings
     from coala.serve.schemas import GuidanceSettings as OfRequests
+    from coala.settings import GuidanceSettings
 
     recipe, request = bounds_of(GuidanceSettings), bounds_of(OfRequests)
     assert list(recipe) == list(request)
