@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,11 @@ def test_a_bad_row_is_named(change: dict[str, Any], said: str, tmp_path: Path) -
     with pytest.raises(CoalaError, match=said) as caught:
         read_benchmark(file)
     assert "rows.jsonl:2" in str(caught.value)
+
+
+def test_without_the_harness_its_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coala.leaderboards.lm_eval import run_lm_eval
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    with pytest.raises(CoalaError, match=r"pip install 'coala-align\[lm-eval\]'"):
+        run_lm_eval(run, ["my_task"], guidance={}, settings={})
