@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -229,9 +230,15 @@ SECTIONS = {
 }
 
 
+@cache
+def hints_of(section: type) -> Mapping[str, Any]:
+    """The annotations of ``section``, a dataclass, by field; found once, for commands ask often."""
+    return get_type_hints(section, include_extras=True)
+
+
 def told(section: type, name: str) -> Setting | None:
     """The :class:`Setting` of a field of ``section``, a dataclass; None for a field that has none."""
-    return setting_of(get_type_hints(section, include_extras=True)[name])
+    return setting_of(hints_of(section)[name])
 
 
 def setting_of(annotation: Any) -> Setting | None:
@@ -271,7 +278,7 @@ def table() -> str:
             "| setting | values | default | flag | |",
             "|---|---|---|---|---|",
         ]
-        hints = get_type_hints(kind, include_extras=True)
+        hints = hints_of(kind)
         for one in fields(kind):
             if (setting := setting_of(hints[one.name])) is None:
                 continue

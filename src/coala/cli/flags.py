@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import typer
 from annotated_types import Ge, Le
 
-from coala.settings import Setting, Spellings, flag_of, setting_of, taken_apart, told
+from coala.settings import Setting, Spellings, flag_of, hints_of, setting_of, taken_apart, told
 
 Given = Mapping[str, Any]
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -71,7 +71,7 @@ def with_settings(command: Command) -> Command:
 
 def _flags(section: Any, names: tuple[str, ...], whole: bool) -> Iterator[inspect.Parameter]:
     """The parameters for fields of ``section``: with their defaults where it is made ``whole``, else None."""
-    hints = get_type_hints(section, include_extras=True)
+    hints = hints_of(section)
     for field in fields(section):
         wanted = field.name in names if names else flag_of(section, field.name) is not None
         hint = hints[field.name]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.settings import GuidanceSettings, Mode, Rule, taken_apart
+from coala.settings import GuidanceSettings, Mode, Rule, hints_of, taken_apart
 from coala.values import CoalaError
 
 Float64 = NDArray[np.float64]
@@ -32,9 +32,6 @@ def usual_strength(mode: Mode, rule: Rule) -> float:
     if rule != "calibrated":
         return 2.0
     return 24.0 if mode in RANKING else 8.0
-
-
-_HINTS = get_type_hints(GuidanceSettings, include_extras=True)
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ class Guidance(GuidanceSettings):
 
 def _check(name: str, found: Any) -> None:
     """Raises :class:`CoalaError` for what the recipe's setting of this name does not allow; nothing is converted."""
-    kinds, marks = taken_apart(_HINTS[name])
+    kinds, marks = taken_apart(hints_of(GuidanceSettings)[name])
     if found is None and type(None) in kinds:
         return
     bounds: dict[str, Any] = {
