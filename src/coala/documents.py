@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from coala.values import CoalaError
+from coala.messages import CoalaError
 
 MOST_CHARACTERS = 2**20  # of YAML; recipes have a few thousand
 MOST_HEADER = 32 * 2**20  # bytes of a safetensors header: about 300,000 tensors; the format allows 100 MB

@@ -9,8 +9,9 @@ from typing import Any
 from coala.alignment.changes import adopt
 from coala.alignment.checks import check_settings
 from coala.alignment.evidence import evidence_notes
+from coala.alignment.parts import load_parts
 from coala.alignment.processes import carry_out
-from coala.alignment.results import load_parts, make_report, summary_rows
+from coala.alignment.results import make_report, summary_rows
 from coala.alignment.run import Run, load_run
 from coala.callbacks import OnNote, OnProgress, quiet
 from coala.recipe import Recipe, recipe_of

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coala.alignment.results import load_parts
+from coala.alignment.parts import load_parts
 from coala.data import read_pairs
 from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.recipe import recipe_of

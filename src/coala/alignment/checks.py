@@ -38,7 +38,7 @@ def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *,
 
 def check_model(recipe: Recipe) -> None:
     """The same of what is read of the model, and of guidance; no weights are needed."""
-    from coala.alignment.stages import guidance_of
+    from coala.alignment.parts import guidance_of
     from coala.backbone import outline
     from coala.backbone.load import check_asked
     from coala.permission import permitted

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from coala.alignment.results import load_parts
+from coala.alignment.parts import load_parts
 from coala.evaluation.judges.named import NamedJudge, local_judge
 from coala.store import RunFolder, StoreError, digest, file_digest, load_head
 from coala.values import Generation, Pair, Turn, user

@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coala import evaluation
-from coala.alignment.context import open_backbone
-from coala.alignment.stages import guidance_of
-from coala.permission import permitted
-from coala.recipe import recipe_of, refuse_asked_code
+from coala.recipe import recipe_of
 from coala.report import write_report
 from coala.statistics import scores
 from coala.store import (
@@ -33,28 +30,7 @@ from coala.store import (
 from coala.values import CoalaError, conversation_text, prompt_id
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
-    from coala.decoding import Guidance
-    from coala.values import ConvexHead, Estimate, Judgement
-
-
-def load_parts(
-    path: Path | str, *, trust_remote_code: bool = False, download: bool = False
-) -> tuple[LanguageModel, ConvexHead, Guidance]:
-    """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on.
-
-    A run may be somebody else's: its settings cannot have Python code run that comes with the model, nor a hub model
-    fetched that is not in the local cache. Only ``trust_remote_code`` and ``download`` can.
-    """
-    run = RunFolder.open(path)
-    source = run.path / "run.json"
-    recipe = recipe_of(run.settings, source)
-    head = load_head(run.path / "head")
-    with permitted(code=trust_remote_code, download=download):
-        refuse_asked_code(recipe.model.trust_remote_code, source)
-        backbone = open_backbone(recipe, named_by=source)
-    backbone.require(head.spec)
-    return backbone, head, guidance_of(recipe)
+    from coala.values import Estimate, Judgement
 
 
 def make_report(run: RunFolder) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coala.alignment.results import load_parts
+from coala.alignment.parts import load_parts
 from coala.recipe import recipe_of
 from coala.store import RunFolder, load_head, load_json
 

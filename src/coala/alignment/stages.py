@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from coala.alignment.context import StageContext
 from coala.alignment.extraction import OF_A_SAMPLE, encode
 from coala.alignment.fitting import fit_settings
+from coala.alignment.parts import guidance_of
 from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import Recipe
 from coala.statistics.intervals import wald
@@ -43,7 +44,6 @@ from coala.values import Pair, conversation_text, prompt_id
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.convex import Fit
-    from coala.decoding import Guidance
 
 
 PORTION = 32  # rows decoded together
@@ -350,12 +350,6 @@ def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
             f"{recipe.evaluation.prompts} prompts are to be answered; {prompts} are held out: all are answered"
         )
     return lines
-
-
-def guidance_of(recipe: Recipe) -> Guidance:
-    from coala.decoding import Guidance
-
-    return Guidance(**asdict(recipe.guidance))
 
 
 STAGES: dict[str, Callable[[StageContext], None]] = {

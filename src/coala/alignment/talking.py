@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coala.alignment.evidence import evidence_notes
-from coala.alignment.results import load_parts
+from coala.alignment.parts import load_parts
 from coala.callbacks import OnNote, quiet
 from coala.recipe import Recipe, recipe_of
 from coala.settings import EvaluationSettings, GuidanceSettings

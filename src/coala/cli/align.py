@@ -72,7 +72,7 @@ def run_and_show(
 ) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
     from coala.alignment import align_recipe, check_settings, evidence_notes, summary_rows
-    from coala.alignment.stages import guidance_of
+    from coala.alignment.parts import guidance_of
     from coala.cli.output import emit, insistent, progress, say, side_by_side, table
     from coala.store import RunFolder, load_head
 

@@ -58,8 +58,9 @@ def matrix(
     M + M^T = 100; both orders of a pair are judged and averaged. Writes OUT/matrix.json and OUT/matrix.html.
     """
     from coala.cli.output import emit, progress, say, table
+    from coala.comal.entrants import AnswerSampling
     from coala.comal.report import matrix_rows, nash_rows
-    from coala.comal.runs import AnswerSampling, play_matrix
+    from coala.comal.runs import play_matrix
 
     with progress() as show:
         rates, nash, result = play_matrix(

@@ -16,11 +16,20 @@ from coala.values import CoalaError, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
-    from coala.comal.runs import AnswerSampling
     from coala.decoding.guidance import Guidance
     from coala.values import ConvexHead, Generation
 
     Writer = tuple[LanguageModel, ConvexHead | None, Guidance]
+
+
+@dataclass(frozen=True)
+class AnswerSampling:
+    """How entrants answer: so many answers per prompt, of at most so many tokens."""
+
+    samples: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ def _as_writer(place: Path, about: Mapping[str, Any], device: str, top_p: float)
 def _guided(run: Path, part: str, name: str) -> Entrant:
     from dataclasses import replace
 
-    from coala.alignment.stages import guidance_of
+    from coala.alignment.parts import guidance_of
     from coala.recipe import recipe_of
     from coala.store import RunFolder, file_digest, load_head
 

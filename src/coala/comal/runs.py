@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coala.callbacks import OnNote, OnProgress
+from coala.comal.entrants import AnswerSampling
 from coala.comal.inputs import examples_of, start_of
 from coala.comal.named_oracles import check_oracle, oracle_of
 from coala.comal.oracles import prompt_of
@@ -113,23 +114,13 @@ def train_run(
     return summary
 
 
-@dataclass(frozen=True)
-class AnswerSampling:
-    """How entrants answer: so many answers per prompt, of at most so many tokens."""
-
-    samples: int = 1
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
 def play_matrix(
     entrants: Sequence[str],
     prompts: Path,
     out: Path,
     *,
     oracle: str,
-    sampling: AnswerSampling = AnswerSampling(),
+    sampling: AnswerSampling | None = None,
     template: str = "auto",
     mode: Win = "hard",
     device: str = "auto",
@@ -146,6 +137,7 @@ def play_matrix(
     from coala.comal.matrix import win_rate_matrix
     from coala.comal.report import matrix_page
 
+    sampling = sampling or AnswerSampling()
     check_oracle(oracle)
     found = _entrants(entrants, template, device)
     examples = examples_of(prompts)

@@ -187,7 +187,7 @@ class Needs:
         return parts
 
     def _decoding(self) -> Parts:
-        from coala.alignment.stages import guidance_of
+        from coala.alignment.parts import guidance_of
 
         guidance, new = guidance_of(self.recipe), self.recipe.evaluation.max_new_tokens
         replies = min(len(self.counts.prompts), self.recipe.evaluation.prompts)

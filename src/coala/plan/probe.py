@@ -115,7 +115,8 @@ def reply_seconds(recipe: Recipe, backbone: LanguageModel, counts: Counts, per_f
     Prompts cost as in extraction, ``per_flop``; a step of decoding reads all weights, whatever few rows there are, and
     is timed. What a mode looks ahead to counts as one more step each time.
     """
-    from coala.alignment.stages import guidance_of, rows_at_once
+    from coala.alignment.parts import guidance_of
+    from coala.alignment.stages import rows_at_once
     from coala.decoding import Guidance, generate
 
     new = recipe.evaluation.max_new_tokens

@@ -1,0 +1,42 @@
+"""What a run is made of once it is loaded: model, head and guidance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coala.alignment.context import open_backbone
+from coala.permission import permitted
+from coala.recipe import Recipe, recipe_of, refuse_asked_code
+from coala.store import RunFolder, load_head
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.decoding import Guidance
+    from coala.values import ConvexHead
+
+
+def load_parts(
+    path: Path | str, *, trust_remote_code: bool = False, download: bool = False
+) -> tuple[LanguageModel, ConvexHead, Guidance]:
+    """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on.
+
+    A run may be somebody else's: its settings cannot have Python code run that comes with the model, nor a hub model
+    fetched that is not in the local cache. Only ``trust_remote_code`` and ``download`` can.
+    """
+    run = RunFolder.open(path)
+    source = run.path / "run.json"
+    recipe = recipe_of(run.settings, source)
+    head = load_head(run.path / "head")
+    with permitted(code=trust_remote_code, download=download):
+        refuse_asked_code(recipe.model.trust_remote_code, source)
+        backbone = open_backbone(recipe, named_by=source)
+    backbone.require(head.spec)
+    return backbone, head, guidance_of(recipe)
+
+
+def guidance_of(recipe: Recipe) -> Guidance:
+    from coala.decoding import Guidance
+
+    return Guidance(**asdict(recipe.guidance))
