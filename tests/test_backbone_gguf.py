@@ -323,7 +323,7 @@ def test_a_run_of_align_and_its_plan(file: Path, tmp_path: Path) -> None:
 
 
 def test_comal_trains_from_it_and_trl_is_refused(file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="needs the extra baselines")
     from coala.baselines import TrainSettings, train
     from coala.comal.inputs import start_of
     from coala.comal.llm import load_policy
