@@ -36,9 +36,9 @@ PROMPTS = (
     "日本の首都はどこですか?",
     "Count from 1 to 10.",
 )
-# llama.cpp multiplies quantised weights by states rounded to 8 bits: a log-probability moves by at most this much, on
-# these prompts. In float32 only the order of sums differs.
-ARITHMETIC = {"as it is": 0.5, "in float32": 2e-3}
+# llama.cpp multiplies quantised weights by states rounded to 8 bits, and attends in half precision where it can. By so
+# much do log-probabilities differ on these prompts at most (as measured: 0.3 and 0.008).
+ARITHMETIC = {"as it is": 0.5, "in float32": 0.02}
 
 
 @pytest.fixture(scope="module")

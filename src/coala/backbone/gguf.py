@@ -109,12 +109,17 @@ def read_header(path: Path) -> Header:
             f"{path}: is GGUF, which needs packages that are not installed, or newer ({', '.join(missing)}). Fix: pip "
             "install 'coala-align[gguf]'"
         )
+    return _read_header(path, stamp(path))
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What tells that a path still leads to the same content."""
     about = path.stat()
-    return _read_header(path, about.st_size, about.st_mtime_ns)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 @lru_cache(maxsize=4)
-def _read_header(path: Path, size: int, _changed: int) -> Header:
+def _read_header(path: Path, _stamp: tuple[int, ...]) -> Header:
     if kind_of(path) != "GGUF":
         raise _broken(path, f"is {kind_of(path) or 'no GGUF file, whatever its name'}; expected GGUF")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

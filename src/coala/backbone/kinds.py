@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from coala.backbone.gguf import amend, is_gguf, source
+from coala.backbone.gguf import amend, is_gguf, source, stamp
 from coala.backbone.network import BackboneError
 from coala.permission import CODE_FLAG, permission
 
@@ -43,7 +43,7 @@ def read_config(where: Path, name: str, trust_remote_code: bool = False) -> tupl
 
     try:
         if is_gguf(where):
-            config = copy.deepcopy(_of_gguf(where, where.stat().st_mtime_ns))
+            config = copy.deepcopy(_of_gguf(where, stamp(where)))
         else:
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
@@ -58,7 +58,7 @@ def read_config(where: Path, name: str, trust_remote_code: bool = False) -> tupl
 
 
 @lru_cache(maxsize=4)
-def _of_gguf(path: Path, _changed: int) -> Any:
+def _of_gguf(path: Path, _stamp: tuple[int, ...]) -> Any:
     from transformers import AutoConfig
 
     with source(path) as (folder, options):
