@@ -122,14 +122,6 @@ def test_other_kinds_of_model_are_one_line(model: Path, kind: str) -> None:
     assert len(str(told.value)) - len(str(model)) < 200
 
 
-def test_a_gguf_is_told_with_the_way_out(tmp_path: Path) -> None:
-    file = tmp_path / "model-q4.gguf"
-    file.write_bytes(b"GGUF")
-    for given in (file, tmp_path):
-        with pytest.raises(BackboneError, match=r"is GGUF, which is not read.*gguf_file='model-q4.gguf'"):
-            load_backbone(given)
-
-
 @pytest.mark.parametrize("device", ["mps", "gpu", "tpu", "xla", "meta", "cuda:97", "cpu:3", "cuda:-1", "", "mps:0"])
 def test_a_device_that_is_not_supported_is_told_before_anything_is_read(device: str) -> None:
     with pytest.raises(BackboneError, match=r"Device .*(expected auto, cpu, cuda|GPU\(s\)\. Use device='cpu')"):

@@ -93,7 +93,7 @@ class ModelSettings:
 
     __pydantic_config__ = _STRICT
 
-    name: Annotated[str, Setting("Local model folder or hub name.", flag="--model", letter="-m")]
+    name: Annotated[str, Setting("Local model folder, GGUF file or hub name.", flag="--model", letter="-m")]
     revision: Annotated[str | None, Setting("Commit of a hub model.", flag=None)] = None
     template: Template = "auto"
     layer: Annotated[

@@ -59,8 +59,8 @@ class StageContext:
 
     def model_stamp(self) -> Any:
         """What tells whether the model changed, without loading it: its files' sizes and times, or its hub revision."""
-        folders = [Path(name) for name in (self.recipe.model.name, self.recipe.model.adapter) if name]
-        files = [p for folder in folders if folder.is_dir() for p in sorted(folder.iterdir()) if p.is_file()]
+        places = [Path(name) for name in (self.recipe.model.name, self.recipe.model.adapter) if name]
+        files = [p for at in places for p in (sorted(at.iterdir()) if at.is_dir() else [at]) if p.is_file()]
         return [asdict(self.recipe.model), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
 
     def once(self, stage: str, inputs: dict[str, Any], outputs: list[str], work: Callable[[], Any]) -> None:

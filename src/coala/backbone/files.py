@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from coala.backbone.checkpoint import INDEX, WEIGHTS, read_json, shards, weights_digest
+from coala.backbone.checkpoint import INDEX, WEIGHTS, read_json, shards
+from coala.backbone.checkpoint import weights_digest as checkpoint_digest
+from coala.backbone.gguf import check_gguf, gguf_digest, is_gguf, only_gguf
 from coala.backbone.network import BackboneError
 from coala.permission import DOWNLOAD_FLAG, permission
 
-__all__ = ["check_config", "check_files", "find", "has_tokenizer", "read_json", "weights_digest"]
+__all__ = ["check_config", "check_files", "find", "has_tokenizer", "located", "read_json", "weights_digest"]
 
 
 class NotCached(BackboneError):
@@ -24,7 +26,7 @@ NEEDED = "config.json, model.safetensors (or its shards with model.safetensors.i
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Folder, the name to record, and the commit.
+# Folder (or GGUF file), the name to record, and the commit.
 FoundFiles = tuple[Path, str, str]
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 
@@ -39,17 +41,20 @@ def find(
 ) -> FoundFiles:
     """Folder, the name to record, and the commit (empty for a folder) of a model in a folder or on the hub.
 
+    A GGUF file stands for itself and for a folder that has no other model: the file then takes the folder's place.
     Without ``download`` a hub model has to be in the local cache, unless this invocation permits to fetch it.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:
             raise BackboneError(f"{model}: is a folder, which has no revisions. Leave revision out.")
+        return located(folder), model, ""
+    if is_gguf(folder):
+        if revision:
+            raise BackboneError(f"{model}: is a file, which has no revisions. Leave revision out.")
         return folder, model, ""
     if folder.exists():
-        if folder.suffix.lower() == ".gguf":
-            raise _gguf(folder.parent, folder.name)
-        raise BackboneError(f"{model}: is a file; expected a folder with {needed}.")
+        raise BackboneError(f"{model}: is a file; expected a GGUF file, or a folder with {needed}.")
     if not _HUB_NAME.fullmatch(model):
         raise BackboneError(
             f"{model}: no such folder. Expected a folder with {needed}, or a hub name like 'owner/model'."
@@ -78,24 +83,27 @@ def _from_hub(name: str, revision: str | None, needed: str, wanted: tuple[str, .
     return folder, name, folder.name
 
 
-def _gguf(folder: Path, name: str) -> BackboneError:
-    return BackboneError(
-        f"{folder / name}: is GGUF, which is not read; expected a folder with {NEEDED}. Fix: give the original model, "
-        f"or convert it: AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={name!r})"
-        ".save_pretrained(NEW), and the same with AutoTokenizer."
-    )
+def located(folder: Path) -> Path:
+    """A model folder, or the one GGUF file in a folder that has no other weights."""
+    if any((folder / name).is_file() for name in (WEIGHTS, INDEX, "adapter_config.json")):
+        return folder
+    return only_gguf(folder) or folder
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of what decides the weights of a model folder, or of a GGUF file."""
+    return gguf_digest(folder) if is_gguf(folder) else checkpoint_digest(folder)
 
 
 def check_files(folder: Path) -> dict[str, Any]:
-    """The stored configuration of a folder that has every file a model needs."""
+    """The stored configuration of a folder that has every file a model needs, or what a GGUF file says it is."""
+    if is_gguf(folder):
+        return {"model_type": check_gguf(folder).architecture}
     missing = []
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "the model it changes"
             raise BackboneError(f"{folder}: is an adapter of {base}. Give that as the model, and this as its adapter.")
-        gguf = sorted(path.name for path in folder.glob("*.gguf"))
-        if gguf:
-            raise _gguf(folder, gguf[0])
         missing.append("config.json")
     elif (folder / "adapter_config.json").is_file():
         # transformers would put it into the weights without a word.
@@ -143,4 +151,4 @@ def check_config(path: Path) -> dict[str, Any]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
+    return is_gguf(folder) or any((folder / name).is_file() for name in _TOKENIZERS)

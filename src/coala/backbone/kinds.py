@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from coala.backbone.gguf import amend, is_gguf, source, stamp
 from coala.backbone.network import BackboneError
 from coala.permission import CODE_FLAG, permission
 
@@ -35,11 +38,14 @@ def brief(error: BaseException, longest: int = 200) -> str:
 
 
 def read_config(where: Path, name: str, trust_remote_code: bool = False) -> tuple[Any, bool]:
-    """The configuration in a folder or config.json, and whether it is an encoder's."""
+    """The configuration in a folder, config.json or GGUF file, and whether it is an encoder's."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
+        if is_gguf(where):
+            config = copy.deepcopy(_of_gguf(where, stamp(where)))
+        else:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         raise _unread(where, name, error) from error
     if getattr(config, "is_encoder_decoder", False):
@@ -51,11 +57,24 @@ def read_config(where: Path, name: str, trust_remote_code: bool = False) -> tupl
     return config, encoder
 
 
+@lru_cache(maxsize=4)
+def _of_gguf(path: Path, _stamp: tuple[int, ...]) -> Any:
+    from transformers import AutoConfig
+
+    with source(path) as (folder, options):
+        return amend(AutoConfig.from_pretrained(folder, local_files_only=True, **options), path)
+
+
 def _unread(where: Path, name: str, error: Exception) -> BackboneError:
     from transformers import CONFIG_MAPPING, __version__
 
     from coala.backbone.checkpoint import read_json
 
+    if is_gguf(where):
+        return BackboneError(
+            f"{name}: transformers {__version__} cannot make a configuration of its header ({brief(error)}). Fix: "
+            "download it again, or update transformers."
+        )
     path = where if where.is_file() else where / "config.json"
     kind = read_json(path).get("model_type")
     if kind not in CONFIG_MAPPING:

@@ -1,4 +1,4 @@
-"""Load a model folder or hub model: its checkpoint checked, an adapter put in, its tokenizer read, its parts joined."""
+"""Load a model folder, GGUF file or hub model: checkpoint checked, adapter put in, tokenizer read, parts joined."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from coala.backbone.adapters import apply, check_base, find_adapter
-from coala.backbone.checkpoint import kind_of, read_json, stored, weight_files, weights_digest
+from coala.backbone.checkpoint import kind_of, read_json, stored, weight_files
 from coala.backbone.checks import check_cache, check_states, check_weights
-from coala.backbone.files import check_files, find
+from coala.backbone.files import check_files, find, weights_digest
+from coala.backbone.gguf import dense, is_gguf, read_header, source
 from coala.backbone.kinds import SUPPORTED, brief, encoder_options, read_config, refuse_foreign_code
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError, Network
@@ -44,7 +45,9 @@ def load_backbone(
     max_memory: MemoryLimits | None = None,
     download: bool = True,
 ) -> LanguageModel:
-    """Load a frozen model from a folder, or by its hub name at ``revision``.
+    """Load a frozen model from a folder, a GGUF file, or by its hub name at ``revision``.
+
+    The weights of a GGUF file are dequantised to ``dtype``; its tokenizer and chat template are the file's.
 
     Decoder-only models and encoders (for features only) are supported. ``device``: ``auto``, ``cpu``, ``cuda``, ...,
     or ``offload``, which fills the first GPU, then memory, then reads from disk whatever is left (by accelerate; slow,
@@ -75,6 +78,8 @@ def load_backbone(
             "Merge it and save the whole: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)."
         )
     refuse_foreign_code(config, name, trusted)
+    if is_gguf(folder):
+        _check_gguf_options(name, placement)
     weights = weights_digest(folder)
     if adapted:
         check_base(adapted, name, commit, weights)
@@ -97,7 +102,22 @@ def load_backbone(
     if changes:
         weights = hashlib.sha256("\n".join([weights, *changes]).encode()).hexdigest()
     name = f"{name}+{adapted.name}" if adapted else name
-    return LanguageModel(network, renderer, name=name, revision=commit, weights=weights, generates=generates)
+    notes: tuple[str, ...] = ()
+    if is_gguf(folder):
+        numbers = str(placement.dtype).removeprefix("torch.")
+        notes = (f"The weights are GGUF, {read_header(folder).quantisation}, dequantised to {numbers}.",)
+    return LanguageModel(
+        network, renderer, name=name, revision=commit, weights=weights, generates=generates, notes=notes
+    )
+
+
+def _check_gguf_options(name: str, placement: Placement) -> None:
+    found = f"quantise={placement.quantise!r}" if placement.quantise else "device='offload'"
+    if placement.quantise or placement.device is None:
+        raise BackboneError(
+            f"{name}: is GGUF, whose weights are dequantised onto one device; found {found}. Fix: leave that out, with "
+            "dtype='bfloat16' for half the memory, or give the original model."
+        )
 
 
 def check_asked(
@@ -175,8 +195,7 @@ def _load(
     from transformers import AutoModel, AutoModelForCausalLM
 
     config, encoder = read_config(folder, name, trust_remote_code)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True, "config": config}
-    options |= {"use_safetensors": True, "output_loading_info": True, **placement.options()}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "config": config, **placement.options()}
     options |= encoder_options(config) if encoder else {}
     kind = AutoModel if encoder else AutoModelForCausalLM
     _check_size(kind, config, folder, name, trust_remote_code)
@@ -219,7 +238,11 @@ def _check_size(kind: Any, config: Any, folder: Path, name: str, trust_remote_co
     """Refuse a configuration of a far larger model than the checkpoint holds, before memory is taken for it."""
     import torch
 
-    held = sum(math.prod(tensor.shape) for path in weight_files(folder) for tensor in stored(path))
+    held = (
+        read_header(folder).numbers
+        if is_gguf(folder)
+        else sum(math.prod(tensor.shape) for path in weight_files(folder) for tensor in stored(path))
+    )
     try:
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
@@ -237,15 +260,29 @@ def _check_size(kind: Any, config: Any, folder: Path, name: str, trust_remote_co
         )
 
 
+def pretrained(kind: Any, where: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """``kind.from_pretrained`` of a model folder or a GGUF file, dequantised, with what it says of the loading."""
+    options = {"local_files_only": True, "output_loading_info": True, **options}
+    if not is_gguf(where):
+        model, info = kind.from_pretrained(where, use_safetensors=True, **options)
+        return model, info
+    from transformers import GgufConfig
+
+    unpacked = {"config": read_config(where, str(where))[0], "quantization_config": GgufConfig(dequantize=True)}
+    with source(where) as (folder, file):
+        model, info = kind.from_pretrained(folder, **file, **unpacked | options)
+    model.config.name_or_path = str(where)
+    return dense(model), info
+
+
 def _from_pretrained(kind: Any, folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     # Flash kernels refuse the tree mask; eager is there for the few models without the fused kernel.
     try:
-        model, info = kind.from_pretrained(folder, attn_implementation="sdpa", **options)
+        return pretrained(kind, folder, {"attn_implementation": "sdpa", **options})
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        model, info = kind.from_pretrained(folder, attn_implementation="eager", **options)
-    return model, info
+        return pretrained(kind, folder, {"attn_implementation": "eager", **options})
 
 
 def _network(model: Any, name: str, encoder: bool) -> Network:
@@ -264,11 +301,14 @@ def _network(model: Any, name: str, encoder: bool) -> Network:
 
 
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model folder; :class:`BackboneError`, which calls the model ``name``, if there is none."""
+    """The tokenizer of a model folder or GGUF file; :class:`BackboneError`, which calls the model ``name``, without."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with source(folder) as (place, file):
+            options = {"local_files_only": True, "trust_remote_code": trust_remote_code, **file}
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        tokenizer.name_or_path = str(folder)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"tokenizer_class names a {type(tokenizer).__name__}")
         if not tokenizer.encode("a", add_special_tokens=False):

@@ -29,12 +29,21 @@ class LanguageModel:
     """
 
     def __init__(
-        self, network: Network, renderer: Renderer, *, name: str, revision: str, weights: str, generates: bool
+        self,
+        network: Network,
+        renderer: Renderer,
+        *,
+        name: str,
+        revision: str,
+        weights: str,
+        generates: bool,
+        notes: Sequence[str] = (),
     ) -> None:
         self._network = network
         self._renderer = renderer
         self.name, self.revision, self.weights = name, revision, weights
         self.generates = generates
+        self._notes = tuple(notes)
 
     @cached_property
     def template(self) -> str:
@@ -173,7 +182,7 @@ class LanguageModel:
         """How conversations are read, in lines for a user: template, layer, pooling, oddities, ``pair`` as written."""
         kind = self._renderer.kind
         layer = "the embedding" if spec.layer == 0 else f"layer {spec.layer} of {self.n_layers}"
-        lines = [f"reads: {kind} template, {layer}, pooling {spec.pooling}", *self._renderer.notes]
+        lines = [f"reads: {kind} template, {layer}, pooling {spec.pooling}", *self._notes, *self._renderer.notes]
         if pair is not None:
             row = self.render(pair.prompt, pair.chosen, max_tokens=spec.max_tokens, ends_with_eos=spec.ends_with_eos)
             prompt, reply = (

@@ -1,4 +1,4 @@
-"""A model known from its config.json alone: sizes, context and cost, no weight read or stored."""
+"""A model known from its config.json or GGUF header alone: sizes, context and cost, no weight read or stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from coala.backbone.files import check_config, find
+from coala.backbone.files import check_config, check_files, find
+from coala.backbone.gguf import is_gguf
 from coala.backbone.kinds import brief, encoder_options, read_config, refuse_foreign_code
 from coala.backbone.load import quiet
 from coala.backbone.network import BackboneError, Network
@@ -61,18 +62,20 @@ class Outline:
 def outline(model: str | Path, revision: str | None = None) -> Outline:
     """The outline of a model folder, a config.json, or a hub name at ``revision``, of which config.json alone is read.
 
+    Of a GGUF file it is the header.
+
     The model is built without storage and run on one token. Raises :class:`BackboneError` for what
     :func:`coala.backbone.load_backbone` would refuse by its configuration.
     """
     path = Path(model).expanduser()
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         place, name = path, str(path)
     else:
         folder, name, _ = find(str(model), revision, needed="config.json", wanted=("config.json",))
-        place = folder / "config.json"
+        place = folder if folder.is_file() else folder / "config.json"
     if not place.is_file():
         raise BackboneError(f"{name}: has no config.json, which is all that an outline needs.")
-    refuse_foreign_code(check_config(place), name)
+    refuse_foreign_code(check_files(place) if is_gguf(place) else check_config(place), name)
     with quiet():
         config, encoder = read_config(place, name, permission().code)
         try:

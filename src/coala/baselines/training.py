@@ -20,6 +20,8 @@ from typing import Any, cast
 import torch
 
 from coala.backbone import LanguageModel, load_backbone
+from coala.backbone.files import located
+from coala.backbone.gguf import is_gguf
 from coala.baselines import trl_adapter
 from coala.baselines.rows import PairRows, render_pairs
 from coala.baselines.settings import BaselineMethod, Lora, TrainSettings, check_method
@@ -119,6 +121,7 @@ def train(
     trl_adapter.require(settings)
     if device not in ("auto", "cpu"):
         raise CoalaError(f"device is {device!r}; expected auto (a GPU if there is one) or cpu.")
+    _refuse_gguf(model)
     base = _Base.of(model, revision, template, trust_remote_code, pairs, eval_pairs, settings)
     run = RunFolder(out)
     about = {
@@ -142,6 +145,15 @@ def train(
         outputs = [WEIGHTS, HEAD] if method == "reward" else [WEIGHTS]
         run.finish(STAGE, about, outputs, facts)
     return load_trained(run.path)
+
+
+def _refuse_gguf(model: str | Path) -> None:
+    if is_gguf(located(Path(model).expanduser())):
+        raise CoalaError(
+            f"{model}: is GGUF, which TRL does not train; expected a model folder. Fix: write one of its dequantised "
+            f"weights: m = coala.backbone.load_backbone({str(model)!r}), m.transformer.save_pretrained(NEW) and "
+            "m.tokenizer.save_pretrained(NEW)."
+        )
 
 
 def load_trained(folder: str | Path) -> Trained:

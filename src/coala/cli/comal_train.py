@@ -54,7 +54,9 @@ class LoRAFlags:
 
 @with_settings
 def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or a run (align or comal).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, GGUF file, hub name, or a run (align or comal).")
+    ],
     prompts: Annotated[
         Path | None,
         typer.Argument(metavar="PROMPTS", help="Prompts (.txt, .jsonl, ...) or pairs; a COALA run has its own."),

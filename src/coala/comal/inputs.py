@@ -75,7 +75,7 @@ def whole_model(run: Path) -> Path:
 
 def _located(model: str) -> str:
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
+    return str(path.resolve()) if path.exists() else model
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------

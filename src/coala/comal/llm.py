@@ -64,7 +64,7 @@ def load_policy(
     dtype: str = "float32",
     download: bool = True,
 ) -> LanguagePolicy:
-    """A causal language model and its tokenizer from a folder or the hub, ready to be trained.
+    """A causal language model and its tokenizer from a folder, a GGUF file or the hub, ready to be trained.
 
     ``download=False`` reads hub models from the local cache alone, for names that were found in a file. Raises
     :class:`CoalaError` for pickled weights, for a model with code of its own and for what is no model.
@@ -74,7 +74,7 @@ def load_policy(
 
     from coala.backbone.files import check_files, find
     from coala.backbone.kinds import refuse_foreign_code
-    from coala.backbone.load import load_tokenizer
+    from coala.backbone.load import load_tokenizer, pretrained
 
     require_training()
     if dtype not in DTYPES:
@@ -84,13 +84,12 @@ def load_policy(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(folder, name, permission().code)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True, "local_files_only": True}
     # Said either way, or transformers asks on the terminal.
-    options |= {"trust_remote_code": permission().code}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": permission().code}
     kind: Any = AutoModelForCausalLM
     try:
         with _quiet():
-            loaded, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+            loaded, info = pretrained(kind, folder, options)
     except Exception as error:  # transformers raises whatever its models do
         raise CoalaError(f"{name}: cannot be loaded as a causal model ({type(error).__name__}: {error}).") from error
     unset = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})

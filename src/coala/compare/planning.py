@@ -80,7 +80,7 @@ class _Place:
     def config(self) -> Iterator[Path | None]:
         """A config.json of the model, if the study brings one and the model is not here."""
         model = self.study.models[self.model]
-        if model.config is None or Path(model.path).is_dir():
+        if model.config is None or Path(model.path).exists():
             yield None
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -151,12 +151,13 @@ class _Place:
 
     @cached_property
     def counts(self) -> Counts:
-        from coala.backbone.files import has_tokenizer
+        from coala.backbone.files import has_tokenizer, located
         from coala.plan.tokens import count
 
-        folder = Path(self.study.models[self.model].path)
+        place = Path(self.study.models[self.model].path)
         guess, rows = self.guess
-        tokenizer = folder if folder.is_dir() and has_tokenizer(folder) else None
+        folder = located(place) if place.is_dir() else place
+        tokenizer = folder if has_tokenizer(folder) else None
         return count(self.recipe(), self.outline, tokenizer=tokenizer, guess=guess, rows=rows)
 
     def head_plan(self, method: StudyMethod) -> RunPlan:

@@ -1,7 +1,7 @@
 """What a run will cost, before any of it is done: tokens, FLOPs, memory, disk and time; and what cannot fit.
 
-Sizes come from the model's config.json, tokens from its tokenizer where there is one, seconds from a short probe where
-its weights are here. Every formula is one of :mod:`coala.costs`; nothing is written.
+Sizes come from the model's config.json or GGUF header, tokens from its tokenizer where there is one, seconds from a
+short probe where its weights are here. Every formula is one of :mod:`coala.costs`; nothing is written.
 """
 
 from __future__ import annotations
@@ -196,15 +196,16 @@ def make_plan(
 def _place(recipe: Recipe, config: Path | None) -> tuple[Path | None, bool]:
     """A folder with the model's tokenizer, if there is one, and whether the weights are here; fetches no weights."""
     from coala.backbone.files import find, has_tokenizer
+    from coala.backbone.gguf import is_gguf
 
     name = recipe.model.name
     if config is not None:
-        folder = Path(name) if Path(name).is_dir() else config.parent
+        folder = Path(name) if Path(name).exists() else config.parent
     else:
         small = ("*.json", "*.jinja", "*.model", "*.txt")
         folder = find(name, recipe.model.revision, needed="config.json", wanted=small)[0]
     adapter = Path(recipe.model.adapter) if recipe.model.adapter else None
-    weights = any(folder.glob("*.safetensors"))
+    weights = is_gguf(folder) or any(folder.glob("*.safetensors"))
     for place in (adapter, folder):
         if place is not None and has_tokenizer(place):
             return place, weights
