@@ -18,6 +18,7 @@ from coala.backbone.kinds import SUPPORTED, brief, encoder_options, read_config,
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError, Network
 from coala.backbone.placement import MemoryLimits, Placement, place
+from coala.backbone.silence import quiet
 from coala.backbone.template import Renderer
 from coala.permission import permission
 
@@ -349,20 +350,3 @@ def stop_tokens(stored: Any, tokenizer: Any) -> frozenset[int]:
                 )
             found.add(token)
     return frozenset(found)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars or load reports: what matters is checked and raised. The caller's settings are put back."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicCache
 from coala.backbone.files import check_config, check_files, find
 from coala.backbone.gguf import is_gguf
 from coala.backbone.kinds import brief, encoder_options, read_config, refuse_foreign_code
-from coala.backbone.load import quiet
 from coala.backbone.network import BackboneError, Network
 from coala.backbone.placement import DTYPES, QUANTISED
+from coala.backbone.silence import quiet
 from coala.costs import Shape
 from coala.permission import permission
 

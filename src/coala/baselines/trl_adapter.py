@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coala.backbone.load import quiet
+from coala.backbone.silence import quiet
 from coala.baselines.rows import PairRows, collate_pairs, columns
 from coala.baselines.settings import GPT2_TARGETS, TARGETS, BaselineMethod, Lora, TrainSettings
 from coala.values import CoalaError

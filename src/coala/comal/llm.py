@@ -392,7 +392,7 @@ def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    from coala.backbone.load import quiet
+    from coala.backbone.silence import quiet
 
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -194,7 +194,7 @@ def _reward(folder: str, device: str) -> Named:
 
     from coala.backbone.files import check_files, weights_digest
     from coala.backbone.kinds import brief, refuse_foreign_code
-    from coala.backbone.load import quiet
+    from coala.backbone.silence import quiet
     from coala.comal.model_oracles import from_reward_model
     from coala.permission import permission
     from coala.values import CoalaError

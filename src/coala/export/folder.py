@@ -137,7 +137,7 @@ def public_spec(spec: FeatureSpec) -> FeatureSpec:
 
 
 def _save(network: Any, backbone: LanguageModel, work: Path) -> None:
-    from coala.backbone.load import quiet
+    from coala.backbone.silence import quiet
 
     with quiet():
         network.save_pretrained(work)
@@ -278,7 +278,7 @@ def _load_linear_head(work: Path, backbone: LanguageModel, head: ConvexHead) -> 
 
 
 def _read_back(kind: Any, work: Path, backbone: LanguageModel) -> Any:
-    from coala.backbone.load import quiet
+    from coala.backbone.silence import quiet
 
     with quiet():
         model, info = kind.from_pretrained(

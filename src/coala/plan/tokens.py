@@ -266,7 +266,8 @@ def _reader(
     if tokenizer is None:
         how = f"about: characters / {CHARACTERS_PER_TOKEN}, for there is no tokenizer here"
         return _Guessed(shares, outline.context, None), how
-    from coala.backbone.load import load_tokenizer, quiet
+    from coala.backbone.load import load_tokenizer
+    from coala.backbone.silence import quiet
     from coala.backbone.template import Renderer
 
     with quiet():
