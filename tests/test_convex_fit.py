@@ -435,6 +435,7 @@ def test_a_margin_raises_the_differences() -> None:
     np.testing.assert_allclose(each.linear, wide.linear, rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_two_phase_head() -> None:
     features = linear_features()
     result = fit(features, method="two-phase", n_patterns=8, loss=Logistic(margin=0.2))

@@ -147,6 +147,7 @@ def bodies(page: Page, path: str) -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_guided_and_unguided_side_by_side(browser: Any, served_run: Path) -> None:
     from coala.alignment import load_parts
     from coala.decoding import generate
