@@ -125,7 +125,7 @@ FLAWS = ("duplicate rows", "zero features", "constant columns", "equal labels", 
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     shape=st.sampled_from([(8, 12, 3), (20, 4, 5)]),
     seed=st.integers(0, 2**16),

@@ -68,7 +68,7 @@ def test_it_ends_in_order_and_says_what_it_did(served_run: Path) -> None:
     with There(served_run, "--grace", "300", COALA_API_KEY=key) as there:
         bearer = {"Authorization": f"Bearer {key}"}
         assert httpx.get(f"{there.url}/v1/models").status_code == 401
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "stream": True}
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 160, "stream": True}
         done: dict[str, Any] = {}
         with (
             httpx.stream("POST", f"{there.url}/v1/chat/completions", json=body, headers=bearer) as answer,
@@ -82,13 +82,13 @@ def test_it_ends_in_order_and_says_what_it_did(served_run: Path) -> None:
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         written = sum('"delta": {"content"' in line for line in rest)
-        assert written > 100  # it was far from its end when it was told to end
+        assert written > 60  # it was far from its end when it was told to end
         ending.join(PATIENCE)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{there.url}/healthz")
         assert done["served"] == "tiny"
         assert done["requests"] >= 3
-        assert done["tokens"] >= 400
+        assert done["tokens"] >= 160
         assert "Traceback" not in there.log
         assert key not in there.log
 
