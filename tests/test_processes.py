@@ -179,3 +179,30 @@ def test_none_outlives_its_parent_however_that_ends(tmp_path: Path, end: signal.
     wait_for(lambda: not any(map(alive, pids)))
     assert first.returncode == -end
     assert said.count("Traceback") == (end == signal.SIGINT)
+
+
+def chatter(parent: Parent) -> None:
+    parent.tell(os.getpid())
+    while True:
+        parent.tell("x" * 1000)
+
+
+CHAT = """
+import time
+from coala.processes import Child
+from tests.test_processes import chatter
+if __name__ == "__main__":
+    with Child(chatter) as child:
+        print(child.hear(), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_who_is_telling_when_its_parent_dies_ends_without_a_word() -> None:
+    told = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", CHAT], **told)  # type: ignore[call-overload]
+    pid = int(first.stdout.readline())
+    first.kill()
+    _, said = first.communicate(timeout=PATIENCE)
+    wait_for(lambda: not alive(pid))
+    assert said == ""

@@ -115,8 +115,11 @@ class Parent:
 
     def tell(self, message: Any) -> None:
         # Up to 4 KiB a pipe takes whole or not at all: who is killed at it leaves nothing half told.
-        self._to.write(pickle.dumps(message))
-        self._to.flush()
+        try:
+            self._to.write(pickle.dumps(message))
+            self._to.flush()
+        except BrokenPipeError:
+            os._exit(1)  # nobody is left to tell; the watcher was about to say so
 
     def asked(self) -> Any:
         """What :meth:`Child.ask` was given next; waited for."""
