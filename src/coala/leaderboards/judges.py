@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from coala.evaluation.judges import Instructions, Judge, OpenAIJudge
     from coala.store.verdict_cache import VerdictCache
     from coala.values import Generation, Turn
+
+    Making = Callable[[VerdictCache], tuple[Judge, Mapping[str, Any]]]  # a judge and what a record tells of it
 
 VERDICTS = "verdicts.sqlite"
 
@@ -108,10 +110,17 @@ def asking(
     instructions: Instructions, local: str | None, service: Service, cache: Path, note: OnNote = quiet
 ) -> Chosen:
     """The judge that asks a model as ``instructions`` say: the one loaded here, or one behind an endpoint."""
-    if local is not None:
-        return _local(local, instructions, service, cache, note)
-    judge, kept = chat_judge(instructions, service, cache, note)
-    return Chosen(judge, kept, chat_facts(judge), sees_prompts=True, is_local=False)
+    from coala.store.verdict_cache import open_cache
+
+    # What is wrong with a model or a key is told before a file is made.
+    make = _served(instructions, service, note) if local is None else _local(local, instructions, service)
+    kept = open_cache(cache, note)
+    try:
+        judge, facts = make(kept)
+    except BaseException:
+        kept.close()
+        raise
+    return Chosen(judge, kept, facts, sees_prompts=True, is_local=local is not None)
 
 
 def kept_beside(replies: Path, out: Path, note: OnNote = quiet) -> Path:
@@ -146,12 +155,9 @@ def _told_of(instructions: Instructions) -> dict[str, Any]:
     }
 
 
-def chat_judge(
-    instructions: Instructions, service: Service, cache: Path, note: OnNote = quiet
-) -> tuple[OpenAIJudge, VerdictCache]:
+def _served(instructions: Instructions, service: Service, note: OnNote) -> Making:
     from coala.endpoint import bare, is_loopback
     from coala.evaluation.judges import Budget, OpenAIJudge, Patience
-    from coala.store.verdict_cache import open_cache
     from coala.values import CoalaError
 
     key = service.key
@@ -163,8 +169,8 @@ def chat_judge(
     address = service.base_url or ""
     if key and address.startswith("http://") and not is_loopback(address):
         note(f"warning: the key in {service.key_env} goes to {bare(address)} unencrypted. Use https if it is a secret.")
-    kept = open_cache(cache, note)
-    try:
+
+    def make(kept: VerdictCache) -> tuple[Judge, Mapping[str, Any]]:
         judge = OpenAIJudge(
             instructions,
             model=service.model,
@@ -177,17 +183,15 @@ def chat_judge(
             budget=Budget(service.max_calls, service.max_tokens),
             headers=service.headers,
         )
-    except BaseException:
-        kept.close()
-        raise
-    return judge, kept
+        return judge, chat_facts(judge)
+
+    return make
 
 
-def _local(name: str, instructions: Instructions, service: Service, cache: Path, note: OnNote) -> Chosen:
+def _local(name: str, instructions: Instructions, service: Service) -> Making:
     from coala.backbone import load_backbone
     from coala.decoding import log_likelihood
     from coala.evaluation.judges import ChatJudge, JudgeFailure, LocalEndpoint
-    from coala.store.verdict_cache import open_cache
     from coala.values import CoalaError, Pair
 
     if service.sampling:
@@ -204,10 +208,12 @@ def _local(name: str, instructions: Instructions, service: Service, cache: Path,
     spec = model.spec()
     # The model by its content: a folder that was moved judges nothing again, one that was changed does.
     endpoint = LocalEndpoint(instructions, log_probs, f"local {spec.weights} {spec.template} {model.max_tokens}")
-    kept = open_cache(cache, note)
-    judge = ChatJudge(instructions, endpoint, model=Path(name).name, keeper=kept, ask_again=service.ask_again)
-    facts = {"name": judge.name, "model": name, "weights": spec.weights, **_told_of(instructions)}
-    return Chosen(judge, kept, facts, sees_prompts=True)
+
+    def make(kept: VerdictCache) -> tuple[Judge, Mapping[str, Any]]:
+        judge = ChatJudge(instructions, endpoint, model=Path(name).name, keeper=kept, ask_again=service.ask_again)
+        return judge, {"name": judge.name, "model": name, "weights": spec.weights, **_told_of(instructions)}
+
+    return make
 
 
 def _head(run: Path) -> Chosen:
