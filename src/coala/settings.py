@@ -26,7 +26,6 @@ class Setting:
     help: str
     flag: str | None = ""
     letter: str = ""
-    metavar: str | None = None
 
 
 @dataclass(frozen=True)

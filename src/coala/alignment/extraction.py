@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.features.prefix_tree import PrefixTree
 
-# How a sample of pairs is announced that all layers are tried on.
-OF_A_SAMPLE = "pairs of a sample, all layers"
-
 
 @dataclass(frozen=True)
 class Extracted:
@@ -96,20 +93,36 @@ def _chosen_layer(
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     """What ``layer.json`` says; the layer is chosen once: what resumes a killed run reads the same."""
-    from coala.alignment.layer_choice import choose_layer
-
     path = out / "layer.json"
     if not path.exists():
-        choice = choose_layer(
-            pairs,
-            backbone,
-            spec,
-            plan=plan,
-            batch_tokens=model.batch_tokens,
-            on_batch=lambda done, total, tokens: on_progress("layer", done, total, OF_A_SAMPLE),
-        )
-        save_json(path, choice.to_dict())
+        save_layer(path, pairs, backbone, spec, plan, model, on_progress=on_progress)
     return load_object(path, "layer", "scores", "told")
+
+
+def save_layer(
+    path: Path,
+    pairs: Sequence[Pair],
+    backbone: LanguageModel,
+    spec: FeatureSpec,
+    plan: PrefixTree,
+    model: ModelSettings,
+    *,
+    seed: int = 0,
+    on_progress: OnProgress,
+) -> None:
+    """Choose the layer on a sample of ``pairs`` and write what it is worth beside the others to ``path``."""
+    from coala.alignment.layer_choice import choose_layer
+
+    choice = choose_layer(
+        pairs,
+        backbone,
+        spec,
+        plan=plan,
+        batch_tokens=model.batch_tokens,
+        seed=seed,
+        on_batch=lambda done, total, tokens: on_progress("layer", done, total, "pairs of a sample, all layers"),
+    )
+    save_json(path, choice.to_dict())
 
 
 def encode(

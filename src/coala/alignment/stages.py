@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coala.alignment.context import StageContext
-from coala.alignment.extraction import OF_A_SAMPLE, encode
+from coala.alignment.extraction import encode, save_layer
 from coala.alignment.fitting import fit_settings
 from coala.alignment.parts import guidance_of
 from coala.costs import decoding_flops, extraction_flops, head_flops
@@ -177,7 +177,7 @@ def _features(context: StageContext) -> None:
 
 def _layer(context: StageContext) -> int:
     """The layer asked for, or the one that a sample of the training pairs speaks for."""
-    from coala.alignment.layer_choice import SHARE, choose_layer
+    from coala.alignment.layer_choice import SHARE
     from coala.features import survey
 
     model = context.recipe.model
@@ -191,16 +191,8 @@ def _layer(context: StageContext) -> int:
         spec = backbone.spec(-1, model.pooling, model.ends_with_eos, model.max_tokens)
         # The rows are those of the extraction, whatever its layer.
         context.loaded["plan"] = plan = survey(pairs, backbone, spec, prompt_features=context.recipe.prompt_features)
-        choice = choose_layer(
-            pairs,
-            backbone,
-            spec,
-            plan=plan,
-            batch_tokens=model.batch_tokens,
-            seed=context.recipe.seed,
-            on_batch=lambda done, total, tokens: context.show("layer", done, total, OF_A_SAMPLE),
-        )
-        save_json(context.path("layer.json"), choice.to_dict())
+        path, seed = context.path("layer.json"), context.recipe.seed
+        save_layer(path, pairs, backbone, spec, plan, model, seed=seed, on_progress=context.show)
 
     inputs = {"pairs": file_digest(source), "model": context.model_stamp(), "share": SHARE}
     context.once("layer", inputs, ["layer.json"], work)

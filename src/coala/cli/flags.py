@@ -107,7 +107,7 @@ def _annotation(name: str, hint: Any, setting: Setting, optional: bool) -> Any:
     """A type and option for typer: bounds and choices from the type, words from the setting."""
     forms, marks = taken_apart(hint)
     names = [setting.flag or "--" + name.replace("_", "-"), *filter(None, [setting.letter])]
-    option: dict[str, Any] = {"help": setting.help, "metavar": setting.metavar}
+    option: dict[str, Any] = {"help": setting.help}
     words = [word for form in forms if get_origin(form) is Literal for word in get_args(form)]
     kinds = [form for form in forms if get_origin(form) is not Literal and form is not NoneType]
     spellings = next((one for one in marks if isinstance(one, Spellings)), None)

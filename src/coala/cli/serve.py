@@ -14,7 +14,6 @@ from coala.messages import CoalaError
 from coala.serve.limits import Limits
 
 KEY = "COALA_API_KEY"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SHORTEST_KEY = 16
 
 
@@ -49,8 +48,9 @@ def serve(
         from coala.serve.app import Served, create_app
         from coala.serve.memory import settle
         from coala.web.listening import listen, server
-    key = _key(host, api_key_env, no_key)
+        from coala.web.strangers import LOOPBACK
     local = host in LOOPBACK
+    key = _key(host, api_key_env, anyone=local or no_key)
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
     with listen(host, port) as listening:
         backbone, head, guidance = load_parts(run)
@@ -70,15 +70,15 @@ def serve(
     emit({"served": served.name, "requests": app.state.observed.n_requests, "tokens": app.state.observed.n_tokens})
 
 
-def _key(host: str, api_key_env: str, no_key: bool) -> str | None:
-    """The key that requests must bring, from the environment; none where only this machine can ask."""
+def _key(host: str, api_key_env: str, *, anyone: bool) -> str | None:
+    """The key that requests must bring, from the environment; it may lack where ``anyone`` who reaches us may ask."""
     key = os.environ.get(api_key_env)
     if key is not None and (len(key) < SHORTEST_KEY or not key.isascii() or key != key.strip()):
         raise CoalaError(
             f"{api_key_env} holds {len(key)} characters; expected at least {SHORTEST_KEY} of ASCII without spaces at "
             "the ends, hard to guess."
         )
-    if host not in LOOPBACK and key is None and not no_key:
+    if key is None and not anyone:
         raise CoalaError(
             f"{host} can be reached by others and there is no key. Set {api_key_env}, or say --no-key if everyone who "
             "can reach it may use it."
