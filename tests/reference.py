@@ -150,3 +150,20 @@ def naive_logistic(X: np.ndarray, y: np.ndarray, weight: np.ndarray, l1: float, 
         objective, np.zeros(2 * k), jac=True, method="L-BFGS-B", bounds=[(0, None)] * (2 * k), options=options
     )
     return np.asarray(found.x[:k] - found.x[k:])
+
+
+def solve_output(steps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, float]], ridge: float) -> tuple[float, Any]:
+    """Optimal value, less that of no change, and change of the output-layer program.
+
+    A step is (rows of the output layer, state, target, weight).
+    """
+    import cvxpy as cp
+
+    d = len(steps[0][1])
+    change = cp.Variable((d, d))
+    total, none = ridge / 2 * cp.sum_squares(change), 0.0
+    for rows, state, target, weight in steps:
+        z, base = rows @ (state + change @ state), rows @ state
+        total += weight * (cp.log_sum_exp(z) - target @ z)
+        none += weight * (np.logaddexp.reduce(base) - target @ base)
+    return _solve(cp.Problem(cp.Minimize(total))) - none, change.value

@@ -166,8 +166,8 @@ class Certificate:
 
     @property
     def relative_gap(self) -> float:
-        """Gap over objective; 0 for an objective of 0."""
-        return self.gap / self.objective if self.objective > 0 else 0.0
+        """Gap over the size of the objective; 0 for an objective of 0."""
+        return self.gap / abs(self.objective) if self.objective else 0.0
 
     def __str__(self) -> str:
         return (

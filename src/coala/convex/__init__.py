@@ -7,6 +7,9 @@ from coala.convex.calibration import fit_temperature, least_slope
 from coala.convex.fit import Fit, fit
 from coala.convex.gate_sampling import sample_patterns
 from coala.convex.newton import GatedNewton
+from coala.convex.output_fit import OutputFit, fit_output
+from coala.convex.output_layer import OutputProgram
+from coala.convex.output_solver import OutputLBFGS
 from coala.convex.pairwise import PairProgram
 from coala.convex.papers.barrier import Barrier
 from coala.convex.papers.cronos import Cronos
@@ -32,6 +35,9 @@ __all__ = [
     "Logistic",
     "Nesterov",
     "NetworkSolution",
+    "OutputFit",
+    "OutputLBFGS",
+    "OutputProgram",
     "PairLoss",
     "PairProgram",
     "PatternGeneration",
@@ -45,6 +51,7 @@ __all__ = [
     "certify",
     "finetune",
     "fit",
+    "fit_output",
     "fit_temperature",
     "largest_sparsity",
     "least_slope",

@@ -25,6 +25,7 @@ from coala.store.files import (
     working_folder,
     write_atomic,
 )
+from coala.store.policies import load_policy, save_policy
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
     load_generations,
@@ -56,6 +57,7 @@ __all__ = [
     "load_lines",
     "load_object",
     "load_pairs",
+    "load_policy",
     "plain",
     "read_as",
     "save_features",
@@ -65,6 +67,7 @@ __all__ = [
     "save_judgements",
     "save_lines",
     "save_pairs",
+    "save_policy",
     "scratch",
     "worded",
     "working_folder",

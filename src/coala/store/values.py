@@ -88,7 +88,7 @@ def load_head(folder: Path) -> ConvexHead:
             gate_on=about.get("gate_on", "reply"),
             temperature=about.get("temperature", 1.0),
             least_slope=about.get("least_slope"),
-            certificate=_certificate(about["certificate"]),
+            certificate=certificate_of(about["certificate"]),
         )
 
 
@@ -99,7 +99,8 @@ def read_spec(row: Mapping[str, Any]) -> FeatureSpec:
     return FeatureSpec(**row)
 
 
-def _certificate(row: Mapping[str, Any] | None) -> Certificate | None:
+def certificate_of(row: Mapping[str, Any] | None) -> Certificate | None:
+    """A certificate as it was saved, by this version or an older one; None for none."""
     if not row:
         return None
     names = {f.name for f in fields(Certificate)}

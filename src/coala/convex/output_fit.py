@@ -1,0 +1,234 @@
+"""From states to a change of the output layer: ridge and rank by held-out prompts, then a fit with a certificate.
+
+The one way in from outside; ``output_layer.py`` has the program, ``docs/derivations/output_layer.md`` the proofs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from coala.convex.output_data import OutputData, SupportKind
+from coala.convex.output_solver import OutputLBFGS
+from coala.convex.solvers import Solution, certify, solve
+from coala.convex.validation import grouped_folds, rising_twice
+from coala.policies import DistilStates
+from coala.statistics.intervals import clustered
+from coala.values import Certificate, CoalaError
+
+# Ridges that are tried, as shares of the trace of the losses' Hessian at no change.
+RIDGES = tuple(10.0 ** (-k / 2) for k in range(5, 14))
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+PATH_TOLERANCE = 1e-2
+FOLDS = 5  # one of them is held out
+
+Progress = Callable[[str, int, "int | None", dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class OutputFit:
+    """A = ``left`` ``right``, (d, r) and (r, d), or ``left`` alone; what was proved of it and how it was chosen.
+
+    ``path`` has a row for every ridge and rank that was tried, with its loss on held-out prompts.
+    """
+
+    left: Float[np.ndarray, "d r"]
+    right: Float[np.ndarray, "r d"] | None
+    ridge: float
+    certificate: Certificate
+    path: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def change(self) -> Float[np.ndarray, "d d"]:
+        return self.left if self.right is None else self.left @ self.right
+
+
+def fit_output(
+    states: DistilStates,
+    output: Float[np.ndarray, "V d"],
+    *,
+    support: SupportKind = "nucleus",
+    ridge: float | None = None,
+    rank: int | Literal["auto", "full"] = "auto",
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+) -> OutputFit:
+    """Fit the change of the output layer W (V, d) that makes the targets of ``states`` likeliest.
+
+    ``ridge``, if not given, is the one of :data:`RIDGES` with the lowest loss on a fifth of the prompts that are held
+    out; the ``rank`` then the smallest whose loss there is within a standard error of the lowest. A change of a rank is
+    cut from the full one by its singular values, and its left factor fitted anew. The fit itself is to all prompts, to
+    a certified gap of ``tolerance`` times what it gains. Over the ``vocabulary`` nothing is fitted anew after a cut.
+
+    Raises:
+        CoalaError: for widths that do not match, or states that leave nothing to fit.
+    """
+    data = OutputData(states, output, support)
+    if isinstance(rank, int) and not 1 <= rank <= states.width:
+        raise CoalaError(f"Found a rank of {rank}; expected 1 to {states.width}, 'auto' or 'full'.")
+    folds = grouped_folds(states.group, FOLDS, seed)
+    chooses = folds is not None and (ridge is None or rank == "auto")
+    path: list[dict[str, Any]] = []
+    chosen_rank = None if rank in ("auto", "full") else int(rank)
+    if chooses:
+        assert folds is not None
+        out = folds == 0
+        ridges = [trace_of(data) * relative for relative in RIDGES] if ridge is None else [ridge]
+        ridge, kept = _choose_ridge(data, out, ridges, path, progress)
+        if rank == "auto":
+            chosen_rank = _choose_rank(data, out, ridge, kept, path, progress)
+    elif ridge is None:
+        # A single prompt: nothing can be held out, and the second strongest ridge is as good a guess as any.
+        ridge = trace_of(data) * RIDGES[1]
+    program, solver = data.problem(ridge)
+    progress("fit", 0, None, {})
+    solution = solve(program, solver, tolerance=tolerance)
+    left, right, objective = solution.value, None, solution.objective
+    own: Solution | None = None
+    if chosen_rank is not None:
+        left, right, own = _cut(data, solution.value, chosen_rank, ridge, tolerance)
+        objective = certify(program, jnp.asarray(left @ right))[0]
+    certificate = _certificate(data, solution, own, objective, ridge, tolerance, seed, bool(chooses))
+    return OutputFit(np.asarray(left, np.float32), right, ridge, certificate, path)
+
+
+def trace_of(data: OutputData) -> float:
+    """Trace of the losses' Hessian at no change, estimated: the unit of the relative ridge."""
+    program = data.program(1.0)
+    metric = OutputLBFGS().init(program).metric
+    trace = float(metric.left_values.sum() * metric.right_values.sum())
+    return trace if trace > 0 else 1.0
+
+
+def _held_out(data: OutputData, out: Bool[np.ndarray, "n"], change: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Mean excess loss of held-out steps by their weight, its standard error, and the terms of that mean."""
+    used = out & data.counted
+    weight = data.states.weight[used]
+    terms = data.losses(change)[used] * weight / weight.mean()
+    mean, error, _ = clustered(terms, data.states.group[used])
+    return mean, error, terms
+
+
+def _choose_ridge(
+    data: OutputData, out: Bool[np.ndarray, "n"], ridges: list[float], path: list[dict[str, Any]], progress: Progress
+) -> tuple[float, np.ndarray]:
+    """The ridge with the lowest held-out loss, down from the largest, and its change."""
+    trail: list[tuple[float, float, np.ndarray]] = []
+    start = None
+    for number, ridge in enumerate(ridges):
+        program, solver = data.problem(ridge, ~out)
+        found = solve(program, solver, tolerance=PATH_TOLERANCE, exact=False, start=start)
+        start = jnp.asarray(found.value)
+        loss, error, _ = _held_out(data, out, found.value)
+        trail.append((loss, ridge, found.value))
+        row = {"ridge": ridge, "rank": None, "fitted": found.objective, "held_out": loss, "se": error}
+        path.append({**row, "steps": found.steps, "gap": found.gap})
+        progress("ridge", number + 1, len(ridges), path[-1])
+        if rising_twice([entry[0] for entry in trail]):
+            break
+    best = min(trail, key=lambda entry: entry[0])
+    return best[1], best[2]
+
+
+def _choose_rank(
+    data: OutputData,
+    out: Bool[np.ndarray, "n"],
+    ridge: float,
+    change: np.ndarray,
+    path: list[dict[str, Any]],
+    progress: Progress,
+) -> int | None:
+    """The smallest rank whose held-out loss is within a standard error of the lowest; None for a change uncut."""
+    ranks = [rank for rank in RANKS if rank < len(change)]
+    tried: list[tuple[int | None, np.ndarray]] = []
+    for number, rank in enumerate(ranks):
+        left, right, _ = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
+        loss, error, terms = _held_out(data, out, left @ right)
+        tried.append((rank, terms))
+        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error})
+        progress("rank", number + 1, len(ranks), path[-1])
+    tried.append((None, _held_out(data, out, change)[2]))
+    lowest = min(tried, key=lambda entry: entry[1].mean())[1]
+    group = data.states.group[out & data.counted]
+    for candidate, terms in tried:
+        mean, error, _ = clustered(terms - lowest, group)
+        if mean <= error or mean <= 0:
+            return candidate
+    return None
+
+
+def _cut(
+    data: OutputData,
+    change: np.ndarray,
+    rank: int,
+    ridge: float,
+    tolerance: float,
+    used: Bool[np.ndarray, "n"] | None = None,
+) -> tuple[np.ndarray, np.ndarray, Solution | None]:
+    """The change cut to a rank, its left factor fitted anew to the rows of the right one: a smaller convex program."""
+    left, values, right = np.linalg.svd(change)
+    left, right = (left[:, :rank] * values[:rank]).astype(np.float32), right[:rank].astype(np.float32)
+    if data.support == "vocabulary":
+        return left, right, None
+    # The rows of ``right`` are orthonormal, so that the norm of the product is that of ``left``.
+    program = data.program(ridge, used, inputs=data.states.states @ right.T)
+    found = solve(program, OutputLBFGS(), tolerance=tolerance, exact=used is None, start=jnp.asarray(left))
+    return np.asarray(found.value, np.float32), right, found
+
+
+def _certificate(
+    data: OutputData,
+    solution: Solution,
+    own: Solution | None,
+    objective: float,
+    ridge: float,
+    tolerance: float,
+    seed: int,
+    chosen: bool,
+) -> Certificate:
+    lower, gain = solution.objective - solution.gap, -objective
+    share = (objective - lower) / gain if gain > 0 else float("inf")
+    over = "the nucleus of each step" if data.support == "nucleus" else "the whole vocabulary"
+    uncut = own is None and objective == solution.objective
+    statement = (
+        f"No change of the output layer gains more than {-lower:.6g} nats a step on this objective, of which this one "
+        f"has {gain:.6g}" + ("" if uncut else ", cut to its rank") + f": proved by duality over {over}, in double "
+        "precision, for the states and the matrix as they are stored."
+    )
+    counted, states = data.counted, data.states
+    facts: dict[str, Any] = {
+        "relative_gap": share,
+        "relative_to": "what the change gains, f(0) - f(A)",
+        "gap_of_full_change": solution.gap,
+        "steps": solution.steps,
+        "ridge": ridge,
+        "support": data.support,
+        "chosen_on_held_out_prompts": chosen,
+        "n_states": len(states),
+        "n_counted": int(counted.sum()),
+        "n_outside_nucleus": int((~states.in_nucleus).sum()),
+        "n_prompts": len(np.unique(states.group[counted])),
+    }
+    if own is not None:
+        facts["gap_within_rank"] = own.gap
+    return Certificate(
+        program=f"output layer, {data.support}",
+        statement=statement,
+        objective=objective,
+        lower_bound=lower,
+        violation=0.0,
+        n_patterns=0,
+        status=solution.status.value,
+        tolerance=tolerance,
+        precision="float32 iterations, float64 certificate",
+        seed=seed,
+        versions={name: version(name) for name in ("jax", "jaxlib", "numpy")},
+        facts=facts,
+    )
