@@ -104,6 +104,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "distil": (
+        {"store", "recipe", "backbone", "convex", "decoding", "alignment"},
+        {"torch"},
+    ),
     "cli": (
         {
             "leaderboards",

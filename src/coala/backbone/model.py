@@ -254,6 +254,10 @@ class LanguageModel:
         at = torch.arange(tokens.shape[1], device=self.device)
         return self._network.log_likelihood(final, tokens, (at >= start[:, None]) & (at < stop[:, None]))
 
+    def logits(self, final: Tensor) -> Tensor:
+        """Next-token logits (B, V) float32 of final hidden states (B, d), by the model's own head."""
+        return self._network.logits(final.to(self.dtype))
+
     def require_head(self, what: str) -> None:
         """Raise :class:`BackboneError` unless the model has a language-model head, which ``what`` needs."""
         if not self.generates:

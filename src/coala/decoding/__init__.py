@@ -1,5 +1,6 @@
 """Guided decoding (torch): replies from a frozen model, steered by a head; knows nothing of how the head was fitted."""
 
+from coala.decoding.distilled import generate_distilled, policy_likelihood
 from coala.decoding.engine import Engine, Job
 from coala.decoding.generation import generate
 from coala.decoding.guidance import RULES, Guidance, reweight
@@ -15,7 +16,9 @@ __all__ = [
     "Rendered",
     "Request",
     "generate",
+    "generate_distilled",
     "guide",
     "log_likelihood",
+    "policy_likelihood",
     "reweight",
 ]

@@ -1,0 +1,141 @@
+"""Replies to states: one forward pass over each reply tells every step's final state and its likeliest tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coala.backbone import LanguageModel
+from coala.decoding.guidance import Guidance
+from coala.decoding.sampling import restrict
+from coala.policies import DistilStates
+from coala.store import FeatureStore, StoreError, load_json, save_json, write_rows
+from coala.values import CoalaError, Float32, Turn
+
+N_TOKENS = 64  # likeliest tokens that are kept of a step
+SHARD = 16  # replies of a shard: what a kill costs at most
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A reply to learn from, with its weight; ``ended`` if the model itself ended it, so that the stop is learned too.
+
+    ``group`` numbers its prompt.
+    """
+
+    prompt: tuple[Turn, ...]
+    text: str
+    group: int
+    weight: float = 1.0
+    ended: bool = False
+
+
+def teacher_states(
+    backbone: LanguageModel,
+    output: Float32,
+    lessons: Sequence[Lesson],
+    folder: Path,
+    guidance: Guidance,
+    *,
+    temperature: float = 1.0,
+    n_tokens: int = N_TOKENS,
+    on_reply: Callable[[int, int], None] = lambda *_: None,
+    on_note: Callable[[str], None] = lambda _: None,
+) -> DistilStates:
+    """The states of every token of ``lessons``, each to become the token that was taken.
+
+    The nucleus of a step is what ``guidance`` and ``temperature`` restrict sampling to, within its ``n_tokens``
+    likeliest. ``output`` W (V, d) is :func:`output_matrix`'s. Shards of a few replies are written to ``folder``; a
+    killed call goes on where it was. The states of the result are mapped from a file there.
+    """
+    if not lessons:
+        raise CoalaError("Found no reply to learn from; expected at least one.")
+    named = hashlib.sha256(repr([asdict(lesson) for lesson in lessons]).encode()).hexdigest()
+    plan = {
+        "lessons": named,
+        "weights": backbone.weights,
+        "template": backbone.template,
+        "nucleus": [guidance.top_k, guidance.top_p, temperature, n_tokens],
+    }
+    finished = folder / "states.json"
+    if finished.exists() and load_json(finished)["plan"] == plan:
+        return _open(folder)
+    store = FeatureStore(folder / "shards")
+    shards = [lessons[first : first + SHARD] for first in range(0, len(lessons), SHARD)]
+    done = store.begin(plan, on_note)
+    W = torch.from_numpy(output).to(backbone.device)
+    for number, some in enumerate(shards):
+        if number not in done:
+            arrays = [_of_reply(backbone, W, lesson, guidance, temperature, n_tokens) for lesson in some]
+            store.write(number, {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]})
+        on_reply(min(len(lessons), (number + 1) * SHARD), len(lessons))
+    _join(folder, store, len(shards), plan)
+    store.discard()
+    return _open(folder)
+
+
+@torch.no_grad()
+def _of_reply(
+    backbone: LanguageModel, W: torch.Tensor, lesson: Lesson, guidance: Guidance, temperature: float, n_tokens: int
+) -> dict[str, Any]:
+    row = backbone.render(lesson.prompt, lesson.text, ends_with_eos=lesson.ended)
+    wanted = np.asarray(row.tokens[row.start : row.stop], dtype=np.int32)
+    if not len(wanted) or row.start < 1:
+        final = torch.zeros(0, W.shape[1])
+    else:
+        final = backbone.hidden([row.tokens], -1)[0, row.start - 1 : row.stop - 1].float()
+    logits = final.to(W.device) @ W.T
+    kept = min(n_tokens, len(W))
+    found = restrict(
+        torch.log_softmax(logits, -1),
+        temperature=temperature,
+        top_k=min(guidance.top_k or kept, kept),
+        top_p=guidance.top_p,
+    )
+    size = np.isfinite(found.log_probs).sum(1).astype(np.int32)
+    tokens = torch.topk(logits, kept, dim=-1).indices.cpu().numpy().astype(np.int32)
+    tokens[:, : found.tokens.shape[1]] = found.tokens  # of equals, those that the nucleus holds
+    hit = tokens == wanted[:, None]
+    missing = ~hit.any(1)
+    tokens[missing, -1] = wanted[missing]
+    size[missing] = np.minimum(size[missing], kept - 1)
+    n = len(wanted)
+    return {
+        "states": final.cpu().numpy(),
+        "tokens": tokens,
+        "size": np.maximum(size, 1),
+        "target": (tokens == wanted[:, None]).astype(np.float32),
+        "weight": np.full(n, lesson.weight),
+        "group": np.full(n, lesson.group, dtype=np.int64),
+    }
+
+
+def _join(folder: Path, store: FeatureStore, n_shards: int, plan: dict[str, Any]) -> None:
+    rest: dict[str, list[np.ndarray]] = {}
+    for number in range(n_shards):
+        for name, array in store.read(number).items():
+            if name != "states":
+                rest.setdefault(name, []).append(array)
+    whole = {name: np.concatenate(arrays) for name, arrays in rest.items()}
+    n = len(whole["size"])
+    if not n:
+        raise CoalaError("Found no token in any reply; expected some. Fix: give replies that are not empty.")
+    write_rows(folder / "states.npy", (store.read(number)["states"] for number in range(n_shards)), n)
+    for name, array in whole.items():
+        write_rows(folder / f"{name}.npy", [array if array.ndim > 1 else array[:, None]], n)
+    save_json(folder / "states.json", {"plan": plan, "n": n})
+
+
+def _open(folder: Path) -> DistilStates:
+    try:
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in DistilStates.__dataclass_fields__}
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder}: its states cannot be read ({error}). Delete the folder and run again.") from None
+    flat = {name: array[:, 0] for name, array in arrays.items() if name in ("size", "weight", "group")}
+    return DistilStates(**{**arrays, **flat})
