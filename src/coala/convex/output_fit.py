@@ -24,7 +24,7 @@ from coala.values import Certificate, CoalaError
 
 # Ridges that are tried, as shares of the trace of the losses' Hessian at no change.
 RIDGES = tuple(10.0 ** (-k / 2) for k in range(5, 14))
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+RANKS = (1, 2, 4, 8, 16, 32, 64)
 PATH_TOLERANCE = 1e-2
 FOLDS = 5  # one of them is held out
 
@@ -177,10 +177,15 @@ def _cut(
     left, right = (left[:, :rank] * values[:rank]).astype(np.float32), right[:rank].astype(np.float32)
     if data.support == "vocabulary":
         return left, right, None
-    # The rows of ``right`` are orthonormal, so that the norm of the product is that of ``left``.
-    program = data.program(ridge, used, inputs=data.states.states @ right.T)
-    found = solve(program, OutputLBFGS(), tolerance=tolerance, exact=used is None, start=jnp.asarray(left))
-    return np.asarray(found.value, np.float32), right, found
+    # The rows of ``right`` are orthonormal, so that the norm of the product is that of ``left``. Columns of zeros,
+    # which stay zero, let all ranks share a compiled shape.
+    width = min(max(rank, RANKS[-1]), len(change))
+    more = ((0, 0), (0, width - rank))
+    program = data.program(ridge, used, inputs=np.pad(data.states.states @ right.T, more))
+    found = solve(
+        program, OutputLBFGS(), tolerance=tolerance, exact=used is None, start=jnp.asarray(np.pad(left, more))
+    )
+    return np.asarray(found.value[:, :rank], np.float32), right, found
 
 
 def _certificate(
