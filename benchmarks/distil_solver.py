@@ -27,7 +27,8 @@ from coala.convex.output_fit import trace_of
 from coala.convex.solvers import solve
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
-from coala.distil import Lesson, output_matrix, teacher_states
+from coala.distil.matrix import output_matrix
+from coala.distil.states import Lesson, teacher_states
 from coala.values import conversation_text
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "coala" / "assets"
@@ -69,7 +70,7 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"ridge {relative:.0e}: {row['status']} after {row['steps']} steps, gains {row['gain']:.4f} nats a token, "
+                f"ridge {relative:.0e}: {row['status']}, {row['steps']} steps, gains {row['gain']:.4f} nats a token, "
                 f"gap {row['relative_gap']:.1e} of it; {row['seconds']:.1f} s, {row['core_seconds']:.1f} s of cores"
             )
     facts = {"states": len(states), "counted": int(data.counted.sum()), "d": states.width, "V": len(output)}

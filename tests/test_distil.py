@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,16 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import coala
 from coala.backbone import LanguageModel, load_backbone
+from coala.cli import app
 from coala.decoding import Guidance, generate, generate_distilled, policy_likelihood
 from coala.decoding.distilled import Changed, divergence
-from coala.distil import Lesson, output_matrix, teacher_states
+from coala.distil.matrix import output_matrix
+from coala.distil.settings import DistilSettings
+from coala.distil.stage import distil
+from coala.distil.states import Lesson, teacher_states
 from coala.export.policy import export_checkpoint, export_gguf, export_lora
 from coala.policies import DistilledPolicy
 from coala.values import CoalaError, SpecMismatch, user
 
 from .menagerie import tiny_backbone
+from .test_align import pair_rows, write_rows
 from .test_backbone_gguf import make_folder, write_gguf
 from .test_backbone_gguf_parity import ARITHMETIC, asked, serving
 
@@ -245,3 +253,37 @@ def test_llama_cpp_serves_the_policys_own_greedy_tokens(tmp_path: Path) -> None:
             assert log_probs[at].max() - log_probs[at, token] < 2 * ARITHMETIC["as it is"]
             if int(log_probs[at].argmax()) != token:
                 break
+
+
+@pytest.mark.nightly
+def test_the_command_distils_a_run_and_takes_up_what_is_there(tmp_path: Path) -> None:
+    """Both teachers, from the command line to a checkpoint that samples the policy."""
+    tiny_backbone("llama", tmp_path / "model")
+    write_rows(tmp_path / "pairs.jsonl", pair_rows(24, 12))
+    coala.align(
+        tmp_path / "pairs.jsonl",
+        model=tmp_path / "model",
+        out=tmp_path / "run",
+        head={"method": "linear"},
+        guidance={"rule": "min-max"},
+        evaluation={"prompts": 0, "max_new_tokens": 6},
+    )
+    run, told = str(tmp_path / "run"), []
+    line = ["distil", run, "--prompts", "6", "--candidates", "2", "--json"]
+    result = CliRunner().invoke(app, [*line, "--to", "checkpoint", "--out", str(tmp_path / "checkpoint")])
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.strip().splitlines()[-1])
+    assert last["certificate"]["facts"]["relative_gap_of_full_change"] <= 1e-3
+    policy = DistilledPolicy.load(tmp_path / "run" / "distilled")
+    settings: dict[str, Any] = {"max_new_tokens": 6, "seed": 0}
+    ours = generate_distilled(PROMPTS, load_backbone(tmp_path / "model", device="cpu"), policy, **settings)
+    theirs = generate(PROMPTS, load_backbone(tmp_path / "checkpoint", device="cpu"), **settings)
+    assert [one.text for one in ours] == [one.text for one in theirs]
+    # The replies and states are taken up; a weighted teacher writes none.
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "distilled").rglob("*.npy")}
+    again = distil(run, DistilSettings(prompts=6, candidates=2), on_progress=lambda stage, *_: told.append(stage))
+    assert np.array_equal(again.change, policy.change)
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    weighted = distil(run, DistilSettings(teacher="weighted", rank=2, ridge=0.1))
+    assert (weighted.rank, weighted.program) == (2, "weighted")
+    assert len(list((tmp_path / "run" / "distilled").glob("replies-*.jsonl"))) == 1

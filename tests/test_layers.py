@@ -124,6 +124,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "survey",
                 "serve",
                 "export",
+                "distil",
                 "baselines",
                 "compare",
                 "web",

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.settings import Support, Teacher
 from coala.values import Certificate, CoalaError, FeatureSpec, Float32
-
-Teacher = Literal["guided", "weighted", "shift"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +84,7 @@ class DistilledPolicy:
     right: Float32 | None
     spec: FeatureSpec
     program: Teacher
-    support: Literal["nucleus", "vocabulary"]
+    support: Support
     ridge: float
     certificate: Certificate | None = None
 
@@ -127,6 +125,17 @@ class DistilledPolicy:
         if strength == 1:
             return self
         return replace(self, left=np.float32(strength) * self.left, certificate=None)
+
+    def summary_rows(self) -> list[list[str]]:
+        """What a table says of it."""
+        rows = [["rank", f"{self.rank} of {self.width}"], ["ridge", f"{self.ridge:.3g}"], ["support", self.support]]
+        if self.certificate is not None:
+            share = self.certificate.facts.get("relative_gap_of_full_change", float("nan"))
+            most = -self.certificate.lower_bound
+            rows += [["gains", f"{-self.certificate.objective:.4f} nats a token on its replies; {most:.4f} at most"]]
+            rows += [["certified gap", f"{share:.1e} of what the change gains before it is cut to a rank"]]
+            rows += [["certificate", self.certificate.statement]]
+        return rows
 
     def save(self, folder: Path | str) -> None:
         """Write ``folder``/policy.safetensors and policy.json; :meth:`load` reads them."""

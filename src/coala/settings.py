@@ -68,6 +68,8 @@ StepLoss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
 Selection = Literal["random", "all", "best_worst"]
 Target = Literal["soft", "bernoulli", "hard"]
 Win = Literal["hard", "mean"]
+Teacher = Literal["guided", "weighted"]
+Support = Literal["nucleus", "vocabulary"]
 
 # Settings that more than one command takes.
 Template = Annotated[Literal["auto", "chat", "dialogue", "continuation"], Setting("How conversations are rendered.")]

@@ -19,6 +19,7 @@ from coala.cli import (
     compare,
     data,
     demo,
+    distil,
     evaluate,
     export,
     extract,
@@ -102,6 +103,7 @@ app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.command("demo")(demo.demo)
+app.command("distil")(distil.distil)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(survey.app, name="survey")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,11 @@ from coala.convex.output_solver import OutputLBFGS
 from coala.convex.output_vocabulary import RestAsOne, VocabularyProgram, chunk_of
 from coala.convex.solvers import Solver
 from coala.policies import DistilStates
+from coala.settings import Support as SupportKind
 from coala.values import CoalaError
 
 WIDTHS = (8, 24)  # tokens of a support, before all; each takes a second or two to compile
 ROUND = 64  # states of a part are padded to a multiple
-
-SupportKind = Literal["nucleus", "vocabulary"]
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from coala.convex.output_data import OutputData, SupportKind
+from coala.convex.output_data import OutputData
 from coala.convex.output_solver import OutputLBFGS
 from coala.convex.solvers import Solution, certify, solve
 from coala.convex.validation import grouped_folds, rising_twice
 from coala.policies import DistilStates
+from coala.settings import Support
 from coala.statistics.intervals import clustered
 from coala.values import Certificate, CoalaError
 
@@ -53,7 +54,7 @@ def fit_output(
     states: DistilStates,
     output: Float[np.ndarray, "V d"],
     *,
-    support: SupportKind = "nucleus",
+    support: Support = "nucleus",
     ridge: float | None = None,
     rank: int | Literal["auto", "full"] = "auto",
     tolerance: float = 1e-3,
@@ -212,6 +213,7 @@ def _certificate(
         "relative_gap": share,
         "relative_to": "what the change gains, f(0) - f(A)",
         "gap_of_full_change": solution.gap,
+        "relative_gap_of_full_change": solution.relative_gap,
         "steps": solution.steps,
         "ridge": ridge,
         "support": data.support,

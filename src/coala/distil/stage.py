@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from coala.alignment import load_parts
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
 from coala.distil.matrix import output_matrix
+from coala.distil.settings import DistilSettings
 from coala.distil.states import Lesson, teacher_states
-from coala.policies import DistilledPolicy, Teacher
+from coala.policies import DistilledPolicy
 from coala.recipe import Recipe, recipe_of
 from coala.store import RunFolder, digest, load_features, load_pairs, save_json
 from coala.values import CoalaError, Turn, conversation_text, prompt_id
@@ -28,88 +29,82 @@ if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.values import ConvexHead
 
-CANDIDATES = 10  # blocks of the teacher: more than one would serve with
-BLOCK_TOKENS = 5
-BATCH = 30  # rows of guided replies, candidates included
+ROWS = 60  # of the model that the teacher's replies take together, candidates included
 
 
 def distil(
     path: Path | str,
+    settings: DistilSettings = DistilSettings(),  # noqa: B008 - frozen
     *,
-    teacher: Teacher = "guided",
-    n_prompts: int = 300,
-    candidates: int = CANDIDATES,
-    beta: float = 1.0,
-    support: Literal["nucleus", "vocabulary"] = "nucleus",
-    ridge: float | None = None,
-    rank: int | Literal["auto", "full"] = "auto",
-    tolerance: float = 1e-3,
-    seed: int = 0,
     on_progress: OnProgress = silent,
     on_note: OnNote = quiet,
+    trust_remote_code: bool = False,
+    download: bool = False,
 ) -> DistilledPolicy:
     """Distil the guidance of the run ``path`` into a change of its model's output layer; written to RUN/distilled.
 
-    ``guided``: the likelihood of replies to ``n_prompts`` training prompts that the head guides, choosing among
-    ``candidates`` blocks. ``weighted``: the likelihood of the training pairs' own replies, weighted by exp(r / beta)
-    for scores r in standard deviations; nothing is generated. Ridge and rank are chosen on held-out prompts unless
-    given. Called again with the same settings it takes up what is there.
+    Called again with the same settings it takes up the replies and states that are there. Raises ``CoalaError`` for a
+    model whose logits are not a matrix times its final state, and for a run that another process is at work in.
     """
     from coala.convex import fit_output
 
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
-    backbone, head, _ = load_parts(run.path)
-    output = output_matrix(backbone)
-    folder = run.path / "distilled"
-    guidance = _teacher_of(recipe, candidates)
-    temperature = recipe.evaluation.temperature or 1.0
     with run.held():
-        if teacher == "guided":
-            lessons = _guided(recipe, run, backbone, head, guidance, folder, n_prompts, temperature, seed, on_progress)
-        elif teacher == "weighted":
-            lessons = _weighted(run, head, beta)
+        backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
+        output, guidance = output_matrix(backbone), _teacher_of(recipe, settings)
+        temperature = recipe.evaluation.temperature or 1.0
+        if settings.teacher == "guided":
+            lessons = _guided(recipe, run, backbone, head, guidance, settings, on_progress)
         else:
-            raise CoalaError(f"Found the teacher {teacher!r}; expected 'guided' or 'weighted'.")
+            lessons = _weighted(run, head, settings.beta)
+        named = digest([asdict(lesson) for lesson in lessons])[:12]
         states = teacher_states(
             backbone,
             output,
             lessons,
-            folder / f"states-{teacher}-{digest([asdict(lesson) for lesson in lessons])[:12]}",
+            run.path / "distilled" / f"states-{named}",
             guidance,
             temperature=temperature,
             on_reply=lambda n, total: on_progress("states", n, total, f"{n} of {total} replies"),
             on_note=on_note,
         )
         if outside := int((~states.in_nucleus).sum()):
-            where = "left out" if support == "nucleus" else "kept"
+            where = "left out" if settings.support == "nucleus" else "kept"
             on_note(f"{outside} of {len(states)} tokens lie outside their step's nucleus: {where}")
         # Sampled at a temperature, the policy is the softmax of logits over it.
         found = fit_output(
             states,
             output / np.float32(temperature),
-            support=support,
-            ridge=ridge,
-            rank=rank,
-            tolerance=tolerance,
-            seed=seed,
+            support=settings.support,
+            ridge=settings.ridge,
+            rank=settings.rank,
+            tolerance=settings.tolerance,
+            seed=settings.seed,
             progress=lambda what, n, total, row: on_progress(f"distil {what}", n, total, _told(row)),
         )
         policy = DistilledPolicy(
-            found.left, found.right, backbone.spec(), teacher, support, found.ridge, found.certificate
+            found.left,
+            found.right,
+            backbone.spec(),
+            settings.teacher,
+            settings.support,
+            found.ridge,
+            found.certificate,
         )
-        policy.save(folder)
-        save_json(folder / "path.json", {"path": found.path, "n_lessons": len(lessons), "guidance": str(guidance)})
+        policy.save(run.path / "distilled")
+        about = {"settings": settings, "guidance": str(guidance), "n_replies": len(lessons), "path": found.path}
+        save_json(run.path / "distilled" / "path.json", about)
     return policy
 
 
-def _teacher_of(recipe: Recipe, candidates: int) -> Guidance:
+def _teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
     chosen = recipe.guidance
     return Guidance(
         "block",
         rule=chosen.rule,
-        candidates=candidates,
-        block_tokens=BLOCK_TOKENS,
+        candidates=settings.candidates,
+        block_tokens=settings.block_tokens,
         top_k=chosen.top_k,
         top_p=chosen.top_p,
     )
@@ -121,15 +116,18 @@ def _guided(
     backbone: LanguageModel,
     head: ConvexHead,
     guidance: Guidance,
-    folder: Path,
-    n_prompts: int,
-    temperature: float,
-    seed: int,
+    settings: DistilSettings,
     on_progress: OnProgress,
 ) -> list[Lesson]:
-    prompts = _prompts(run)[:n_prompts]
-    longest = recipe.evaluation.max_new_tokens
-    named = digest([prompt_id(prompt) for prompt in prompts], str(guidance), longest, temperature, seed)[:12]
+    if guidance.weighs and head.evidence == 0:
+        raise CoalaError(
+            "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
+            "with evidence. Fix: give `coala align` more pairs, or another --rule."
+        )
+    prompts = _prompts(run)[: settings.prompts]
+    longest, temperature = recipe.evaluation.max_new_tokens, recipe.evaluation.temperature
+    ids = [prompt_id(prompt) for prompt in prompts]
+    named = digest(ids, asdict(guidance), longest, temperature, settings.seed)[:12]
     replies = generate(
         prompts,
         backbone,
@@ -137,10 +135,10 @@ def _guided(
         guidance,
         max_new_tokens=longest,
         temperature=temperature,
-        seed=seed,
-        prompt_ids=[prompt_id(prompt) for prompt in prompts],
-        batch_size=max(1, BATCH // guidance.rows * 2),
-        kept=folder / f"replies-{named}.jsonl",
+        seed=settings.seed,
+        prompt_ids=ids,
+        batch_size=max(1, ROWS // guidance.rows),
+        kept=run.path / "distilled" / f"replies-{named}.jsonl",
         on_reply=lambda n, total: on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
     # A reply that a stop string ended did not end by a token.
@@ -153,8 +151,6 @@ def _guided(
 
 
 def _weighted(run: RunFolder, head: ConvexHead, beta: float) -> list[Lesson]:
-    if not 0 < beta < float("inf"):
-        raise CoalaError(f"Found beta {beta}; expected a positive number.")
     pairs, features = load_pairs(run.path / "pairs-train.jsonl"), load_features(run.path / "features" / "train")
     if len(features) != len(pairs):
         raise CoalaError(

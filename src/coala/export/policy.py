@@ -164,6 +164,35 @@ def export_gguf(
     return ExportedPolicy(path, "gguf", path.stat().st_size, 0, difference)
 
 
+def planned(form: Form | None, out: Path | None, base: Path | None) -> None:
+    """ExportError, before any work, for an export that is not told whole or whose place is taken."""
+    if (form is None) != (out is None):
+        raise ExportError("Found one of --to and --out; expected both or neither. Fix: --to checkpoint --out FOLDER.")
+    if base is not None and form != "gguf":
+        raise ExportError("--base belongs to --to gguf; the other forms are made of the model itself.")
+    if out is not None and out.exists():
+        raise ExportError(f"{out}: exists. Give another --out, or delete it.")
+
+
+def export_policy(
+    policy: DistilledPolicy,
+    run: Path | str,
+    form: Form,
+    out: Path | str,
+    *,
+    base: Path | str | None = None,
+    trust_remote_code: bool = False,
+    download: bool = False,
+) -> ExportedPolicy:
+    """Write ``policy`` of the run ``run`` to ``out`` in one of the three forms."""
+    from coala.alignment import load_parts
+
+    backbone, _, _ = load_parts(run, trust_remote_code=trust_remote_code, download=download)
+    if form == "gguf":
+        return export_gguf(policy, backbone, out, base=base)
+    return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out)
+
+
 def _write_gguf(reader: Any, path: Path, layer: Any) -> None:
     import gguf
 

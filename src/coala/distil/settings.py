@@ -1,0 +1,36 @@
+"""What decides a distilled policy. Imports nothing that is slow to load: commands make their flags of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from coala.settings import Seed, Setting, Support, Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilSettings:
+    """``guided``: replies to training prompts that the head guides, choosing among ``candidates`` blocks.
+
+    ``weighted``: the training pairs' own replies, weighted by exp(r / ``beta``) for scores r in standard deviations;
+    nothing is generated. ``rank`` "auto" and no ``ridge`` are chosen on held-out prompts.
+    """
+
+    teacher: Annotated[Teacher, Setting("guided: the head's own replies; weighted: the pairs' replies by score.")] = (
+        "guided"
+    )
+    prompts: Annotated[int, Ge(2), Setting("Training prompts that the head answers, for `guided`.")] = 300
+    candidates: Annotated[int, Ge(2), Setting("Blocks the head chooses among, for `guided`.")] = 10
+    block_tokens: Annotated[int, Ge(1), Setting("Tokens of a block, for `guided`.")] = 5
+    beta: Annotated[float, Gt(0), Setting("Standard deviations of score per factor e of weight, for `weighted`.")] = 1.0
+    support: Annotated[
+        Support, Setting("What steps are normalised over; vocabulary sharpens the model besides, and takes longer.")
+    ] = "nucleus"
+    ridge: Annotated[Annotated[float, Gt(0)] | None, Setting("Weight of half the squared change.")] = None
+    rank: Annotated[
+        Annotated[int, Ge(1)] | Literal["auto", "full"], Setting("Rank of the change; full is cut to none.")
+    ] = "auto"
+    tolerance: Annotated[float, Gt(0), Lt(1), Setting("Certified gap, as a share of what the change gains.")] = 1e-3
+    seed: Seed = 0
