@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coala.convex import OutputLBFGS, Status, certify, fit_output, solve
+from coala.convex import OutputLBFGS, Status, certify, fit_output, output_solver, solve, solvers
 from coala.convex.output_data import OutputData
-from coala.convex.output_layer import scattered
+from coala.convex.output_layer import CHUNK, OutputProgram, Support, scattered
 from coala.convex.output_vocabulary import VocabularyProgram
 from coala.convex.program import in_double
 from coala.policies import DistilledPolicy, DistilStates
@@ -258,3 +258,37 @@ def test_a_cut_change_is_held_to_the_bound_of_the_full_one() -> None:
 def test_states_that_are_no_program_are_refused(field: str, value: np.ndarray, told: str) -> None:
     with pytest.raises(CoalaError, match=told):
         replace(instance()[0], **{field: value})
+
+
+@pytest.mark.nightly
+def test_a_model_of_eight_billion_weights_fits_in_24_gib() -> None:
+    """By the compiler's own account of every piece of a step and of the certificate, without running any."""
+    n, d, vocabulary, tokens = 50_000, 4096, 128_256, 64
+    lead, solver = (-(-n // CHUNK), CHUNK), OutputLBFGS()
+
+    def everything() -> Any:
+        places = jnp.zeros(lead, jnp.int32)
+        named = jnp.zeros((*lead, tokens), jnp.int32)
+        part = Support(places, named, places, jnp.zeros(named.shape), jnp.zeros(lead))
+        program = OutputProgram(jnp.zeros((n, d)), jnp.zeros((vocabulary, d)), (part,), jnp.zeros(()))
+        change, z, history = program.zeros(), (jnp.zeros(named.shape),), jnp.zeros((solver.memory, d, d))
+        metric = output_solver.Metric(change, jnp.zeros(d), change, jnp.zeros(d))
+        return program, output_solver.OutputState(change, z, z, jnp.zeros(()), change, metric, history, history)
+
+    program, state = jax.eval_shape(everything)
+    change, z = state.change, state.z
+    pieces: list[tuple[Any, ...]] = [
+        (output_solver._begin, program, change),
+        (output_solver._metric, program, z, 0),
+        (output_solver._direction, program, state),
+        (output_solver._moves, program, change),
+        (output_solver._advance, program, state, change, z),
+        (output_solver._adjoint, program, z, change),
+        (output_solver._remember, state, change, change),
+    ]
+    sizes = [piece.lower(*arguments).compile().memory_analysis() for piece, *arguments in pieces]
+    with jax.enable_x64(True):
+        sizes.append(solvers._bounds_in_double.lower(program, change, None).compile().memory_analysis())
+    held = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves((program, state)))
+    most = held + max(size.temp_size_in_bytes + size.output_size_in_bytes for size in sizes)
+    assert most < 8 * 2**30
