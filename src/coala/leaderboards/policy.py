@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ def run_policy(
     from coala.alignment.policy import Guided, policy_accuracy, spread
     from coala.data import read_pairs
     from coala.report import Evaluation
-    from coala.store import RunFolder, load_pairs
+    from coala.store import RunFolder, load_pairs, plain
 
     require_head(run)
     folder = RunFolder.open(run)
@@ -80,7 +79,7 @@ def run_policy(
     )
     rows = [[name, interval(value, 4), str(value.n)] for name, value in named.items()]
     table = rows, [called, "pairs ranked right", "n"]
-    return Outcome(evaluation, asdict(found), [table], remarks=tuple(remarks))
+    return Outcome(evaluation, plain(found), [table], remarks=tuple(remarks))
 
 
 def _trained(model: Path, run: RunFolder, base: LanguageModel) -> LanguageModel:
