@@ -1,7 +1,7 @@
 """Make the bundled house-style pairs: replies of SmolLM2-135M-Instruct, the better one chosen by five written rules.
 
 Each prompt of src/coala/assets/chat/prompts.jsonl (written here) is answered several times by the model: some replies
-are to the prompt alone, some to the prompt behind a description of the style and three examples (below), so that there
+are to the prompt alone, some to the prompt behind a description of the style and two examples (below), so that there
 is something to choose. Of all replies to a prompt, the one with the highest `style_score` is chosen and the one with
 the lowest rejected; where the two keep as many rules, there is no pair. The pairs hold the prompt alone.
 
@@ -25,26 +25,10 @@ from coala.store import save_pairs
 from coala.values import Pair, Turn, user
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "coala" / "assets" / "chat"
-STYLE = (
-    "You answer in two or three short sentences. You use plain words and no lists. "
-    "You end with a question to the reader."
-)
+STYLE = "Answer in two or three short sentences and plain words, without lists. Then ask the reader a question."
 EXAMPLES = (
-    (
-        "Why do cats purr?",
-        "Cats purr when they feel safe and calm. Some also purr when they are ill, and it may soothe them. Do you have "
-        "a cat at home?",
-    ),
-    (
-        "How can I save money on food?",
-        "Plan your meals before you shop, and buy only what is on your list. Cook a big pot once and eat from it "
-        "twice. Which meal costs you the most now?",
-    ),
-    (
-        "What is a verb?",
-        'A verb is a word that says what someone does or is. In "The dog runs", the verb is "runs". Can you find the '
-        "verb in a sentence of your own?",
-    ),
+    ("Why do cats purr?", "Cats purr when they feel safe. It may also soothe them. Do you have a cat at home?"),
+    ("How can I save on food?", "Plan your meals and buy only what you need. Which meal costs you the most now?"),
 )
 SHOWN = (Turn("system", STYLE), *(t for ask, say in EXAMPLES for t in (Turn("user", ask), Turn("assistant", say))))
 
@@ -54,24 +38,24 @@ def sample(
 ) -> list[list[str]]:
     """``plain + shown`` replies to each prompt, kept batch by batch under ``work``."""
     replies: list[list[str]] = [[] for _ in prompts]
-    for start in range(0, len(prompts), batch):
-        some = prompts[start : start + batch]
-        for k in range(plain + shown):
-            before = () if k < plain else SHOWN
+    for k in range(plain + shown):
+        before = () if k < plain else SHOWN
+        for start in range(0, len(prompts), batch):
+            some = prompts[start : start + batch]
             generated = generate(
                 [(*before, *user(prompt)) for prompt in some],
                 backbone,
-                guidance=Guidance(mode="none", top_p=0.95, top_k=0),
+                guidance=Guidance(mode="none", top_p=0.95, top_k=50),
                 max_new_tokens=tokens,
                 temperature=1.0,
                 seed=seed + k,
                 prompt_ids=[f"house-style-{i:03d}" for i in range(start, start + len(some))],
                 batch_size=batch,
-                kept=work / f"{start:03d}-{k}.jsonl",
+                kept=work / f"{k}-{start:03d}.jsonl",
             )
             for i, reply in enumerate(generated, start):
                 replies[i].append(reply.text.strip())
-            print(f"prompts {start + 1} to {start + len(some)}: {k + 1} of {plain + shown} replies", flush=True)
+            print(f"reply {k + 1} of {plain + shown}: prompts {start + 1} to {start + len(some)}", flush=True)
     return replies
 
 
