@@ -157,7 +157,7 @@ def _replies(run: RunFolder) -> tuple[list[Generation], list[Generation]]:
 
 
 def _samples(run: RunFolder, sides: tuple[Sequence[Generation], Sequence[Generation]]) -> list[Sample]:
-    """The prompts whose replies differ most in the rules they keep, gains and losses alike, and how."""
+    """The prompts on which guidance gained most rules, and those on which it lost most, if it lost any."""
     prompts = {
         prompt_id(pair.prompt): conversation_text(pair.prompt) for pair in load_pairs(run.path / "pairs-eval.jsonl")
     }
@@ -166,8 +166,6 @@ def _samples(run: RunFolder, sides: tuple[Sequence[Generation], Sequence[Generat
         kept = [[name for name, yes in rules_kept(reply.text).items() if yes] for reply in (before, after)]
         said = f"unguided keeps {', '.join(kept[0]) or 'none'}; guided keeps {', '.join(kept[1]) or 'none'}"
         rows.append((len(kept[1]) - len(kept[0]), prompts[before.prompt_id], before.text, after.text, said))
-    ordered = sorted(rows, key=lambda row: row[0])
-    return [
-        Sample(prompt, {"unguided": before, "guided": after}, said)
-        for _, prompt, before, after, said in (*ordered[: -SAMPLES - 1 : -1], *ordered[:SAMPLES])
-    ]
+    rows.sort(key=lambda row: -row[0])
+    told = rows[:SAMPLES] + [row for row in rows[SAMPLES:][-SAMPLES:] if row[0] < 0]
+    return [Sample(prompt, {"unguided": before, "guided": after}, said) for _, prompt, before, after, said in told]
