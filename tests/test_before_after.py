@@ -72,7 +72,8 @@ def test_the_page_shows_them_beside_each_other(run: RunFolder) -> None:
     add_evaluation(run, style_evaluation(run))
     (row,) = saved_evaluations(run)
     table = "".join(str(part) for part in shown(row) if part)
-    assert "Difference (paired)" in table
+    assert "n = 6 prompts" in table
+    assert "66.7 points" in table
     assert "no sentence of more than 20 words" in table
     assert "Each rule, before and after" in (run.path / "report.html").read_text()
     assert spoken(row)[0].startswith("Each rule, before and after, guided against unguided: ")

@@ -96,7 +96,7 @@ def text_evaluation(run: RunFolder, command: str = "") -> Evaluation:
 def capability_evaluation(
     run: RunFolder,
     *,
-    tokens: int = 32,
+    tokens: int = 24,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     command: str = "",
 ) -> Evaluation:

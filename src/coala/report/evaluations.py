@@ -183,23 +183,20 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
 
 
 def _contrasted(title: str, contrasts: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each measure before and after."""
-    rows = [
-        (
-            beneath(str(one.get("name")), str(one.get("about") or "")),
-            *(_value({"estimate": one.get(side), "form": one.get("form")}) for side in ("before", "after")),
-            _change(one),
-            str(Interval(one.get("difference")).n),
-        )
-        for one in contrasts
-    ]
-    heads = ("Measure", "Unguided", "Guided", "Difference (paired)", "Prompts")
-    return Table(f"{title}, before and after", heads, rows, "Intervals are 95 %.", left=(1, 2, 3))
-
-
-def _change(one: Mapping[str, Any]) -> str:
-    difference = Interval(one.get("difference"))
-    return difference.percent(points=True) if one.get("form") == "share" else difference.plain()
+    """A row for each measure before and after; intervals stand below their values."""
+    rows = []
+    for one in contrasts:
+        share = one.get("form") == "share"
+        cells = []
+        for side in ("before", "after", "difference"):
+            estimate = Interval(one.get(side))
+            told = estimate.percent(points=side == "difference") if share else estimate.plain()
+            value, opened, ends = told.partition(" (")
+            cells.append(beneath(value, ends.removesuffix(")") if opened else None))
+        rows.append((beneath(str(one.get("name")), str(one.get("about") or "")), *cells))
+    n = sorted({Interval(one.get("difference")).n for one in contrasts})
+    note = f"n = {', '.join(map(str, n))} prompts; below each value its 95 % interval, of differences a paired one."
+    return Table(f"{title}, before and after", ("Measure", "Unguided", "Guided", "Difference"), rows, note)
 
 
 def spoken(row: Mapping[str, Any]) -> list[str]:
