@@ -224,6 +224,7 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
         rows.append([f"perplexity, {name}", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}], n = {value.n}"])
     if policy := content.get("policy"):
         rows.append(["policy accuracy", policy.get("unknown") or _against_chance(Estimate(**policy["accuracy"]))])
+        rows += [["ranked by what", policy["note"]]] if policy.get("note") else []
     return rows
 
 
