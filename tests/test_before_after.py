@@ -56,6 +56,7 @@ def test_each_rule_is_counted_on_the_same_prompts(run: RunFolder) -> None:
 def test_other_measures(run: RunFolder) -> None:
     by_name = {one.name: one for one in text_evaluation(run).contrasts}
     assert by_name["Coleman-Liau grade"].difference.value < 0
+    assert by_name["repetition"].before.value == 0
     assert by_name["words"].after.value == pytest.approx((5 * 9 + 5) / 6)
 
 
@@ -63,7 +64,7 @@ def test_without_a_grammar_checker_the_record_says_so(run: RunFolder, monkeypatc
     monkeypatch.setitem(sys.modules, "harper", None)
     monkeypatch.setattr("coala.alignment.before_after.has_grammar_checker", lambda: False)
     found = text_evaluation(run)
-    assert [one.name for one in found.contrasts] == ["Coleman-Liau grade", "words"]
+    assert [one.name for one in found.contrasts] == ["Coleman-Liau grade", "words", "repetition"]
     assert "Grammar was not checked" in found.remarks[0]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from coala.alignment.answers import PromptRow, ReplySettings, answer
 from coala.evaluation.capability import Question, capability_questions
 from coala.evaluation.house_style import ABOUT, RULES, rules_kept, words_of
+from coala.evaluation.judges import RuleJudge
 from coala.evaluation.readability import coleman_liau, grammar_faults, has_grammar_checker
 from coala.report import Contrast, Evaluation, Sample
 from coala.statistics.intervals import mean_estimate, paired_difference, share_estimate
@@ -67,10 +68,12 @@ def text_evaluation(run: RunFolder, command: str = "") -> Evaluation:
     graded = [[coleman_liau(text) for text in side] for side in texts]
     both = [i for i in range(len(sides[0])) if all(math.isfinite(side[i]) for side in graded)]
     words = [[len(words_of(text)) for text in side] for side in texts]
+    repeated = [[-RuleJudge("varied").score(text) for text in side] for side in texts]
     grades = [[side[i] for i in both] for side in graded]
     found = [
         contrast("Coleman-Liau grade", grades, "plain", "lower is easier to read"),
         contrast("words", words, "plain", "of a reply"),
+        contrast("repetition", repeated, "share", "three-word runs that the reply has said before"),
     ]
     remarks = [] if len(both) == len(sides[0]) else [f"{len(sides[0]) - len(both)} prompts got a reply without letters"]
     if has_grammar_checker():

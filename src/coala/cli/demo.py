@@ -50,7 +50,7 @@ def chat(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo-chat"),
     restart: Restart = False,
 ) -> None:
-    """Give SmolLM2-135M-Instruct a house style from a few hundred pairs: offline, on a CPU, in at most ten minutes.
+    """Give SmolLM2-135M-Instruct a house style from a few hundred pairs: offline, on a CPU.
 
     The style: short sentences in plain words, no lists, at most 60 words, and a question back. The report shows each
     rule before and after, other measures of the text, and 100 short questions as a control. The model comes by
