@@ -4,7 +4,14 @@ from coala.decoding.distilled import generate_distilled, policy_likelihood
 from coala.decoding.engine import Engine, Job
 from coala.decoding.generation import generate
 from coala.decoding.guidance import RULES, Guidance, reweight
-from coala.decoding.likelihood import log_likelihood
+from coala.decoding.likelihood import (
+    TextLikelihood,
+    guided_likelihoods,
+    lifted,
+    log_likelihood,
+    model_log_ratios,
+    unknown_likelihood,
+)
 from coala.decoding.requests import Rendered, Request
 from coala.decoding.transformers_loop import guide
 
@@ -15,10 +22,15 @@ __all__ = [
     "Job",
     "Rendered",
     "Request",
+    "TextLikelihood",
     "generate",
     "generate_distilled",
     "guide",
+    "guided_likelihoods",
+    "lifted",
     "log_likelihood",
+    "model_log_ratios",
     "policy_likelihood",
     "reweight",
+    "unknown_likelihood",
 ]

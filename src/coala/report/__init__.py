@@ -38,6 +38,7 @@ no interval is known.
     costs           [{stage, seconds, flops, flops_bound, peak_bytes}]; peak_bytes a number or {host, device}
     win_rates       [{judge, estimate: ESTIMATE, comment}], guided against unguided
     perplexity      {unguided: ESTIMATE, guided: ESTIMATE}, of the text under the base model
+    policy          {accuracy: ESTIMATE, lifted: ESTIMATE, note} of log-ratios to the base, or {unknown: str}, why not
     samples         [{prompt, unguided, guided, scores: {unguided, guided}}]
     evaluations     what :mod:`coala.report.evaluations` keeps under RUN/evaluations; added when the report is written
 """
@@ -50,11 +51,11 @@ from typing import Any
 
 from coala.report.conclusions import conclusions
 from coala.report.content import plain
-from coala.report.evaluations import Evaluation, Measure, Sample, save_evaluation, saved_evaluations
+from coala.report.evaluations import Contrast, Evaluation, Measure, Sample, save_evaluation, saved_evaluations
 from coala.report.page import render
 from coala.store import RunFolder, load_json, save_json, write_atomic
 
-__all__ = ["Evaluation", "Measure", "Sample", "add_evaluation", "conclusions", "write_report"]
+__all__ = ["Contrast", "Evaluation", "Measure", "Sample", "add_evaluation", "conclusions", "write_report"]
 
 
 def write_report(run: RunFolder, content: Mapping[str, Any]) -> Path:
