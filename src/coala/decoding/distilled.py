@@ -33,7 +33,7 @@ class Changed:
                 f"model is {backbone.name} (weights {backbone.weights[:12]}). Load the model it was distilled from."
             )
         self._backbone = backbone
-        self._left, self._right = (torch.from_numpy(part).to(backbone.device) for part in policy.factors())
+        self._left, self._right = (torch.tensor(part, device=backbone.device) for part in policy.factors())
 
     def log_probs(self, final: torch.Tensor) -> torch.Tensor:
         """Next-token log-probabilities (B, V) float32 after final states (B, d)."""
