@@ -20,11 +20,12 @@ from coala.decoding import Guidance, generate, generate_distilled, policy_likeli
 from coala.decoding.distilled import Changed, divergence
 from coala.distil.matrix import output_matrix
 from coala.distil.settings import DistilSettings
+from coala.distil.shift import shift_states
 from coala.distil.stage import distil
 from coala.distil.states import Lesson, teacher_states
 from coala.export.policy import export_checkpoint, export_gguf, export_lora
 from coala.policies import DistilledPolicy
-from coala.values import CoalaError, SpecMismatch, user
+from coala.values import CoalaError, ConvexHead, SpecMismatch, prompt_id, user
 
 from .menagerie import tiny_backbone
 from .test_align import pair_rows, write_rows
@@ -287,3 +288,30 @@ def test_the_command_distils_a_run_and_takes_up_what_is_there(tmp_path: Path) ->
     weighted = distil(run, DistilSettings(teacher="weighted", rank=2, ridge=0.1))
     assert (weighted.rank, weighted.program) == (2, "weighted")
     assert len(list((tmp_path / "run" / "distilled").glob("replies-*.jsonl"))) == 1
+
+
+def test_the_soft_teacher_spends_what_its_decoder_accounts_for(backbone: LanguageModel, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    none = np.zeros((0, backbone.width + 1), np.float32)
+    head = ConvexHead(none, none, rng.standard_normal(backbone.width + 1).astype(np.float32), backbone.spec(2))
+    guidance = Guidance("shift", rule="raw", strength=2.0, candidates=5, top_k=20, every=2)
+    ids = [prompt_id(prompt) for prompt in PROMPTS]
+    settings: dict[str, Any] = {"max_new_tokens": 7, "seed": 1}
+    found = shift_states(backbone, head, PROMPTS, tmp_path, guidance, **settings)
+    replies = generate(PROMPTS, backbone, head, guidance, prompt_ids=ids, **settings)
+    # The base distribution within the nucleus, from states and matrix alone.
+    logits = np.take_along_axis(found.states @ output_matrix(backbone).T, found.tokens, 1).astype(float)
+    inside = np.arange(logits.shape[1]) < found.size[:, None]
+    p = np.where(inside, np.exp(logits - logits.max(1, keepdims=True)), 0.0)
+    p /= p.sum(1, keepdims=True)
+    q = found.target.astype(float)
+    spent = np.where(q > 0, q * (np.log(np.where(q > 0, q, 1)) - np.log(np.where(inside, p, 1))), 0.0).sum(1)
+    for number, reply in enumerate(replies):
+        assert reply.divergence is not None
+        assert spent[found.group == number].sum() == pytest.approx(reply.divergence, rel=1e-3)
+        assert reply.divergence > 0.01
+    assert found.in_nucleus.all()
+    again = shift_states(backbone, head, PROMPTS, tmp_path, guidance, **settings)
+    assert np.array_equal(again.target, found.target)
+    with pytest.raises(CoalaError, match="expected mode shift, no budget"):
+        shift_states(backbone, head, PROMPTS, tmp_path / "other", guidance.changed(budget=3.0), **settings)

@@ -69,7 +69,7 @@ StepLoss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
 Selection = Literal["random", "all", "best_worst"]
 Target = Literal["soft", "bernoulli", "hard"]
 Win = Literal["hard", "mean"]
-Teacher = Literal["guided", "weighted"]
+Teacher = Literal["guided", "weighted", "shift"]
 Support = Literal["nucleus", "vocabulary"]
 
 # Settings that more than one command takes.

@@ -15,14 +15,16 @@ class DistilSettings:
     """``guided``: replies to training prompts that the head guides, choosing among ``candidates`` blocks.
 
     ``weighted``: the training pairs' own replies, weighted by exp(r / ``beta``) for scores r in standard deviations;
-    nothing is generated. ``rank`` "auto" and no ``ridge`` are chosen on held-out prompts.
+    nothing is generated. ``shift``: replies of mode ``shift``, each step to become the exact distribution that its
+    token was drawn from, tilted over the ``candidates`` likeliest. ``rank`` "auto" and no ``ridge`` are chosen on
+    held-out prompts.
     """
 
-    teacher: Annotated[Teacher, Setting("guided: the head's own replies; weighted: the pairs' replies by score.")] = (
-        "guided"
-    )
-    prompts: Annotated[int, Ge(2), Setting("Training prompts that the head answers, for `guided`.")] = 300
-    candidates: Annotated[int, Ge(2), Setting("Blocks the head chooses among, for `guided`.")] = 10
+    teacher: Annotated[
+        Teacher, Setting("guided: the head's replies; weighted: the pairs' by score; shift: exact distributions.")
+    ] = "guided"
+    prompts: Annotated[int, Ge(2), Setting("Training prompts that are answered, for `guided` and `shift`.")] = 300
+    candidates: Annotated[int, Ge(2), Setting("Blocks (`guided`) or tokens (`shift`) that the head looks at.")] = 10
     block_tokens: Annotated[int, Ge(1), Setting("Tokens of a block, for `guided`.")] = 5
     beta: Annotated[float, Gt(0), Setting("Standard deviations of score per factor e of weight, for `weighted`.")] = 1.0
     support: Annotated[

@@ -19,8 +19,9 @@ from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
 from coala.distil.matrix import output_matrix
 from coala.distil.settings import DistilSettings
+from coala.distil.shift import shift_states
 from coala.distil.states import Lesson, teacher_states
-from coala.policies import DistilledPolicy
+from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, recipe_of
 from coala.store import RunFolder, digest, load_features, load_pairs, save_json
 from coala.values import CoalaError, Turn, conversation_text, prompt_id
@@ -54,21 +55,24 @@ def distil(
         backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
         output, guidance = output_matrix(backbone), _teacher_of(recipe, settings)
         temperature = recipe.evaluation.temperature or 1.0
-        if settings.teacher == "guided":
-            lessons = _guided(recipe, run, backbone, head, guidance, settings, on_progress)
+        told: dict[str, Any] = {
+            "temperature": temperature,
+            "on_reply": lambda n, total: on_progress("states", n, total, f"{n} of {total} replies"),
+            "on_note": on_note,
+        }
+        if settings.teacher != "weighted":
+            _check_evidence(head, guidance)
+        if settings.teacher == "shift":
+            states = _shifted(recipe, run, backbone, head, guidance, settings, told)
         else:
-            lessons = _weighted(run, head, settings.beta)
-        named = digest([asdict(lesson) for lesson in lessons])[:12]
-        states = teacher_states(
-            backbone,
-            output,
-            lessons,
-            run.path / "distilled" / f"states-{named}",
-            guidance,
-            temperature=temperature,
-            on_reply=lambda n, total: on_progress("states", n, total, f"{n} of {total} replies"),
-            on_note=on_note,
-        )
+            guided = settings.teacher == "guided"
+            lessons = (
+                _guided(recipe, run, backbone, head, guidance, settings, on_progress)
+                if guided
+                else _weighted(run, head, settings.beta)
+            )
+            folder = run.path / "distilled" / f"states-{digest([asdict(lesson) for lesson in lessons])[:12]}"
+            states = teacher_states(backbone, output, lessons, folder, guidance, **told)
         if outside := int((~states.in_nucleus).sum()):
             where = "left out" if settings.support == "nucleus" else "kept"
             on_note(f"{outside} of {len(states)} tokens lie outside their step's nucleus: {where}")
@@ -93,7 +97,12 @@ def distil(
             found.certificate,
         )
         policy.save(run.path / "distilled")
-        about = {"settings": settings, "guidance": str(guidance), "n_replies": len(lessons), "path": found.path}
+        about = {
+            "settings": settings,
+            "guidance": str(guidance),
+            "n_replies": len(np.unique(states.group)),
+            "path": found.path,
+        }
         save_json(run.path / "distilled" / "path.json", about)
     return policy
 
@@ -101,13 +110,36 @@ def distil(
 def _teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
     chosen = recipe.guidance
     return Guidance(
-        "block",
+        "shift" if settings.teacher == "shift" else "block",
         rule=chosen.rule,
         candidates=settings.candidates,
         block_tokens=settings.block_tokens,
         top_k=chosen.top_k,
         top_p=chosen.top_p,
     )
+
+
+def _check_evidence(head: ConvexHead, guidance: Guidance) -> None:
+    if guidance.weighs and head.evidence == 0:
+        raise CoalaError(
+            "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
+            "with evidence. Fix: give `coala align` more pairs, or another --rule."
+        )
+
+
+def _shifted(
+    recipe: Recipe,
+    run: RunFolder,
+    backbone: LanguageModel,
+    head: ConvexHead,
+    guidance: Guidance,
+    settings: DistilSettings,
+    told: dict[str, Any],
+) -> DistilStates:
+    prompts, longest = _prompts(run)[: settings.prompts], recipe.evaluation.max_new_tokens
+    named = digest([prompt_id(prompt) for prompt in prompts], asdict(guidance), longest, settings.seed)[:12]
+    folder = run.path / "distilled" / f"states-{named}"
+    return shift_states(backbone, head, prompts, folder, guidance, max_new_tokens=longest, seed=settings.seed, **told)
 
 
 def _guided(
@@ -119,11 +151,6 @@ def _guided(
     settings: DistilSettings,
     on_progress: OnProgress,
 ) -> list[Lesson]:
-    if guidance.weighs and head.evidence == 0:
-        raise CoalaError(
-            "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
-            "with evidence. Fix: give `coala align` more pairs, or another --rule."
-        )
     prompts = _prompts(run)[: settings.prompts]
     longest, temperature = recipe.evaluation.max_new_tokens, recipe.evaluation.temperature
     ids = [prompt_id(prompt) for prompt in prompts]

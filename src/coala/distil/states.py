@@ -63,9 +63,8 @@ def teacher_states(
         "template": backbone.template,
         "nucleus": [guidance.top_k, guidance.top_p, temperature, n_tokens],
     }
-    finished = folder / "states.json"
-    if finished.exists() and load_json(finished)["plan"] == plan:
-        return _open(folder)
+    if (there := open_states(folder, plan)) is not None:
+        return there
     store = FeatureStore(folder / "shards")
     shards = [lessons[first : first + SHARD] for first in range(0, len(lessons), SHARD)]
     done = store.begin(plan, on_note)
@@ -75,9 +74,7 @@ def teacher_states(
             arrays = [_of_reply(backbone, W, lesson, guidance, temperature, n_tokens) for lesson in some]
             store.write(number, {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]})
         on_reply(min(len(lessons), (number + 1) * SHARD), len(lessons))
-    _join(folder, store, len(shards), plan)
-    store.discard()
-    return _open(folder)
+    return write_states(folder, store, len(shards), plan)
 
 
 @torch.no_grad()
@@ -116,7 +113,8 @@ def _of_reply(
     }
 
 
-def _join(folder: Path, store: FeatureStore, n_shards: int, plan: dict[str, Any]) -> None:
+def write_states(folder: Path, store: FeatureStore, n_shards: int, plan: dict[str, Any]) -> DistilStates:
+    """Put the shards together, a file for each array, without ever holding all states; the shards go."""
     rest: dict[str, list[np.ndarray]] = {}
     for number in range(n_shards):
         for name, array in store.read(number).items():
@@ -130,6 +128,14 @@ def _join(folder: Path, store: FeatureStore, n_shards: int, plan: dict[str, Any]
     for name, array in whole.items():
         write_rows(folder / f"{name}.npy", [array if array.ndim > 1 else array[:, None]], n)
     save_json(folder / "states.json", {"plan": plan, "n": n})
+    store.discard()
+    return _open(folder)
+
+
+def open_states(folder: Path, plan: dict[str, Any]) -> DistilStates | None:
+    """The states of ``folder`` if they are there and of this plan."""
+    finished = folder / "states.json"
+    return _open(folder) if finished.exists() and load_json(finished)["plan"] == plan else None
 
 
 def _open(folder: Path) -> DistilStates:
