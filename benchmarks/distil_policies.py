@@ -5,7 +5,7 @@
 Makes the run (or takes it up), writes its teacher's replies and distils them in several ways. Every reply to a held-out
 prompt is compared with ``--references`` unguided ones by the film task's judge, in both orders; intervals are over
 prompts. Perplexity is the base model's, over that of unguided replies; divergence is the exact KL(policy || base) of a
-reply over the whole vocabulary. Prints a table; the last line is JSON.
+reply over the whole vocabulary (of mode shift: within the nucleus). Prints a table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ POLICIES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "guided, ridge 0.02, rank 16": ({"ridge": 0.02, "rank": 16}, (1.0,)),
     "guided, ridge 0.02, full rank, vocabulary": ({"ridge": 0.02, "rank": "full", "support": "vocabulary"}, (1.0,)),
     "weighted, ridge and rank by held-out prompts": ({"teacher": "weighted"}, (1.0,)),
+    "shift, ridge and rank by held-out prompts": ({"teacher": "shift"}, (1.0, 1.5)),
 }
 
 
@@ -95,10 +96,10 @@ def main() -> None:
 
     print("| policy | wins against unguided | perplexity, ratio | KL a reply, nats | s |\n|---|---|---|---|---|")
     measure("unguided", base, 0.0)
-    clock = time.perf_counter()
-    rule = Guidance("block", candidates=10, block_tokens=5)
-    taught = generate(prompts, backbone, head, rule, seed=0, batch_size=6, **common)
-    measure(f"teacher: {rule}", taught, time.perf_counter() - clock)
+    for rule in (Guidance("block", candidates=10, block_tokens=5), Guidance("shift", candidates=10)):
+        clock = time.perf_counter()
+        taught = generate(prompts, backbone, head, rule, seed=0, batch_size=60 // rule.rows, **common)
+        measure(f"teacher: {rule}", taught, time.perf_counter() - clock)
     for name, (settings, strengths) in POLICIES.items():
         if args.only not in name:
             continue
