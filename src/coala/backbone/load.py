@@ -13,7 +13,7 @@ from coala.backbone.adapters import apply, check_base, find_adapter
 from coala.backbone.checkpoint import kind_of, read_json, stored, weight_files
 from coala.backbone.checks import check_cache, check_states, check_weights
 from coala.backbone.files import check_files, find, weights_digest
-from coala.backbone.gguf import dense, is_gguf, read_header, source
+from coala.backbone.gguf import dense, is_gguf, read_header, source, suggest
 from coala.backbone.kinds import SUPPORTED, brief, encoder_options, read_config, refuse_foreign_code
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError, Network
@@ -281,6 +281,7 @@ def pretrained(kind: Any, where: Path, options: dict[str, Any]) -> tuple[Any, di
     with source(where) as (folder, file):
         model, info = kind.from_pretrained(folder, **file, **unpacked | options)
     model.config.name_or_path = str(where)
+    suggest(model, where)
     return dense(model), info
 
 
