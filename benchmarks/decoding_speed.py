@@ -4,10 +4,11 @@
 
 On a CPU. In every round all ways take turns and each is divided by the first of its group in the same round, so that
 what else the machine does weighs on both alike; ratios are geometric means of rounds with t intervals of 95 %. Seconds
-are of processor time. The floor is every product of weights of one step, the head's among them, by torch's own kernel,
-and nothing else. Guided blocks are 5 candidates of 5 tokens, plain rows as many, both to the same prompt; without
-``--head`` the head is random, which costs as much. Errors of 8 bits are those of next-token log-probabilities over
-replies that the whole weights wrote, groups being replies. Prints tables; the last line is JSON.
+are of processor time, from the first token on: the prompt is read before. The floor is every product of weights of one
+step, the head's among them, by torch's own kernel, and nothing else. Guided blocks are 5 candidates of 5 tokens, plain
+rows as many, all behind the same prompt; without ``--head`` the head is random, which costs as much. Errors of 8 bits
+are those of next-token log-probabilities over replies that the whole weights wrote, groups being replies. Prints
+tables; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from coala.backbone import LanguageModel, load_backbone
 from coala.backbone.packed import PackedLinear
-from coala.decoding import Guidance, generate
+from coala.decoding import Engine, Guidance, Request, generate
 from coala.statistics.intervals import bounded_mean, mean_estimate
 from coala.store import load_head
 from coala.values import ConvexHead, user
@@ -70,10 +71,12 @@ def ratio(found: list[float], base: list[float]) -> str:
     return f"{math.exp(estimate.value):.2f} [{math.exp(estimate.low):.2f}, {math.exp(estimate.high):.2f}]"
 
 
-def attribution(backbone: LanguageModel, step: Callable[[], int], seconds: float) -> dict[str, float]:
-    """Milliseconds a token by what they go to; what no kernel of torch accounts for is Python's."""
+def attribution(decode: Callable[[], float]) -> dict[str, float]:
+    """Shares of decoding by what they go to; what no kernel of torch accounts for is Python's, the profiler's too."""
     with profile(activities=[ProfilerActivity.CPU]) as made:
-        tokens = step()
+        began = time.perf_counter()
+        decode()
+        span = time.perf_counter() - began
     found = {"products of weights": 0.0, "attention": 0.0, "other kernels": 0.0}
     for event in made.key_averages():
         kind = (
@@ -83,8 +86,8 @@ def attribution(backbone: LanguageModel, step: Callable[[], int], seconds: float
             if any(name in event.key for name in ATTENTION)
             else "other kernels"
         )
-        found[kind] += event.self_cpu_time_total / 1e3 / tokens
-    found["Python"] = max(0.0, 1e3 * seconds - sum(found.values()))
+        found[kind] += event.self_cpu_time_total / 1e6 / span
+    found["Python"] = 1 - sum(found.values())
     return found
 
 
@@ -137,28 +140,44 @@ def main() -> None:
     none = np.zeros((0, d + 1), np.float32)
     head = fitted or ConvexHead(none, none, linear, whole.spec(-1, "mean"))
 
-    def decode(backbone: LanguageModel, rows: int, seed: int, *, guided: bool = False) -> int:
+    def decode(backbone: LanguageModel, rows: int, seed: int, *, guided: bool = False) -> float:
         # The head of whole weights would be refused on others; its work is what is timed.
         spec = backbone.spec(head.spec.layer, head.spec.pooling, head.spec.ends_with_eos, head.spec.max_tokens)
         rule = Guidance("block", rule="min-max", candidates=ROWS) if guided else Guidance("none")
-        prompts = [user(PROMPTS[0])] * (1 if guided else rows)
-        own = replace(head, spec=spec) if guided else None
-        made = generate(prompts, backbone, own, rule, max_new_tokens=args.tokens, seed=seed, batch_size=rows)
-        return max(reply.n_tokens for reply in made)
+        engine = Engine(backbone, replace(head, spec=spec) if guided else None)
+        jobs = [
+            engine.submit(Request(user(PROMPTS[0]), rule, args.tokens, seed, prompt_id=str(row)))
+            for row in range(1 if guided else rows)
+        ]
+        engine.step()  # reads the prompt
+        began = time.process_time()
+        while engine.running:
+            engine.step()
+        forwards = max(len(job.tokens) + (job.finish == "stop") for job in jobs) - 1
+        return (time.process_time() - began) / max(forwards, 1)
 
-    def theirs(rows: int, seed: int) -> int:
+    def theirs(rows: int, seed: int) -> float:
         torch.manual_seed(seed)
         row = torch.tensor([whole.render(user(PROMPTS[0])).tokens] * rows)
         options: dict[str, Any] = {"do_sample": True, "top_k": 50, "top_p": 0.9, "max_new_tokens": args.tokens}
+        moments: list[float] = []
+
+        def watch(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            moments.append(time.process_time())
+            return scores
+
         with torch.no_grad():
-            out = whole.transformer.generate(row, attention_mask=torch.ones_like(row), pad_token_id=0, **options)
-        return int(out.shape[1] - row.shape[1])
+            whole.transformer.generate(
+                row, attention_mask=torch.ones_like(row), pad_token_id=0, logits_processor=[watch], **options
+            )
+        return (time.process_time() - moments[0]) / len(moments)
 
-    def bare(run: Callable[[], None], _: int) -> int:
+    def bare(run: Callable[[], None], _: int) -> float:
+        began = time.process_time()
         run()
-        return 1
+        return time.process_time() - began
 
-    ways: dict[str, Callable[[int], int]] = {}
+    ways: dict[str, Callable[[int], float]] = {}
     for rows in (1, ROWS):
         some = f"{rows} row{'s' if rows > 1 else ''}"
         ways[f"plain, {some}"] = partial(decode, whole, rows)
@@ -170,10 +189,9 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.rounds + 1):
         for name, way in ways.items():
-            began = time.process_time()
-            tokens = way(turn)
+            spent = way(turn)
             if turn:  # the first warms up
-                seconds[name].append((time.process_time() - began) / tokens)
+                seconds[name].append(spent)
     report: dict[str, Any] = {"model": whole.name, "threads": args.threads, "rounds": args.rounds, "ratios": {}}
     for rows in (1, ROWS):
         base = f"plain, {rows} row{'s' if rows > 1 else ''}"
@@ -185,10 +203,9 @@ def main() -> None:
         found = ratio(seconds[f"{name}, {ROWS} rows"], seconds[f"{plain}, {ROWS} rows"])
         report["ratios"][f"{name} / {plain}, {ROWS} rows"] = found
         print(f"{name} / {plain}, {ROWS} rows: {found}")
-    for name, backbone in (("plain, 1 row", whole), ("plain, 8 bits, 1 row", small)):
-        shares = attribution(backbone, partial(ways[name], 1), float(np.median(seconds[name])))
-        report[f"ms a token, {name}"] = shares
-        print(f"{name}, ms a token: " + ", ".join(f"{part} {ms:.2f}" for part, ms in shares.items()))
+    for name in ("plain, 1 row", "plain, 8 bits, 1 row"):
+        shares = report[f"shares, {name}"] = attribution(partial(ways[name], 1))
+        print(f"{name}: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
     report["bytes"] = {"float32": weight_bytes(whole), "8 bits": weight_bytes(small)}
     report["error"] = error(whole, small, args.tokens)
     print(f"bytes of the weights: {report['bytes']}")
