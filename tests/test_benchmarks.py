@@ -19,6 +19,7 @@ SMALL = {
     "comal_text": "{stories} --out {tmp}/runs --prompts 4 --held-out 4 --answers 2 --candidates 2 --tokens 4 --outer 1 "
     "--inner 1 --methods inpo comal",
     "decoding": "--model {stories} --rounds 1 --tokens 6",
+    "decoding_speed": "--model {stories} --rounds 2 --tokens 6",
     "features": "--data {data} --pairs 6 --repeats 1 --models stories260K-hf --sets mathdial",
     "figures": "--out {tmp}",
     "guidance": "stories --model {stories} --prompts 2 --references 2 --only block",

@@ -19,6 +19,8 @@ from coala.alignment.context import StageContext
 from coala.alignment.extraction import encode, save_layer
 from coala.alignment.fitting import fit_settings
 from coala.alignment.parts import guidance_of
+from coala.alignment.talking import settled
+from coala.callbacks import quiet
 from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import Recipe
 from coala.statistics.intervals import wald
@@ -253,7 +255,9 @@ def _replies(context: StageContext) -> None:
         def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
             context.show(stage, 0, None, "loading the model")
             backbone, head, guidance = context.backbone(), load_head(context.path("head")), guidance_of(context.recipe)
-            guidance = guidance.at(settings.temperature)
+            told = context.note if method == "unguided" else quiet
+            guidance, temperature = settled(context.run.path, backbone, guidance, {}, told)
+            guidance = guidance.at(temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
             replies = generate(
                 [pair.prompt for pair in chosen],
@@ -261,7 +265,7 @@ def _replies(context: StageContext) -> None:
                 head,
                 rule,
                 max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
+                temperature=temperature,
                 seed=context.recipe.seed,
                 prompt_ids=[prompt_id(pair.prompt) for pair in chosen],
                 batch_size=max(1, rows_at_once(backbone) // rule.rows),
