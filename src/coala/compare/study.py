@@ -17,7 +17,9 @@ from coala.recipe import RecipeError, overlay
 from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
-MethodKind = Literal["sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "base"]
+MethodKind = Literal[
+    "sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "layers", "cues", "prompt", "guided", "base"
+]
 Init = Literal["base", "sft"]
 FEWEST_RATES = 4
 # Around TRL's and the paper's own rates; a study may name others.
@@ -44,10 +46,36 @@ class StudyModel(_Strict):
     config: dict[str, Any] | None = Field(None, description="config.json, to plan without the model")
 
 
+class Sampled(_Strict):
+    """Pairs that the study makes: replies of a model to prompts, the best against the worst by a word scorer."""
+
+    prompts: str = Field(description="rows with a field text")
+    ask: str = Field("{text}", description="the user's message, {text} in it replaced")
+    labeller: str = Field(description="a word-judge file that scores replies; the judge should share no word with it")
+    n_prompts: int = Field(200, ge=4)
+    replies: int = Field(4, ge=2, description="replies sampled to each prompt")
+    max_new_tokens: int = Field(32, ge=1)
+
+
+class Benchmark(_Strict):
+    """Replies to rank that no pair is learnt from; a sample of its prompts, cut to the model's ``max_tokens``."""
+
+    path: str
+    prompts: int | None = Field(None, ge=2, description="at most so many, drawn evenly from its domains; default: all")
+
+
 class Dataset(_Strict):
     """Preference pairs, their test pairs (else a share of whole groups is held out) and what is judged on them."""
 
     pairs: tuple[str, ...] = ()
+    joins: tuple[str, ...] = Field((), description="other datasets, whose pairs and features are put together")
+    sampled: Sampled | None = None
+    benchmarks: dict[Literal["rm-bench", "judgebench", "llmbar"], Benchmark] = Field(
+        {}, description="ranked by the heads that are fitted on these pairs"
+    )
+    system: str | None = Field(None, description="a system prompt that asks for what the pairs prefer; kind prompt")
+    prompts: int | None = Field(None, ge=0, description="held-out prompts answered; default: evaluation.prompts")
+    base: bool = Field(True, description="whether the model nothing was done to is a row, by its likelihoods")
     test: tuple[str, ...] = ()
     format: str = "auto"
     skip_bad: bool = False
@@ -56,7 +84,9 @@ class Dataset(_Strict):
     train_pairs: int | None = Field(None, ge=4, description="at most so many training pairs")
     test_pairs: int | None = Field(None, ge=2)
     per_group: int | None = Field(None, ge=1, description="at most so many training pairs of one group")
-    judge: str | None = Field(None, description="a word-judge file, for win rates against the unguided base")
+    judge: str | None = Field(
+        None, description="a word-judge file or rule:NAME, for win rates against the unguided base"
+    )
     rows: int | None = Field(None, ge=2, description="pairs there will be, to plan without them")
     tokens_per_prompt: int | None = Field(None, ge=1)
     tokens_per_reply: int | None = Field(None, ge=1)
@@ -88,7 +118,12 @@ class StudyMethod(_Strict):
     kind: MethodKind
     settings: tuple[str, ...] = ()
     layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = -1
-    pooling: Literal["mean", "mean_all", "last"] = "mean"
+    pooling: Literal["mean", "mean_all", "last", "auto"] = Field(
+        "mean", description="auto: chosen with the layer on held-out training pairs"
+    )
+    of: str | None = Field(None, description="of kind guided: the method whose head guides")
+    system: bool = Field(False, description="of kind prompt: the dataset's system prompt")
+    examples: int = Field(0, ge=0, description="of kind prompt: chosen replies shown, drawn from the training pairs")
     prefixes: int = Field(1, ge=1)
     head: HeadSettings = HeadSettings()
     reference: Literal["none", "margin", "paper"] = Field(
@@ -109,6 +144,16 @@ class StudyMethod(_Strict):
     @property
     def log_ratios(self) -> bool:
         return self.reference != "none"
+
+    @property
+    def reads(self) -> bool:
+        """Whether it reads features."""
+        return self.kind in ("coala", "adamw", "layers")
+
+    @property
+    def all_layers(self) -> bool:
+        """Whether its features are of every layer, from one pass."""
+        return self.kind == "layers" or (self.reads and self.pooling == "auto")
 
 
 class Split(_Strict):
@@ -174,6 +219,8 @@ class Study(_Strict):
             ("dataset", [d for method in self.methods for d in method.datasets], self.datasets),
             ("setting", [s for method in self.methods for s in method.settings], self.settings),
             ("setting", [self.init_setting] if self.init_setting else [], self.settings),
+            ("dataset", [d for dataset in self.datasets.values() for d in dataset.joins], self.datasets),
+            ("method", [method.of for method in self.methods if method.of], names),
         ):
             unknown = sorted(set(mentioned) - set(known))
             if unknown:
@@ -183,9 +230,30 @@ class Study(_Strict):
                 raise ValueError(f"method {method.name} is {method.kind}, which has no training settings")
             if method.reference != "none" and method.layer == "auto":
                 raise ValueError(f"method {method.name} has a reference, which needs all layers: layer must be -1")
+            self._check(method)
+        for name, dataset in self.datasets.items():
+            given = [bool(dataset.pairs), bool(dataset.joins), dataset.sampled is not None]
+            if sum(given) > 1:
+                raise ValueError(f"dataset {name} has more than one of pairs, joins and sampled; expected one")
+            if dataset.joins and any(self.datasets[part].joins for part in dataset.joins):
+                raise ValueError(f"dataset {name} joins a joined one; expected datasets with pairs of their own")
+            if dataset.joins and tuple(dataset.inits) != ("base",):
+                raise ValueError(f"dataset {name} joins others, which it can from the base alone: leave out inits")
         if any("sft" in dataset.inits for dataset in self.datasets.values()) and self.sft is None:
             raise ValueError("an init is sft, but no method is of kind sft")
         return self
+
+    def _check(self, method: StudyMethod) -> None:
+        if method.pooling == "auto" and (method.layer != "auto" or method.prefixes > 1 or method.log_ratios):
+            raise ValueError(
+                f"method {method.name} has pooling auto, which is chosen with the layer: layer must be auto, and "
+                "prefixes and reference left out"
+            )
+        if method.kind == "prompt" and not (method.system or method.examples):
+            raise ValueError(f"method {method.name} is of kind prompt; expected system: true, examples: N, or both")
+        of = next((m for m in self.methods if m.name == method.of), None)
+        if method.kind == "guided" and (of is None or of.kind != "coala" or method.guidance is None):
+            raise ValueError(f"method {method.name} is of kind guided; expected of: a method of kind coala, guidance")
 
     @property
     def sft(self) -> StudyMethod | None:
@@ -296,7 +364,18 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
             update={
                 "pairs": tuple(map(located, dataset.pairs)),
                 "test": tuple(map(located, dataset.test)),
-                "judge": dataset.judge and located(dataset.judge),
+                "judge": dataset.judge and (dataset.judge if dataset.judge.startswith("rule:") else located(dataset.judge)),
+                "sampled": dataset.sampled
+                and dataset.sampled.model_copy(
+                    update={
+                        "prompts": located(dataset.sampled.prompts),
+                        "labeller": located(dataset.sampled.labeller),
+                    }
+                ),
+                "benchmarks": {
+                    name: benchmark.model_copy(update={"path": located(benchmark.path)})
+                    for name, benchmark in dataset.benchmarks.items()
+                },
             }
         )
         for key, dataset in study.datasets.items()

@@ -1,0 +1,120 @@
+"""What the methods that write are measured by: replies to held-out prompts, judged; and what their likelihoods prefer.
+
+CELL/generations.jsonl  the replies
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coala.compare.cell_context import CellContext, Costs
+from coala.store import load_generations, save_generations
+from coala.values import Generation, Pair, Turn, conversation_text, prompt_id
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.decoding import Guidance
+    from coala.values import ConvexHead
+
+# From a conversation to the one that a writer is given in its place.
+Asked = Callable[[tuple[Turn, ...]], tuple[Turn, ...]]
+
+
+def as_it_is(prompt: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return prompt
+
+
+def prompts_of(context: CellContext) -> list[Pair]:
+    """The held-out pairs whose prompts are answered, each prompt once."""
+    distinct = list({conversation_text(pair.prompt): pair for pair in context.part("test")}.values())
+    own = context.dataset.prompts
+    return distinct[: context.study.evaluation.prompts if own is None else own]
+
+
+def policy_of(log_ratios: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """How often a policy finds the chosen reply likelier than the rejected one, of its log-likelihoods' differences."""
+    from coala.statistics.scores import accuracy_of_margins
+
+    values = np.asarray(log_ratios, np.float64)
+    return {
+        "policy_margins": values.tolist(),
+        "policy_accuracy": asdict(accuracy_of_margins(values, [pair.group for pair in pairs])),
+    }
+
+
+def replies_of(
+    context: CellContext,
+    costs: Costs,
+    writer: LanguageModel | None = None,
+    *,
+    head: ConvexHead | None = None,
+    guidance: Guidance | None = None,
+    asked: Asked = as_it_is,
+) -> dict[str, Any]:
+    """Answer the held-out prompts, save the replies, and judge them against those of the unguided start.
+
+    ``writer`` is the start itself unless given, and ``asked`` what it is given for a prompt. ``perplexity`` is that of
+    the replies under the start, to the prompts as they are.
+    """
+    from coala.baselines import TrainSettings, log_likelihoods
+    from coala.decoding import Guidance, generate
+    from coala.statistics.scores import perplexity
+
+    settings, base = context.study.evaluation, context.backbone
+    pairs = prompts_of(context)
+    if not pairs:
+        return {}
+    seed = context.study.seeds[0] if context.cell.seed is None else context.cell.seed
+    most, n_pieces = len(pairs) * settings.max_new_tokens, count(1)
+    context.show("replies", 0, most)
+    with costs.of("replies") as about:
+        replies = generate(
+            [asked(pair.prompt) for pair in pairs],
+            writer or base,
+            head,
+            guidance or Guidance(mode="none"),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            prompt_ids=[prompt_id(pair.prompt) for pair in pairs],
+            batch_size=16,
+            on_token=lambda index, piece: context.show("replies", next(n_pieces), most, "tokens at most"),
+        )
+        about["tokens"] = sum(reply.n_tokens for reply in replies)
+    save_generations(context.folder / "generations.jsonl", replies)
+    texts = [Pair(pair.prompt, reply.text, reply.text, pair.group) for pair, reply in zip(pairs, replies, strict=True)]
+    # A closing token, so that an empty reply has one; no token is added to what was written otherwise.
+    found = log_likelihoods(
+        base, texts, TrainSettings(max_length=context.model.max_tokens), batch_tokens=context.model.batch_tokens
+    )
+    group = [pair.group for pair in pairs]
+    result: dict[str, Any] = {
+        "prompts": len(replies),
+        "mean_tokens": float(np.mean([reply.n_tokens for reply in replies])),
+        "perplexity": asdict(perplexity(found.chosen, found.chosen_tokens, group)),
+    }
+    if any(reply.divergence is not None for reply in replies):
+        from coala.statistics.intervals import mean_estimate
+
+        spent = [reply.divergence or 0.0 for reply in replies]
+        result["kl"] = asdict(mean_estimate(spent, group))
+    return {**result, **_judged(context, replies)}
+
+
+def _judged(context: CellContext, replies: Sequence[Generation]) -> dict[str, Any]:
+    from coala.evaluation import judge
+    from coala.evaluation.judges.named import local_judge
+
+    named = context.dataset.judge
+    if named is None or context.cell.kind == "base":
+        return {}
+    dataset, model, init = context.cell.place
+    reference = load_generations(context.out / "cells" / f"{dataset}.{model}.{init}.base" / "generations.jsonl")
+    ours = [Generation(**{**asdict(reply), "method": context.cell.label}) for reply in replies]
+    theirs = [Generation(**{**asdict(reply), "method": "base"}) for reply in reference]
+    return {"judgements": [asdict(j) for j in judge(ours, theirs, local_judge(named).scorer())]}
