@@ -492,6 +492,7 @@ def test_order_effects_do_not_depend_on_names(values: list[tuple[float, float]])
         ("json", '{"a": [1, null]}', "{'a': 1}"),
         ("json", "0.5", "NaN"),
         ("varied", "one two three four five", "one two three one two three"),
+        ("house-style", "Ice is cold. Do you like it?", "Ice is cold."),
     ],
 )
 def test_rules(rule: str, better: str, worse: str) -> None:
@@ -502,7 +503,10 @@ def test_rules(rule: str, better: str, worse: str) -> None:
     assert chosen.name.startswith("rule ")
 
 
-@given(st.text(), st.text(), st.sampled_from(["longer", "shorter", "contains:a", "regex:.", "json", "varied"]))
+EVERY_RULE = ["longer", "shorter", "contains:a", "regex:.", "json", "varied", "house-style"]
+
+
+@given(st.text(), st.text(), st.sampled_from(EVERY_RULE))
 def test_rules_swap(first: str, second: str, rule: str) -> None:
     chosen = RuleJudge.parse(rule)
     straight = chosen.compare((), reply("p", first), reply("p", second, "b")).preference

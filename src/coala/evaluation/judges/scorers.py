@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coala.evaluation.house_style import HouseStyleJudge
 from coala.evaluation.judges.protocol import preference
 from coala.values import CoalaError, Generation, Judgement, Turn
 
@@ -114,6 +115,7 @@ RULES: Mapping[str, Callable[[str, str], float]] = {
     "regex": lambda text, pattern: float(re.search(pattern, text) is not None),
     "json": lambda text, _: float(_is_json(text)),
     "varied": lambda text, _: -_repetition(text),
+    "house-style": lambda text, _: HouseStyleJudge().score(text),
 }
 _WITH_ARGUMENT = ("contains", "regex")
 
@@ -123,7 +125,8 @@ class RuleJudge:
     """Prefers the reply of which ``rule`` has more; replies alike are a tie.
 
     ``longer`` and ``shorter`` count characters; ``contains`` (any case) and ``regex`` look for ``argument``; ``json``
-    wants a text that is one JSON value; ``varied`` wants the smaller share of three-word runs that repeat.
+    wants a text that is one JSON value; ``varied`` wants the smaller share of three-word runs that repeat;
+    ``house-style`` counts the rules of :mod:`coala.evaluation.house_style` that a reply keeps.
     """
 
     rule: str
