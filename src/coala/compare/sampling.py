@@ -34,13 +34,8 @@ def sampled_pairs(study: Study, name: str, folder: Path) -> Path:
         return target
     # The model and its libraries stay out of the process that starts the cells.
     with Child(_sample, study, model, name, folder, wanted) as child:
-        try:
-            failed = child.hear()
-        except EOFError:
-            failed = "its process ended"
-        child.join()
-    if failed:
-        raise CoalaError(f"Dataset {name!r}: its pairs could not be sampled: {failed}")
+        if child.join() != 0:
+            raise CoalaError(f"Dataset {name!r}: the process that samples its pairs ended early. Fix: run it again.")
     save_json(about, {"of": wanted, "pairs": file_digest(target)})
     return target
 
@@ -48,25 +43,20 @@ def sampled_pairs(study: Study, name: str, folder: Path) -> Path:
 def _sample(parent: Parent, study: Study, model: str, name: str, folder: Path, stamp: str) -> None:
     settings = study.datasets[name].sampled
     assert settings is not None
-    try:
-        out = folder.parent.parent / "models" / model
-        pairs = make_pairs(study, study.models[model], settings, folder / f"replies-{stamp[:12]}", out)
-    except CoalaError as error:
-        parent.tell(str(error))
-        return
+    weights = folder.parent.parent / "models" / model
+    pairs = make_pairs(study, study.models[model], settings, folder / f"replies-{stamp[:12]}", weights)
     save_pairs(folder / "sampled.jsonl", pairs)
-    parent.tell("")
 
 
 def make_pairs(study: Study, model: StudyModel, settings: Sampled, kept: Path, weights: Path) -> list[Pair]:
     """The best against the worst of several replies to each prompt, where the scorer tells them apart."""
     from coala.backbone import load_backbone
-    from coala.data.files import read_rows
     from coala.decoding import Guidance, generate
     from coala.evaluation import WordJudge
+    from coala.evaluation.rows import read_rows
 
     labeller = WordJudge.load(settings.labeller)
-    texts = [row["text"].strip() for row in read_rows(settings.prompts)][: settings.n_prompts]
+    texts = [row.text("text").strip() for row in read_rows(settings.prompts)][: settings.n_prompts]
     prompts = [user(settings.ask.replace("{text}", text)) for text in texts]
     backbone = load_backbone(
         trainable(model.path, weights), revision=model.revision, template=model.template, device=study.device

@@ -61,7 +61,8 @@ class Benchmark(_Strict):
     """Replies to rank that no pair is learnt from; a sample of its prompts, cut to the model's ``max_tokens``."""
 
     path: str
-    prompts: int | None = Field(None, ge=2, description="at most so many, drawn evenly from its domains; default: all")
+    prompts: int | None = Field(None, ge=2, description="at most so many, drawn evenly from its subsets; default: all")
+    scores: str | None = Field(None, description="saved scores of other reward models, shown beside ours")
 
 
 class Dataset(_Strict):
@@ -70,7 +71,7 @@ class Dataset(_Strict):
     pairs: tuple[str, ...] = ()
     joins: tuple[str, ...] = Field((), description="other datasets, whose pairs and features are put together")
     sampled: Sampled | None = None
-    benchmarks: dict[Literal["rm-bench", "judgebench", "llmbar"], Benchmark] = Field(
+    benchmarks: dict[Literal["rewardbench", "rewardbench2", "rmbench", "judgebench", "llmbar"], Benchmark] = Field(
         {}, description="ranked by the heads that are fitted on these pairs"
     )
     system: str | None = Field(None, description="a system prompt that asks for what the pairs prefer; kind prompt")
@@ -373,7 +374,12 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
                     }
                 ),
                 "benchmarks": {
-                    name: benchmark.model_copy(update={"path": located(benchmark.path)})
+                    name: benchmark.model_copy(
+                        update={
+                            "path": located(benchmark.path),
+                            "scores": benchmark.scores and located(benchmark.scores),
+                        }
+                    )
                     for name, benchmark in dataset.benchmarks.items()
                 },
             }
