@@ -117,7 +117,9 @@ def _specs(context: CellContext, methods: list[StudyMethod], n_layers: int) -> l
         for layer in range(1, n_layers + 1) if method.kind == "layers" else ():
             wanted.setdefault((layer, GATED_POOLING), replace(spec, layer=layer, pooling=GATED_POOLING))
     if not wanted:
-        raise CoalaError(f"{context.cell.id}: none of its methods reads features; expected one of kind coala or layers.")
+        raise CoalaError(
+            f"{context.cell.id}: none of its methods reads features; expected one of kind coala or layers."
+        )
     return list(wanted.values())
 
 

@@ -106,6 +106,7 @@ def fit_gated(
     trials = []
     for ridge in RIDGES if fold is not None else ():
         margins = np.zeros(len(chosen))
+        assert fold is not None
         for held_out in np.unique(fold):
             out = fold == held_out
             head = _gated(chosen[~out], rejected[~out], ridge)

@@ -1,4 +1,4 @@
-"""Features of every layer and pooling from one pass, and which of them validation picks; features that are put together.
+"""Features of every layer and pooling from one pass, and which of them validation picks; features put together.
 
 CELL/layers/LAYER-POOLING/PART   features of every layer, for ``pooling: auto`` and for methods that read all layers
 CELL/PART                        those of the layer and pooling that are picked, as any other cell of features has them
@@ -25,7 +25,9 @@ PARTS = ("train", "test")
 LAYERS_TRIED = 8
 
 
-def loaded(context: CellContext, part: str, dataset: str | None = None, method: StudyMethod | None = None) -> FeatureSet:
+def loaded(
+    context: CellContext, part: str, dataset: str | None = None, method: StudyMethod | None = None
+) -> FeatureSet:
     """The features this cell's method reads, here or of another dataset."""
     return load_features(context.features_folder(dataset, method) / part, mmap=True)
 
@@ -145,7 +147,7 @@ def _picked(context: CellContext, costs: Costs, n_layers: int) -> dict[str, Any]
             }
         )
     for part in PARTS:
-        chosen = of_layer(context, *best, part)
+        chosen = of_layer(context, best[0], best[1], part)
         shutil.rmtree(context.folder / part, ignore_errors=True)
         save_features(context.folder / part, chosen)
     return {"spec": asdict(chosen.spec), "n_layers": n_layers, "layers": rows}

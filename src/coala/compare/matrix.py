@@ -158,7 +158,12 @@ def benchmark_of(cell: Cell) -> str:
 
 
 _KINDS: dict[str, CellKind] = {
-    **{"coala": "head", "adamw": "adamw", "layers": "layers", "cues": "cues", "prompt": "prompt", "guided": "guided"}
+    "coala": "head",
+    "adamw": "adamw",
+    "layers": "layers",
+    "cues": "cues",
+    "prompt": "prompt",
+    "guided": "guided",
 }
 
 

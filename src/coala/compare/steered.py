@@ -18,7 +18,7 @@ def guided_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     from coala.decoding import Guidance
 
     assert context.method.guidance is not None
-    of = next(need for need in context.cell.needs if need == f"{'.'.join(context.cell.place)}.{context.method.of}.s{context.cell.seed}")
+    of = f"{'.'.join(context.cell.place)}.{context.method.of}.s{context.cell.seed}"
     ranked = context.result(of)
     names = ("reward", "margins", "accuracy", "margin_ratio", "margin_sd", "ties", "nll", "layer", "pooling", "neurons")
     head = load_head(context.out / "cells" / of / "head")
@@ -91,7 +91,8 @@ def examples(pairs: list[Pair], number: int, seed: int) -> list[Pair]:
     distinct = list({conversation_text(pair.prompt): pair for pair in pairs}.values())
     if number > len(distinct):
         raise CoalaError(
-            f"{number} examples are asked for, and the training pairs have {len(distinct)} prompts. Fix: fewer examples."
+            f"Found {len(distinct)} prompts among the training pairs, expected {number}, one for each example. "
+            "Fix: ask for fewer examples."
         )
     return [distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:number]]
 

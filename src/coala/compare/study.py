@@ -71,7 +71,7 @@ class Dataset(_Strict):
     pairs: tuple[str, ...] = ()
     joins: tuple[str, ...] = Field((), description="other datasets, whose pairs and features are put together")
     sampled: Sampled | None = None
-    benchmarks: dict[Literal["rewardbench", "rewardbench2", "rmbench", "judgebench", "llmbar"], Benchmark] = Field(
+    benchmarks: dict[Annotated[str, Field(pattern="^(rewardbench2?|rmbench|judgebench|llmbar)$")], Benchmark] = Field(
         {}, description="ranked by the heads that are fitted on these pairs"
     )
     system: str | None = Field(None, description="a system prompt that asks for what the pairs prefer; kind prompt")
@@ -169,6 +169,8 @@ class StudyEvaluation(_Strict):
     prompts: int = Field(50, ge=0, description="held-out prompts answered by every method that writes")
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, ge=0)
+    questions: int = Field(0, ge=0, le=100, description="bundled questions answered by every method that writes")
+    question_tokens: int = Field(32, ge=1)
     kl_prompts: int = Field(20, ge=0, description="prompts for the divergence from the base; 0 leaves it out")
     curve_points: int = Field(10, ge=0, description="evaluations of held-out margins along a training run")
     curve_pairs: int = Field(48, ge=1)
@@ -365,7 +367,7 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
             update={
                 "pairs": tuple(map(located, dataset.pairs)),
                 "test": tuple(map(located, dataset.test)),
-                "judge": dataset.judge and (dataset.judge if dataset.judge.startswith("rule:") else located(dataset.judge)),
+                "judge": dataset.judge and located(dataset.judge),
                 "sampled": dataset.sampled
                 and dataset.sampled.model_copy(
                     update={

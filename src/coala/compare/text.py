@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coala.compare import tables
+from coala.compare import tables, writing_tables
 from coala.compare.study import Study
 from coala.pages.parts import Part, Table
 from coala.pages.words import bracketed, flops, seconds, size
@@ -31,7 +31,11 @@ def place_tables(place: Mapping[str, Any]) -> list[Table]:
     found = (
         tables.ranking(place),
         tables.differences(place),
-        tables.replies(place),
+        writing_tables.replies(place),
+        writing_tables.rules(place),
+        writing_tables.contests(place),
+        writing_tables.agreement(place),
+        *writing_tables.benchmarks(place),
         tables.costs(place),
         tables.measured(place),
         _layers(place),
@@ -45,7 +49,9 @@ def _layers(place: Mapping[str, Any]) -> Table | None:
         return None
     rows = [
         (
-            f"{row['layer']}" + (" (chosen)" if row["chosen"] else ""),
+            f"{row['layer']}"
+            + (f", {row['pooling']}" if "pooling" in row else "")
+            + (" (chosen)" if row["chosen"] else ""),
             tables.percent(row["cost"]),
             f"{row['nll']:.4f}",
             f"{row['excess']:+.4f} ({row['excess_error']:.4f})",

@@ -26,5 +26,5 @@ def trainable(model: str, folder: Path) -> Path | str:
             loaded = load_backbone(model, device="cpu", dtype="float32")
             loaded.transformer.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
-            save_json(folder / WHOLE, {"of": Path(model).name, "notes": loaded.notes})
+            save_json(folder / WHOLE, {"of": Path(model).name})
     return folder

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coala.compare.cell_context import CellContext, Costs
+from coala.compare.study import Study
 from coala.store import load_generations, save_generations
-from coala.values import Generation, Pair, Turn, conversation_text, prompt_id
+from coala.values import Generation, Pair, Turn, conversation_text, prompt_id, user
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -29,11 +30,15 @@ def as_it_is(prompt: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return prompt
 
 
-def prompts_of(context: CellContext) -> list[Pair]:
+def answered(study: Study, dataset: str, test: Sequence[Pair]) -> list[Pair]:
     """The held-out pairs whose prompts are answered, each prompt once."""
-    distinct = list({conversation_text(pair.prompt): pair for pair in context.part("test")}.values())
-    own = context.dataset.prompts
-    return distinct[: context.study.evaluation.prompts if own is None else own]
+    distinct = list({conversation_text(pair.prompt): pair for pair in test}.values())
+    own = study.datasets[dataset].prompts
+    return distinct[: study.evaluation.prompts if own is None else own]
+
+
+def prompts_of(context: CellContext) -> list[Pair]:
+    return answered(context.study, context.cell.dataset, context.part("test"))
 
 
 def policy_of(log_ratios: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -103,18 +108,76 @@ def replies_of(
 
         spent = [reply.divergence or 0.0 for reply in replies]
         result["kl"] = asdict(mean_estimate(spent, group))
-    return {**result, **_judged(context, replies)}
+    return {
+        **result,
+        **_judged(context, replies, group),
+        **_capability(context, costs, writer or base, head, guidance, asked, seed),
+    }
 
 
-def _judged(context: CellContext, replies: Sequence[Generation]) -> dict[str, Any]:
+def _judged(context: CellContext, replies: Sequence[Generation], group: Sequence[str]) -> dict[str, Any]:
+    """The judge's score of every reply, which rules it keeps if the judge has some, and judgements against the start's.
+
+    Any two methods may be compared by their scores, prompt by prompt; judgements are what win rates are made of.
+    """
     from coala.evaluation import judge
     from coala.evaluation.judges.named import local_judge
+    from coala.statistics.intervals import bounded_mean, share_estimate
 
     named = context.dataset.judge
-    if named is None or context.cell.kind == "base":
+    if named is None:
         return {}
+    scorer = local_judge(named).scorer()
+    found: dict[str, Any] = {"judge": scorer.name, "judge_scores": [scorer.score(reply.text) for reply in replies]}
+    if named == "rule:house-style":
+        from coala.evaluation.house_style import RULES, rules_kept
+
+        kept = [rules_kept(reply.text) for reply in replies]
+        found["rules"] = {
+            rule: asdict(share_estimate([float(one[rule]) for one in kept], group, "share that keeps it"))
+            for rule in RULES
+        }
+        counts = [float(sum(one.values())) for one in kept]
+        found["rules_kept"] = asdict(bounded_mean(counts, group, of=float(len(RULES))))
+    if context.cell.kind == "base":
+        return found
     dataset, model, init = context.cell.place
     reference = load_generations(context.out / "cells" / f"{dataset}.{model}.{init}.base" / "generations.jsonl")
     ours = [Generation(**{**asdict(reply), "method": context.cell.label}) for reply in replies]
     theirs = [Generation(**{**asdict(reply), "method": "base"}) for reply in reference]
-    return {"judgements": [asdict(j) for j in judge(ours, theirs, local_judge(named).scorer())]}
+    return {**found, "judgements": [asdict(j) for j in judge(ours, theirs, scorer)]}
+
+
+def _capability(
+    context: CellContext,
+    costs: Costs,
+    writer: LanguageModel,
+    head: ConvexHead | None,
+    guidance: Guidance | None,
+    asked: Asked,
+    seed: int,
+) -> dict[str, Any]:
+    """How many of the bundled questions the same writer answers: what an alignment may cost elsewhere."""
+    from coala.decoding import Guidance, generate
+    from coala.evaluation.capability import capability_questions
+    from coala.statistics.intervals import share_estimate
+
+    settings = context.study.evaluation
+    questions = capability_questions()[: settings.questions]
+    if not questions:
+        return {}
+    most, n_pieces = len(questions) * settings.question_tokens, count(1)
+    with costs.of("capability"):
+        replies = generate(
+            [asked(user(question.prompt)) for question in questions],
+            writer,
+            head,
+            guidance or Guidance(mode="none"),
+            max_new_tokens=settings.question_tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            prompt_ids=[prompt_id(user(question.prompt)) for question in questions],
+            on_token=lambda index, piece: context.show("questions", next(n_pieces), most, "tokens at most"),
+        )
+    right = [float(question.answered_by(reply.text)) for question, reply in zip(questions, replies, strict=True)]
+    return {"answered": right, "capability": asdict(share_estimate(right, name="share of questions answered"))}
