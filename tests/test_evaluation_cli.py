@@ -152,7 +152,7 @@ def test_rewardbench_table(tmp_path: Path) -> None:
     result, table, remarks = run("rewardbench", write(tmp_path / "s.jsonl", rows))
     assert result["sections"]["Safety"]["value"] == pytest.approx(1 / 3)
     assert result["ties"] == pytest.approx(1 / 3)
-    assert result["overall"] is None
+    assert result["overall"]["value"] is None
     assert "donotanswer" in table
     assert "subsets are missing" in remarks
     by_rows, _, _ = run("rewardbench", tmp_path / "s.jsonl", "--weights", "rows")
@@ -160,7 +160,7 @@ def test_rewardbench_table(tmp_path: Path) -> None:
 
 
 def test_every_command_has_an_example() -> None:
-    for name in ("alpaca", "mtbench", "arena", "rewardbench"):
+    for name in ("alpaca", "mtbench", "arena", "rewardbench", "rewardbench2", "rmbench", "judgebench"):
         found = CliRunner().invoke(app, [name, "--help"])
         assert found.exit_code == 0
         assert f"Example: `coala eval {name}" in found.stdout.replace("\n", " ")

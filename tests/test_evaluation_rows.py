@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coala.evaluation import alpaca, arena, arena_style, length_control, mtbench, rewardbench
+from coala.evaluation import alpaca, arena, arena_style, length_control, mtbench, reward_benchmarks
 from coala.evaluation.rows import read_rows
 from coala.values import CoalaError
 from tests.evaluation_helpers import write_lines
@@ -39,6 +40,37 @@ def arena_rows(path: Path) -> None:
     arena.bradley_terry(battles, battles.models[0])
 
 
+def scores_of(form: str, path: Path) -> None:
+    for scored in reward_benchmarks.read_scores(path, form).values():
+        reward_benchmarks.FORMS[form].rank(scored)
+        reward_benchmarks.score_rows(scored)
+
+
+def replies_of(form: str, path: Path) -> None:
+    benchmark = reward_benchmarks.FORMS[form].read(path)
+    benchmark.ranking(np.arange(len(benchmark.replies)))
+    benchmark.rank(benchmark.by_rule("longer"))
+
+
+# A sound row of each form of a benchmark of reward models.
+REWARD_ROWS: dict[str, dict[str, Any]] = {
+    "rewardbench scores": {"subset": "donotanswer", "chosen_score": 1, "rejected_score": 0},
+    "rewardbench2 scores": {"id": "tied:1", "subset": "Ties", "scores": [1, [2], 0], "num_correct": 2},
+    "rmbench scores": {"domain": "chat", "score_chosen": [1, 2, 3], "score_rejected": [0, 1, 4]},
+    "judgebench scores": {"pair_id": "a", "label": "B>A", "scores": {"m": [1, 2]}},
+    "rewardbench": {"subset": "donotanswer", "prompt": "p", "chosen": "a", "rejected": "b"},
+    "rewardbench2": {"id": 3, "subset": "Focus", "prompt": "p", "chosen": ["a"], "rejected": ["b", "c", "d"]},
+    "rmbench": {"domain": "chat", "prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]},
+    "judgebench": {
+        "pair_id": "x",
+        "question": "p",
+        "response_A": "a",
+        "response_B": "b",
+        "source": "livecodebench",
+        "label": "A>B",
+    },
+}
+
 READERS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "annotations": (
         alpaca_rows,
@@ -61,10 +93,24 @@ READERS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "categories": (mtbench.read_categories, ("question_id", "category")),
     "arena": (arena_rows, ("question", "uid", "model", "baseline", "games", "winner", "model_a", "model_b")),
     "styles": (arena_style.read_styles, ("uid", "conv_metadata", "metadata", "messages", "output")),
-    "rewardbench": (
-        lambda path: rewardbench.ranking(rewardbench.read_scores(path)),
-        ("subset", "chosen_score", "rejected_score", "prompt"),
-    ),
+    **{
+        f"{form} scores": (partial(scores_of, form), fields)
+        for form, fields in {
+            "rewardbench": ("subset", "chosen_score", "rejected_score", "prompt"),
+            "rewardbench2": ("id", "subset", "scores", "num_correct", "chosen_score", "rejected_score"),
+            "rmbench": ("id", "domain", "score_chosen", "score_rejected", "prompt_id"),
+            "judgebench": ("pair_id", "label", "scores", "source", "chosen_score", "rejected_score"),
+        }.items()
+    },
+    **{
+        form: (partial(replies_of, form), fields)
+        for form, fields in {
+            "rewardbench": ("id", "subset", "prompt", "chosen", "rejected"),
+            "rewardbench2": ("id", "subset", "prompt", "chosen", "rejected", "num_correct"),
+            "rmbench": ("id", "domain", "prompt", "chosen", "rejected"),
+            "judgebench": ("pair_id", "question", "response_A", "response_B", "source", "label"),
+        }.items()
+    },
 }
 
 words = st.sampled_from(
@@ -152,13 +198,13 @@ def test_rows_that_are_nearly_right(tmp_path: Path, name: str, data: st.DataObje
         "winner": "tie",
         "uid": 1,
         "question": 1,
-        "subset": "donotanswer",
-        "chosen_score": 1,
-        "rejected_score": 0,
     }
     if name == "calibration":
         sound["preference"] = 0.5
+    sound |= REWARD_ROWS.get(name, {})
     rows = [dict(sound) for _ in range(data.draw(st.integers(1, 3)))]
+    for number, row in enumerate(rows):
+        row |= {key: f"{row[key]}{number}" for key in ("id", "pair_id") if key in row}
     rows[-1][data.draw(st.sampled_from(fields))] = data.draw(values)
     path = tmp_path / "rows.jsonl"
     write_lines(path, rows)
@@ -168,7 +214,7 @@ def test_rows_that_are_nearly_right(tmp_path: Path, name: str, data: st.DataObje
 @pytest.mark.parametrize("name", READERS)
 def test_the_sound_row_is_sound(tmp_path: Path, name: str) -> None:
     """The property above starts from rows that every reader takes."""
-    rows: dict[str, dict[str, Any]] = {
+    rows: dict[str, dict[str, Any]] = REWARD_ROWS | {
         "annotations": {"generator_1": "b", "generator_2": "m", "len_1": 3, "len_2": 5, "preference": 1.25},
         "outputs": {"output": "o"},
         "difficulty": {"instruction_difficulty": 0.5},
@@ -186,7 +232,6 @@ def test_the_sound_row_is_sound(tmp_path: Path, name: str) -> None:
         "categories": {"question_id": 1, "category": "c"},
         "arena": {"question": 1, "model": "m", "winner": "tie"},
         "styles": {"uid": 1, "output": "o"},
-        "rewardbench": {"subset": "donotanswer", "chosen_score": 1, "rejected_score": 0},
     }
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(rows[name]))

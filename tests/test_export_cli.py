@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from coala.backbone import load_backbone
 from coala.cli import export as commands
-from coala.evaluation.rewardbench import SECTIONS
-from coala.export import as_reward_func, read_benchmark, results, score_replies
-from coala.export.rewardbench import score_rows
+from coala.cli.evaluate import app as evaluations
+from coala.evaluation.reward_benchmarks import read_rewardbench, score_rows
+from coala.evaluation.reward_benchmarks.rewardbench import SECTIONS
+from coala.export import as_reward_func, results, score_replies
 from coala.recipe import load_recipe
 from coala.report.evaluations import saved_evaluations
 from coala.store import RunFolder, StoreError, save_head
@@ -50,6 +51,7 @@ def call(*arguments: Any) -> Any:
     app = typer.Typer()
     app.command("export")(commands.export)
     app.add_typer(commands.app, name="bench")
+    app.add_typer(evaluations, name="eval")
     found = CliRunner().invoke(app, [str(a) for a in arguments])
     if found.exception is not None and not isinstance(found.exception, SystemExit):
         raise found.exception
@@ -160,28 +162,53 @@ def test_rewardbench_with_a_runs_head(run: Path, tmp_path: Path) -> None:
     assert ours["rows"]["n"] == len(rows)
     assert ours["ties"] == pytest.approx(1 / len(rows))
     printed = last_json(found)
-    assert printed["overall"] == pytest.approx(np.mean(list(ours["by_section"].values())))
+    assert printed["overall"]["value"] == pytest.approx(np.mean(list(ours["by_section"].values())))
     assert "Chat Hard" in found.stdout
     # What was written is what the reader of saved scores takes.
-    from coala.evaluation.rewardbench import ranking, read_scores
+    from coala.evaluation.reward_benchmarks import FORMS, read_scores
 
-    again = ranking(read_scores(tmp_path / "bench" / "scores.json"))
+    again = FORMS["rewardbench"].rank(read_scores(tmp_path / "bench" / "scores.json", "rewardbench")[""])
     assert {name: value.value for name, value in again.subsets.items()} == {n: flat[n] for n in again.subsets}
+
+
+def test_rm_bench_with_a_runs_head(run: Path, tmp_path: Path) -> None:
+    from coala.alignment import load_parts
+
+    rows = [
+        {"id": i, "prompt": f"question {i}?", "chosen": list(REPLIES[:3]), "rejected": [*REPLIES[1:3], REPLIES[0]]}
+        for i in range(4)
+    ]
+    for name in ("chat", "safety-refuse"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = last_json(call("eval", "rmbench", "--replies", tmp_path, "--run", run, "--out", tmp_path / "bench"))
+    model, head, _ = load_parts(run)
+    prompts = [user(row["prompt"]) for row in rows for _ in range(3)]
+    score = score_replies(prompts, list(REPLIES[:3]) * 4, head, model).reshape(4, 3)
+    right = score[:, :, None] > np.roll(score, -1, axis=1)[:, None, :]
+    assert found["sections"]["chat"]["value"] == pytest.approx(right.mean())
+    assert found["sections"]["hard"]["value"] == pytest.approx(
+        np.mean([right[:, i, j] for i, j in ((0, 1), (0, 2), (1, 2))])
+    )
+    kept = next(one for one in saved_evaluations(RunFolder.open(run)) if one["kind"] == "rmbench")
+    assert [Path(one["path"]).name for one in kept["files"]] == ["chat.json", "safety-refuse.json"]
+    assert any(one["name"] == "rule longer, all rows" for one in kept["figures"])
 
 
 def test_the_published_forms(tmp_path: Path) -> None:
     """Results and scores of a made-up ranking, against the sums written out."""
-    from coala.evaluation.rewardbench import ranking
-
     file = tmp_path / "a.json"
     file.write_text(json.dumps(rows_of()))
-    benchmark = read_benchmark(file)
-    chosen, rejected = np.arange(24.0), np.full(24, 10.0)
-    flat = results(ranking(benchmark.scored(chosen, rejected)), "m", _spec("dialogue:abc"))
+    benchmark = read_rewardbench(file)
+    assert len(set(benchmark.replies)) == len(benchmark.replies) < 48  # each distinct reply once
+    score = {reply: float(i) for i, reply in enumerate(benchmark.replies)}
+    scored = benchmark.scored(list(score.values()))
+    flat = results(benchmark.ranking(list(score.values())), "m", _spec("dialogue:abc"))
     assert flat["chat_template"] == "dialogue"
-    wins = score_rows(benchmark, chosen.tolist(), rejected.tolist())
-    assert [row["results"] for row in wins] == [0] * 11 + [1] * 13
-    for name in set(benchmark.subset):
+    wins = score_rows(scored)
+    right = [score[item.prompt, item.chosen[0]] > score[item.prompt, item.rejected[0]] for item in benchmark.items]
+    assert [row["results"] for row in wins] == right
+    assert set(right) == {False, True}
+    for name in {item.subset for item in benchmark.items}:
         assert flat[name] == np.mean([row["results"] for row in wins if row["subset"] == name])
 
 
@@ -194,7 +221,7 @@ def _spec(template: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"chosen": ["a", "b"]}, "RewardBench 2"),
+        ({"chosen": ["a", "b"]}, "found 2 texts, expected one reply"),
         ({"rejected": None}, "rejected"),
         ({"prompt": 3}, "prompt"),
         ({"prompt": []}, "empty list"),
@@ -210,7 +237,7 @@ def test_a_bad_row_is_named(change: dict[str, Any], said: str, tmp_path: Path) -
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(CoalaError, match=said) as caught:
-        read_benchmark(file)
+        read_rewardbench(file)
     assert "rows.jsonl:2" in str(caught.value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from coala.cli import alpaca, arena, judge, mtbench, rewardbench
+from coala.cli import alpaca, arena, judge, mtbench, reward_benchmarks
 
 app = typer.Typer(
     no_args_is_help=True, help="Have replies judged; compute benchmark figures, end to end or from files."
@@ -22,4 +22,13 @@ app.command("mtbench", epilog="Example: `coala eval mtbench gpt-4_single.jsonl -
 app.command("arena", epilog="Example: `coala eval arena judgements.jsonl --model MODEL --baseline gpt-4-0314`")(
     arena.arena
 )
-app.command("rewardbench", epilog="Example: `coala eval rewardbench scores.jsonl`")(rewardbench.from_scores)
+app.command("rewardbench", epilog="Example: `coala eval rewardbench scores.jsonl`")(reward_benchmarks.rewardbench)
+app.command("rewardbench2", epilog="Example: `coala eval rewardbench2 --replies test.jsonl --run runs/demo`")(
+    reward_benchmarks.rewardbench2
+)
+app.command("rmbench", epilog="Example: `coala eval rmbench --replies rm_bench --run runs/demo`")(
+    reward_benchmarks.rmbench
+)
+app.command("judgebench", epilog="Example: `coala eval judgebench scores.jsonl.gz --replies gpt-4o.jsonl.gz`")(
+    reward_benchmarks.judgebench
+)

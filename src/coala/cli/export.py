@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from coala.cli import rewardbench
+from coala.cli import reward_benchmarks
 from coala.cli.flags import Given, Of, with_settings
 from coala.cli.options import Download, TrustCode
 from coala.cli.output import command_line, conclude, say
@@ -18,7 +18,7 @@ from coala.settings import GuidanceSettings
 
 app = typer.Typer(no_args_is_help=True, help="Score published benchmarks with a run's head.")
 app.command("rewardbench", epilog="Example: `coala bench rewardbench filtered.jsonl --run runs/demo --out bench`")(
-    rewardbench.by_head
+    reward_benchmarks.by_head
 )
 
 

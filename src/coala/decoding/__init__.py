@@ -3,7 +3,14 @@
 from coala.decoding.engine import Engine, Job
 from coala.decoding.generation import generate
 from coala.decoding.guidance import RULES, Guidance, reweight
-from coala.decoding.likelihood import log_likelihood
+from coala.decoding.likelihood import (
+    TextLikelihood,
+    guided_likelihoods,
+    lifted,
+    log_likelihood,
+    model_log_ratios,
+    unknown_likelihood,
+)
 from coala.decoding.requests import Rendered, Request
 from coala.decoding.transformers_loop import guide
 
@@ -14,8 +21,13 @@ __all__ = [
     "Job",
     "Rendered",
     "Request",
+    "TextLikelihood",
     "generate",
     "guide",
+    "guided_likelihoods",
+    "lifted",
     "log_likelihood",
+    "model_log_ratios",
     "reweight",
+    "unknown_likelihood",
 ]

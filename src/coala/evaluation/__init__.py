@@ -1,7 +1,7 @@
 """From saved replies to judgements and win rates; every number comes with its interval and its n.
 
 The published benchmarks are modules of their own: `alpaca` and `length_control`, `mtbench`, `arena` and `arena_style`,
-`rewardbench`. What is computed of arrays alone is in :mod:`coala.statistics`.
+`reward_benchmarks`. What is computed of arrays alone is in :mod:`coala.statistics`.
 """
 
 from coala.evaluation.harness import Judged, judge, judge_many

@@ -6,7 +6,7 @@ Knows what those expect; nothing of how a head is fitted.
 from coala.export.card import RunFacts, facts_of
 from coala.export.folder import Exported, export_linear_head, export_reward_model, verify_folder
 from coala.export.network import ExportError
-from coala.export.rewardbench import read_benchmark, results
+from coala.export.rewardbench import results
 from coala.export.rewards import RewardFunction, as_reward_func, score_replies
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "export_linear_head",
     "export_reward_model",
     "facts_of",
-    "read_benchmark",
     "results",
     "score_replies",
     "verify_folder",

@@ -217,6 +217,22 @@ def wilson_estimate(value: float, error: float, labels: NDArray[np.intp], name: 
     return Estimate(value, low, high, n, f"{name}, Wilson 95 % at n_eff = {effective:.1f}{over(groups, n)}")
 
 
+def weighted_mean(parts: Sequence[Estimate], weights: Sequence[float] | None = None, name: str = "mean") -> Estimate:
+    """sum_i w_i value_i / sum_i w_i of independent estimates (equal weights: None), the half-widths added as squares.
+
+    Low and high sides are added apart, so that the interval stays within the range of its parts. CoalaError for
+    weights of another number, below 0 or all 0.
+    """
+    given = [1.0] * len(parts) if weights is None else list(weights)
+    if len(given) != len(parts) or not (all(weight >= 0 for weight in given) and sum(given) > 0):
+        raise CoalaError(f"The weights of {len(parts)} parts are {given}; expected one each, some above 0, none below.")
+    w = np.array(given, dtype=np.float64) / sum(given)
+    value, low, high = (np.array([getattr(part, end) for part in parts]) for end in ("value", "low", "high"))
+    mean = float(w @ value)
+    down, up = (float(np.sqrt((w * side) @ (w * side))) for side in (value - low, high - value))
+    return Estimate(mean, mean - down, mean + up, sum(part.n for part in parts), f"{name}, 95 % intervals combined")
+
+
 def void(name: str, n: int, why: str) -> Estimate:
     """The estimate of a share whose ``n`` values say nothing of it: no value, and ``why`` in its method."""
     return Estimate(math.nan, 0.0, 1.0, n, f"{name}; void: {why}")
