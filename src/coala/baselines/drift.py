@@ -97,7 +97,7 @@ def _sample(
     The terms are added to ``values`` and ``tokens`` at ``which``.
     """
     ours, theirs = policy.start(rows[0]), base.start(rows[1])
-    going, stops = list(range(len(rows))), torch.tensor(sorted(policy.stop_tokens), dtype=torch.long)
+    going, stops = list(range(len(rows[0]))), torch.tensor(sorted(policy.stop_tokens), dtype=torch.long)
     for step in range(chances.shape[1]):
         p, q = ours.log_probs().double().cpu(), theirs.log_probs().double().cpu()
         # `where`, for a token of probability 0 adds nothing and 0 times infinity is not 0.

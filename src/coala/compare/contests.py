@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from coala.compare.study import StudyMethod
 from coala.statistics.intervals import share_estimate
 from coala.values import Estimate
 
@@ -37,15 +36,13 @@ def writing_of(results: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str
     }
 
 
-def policy_told(method: StudyMethod | None, row: Mapping[str, Any]) -> str:
+def policy_told(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Whether a method is a policy whose likelihoods are known, and why they are not."""
     if row["policy_accuracy"] is not None:
-        return "known"
-    if row["win_rate"] is None or method is None or method.guidance is None:
-        return "writes nothing"
-    if method.guidance.mode == "shift":
-        return "known token by token, not computed"
-    return f"not known in mode {method.guidance.mode}"
+        return "known" + (f"; {result['policy_note']}" if result.get("policy_note") else "")
+    if row["kind"] == "base":
+        return "the start itself"
+    return str(result.get("policy_unknown") or "writes nothing")
 
 
 def put_ratios(rows: Sequence[dict[str, Any]]) -> None:

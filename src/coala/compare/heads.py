@@ -11,7 +11,7 @@ from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, keep_
 from coala.compare.every_layer import every_layer, joined, loaded, told
 from coala.compare.matrix import features_method, prompt_features
 from coala.compare.study import StudyMethod
-from coala.compare.writing import policy_of, replies_of
+from coala.compare.writing import guided_policy, replies_of
 from coala.store import FeatureStore, save_features, save_head, scratch
 from coala.values import FeatureSet
 
@@ -44,7 +44,6 @@ def base_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     return {
         "reward": PER_TOKEN if average else SUM,
         **result,
-        **policy_of(found.ratio, test),
         **replies_of(context, costs),
     }
 
@@ -149,7 +148,9 @@ def head_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     if method.guidance is not None and method.guidance.mode != "none":
         from coala.decoding import Guidance
 
-        result |= replies_of(context, costs, head=fitted.head, guidance=Guidance(**asdict(method.guidance)))
+        guidance = Guidance(**asdict(method.guidance))
+        result |= replies_of(context, costs, head=fitted.head, guidance=guidance)
+        result |= guided_policy(context, costs, fitted.head, guidance)
     return result
 
 

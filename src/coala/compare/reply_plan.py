@@ -71,7 +71,14 @@ def before_prompt(method: StudyMethod, system: str | None, counts: Counts) -> in
 def guided(study: Study, method: StudyMethod, shape: Shape, counts: Counts) -> int:
     if method.guidance is None or method.guidance.mode == "none":
         return 0
-    return writing(study, shape, counts.prompts, method.guidance)
+    flops = writing(study, shape, counts.prompts, method.guidance)
+    if method.guidance.mode != "shift" or not counts.prompts:
+        return flops
+    # Policy accuracy: every reply token by token, guided, within top-k and top-p and without.
+    survey = counts.surveys["eval"]
+    pairs = survey.index[: study.evaluation.policy_pairs].reshape(-1)
+    starts, stops = survey.start[pairs].tolist(), survey.stop[pairs].tolist()
+    return flops + 2 * sum(_reply(shape, a, b - a, method.guidance) for a, b in zip(starts, stops, strict=True))
 
 
 def writer(study: Study, cell: Cell, shape: Shape, counts: Counts) -> int:
@@ -103,8 +110,8 @@ def measuring(study: Study, cell: Cell, shape: Shape, counts: Counts) -> int:
     if kind == "reward":
         return validation + test
     written = writing(study, shape, counts.prompts) + drifting(study, shape, counts.prompts)
-    # Once more for what the policy itself prefers.
-    return validation + (models + 1) * test + written
+    # DPO's reward is its policy's log-ratio; of the others that takes both models once more.
+    return validation + (2 if kind == "dpo" else 3) * test + written
 
 
 def reading(study: Study, cell: Cell, shape: Shape) -> dict[str, Any]:

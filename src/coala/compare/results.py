@@ -176,7 +176,7 @@ def _row(
         "tokens": spread([r["mean_tokens"] for r in results if "mean_tokens" in r]),
     }
     row |= writing_of(results, [found[cell.id]["costs"] for cell in done])
-    row["policy"] = policy_told(method, row)
+    row["policy"] = policy_told(row, results[0])
     row["falling"] = falling(row["curves"])
     row["costs"] = costs_of(first, method, done, here, found)
     return row

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from coala.compare.cell_context import CellContext, Costs, measured_margins
-from coala.compare.writing import Asked, policy_of, prompts_of, replies_of
+from coala.compare.writing import Asked, guided_policy, policy_of, prompts_of, replies_of
 from coala.store import load_head
 from coala.values import CoalaError, Pair, Turn, conversation_text
 
@@ -27,6 +27,7 @@ def guided_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         **{name: ranked[name] for name in names},
         "curve": [],
         **replies_of(context, costs, head=head, guidance=guidance),
+        **guided_policy(context, costs, head, guidance),
     }
 
 
@@ -48,7 +49,7 @@ def prompt_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     result = {
         "reward": "log-likelihood as asked, above that of the plain prompt",
         **measured_margins(steered.ratio - plain.ratio, test),
-        **policy_of(steered.ratio, test),
+        **policy_of(steered, plain, test),
         **replies_of(context, costs, asked=asked),
     }
     evaluation = context.study.evaluation

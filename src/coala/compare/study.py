@@ -171,6 +171,9 @@ class StudyEvaluation(_Strict):
     temperature: float = Field(1.0, ge=0)
     questions: int = Field(0, ge=0, le=100, description="bundled questions answered by every method that writes")
     question_tokens: int = Field(32, ge=1)
+    policy_pairs: int = Field(
+        20, ge=0, description="pairs at most for the policy accuracy of guided decoding; 0 leaves it out"
+    )
     kl_prompts: int = Field(20, ge=0, description="prompts for the divergence from the base; 0 leaves it out")
     curve_points: int = Field(10, ge=0, description="evaluations of held-out margins along a training run")
     curve_pairs: int = Field(48, ge=1)

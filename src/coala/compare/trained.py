@@ -221,8 +221,15 @@ def _measure(
     if trained.method == "reward":
         return result
     with costs.of("policy"):
-        likely = log_likelihoods(policy, test, trained.settings, batch_tokens=context.model.batch_tokens)
-        result |= policy_of(likely.ratio, test)
+        if trained.method == "dpo":
+            # Its own reward is the log-ratio.
+            result["policy_accuracy"] = result["accuracy"]
+        else:
+            both = (
+                log_likelihoods(model, test, trained.settings, batch_tokens=context.model.batch_tokens)
+                for model in (policy, base)
+            )
+            result |= policy_of(*both, test)
     result |= replies_of(context, costs, policy)
     settings = context.study.evaluation
     pairs = prompts_of(context)[: settings.kl_prompts]

@@ -19,6 +19,7 @@ from coala.values import Generation, Pair, Turn, conversation_text, prompt_id, u
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
+    from coala.baselines import PairLikelihoods
     from coala.decoding import Guidance
     from coala.values import ConvexHead
 
@@ -41,15 +42,34 @@ def prompts_of(context: CellContext) -> list[Pair]:
     return answered(context.study, context.cell.dataset, context.part("test"))
 
 
-def policy_of(log_ratios: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """How often a policy finds the chosen reply likelier than the rejected one, of its log-likelihoods' differences."""
-    from coala.statistics.scores import accuracy_of_margins
+def policy_of(policy: PairLikelihoods, base: PairLikelihoods, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Policy accuracy of a model whose likelihoods are known, as the start asked otherwise or trained."""
+    from coala.statistics.policy import accuracy_of_log_ratios
 
-    values = np.asarray(log_ratios, np.float64)
-    return {
-        "policy_margins": values.tolist(),
-        "policy_accuracy": asdict(accuracy_of_margins(values, [pair.group for pair in pairs])),
-    }
+    chosen, rejected = policy.chosen - base.chosen, policy.rejected - base.rejected
+    found = accuracy_of_log_ratios(chosen, rejected, [pair.group for pair in pairs])
+    return {"policy_accuracy": asdict(found.accuracy)}
+
+
+def guided_policy(context: CellContext, costs: Costs, head: ConvexHead, guidance: Guidance) -> dict[str, Any]:
+    """Policy accuracy of guided decoding, or why it has none."""
+    from coala.alignment.policy import Guided, policy_accuracy
+
+    settings = context.study.evaluation
+    if not settings.policy_pairs or not prompts_of(context):
+        return {}
+    policy = Guided(head, guidance, settings.temperature, settings.max_new_tokens)
+    if policy.unknown:
+        return {"policy_unknown": policy.unknown}
+    with costs.of("policy"):
+        found = policy_accuracy(
+            context.part("test"),
+            context.backbone,
+            policy,
+            limit=settings.policy_pairs,
+            on_texts=lambda done, total: context.show("likelihoods", done, total),
+        )
+    return {"policy_accuracy": asdict(found.accuracy), "policy_note": found.note}
 
 
 def replies_of(
