@@ -83,6 +83,11 @@ class CellContext:
         found: dict[str, Any] = load_json(self.out / "cells" / cell_id / "cell.json")["result"]
         return found
 
+    def costs(self, cell_id: str) -> dict[str, Any]:
+        """What a cell that is done took."""
+        found: dict[str, Any] = load_json(self.out / "cells" / cell_id / "cell.json")["costs"]
+        return found
+
     @cached_property
     def start(self) -> Path | str:
         """The weights this cell's method starts from: the model, or the model after SFT."""

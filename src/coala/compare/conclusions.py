@@ -79,6 +79,16 @@ def of_writing(place: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def of_capability(place: Mapping[str, Any]) -> list[str]:
+    """What each way to write costs or gains on questions that the pairs do not speak of."""
+    found = place["capability"]
+    if not found:
+        return []
+    told = "; ".join(f"{c['of']} {_points(c['difference'])}" for c in found)
+    n = found[0]["difference"]["n"]
+    return [f"{_where(place)}: share of {n} questions answered, minus the unguided start's, paired: {told}."]
+
+
 def of_agreement(place: Mapping[str, Any]) -> list[str]:
     """How well ranking accuracy, policy accuracy and wins agree over the methods."""
     found = [row for row in place["agreement"] if row["tau"] is not None]

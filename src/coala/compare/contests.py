@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from coala.statistics.intervals import share_estimate
+from coala.statistics.intervals import paired_difference, share_estimate
 from coala.values import Estimate
 
 # What of a method is held against what: by its rows' field, and in words.
@@ -31,6 +31,7 @@ def writing_of(results: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str
         "rules": first.get("rules"),
         "rules_kept": first.get("rules_kept"),
         "capability": first.get("capability"),
+        "answered": first.get("answered"),
         "policy_accuracy": first.get("policy_accuracy"),
         "measured": {"ms_a_token": 1000 * seconds / tokens if tokens else None},
     }
@@ -94,6 +95,18 @@ def contests(rows: Sequence[Mapping[str, Any]], group: Sequence[str]) -> list[di
             }
         )
     return told
+
+
+def capability_changes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every method's share of questions answered minus the start's, paired over the questions."""
+    base = next((row for row in rows if row["kind"] == "base" and row["answered"]), None)
+    if base is None:
+        return []
+    return [
+        {"of": row["label"], "difference": asdict(paired_difference(row["answered"], base["answered"]))}
+        for row in rows
+        if row["answered"] and row is not base
+    ]
 
 
 def agreement(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -89,7 +89,10 @@ def every_layer(context: CellContext, costs: Costs) -> dict[str, Any]:
 def joined(context: CellContext, costs: Costs, method: StudyMethod) -> dict[str, Any]:
     """The features of the datasets that this one joins, put together; a layer and pooling are picked anew on all."""
     parts = [context.result(context.features_folder(one, method).name) for one in context.dataset.joins]
-    with costs.of("features", flops=0, pair_by_pair=0):
+    spent = [context.costs(context.features_folder(one, method).name)["features"] for one in context.dataset.joins]
+    sums = {name: sum(part[name] for part in spent) for name in ("flops", "pair_by_pair")}
+    with costs.of("features", **sums) as about:
+        about["measured"] = {"seconds": sum(part["measured"]["seconds"] for part in spent)}
         for part in PARTS if not method.all_layers else ():
             features = together({one: loaded(context, part, one, method) for one in context.dataset.joins})
             save_features(context.folder / part, features)

@@ -296,6 +296,8 @@ def _heads(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
         if cell.kind == "features"
         else next(m for m in study.methods if m.name == cell.method)
     )
+    if method.all_layers:
+        return _all_layers(cell, method, place)
     found = place.head_plan(method)
     flops = {
         "features": found.flops["extraction"] + found.flops.get("layer", 0),
@@ -317,6 +319,26 @@ def _heads(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
         "short": there is not None and sum(parts.values()) > there,
         "mends": list(found.mends),
     }
+
+
+def _all_layers(cell: Cell, method: StudyMethod, place: _Place) -> dict[str, Any]:
+    """Features of every layer, which all heads share, and a fit on those of one: no plan of a run is like it."""
+    from coala.compare.matrix import POOLINGS_TRIED
+    from coala.plan.plan import fit_flops
+
+    shape, counts = place.outline.shape, place.counts
+    rows = {part: counts.scaled(len(survey.tokens)) for part, survey in counts.surveys.items()}
+    if cell.kind == "features":
+        surveys = counts.surveys.values()
+        flops = counts.scaled(sum(body_flops(shape, s.lengths, own=s.own_lengths) for s in surveys))
+        states = 4 * shape.width * shape.n_layers * len(POOLINGS_TRIED) * 2 * max(rows.values())
+        parts = {**_weights(place), "features": states}
+    else:
+        # Gates on the reply alone.
+        flops = fit_flops(method.head, counts.pairs("train"), shape.width, 1)
+        parts = {"features": 8 * shape.width * counts.pairs("train")}
+    found = {"flops": flops, "parts": {}, "bytes": parts, "pairs": counts.pairs("train")}
+    return {**found, "how": "lower bound of memory"}
 
 
 def _weights(place: _Place) -> dict[str, int]:

@@ -27,7 +27,7 @@ import numpy as np
 from coala.compare import conclusions
 from coala.compare.cell import read
 from coala.compare.conclusions import main_coala
-from coala.compare.contests import agreement, contests, policy_told, put_ratios, writing_of
+from coala.compare.contests import agreement, capability_changes, contests, policy_told, put_ratios, writing_of
 from coala.compare.costs import FoundCosts, costs_of, put_shares, spread
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
@@ -110,11 +110,13 @@ def _place(
         told["differences"] = _differences(rows, group) if study.ranks else []
         told["contests"] = contests(rows, _answered(study, out, dataset))
         told["agreement"] = agreement(rows)
+        told["capability"] = capability_changes(rows)
         told["benchmarks"] = [found[c.id]["result"] for c in here if c.kind == "benchmark" and c.id in found]
         ranking = (*conclusions.of_ranking(told), *conclusions.of_heads(told)) if study.ranks else ()
         told["verdict"] = [
             *ranking,
             *conclusions.of_writing(told),
+            *conclusions.of_capability(told),
             *conclusions.of_agreement(told),
             *conclusions.of_benchmarks(told),
             *conclusions.of_flops(told),
@@ -131,6 +133,7 @@ def _place(
         for row in rows:
             row.pop("hits")
             row.pop("judge_scores")
+            row.pop("answered")
     return told
 
 

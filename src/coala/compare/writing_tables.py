@@ -46,8 +46,8 @@ def replies(place: Mapping[str, Any]) -> Table | None:
         head,
         told,
         f"{n} prompts; 95 % intervals. A tie counts one half. KL of whole replies at temperature 1; of guidance it is "
-        "known in mode shift alone. Policy accuracy: the share of held-out pairs that log p(reply) - log p(reply) "
-        "of the start ranks right. Milliseconds are of all that was "
+        "known in mode shift alone, and of the best of N it is at most log N - (N - 1)/N. Policy accuracy: the share "
+        "of held-out pairs that log p(reply) - log p(reply) of the start ranks right. Milliseconds are of all that was "
         "decoded, for each token that was kept.",
     )
 
