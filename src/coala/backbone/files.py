@@ -25,7 +25,8 @@ class NotCached(BackboneError):
 NEEDED = "config.json, model.safetensors (or its shards with model.safetensors.index.json) and tokenizer.json"
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# After a colon: a GGUF file of the repository, or its quantisation alone, as llama.cpp takes it.
+_HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(:(?P<file>[\w./-]+))?")
 # Folder (or GGUF file), the name to record, and the commit.
 FoundFiles = tuple[Path, str, str]
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
@@ -41,7 +42,8 @@ def find(
 ) -> FoundFiles:
     """Folder, the name to record, and the commit (empty for a folder) of a model in a folder or on the hub.
 
-    A GGUF file stands for itself and for a folder that has no other model: the file then takes the folder's place.
+    A GGUF file stands for itself and for a folder that has no other model: the file then takes the folder's place. Of a
+    hub model ``owner/model:FILE.gguf`` names a file and ``owner/model:Q4_K_M`` the one of that quantisation.
     Without ``download`` a hub model has to be in the local cache, unless this invocation permits to fetch it.
     """
     folder = Path(model).expanduser()
@@ -55,11 +57,55 @@ def find(
         return folder, model, ""
     if folder.exists():
         raise BackboneError(f"{model}: is a file; expected a GGUF file, or a folder with {needed}.")
-    if not _HUB_NAME.fullmatch(model):
+    named = _HUB_NAME.fullmatch(model)
+    if named is None:
         raise BackboneError(
-            f"{model}: no such folder. Expected a folder with {needed}, or a hub name like 'owner/model'."
+            f"{model}: no such folder. Expected a folder with {needed}, or a hub name like 'owner/model' or "
+            "'owner/model:FILE.gguf'."
         )
-    return _from_hub(model, revision or None, needed, wanted, fetch=download or permission().download)
+    fetch, file = download or permission().download, named["file"]
+    if file is None:
+        found = _from_hub(model, revision or None, needed, wanted, fetch=fetch)
+        own = {NEEDED: (WEIGHTS, INDEX), "config.json": ("config.json",)}.get(needed, ())
+        return _with_weights(found, own) if fetch and own else found
+    stem = file.removesuffix(".gguf")
+    folder, _, commit = _from_hub(
+        named["name"], revision or None, needed, tuple(f"*{s}.gguf" for s in (stem, stem.lower())), fetch=fetch
+    )
+    return _one_of(model, folder, stem), model, commit
+
+
+def _one_of(model: str, folder: Path, stem: str) -> Path:
+    """The GGUF file of a hub model's snapshot whose name ends as asked."""
+    end = f"{stem}.gguf".lower()
+    found = sorted(path for path in folder.rglob("*") if str(path.relative_to(folder)).lower().endswith(end))
+    if len(found) != 1:
+        shown = ", ".join(str(path.relative_to(folder)) for path in found[:4])
+        raise BackboneError(
+            f"{model}: found {shown or 'no GGUF file'} that ends in {stem}.gguf; expected one. Fix: name the whole "
+            "file, as in owner/model:FILE.gguf"
+        )
+    return found[0]
+
+
+def _with_weights(found: FoundFiles, own: tuple[str, ...]) -> FoundFiles:
+    """What was found, unless the hub has GGUF files alone: which of them is for the user to say."""
+    folder, name, commit = found
+    if any((folder / file).exists() for file in own):
+        return found
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(name, revision=commit)
+    except Exception:  # noqa: BLE001 - no network, in the client's many words: check_files tells what is missing
+        return found
+    ggufs = sorted(file for file in files if file.lower().endswith(".gguf"))
+    if not ggufs or any(file.endswith(".safetensors") for file in files):
+        return found
+    shown = ", ".join(ggufs[:6]) + (", ..." if len(ggufs) > 6 else "")
+    raise BackboneError(
+        f"{name}: holds weights as GGUF alone ({shown}); expected one file to be named. Fix: give {name}:{ggufs[0]}"
+    )
 
 
 def _from_hub(name: str, revision: str | None, needed: str, wanted: tuple[str, ...], *, fetch: bool) -> FoundFiles:
