@@ -1,8 +1,9 @@
-"""What a comparison holds heads against: cues, gates at all layers, prompts and guidance; benchmarks; the plan of it."""
+"""What a comparison holds heads against: cues, gates at all layers, prompts, guidance; benchmarks; the plan of it."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +12,24 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from coala.compare import cells, load_study, plan_study, plan_total
+from coala.compare import cells, controls, load_study, plan_study, plan_total, run, write_report
 from coala.compare.benchmarks import sample
+from coala.compare.cell import carry_out
 from coala.compare.cell_context import CellContext
 from coala.compare.contests import agreement, contests, put_ratios
 from coala.compare.controls import fit_gated
 from coala.compare.data import part, prepare
+from coala.compare.every_layer import of_layer
+from coala.compare.matrix import Cell
+from coala.compare.processes import Processes
 from coala.compare.steered import asked_by, examples
 from coala.compare.study import Study, study_of
 from coala.data.cues import SURFACE, fit_cues
+from coala.evaluation import WordJudge
 from coala.recipe import RecipeError
 from coala.store import save_pairs
 from coala.values import Pair, Turn, user
+from tests.menagerie import tiny_backbone
 from tests.test_compare import pairs_of
 
 METHODS: list[dict[str, Any]] = [
@@ -146,7 +153,9 @@ def test_pairs_that_no_cue_tells_apart_are_ties() -> None:
 # --- a gate at every layer -----------------------------------------------------------------------------------------
 
 
-def test_gated_layers_find_what_one_layer_holds_and_score_as_they_say() -> None:
+def test_gated_layers_find_what_one_layer_holds_and_score_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controls, "RIDGES", (1e-3, 1e-2))
+    monkeypatch.setattr(controls, "FOLDS", 2)
     rng = np.random.default_rng(0)
     chosen, rejected = (rng.normal(size=(240, 3, 8)).astype(np.float32) for _ in range(2))
     chosen[:, 1, 2] += 1.0
@@ -241,3 +250,123 @@ def test_contests_and_agreement_count_what_they_say() -> None:
     ratio = rows[1]["perplexity_ratio"]
     assert ratio["value"] == pytest.approx(1.2)
     assert ratio["low"] < 1.2 < ratio["high"]
+
+
+# --- carried out -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    """A study of every new kind on a tiny model, its cells carried out in this process."""
+    made = tmp_path_factory.mktemp("made")
+    tiny_backbone("llama", made / "model")
+    for name in ("a", "b"):
+        save_pairs(made / f"{name}.jsonl", pairs_of(16, 2))
+    rows = [
+        {
+            "pair_id": f"p{i}",
+            "source": "livebench-math",
+            "question": f"question {i}",
+            "response_A": "a fine answer",
+            "response_B": "a poor answer",
+            "label": "A>B" if i % 2 else "B>A",
+        }
+        for i in range(6)
+    ]
+    (made / "bench.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (made / "prompts.jsonl").write_text("".join(json.dumps({"text": f"tell {i}"}) + "\n" for i in range(12)))
+    words = {"name": "letters", "pattern": "[a-z]", "weights": {"a": 1.0, "e": 2.0, "t": -1.0}}
+    (made / "words.json").write_text(json.dumps(words))
+    given = study(
+        models={"m": {"path": str(made / "model"), "max_tokens": 64}},
+        datasets={
+            "a": {"pairs": [str(made / "a.jsonl")], "system": "be kind", "judge": "rule:house-style"},
+            "b": {"pairs": [str(made / "b.jsonl")], "base": False, "prompts": 0},
+            "ab": {
+                "joins": ["a", "b"],
+                "base": False,
+                "prompts": 0,
+                "benchmarks": {"judgebench": {"path": str(made / "bench.jsonl"), "prompts": 4}},
+            },
+            "own": {
+                "sampled": {
+                    "prompts": str(made / "prompts.jsonl"),
+                    "labeller": str(made / "words.json"),
+                    "replies": 3,
+                    "max_new_tokens": 8,
+                }
+            },
+        },
+        methods=[
+            *({**m, "datasets": ["a", "own"]} if m["kind"] == "guided" else m for m in METHODS[:5]),
+            {**METHODS[5], "datasets": ["a"]},
+            {"name": "shift", "kind": "guided", "of": "linear", "guidance": {"mode": "shift"}, "datasets": ["a"]},
+        ],
+        split={"test": 0.3},
+        evaluation={"prompts": 3, "max_new_tokens": 6, "kl_prompts": 2, "questions": 2, "policy_pairs": 3},
+        device="cpu",
+        count_flops=False,
+    )
+    out = made / "out"
+
+    def here(self: Processes, cell: Cell, *_: Any, **__: Any) -> tuple[int, bool]:
+        return carry_out(out, cell.id), False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Processes, "carry_out", here)
+        run(given, out)
+    return given, out
+
+
+@pytest.mark.nightly
+def test_every_new_kind_of_cell_is_done_and_reported(done: tuple[Study, Path]) -> None:
+    given, out = done
+    content = write_report(given, out)
+    assert content["failures"] == []
+    assert content["counts"]["done"] == len(cells(given))
+    places = {place["dataset"]: place for place in content["places"]}
+    rows = {row["label"]: row for row in places["a"]["methods"]}
+    assert {"base", "coala", "layers", "cues", "block", "asked", "shift"} <= set(rows)
+    # These replies can be told apart by a word, which gates at layers can see and surface cues cannot.
+    assert rows["coala"]["accuracy"]["value"] > 0.9
+    assert rows["layers"]["accuracy"]["value"] > 0.9
+    assert rows["shift"]["policy"].startswith("known")
+    assert "not known in mode block" in rows["block"]["policy"]
+    assert 0 <= rows["asked"]["policy_accuracy"]["value"] <= 1
+    assert rows["asked"]["kl"]["value"] >= 0
+    assert rows["block"]["accuracy"] == rows["coala"]["accuracy"]
+    assert 0 <= rows["block"]["rules_kept"]["value"] <= 5
+    assert {one["of"] for one in places["a"]["contests"]} == {"base", "linear", "shift", "asked"}
+    (bench,) = places["ab"]["benchmarks"]
+    assert set(bench["rankings"]) == {"coala", "linear", "layers", "cues", "longer reply"}
+    assert (bench["items"], bench["of"], bench["replies"]) == (4, 6, 8)
+    text = (out / "report.md").read_text()
+    assert "Kendall's tau" in text
+    assert "cannot be reproduced" not in text
+
+
+@pytest.mark.nightly
+def test_joined_features_are_those_of_the_parts_and_the_pick_has_the_least_loss(done: tuple[Study, Path]) -> None:
+    given, out = done
+    cell = next(c for c in cells(given) if c.id == "ab.m.base.features-all")
+    context = CellContext(given, cell, out)
+    apart = [of_layer(context, 1, "last", "test", name).chosen for name in ("a", "b")]
+    np.testing.assert_array_equal(of_layer(context, 1, "last", "test").chosen, np.concatenate(apart))
+    found = context.result(cell.id)
+    best = min(found["layers"], key=lambda one: one["nll"])
+    assert best["chosen"]
+    assert (found["spec"]["layer"], found["spec"]["pooling"]) == (best["layer"], best["pooling"])
+
+
+@pytest.mark.nightly
+def test_pairs_sampled_from_the_model_are_the_best_against_the_worst_and_are_kept(done: tuple[Study, Path]) -> None:
+    given, out = done
+    pairs = [pair for piece in ("train", "test") for pair in part(out, "own", piece)]
+    settings = given.datasets["own"].sampled
+    assert settings is not None
+    scorer = WordJudge.load(settings.labeller)
+    assert pairs
+    assert all(scorer.score(pair.chosen) > scorer.score(pair.rejected) for pair in pairs)
+    before = (out / "data" / "own" / "sampled.jsonl").stat().st_mtime_ns
+    prepare(given, out)
+    assert (out / "data" / "own" / "sampled.jsonl").stat().st_mtime_ns == before

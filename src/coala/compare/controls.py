@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FOLDS = 4
 # Weights of the penalty that the gated layers are validated at, for features of which each layer's have length 1.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-STEPS = 150
+STEPS = 100
 
 
 # --- surface cues --------------------------------------------------------------------------------------------------

@@ -225,11 +225,11 @@ def _measure(
             # Its own reward is the log-ratio.
             result["policy_accuracy"] = result["accuracy"]
         else:
-            both = (
+            ours, theirs = (
                 log_likelihoods(model, test, trained.settings, batch_tokens=context.model.batch_tokens)
                 for model in (policy, base)
             )
-            result |= policy_of(*both, test)
+            result |= policy_of(ours, theirs, test)
     result |= replies_of(context, costs, policy)
     settings = context.study.evaluation
     pairs = prompts_of(context)[: settings.kl_prompts]
