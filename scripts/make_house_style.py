@@ -1,7 +1,7 @@
 """Make the bundled house-style pairs: replies of SmolLM2-135M-Instruct, the better one chosen by five written rules.
 
 Each prompt of src/coala/assets/chat/prompts.jsonl (written here) is answered several times by the model: some replies
-are to the prompt alone, some to the prompt behind a description of the style and three examples (below), so that there
+are to the prompt alone, some to the prompt behind a description of the style and two examples (below), so that there
 is something to choose. Of all replies to a prompt, the one with the highest `style_score` is chosen and the one with
 the lowest rejected; where the two keep as many rules, there is no pair. The pairs hold the prompt alone.
 
@@ -25,27 +25,13 @@ from coala.store import save_pairs
 from coala.values import Pair, Turn, user
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "coala" / "assets" / "chat"
-STYLE = (
-    "You answer in two or three short sentences. You use plain words and no lists. "
-    "You end with a question to the reader."
-)
+STYLE = "Answer in two or three short sentences and plain words, without lists. Then ask the reader a question."
 EXAMPLES = (
-    (
-        "Why do cats purr?",
-        "Cats purr when they feel safe and calm. Some also purr when they are ill, and it may soothe them. Do you have "
-        "a cat at home?",
-    ),
-    (
-        "How can I save money on food?",
-        "Plan your meals before you shop, and buy only what is on your list. Cook a big pot once and eat from it "
-        "twice. Which meal costs you the most now?",
-    ),
-    (
-        "What is a verb?",
-        'A verb is a word that says what someone does or is. In "The dog runs", the verb is "runs". Can you find the '
-        "verb in a sentence of your own?",
-    ),
+    ("Why do cats purr?", "Cats purr when they feel safe. It may also soothe them. Do you have a cat at home?"),
+    ("How can I save on food?", "Plan your meals and buy only what you need. Which meal costs you the most now?"),
 )
+# Left out by hand: a reply makes a remark about a religious group that nobody asked for.
+LEFT_OUT = {"house-style-239"}
 SHOWN = (Turn("system", STYLE), *(t for ask, say in EXAMPLES for t in (Turn("user", ask), Turn("assistant", say))))
 
 
@@ -54,24 +40,24 @@ def sample(
 ) -> list[list[str]]:
     """``plain + shown`` replies to each prompt, kept batch by batch under ``work``."""
     replies: list[list[str]] = [[] for _ in prompts]
-    for start in range(0, len(prompts), batch):
-        some = prompts[start : start + batch]
-        for k in range(plain + shown):
-            before = () if k < plain else SHOWN
+    for k in range(plain + shown):
+        before = () if k < plain else SHOWN
+        for start in range(0, len(prompts), batch):
+            some = prompts[start : start + batch]
             generated = generate(
                 [(*before, *user(prompt)) for prompt in some],
                 backbone,
-                guidance=Guidance(mode="none", top_p=0.95, top_k=0),
+                guidance=Guidance(mode="none", top_p=0.95, top_k=50),
                 max_new_tokens=tokens,
                 temperature=1.0,
                 seed=seed + k,
                 prompt_ids=[f"house-style-{i:03d}" for i in range(start, start + len(some))],
                 batch_size=batch,
-                kept=work / f"{start:03d}-{k}.jsonl",
+                kept=work / f"{k}-{start:03d}.jsonl",
             )
             for i, reply in enumerate(generated, start):
                 replies[i].append(reply.text.strip())
-            print(f"prompts {start + 1} to {start + len(some)}: {k + 1} of {plain + shown} replies", flush=True)
+            print(f"reply {k + 1} of {plain + shown}: prompts {start + 1} to {start + len(some)}", flush=True)
     return replies
 
 
@@ -80,7 +66,11 @@ def chosen_pairs(prompts: list[str], replies: list[list[str]]) -> list[Pair]:
     pairs = []
     for i, (prompt, own) in enumerate(zip(prompts, replies, strict=True)):
         ranked = sorted({reply for reply in own if reply}, key=lambda text: (style_score(text), text))
-        if ranked and int(style_score(ranked[-1])) > int(style_score(ranked[0])):
+        if (
+            ranked
+            and f"house-style-{i:03d}" not in LEFT_OUT
+            and int(style_score(ranked[-1])) > int(style_score(ranked[0]))
+        ):
             pairs.append(Pair(user(prompt), ranked[-1], ranked[0], group=f"house-style-{i:03d}"))
     return pairs
 
@@ -90,10 +80,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--plain", type=int, default=2)
-    parser.add_argument("--shown", type=int, default=3)
+    parser.add_argument("--plain", type=int, default=1)
+    parser.add_argument("--shown", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=80)
-    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -109,7 +99,7 @@ def main() -> None:
         # No time stamp in the archive: the same pairs give the same bytes.
         plain.with_suffix(".jsonl.gz").write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         plain.unlink()
-    print(f"{len(pairs)} pairs of {len(prompts)} prompts; {len(prompts) - len(pairs)} ties dropped")
+    print(f"{len(pairs)} pairs of {len(prompts)} prompts; {len(prompts) - len(pairs)} are ties or left out")
     for side in ("chosen", "rejected"):
         kept = Counter(name for pair in pairs for name, kept in rules_kept(getattr(pair, side)).items() if kept)
         print(side, dict(kept))

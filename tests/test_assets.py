@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from coala.alignment import align_recipe
 from coala.data import check, position_cues, read_pairs
 from coala.evaluation import WordJudge
+from coala.evaluation.house_style import rules_kept
 from coala.recipe import load_recipe
 from coala.store import RunFolder
 
@@ -62,17 +65,58 @@ def test_tutor_conversations() -> None:
     assert all(0 <= cue.value <= 1 for cue in position_cues(pairs).values())
 
 
+CHAT = ASSETS / "chat"
+
+
+def chat_prompts() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (CHAT / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_chat_prompts_are_apart_from_one_another() -> None:
+    rows = chat_prompts()
+    assert len(rows) == 300
+    assert len({row["field"] for row in rows}) == 12  # eleven of school, and everyday
+    assert sum(row["split"] == "test" for row in rows) == 60
+    words = [set(re.findall(r"\w+", row["prompt"].lower())) for row in rows]
+    for i, one in enumerate(words):
+        for j in range(i):
+            assert len(one & words[j]) <= 0.75 * len(one | words[j]), (rows[i]["prompt"], rows[j]["prompt"])
+
+
+def test_the_chat_pairs_are_sound_and_labelled_by_the_rules() -> None:
+    split = {row["prompt"]: row["split"] for row in chat_prompts()}
+    for name, part, at_least in (("pairs", "train", 150), ("pairs_test", "test", 40)):
+        found = check(CHAT / f"{name}.jsonl.gz", against=CHAT / "pairs_test.jsonl.gz" if part == "train" else None)
+        assert not found.errors
+        assert len(found.pairs) >= at_least
+        assert len({pair.prompt for pair in found.pairs}) == len(found.pairs)
+        for pair in found.pairs:
+            assert split[pair.prompt[0].text] == part
+            assert sum(rules_kept(pair.chosen).values()) > sum(rules_kept(pair.rejected).values())
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
 def test_no_row_of_the_shared_data_is_bundled(shared: Path) -> None:
-    known: set[str] = set()
+    pairs = [ASSETS / f"{name}.jsonl.gz" for name in ("film_pairs", "film_pairs_test", "chat/pairs", "chat/pairs_test")]
+    mine = {
+        text.strip() for path in pairs for p in read_pairs(path) for text in (p.prompt[0].text, p.chosen, p.rejected)
+    }
+    for name in ("tutor_conversations.jsonl", "chat/prompts.jsonl", "chat/questions.jsonl"):
+        for line in (ASSETS / name).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            mine |= {turn["text"].strip() for turn in row.get("turns", ())} | {row.get("prompt", "").strip()}
+    mine.discard("")
     for path in (shared / "data").rglob("*.jsonl.gz"):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
-                known |= {v.strip() for v in json.loads(line).values() if isinstance(v, str) and len(v) > 40}
-    mine = [p for name in ("film_pairs", "film_pairs_test") for p in read_pairs(ASSETS / f"{name}.jsonl.gz")]
-    texts = {text.strip() for p in mine for text in (p.prompt[0].text, p.chosen, p.rejected)}
-    rows = [json.loads(line) for line in (ASSETS / "tutor_conversations.jsonl").read_text().splitlines()]
-    texts |= {turn["text"].strip() for row in rows for turn in row["turns"]}
-    assert not texts & known
+                assert not mine.intersection(_texts(json.loads(line))), path
 
 
 def test_the_demo_aligns_what_is_bundled(tmp_path: Path) -> None:

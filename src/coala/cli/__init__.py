@@ -45,9 +45,11 @@ class _Commands(TyperGroup):
         groups: list[Any] = [self]
         while groups:
             for command in groups.pop().commands.values():
-                if hasattr(command, "commands"):
+                is_group = hasattr(command, "commands")
+                if is_group:
                     groups.append(command)
-                elif all("--json" not in one.opts for one in command.params):
+                runs = not is_group or command.invoke_without_command
+                if runs and all("--json" not in one.opts for one in command.params):
                     command.params.append(_json_option())
 
     def invoke(self, ctx: Any) -> Any:
@@ -101,7 +103,7 @@ app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
-app.command("demo")(demo.demo)
+app.add_typer(demo.app, name="demo")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(survey.app, name="survey")

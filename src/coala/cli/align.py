@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from coala.settings import EvaluationSettings, GuidanceSettings, HeadSettings, M
 
 if TYPE_CHECKING:
     from coala.recipe import Recipe
+    from coala.store import RunFolder
 
 
 @with_settings
@@ -69,8 +71,12 @@ def run_and_show(
     samples: int = 0,
     cache: Path | None = None,
     n_workers: int = 1,
+    then: Callable[[RunFolder], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Carry out a recipe, print the summary table and, on the last line, the summary as JSON."""
+    """Carry out a recipe, print the summary table and, on the last line, the summary as JSON.
+
+    ``then`` goes on with the finished run and returns what the summary gains by it.
+    """
     from coala.alignment import align_recipe, check_settings, evidence_notes, summary_rows
     from coala.alignment.parts import guidance_of
     from coala.cli.output import emit, insistent, progress, say, side_by_side, table
@@ -90,8 +96,9 @@ def run_and_show(
     for sample in content.get("samples", [])[:samples]:
         write(f"\n{sample['prompt']}\n")
         side_by_side(sample["unguided"], sample["guided"], ("unguided", "guided"))
+    more = then(run) if then else {}
     write(f"\nreport: {run.path / 'report.html'}")
-    emit({"run": run.path, "report": run.path / "report.html", **content["summary"]})
+    emit({"run": run.path, "report": run.path / "report.html", **content["summary"], **more})
 
 
 def _plan_first(settings: Recipe, n_workers: int) -> None:

