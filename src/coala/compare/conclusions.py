@@ -69,13 +69,14 @@ def of_writing(place: Mapping[str, Any]) -> list[str]:
     }
     told = []
     for family, some in families.items():
-        if some:
-            each = "; ".join(f"{c['of']} {_share(c['wins'])} ({_won(c['wins'])})" for c in some)
-            told.append(f"{family}: {each}.")
+        by: dict[str, list[str]] = {}
+        for c in some:
+            by.setdefault(_won(c["wins"]), []).append(f"{c['of']} {_share(c['wins'])}")
+        told += [f"{family} {verdict}: {', '.join(each)}." for verdict, each in by.items()]
     where, n = _where(place), found[0]["wins"]["n"]
     return [
-        f"{where}: share of {n} prompts where the judge prefers a method's reply to that of "
-        f"{found[0]['against']}, a tie one half. {' '.join(told)}"
+        f"{where}: {found[0]['against']} against the others, share of {n} prompts where the judge prefers the other's "
+        f"reply, a tie one half. {' '.join(told)}"
     ]
 
 
@@ -129,7 +130,7 @@ def _verdict(difference: Mapping[str, Any]) -> str:
 
 
 def _won(wins: Mapping[str, Any]) -> str:
-    return "wins" if wins["low"] > 0.5 else "loses" if wins["high"] < 0.5 else "no difference established"
+    return "wins" if wins["low"] > 0.5 else "loses" if wins["high"] < 0.5 else "neither wins nor loses for certain"
 
 
 def of_flops(place: Mapping[str, Any]) -> list[str]:
