@@ -24,6 +24,7 @@ from coala.compare.matrix import Cell
 from coala.compare.processes import Processes
 from coala.compare.steered import asked_by, examples
 from coala.compare.study import Study, study_of
+from coala.compare.weights import trainable
 from coala.data.cues import SURFACE, fit_cues
 from coala.evaluation import WordJudge
 from coala.recipe import RecipeError
@@ -370,3 +371,22 @@ def test_pairs_sampled_from_the_model_are_the_best_against_the_worst_and_are_kep
     before = (out / "data" / "own" / "sampled.jsonl").stat().st_mtime_ns
     prepare(given, out)
     assert (out / "data" / "own" / "sampled.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.nightly
+def test_a_gguf_model_starts_from_one_copy_of_its_weights(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from coala.backbone import load_backbone
+    from tests.test_backbone_gguf import make_folder, write_gguf
+
+    file = write_gguf(make_folder(tmp_path / "model"), tmp_path / "tiny.gguf", "Q8_0")
+    copy = trainable(str(file), tmp_path / "copy")
+    written = (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns
+    assert trainable(str(file), tmp_path / "copy") == copy == tmp_path / "copy"
+    assert (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns == written
+    assert trainable(str(copy), tmp_path / "other") == str(copy)
+    mine, theirs = (load_backbone(place, device="cpu", dtype="float32") for place in (copy, file))
+    row = mine.render(user("hello")).tokens
+    assert row == theirs.render(user("hello")).tokens
+    a, b = (model.start([row]).log_probs() for model in (mine, theirs))
+    assert float((a - b).abs().max()) < 1e-6

@@ -26,6 +26,19 @@ def sentences(content: Mapping[str, Any]) -> list[str]:
     return [sentence for place in content["places"] for sentence in (*place["verdict"], *place["measured"])]
 
 
+def notes(content: Mapping[str, Any]) -> list[str]:
+    """What readers should know of models and pairs before they read a figure."""
+    settings = content["settings"]
+    found = [
+        f"{name} is a GGUF file: every method starts from one copy of its dequantised weights, in float32."
+        for name, model in (settings.get("models") or {}).items()
+        if str(model["path"]).endswith(".gguf")
+    ]
+    for name, dataset in (settings.get("datasets") or {}).items():
+        found += [f"{name}: {dataset['source']}."] if dataset.get("source") else []
+    return found
+
+
 def place_tables(place: Mapping[str, Any]) -> list[Table]:
     """Every table of one dataset, model and start."""
     found = (
@@ -111,6 +124,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     parts += [f"{machine}.", ""] if machine else []
     parts += [f"{counts['done']} of {counts['cells']} cells done, {counts['failed']} failed.", ""]
     parts += [f"- {sentence}" for sentence in sentences(content)]
+    if told := notes(content):
+        parts += ["", "## Models and pairs", "", *(f"- {note}" for note in told)]
     for place in content["places"]:
         parts += ["", f"## {place_title(place)}"]
         for table in place_tables(place):
