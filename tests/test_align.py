@@ -588,6 +588,8 @@ REPLIES = {"replies-unguided", "replies-guided"}
     [
         ({"guidance": {"strength": 1.0}}, REPLIES, {*UPSTREAM, "head"}),
         pytest.param({"guidance": {"mode": "token"}}, REPLIES, {*UPSTREAM, "head"}, marks=pytest.mark.nightly),
+        pytest.param({"guidance": {"mode": "shift"}}, {*REPLIES, "policy"}, {*UPSTREAM, "head"},
+                     marks=pytest.mark.nightly),
         ({"evaluation": {"prompts": 2, "max_new_tokens": 5}}, REPLIES, {*UPSTREAM, "head"}),
         pytest.param({"evaluation": {"prompts": 3, "max_new_tokens": 4}}, REPLIES, {*UPSTREAM, "head"},
                      marks=pytest.mark.nightly),
@@ -596,7 +598,7 @@ REPLIES = {"replies-unguided", "replies-guided"}
         ({"head": {"method": "linear"}}, {"head", *REPLIES}, UPSTREAM),
         pytest.param({"head": {"tolerance": 1e-3}}, {"head", *REPLIES}, UPSTREAM, marks=pytest.mark.nightly),
     ],
-    ids=["strength", "mode", "prompts", "length", "judge", "method", "tolerance"],
+    ids=["strength", "mode", "policy", "prompts", "length", "judge", "method", "tolerance"],
 )  # fmt: skip
 def test_what_a_setting_does_not_decide_is_kept(
     copied: RunFolder, pairs: Path, model: Path, changes: dict[str, Any], redone: set[str], kept: set[str]
@@ -610,6 +612,10 @@ def test_what_a_setting_does_not_decide_is_kept(
     assert copied.settings == json.loads(json.dumps(wanted.located().plain()))
     assert any(" -> " in note for note in notes)
     assert any("keeps pairs" in note and "features" in note.partition(";")[0] for note in notes)
+    # A mode with likelihoods has a policy accuracy, of as many pairs as prompts are answered; the others say why not.
+    content = make_report(copied)
+    row = dict(summary_rows(content))["policy accuracy"]
+    assert "n = 3" in row if "policy" in redone else "likelihood not known in mode" in row
     # The same again is a resume that does nothing.
     align_recipe(wanted, copied)
     assert stamps(copied) == after

@@ -160,7 +160,7 @@ def test_rewardbench_table(tmp_path: Path) -> None:
 
 
 def test_every_command_has_an_example() -> None:
-    for name in ("alpaca", "mtbench", "arena", "rewardbench", "rewardbench2", "rmbench", "judgebench"):
+    for name in ("alpaca", "mtbench", "arena", "rewardbench", "rewardbench2", "rmbench", "judgebench", "policy"):
         found = CliRunner().invoke(app, [name, "--help"])
         assert found.exit_code == 0
         assert f"Example: `coala eval {name}" in found.stdout.replace("\n", " ")

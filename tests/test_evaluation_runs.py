@@ -630,6 +630,26 @@ def test_every_evaluation_of_saved_judgements_lands_in_the_run(run: Path, tmp_pa
         assert title in page
 
 
+def test_policy_accuracy_of_guidance_and_of_a_trained_model(run: Path, tmp_path: Path) -> None:
+    pairs = [Pair(user(f"question {i}"), "a fine evening", "it's 2024" if i % 2 else "no", str(i)) for i in range(6)]
+    save_pairs(run / "pairs-eval.jsonl", pairs)
+    result, table, remarks = called(app, "policy", run, "--mode", "shift", "--strength", 1, "--limit", 4)
+    assert result["accuracy"]["n"] == result["inside"] + result["by_support"] + result["outside"] == 4
+    assert "4 of 6 pairs were read" in remarks
+    assert "policy accuracy without top-k and top-p" in table
+    (record,) = [one for one in kept(run) if one["kind"] == "policy"]
+    assert record["figures"][0]["estimate"] == result["accuracy"]
+    with pytest.raises(CoalaError, match=r"likelihood not known in mode block\. Fix: add --mode shift"):
+        called(app, "policy", run)
+    # A model that is its own base has no log-ratio: every pair is a tie.
+    same, _, remarks = called(app, "policy", run, "--trained", _model(run))
+    assert (same["accuracy"]["value"], same["accuracy"]["n"], remarks.count("note:")) == (0.5, 6, 0)
+
+
+def _model(run: Path) -> Path:
+    return Path(RunFolder.open(run).settings["model"]["name"])
+
+
 def test_judging_in_a_run_needs_no_word_of_it(run: Path, server: JudgeServer) -> None:
     pairs = [Pair(user(f"question {i}"), "a", "b", str(i)) for i in range(4)]
     save_pairs(run / "pairs-eval.jsonl", pairs)

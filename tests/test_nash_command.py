@@ -123,6 +123,7 @@ def test_training_leaves_a_model_and_a_report(place: Path, whole: Any) -> None:
     assert set(Counter(asked).values()) == {1}
     page = (out / "report.html").read_text()
     assert "By update of the reference" in page
+    assert "No policy accuracy: the start is no COALA run" in page
     assert "eta tau 0.333" in page
     steps = load_json(out / "report.json")["steps"]
     assert [(row["outer"], row["inner"]) for row in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -316,6 +317,8 @@ def test_the_head_of_an_alignment_judges_and_plays(place: Path, tmp_path: Path) 
         _, found = run("train", tmp_path / "coala", "--oracle", oracle, *step, *lora, "--out", out)
         assert found["oracle_accuracy"]["value"] > 0.6
         assert found["updates"][0]["judged"] > 0
+        assert found["policy_accuracy"]["accuracy"]["n"] == found["policy_accuracy"]["inside"] > 0
+        assert "log-ratio of the last policy to the start ranks" in (out / "report.html").read_text()
     assert found["updates"][0]["cyclic"] == 0  # a score has no circles
     assert (tmp_path / "run-head/model/adapter_config.json").is_file()
     with pytest.raises(CoalaError, match="is an adapter"):

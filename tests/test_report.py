@@ -162,6 +162,11 @@ def example(seed: int = 0) -> dict[str, Any]:
             "unguided": perplexity(-tokens * rng.normal(2.9, 0.3, 60), tokens),
             "guided": perplexity(-tokens * rng.normal(3.0, 0.3, 60), tokens),
         },
+        "policy": {
+            "accuracy": share_estimate(wins[::-1], name="share of pairs"),
+            "lifted": share_estimate(wins, name="share of pairs"),
+            "note": "top-k and top-p leave both replies of 50 of 60 pairs possible",
+        },
         "samples": [
             {
                 "prompt": "This film is about a lighthouse keeper with a secret to keep. The acting",
@@ -292,6 +297,8 @@ def test_page_says_what_was_found(page: str) -> None:
         "3 GB GPU, 820 MB host",
         "Shares no word.",
         "looking at my watch",
+        "without top-k and top-p",
+        "both replies of 50 of 60 pairs possible",
         "score 1.87",
     ):
         assert text in words
@@ -401,12 +408,15 @@ def test_empty_and_null_values_are_borne() -> None:
         "costs": [{"stage": "fit"}],
         "win_rates": [{"judge": "j", "estimate": Estimate(math.nan, 0, 1, 0, "none")}],
         "perplexity": {"unguided": None, "guided": None},
+        "policy": {"accuracy": None, "lifted": None},
         "samples": [{"prompt": "p"}],
     }
     words = Page(page_of(content)).words
     assert "nothing was found amiss" in words
     assert "(empty reply)" in words
     assert not re.search(r"\bnan\b|\binf\b", words)
+    unknown = {"policy": {"unknown": "likelihood not known in mode block"}}
+    assert "No policy accuracy: likelihood not known in mode block." in Page(page_of(unknown)).words
     single = {"scores": {"chosen": [1.0], "rejected": [1.0]}, "curves": {"margin": [{"step": 0, "train": 0.0}]}}
     assert page_of(single).count("<svg") == 2
 

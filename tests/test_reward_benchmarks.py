@@ -276,6 +276,14 @@ def test_what_is_saved_is_read_back(form: str, tmp_path: Path) -> None:
     result, _, _ = called(app, form, "--replies", file, "--rule", "longer")
     assert result["rows"] == expected["rows"]
     assert called(app, form, saved)[0]["rows"] == expected["rows"]
+    if form == "rmbench":  # upstream's own rows of scores: an id within the domain
+        rows = [
+            {"id": row["id"].partition(":")[2], "domain": row["subset"], "score_chosen": row["scores_chosen"]}
+            | {"score_rejected": row["scores_rejected"]}
+            for row in score_rows(scored)
+        ]
+        upstream = read_scores(write_lines(tmp_path / "u.jsonl", rows), form, benchmark)[""]
+        assert plain(FORMS[form].rank(upstream)) == expected
     # A file of texts shows beside any scores what length alone would have given.
     assert "rule shorter" in called(app, form, saved, "--replies", file)[1]
     with pytest.raises(CoalaError, match=f"Found 1 scores, expected {len(benchmark.replies)}, one for each"):

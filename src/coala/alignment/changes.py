@@ -13,8 +13,8 @@ _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "features": (("features-train", "features-eval"), ("features",)),
     "head": (("head",), ("head",)),
     "replies": (
-        ("replies-unguided", "replies-guided"),
-        ("generations-unguided.jsonl", "generations-guided.jsonl", "portions"),
+        ("replies-unguided", "replies-guided", "policy"),
+        ("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "policy.json"),
     ),
     "judge": (("judgements-judge",), ("judgements-judge.jsonl",)),
     "labeller": (("judgements-labeller",), ("judgements-labeller.jsonl",)),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coala import evaluation
-from coala.recipe import recipe_of
+from coala.recipe import Recipe, recipe_of
 from coala.report import write_report
 from coala.statistics import scores
 from coala.store import (
@@ -27,10 +27,10 @@ from coala.store import (
     load_pairs,
     read_as,
 )
-from coala.values import CoalaError, conversation_text, prompt_id
+from coala.values import CoalaError, Estimate, conversation_text, prompt_id
 
 if TYPE_CHECKING:
-    from coala.values import Estimate, Judgement
+    from coala.values import ConvexHead, Judgement
 
 
 def make_report(run: RunFolder) -> dict[str, Any]:
@@ -134,6 +134,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
             comment = f"{ROLES[name]}. {about}".strip()
             rates.append({"judge": called, "estimate": evaluation.win_rate(judgements), "comment": comment})
     content["win_rates"] = rates
+    content["policy"] = _policy(run, recipe, head)
     write_report(run, content)
     return content
 
@@ -151,6 +152,23 @@ def _layer_choice(run: RunFolder) -> dict[str, Any]:
     if isinstance(found, list):
         return {"scores": found, "told": "--layer auto"}
     return load_object(path, "scores", "told") if found else {}
+
+
+def _policy(run: RunFolder, recipe: Recipe, head: ConvexHead) -> dict[str, Any] | None:
+    """Policy accuracy with what it rests on, or why it is ``unknown``; None where replies were not asked for."""
+    from coala.alignment.parts import guidance_of
+    from coala.alignment.policy import Guided
+
+    path = run.path / "policy.json"
+    if path.exists():
+        return load_object(path, "accuracy", "note")
+    guidance = guidance_of(recipe)
+    if not recipe.evaluation.prompts:
+        return None
+    if not guidance.active and guidance.mode != "beam":
+        return {"unknown": "guidance is off, so every log-ratio is 0"}
+    unknown = Guided(head, guidance, recipe.evaluation.temperature).unknown
+    return {"unknown": unknown} if unknown else None
 
 
 def _judge_name(text: str, judgements: Sequence[Judgement]) -> tuple[str, str]:
@@ -204,6 +222,8 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
     rows += [[f"guided wins ({r['judge']})", _against_chance(r["estimate"])] for r in content.get("win_rates", [])]
     for name, value in content.get("perplexity", {}).items():
         rows.append([f"perplexity, {name}", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}], n = {value.n}"])
+    if policy := content.get("policy"):
+        rows.append(["policy accuracy", policy.get("unknown") or _against_chance(Estimate(**policy["accuracy"]))])
     return rows
 
 
@@ -243,5 +263,14 @@ def _gap(gap: float | None) -> str:
 
 
 def _recorded(run: RunFolder) -> list[str]:
-    order = ("pairs", "layer", "features-train", "features-eval", "head", "replies-unguided", "replies-guided")
+    order = (
+        "pairs",
+        "layer",
+        "features-train",
+        "features-eval",
+        "head",
+        "replies-unguided",
+        "replies-guided",
+        "policy",
+    )
     return [stage for stage in order if (run.path / "stages" / f"{stage}.json").exists()]

@@ -285,6 +285,43 @@ def _replies(context: StageContext) -> None:
 
         context.once(stage, inputs, [f"generations-{method}.jsonl"], work)
     discard(context.path(PORTIONS))
+    _policy(context, pairs)
+
+
+def _policy(context: StageContext, pairs: Sequence[Pair]) -> None:
+    """How well the guided policy's log-ratio ranks held-out pairs, where its mode has likelihoods."""
+    from coala.alignment.policy import Guided, policy_accuracy
+
+    settings, guidance = context.recipe.evaluation, guidance_of(context.recipe)
+    path = context.path("head/head.safetensors")
+    if not settings.prompts or not guidance.active:
+        return
+    policy = Guided(load_head(path.parent), guidance, settings.temperature, settings.max_new_tokens)
+    if policy.unknown:
+        return
+    inputs = {
+        "pairs": file_digest(context.path("pairs-eval.jsonl")),
+        "head": file_digest(path),
+        "model": context.model_stamp(),
+        "guidance": asdict(context.recipe.guidance),
+        "settings": [settings.prompts, settings.max_new_tokens, settings.temperature],
+    }
+
+    def work() -> dict[str, Any]:
+        context.show("policy", 0, None, "loading the model")
+        backbone = context.backbone()
+        found = policy_accuracy(
+            pairs,
+            backbone,
+            policy,
+            limit=settings.prompts,
+            batch_size=rows_at_once(backbone),
+            on_texts=lambda n, total: context.show("policy", n, total, "replies of held-out pairs"),
+        )
+        save_json(context.path("policy.json"), {**asdict(found), "note": found.note})
+        return {"n": found.accuracy.n}
+
+    context.once("policy", inputs, ["policy.json"], work)
 
 
 def _judgements(context: StageContext) -> None:

@@ -87,7 +87,7 @@ def train(
     The trained model is RUN/model, the report RUN/report.html; verdicts are cached, so none is paid for twice.
     """
     from coala.cli.output import emit, progress, say, table
-    from coala.comal.report import update_rows
+    from coala.comal.report import policy_sentence, update_rows
     from coala.comal.runs import ModelOptions, train_run
 
     with progress() as show:
@@ -108,6 +108,7 @@ def train(
     table(rows, head)
     for note in summary["notes"][len(settings.notes()) :]:
         say(f"{note['level']}: {note['text']}")
+    write(f"\n{policy_sentence(summary)}")
     write(f"\nmodel: {out / 'model'}\nreport: {out / 'report.html'}")
     emit(_short(out, summary))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from coala.cli import alpaca, arena, judge, mtbench, reward_benchmarks
+from coala.cli import alpaca, arena, judge, mtbench, policy, reward_benchmarks
 
 app = typer.Typer(
     no_args_is_help=True, help="Have replies judged; compute benchmark figures, end to end or from files."
@@ -32,3 +32,4 @@ app.command("rmbench", epilog="Example: `coala eval rmbench --replies rm_bench -
 app.command("judgebench", epilog="Example: `coala eval judgebench scores.jsonl.gz --replies gpt-4o.jsonl.gz`")(
     reward_benchmarks.judgebench
 )
+app.command("policy", epilog="Example: `coala eval policy runs/demo --mode shift --limit 200`")(policy.policy)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from coala.cli.flags import with_settings
-from coala.cli.options import Download, RunOption, TrustCode
+from coala.cli.options import Download, TrustCode
 from coala.cli.output import command_line, conclude, progress
 from coala.settings import RewardRule, SubsetWeights
 
@@ -34,7 +34,12 @@ class ScorerFlags:
             "--replies", metavar="FILE", help="The benchmark's prompts and replies as published; repeat for several."
         ),
     ] = None
-    run: RunOption = None
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="The run whose head scores --replies, or whose report saved scores belong to."
+        ),
+    ] = None
     rule: Annotated[
         RewardRule | None, typer.Option(help="Score replies by length, or by RM-Bench's style, instead of a head.")
     ] = None

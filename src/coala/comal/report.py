@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from coala.comal.held_out import FILE
 from coala.comal.loop import STAGES
 from coala.comal.matrix import EmpiricalNash, WinRates
 from coala.comal.measures import remarks
@@ -19,7 +20,7 @@ from coala.nash import plots
 from coala.nash.criteria import Note
 from coala.nash.page import BRAND, noted
 from coala.pages.parts import Table, gallery, headed, page, paragraphs, section
-from coala.pages.words import bracketed
+from coala.pages.words import Interval, bracketed
 from coala.store import RunFolder, load_json
 
 MIB = 2**20
@@ -59,6 +60,7 @@ def summarise(folder: Path | str) -> dict[str, Any]:
         "updates": updates,
         "steps": steps,
         "seconds": sum(sum(update["seconds"].values()) for update in updates),
+        "policy_accuracy": load_json(run.path / FILE) if (run.path / FILE).exists() else None,
     }
 
 
@@ -113,6 +115,19 @@ def update_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return head, rows
 
 
+def policy_sentence(summary: Mapping[str, Any]) -> str:
+    """What the log-ratio of the last policy to the start ranks right, with n and interval, or why that is not known."""
+    found = summary.get("policy_accuracy") or {"unknown": "it was not measured"}
+    if "unknown" in found:
+        return f"No policy accuracy: {found['unknown']}."
+    rate = Interval(found["accuracy"])
+    left = f"; {found['left_out']} with prompts that were trained on are left out" if found.get("left_out") else ""
+    return (
+        f"Policy accuracy: the log-ratio of the last policy to the start ranks {rate.percent()} of {rate.n} held-out "
+        f"pairs right, a tie one half{left}."
+    )
+
+
 def run_page(summary: Mapping[str, Any], title: str) -> str:
     """One self-contained HTML page."""
     head, rows = update_rows(summary)
@@ -140,6 +155,7 @@ def run_page(summary: Mapping[str, Any], title: str) -> str:
                 f"eta {settings['eta']:g}, tau {settings['tau']:g} (eta tau {settings['ref_weight']:.3g}), "
                 f"{settings['outer_steps']} updates of {settings['inner_steps']} steps, loss {settings['inner_loss']}.",
             ),
+            paragraphs(policy_sentence(summary)),
             *noted([Note(note["level"], note["text"]) for note in summary["notes"]]),
         ),
         section(

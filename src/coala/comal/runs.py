@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from coala.callbacks import OnNote, OnProgress
 from coala.comal.entrants import AnswerSampling
+from coala.comal.held_out import rank_held_out
 from coala.comal.inputs import examples_of, start_of
 from coala.comal.named_oracles import check_oracle, oracle_of
 from coala.comal.oracles import prompt_of
@@ -108,6 +109,8 @@ def train_run(
             about=about,
             keep_policies=keep_policies,
         )
+    del policy  # its weights, of which the folder of the model holds a copy
+    rank_held_out(run, start, options, [prompt_id(prompt_of(example)) for example in examples], on_progress)
     summary = {"prompts": len(examples), **named.facts, **summarise(run.path)}
     save_json(run.path / "report.json", summary)
     write_atomic(run.path / "report.html", run_page(summary, f"COMAL: {Path(start.model).name}"))

@@ -17,7 +17,7 @@ from coala.backbone import LanguageModel
 from coala.decoding.decoder import Batch, Decoder
 from coala.decoding.guidance import Float64, Guidance
 from coala.decoding.requests import Rendered, Request, effective, prepare
-from coala.decoding.sampling import Nucleus
+from coala.decoding.sampling import Nucleus, restrict
 from coala.values import CoalaError, ConvexHead, Prompt, SpecMismatch, Turn, prompts_of
 
 OnTexts = Callable[[int, int], None]
@@ -170,6 +170,9 @@ def lifted(guidance: Guidance) -> Guidance:
 class _Reader(Decoder):
     """A decoder whose tokens are given, and which tells how likely each was."""
 
+    _given: list[int]  # the next token of every row
+    _tilts: list[tuple[Float64, Float64]]  # of the step that is being read, with their strengths
+
     def read(self, requests: Sequence[Request], replies: Sequence[Sequence[int]]) -> list[TextLikelihood]:
         """The likelihood of each of ``replies``, tokens, to the prompt of its request."""
         parts = [prepare(one, self.backbone, self.head, index=index) for index, one in enumerate(requests)]
@@ -190,11 +193,26 @@ class _Reader(Decoder):
             for part, reply, (guided, unguided) in zip(parts, replies, sums, strict=True)
         ]
 
+    def nucleus(self, batch: Batch) -> Nucleus:
+        """That of decoding; of the whole vocabulary only the tokens that count: the likeliest ones and the given one.
+
+        The others have no tilt, so that their sum is known without sorting them.
+        """
+        if self.guidance.top_k or self.guidance.top_p < 1:
+            return super().nucleus(batch)
+        log_probs = batch.prefix.log_probs()
+        leading = restrict(log_probs, temperature=self.temperature, top_k=self.guidance.candidates + 1, top_p=1.0)
+        tokens = np.concatenate([leading.tokens, np.array(self._given)[:, None]], axis=1)
+        at = torch.from_numpy(tokens).to(log_probs.device)
+        found = torch.log_softmax(log_probs.double() / self.temperature, -1).gather(1, at).cpu().numpy()
+        found[(leading.tokens == tokens[:, -1:]).any(1), -1] = -np.inf  # the given one is among them already
+        return Nucleus(tokens, found, log_probs.gather(1, at).cpu().double().numpy())
+
     def _step(self, batch: Batch, replies: Sequence[Sequence[int]], sums: Float64) -> Batch:
         """Enter the next token of every row in ``sums`` (n, 2): guided, unguided; the rows that go on are left."""
+        tokens = self._given = [int(replies[reply.index][len(reply.tokens)]) for reply in batch.replies]
         nucleus = self.nucleus(batch)
         guided = self.distribution(batch, nucleus)
-        tokens = [int(replies[reply.index][len(reply.tokens)]) for reply in batch.replies]
         going = []
         for row, (reply, token) in enumerate(zip(batch.replies, tokens, strict=True)):
             place = np.flatnonzero(nucleus.tokens[row] == token)
@@ -212,16 +230,18 @@ class _Reader(Decoder):
 
     def distribution(self, batch: Batch, nucleus: Nucleus) -> Float64:
         """Log-probabilities (B, K) by which guided decoding draws the next token of each row; their cost is entered."""
-        self._tilts: list[tuple[Float64, Float64]] = []
+        self._tilts = []
         self._choose(batch, nucleus)
         found = nucleus.log_probs.copy()
         for tilt, strengths in self._tilts:
             # Rows without strength keep their distribution to the last bit.
             rows = np.flatnonzero(strengths)
             weights = found[rows]
+            rest = np.maximum(1 - np.exp(weights).sum(-1, keepdims=True), 0.0)
             weights[:, : tilt.shape[1]] += strengths[rows, None] * tilt[rows]
-            top = weights.max(-1, keepdims=True)
-            found[rows] = weights - top - np.log(np.exp(weights - top).sum(-1, keepdims=True))
+            top = np.maximum(weights.max(-1, keepdims=True), 0.0)
+            total = np.exp(weights - top).sum(-1, keepdims=True) + rest * np.exp(-top)
+            found[rows] = weights - top - np.log(total)
         return found
 
     def _strengths(self, batch: Batch, log_probs: Float64, tilt: Float64, asked: NDArray[np.bool_]) -> Float64:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +142,7 @@ def _outcome(
 ) -> Outcome:
     """One record for all scorers of a file; ``alone`` are rules that are shown beside them."""
     from coala.report import Evaluation
+    from coala.store import plain
 
     several = len(found) > 1
     tables: list[tuple[Sequence[Sequence[str]], Sequence[str]]] = []
@@ -181,7 +181,7 @@ def _outcome(
         facts=facts,
         remarks=tuple(remarks),
     )
-    result = {"scorers": {name: asdict(one) for name, one in found.items()}} if several else asdict(found[of])
+    result = {"scorers": {name: plain(one) for name, one in found.items()}} if several else plain(found[of])
     return Outcome(evaluation, result, tables, remarks=tuple(remarks))
 
 

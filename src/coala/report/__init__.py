@@ -38,6 +38,7 @@ no interval is known.
     costs           [{stage, seconds, flops, flops_bound, peak_bytes}]; peak_bytes a number or {host, device}
     win_rates       [{judge, estimate: ESTIMATE, comment}], guided against unguided
     perplexity      {unguided: ESTIMATE, guided: ESTIMATE}, of the text under the base model
+    policy          {accuracy: ESTIMATE, lifted: ESTIMATE, note} of log-ratios to the base, or {unknown: str}, why not
     samples         [{prompt, unguided, guided, scores: {unguided, guided}}]
     evaluations     what :mod:`coala.report.evaluations` keeps under RUN/evaluations; added when the report is written
 """

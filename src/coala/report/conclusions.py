@@ -25,6 +25,7 @@ def conclusions(content: Mapping[str, Any]) -> list[str]:
         *_certificate(summary, content.get("head") or {}),
         *(sentence for row in content.get("win_rates") or [] for sentence in _win_rate(row)),
         *_perplexity(content.get("perplexity") or {}),
+        *_policy(content.get("policy") or {}),
         *(sentence for row in content.get("evaluations") or [] for sentence in spoken(row)),
     ]
 
@@ -174,6 +175,18 @@ def _perplexity(both: Mapping[str, Any]) -> list[str]:
     if guided.high < plain_text.low:
         return [f"Guided text is more predictable to the base model: perplexity {change} {apart}."]
     return [f"Perplexity under the base model is {change} {apart}; the two intervals overlap."]
+
+
+def _policy(policy: Mapping[str, Any]) -> list[str]:
+    rate = Interval(policy.get("accuracy"))
+    if not rate:
+        return []
+    start = (
+        f"The guided policy's log-ratio to the base ranks {rate.percent()} of {_count(rate.n, 'held-out pair')} right"
+    )
+    if rate.above(0.5):
+        return [f"{start}: better than chance."]
+    return [f"{start}: worse than chance." if rate.below(0.5) else f"{start}. The interval includes 50 %."]
 
 
 def _count(n: int, noun: str) -> str:

@@ -209,9 +209,22 @@ def _text(content: Mapping[str, Any]) -> list[Part]:
         or missing("No judge compared guided with unguided replies in this run."),
         Table(measure, ("Replies", measure, "How"), perplexities, kind="measures")
         or missing("No perplexity was measured in this run."),
+        *_policy(_mapping(content.get("policy"))),
         titled("Replies side by side", *map(_sample, _rows(content.get("samples"))))
         or missing("No replies were generated in this run."),
     ]
+
+
+def _policy(policy: Mapping[str, Any]) -> list[Part]:
+    if not policy:
+        return []
+    found = {"as decoded": Interval(policy.get("accuracy")), "without top-k and top-p": Interval(policy.get("lifted"))}
+    rows = [(name, rate.percent(), rate.how) for name, rate in found.items() if rate]
+    measure = "Pairs that the policy's log-ratio to the base ranks right"
+    if not rows:
+        return [missing(f"No policy accuracy: {policy.get('unknown')}.")]
+    note = str(policy.get("note") or "")
+    return [Table(measure, ("Policy accuracy", measure, "How"), rows, kind="measures", note=note)]
 
 
 def _sample(row: Mapping[str, Any]) -> Part:

@@ -114,7 +114,9 @@ def file_domain(path: Path | str) -> str:
 
 
 def domain_of(row: FileRow) -> str:
-    """RM-Bench's domain of a row: its own, else its file's."""
+    """RM-Bench's domain of a row: its own (in rows of scores also as subset), else its file's."""
+    if not row.name_of("domain") and row.get("subset") in FILES:
+        return row.label("subset")
     domain = row.label("domain") if row.name_of("domain") else file_domain(row.file)
     if domain not in FILES:
         found = shown(domain) if row.name_of("domain") else f"none, in a file called {shown(domain)}"

@@ -107,7 +107,8 @@ def _scored_row(row: FileRow, form: str, place: int) -> Mapping[str, _Row]:
             expected = "three scores, one of each style" if wanted == 3 else "one score"
             raise row.fault(field, f"{len(scores)} scores", expected, "give scores of this benchmark's replies")
     if form == "rmbench":
-        subset = row.label("subset") if not row.name_of("domain") and row.get("subset") else domain_of(row)
+        subset = domain_of(row)
+        id = id if id.startswith(f"{subset}:") else f"{subset}:{id}"
     elif form == "judgebench":
         subset = row.label("source", "subset") if row.name_of("source", "subset") else UNKNOWN
     else:
