@@ -8,11 +8,12 @@ What was measured of time, memory and energy is under ``measured`` keys; all els
     failures     [{cell, error, plan}]
     untuned      baselines for which fewer than four rates were tried
     places       [{dataset, model, init, pairs, methods: [ROW], differences: [...], ranks, verdict: [sentence],
-                  measured: [sentence], layers}]
+                  measured: [sentence], layers, contests, capability, agreement, benchmarks}]
     stage_one    rows of the paper's Table 7
 
 A ROW: label, kind, seeds, accuracy (ESTIMATE over pairs, of the mean over seeds) with seed_mean and seed_sd,
-margin_ratio {mean, sd}, nll, kl, perplexity, win_rate (ESTIMATE), rate, curves, falling {share, steps}, costs.
+margin_ratio {mean, sd}, nll, kl, perplexity, win_rate (ESTIMATE), rate, curves, falling {share, steps}, costs; what
+:mod:`coala.compare.contests` tells of replies.
 """
 
 from __future__ import annotations
