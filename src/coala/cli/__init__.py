@@ -23,7 +23,9 @@ from coala.cli import (
     export,
     extract,
     fit,
+    forget,
     generate,
+    influence,
     plan,
     report,
     serve,
@@ -101,6 +103,8 @@ app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
+app.command("influence")(influence.influence)
+app.command("forget")(forget.forget)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")

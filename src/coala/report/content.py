@@ -23,7 +23,17 @@ KEYS = (
         "path",
         "scores",
     ),
-    *("reliability", "by_length", "length_unit", "costs", "win_rates", "perplexity", "samples", "evaluations"),
+    *(
+        "reliability",
+        "by_length",
+        "length_unit",
+        "costs",
+        "win_rates",
+        "perplexity",
+        "samples",
+        "evaluations",
+        "receipts",
+    ),
 )
 
 

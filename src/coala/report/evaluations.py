@@ -147,6 +147,9 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
     heads = ("Measure", "Value (95 % interval unless told otherwise)", "How")
     return [
         element("h3", title),
+        aside("Stale: made with the head of before pairs were forgotten. Evaluate again.")
+        if row.get("stale")
+        else None,
         aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
         Table(title, heads, measures, kind="measures"),
         facts(f"Counts of {title}", counts),

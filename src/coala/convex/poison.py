@@ -1,0 +1,257 @@
+"""How far k pairs in the hands of an adversary can move a head: a proved bound, and the worst attack a search finds.
+
+Pairs are flipped, removed or added; gates, ridge, sparsity and coordinates are held, as in ``influence.py``. Flipping a
+pair adds a linear function to the objective and leaves its curvature as it is, since softplus(t) - softplus(-t) = t.
+Derivation: docs/derivations/leaving_out.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from coala.convex.optimum import Optimum, beyond, descended, reach
+from coala.statistics.logistic import sigmoid
+
+Attack = Literal["flip", "remove", "add"]
+MOST_PRODUCTS = 3000  # pairs whose rows are multiplied each with each
+ATTACKS: tuple[Attack, ...] = ("flip", "remove", "add")
+
+
+@dataclass(frozen=True)
+class PoisonBound:
+    """What ``k`` pairs of n can do at most, on held-out pairs.
+
+    ``margin``: no held-out margin moves by more; inf where nothing is proved. ``could_turn`` held-out margins of
+    ``held_out`` might change sign, and at least the share ``accuracy`` stays ranked right. ``by`` names what proves it:
+    the curvature at the optimum, or the modulus of the ridge alone.
+    """
+
+    attack: Attack
+    k: int
+    margin: float
+    could_turn: int
+    held_out: int
+    accuracy: float
+    by: Literal["curvature", "modulus", "nothing"]
+
+    @property
+    def vacuous(self) -> bool:
+        """Whether it leaves open that the head ranks no better than a coin."""
+        return not self.accuracy > 0.5
+
+
+@dataclass(frozen=True)
+class Poisoning:
+    """An optimum and the held-out pairs, ``rows`` (h, p), on which attacks are measured.
+
+    ``cap`` is the largest norm that an added pair's row is assumed to have in the inverse of the Hessian; that of the
+    most unusual pair seen unless given.
+    """
+
+    optimum: Optimum
+    rows: Float[np.ndarray, "h p"]
+    cap: float
+
+    @classmethod
+    def of(cls, optimum: Optimum, rows: Float[np.ndarray, "h p"], cap: float | None = None) -> Poisoning:
+        return cls(optimum, rows, float(optimum.sizes.max(initial=0.0)) if cap is None else cap)
+
+    def bound(self, attack: Attack, k: int) -> PoisonBound:
+        """The bound for any ``k`` pairs, chosen with full knowledge of all of this."""
+        opt, n = self.optimum, len(self.optimum)
+        margins = self.rows @ opt.weights
+        curved = self._by_curvature(attack, k, margins)
+        plain = self._by_modulus(attack, k)
+        most = np.minimum(curved, plain)
+        turned = (np.abs(margins) <= most) | (margins == 0)
+        kept = float(((margins > 0) & ~turned).mean()) if len(margins) else 0.0
+        by: Literal["curvature", "modulus", "nothing"] = "curvature"
+        if not np.isfinite(most).all() or (k >= n and attack == "remove"):
+            by = "nothing"
+        elif plain.sum() < curved.sum():
+            by = "modulus"
+        return PoisonBound(attack, k, float(most.max(initial=0.0)), int(turned.sum()), len(margins), kept, by)
+
+    def largest(self, attack: Attack) -> int:
+        """The most pairs for which the bound is not vacuous; bounds only grow with the number of pairs."""
+        low, high = 0, 1
+        n = len(self.optimum)
+        while high < n and not self.bound(attack, high).vacuous:
+            low, high = high, 2 * high
+        high = min(high, n)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.bound(attack, middle).vacuous else (middle, high)
+        return low
+
+    def _by_curvature(self, attack: Attack, k: int, margins: Float[np.ndarray, "h"]) -> Float[np.ndarray, "h"]:
+        """For each held-out margin, how far it can move against its sign."""
+        opt, n = self.optimum, len(self.optimum)
+        there = self.rows @ opt.basis
+        norms = np.linalg.norm(there, axis=1)
+        if opt.unseen:
+            rest = np.linalg.norm(self.rows - there @ opt.back, axis=1)
+            norms = np.where(rest > 1e-9 * np.linalg.norm(self.rows, axis=1), np.inf, norms)
+        pushes, lost = self._pushes(attack), 0.0
+        if attack == "remove":
+            lost = float(_largest(opt.leverage, k)) + k / n * float(opt.stiffness.max(initial=0.0))
+        if lost >= 1:
+            return np.full(len(margins), np.inf)
+        gain = 1 / np.sqrt(1 - lost)
+        rho = float(opt.sizes.max(initial=0.0))
+        if attack == "add" or pushes is None:
+            nu = k / n * (self.cap + float(np.linalg.norm(opt.force)))
+            nu += 2 * opt.residual * opt.widest
+            return np.asarray(norms * float(reach(np.asarray(nu), np.asarray(rho))))
+        nu, turn = self._strength(attack, k)
+        nu += 2 * opt.residual * opt.widest
+        turn += rho * nu * lost / (1 - lost)
+        size, r = _moved(nu * gain, rho * gain, turn if opt.program.linear else np.inf)
+        if not np.isfinite(size):
+            return np.full(len(margins), np.inf)
+        if not opt.program.linear:
+            return np.asarray(norms * gain * size)
+        # Along the first step the worst k pairs add up for each margin; what the step misses is of second order.
+        missed = nu * lost / (1 - lost) + float(beyond(np.asarray(r))) * size * gain
+        first = np.zeros(len(margins))
+        for part in np.array_split(np.arange(len(margins)), 1 + len(margins) * n // 4_000_000):
+            turning = np.where(margins[part] >= 0, 1.0, -1.0)[:, None] * (there[part] @ pushes.T)
+            first[part] = _largest(np.maximum(turning, 0), k)
+        return np.asarray(np.minimum(first + norms * missed, norms * gain * size))
+
+    def _pushes(self, attack: Attack) -> Float[np.ndarray, "n q"] | None:
+        """What attacking each pair adds to the gradient, with the sign that moves margins down along the row."""
+        n = len(self.optimum)
+        if attack == "add":
+            return None
+        return self.optimum.rows / n if attack == "flip" else -self.optimum.gradients(np.arange(n))
+
+    def _strength(self, attack: Attack, k: int) -> tuple[float, float]:
+        """The norm of the gradient that k pairs can add up to, and how far its step can move any training margin."""
+        pushes = self._pushes(attack)
+        assert pushes is not None
+        sizes = np.linalg.norm(pushes, axis=1)
+        nu = float(_largest(sizes, k))
+        turn = float(self.optimum.sizes.max(initial=0.0)) * nu
+        if len(pushes) <= MOST_PRODUCTS:
+            # Pairs that point elsewhere do not add up: |sum|^2 is a sum of products of two pairs each.
+            together = _largest(np.maximum(self._products[attack], 0), k)
+            nu = min(nu, float(np.sqrt(_largest(together, k))))
+            across = self._turns[attack]
+            turn = min(turn, max(float(_largest(np.maximum(sign * across, 0), k).max()) for sign in (1.0, -1.0)))
+        return nu, turn
+
+    @cached_property
+    def _products(self) -> dict[Attack, Float[np.ndarray, "n n"]]:
+        return {a: p @ p.T for a in ATTACKS if (p := self._pushes(a)) is not None}
+
+    @cached_property
+    def _turns(self) -> dict[Attack, Float[np.ndarray, "n n"]]:
+        return {a: self.optimum.rows @ p.T for a in ATTACKS if (p := self._pushes(a)) is not None}
+
+    def _by_modulus(self, attack: Attack, k: int) -> Float[np.ndarray, "h"]:
+        """|gradient| / modulus times the norm of each held-out row, in the coordinates of the fit."""
+        opt, held, n = self.optimum, self.optimum.program, len(self.optimum)
+        norms = np.linalg.norm(self.rows, axis=1)
+        if not held.linear or (attack == "remove" and k >= n):
+            return np.full(len(norms), np.inf)
+        penalty = held.ridge * opt.weights
+        if attack == "flip":
+            gradient, left = float(_largest(np.linalg.norm(held.rows, axis=1), k)) / n, 1.0
+        elif attack == "remove":
+            pulls = np.linalg.norm(penalty - opt.pull[:, None] * held.rows, axis=1)
+            gradient, left = float(_largest(pulls, k)) / n, 1 - k / n
+        else:
+            widest = self.cap / float(np.linalg.norm(opt.basis, -2))  # the cap, as a norm in these coordinates
+            gradient, left = k / n * (widest + float(np.linalg.norm(penalty))), 1 + k / n
+        return np.asarray(norms * (gradient + 2 * opt.residual) / (left * held.ridge))
+
+    # --- attacks -----------------------------------------------------------------------------------------------------
+
+    def attack(self, k: int, *, batch: int = 1, temperature: float = 1.0) -> tuple[Int[np.ndarray, "k"], list[float]]:
+        """Pairs that a greedy search flips to lower the held-out accuracy, and the accuracy after each batch, refitted.
+
+        Each time it flips those that raise the held-out log loss most along Newton's step: a lower bound on the harm
+        of the worst flips.
+        """
+        opt, n = self.optimum, len(self.optimum)
+        there = self.rows @ opt.basis
+        sign = np.ones(n)
+        x = opt.point
+        taken: list[int] = []
+        accuracies: list[float] = []
+        while len(taken) < k:
+            margins = there @ x
+            slope = -(sigmoid(-margins / temperature) @ there) / (temperature * len(margins))
+            pull = sigmoid(opt.program.margin - opt.rows @ x)
+            hessian = (opt.rows * (pull * (1 - pull) / n)[:, None]).T @ opt.rows + np.diag(opt.stiffness)
+            gains = np.where(sign > 0, -opt.rows @ np.linalg.solve(hessian, slope), -np.inf)
+            chosen = np.argsort(-gains, kind="stable")[: min(batch, k - len(taken))]
+            sign[chosen] = -1
+            taken += chosen.tolist()
+            x = self._flipped(sign, x)
+            margins = there @ x
+            accuracies.append(float(((margins > 0) + (margins == 0) / 2).mean()))
+        return np.asarray(taken), accuracies
+
+    def _flipped(self, sign: Float[np.ndarray, "n"], x: Float[np.ndarray, "q"]) -> Float[np.ndarray, "q"]:
+        """The optimum when pairs with sign -1 are flipped, from ``x``."""
+        opt, n = self.optimum, len(self.optimum)
+        rows, margin = opt.rows * sign[:, None], opt.program.margin * sign
+
+        def gradient(x: Float[np.ndarray, "q"]) -> Float[np.ndarray, "q"]:
+            return np.asarray(-(sigmoid(margin - rows @ x) @ rows) / n + opt.stiffness * x)
+
+        def hessian(x: Float[np.ndarray, "q"]) -> Float[np.ndarray, "q q"]:
+            pull = sigmoid(margin - rows @ x)
+            return np.asarray((rows * (pull * (1 - pull) / n)[:, None]).T @ rows + np.diag(opt.stiffness))
+
+        return descended(gradient, hessian, x, float(np.linalg.norm(opt.force)), tolerance=1e-10)
+
+    def margins_if_flipped(self, pairs: Sequence[int]) -> Float[np.ndarray, "h"]:
+        """Held-out margins of the optimum with ``pairs`` flipped."""
+        sign = np.ones(len(self.optimum))
+        sign[list(pairs)] = -1
+        return np.asarray(self.rows @ (self.optimum.basis @ self._flipped(sign, self.optimum.point)))
+
+
+def _moved(nu: float, rho: float, turn: float) -> tuple[float, float]:
+    """How far the optimum moves at most for a gradient of norm ``nu``, and how far any training margin does.
+
+    The smaller of two answers: that of norms alone (:func:`reach`), and the least r with r >= turn + rho |D| beyond(r)
+    and |D| <= nu r / (1 - e^-r), which margins cannot pass on their way, where the first step moves them by ``turn``.
+    """
+    size = float(reach(np.asarray(nu), np.asarray(rho)))
+    r = rho * size
+    if not np.isfinite(turn):
+        return size, r
+
+    def ahead(r: float) -> tuple[float, float]:
+        length = nu * (r / -np.expm1(-r) if r > 0 else 1.0)
+        return length, turn + rho * length * float(beyond(np.asarray(r)))
+
+    at = turn
+    for _ in range(500):
+        length, new = ahead(at)
+        if new <= at * (1 + 1e-9):
+            at *= 1 + 1e-6
+            length, new = ahead(at)
+            return (min(size, length), min(r, at)) if new <= at else (size, r)
+        if new > 50:
+            break
+        at = new
+    return size, r
+
+
+def _largest(values: Float[np.ndarray, "*rows n"], k: int) -> Float[np.ndarray, "*rows"]:
+    """The sum of the k largest of the last axis."""
+    k = min(k, values.shape[-1])
+    if k == 0:
+        return np.zeros(values.shape[:-1])
+    return np.asarray(np.partition(values, values.shape[-1] - k, axis=-1)[..., values.shape[-1] - k :].sum(axis=-1))
