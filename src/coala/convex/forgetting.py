@@ -60,7 +60,7 @@ def forget(
     before = held.bounds(old, even)
     weights = held.solve(old)
     after = held.bounds(weights, even)
-    new = held.head_of(weights)
+    new = held.design.folded(weights)
     new = _certified(held, new, weights, after, facts, n_folds, seed)
     cv = new.certificate.facts["cv"] if new.certificate is not None else {}
     row = {

@@ -27,18 +27,62 @@ EXACT = 1e-12  # gradient at which a solve is exact, as a share of the gradient'
 
 
 @dataclass(frozen=True)
+class Design:
+    """From features to the rows of a program: the ``coordinates`` of a block, and the gates of ``head``."""
+
+    coordinates: Standardisation
+    head: ConvexHead
+
+    @property
+    def width(self) -> int:
+        """r, the coordinates of one block."""
+        return int(self.coordinates.rotation.shape[1])
+
+    def scored(self, h: Float[np.ndarray, "k d"], prompt: Float[np.ndarray, "k d"] | None) -> Float[np.ndarray, "k p"]:
+        """Rows whose product with the weights is the score of each feature vector (k, d)."""
+        x = self.coordinates.rows(h)
+        if not self.head.n_neurons:
+            return x
+        return np.concatenate([x, *(x * is_open[:, None] for is_open in self.open(h, prompt).T)], axis=1)
+
+    def compared(self, features: FeatureSet) -> Float[np.ndarray, "k p"]:
+        """Rows whose product with the weights is the margin of each pair (k,)."""
+        return self.scored(features.chosen, features.prompt) - self.scored(features.rejected, features.prompt)
+
+    def open(self, h: Float[np.ndarray, "k d"], prompt: Float[np.ndarray, "k d"] | None) -> Bool[np.ndarray, "k m"]:
+        """Which gates are open at each feature vector."""
+        seen = prompt if self.head.gate_on == "prompt" and prompt is not None else h
+        return np.asarray(seen @ self.head.gates[:, :-1].T + self.head.gates[:, -1] >= 0)
+
+    def unfolded(self, head: ConvexHead) -> Float[np.ndarray, "p"]:
+        """A head's weights in these coordinates, as they were rounded to float32."""
+        return np.concatenate([self._unfolded(row) for row in (head.linear, *head.weights)])
+
+    def _unfolded(self, row: Float[np.ndarray, "columns"]) -> Float[np.ndarray, "r"]:
+        on_h, constant = row[:-1].astype(np.float64), float(row[-1])
+        factor = self.coordinates.factor
+        on_x = np.append(np.divide(on_h, factor, out=np.zeros_like(on_h), where=factor > 0), 0.0)
+        on_x[-1] = (constant + float(on_h @ self.coordinates.center)) / self.coordinates.constant
+        return np.asarray(self.coordinates.rotation.T @ on_x)
+
+    def folded(self, weights: Float[np.ndarray, "p"]) -> ConvexHead:
+        """The head with these weights; its gates, temperature and certificate stay those of ``head``."""
+        rows = self.coordinates.fold(weights.reshape(-1, self.width).T).astype(np.float32)
+        return replace(self.head, linear=rows[0], weights=rows[1:])
+
+
+@dataclass(frozen=True)
 class HeldProgram:
     """``rows`` F (n, p) with p = r (1 + m): the linear block, then the neurons; ``margin`` (n,).
 
-    ``coordinates`` lead from features to the r coordinates of a block; ``head`` gives the gates.
+    ``design`` makes rows of ``features``, those of the pairs.
     """
 
     rows: Float[np.ndarray, "n p"]
     margin: Float[np.ndarray, "n"]
     ridge: float
     sparsity: float
-    coordinates: Standardisation
-    head: ConvexHead
+    design: Design
     features: FeatureSet
 
     @classmethod
@@ -68,7 +112,6 @@ class HeldProgram:
             raise CoalaError(
                 "found features of another model or layer than the head's, expected its own, fix: align again"
             )
-        coordinates = Standardisation.of(features.chosen, features.rejected)
         margin = np.zeros(len(features))
         if reference_scale is not None:
             if features.log_ratio is None:
@@ -76,14 +119,13 @@ class HeldProgram:
                     "found features without log ratios, expected those the head was fitted with, fix: extract again"
                 )
             margin = reference_scale * features.log_ratio
-        made = cls(np.zeros((len(features), 0)), margin, float(facts["ridge"]), 0.0, coordinates, head, features)
-        if head.n_neurons:
-            made = replace(made, sparsity=float(facts["sparsity"]))
-        rows = made.scored(features.chosen, features.prompt) - made.scored(features.rejected, features.prompt)
+        design = Design(Standardisation.of(features.chosen, features.rejected), head)
+        rows = design.compared(features)
+        ridge = float(facts["ridge"])
         if ridge_relative is not None:
-            scale = float((rows[:, : made.width] ** 2).sum()) / (4 * len(rows))
-            made = replace(made, ridge=ridge_relative * (scale if scale > 0 else 1.0))
-        return replace(made, rows=rows)
+            scale = float((rows[:, : design.width] ** 2).sum()) / (4 * max(1, len(rows)))
+            ridge = ridge_relative * (scale if scale > 0 else 1.0)
+        return cls(rows, margin, ridge, float(facts["sparsity"]) if head.n_neurons else 0.0, design, features)
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -91,45 +133,20 @@ class HeldProgram:
     @property
     def width(self) -> int:
         """r, the coordinates of one block."""
-        return int(self.coordinates.rotation.shape[1])
+        return self.design.width
+
+    @property
+    def n_neurons(self) -> int:
+        return self.design.head.n_neurons
 
     @property
     def linear(self) -> bool:
-        return self.head.n_neurons == 0
-
-    def scored(self, h: Float[np.ndarray, "k d"], prompt: Float[np.ndarray, "k d"] | None) -> Float[np.ndarray, "k p"]:
-        """Rows whose product with the weights is the score of each feature vector (k, d)."""
-        x = self.coordinates.rows(h)
-        if self.linear:
-            return x
-        return np.concatenate([x, *(x * is_open[:, None] for is_open in self._open(h, prompt).T)], axis=1)
-
-    def compared(self, features: FeatureSet) -> Float[np.ndarray, "k p"]:
-        """Rows whose product with the weights is the margin of each pair (k,)."""
-        return self.scored(features.chosen, features.prompt) - self.scored(features.rejected, features.prompt)
-
-    def _open(self, h: Float[np.ndarray, "k d"], prompt: Float[np.ndarray, "k d"] | None) -> Bool[np.ndarray, "k m"]:
-        seen = prompt if self.head.gate_on == "prompt" and prompt is not None else h
-        return np.asarray(seen @ self.head.gates[:, :-1].T + self.head.gates[:, -1] >= 0)
-
-    # --- weights -----------------------------------------------------------------------------------------------------
+        return self.n_neurons == 0
 
     @property
     def saved(self) -> Float[np.ndarray, "p"]:
-        """The head's own weights in these coordinates, as they were rounded to float32."""
-        return np.concatenate([self._unfolded(row) for row in (self.head.linear, *self.head.weights)])
-
-    def _unfolded(self, row: Float[np.ndarray, "d1"]) -> Float[np.ndarray, "r"]:
-        on_h, constant = row[:-1].astype(np.float64), float(row[-1])
-        factor = self.coordinates.factor
-        on_x = np.append(np.divide(on_h, factor, out=np.zeros_like(on_h), where=factor > 0), 0.0)
-        on_x[-1] = (constant + float(on_h @ self.coordinates.center)) / self.coordinates.constant
-        return np.asarray(self.coordinates.rotation.T @ on_x)
-
-    def head_of(self, weights: Float[np.ndarray, "p"]) -> ConvexHead:
-        """The head with these weights; its gates, temperature and certificate stay those of ``head``."""
-        folded = self.coordinates.fold(weights.reshape(-1, self.width).T).astype(np.float32)
-        return replace(self.head, linear=folded[0], weights=folded[1:])
+        """The head's own weights in these coordinates."""
+        return self.design.unfolded(self.design.head)
 
     # --- the objective -----------------------------------------------------------------------------------------------
 
@@ -186,7 +203,7 @@ class HeldProgram:
     def bending(self, weights: Float[np.ndarray, "p"]) -> Float[np.ndarray, "p p"]:
         """The Hessian of the sum of norms, on the neurons that are not zero."""
         found = np.zeros((len(weights), len(weights)))
-        for i in range(1, 1 + self.head.n_neurons):
+        for i in range(1, 1 + self.n_neurons):
             block = slice(i * self.width, (i + 1) * self.width)
             norm = float(np.linalg.norm(weights[block]))
             if norm > 0:
@@ -207,8 +224,9 @@ class HeldProgram:
 
     def _near(self, start: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"]) -> Float[np.ndarray, "p"]:
         """Newton's method for group-sparse programs, which can leave and reach zero."""
-        sides = np.stack([self.coordinates.rows(h) for h in (self.features.chosen, self.features.rejected)])
-        gates = np.stack([self._open(h, self.features.prompt) for h in (self.features.chosen, self.features.rejected)])
+        both = (self.features.chosen, self.features.rejected)
+        sides = np.stack([self.design.coordinates.rows(h) for h in both])
+        gates = np.stack([self.design.open(h, self.features.prompt) for h in both])
         patterns = np.concatenate([np.ones((*gates.shape[:2], 1), bool), gates], axis=-1)
         with jax.enable_x64(True):
             program = PairProgram(

@@ -153,7 +153,7 @@ class Optimum:
         """For each neuron that is not zero, its norm and the largest singular value of its part of the basis."""
         width = self.program.width
         found = []
-        for i in range(1, 1 + self.program.head.n_neurons):
+        for i in range(1, 1 + self.program.n_neurons):
             block = slice(i * width, (i + 1) * width)
             norm = float(np.linalg.norm(self.weights[block]))
             found.append((norm, float(np.linalg.norm(self.basis[block], 2))))
@@ -321,4 +321,5 @@ def descended(
 
 def _times(a: Float[np.ndarray, "k"], b: Float[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
     """a b, where inf times anything is inf."""
-    return np.where(np.isfinite(a) & np.isfinite(b), a * np.where(np.isfinite(b), b, 0), np.inf)
+    known = np.isfinite(a) & np.isfinite(b)
+    return np.where(known, np.where(known, a, 0) * np.where(known, b, 0), np.inf)

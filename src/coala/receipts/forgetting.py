@@ -189,7 +189,7 @@ def _chosen_anew(run: Opened, remaining: FeatureSet) -> _Refit:
     }
     if not result.head.n_neurons and not run.head.n_neurons and result.head.certificate is not None:
         program = HeldProgram.of(remaining, result.head, reference_scale=run.recipe.head.reference_scale)
-        before = replace(program, head=run.head).saved
+        before = program.design.unfolded(run.head)
         slopes, left = (program.gradient(weights, program.even) for weights in (before, program.saved))
         objective, lower = program.bounds(before, program.even)
         facts |= {

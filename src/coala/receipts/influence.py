@@ -124,7 +124,7 @@ def _measured(
             "reply": quoted(said),
         }
         return LinearEffect(optimum, row), about
-    rows = held.compared(run.held_out.features)
+    rows = held.design.compared(run.held_out.features)
     if pair is not None:
         if not 1 <= pair <= len(rows):
             raise CoalaError(
@@ -157,7 +157,7 @@ def _reply_row(run: Opened, optimum: Optimum, said: Pair, options: dict[str, boo
 
     backbone, head, _ = load_parts(run.run.path, **options)
     features = extract([said], backbone, head.spec, prompt_features=head.needs_prompt)
-    return np.asarray(optimum.program.scored(features.chosen, features.prompt)[0])
+    return np.asarray(optimum.program.design.scored(features.chosen, features.prompt)[0])
 
 
 def _units(run: Opened, by: By) -> list[_Unit]:
@@ -234,7 +234,7 @@ def _poison(run: Opened, optimum: Optimum, attack: int) -> dict[str, Any]:
     """The bounds for a few numbers of pairs, the most pairs that leave a guarantee, and what flips were found to do."""
     from coala.convex.poison import ATTACKS, Poisoning
 
-    rows = optimum.program.compared(run.held_out.features)
+    rows = optimum.program.design.compared(run.held_out.features)
     poisoning = Poisoning.of(optimum, rows)
     margins = rows @ optimum.weights
     found: dict[str, Any] = {

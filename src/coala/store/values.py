@@ -26,7 +26,7 @@ from coala.values import Certificate, ConvexHead, FeatureSpec, Generation, Judge
 
 
 def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    """One JSON object per line, in the conversational preference format that TRL reads, plus ``group`` and ``rater``."""
+    """One JSON object per line, in the conversational preference format that TRL reads, plus group and rater."""
 
     def row(pair: Pair) -> dict[str, Any]:
         return {
