@@ -17,6 +17,7 @@ from coala.convex.optimum import Moves, Optimum
 from coala.statistics.logistic import sigmoid
 
 CHUNK = 4_000_000  # numbers held at once
+REFITTING = 1e10  # multiplications that refits beyond the first few may take
 ROUNDING = 1e-9  # of an exact refit, as a share of what it is compared with
 
 
@@ -149,12 +150,16 @@ def influence(
     units: Sequence[Int[np.ndarray, "_"]] | None = None,
     *,
     top: int = 10,
-    most_refits: int = 60,
+    most_refits: int | None = None,
 ) -> Influence:
     """Leave out every pair, or each of ``units`` (numbers of pairs), one at a time.
 
-    ``most_refits`` bounds the exact refits for each sign; the list is then proved as far as they reach.
+    ``most_refits`` bounds the exact refits for each sign, unless given by what takes seconds; the lists are then proved
+    as far as they reach.
     """
+    if most_refits is None:
+        swift = optimum.rows.size if optimum.program.linear else REFITTING
+        most_refits = max(60, int(REFITTING / (12 * swift)))
     if units is None:
         moves = optimum.without_each()
         members = [np.array([j]) for j in range(len(optimum))]

@@ -19,6 +19,8 @@ from coala.convex.optimum import Optimum, beyond, descended, reach
 from coala.statistics.logistic import sigmoid
 
 Attack = Literal["flip", "remove", "add"]
+Proof = Literal["refits", "curvature", "modulus", "nothing"]
+MOST_REFITTED = 4e8  # n times the size of the rows, up to which every pair is refitted
 MOST_PRODUCTS = 3000  # pairs whose rows are multiplied each with each
 ATTACKS: tuple[Attack, ...] = ("flip", "remove", "add")
 
@@ -29,7 +31,7 @@ class PoisonBound:
 
     ``margin``: no held-out margin moves by more; inf where nothing is proved. ``could_turn`` held-out margins of
     ``held_out`` might change sign, and at least the share ``accuracy`` stays ranked right. ``by`` names what proves it:
-    the curvature at the optimum, or the modulus of the ridge alone.
+    the curvature at the optimum, the modulus of the ridge alone, or refits, where all ways to choose are few enough.
     """
 
     attack: Attack
@@ -38,7 +40,7 @@ class PoisonBound:
     could_turn: int
     held_out: int
     accuracy: float
-    by: Literal["curvature", "modulus", "nothing"]
+    by: Proof
 
     @property
     def vacuous(self) -> bool:
@@ -68,11 +70,16 @@ class Poisoning:
         margins = self.rows @ opt.weights
         curved = self._by_curvature(attack, k, margins)
         plain = self._by_modulus(attack, k)
-        most = np.minimum(curved, plain)
-        turned = (np.abs(margins) <= most) | (margins == 0)
+        most = np.minimum(curved, plain)  # (2, h): against the sign of each margin, and with it
+        tried = self._one_by_one.get(attack) if k == 1 else None
+        if tried is not None:
+            most = np.minimum(most, tried)
+        turned = (np.abs(margins) <= most[0]) | (margins == 0)
         kept = float(((margins > 0) & ~turned).mean()) if len(margins) else 0.0
-        by: Literal["curvature", "modulus", "nothing"] = "curvature"
-        if not np.isfinite(most).all() or (k >= n and attack == "remove"):
+        by: Proof = "curvature"
+        if tried is not None:
+            by = "refits"
+        elif not np.isfinite(most).all() or (k >= n and attack == "remove"):
             by = "nothing"
         elif plain.sum() < curved.sum():
             by = "modulus"
@@ -90,8 +97,8 @@ class Poisoning:
             low, high = (low, middle) if self.bound(attack, middle).vacuous else (middle, high)
         return low
 
-    def _by_curvature(self, attack: Attack, k: int, margins: Float[np.ndarray, "h"]) -> Float[np.ndarray, "h"]:
-        """For each held-out margin, how far it can move against its sign."""
+    def _by_curvature(self, attack: Attack, k: int, margins: Float[np.ndarray, "h"]) -> Float[np.ndarray, "2 h"]:
+        """For each held-out margin, how far it can move against its sign, and with it."""
         opt, n = self.optimum, len(self.optimum)
         there = self.rows @ opt.basis
         norms = np.linalg.norm(there, axis=1)
@@ -102,28 +109,28 @@ class Poisoning:
         if attack == "remove":
             lost = float(_largest(opt.leverage, k)) + k / n * float(opt.stiffness.max(initial=0.0))
         if lost >= 1:
-            return np.full(len(margins), np.inf)
+            return np.full((2, len(margins)), np.inf)
         gain = 1 / np.sqrt(1 - lost)
         rho = float(opt.sizes.max(initial=0.0))
         if attack == "add" or pushes is None:
             nu = k / n * (self.cap + float(np.linalg.norm(opt.force)))
             nu += 2 * opt.residual * opt.widest
-            return np.asarray(norms * float(reach(np.asarray(nu), np.asarray(rho))))
+            return _both(norms * float(reach(np.asarray(nu), np.asarray(rho))))
         nu, turn = self._strength(attack, k)
         nu += 2 * opt.residual * opt.widest
         turn += rho * nu * lost / (1 - lost)
         size, r = _moved(nu * gain, rho * gain, turn if opt.program.linear else np.inf)
         if not np.isfinite(size):
-            return np.full(len(margins), np.inf)
+            return np.full((2, len(margins)), np.inf)
         if not opt.program.linear:
-            return np.asarray(norms * gain * size)
+            return _both(norms * gain * size)
         # Along the first step the worst k pairs add up for each margin; what the step misses is of second order.
         missed = nu * lost / (1 - lost) + float(beyond(np.asarray(r))) * size * gain
-        first = np.zeros(len(margins))
+        first = np.zeros((2, len(margins)))
         for part in np.array_split(np.arange(len(margins)), 1 + len(margins) * n // 4_000_000):
             turning = np.where(margins[part] >= 0, 1.0, -1.0)[:, None] * (there[part] @ pushes.T)
-            first[part] = _largest(np.maximum(turning, 0), k)
-        return np.asarray(np.minimum(first + norms * missed, norms * gain * size))
+            first[:, part] = [_largest(np.maximum(side, 0), k) for side in (turning, -turning)]
+        return np.minimum(first + norms * missed, norms * gain * size)
 
     def _pushes(self, attack: Attack) -> Float[np.ndarray, "n q"] | None:
         """What attacking each pair adds to the gradient, with the sign that moves margins down along the row."""
@@ -155,12 +162,34 @@ class Poisoning:
     def _turns(self) -> dict[Attack, Float[np.ndarray, "n n"]]:
         return {a: self.optimum.rows @ p.T for a in ATTACKS if (p := self._pushes(a)) is not None}
 
-    def _by_modulus(self, attack: Attack, k: int) -> Float[np.ndarray, "h"]:
+    @cached_property
+    def _one_by_one(self) -> dict[Attack, Float[np.ndarray, "2 h"]]:
+        """How far any one pair can move each held-out margin, where all n can be refitted."""
+        opt, n = self.optimum, len(self.optimum)
+        if not opt.program.linear or n * opt.rows.size > MOST_REFITTED or n < 2:
+            return {}
+        there = self.rows @ opt.basis
+        before = there @ opt.point
+        sign = np.where(before >= 0, 1.0, -1.0)
+        flips = np.where(np.eye(n, dtype=bool), -1.0, 1.0)
+        moves = opt.without_each().steps
+        after: dict[Attack, list[Float[np.ndarray, "h"]]] = {
+            "flip": [there @ self._flipped(row, opt.point) for row in flips],
+            "remove": [self.rows @ opt.refit(np.array([j]), moves[j]) for j in range(n)],
+        }
+        found: dict[Attack, Float[np.ndarray, "2 h"]] = {}
+        for attack, margins in after.items():
+            turned = sign * (before - np.stack(margins))
+            worst = np.stack([turned.max(axis=0), -turned.min(axis=0)])
+            found[attack] = np.maximum(worst, 0) + 1e-8 * (1 + np.abs(before))
+        return found
+
+    def _by_modulus(self, attack: Attack, k: int) -> Float[np.ndarray, "2 h"]:
         """|gradient| / modulus times the norm of each held-out row, in the coordinates of the fit."""
         opt, held, n = self.optimum, self.optimum.program, len(self.optimum)
         norms = np.linalg.norm(self.rows, axis=1)
         if not held.linear or (attack == "remove" and k >= n):
-            return np.full(len(norms), np.inf)
+            return np.full((2, len(norms)), np.inf)
         penalty = held.ridge * opt.weights
         if attack == "flip":
             gradient, left = float(_largest(np.linalg.norm(held.rows, axis=1), k)) / n, 1.0
@@ -170,7 +199,7 @@ class Poisoning:
         else:
             widest = self.cap / float(np.linalg.norm(opt.basis, -2))  # the cap, as a norm in these coordinates
             gradient, left = k / n * (widest + float(np.linalg.norm(penalty))), 1 + k / n
-        return np.asarray(norms * (gradient + 2 * opt.residual) / (left * held.ridge))
+        return _both(norms * (gradient + 2 * opt.residual) / (left * held.ridge))
 
     # --- attacks -----------------------------------------------------------------------------------------------------
 
@@ -247,6 +276,10 @@ def _moved(nu: float, rho: float, turn: float) -> tuple[float, float]:
             break
         at = new
     return size, r
+
+
+def _both(most: Float[np.ndarray, "h"]) -> Float[np.ndarray, "2 h"]:
+    return np.stack([most, most])
 
 
 def _largest(values: Float[np.ndarray, "*rows n"], k: int) -> Float[np.ndarray, "*rows"]:
