@@ -18,6 +18,8 @@ from coala.convex.held import HeldProgram
 from coala.convex.validation import HeldOut, grouped_folds
 from coala.values import Certificate, ConvexHead, FeatureSet
 
+FOLDS = 4
+FOLD = 1e-6  # of the gradient, at which the margins of a fold are known well enough
 TOLERANCE = 1e-9  # relative gap below which a refit is called exact
 
 
@@ -45,7 +47,6 @@ def forget(
     head: ConvexHead,
     *,
     reference_scale: float | None = None,
-    n_folds: int = 4,
     seed: int = 0,
 ) -> Forgotten:
     """Refit ``head`` on the pairs that remain; equal to a fit of these alone with the same ridge and gates.
@@ -58,10 +59,11 @@ def forget(
     old, even = held.saved, held.even
     slopes = held.gradient(old, even)
     before = held.bounds(old, even)
-    weights = held.solve(old)
+    factor = held.factor(old) if held.linear else None
+    weights = held.solve(old, factor=factor)
     after = held.bounds(weights, even)
     new = held.design.folded(weights)
-    new = _certified(held, new, weights, after, facts, n_folds, seed)
+    new = _certified(held, new, weights, after, facts, _held_out(held, weights, factor, seed), seed)
     cv = new.certificate.facts["cv"] if new.certificate is not None else {}
     row = {
         "tau": held.ridge,
@@ -85,11 +87,10 @@ def _certified(
     weights: Float[np.ndarray, "p"],
     bounds: tuple[float, float],
     facts: Any,
-    n_folds: int,
+    found: HeldOut | None,
     seed: int,
 ) -> ConvexHead:
     """The head with its certificate, and with a temperature from folds of the pairs that remain."""
-    found = _held_out(held, weights, n_folds, seed)
     temperature, slope = 1.0, None
     if found is not None:
         temperature = fit_temperature(found.margins)
@@ -124,7 +125,7 @@ def _certified(
             "refitted": True,
             "cv": {"folds": 0}
             if found is None
-            else {"folds": n_folds, "chosen": found.row(), "signal_found": bool(found.loss < np.log(2))},
+            else {"folds": FOLDS, "chosen": found.row(), "signal_found": bool(found.loss < np.log(2))},
             "n_pairs": len(held),
             "n_groups": len(np.unique(held.features.group)),
             "n_neurons": head.n_neurons,
@@ -135,15 +136,17 @@ def _certified(
     return replace(head, temperature=temperature, least_slope=slope, certificate=certificate)
 
 
-def _held_out(held: HeldProgram, weights: Float[np.ndarray, "p"], n_folds: int, seed: int) -> HeldOut | None:
-    """Margins of each fold under a refit on the others, from the weights of all."""
-    folds = grouped_folds(held.features.group, n_folds, seed)
+def _held_out(
+    held: HeldProgram, weights: Float[np.ndarray, "p"], factor: Float[np.ndarray, "p p"] | None, seed: int
+) -> HeldOut | None:
+    """Margins of each fold under a refit on the others, from the weights of all and their Hessian."""
+    folds = grouped_folds(held.features.group, FOLDS, seed)
     if folds is None:
         return None
     margins = np.zeros(len(held))
     for fold in range(int(folds.max()) + 1):
         used = folds != fold
-        found = held.solve(weights, used / used.sum())
+        found = held.solve(weights, used / used.sum(), factor=factor, exact=FOLD)
         margins[~used] = held.rows[~used] @ found
     return HeldOut.of(margins, held.margin, held.features.group)
 

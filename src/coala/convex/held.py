@@ -47,6 +47,8 @@ class Design:
 
     def compared(self, features: FeatureSet) -> Float[np.ndarray, "k p"]:
         """Rows whose product with the weights is the margin of each pair (k,)."""
+        if not self.head.n_neurons:
+            return self.coordinates.differences(features.chosen, features.rejected)
         return self.scored(features.chosen, features.prompt) - self.scored(features.rejected, features.prompt)
 
     def open(self, h: Float[np.ndarray, "k d"], prompt: Float[np.ndarray, "k d"] | None) -> Bool[np.ndarray, "k m"]:
@@ -214,13 +216,25 @@ class HeldProgram:
     # --- solving -----------------------------------------------------------------------------------------------------
 
     def solve(
-        self, start: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"] | None = None
+        self,
+        start: Float[np.ndarray, "p"],
+        weight: Float[np.ndarray, "n"] | None = None,
+        *,
+        factor: Float[np.ndarray, "p p"] | None = None,
+        exact: float = EXACT,
     ) -> Float[np.ndarray, "p"]:
-        """The optimum to the last digits that float64 has, from ``start``."""
+        """The optimum to the last digits that float64 has, or to ``exact``, from ``start``.
+
+        ``factor`` of a Hessian near it (:meth:`factor`) saves one for a linear head.
+        """
         weight = self.even if weight is None else weight
         if not self.linear:
-            start = self._near(start, weight)
-        return self._polished(start, weight)
+            start, factor = self._near(start, weight), None
+        return self._polished(start, weight, factor, exact)
+
+    def factor(self, weights: Float[np.ndarray, "p"]) -> Float[np.ndarray, "p p"]:
+        """The lower Cholesky factor of the Hessian of a linear head at ``weights``, all pairs counted alike."""
+        return self._factor(weights, self.even, np.ones(len(weights), bool))
 
     def _near(self, start: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"]) -> Float[np.ndarray, "p"]:
         """Newton's method for group-sparse programs, which can leave and reach zero."""
@@ -242,22 +256,27 @@ class HeldProgram:
                 -1
             )
 
-    def _polished(self, start: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"]) -> Float[np.ndarray, "p"]:
+    def _polished(
+        self,
+        start: Float[np.ndarray, "p"],
+        weight: Float[np.ndarray, "n"],
+        factor: Float[np.ndarray, "a a"] | None,
+        exact: float,
+    ) -> Float[np.ndarray, "p"]:
         """Newton's method on the blocks that are not zero, where the objective is smooth."""
         weights = np.array(start)
         blocks = np.linalg.norm(weights.reshape(-1, self.width), axis=1) > 0
         blocks[0] = True
         alive = np.repeat(blocks, self.width)
-        factor = None
         before = np.inf
         for _ in range(STEPS):
             slopes = self.gradient(weights, weight)[alive]
             size = float(np.linalg.norm(slopes))
             scale = float(np.linalg.norm(self.ridges * weights)) + self.sparsity + 1e-300
-            if size <= EXACT * scale or not size < before:
+            if size <= exact * scale or not size < before:
                 break
-            # A factor serves as long as it halves the gradient four times a step.
-            if factor is None or size > before / 16:
+            # A factor serves as long as a step halves the gradient.
+            if factor is None or size > before / 2:
                 factor = self._factor(weights, weight, alive)
             before = size
             weights[alive] = self._searched(weights, -_solved(factor, slopes), alive, weight)[alive]
