@@ -168,7 +168,7 @@ def planted(train: FeatureSet, test: FeatureSet, head: ConvexHead, relative: flo
     """Recall of flips, 5 % of the pairs, among as many pairs as were planted, twice and four times as many."""
     n = len(train)
     count = max(1, n // 20)
-    recall: dict[str, dict[int, int]] = {"harm": {}, "own loss": {}}
+    recall: dict[str, dict[int, int]] = {"harm": {}, "the others' margin": {}}
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         flipped = rng.choice(n, count, replace=False)
@@ -178,7 +178,7 @@ def planted(train: FeatureSet, test: FeatureSet, head: ConvexHead, relative: flo
         optimum = Optimum.of(HeldProgram.of(faulty, at_ridge(faulty, relative)))
         effect = HeldOutEffect(optimum, optimum.program.design.compared(test), head.temperature)
         harm, _ = effect.along(optimum.without_each())
-        for how, order in (("harm", np.argsort(harm)), ("own loss", np.argsort(-optimum.pull))):
+        for how, order in (("harm", np.argsort(harm)), ("the others' margin", np.argsort(optimum.left_out_margins))):
             for times_as_many in (1, 2, 4):
                 hits = len(set(order[: times_as_many * count].tolist()) & set(flipped.tolist()))
                 recall[how][times_as_many] = recall[how].get(times_as_many, 0) + hits

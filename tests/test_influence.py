@@ -113,6 +113,8 @@ def test_every_pair_does_what_a_refit_without_it_shows(measure: str) -> None:
     true = np.array([effect.exactly(weights) for weights in each_left_out()])
     assert (np.abs(true - found.change) <= found.slack + 1e-7).all()
     assert np.isfinite(found.slack).all()
+    others = np.array([optimum.program.rows[j] @ weights for j, weights in enumerate(each_left_out())])
+    np.testing.assert_allclose(optimum.left_out_margins, others, atol=0.15 * np.abs(others).max())
     moved = np.linalg.norm(each_left_out() - optimum.weights, axis=1)
     assert (moved <= found.distance + 1e-7).all()
     for sign, ranked in ((-1, found.lowers), (1, found.raises)):

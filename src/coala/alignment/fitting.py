@@ -11,7 +11,7 @@ from coala.callbacks import OnProgress
 from coala.recipe import check_head
 from coala.settings import HeadSettings
 from coala.store import load_features, save_head, scratch
-from coala.values import FeatureSet
+from coala.values import ConvexHead, FeatureSet
 
 if TYPE_CHECKING:
     from coala.convex import Fit
@@ -58,6 +58,17 @@ def fit_settings(
     )
 
 
+def _withstood(data: FeatureSet, held_out: FeatureSet, head: ConvexHead, settings: HeadSettings) -> dict[str, int]:
+    """How many pairs an adversary may flip, or remove, and held-out accuracy is proved to stay above one half."""
+    from coala.convex.held import HeldProgram
+    from coala.convex.optimum import Optimum
+    from coala.convex.poison import Poisoning
+
+    optimum = Optimum.of(HeldProgram.of(data, head, reference_scale=settings.reference_scale))
+    poisoning = Poisoning.of(optimum, optimum.program.design.compared(held_out))
+    return {"flips_withstood": poisoning.largest("flip"), "removals_withstood": poisoning.largest("remove")}
+
+
 def fit_folder(
     features: Path,
     out: Path,
@@ -96,4 +107,6 @@ def fit_folder(
     if eval_features is not None:
         held_out = load_features(eval_features, mmap=True)
         found["accuracy"] = accuracy_of_margins(head.margins(held_out), held_out.group)
+        if settings.method != "two-phase":
+            found |= _withstood(data, held_out, head, settings)
     return {"head": head, **found}

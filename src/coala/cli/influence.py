@@ -58,6 +58,10 @@ def _show(found: dict[str, Any]) -> None:
         write(f"\n{side_words(side, found['good'], found['by'])}: {proof_words(found, side)}")
         rows = found["lists"][side]["rows"]
         table([[row["name"], effect_words(found, row["effect"]), _short(row["chosen"])] for row in rows])
+    against = [str(one["line"]) for one in found["contradicted"]]
+    write(
+        f"\nContradicted most by all others, look for exchanged replies here first: line {', '.join(against) or 'none'}"
+    )
     twins = found["copies"]
     write(
         f"\n{twins['pairs']} pairs have the features of another ({twins['sets']} sets), {twins['contrary']} of them "

@@ -187,6 +187,11 @@ class Optimum:
             )
         return self._moves(steps, gradients, nu, stretch, 1 / n)
 
+    @cached_property
+    def left_out_margins(self) -> Float[np.ndarray, "n"]:
+        """What each pair's margin is if the pair itself is left out, along Newton's step: what the others say of it."""
+        return np.asarray(self.program.rows @ self.weights + (self.rows * self.without_each().steps).sum(axis=1))
+
     def _inverse(
         self,
         right: Float[np.ndarray, "n q"],

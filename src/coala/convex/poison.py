@@ -21,6 +21,7 @@ from coala.statistics.logistic import sigmoid
 Attack = Literal["flip", "remove", "add"]
 Proof = Literal["refits", "curvature", "modulus", "nothing"]
 MOST_REFITTED = 4e8  # n times the size of the rows, up to which every pair is refitted
+FEW = 64  # pairs up to which sums of the largest are kept
 MOST_PRODUCTS = 3000  # pairs whose rows are multiplied each with each
 ATTACKS: tuple[Attack, ...] = ("flip", "remove", "add")
 
@@ -126,11 +127,28 @@ class Poisoning:
             return _both(norms * gain * size)
         # Along the first step the worst k pairs add up for each margin; what the step misses is of second order.
         missed = nu * lost / (1 - lost) + float(beyond(np.asarray(r))) * size * gain
-        first = np.zeros((2, len(margins)))
-        for part in np.array_split(np.arange(len(margins)), 1 + len(margins) * n // 4_000_000):
-            turning = np.where(margins[part] >= 0, 1.0, -1.0)[:, None] * (there[part] @ pushes.T)
-            first[:, part] = [_largest(np.maximum(side, 0), k) for side in (turning, -turning)]
+        most = self._most[attack]
+        first = most[..., k - 1] if k <= most.shape[-1] else self._turning(attack, k)[..., -1]
         return np.minimum(first + norms * missed, norms * gain * size)
+
+    @cached_property
+    def _most(self) -> dict[Attack, Float[np.ndarray, "2 h top"]]:
+        """:meth:`_turning` for few pairs, as most questions are."""
+        few = min(FEW, len(self.optimum))
+        return {a: self._turning(a, few) for a in ATTACKS if a != "add"}
+
+    def _turning(self, attack: Attack, k: int) -> Float[np.ndarray, "2 h top"]:
+        """How far the first step of 1, 2, ... k pairs moves held-out margins, against their sign and with it."""
+        pushes = self._pushes(attack)
+        assert pushes is not None
+        there, margins = self.rows @ self.optimum.basis, self.rows @ self.optimum.weights
+        found = np.zeros((2, len(margins), k))
+        for part in np.array_split(np.arange(len(margins)), 1 + len(margins) * len(pushes) // 4_000_000):
+            turning = np.where(margins[part] >= 0, 1.0, -1.0)[:, None] * (there[part] @ pushes.T)
+            for number, side in enumerate((turning, -turning)):
+                top = -np.partition(-np.maximum(side, 0), k - 1, axis=-1)[:, :k]
+                found[number, part] = np.cumsum(-np.sort(-top, axis=-1), axis=-1)
+        return found
 
     def _pushes(self, attack: Attack) -> Float[np.ndarray, "n q"] | None:
         """What attacking each pair adds to the gradient, with the sign that moves margins down along the row."""

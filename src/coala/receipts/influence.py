@@ -195,6 +195,8 @@ def _told(run: Opened, optimum: Optimum, units: Sequence[_Unit], found: Influenc
         }
 
     together, contrary = copies(optimum.program.rows)
+    others = optimum.left_out_margins
+    contrary_to_all = np.argsort(others, kind="stable")[: max(len(found.raises.rows), len(found.lowers.rows))]
     slack = found.slack[np.isfinite(found.slack)]
     return {
         "by": by,
@@ -209,6 +211,11 @@ def _told(run: Opened, optimum: Optimum, units: Sequence[_Unit], found: Influenc
             }
             for side, ranked in (("raises", found.raises), ("lowers", found.lowers))
         },
+        "contradicted": [
+            {"line": int(j) + 1, "margin": float(others[j]), **quoted(run.train.pairs[j])}
+            for j in contrary_to_all
+            if others[j] < 0
+        ],
         "bounds": {
             "bounded": len(slack),
             "median_slack": float(np.median(slack)) if len(slack) else None,

@@ -174,6 +174,17 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
         caption = side_words(side, better, by)
         heads = ("Left out", "Then", "Chosen", "Prompt (its end)")
         parts += [Table(caption, heads, cells, kind="words"), aside(f"{caption}: {proof_words(row, side)}")]
+    against = [
+        (
+            f"line {one['line']}",
+            f"{float(one['margin']):.3g}",
+            beneath(str(one["chosen"]), f"rather than: {one['rejected']}"),
+            str(one["prompt"]),
+        )
+        for one in row.get("contradicted") or []
+    ]
+    caption = "The pairs that all others contradict most: look for exchanged replies here first"
+    parts.append(Table(caption, ("Pair", "Margin by the others", "Chosen", "Prompt (its end)"), against, kind="words"))
     bounds, twins = _mapping(row.get("bounds")), _mapping(row.get("copies"))
     poison = _mapping(row.get("poison"))
     parts += [
