@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coala.pages.parts import Part, Table, aside, beneath, details, element, facts, listing
+from coala.pages.parts import Part, Table, aside, beneath, details, element, facts, listing, titled
 from coala.pages.words import number
 from coala.store import RunFolder, StoreError, file_digest, load_json, save_json
 
@@ -33,7 +33,10 @@ def add_receipt(run: RunFolder, record: Mapping[str, Any], name: str) -> Path:
 
 
 def saved_receipts(run: RunFolder) -> list[dict[str, Any]]:
-    """All receipts of a run, the oldest first; one of another head than the run has now is ``stale``."""
+    """All receipts of a run, the oldest first; one of another head than the run has now is ``stale``.
+
+    What poisoned pairs can do is the same whatever influence was measured on: the latest of the head says it.
+    """
     found = []
     head = run.path / "head" / "head.safetensors"
     now = file_digest(head) if head.is_file() else None
@@ -42,7 +45,9 @@ def saved_receipts(run: RunFolder) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or row.get("kind") not in ("influence", "forget"):
             raise StoreError(f"{path}: is no receipt. Delete it, and run what makes it again.")
         found.append({**row, "stale": row["kind"] == "influence" and row.get("head") != now})
-    return sorted(found, key=lambda row: str(row.get("created")))
+    found.sort(key=lambda row: str(row.get("created")))
+    last = max((k for k, row in enumerate(found) if row["kind"] == "influence" and not row["stale"]), default=None)
+    return [row if k == last else {**row, "poison": None} for k, row in enumerate(found)]
 
 
 def forgotten_since(receipts: Sequence[Mapping[str, Any]], created: Any) -> bool:
@@ -173,7 +178,7 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
         ]
         caption = side_words(side, better, by)
         heads = ("Left out", "Then", "Chosen", "Prompt (its end)")
-        parts += [Table(caption, heads, cells, kind="words"), aside(f"{caption}: {proof_words(row, side)}")]
+        parts += [titled(caption, Table(caption, heads, cells, kind="words")), aside(proof_words(row, side))]
     against = [
         (
             f"line {one['line']}",
@@ -183,15 +188,16 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
         )
         for one in row.get("contradicted") or []
     ]
-    caption = "The pairs that all others contradict most: look for exchanged replies here first"
-    parts.append(Table(caption, ("Pair", "Margin by the others", "Chosen", "Prompt (its end)"), against, kind="words"))
+    caption = "Contradicted most by all others: look for exchanged replies here first"
+    heads = ("Pair", "Margin by the others", "Chosen", "Prompt (its end)")
+    parts.append(titled(caption, Table(caption, heads, against, kind="words")))
     bounds, twins = _mapping(row.get("bounds")), _mapping(row.get("copies"))
     poison = _mapping(row.get("poison"))
     parts += [
-        listing(poison_words(poison)) if poison else None,
+        titled("What poisoned pairs can do at most", listing(poison_words(poison))) if poison else None,
         details(
             "What poisoned pairs can do at most, as a table",
-            Table("Bounds on poisoned pairs", POISON_HEAD, poison_rows(poison)),
+            Table("Bounds on poisoned pairs", POISON_HEAD, poison_rows(poison), left=(5,)),
         ),
         details(
             "What is held, and how exact this is",
@@ -252,7 +258,7 @@ def _forgotten(row: Mapping[str, Any]) -> list[Part]:
                 ("Held-out margins moved by at most", number(row.get("margins_moved"))),
             ],
         ),
-        Table("Digests (SHA-256, first 16 digits)", ("File", "Before", "After"), rows),
+        Table("Digests (SHA-256, first 16 digits)", ("File", "Before", "After"), rows, left=(1, 2)),
         listing([f"Claimed: {text}" for text in row.get("claimed") or []]),
         listing([f"Not claimed: {text}" for text in row.get("not_claimed") or []]),
         listing([f"Stale: {text}" for text in row.get("stale_files") or []]),
