@@ -21,6 +21,8 @@ from coala.statistics.logistic import sigmoid
 Attack = Literal["flip", "remove", "add"]
 Proof = Literal["refits", "curvature", "modulus", "nothing"]
 MOST_REFITTED = 4e8  # n times the size of the rows, up to which every pair is refitted
+MOST_CURVED = 4e8  # multiplications of one Hessian that is made for a bound
+FARTHEST = 30.0  # a margin that moves further has no curvature left
 FEW = 64  # pairs up to which sums of the largest are kept
 MOST_PRODUCTS = 3000  # pairs whose rows are multiplied each with each
 ATTACKS: tuple[Attack, ...] = ("flip", "remove", "add")
@@ -65,8 +67,17 @@ class Poisoning:
     def of(cls, optimum: Optimum, rows: Float[np.ndarray, "h p"], cap: float | None = None) -> Poisoning:
         return cls(optimum, rows, float(optimum.sizes.max(initial=0.0)) if cap is None else cap)
 
+    @cached_property
+    def _kept(self) -> dict[tuple[Attack, int], PoisonBound]:
+        return {}
+
     def bound(self, attack: Attack, k: int) -> PoisonBound:
         """The bound for any ``k`` pairs, chosen with full knowledge of all of this."""
+        if (attack, k) not in self._kept:
+            self._kept[attack, k] = self._bound(attack, k)
+        return self._kept[attack, k]
+
+    def _bound(self, attack: Attack, k: int) -> PoisonBound:
         opt, n = self.optimum, len(self.optimum)
         margins = self.rows @ opt.weights
         curved = self._by_curvature(attack, k, margins)
@@ -111,25 +122,66 @@ class Poisoning:
             lost = float(_largest(opt.leverage, k)) + k / n * float(opt.stiffness.max(initial=0.0))
         if lost >= 1:
             return np.full((2, len(margins)), np.inf)
-        gain = 1 / np.sqrt(1 - lost)
-        rho = float(opt.sizes.max(initial=0.0))
-        if attack == "add" or pushes is None:
+        if pushes is None:
             nu = k / n * (self.cap + float(np.linalg.norm(opt.force)))
-            nu += 2 * opt.residual * opt.widest
-            return _both(norms * float(reach(np.asarray(nu), np.asarray(rho))))
-        nu, turn = self._strength(attack, k)
+            turn = np.full(n, np.inf)
+        else:
+            nu, turn = self._strength(attack, k)
         nu += 2 * opt.residual * opt.widest
-        turn += rho * nu * lost / (1 - lost)
-        size, r = _moved(nu * gain, rho * gain, turn if opt.program.linear else np.inf)
+        size, off = self._moved(nu, turn, lost)
         if not np.isfinite(size):
             return np.full((2, len(margins)), np.inf)
-        if not opt.program.linear:
-            return _both(norms * gain * size)
+        if pushes is None or not opt.program.linear:
+            return _both(norms * size)
         # Along the first step the worst k pairs add up for each margin; what the step misses is of second order.
-        missed = nu * lost / (1 - lost) + float(beyond(np.asarray(r))) * size * gain
         most = self._most[attack]
         first = most[..., k - 1] if k <= most.shape[-1] else self._turning(attack, k)[..., -1]
-        return np.minimum(first + norms * missed, norms * gain * size)
+        missed = (np.sqrt(np.maximum(((there @ off) * there).sum(axis=1), 0)) + lost * norms) * size
+        return np.minimum(first + missed, norms * size)
+
+    def _moved(self, nu: float, turn: Float[np.ndarray, "n"], lost: float) -> tuple[float, Float[np.ndarray, "q q"]]:
+        """The ``size`` of the optimum's move at most, for a gradient of norm ``nu``, and what the first step misses.
+
+        A linear function v changes by its change along the first step, within (sqrt(v^T off v) + lost |v|) size.
+
+        ``turn`` (n,): how far the first step moves each training margin at most; ``lost`` is the share of the curvature
+        that goes with pairs. Margins cannot jump: they stay below the least size and r_j that imply themselves,
+
+            size >= nu / (least eigenvalue of the Hessian, each pair's curvature times (1 - e^-r_j) / r_j, less lost),
+            r_j >= |Z_j| size,  or  r_j >= turn_j + what is missed of Z_j.
+        """
+        opt, n = self.optimum, len(self.optimum)
+        gain = 1 / np.sqrt(1 - lost)
+        rho = float(opt.sizes.max(initial=0.0)) * gain
+        plain = float(reach(np.asarray(nu * gain), np.asarray(rho))) * gain
+        bend = min(float(beyond(np.asarray(rho * plain / gain))), 1e100)
+        simple = plain, bend**2 * np.eye(opt.rows.shape[1])
+        if n * opt.rows.shape[1] ** 2 > MOST_CURVED:
+            return simple
+        share = opt.curvature / n
+
+        def implied(
+            size: float, r: Float[np.ndarray, "n"]
+        ) -> tuple[float, Float[np.ndarray, "q q"], Float[np.ndarray, "n"]]:
+            kept = share * np.where(r > 0, -np.expm1(-r) / np.where(r > 0, r, 1.0), 1.0)
+            bent = (opt.rows * kept[:, None]).T @ opt.rows + np.diag(opt.stiffness)
+            least = float(np.linalg.eigvalsh(bent)[0]) - lost
+            if least <= 0 or r.max(initial=0.0) > FARTHEST:
+                return np.inf, bent, r
+            off = (opt.rows * (share * beyond(r) ** 2)[:, None]).T @ opt.rows
+            missed = np.sqrt(np.maximum(((opt.rows @ off) * opt.rows).sum(axis=1), 0)) + lost * opt.sizes
+            return nu / least, off, np.minimum(opt.sizes * size, turn + missed * size)
+
+        size, r = nu, np.minimum(opt.sizes * nu, turn)
+        for _ in range(40):
+            size, r = 1.02 * size, 1.02 * r
+            ahead, off, new = implied(size, r)
+            if not np.isfinite(ahead):
+                break
+            if ahead <= size and (new <= r).all():
+                return min(size, plain), off
+            size, r = max(ahead, size), np.maximum(new, r)
+        return simple
 
     @cached_property
     def _most(self) -> dict[Attack, Float[np.ndarray, "2 h top"]]:
@@ -157,20 +209,18 @@ class Poisoning:
             return None
         return self.optimum.rows / n if attack == "flip" else -self.optimum.gradients(np.arange(n))
 
-    def _strength(self, attack: Attack, k: int) -> tuple[float, float]:
-        """The norm of the gradient that k pairs can add up to, and how far its step can move any training margin."""
+    def _strength(self, attack: Attack, k: int) -> tuple[float, Float[np.ndarray, "n"]]:
+        """The norm of the gradient that k pairs can add up to, and how far its step can move each training margin."""
         pushes = self._pushes(attack)
         assert pushes is not None
-        sizes = np.linalg.norm(pushes, axis=1)
-        nu = float(_largest(sizes, k))
-        turn = float(self.optimum.sizes.max(initial=0.0)) * nu
-        if len(pushes) <= MOST_PRODUCTS:
-            # Pairs that point elsewhere do not add up: |sum|^2 is a sum of products of two pairs each.
-            together = _largest(np.maximum(self._products[attack], 0), k)
-            nu = min(nu, float(np.sqrt(_largest(together, k))))
-            across = self._turns[attack]
-            turn = min(turn, max(float(_largest(np.maximum(sign * across, 0), k).max()) for sign in (1.0, -1.0)))
-        return nu, turn
+        nu = float(_largest(np.linalg.norm(pushes, axis=1), k))
+        if len(pushes) > MOST_PRODUCTS or not self.optimum.program.linear:
+            return nu, np.full(len(pushes), np.inf)
+        # Pairs that point elsewhere do not add up: |sum|^2 is a sum of products of two pairs each.
+        together = _largest(np.maximum(self._products[attack], 0), k)
+        across = self._turns[attack]
+        turn = np.maximum(*(_largest(np.maximum(sign * across, 0), k) for sign in (1.0, -1.0)))
+        return min(nu, float(np.sqrt(_largest(together, k)))), turn
 
     @cached_property
     def _products(self) -> dict[Attack, Float[np.ndarray, "n n"]]:
@@ -266,34 +316,6 @@ class Poisoning:
         sign = np.ones(len(self.optimum))
         sign[list(pairs)] = -1
         return np.asarray(self.rows @ (self.optimum.basis @ self._flipped(sign, self.optimum.point)))
-
-
-def _moved(nu: float, rho: float, turn: float) -> tuple[float, float]:
-    """How far the optimum moves at most for a gradient of norm ``nu``, and how far any training margin does.
-
-    The smaller of two answers: that of norms alone (:func:`reach`), and the least r with r >= turn + rho |D| beyond(r)
-    and |D| <= nu r / (1 - e^-r), which margins cannot pass on their way, where the first step moves them by ``turn``.
-    """
-    size = float(reach(np.asarray(nu), np.asarray(rho)))
-    r = rho * size
-    if not np.isfinite(turn):
-        return size, r
-
-    def ahead(r: float) -> tuple[float, float]:
-        length = nu * (r / -np.expm1(-r) if r > 0 else 1.0)
-        return length, turn + rho * length * float(beyond(np.asarray(r)))
-
-    at = turn
-    for _ in range(500):
-        length, new = ahead(at)
-        if new <= at * (1 + 1e-9):
-            at *= 1 + 1e-6
-            length, new = ahead(at)
-            return (min(size, length), min(r, at)) if new <= at else (size, r)
-        if new > 50:
-            break
-        at = new
-    return size, r
 
 
 def _both(most: Float[np.ndarray, "h"]) -> Float[np.ndarray, "2 h"]:
