@@ -252,9 +252,10 @@ def test_heads_of_other_programs_and_features_are_refused() -> None:
 
 
 @lru_cache
-def gated() -> Optimum:
+def gated(n: int = 150, strength: float = 1.0) -> Optimum:
     rng = np.random.default_rng(5)
-    both = pairs_of(absolute_reward(3, rng), 150, 3, rng)
+    reward = absolute_reward(3, rng)
+    both = pairs_of(lambda x: strength * reward(x), n, 3, rng)
     gates = np.concatenate([rng.standard_normal((2, 3)), np.zeros((2, 1))], axis=1)
     return Optimum.of(HeldProgram.of(both, solved(both, gates=gates)))
 
@@ -312,3 +313,27 @@ def test_on_300_pairs_all_refits_agree_and_planted_flips_stand_out() -> None:
     # Flips harm: of the 45 pairs whose absence helps most, most of the 15 planted.
     worst = set(np.argsort(found.change)[:45].tolist())
     assert len(worst & set(planted.tolist())) >= 9
+
+
+@pytest.mark.nightly
+def test_with_gates_no_attack_found_does_more_than_the_bound() -> None:
+    optimum = gated(800, 0.3)
+    features, head = optimum.program.features, optimum.program.design.head
+    rows = optimum.program.rows[:40]
+    poisoning = Poisoning.of(optimum, rows)
+    before = rows @ optimum.weights
+    rng = np.random.default_rng(0)
+    proved = 0
+    for k in (1, 2):
+        bound = poisoning.bound("flip", k)
+        proved += bound.by == "curvature"
+        for _ in range(6):
+            pairs = rng.choice(len(optimum), k, replace=False)
+            chosen, rejected = np.array(features.chosen), np.array(features.rejected)
+            chosen[pairs], rejected[pairs] = features.rejected[pairs], features.chosen[pairs]
+            held = HeldProgram.of(replace(features, chosen=chosen, rejected=rejected), head)
+            there = held.design.compared(features.take(np.arange(40)))
+            after = there @ held.solve(held.saved)
+            assert np.abs(after - before).max() <= bound.margin + 1e-6
+            assert ((after > 0) & (before > 0)).mean() >= bound.accuracy - 1e-12
+    assert proved

@@ -358,3 +358,28 @@ def test_a_real_run_forgets_goes_on_and_does_not_read_again(tmp_path: Path) -> N
     everyone = [*load_pairs(run.path / "pairs-train.jsonl"), *load_pairs(run.path / "pairs-eval.jsonl")]
     assert not {pair.chosen for pair in gone} & {pair.chosen for pair in everyone}
     assert load_json(run.path / "forgotten.json")["pairs"]
+
+
+@pytest.mark.nightly
+def test_a_head_with_gates_keeps_them_and_says_so(run: Path) -> None:
+    train = load_features(run / "features/train")
+    rng = np.random.default_rng(2)
+    gates = np.concatenate([rng.standard_normal((1, D)), np.zeros((1, 1))], axis=1)
+    head = solved(train, gates=gates)
+    assert head.n_neurons == 1
+    assert np.abs(head.weights).max() > 0
+    save_head(run / "head", head)
+    told: list[str] = []
+    found = pair_influence(run, top=2, on_note=told.append)
+    assert any("--anew" in line for line in told)
+    assert len(found["lists"]["raises"]["rows"]) == 2
+    with pytest.raises(CoalaError, match="expected a linear one"):
+        pair_influence(run, attack=2)
+    receipt = forget_pairs(run, lines=[1, 2])
+    new = load_head(run / "head")
+    np.testing.assert_array_equal(new.gates, head.gates)
+    assert receipt["bound"] is None
+    assert any("gates were" in text for text in receipt["not_claimed"])
+    assert receipt["gap_after"] <= 1e-8
+    linear = np.asarray(load_json(run / "head/fit.json")["linear"])
+    assert np.abs(linear - new.linear).max() > 0  # the linear control is a head of its own
