@@ -19,12 +19,12 @@ from coala.alignment import make_report
 from coala.alignment.fitting import fit_settings
 from coala.callbacks import OnNote, quiet
 from coala.costs import Stopwatch
+from coala.receipts.claims import NOT_CLAIMED, WRITTEN, claimed, remnants, shared, stale
 from coala.receipts.opened import Opened, chosen_pairs, opened, require_known
 from coala.store import (
     Replacement,
     RunFolder,
     file_digest,
-    load_json,
     load_object,
     pair_digest,
     replacing,
@@ -36,25 +36,10 @@ from coala.store import (
 from coala.store.run import FORGOTTEN
 from coala.values import CoalaError, ConvexHead, FeatureSet, Pair
 
-# What the old head wrote, or what quotes pairs: gone with them.
-WRITTEN = (
-    *("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "replies"),
-    *("judgements-judge.jsonl", "judgements-labeller.jsonl", "report.html", "report.json"),
-    *(f"stages/{stage}.json" for stage in ("replies-unguided", "replies-guided")),
-    *(f"stages/judgements-{judge}.json" for judge in ("judge", "labeller")),
-    *("features/train/shards", "features/eval/shards"),
-)
 RECORDED = (
     *("pairs-train.jsonl", "pairs-eval.jsonl", "features/train/features.safetensors", "features/train/features.json"),
     *("features/eval/features.safetensors", "features/eval/features.json", "head/head.safetensors", "head/head.json"),
     "head/fit.json",
-)
-NOT_CLAIMED = (
-    "The model itself is untouched: what it was trained on before is not known here.",
-    "The file the pairs were read from is the user's: delete the pairs there too. This run does not read them again.",
-    "The disk may keep the bytes of deleted files until it writes over them; backups and snapshots keep theirs.",
-    "Copies of the old head, exports and servers that loaded it elsewhere are not known here: replace them.",
-    "Verdicts that were bought are kept by digests of what was judged, with the judge's answers as they came.",
 )
 
 
@@ -99,7 +84,7 @@ def forget_pairs(
         refit = _refitted(run, gone["train"], anew) if gone["train"].any() else None
         receipt = _receipt(run, gone, refit, anew, before)
         entries = _cached(cache, before)
-        receipt["not_claimed"] += _shared(run.run.path, entries)
+        receipt["not_claimed"] += shared(run.run.path, entries)
         with replacing(run.run.path) as new:
             _write(new, run, gone, refit, receipt, watch)
         for entry in entries:
@@ -160,7 +145,22 @@ def _refitted(run: Opened, gone: NDArray[np.bool_], anew: bool) -> _Refit:
         "distance": found.distance,
         "bound": found.bound if np.isfinite(found.bound) else None,
     }
+    if old.n_neurons:
+        facts["beside"] = _beside(run, remaining, found.head)
     return _Refit(found.head, fitted, facts)
+
+
+def _beside(run: Opened, remaining: FeatureSet, held: ConvexHead) -> dict[str, Any]:
+    """What gates that were chosen anew would have come to, beside those that were held."""
+    other = _chosen_anew(run, remaining).head
+    held_out = run.held_out.features
+    apart = np.abs(other.margins(held_out) / other.temperature - held.margins(held_out) / held.temperature)
+    return {
+        "n_neurons": other.n_neurons,
+        "accuracy": float((other.margins(held_out) > 0).mean()),
+        "accuracy_held": float((held.margins(held_out) > 0).mean()),
+        "log_odds_apart": float(apart.max(initial=0.0)),
+    }
 
 
 def _chosen_anew(run: Opened, remaining: FeatureSet) -> _Refit:
@@ -305,21 +305,6 @@ def _delete_entry(entry: Path) -> None:
     discard(entry)
 
 
-def _shared(run: Path, entries: Sequence[Path]) -> list[str]:
-    """What is said of copies of the features that other folders share with the run."""
-    told = []
-    for part in ("train", "eval"):
-        path = run / "features" / part / "features.safetensors"
-        known = sum((entry / path.name).exists() and (entry / path.name).samefile(path) for entry in entries)
-        others = path.stat().st_nlink - 1 - known
-        if others > 0:
-            told.append(
-                f"The old features/{part} have {others} more name{'s' if others > 1 else ''} on this disk, in a cache "
-                "or in other runs that share them: give --cache, and forget the pairs in those runs too."
-            )
-    return told
-
-
 # --- the receipt -------------------------------------------------------------------------------------------------
 
 
@@ -359,46 +344,7 @@ def _receipt(
         **facts,
         "margins_moved": moved,
         "digests": {"before": before, "after": {}},
-        "claimed": _claimed(refit is not None, anew),
-        "not_claimed": [*NOT_CLAIMED, *_remnants(run, refit is not None, anew)],
-        "stale_files": _stale(run.run.path, refit is not None),
+        "claimed": claimed(refit is not None, anew),
+        "not_claimed": [*NOT_CLAIMED, *remnants(run, refit is not None, anew)],
+        "stale_files": stale(run.run.path, refit is not None),
     }
-
-
-def _claimed(refitted: bool, anew: bool) -> list[str]:
-    told = [
-        "No file of this run holds the pairs or their features any more; digests of the pairs are kept, so that they "
-        "are not read again."
-    ]
-    if refitted and anew:
-        told.append("The head is, byte for byte, the one that a fit of the remaining features alone gives.")
-    elif refitted:
-        told.append(
-            "The weights are the optimum of the program on the remaining pairs alone, within the gap after: those of a "
-            "fit that never saw the others, at the same ridge and with the same gates. Coordinates and temperature are "
-            "computed from the remaining pairs."
-        )
-    return told
-
-
-def _remnants(run: Opened, refitted: bool, anew: bool) -> list[str]:
-    told = []
-    if refitted and not anew:
-        what = "The ridge, one of 13 on a grid, was" if not run.head.n_neurons else "Ridge, sparsity and gates were"
-        told.append(f"{what} chosen with the forgotten pairs; --anew chooses again.")
-    if run.recipe.model.layer == "auto":
-        told.append("The layer was chosen with the forgotten pairs.")
-    return told
-
-
-def _stale(run: Path, refitted: bool) -> list[str]:
-    """What was made from the old head and is kept, or is gone with it."""
-    if not refitted:
-        return []
-    gone = [name for name in WRITTEN if name.endswith(".jsonl") and (run / name).exists()]
-    told = [f"{name}: deleted; `coala align` writes it again with the new head" for name in gone]
-    if (run / "replies").is_dir():
-        told.append("replies: deleted; evaluations that are run again write them")
-    kept = sorted((run / "evaluations").glob("*.json"))
-    told += [f"evaluations/{path.name}: {load_json(path).get('title')}; evaluate again" for path in kept]
-    return told

@@ -242,7 +242,13 @@ def _forgotten(row: Mapping[str, Any]) -> list[Part]:
         (name, _start(_mapping(digests.get("before")).get(name)), _start(_mapping(digests.get("after")).get(name)))
         for name in sorted({*_mapping(digests.get("before")), *_mapping(digests.get("after"))})
     ]
-    bound = row.get("bound")
+    bound, beside = row.get("bound"), _mapping(row.get("beside"))
+    anew = (
+        f"{beside['n_neurons']} gates; {100 * beside['accuracy']:.1f} % of held-out pairs ranked right instead of "
+        f"{100 * beside['accuracy_held']:.1f} %; log-odds differ by {number(beside['log_odds_apart'])} at most"
+        if beside
+        else ""
+    )
     return [
         element("h3", f"{_pairs(int(row.get('removed') or 0))} forgotten"),
         facts(
@@ -256,6 +262,7 @@ def _forgotten(row: Mapping[str, Any]) -> list[Part]:
                 ("Weights moved by", number(row.get("distance"))),
                 ("Proved to move at most by", "no bound (gates)" if bound is None else number(bound)),
                 ("Held-out margins moved by at most", number(row.get("margins_moved"))),
+                *([("Gates chosen anew would give", anew)] if anew else []),
             ],
         ),
         Table("Digests (SHA-256, first 16 digits)", ("File", "Before", "After"), rows, left=(1, 2)),
