@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from coala.convex.newton import GatedNewton
 from coala.convex.pairwise import PairProgram
 from coala.convex.prepare import Standardisation
+from coala.convex.rows import available_bytes
 from coala.convex.solvers import solve
 from coala.statistics.logistic import sigmoid
 from coala.values import CoalaError, ConvexHead, FeatureSet
@@ -121,6 +122,14 @@ class HeldProgram:
                     "found features without log ratios, expected those the head was fitted with, fix: extract again"
                 )
             margin = reference_scale * features.log_ratio
+        # Rows and a few arrays of their size; a Hessian, its factor and its eigenvectors.
+        columns = (features.width + 1) * (1 + head.n_neurons)
+        needed, free = 8 * (5 * len(features) * columns + 4 * columns**2), available_bytes()
+        if free is not None and needed > free:
+            raise CoalaError(
+                f"found {len(features):,} pairs of {columns:,} columns, which need about {needed / 2**30:.1f} GiB, "
+                f"expected what {free / 2**30:.1f} GiB can hold, fix: use a machine with more memory"
+            )
         design = Design(Standardisation.of(features.chosen, features.rejected), head)
         rows = design.compared(features)
         ridge = float(facts["ridge"])

@@ -70,6 +70,11 @@ def pair_influence(
                 f"found {run.train.prefixes} prefixes to a pair, expected whole replies, of which influence is known, "
                 "fix: align with --prefixes 1"
             )
+        if len(run.train.pairs) < 2 or not run.held_out.pairs:
+            raise CoalaError(
+                f"found {len(run.train.pairs)} pairs to fit and {len(run.held_out.pairs)} held out, expected two "
+                "of one and one of the other at least, fix: align more pairs"
+            )
         options = {"trust_remote_code": trust_remote_code, "download": download}
         from coala.convex.held import HeldProgram
         from coala.convex.influence import influence
