@@ -66,7 +66,8 @@ class Moves:
 class Optimum:
     """A program with its optimal ``weights`` (p,) and the ``basis`` T (p, q) in which the Hessian is the identity.
 
-    Weights w are T x there, rows F are Z = F T (n, q), and the ridge is the diagonal ``stiffness`` (q,) in [0, 1].
+    Weights w are T x there, x = ``back`` w; rows F are Z = F T (n, q), and the ridge is the diagonal ``stiffness`` (q,)
+    in [0, 1].
     ``residual`` is the norm of the gradient that is left; ``unseen`` says that weights of neurons can move, together,
     in directions that no pair sees.
     """
@@ -74,6 +75,7 @@ class Optimum:
     program: HeldProgram
     weights: Float[np.ndarray, "p"]
     basis: Float[np.ndarray, "p q"]
+    back: Float[np.ndarray, "q p"]
     stiffness: Float[np.ndarray, "q"]
     rows: Float[np.ndarray, "n q"]
     residual: float
@@ -93,7 +95,8 @@ class Optimum:
         basis = whitened @ turn
         residual = float(np.linalg.norm(program.gradient(weights, program.even)))
         rows = program.rows @ basis
-        return cls(program, weights, basis, np.clip(stiffness, 0, 1), rows, residual, bool((~seen).any()))
+        unseen = bool((~seen).any())
+        return cls(program, weights, basis, basis.T @ hessian, np.clip(stiffness, 0, 1), rows, residual, unseen)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -109,9 +112,7 @@ class Optimum:
     @cached_property
     def point(self) -> Float[np.ndarray, "q"]:
         """x with T x = weights, on the directions that some pair sees."""
-        held = self.program
-        curved = held.rows.T @ (self.curvature * (held.rows @ self.weights)) / len(self)
-        return np.asarray(self.basis.T @ (curved + held.ridges * self.weights))
+        return np.asarray(self.back @ self.weights)
 
     @cached_property
     def force(self) -> Float[np.ndarray, "q"]:
@@ -135,13 +136,8 @@ class Optimum:
 
     @property
     def own_distance(self) -> float:
-        """How far the saved head lies from the optimum at most, in the norm of the Hessian."""
-        held = self.program
-        gradient = self.basis.T @ held.gradient(held.saved, held.even)
-        rho = np.asarray(float(np.linalg.norm(self.rows, axis=1).max(initial=0.0)))
-        # The Hessian at the saved weights is within e^r of that at the optimum; they are a rounding error apart.
-        here = float(np.linalg.norm(gradient))
-        return float(reach(np.asarray(here * np.exp(min(1.0, 2 * here * float(rho)))), rho))
+        """How far the saved head, rounded and solved to a tolerance, lies from the optimum, in the Hessian's norm."""
+        return float(np.linalg.norm(self.back @ (self.program.saved - self.weights)))
 
     @cached_property
     def _bending(self) -> Float[np.ndarray, "q q"]:
@@ -168,50 +164,33 @@ class Optimum:
     def without_each(self) -> Moves:
         """The moves if one pair is left out, for all n pairs at once."""
         n = len(self)
-        everyone = np.arange(n)
         shrunk = 1 - self.stiffness / n
-        gradients = self.gradients(everyone)
+        gradients = self.gradients(np.arange(n))
         own = (self.rows**2) @ (1 / shrunk) * self.curvature / n
         stretch = 1 / np.sqrt(np.maximum((1 - own) * shrunk.min(initial=1.0), 1e-300))
-        nu = np.sqrt(np.maximum(self._inverse_products(gradients, everyone, shrunk, own), 0))
-        if self.program.linear:
-            steps = self._inverse(gradients, everyone, shrunk, own)
-        else:
-            factor = np.diag(shrunk) + (1 - 1 / n) * self._bending
-            bare, tied = (np.linalg.solve(factor, side.T).T for side in (gradients, self.rows))
-            share = self.curvature / n
-            steps = (
-                bare
-                + tied
-                * (share * (tied * gradients).sum(axis=1) / (1 - share * (tied * self.rows).sum(axis=1)))[:, None]
-            )
-        return self._moves(steps, gradients, nu, stretch, 1 / n)
+        # Without the neurons' norms the Hessian is diagonal.
+        bare = self._solved(gradients, gradients / shrunk, self.rows / shrunk)
+        nu = np.sqrt(np.maximum((gradients * bare).sum(axis=1), 0))
+        if not self.program.linear:
+            hessian = np.diag(shrunk) + (1 - 1 / n) * self._bending
+            bare = self._solved(gradients, *(np.linalg.solve(hessian, side.T).T for side in (gradients, self.rows)))
+        return self._moves(bare, gradients, nu, stretch, 1 / n)
+
+    def _solved(
+        self, right: Float[np.ndarray, "n q"], bare: Float[np.ndarray, "n q"], tied: Float[np.ndarray, "n q"]
+    ) -> Float[np.ndarray, "n q"]:
+        """Each row of ``right`` by the inverse of a Hessian without that row's pair (Sherman and Morrison).
+
+        ``bare`` and ``tied`` are ``right`` and the pairs' rows by the inverse with no pair taken out.
+        """
+        share = self.curvature / len(self)
+        along = share * (tied * right).sum(axis=1) / (1 - share * (tied * self.rows).sum(axis=1))
+        return np.asarray(bare + tied * along[:, None])
 
     @cached_property
     def left_out_margins(self) -> Float[np.ndarray, "n"]:
-        """What each pair's margin is if the pair itself is left out, along Newton's step: what the others say of it."""
+        """Each pair's margin if the pair itself is left out, along Newton's step: what the others say of it."""
         return np.asarray(self.program.rows @ self.weights + (self.rows * self.without_each().steps).sum(axis=1))
-
-    def _inverse(
-        self,
-        right: Float[np.ndarray, "n q"],
-        pairs: Int[np.ndarray, "n"],
-        shrunk: Float[np.ndarray, "q"],
-        own: Float[np.ndarray, "n"],
-    ) -> Float[np.ndarray, "n q"]:
-        """Each row of ``right`` by the inverse of the Hessian without its pair (Sherman and Morrison)."""
-        tied = self.rows[pairs] / shrunk
-        along = (tied * right).sum(axis=1) * self.curvature[pairs] / len(self) / (1 - own)
-        return np.asarray(right / shrunk + tied * along[:, None])
-
-    def _inverse_products(
-        self,
-        right: Float[np.ndarray, "n q"],
-        pairs: Int[np.ndarray, "n"],
-        shrunk: Float[np.ndarray, "q"],
-        own: Float[np.ndarray, "n"],
-    ) -> Float[np.ndarray, "n"]:
-        return np.asarray((right * self._inverse(right, pairs, shrunk, own)).sum(axis=1))
 
     def without(self, pairs: Int[np.ndarray, "k"]) -> Moves:
         """The one move if all of ``pairs`` are left out together."""
@@ -257,11 +236,6 @@ class Optimum:
             own = np.linalg.norm(gradients @ self.back, axis=1) + 2 * self.residual
             distance = np.minimum(distance, own / ((1 - share) * self.program.ridge))
         return Moves(steps, slack, stretch, distance)
-
-    @cached_property
-    def back(self) -> Float[np.ndarray, "q p"]:
-        """The pseudo-inverse of the basis: gradients in these coordinates to gradients in those of the fit."""
-        return np.asarray(np.linalg.pinv(self.basis))
 
     # --- exact refits ------------------------------------------------------------------------------------------------
 
