@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("times", "sets"), nargs="+", default=["times", "sets"])
     parser.add_argument("--pairs", type=int, default=10_000, help="of the part times")
     parser.add_argument("--width", type=int, default=576, help="of the part times")
+    parser.add_argument("--sets", choices=("film", "harmless", "tutors"), nargs="+", help="of the part sets")
     parser.add_argument("--most", type=int, default=600, help="pairs to fit on, of the part sets")
     parser.add_argument("--refits", type=int, default=300, help="pairs left out one by one, by brute force")
     args = parser.parse_args()
@@ -49,7 +50,9 @@ def main() -> None:
     if "times" in args.part:
         found["times"] = times(args.pairs, args.width)
     if "sets" in args.part:
-        found["sets"] = {name: one_set(name, *both, args.refits) for name, both in sets(args.data, args.most)}
+        found["sets"] = {
+            name: one_set(name, *both, args.refits) for name, both in sets(args.data, args.most, args.sets)
+        }
     print(json.dumps(found))
 
 
@@ -98,8 +101,8 @@ def at_ridge(features: FeatureSet, relative: float) -> ConvexHead:
 # --- real pairs --------------------------------------------------------------------------------------------------
 
 
-def sets(data: Path, most: int) -> Iterator[tuple[str, tuple[FeatureSet, FeatureSet]]]:
-    """Features of the sets that are there."""
+def sets(data: Path, most: int, wanted: list[str] | None) -> Iterator[tuple[str, tuple[FeatureSet, FeatureSet]]]:
+    """Features of the sets that are there, or of those ``wanted``."""
     named = {"film": (ASSETS / "film-lm", ASSETS / "film_pairs.jsonl.gz", ASSETS / "film_pairs_test.jsonl.gz")}
     for name, folder, files in (
         ("harmless", "hh_rlhf_harmless", ("train", "test")),
@@ -108,6 +111,8 @@ def sets(data: Path, most: int) -> Iterator[tuple[str, tuple[FeatureSet, Feature
         if (data / folder).is_dir():
             named[name] = (data / SMALL, *(data / folder / f"{part}.jsonl.gz" for part in files))
     for name, (model, *files) in named.items():
+        if name not in (wanted or named):
+            continue
         backbone = load_backbone(str(model), device="cpu")
         spec = backbone.spec(-1, "mean", True, None)
         fit_on, test = (list(check([str(file)]).pairs)[:count] for file, count in zip(files, (most, 300), strict=True))

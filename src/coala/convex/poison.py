@@ -173,14 +173,19 @@ class Poisoning:
             return nu / least, off, np.minimum(opt.sizes * size, turn + missed * size)
 
         size, r = nu, np.minimum(opt.sizes * nu, turn)
-        for _ in range(40):
-            size, r = 1.02 * size, 1.02 * r
-            ahead, off, new = implied(size, r)
+        for _ in range(60):  # upwards to the least that implies itself
+            ahead, _, new = implied(size, r)
             if not np.isfinite(ahead):
+                return simple
+            still = ahead <= 1.002 * size and (new <= 1.002 * r + 1e-12).all()
+            size, r = max(size, ahead), np.maximum(r, new)
+            if still:
                 break
-            if ahead <= size and (new <= r).all():
-                return min(size, plain), off
-            size, r = max(ahead, size), np.maximum(new, r)
+        for above in (1.01, 1.03, 1.1, 1.3, 2.0):  # a little above it is proved
+            most, far = above * size, np.minimum(1.01 * above * r, opt.sizes * above * size)
+            ahead, off, new = implied(most, far)
+            if ahead <= most and (new <= far).all():
+                return min(most, plain), off
         return simple
 
     @cached_property
