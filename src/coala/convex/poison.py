@@ -22,6 +22,7 @@ Attack = Literal["flip", "remove", "add"]
 Proof = Literal["refits", "curvature", "modulus", "nothing"]
 MOST_REFITTED = 4e8  # n times the size of the rows, up to which every pair is refitted
 MOST_CURVED = 4e8  # multiplications of one Hessian that is made for a bound
+CURVED = 3e9  # multiplications that one bound may take
 FARTHEST = 30.0  # a margin that moves further has no curvature left
 FEW = 64  # pairs up to which sums of the largest are kept
 MOST_PRODUCTS = 3000  # pairs whose rows are multiplied each with each
@@ -98,7 +99,7 @@ class Poisoning:
         return PoisonBound(attack, k, float(most.max(initial=0.0)), int(turned.sum()), len(margins), kept, by)
 
     def largest(self, attack: Attack) -> int:
-        """The most pairs for which the bound is not vacuous; bounds only grow with the number of pairs."""
+        """A number of pairs for which the bound is not vacuous, the largest that bisection finds."""
         low, high = 0, 1
         n = len(self.optimum)
         while high < n and not self.bound(attack, high).vacuous:
@@ -173,19 +174,14 @@ class Poisoning:
             return nu / least, off, np.minimum(opt.sizes * size, turn + missed * size)
 
         size, r = nu, np.minimum(opt.sizes * nu, turn)
-        for _ in range(60):  # upwards to the least that implies itself
-            ahead, _, new = implied(size, r)
+        for _ in range(int(np.clip(CURVED / (n * opt.rows.shape[1] ** 2), 40, 200))):
+            ahead, off, new = implied(size, r)
+            if ahead <= size and (new <= r).all():
+                return min(size, plain), off
             if not np.isfinite(ahead):
-                return simple
-            still = ahead <= 1.002 * size and (new <= 1.002 * r + 1e-12).all()
-            size, r = max(size, ahead), np.maximum(r, new)
-            if still:
                 break
-        for above in (1.01, 1.03, 1.1, 1.3, 2.0):  # a little above it is proved
-            most, far = above * size, np.minimum(1.01 * above * r, opt.sizes * above * size)
-            ahead, off, new = implied(most, far)
-            if ahead <= most and (new <= far).all():
-                return min(most, plain), off
+            # Upwards, a hundredth further than is implied, to where no more than itself is.
+            size, r = max(size, 1.01 * ahead), np.maximum(r, 1.01 * new)
         return simple
 
     @cached_property
