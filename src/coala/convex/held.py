@@ -184,15 +184,19 @@ class HeldProgram:
                 found[i] *= max(0.0, 1 - self.sparsity / held) if held > 0 else 0.0
         return found.reshape(-1)
 
+    def value(self, weights: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"]) -> float:
+        """The objective."""
+        blocks = weights.reshape(-1, self.width)
+        loss = float(weight @ np.logaddexp(0, self.margin - self.rows @ weights))
+        penalty = self.sparsity * float(np.linalg.norm(blocks[1:], axis=1).sum())
+        return loss + penalty + self.ridge / 2 * float(blocks[0] @ blocks[0])
+
     def bounds(self, weights: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"]) -> tuple[float, float]:
         """(objective, lower bound) as :meth:`PairProgram.bounds` has them."""
         margins = self.rows @ weights
         pull = sigmoid(self.margin - margins)
         slopes = (self.rows.T @ (weight * pull)).reshape(-1, self.width)
-        blocks = weights.reshape(-1, self.width)
-        norms = np.linalg.norm(blocks[1:], axis=1)
-        objective = weight @ np.logaddexp(0, self.margin - margins) + self.sparsity * norms.sum()
-        objective += self.ridge / 2 * float(blocks[0] @ blocks[0])
+        objective = self.value(weights, weight)
         largest = np.linalg.norm(slopes[1:], axis=1).max(initial=0.0)
         shrunk = pull * (min(1.0, self.sparsity / largest) if largest > 0 else 1.0)
         safe = np.clip(shrunk, 1e-300, 1 - 1e-16)
@@ -312,11 +316,11 @@ class HeldProgram:
         weight: Float[np.ndarray, "n"],
     ) -> Float[np.ndarray, "p"]:
         """The step, halved until the objective does not rise beyond rounding."""
-        here = self.bounds(weights, weight)[0]
+        here = self.value(weights, weight)
         ahead = np.array(weights)
         for halving in range(40):
             ahead[alive] = weights[alive] + step / 2**halving
-            if self.bounds(ahead, weight)[0] <= here + 1e-13 * abs(here):
+            if self.value(ahead, weight) <= here + 1e-13 * abs(here):
                 break
         return ahead
 
