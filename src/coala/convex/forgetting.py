@@ -19,7 +19,7 @@ from coala.convex.validation import HeldOut, grouped_folds
 from coala.values import Certificate, ConvexHead, FeatureSet
 
 FOLDS = 4
-FOLD = 1e-6  # of the gradient, at which the margins of a fold are known well enough
+FOLD = 1e-4  # of the gradient, at which the margins of a fold are known well enough
 TOLERANCE = 1e-9  # relative gap below which a refit is called exact
 
 
