@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from coala.convex import Fit
 
 
+MOST_BOUNDED = 1e10  # multiplications of a Hessian up to which a fit says what flips it withstands
+
+
 def fit_options(settings: HeadSettings) -> dict[str, Any]:
     """The head's settings as arguments of ``coala.convex.fit``, but for those that a linear control shares."""
     from coala.convex import Pointwise
@@ -58,12 +61,15 @@ def fit_settings(
     )
 
 
-def _withstood(data: FeatureSet, held_out: FeatureSet, head: ConvexHead, settings: HeadSettings) -> dict[str, int]:
+def _withstood(data: FeatureSet, held_out: FeatureSet, head: ConvexHead, settings: HeadSettings) -> dict[str, Any]:
     """How many pairs an adversary may flip, or remove, and held-out accuracy is proved to stay above one half."""
     from coala.convex.held import HeldProgram
     from coala.convex.optimum import Optimum
     from coala.convex.poison import Poisoning
 
+    columns = (data.width + 1) * (1 + head.n_neurons)
+    if len(data) * columns**2 > MOST_BOUNDED:
+        return {"flips_withstood": "not bounded: it would take long; `coala influence RUN` does"}
     optimum = Optimum.of(HeldProgram.of(data, head, reference_scale=settings.reference_scale))
     poisoning = Poisoning.of(optimum, optimum.program.design.compared(held_out))
     return {"flips_withstood": poisoning.largest("flip"), "removals_withstood": poisoning.largest("remove")}
