@@ -23,6 +23,7 @@ SMALL = {
     "features": "--data {data} --pairs 6 --repeats 1 --models stories260K-hf --sets mathdial",
     "figures": "--out {tmp}",
     "guidance": "stories --model {stories} --prompts 2 --references 2 --only block",
+    "influence": "--data {data} --pairs 200 --width 8 --most 60 --refits 5",
     "layers": "--data {data} --pairs 20 --models stories260K-hf --out {tmp}/layers.md",
     "methods": "--part constructed --seeds 1 --rewards prompt --methods linear",
     "phase1": "--part gated --size small --seeds 1",

@@ -87,6 +87,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "receipts": (
+        {*("store", "statistics", "costs", "recipe", "backbone", "convex", "features", "report", "alignment")},
+        set(),
+    ),
     "compare": (
         {
             *("store", "statistics", "pages", "costs", "recipe", "data", "backbone", "convex", "features"),
@@ -118,6 +122,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "alignment",
                 "survey",
                 "serve",
+                "receipts",
                 "export",
                 "baselines",
                 "compare",

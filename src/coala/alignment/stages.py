@@ -35,6 +35,7 @@ from coala.store import (
     load_head,
     load_object,
     load_pairs,
+    pair_digest,
     save_generations,
     save_head,
     save_json,
@@ -87,6 +88,9 @@ def _pairs(context: StageContext) -> None:
             train, evaluation = list(findings[0].pairs), list(findings[1].pairs)
         else:
             train, evaluation = split(findings[0].pairs, recipe.eval_fraction, seed=recipe.seed)
+        if gone := context.run.forgotten:
+            train, evaluation = ([one for one in some if pair_digest(one) not in gone] for some in (train, evaluation))
+            context.note(f"{len(gone)} pairs that this run was made to forget are not read again")
         for line in power_of(evaluation, recipe):
             context.note(line)
         save_pairs(context.path("pairs-train.jsonl"), train)

@@ -23,7 +23,9 @@ from coala.cli import (
     export,
     extract,
     fit,
+    forget,
     generate,
+    influence,
     plan,
     report,
     serve,
@@ -104,6 +106,8 @@ app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.add_typer(demo.app, name="demo")
+app.command("influence")(influence.influence)
+app.command("forget")(forget.forget)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(survey.app, name="survey")

@@ -25,12 +25,14 @@ from coala.store.files import (
     working_folder,
     write_atomic,
 )
+from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
     load_generations,
     load_head,
     load_judgements,
     load_pairs,
+    pair_digest,
     save_generations,
     save_head,
     save_judgements,
@@ -40,6 +42,7 @@ from coala.store.values import (
 __all__ = [
     "FeatureStore",
     "MisfitError",
+    "Replacement",
     "RunFolder",
     "StoreError",
     "claim",
@@ -56,8 +59,10 @@ __all__ = [
     "load_lines",
     "load_object",
     "load_pairs",
+    "pair_digest",
     "plain",
     "read_as",
+    "replacing",
     "save_features",
     "save_generations",
     "save_head",
