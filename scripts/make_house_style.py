@@ -30,8 +30,6 @@ EXAMPLES = (
     ("Why do cats purr?", "Cats purr when they feel safe. It may also soothe them. Do you have a cat at home?"),
     ("How can I save on food?", "Plan your meals and buy only what you need. Which meal costs you the most now?"),
 )
-# Left out by hand: a reply makes a remark about a religious group that nobody asked for.
-LEFT_OUT = {"house-style-239"}
 SHOWN = (Turn("system", STYLE), *(t for ask, say in EXAMPLES for t in (Turn("user", ask), Turn("assistant", say))))
 
 
@@ -49,7 +47,7 @@ def sample(
                 backbone,
                 guidance=Guidance(mode="none", top_p=0.95, top_k=50),
                 max_new_tokens=tokens,
-                temperature=1.0,
+                temperature=0.7,
                 seed=seed + k,
                 prompt_ids=[f"house-style-{i:03d}" for i in range(start, start + len(some))],
                 batch_size=batch,
@@ -66,11 +64,7 @@ def chosen_pairs(prompts: list[str], replies: list[list[str]]) -> list[Pair]:
     pairs = []
     for i, (prompt, own) in enumerate(zip(prompts, replies, strict=True)):
         ranked = sorted({reply for reply in own if reply}, key=lambda text: (style_score(text), text))
-        if (
-            ranked
-            and f"house-style-{i:03d}" not in LEFT_OUT
-            and int(style_score(ranked[-1])) > int(style_score(ranked[0]))
-        ):
+        if ranked and int(style_score(ranked[-1])) > int(style_score(ranked[0])):
             pairs.append(Pair(user(prompt), ranked[-1], ranked[0], group=f"house-style-{i:03d}"))
     return pairs
 
@@ -81,7 +75,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--plain", type=int, default=1)
-    parser.add_argument("--shown", type=int, default=2)
+    parser.add_argument("--shown", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=80)
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +93,7 @@ def main() -> None:
         # No time stamp in the archive: the same pairs give the same bytes.
         plain.with_suffix(".jsonl.gz").write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         plain.unlink()
-    print(f"{len(pairs)} pairs of {len(prompts)} prompts; {len(prompts) - len(pairs)} are ties or left out")
+    print(f"{len(pairs)} pairs of {len(prompts)} prompts; {len(prompts) - len(pairs)} are ties")
     for side in ("chosen", "rejected"):
         kept = Counter(name for pair in pairs for name, kept in rules_kept(getattr(pair, side)).items() if kept)
         print(side, dict(kept))

@@ -71,13 +71,15 @@ class Here:
         head: ConvexHead,
         limits: Limits | None = None,
         guidance: Guidance | None = None,
+        temperature: float = 1.0,
+        system: str | None = None,
         **options: Any,
     ) -> None:
         from coala.serve.app import Served, create_app
         from coala.web.listening import listen, server
 
         limits = limits or Limits()
-        self.served = Served("tiny", backbone, head, guidance or Guidance())
+        self.served = Served("tiny", backbone, head, guidance or Guidance(), temperature, system)
         self.app = create_app(self.served, limits, **options)
         self._socket = listen("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]

@@ -278,21 +278,42 @@ def wide(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     return place
 
 
-@pytest.mark.parametrize(("quantise", "worst"), [("8bit", 0.05), ("4bit", 0.35)])
-def test_quantised_weights_are_near_and_told_apart(wide: Path, quantise: str, worst: float) -> None:
-    for package in ("bitsandbytes", "accelerate"):
-        pytest.importorskip(package, reason=f"quantised weights need {package}")
+@pytest.mark.parametrize(
+    ("quantise", "device", "worst"), [("8bit", "cpu", 0.05), ("8bit", "cuda", 0.05), ("4bit", "auto", 0.35)]
+)
+def test_quantised_weights_are_near_and_told_apart(wide: Path, quantise: str, device: str, worst: float) -> None:
+    if (quantise, device) != ("8bit", "cpu"):
+        for package in ("bitsandbytes", "accelerate"):
+            pytest.importorskip(package, reason=f"quantised weights need {package}")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("on a CPU 8 bits are torch's own")
     plain = load_backbone(wide, device="cpu")
-    backbone = load_backbone(wide, quantise=quantise, dtype="float32")
+    backbone = load_backbone(wide, quantise=quantise, device=device, dtype="float32")
     expected, found = plain.hidden(ROWS)[0], backbone.hidden(ROWS)[0].to("cpu", torch.float32)
     distance = float((found - expected).norm() / expected.norm())
     assert 1e-4 < distance < worst
     assert backbone.weights != plain.weights
     assert backbone.shape == plain.shape
     alone = backbone.hidden(ROWS[1:2])[0].to("cpu", torch.float32)
-    if quantise == "4bit":  # weights alone are rounded, so a row's states are its own
+    if (quantise, device) != ("8bit", "cuda"):  # weights alone are rounded, so a row's states are its own
+        assert backbone.shares
         assert_close(backbone.hidden(ROWS)[1, : len(ROWS[1])].to("cpu", torch.float32), alone, 1e-4)
     assert backbone.start(ROWS).log_probs().isfinite().all()
+
+
+def test_packed_weights_are_told_of_and_an_adapter_is_merged_first(wide: Path, tmp_path: Path) -> None:
+    trained(wide, tmp_path / "a")
+    packed = [load_backbone(wide, quantise="8bit", device="cpu", adapter=a) for a in (None, tmp_path / "a")]
+    full = load_backbone(wide, device="cpu", adapter=tmp_path / "a")
+    expected, other, found = (model.hidden(ROWS)[0] for model in (full, *packed))
+    assert float((found - expected).norm()) < float((other - expected).norm())
+    assert len({full.weights, *(model.weights for model in packed)}) == 3
+    assert any("8 bits" in line for line in packed[0].reads(packed[0].spec()))
+    assert not any("8 bits" in line for line in full.reads(full.spec()))
+    with pytest.raises(SpecMismatch):
+        packed[0].require(load_backbone(wide, device="cpu").spec())
+    names = {name for name, _ in packed[0].transformer.named_parameters()}
+    assert not any(name.endswith(("proj.weight", "head.weight")) for name in names)
 
 
 def test_an_adapter_stays_beside_quantised_weights(wide: Path, tmp_path: Path) -> None:

@@ -256,6 +256,14 @@ def test_every_token_that_ends_a_turn_ends_a_reply(folder: Path, tmp_path: Path)
     assert found.stop_tokens == {1, 2}
 
 
+def test_how_replies_are_sampled_is_what_the_file_says(folder: Path, tmp_path: Path) -> None:
+    said = {"general__sampling__temp": 0.25, "general__sampling__top_k": 7}
+    found = load_backbone(write_gguf(folder, tmp_path / "tiny.gguf", **said), device="cpu").transformer
+    config = found.generation_config
+    assert (config.temperature, config.top_k) == (0.25, 7)
+    assert config.top_p in (None, 1.0)  # nothing is said of it
+
+
 # --- where a model is taken -------------------------------------------------------------------------------------------
 
 

@@ -22,9 +22,11 @@ SMALL = {
     "distil_policies": "--out {tmp}/run --pairs 30 --teacher-prompts 12 --prompts 3 --tokens 6 --references 1 "
     "--only held-out",
     "distil_solver": "film --prompts 8 --tokens 8 --ridges 1e-3",
+    "decoding_speed": "--model {stories} --rounds 2 --tokens 6",
     "features": "--data {data} --pairs 6 --repeats 1 --models stories260K-hf --sets mathdial",
     "figures": "--out {tmp}",
     "guidance": "stories --model {stories} --prompts 2 --references 2 --only block",
+    "influence": "--data {data} --pairs 200 --width 8 --most 60 --refits 5",
     "layers": "--data {data} --pairs 20 --models stories260K-hf --out {tmp}/layers.md",
     "methods": "--part constructed --seeds 1 --rewards prompt --methods linear",
     "phase1": "--part gated --size small --seeds 1",

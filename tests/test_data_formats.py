@@ -631,3 +631,17 @@ def test_the_transcripts_agree_with_the_replies_given_beside_them(shared: Path) 
     beside = {(row["chosen_response"].strip(), row["rejected_response"].strip()) for row in rows}
     assert sum((p.chosen, p.rejected) in beside for p in found.pairs) >= 0.99 * len(rows)
     assert {p.prompt[0].role for p in found.pairs} == {"user"}
+
+
+def test_a_pair_keeps_who_rated_it(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a?", "chosen": "b", "rejected": "c", "annotator_id": 7},
+        {"prompt": "a?", "chosen": "c", "rejected": "b", "rater": "Ann"},
+        {"prompt": "d?", "chosen": "e", "rejected": "f"},
+    ]
+    path = tmp_path / "rated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = list(read_pairs(str(path)))
+    assert [pair.rater for pair in pairs] == ["7", "Ann", ""]
+    save_pairs(tmp_path / "kept.jsonl", pairs)
+    assert load_pairs(tmp_path / "kept.jsonl") == list(read_pairs(str(tmp_path / "kept.jsonl"))) == pairs

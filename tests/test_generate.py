@@ -82,7 +82,7 @@ def test_a_prompt_that_does_not_fit_is_refused_or_cut_aloud(parts: Any, system: 
     ("flag", "recipe", "config", "found"),
     [
         (None, {}, {}, (1.0, "default")),
-        (None, {}, {"temperature": 0.2}, (0.2, "the model's generation_config")),
+        (None, {}, {"temperature": 0.2}, (0.2, "the model's own")),
         (None, {"evaluation": {"temperature": 0.7}}, {"temperature": 0.2}, (0.7, "the run's recipe")),
         (0.4, {"evaluation": {"temperature": 0.7}}, {"temperature": 0.2}, (0.4, "as asked")),
         (0.0, {}, {"temperature": 0.2}, (0.0, "as asked")),

@@ -88,6 +88,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "receipts": (
+        {*("store", "statistics", "costs", "recipe", "backbone", "convex", "features", "report", "alignment")},
+        set(),
+    ),
     "compare": (
         {
             *("store", "statistics", "pages", "costs", "recipe", "data", "backbone", "convex", "features"),
@@ -123,6 +127,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "alignment",
                 "survey",
                 "serve",
+                "receipts",
                 "export",
                 "distil",
                 "baselines",

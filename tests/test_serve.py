@@ -290,6 +290,19 @@ def test_conversations_and_parts_of_text(client: Any, parts: Any) -> None:
     assert found.choices[0].message.content == wanted.text
 
 
+def test_requests_that_name_none_have_the_servers_temperature_and_system_prompt(parts: Any) -> None:
+    asked = Turn("user", "hello there")
+    backbone, head, guidance = parts
+    with Here(backbone, head, guidance=guidance, temperature=0.3, system="be kind") as server:
+        for turns, temperature in (((asked,), None), ((Turn("system", "be rude"), asked), 0.8)):
+            behind = turns if len(turns) > 1 else (Turn("system", "be kind"), asked)
+            (wanted,) = generate([behind], *parts, max_new_tokens=6, seed=0, temperature=temperature or 0.3)
+            body = {"model": "tiny", "max_tokens": 6, "seed": 0, "temperature": temperature}
+            messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+            found = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "messages": messages}).json()
+            assert found["choices"][0]["message"]["content"] == wanted.text
+
+
 def test_the_models_are_listed(client: Any, here: Here) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-unguided"]
     assert client.models.retrieve("tiny-unguided").owned_by == "coala"

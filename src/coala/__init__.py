@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from coala.evaluation import Judge, WordJudge, win_rate
     from coala.evaluation import judge as compare_replies
     from coala.features import extract as extract_features
+    from coala.receipts import forget_pairs, pair_influence
     from coala.statistics.scores import ranking_accuracy
     from coala.store import load_features, load_head, load_pairs, save_features, save_head, save_pairs
     from coala.values import (
@@ -49,6 +50,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "coala.evaluation": ("Judge", "WordJudge", "win_rate", "compare_replies = judge"),
     "coala.statistics.scores": ("ranking_accuracy",),
     "coala.features": ("extract_features = extract",),
+    "coala.receipts": ("forget_pairs", "pair_influence"),
     "coala.store": ("load_features", "load_head", "load_pairs", "save_features", "save_head", "save_pairs"),
     "coala.values": (
         *("Certificate", "CoalaError", "ConvexHead", "Estimate", "FeatureSet", "FeatureSpec", "Generation"),
@@ -94,6 +96,7 @@ __all__ = [
     "compare_replies",
     "extract_features",
     "fit_head",
+    "forget_pairs",
     "generate",
     "guide",
     "load_backbone",
@@ -102,6 +105,7 @@ __all__ = [
     "load_pairs",
     "load_run",
     "log_likelihood",
+    "pair_influence",
     "ranking_accuracy",
     "read_conversations",
     "read_pairs",

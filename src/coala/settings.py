@@ -79,7 +79,10 @@ Dtype = Annotated[
     Spellings(_DTYPES),
     Setting("Number format of the weights; bf16, fp16, half and fp32 are understood."),
 ]
-Quantise = Annotated[Literal["8bit", "4bit"], Setting("By bitsandbytes.")]
+Quantise = Annotated[
+    Literal["8bit", "4bit"],
+    Setting("Fewer bits a weight: 8bit on a CPU by torch's own kernel, all else by bitsandbytes."),
+]
 Device = Annotated[str, Setting("auto, cpu, cuda, or offload (keep what does not fit in CPU memory or on disk).")]
 Seed = Annotated[int, Ge(0), Setting("Fixes split, fit and sampling.")]
 Format = Annotated[str, Setting("Format of the pairs; auto recognises it (see `coala data formats`).")]

@@ -45,6 +45,8 @@ class Turn:
 class Pair:
     """A prompt with a preferred and a rejected reply. Pairs of one ``group`` never straddle a split.
 
+    ``rater`` names who preferred it, where that is known.
+
     ``prompt`` may also be given as :func:`turns` takes it: a text, or messages with role and content.
     """
 
@@ -52,6 +54,7 @@ class Pair:
     chosen: str
     rejected: str
     group: str
+    rater: str = ""
 
     def __post_init__(self) -> None:
         if type(self.prompt) is not tuple or not all(type(turn) is Turn for turn in self.prompt):

@@ -11,10 +11,13 @@ from coala.callbacks import OnProgress
 from coala.recipe import check_head
 from coala.settings import HeadSettings
 from coala.store import load_features, save_head, scratch
-from coala.values import FeatureSet
+from coala.values import ConvexHead, FeatureSet
 
 if TYPE_CHECKING:
     from coala.convex import Fit
+
+
+MOST_BOUNDED = 1e10  # multiplications of a Hessian up to which a fit says what flips it withstands
 
 
 def fit_options(settings: HeadSettings) -> dict[str, Any]:
@@ -58,6 +61,20 @@ def fit_settings(
     )
 
 
+def _withstood(data: FeatureSet, held_out: FeatureSet, head: ConvexHead, settings: HeadSettings) -> dict[str, Any]:
+    """How many pairs an adversary may flip, or remove, and held-out accuracy is proved to stay above one half."""
+    from coala.convex.held import HeldProgram
+    from coala.convex.optimum import Optimum
+    from coala.convex.poison import Poisoning
+
+    columns = (data.width + 1) * (1 + head.n_neurons)
+    if len(data) * columns**2 > MOST_BOUNDED:
+        return {"flips_withstood": "not bounded: it would take long; `coala influence RUN` does"}
+    optimum = Optimum.of(HeldProgram.of(data, head, reference_scale=settings.reference_scale))
+    poisoning = Poisoning.of(optimum, optimum.program.design.compared(held_out))
+    return {"flips_withstood": poisoning.largest("flip"), "removals_withstood": poisoning.largest("remove")}
+
+
 def fit_folder(
     features: Path,
     out: Path,
@@ -96,4 +113,6 @@ def fit_folder(
     if eval_features is not None:
         held_out = load_features(eval_features, mmap=True)
         found["accuracy"] = accuracy_of_margins(head.margins(held_out), held_out.group)
+        if settings.method != "two-phase":
+            found |= _withstood(data, held_out, head, settings)
     return {"head": head, **found}

@@ -19,6 +19,8 @@ from coala.alignment.context import StageContext
 from coala.alignment.extraction import encode, save_layer
 from coala.alignment.fitting import fit_settings
 from coala.alignment.parts import guidance_of
+from coala.alignment.talking import settled
+from coala.callbacks import quiet
 from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import Recipe
 from coala.statistics.intervals import wald
@@ -33,6 +35,7 @@ from coala.store import (
     load_head,
     load_object,
     load_pairs,
+    pair_digest,
     save_generations,
     save_head,
     save_json,
@@ -85,6 +88,9 @@ def _pairs(context: StageContext) -> None:
             train, evaluation = list(findings[0].pairs), list(findings[1].pairs)
         else:
             train, evaluation = split(findings[0].pairs, recipe.eval_fraction, seed=recipe.seed)
+        if gone := context.run.forgotten:
+            train, evaluation = ([one for one in some if pair_digest(one) not in gone] for some in (train, evaluation))
+            context.note(f"{len(gone)} pairs that this run was made to forget are not read again")
         for line in power_of(evaluation, recipe):
             context.note(line)
         save_pairs(context.path("pairs-train.jsonl"), train)
@@ -253,7 +259,9 @@ def _replies(context: StageContext) -> None:
         def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
             context.show(stage, 0, None, "loading the model")
             backbone, head, guidance = context.backbone(), load_head(context.path("head")), guidance_of(context.recipe)
-            guidance = guidance.at(settings.temperature)
+            told = context.note if method == "unguided" else quiet
+            guidance, temperature = settled(context.run.path, backbone, guidance, {}, told)
+            guidance = guidance.at(temperature)
             rule = replace(guidance, mode="none") if method == "unguided" else guidance
             replies = generate(
                 [pair.prompt for pair in chosen],
@@ -261,7 +269,7 @@ def _replies(context: StageContext) -> None:
                 head,
                 rule,
                 max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
+                temperature=temperature,
                 seed=context.recipe.seed,
                 prompt_ids=[prompt_id(pair.prompt) for pair in chosen],
                 batch_size=max(1, rows_at_once(backbone) // rule.rows),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from coala.decoding import Guidance
     from coala.values import ConvexHead, Generation
 
-OWN = "the model's generation_config"
+OWN = "the model's own"
 
 
 @dataclass(frozen=True)
@@ -126,28 +126,37 @@ def open_talker(
     backbone, head, found = load_parts(run)
     for line in backbone.reads(head.spec):
         on_note(line)
-    chosen = sampled(sampling, recipe_of(RunFolder.open(run).settings, run / "run.json"), backbone.transformer)
-    on_note(f"sampling: {', '.join(f'{name} {value:g} ({source})' for name, (value, source) in chosen.items())}")
+    found, temperature = settled(run, backbone, found, sampling, on_note)
     mode = guidance.get("mode")
     if mode not in (None, "shift"):
         found = replace(found, budget=None)  # the recipe's is of another mode
     changed = found.changed(**guidance)
     if mode is None and changed.mode != found.mode:
         on_note(f"note: by rule {changed.rule} a strength means mode token: in mode {found.mode} the best always wins.")
-    changed = changed.changed(top_p=chosen["top-p"][0], top_k=int(chosen["top-k"][0]))
     for note in evidence_notes(run, head, changed):
         on_note(f"note: {note}")
-    opened = Talker(backbone, head, changed, chosen["temperature"][0], on_note)
+    opened = Talker(backbone, head, changed, temperature, on_note)
     if mode is None:
         opened.note_mode()
     return opened
+
+
+def settled(
+    run: Path, backbone: LanguageModel, guidance: Guidance, given: Mapping[str, float | None], on_note: OnNote = quiet
+) -> tuple[Guidance, float]:
+    """``guidance`` with the top-p and top-k, and the temperature, of :func:`sampled`; tells whose they are."""
+    recipe = recipe_of(RunFolder.open(run).settings, run / "run.json")
+    chosen = sampled(given, recipe, backbone.transformer)
+    on_note(f"sampling: {', '.join(f'{name} {value:g} ({source})' for name, (value, source) in chosen.items())}")
+    (temperature, _), (top_p, _), (top_k, _) = chosen.values()
+    return replace(guidance, top_p=top_p, top_k=int(top_k)), temperature
 
 
 def sampled(given: Mapping[str, float | None], recipe: Recipe, model: Any) -> dict[str, tuple[float, str]]:
     """Temperature, top-p and top-k, each with where it comes from.
 
     A flag goes first, then the recipe where it differs from the defaults, then the generation_config of ``model`` (of
-    transformers) where it holds the setting, then the default.
+    transformers; of a GGUF file its general.sampling) where it holds the setting, then the default.
     """
     usual = {"temperature": EvaluationSettings().temperature, **asdict(GuidanceSettings())}
     own = {"temperature": recipe.evaluation.temperature, **asdict(recipe.guidance)}

@@ -401,6 +401,15 @@ def dense(model: Any) -> Any:
     return model
 
 
+def suggest(model: Any, path: Path) -> None:
+    """Enter how replies are best sampled, where the file says so, in the model's generation_config."""
+    said, config = read_header(path).metadata, getattr(model, "generation_config", None)
+    for name, key in (("temperature", "temp"), ("top_p", "top_p"), ("top_k", "top_k")):
+        value = said.get(f"general.sampling.{key}")
+        if config is not None and type(value) in (int, float):
+            setattr(config, name, value)
+
+
 def gguf_digest(path: Path) -> str:
     """SHA-256 of the file."""
     with path.open("rb") as file:

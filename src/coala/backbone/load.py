@@ -13,10 +13,11 @@ from coala.backbone.adapters import apply, check_base, find_adapter
 from coala.backbone.checkpoint import kind_of, read_json, stored, weight_files
 from coala.backbone.checks import check_cache, check_states, check_weights
 from coala.backbone.files import check_files, find, weights_digest
-from coala.backbone.gguf import dense, is_gguf, read_header, source
+from coala.backbone.gguf import dense, is_gguf, read_header, source, suggest
 from coala.backbone.kinds import SUPPORTED, brief, encoder_options, read_config, refuse_foreign_code
 from coala.backbone.model import LanguageModel
 from coala.backbone.network import BackboneError, Network
+from coala.backbone.packed import SCHEME
 from coala.backbone.placement import MemoryLimits, Placement, place
 from coala.backbone.silence import quiet
 from coala.backbone.template import Renderer
@@ -58,9 +59,11 @@ def load_backbone(
     ``generation=False`` does without a language-model head: features only.
 
     ``adapter``: folder or hub name of an adapter that peft saved, merged into the weights; a tokenizer saved with it
-    is used. ``quantise``: ``8bit`` or ``4bit`` (by bitsandbytes; an adapter then stays beside the weights). In 8 bits
-    the columns kept in full depend on the whole batch, and so do hidden states, within the error of quantising; in 4
-    bits they do not. Both enter the digest of the weights: features of base, adapted and quantised model differ.
+    is used. ``quantise``: ``8bit`` or ``4bit``. On a CPU 8 bits are torch's own (:mod:`coala.backbone.packed`): the
+    checkpoint, a GGUF file too, is read in full, an adapter merged, and each matrix packed. All else is bitsandbytes'
+    (an adapter then stays beside the weights); in its 8 bits the columns kept in full depend on the whole batch, and so
+    do hidden states, within the error of quantising. All of them enter the digest of the weights: features of base,
+    adapted and quantised model differ.
 
     ``trust_remote_code``: run Python code that comes with the model, if it has any; no file can ask for that.
     ``download=False`` reads hub models from the local cache alone, for names that were found in a file.
@@ -90,8 +93,8 @@ def load_backbone(
             loaded = apply(loaded, adapted, name, merge=not getattr(loaded, "is_quantized", False))
         own_tokenizer = adapted is not None and adapted.has_tokenizer
         tokenizer = load_tokenizer(adapted.folder if adapted and own_tokenizer else folder, name, trusted)
-        loaded = placement.settle(loaded)
         check_weights(loaded, name)
+        loaded = placement.settle(loaded)
         network = _network(loaded, name, encoder)
         generates = generation and not encoder
         if generates:
@@ -99,7 +102,7 @@ def load_backbone(
             check_cache(network)
         renderer = Renderer(tokenizer, template, stop_tokens=_stop_tokens(loaded, tokenizer), encoder=encoder)
     changes = [f"adapter {adapted.digest}"] if adapted else []
-    changes += [f"quantised to {quantise}"] if quantise else []
+    changes += [f"quantised to {SCHEME if placement.packs else quantise}"] if quantise else []
     if changes:
         weights = hashlib.sha256("\n".join([weights, *changes]).encode()).hexdigest()
     name = f"{name}+{adapted.name}" if adapted else name
@@ -107,14 +110,19 @@ def load_backbone(
     if is_gguf(folder):
         numbers = str(placement.dtype).removeprefix("torch.")
         notes = (f"The weights are GGUF, {read_header(folder).quantisation}, dequantised to {numbers}.",)
+    if placement.packs:
+        notes += (
+            "The weights are rounded to 8 bits, a scale a row; their products are made by torch's kernel (fbgemm).",
+        )
     return LanguageModel(
         network, renderer, name=name, revision=commit, weights=weights, generates=generates, notes=notes
     )
 
 
 def _check_gguf_options(name: str, placement: Placement) -> None:
-    found = f"quantise={placement.quantise!r}" if placement.quantise else "device='offload'"
-    if placement.quantise or placement.device is None:
+    foreign = placement.quantise and not placement.packs
+    found = f"quantise={placement.quantise!r}" if foreign else "device='offload'"
+    if foreign or placement.device is None:
         raise BackboneError(
             f"{name}: is GGUF, whose weights are dequantised onto one device; found {found}. Fix: leave that out, with "
             "dtype='bfloat16' for half the memory, or give the original model."
@@ -273,6 +281,7 @@ def pretrained(kind: Any, where: Path, options: dict[str, Any]) -> tuple[Any, di
     with source(where) as (folder, file):
         model, info = kind.from_pretrained(folder, **file, **unpacked | options)
     model.config.name_or_path = str(where)
+    suggest(model, where)
     return dense(model), info
 
 

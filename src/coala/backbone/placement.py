@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from coala.backbone.network import BackboneError
+from coala.backbone.packed import check_kernel, pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = ("8bit", "4bit")
@@ -34,16 +35,21 @@ class Placement:
     limits: MemoryLimits | None = None
     scratch: TemporaryDirectory[str] | None = None
 
+    @property
+    def packs(self) -> bool:
+        """Whether the weights, once read, are packed for torch's own kernel: 8 bits on a CPU."""
+        return self.quantise == "8bit" and self.device is not None and self.device.type == "cpu"
+
     def options(self) -> dict[str, Any]:
         """What ``from_pretrained`` is told."""
         options: dict[str, Any] = {"dtype": self.dtype}
         if self.device is None:
             options |= {"device_map": "auto", "max_memory": dict(self.limits or _one_card())}
             options |= {"offload_folder": self.scratch.name if self.scratch else None}
-        elif self.quantise:
+        elif self.quantise and not self.packs:
             # Weights are quantised as they are read, so they have to be where they will stay.
             options["device_map"] = {"": self.device}
-        if self.quantise:
+        if self.quantise and not self.packs:
             options["quantization_config"] = _quantisation(self.quantise, self.dtype)
         return options
 
@@ -51,6 +57,8 @@ class Placement:
         """The loaded model on its device; what accelerate placed stays where it is."""
         if self.scratch is not None:
             model.offload_scratch = self.scratch
+        if self.packs:
+            return pack(model)
         placed = self.device is None or self.quantise or getattr(model, "is_quantized", False)
         return model if placed else model.to(self.device)
 
@@ -71,16 +79,19 @@ def place(device: str, dtype: str, quantise: str | None, limits: MemoryLimits | 
         raise BackboneError(
             f"quantise={quantise!r}; expected {' or '.join(QUANTISED)}, or None for all of the weights."
         )
-    if quantise:
-        if where is None:
-            raise BackboneError(
-                f"quantise={quantise!r} with device={OFFLOAD!r}: quantised weights stay on one device. "
-                "Use one of the two; 4 bits take about an eighth of the memory of float32."
-            )
+    if quantise and where is None:
+        raise BackboneError(
+            f"quantise={quantise!r} with device={OFFLOAD!r}: quantised weights stay on one device. "
+            "Use one of the two; 4 bits take about an eighth of the memory of float32."
+        )
+    scratch = TemporaryDirectory(prefix="coala-offload-") if where is None else None
+    found = Placement(where, numbers, quantise or "", limits, scratch)
+    if found.packs:
+        check_kernel()
+    elif quantise:
         for package in ("bitsandbytes", "accelerate"):
             _need(package, f"quantise={quantise!r}")
-    scratch = TemporaryDirectory(prefix="coala-offload-") if where is None else None
-    return Placement(where, numbers, quantise or "", limits, scratch)
+    return found
 
 
 def _one_card() -> MemoryLimits:

@@ -34,6 +34,7 @@ def drift(
     base: LanguageModel,
     prompts: Sequence[Sequence[Turn]],
     *,
+    base_prompts: Sequence[Sequence[Turn]] | None = None,
     samples: int = 1,
     max_new_tokens: int = 64,
     batch_size: int = 16,
@@ -45,7 +46,8 @@ def drift(
     before)). Replies are sampled from pi at temperature 1, to a stop token or to their end; each position's term is
     computed over the whole vocabulary, which is unbiased, never negative, and has a smaller variance than the log
     ratio of the token that was drawn. Each reply has random numbers of its own, so that batches change nothing but
-    rounding. The interval is Student's over prompts, cut at 0.
+    rounding. The interval is Student's over prompts, cut at 0. ``base_prompts`` are what the base is given instead of
+    ``prompts``, in their order: how far a system prompt or examples move a model.
 
     Raises ``SpecMismatch`` if the two do not render alike, :class:`CoalaError` for a reward model.
     """
@@ -64,13 +66,19 @@ def drift(
             "with its own base. Load both with one template."
         )
     longest = min(trained.max_tokens, base.max_tokens) - max_new_tokens
-    rows = [trained.render(prompt, max_tokens=longest).tokens for prompt in prompts for _ in range(samples)]
+    if base_prompts is not None and len(base_prompts) != len(prompts):
+        raise CoalaError(f"{len(prompts)} prompts need as many base_prompts; found {len(base_prompts)}.")
+    rows, base_rows = (
+        [trained.render(prompt, max_tokens=longest).tokens for prompt in some for _ in range(samples)]
+        for some in (prompts, prompts if base_prompts is None else base_prompts)
+    )
     values, tokens = np.zeros(len(rows)), np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         chances = [np.random.default_rng([seed, i]).random(max_new_tokens) for i in batch]
-        _sample(trained, base, [rows[i] for i in batch], np.array(chances), batch, values, tokens)
+        both = [rows[i] for i in batch], [base_rows[i] for i in batch]
+        _sample(trained, base, both, np.array(chances), batch, values, tokens)
     by_prompt = values.reshape(-1, samples)
     return Drift(_estimate(by_prompt.mean(axis=1), samples), by_prompt, tokens.reshape(-1, samples))
 
@@ -78,15 +86,18 @@ def drift(
 def _sample(
     policy: LanguageModel,
     base: LanguageModel,
-    rows: Sequence[Sequence[int]],
+    rows: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
     chances: Float64,
     which: Sequence[int],
     values: Float64,
     tokens: Float64,
 ) -> None:
-    """Sample a reply to each of ``rows`` by ``chances`` (B, steps); add to ``values`` and ``tokens`` at ``which``."""
-    ours, theirs = policy.start(rows), base.start(rows)
-    going, stops = list(range(len(rows))), torch.tensor(sorted(policy.stop_tokens), dtype=torch.long)
+    """Sample a reply to each of ``rows``, as the policy and as the base reads them, by ``chances`` (B, steps).
+
+    The terms are added to ``values`` and ``tokens`` at ``which``.
+    """
+    ours, theirs = policy.start(rows[0]), base.start(rows[1])
+    going, stops = list(range(len(rows[0]))), torch.tensor(sorted(policy.stop_tokens), dtype=torch.long)
     for step in range(chances.shape[1]):
         p, q = ours.log_probs().double().cpu(), theirs.log_probs().double().cpu()
         # `where`, for a token of probability 0 adds nothing and 0 times infinity is not 0.

@@ -24,7 +24,9 @@ from coala.cli import (
     export,
     extract,
     fit,
+    forget,
     generate,
+    influence,
     plan,
     report,
     serve,
@@ -106,6 +108,8 @@ app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.command("distil")(distil.distil)
 app.add_typer(demo.app, name="demo")
+app.command("influence")(influence.influence)
+app.command("forget")(forget.forget)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(survey.app, name="survey")

@@ -24,6 +24,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback can be reached.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name; the folder's.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt of conversations that bring none.")] = None,
     limits: Limits,
     api_key_env: Annotated[str, typer.Option(help="Variable of the environment that holds the key.")] = KEY,
     no_key: Annotated[bool, typer.Option("--no-key", help="Serve others than loopback without a key.")] = False,
@@ -42,6 +43,7 @@ def serve(
     `COALA_API_KEY=... coala serve runs/demo --host 0.0.0.0 --port 9000`
     """
     from coala.alignment import evidence_notes, load_parts
+    from coala.alignment.talking import settled
     from coala.cli.output import emit, say
 
     with needs_extra("serve", "Serving"):
@@ -56,7 +58,8 @@ def serve(
         backbone, head, guidance = load_parts(run)
         for line in backbone.reads(head.spec):
             say(line)
-        served = Served(name or run.resolve().name, backbone, head, guidance)
+        guidance, temperature = settled(run, backbone, guidance, {}, say)
+        served = Served(name or run.resolve().name, backbone, head, guidance, temperature, system)
         app = create_app(served, limits, key=key, local=local and key is None)
         site = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         for note in evidence_notes(run, head, guidance):

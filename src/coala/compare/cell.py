@@ -87,13 +87,18 @@ def _done(study: Study, cell: Cell, out: Path, tell: OnStage) -> tuple[dict[str,
         from coala.compare.trained import count_training
 
         return (count_training if context.method.trained else count_head)(context), costs.parts
-    from coala.compare import heads
+    from coala.compare import benchmarks, controls, heads, steered
 
     at_work = {
         "base": heads.base_cell,
         "features": heads.features_cell,
         "head": heads.head_cell,
-        "adamw": heads.adamw_cell,
+        "adamw": controls.adamw_cell,
+        "layers": controls.layers_cell,
+        "cues": controls.cues_cell,
+        "prompt": steered.prompt_cell,
+        "guided": steered.guided_cell,
+        "benchmark": benchmarks.benchmark_cell,
     }
     return at_work[cell.kind](context, costs), costs.parts
 

@@ -12,19 +12,18 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coala.compare.data import part
-from coala.compare.matrix import Cell
+from coala.compare.matrix import Cell, features_key
 from coala.compare.progress import OnStage, Teller, unheard
-from coala.compare.study import Study, StudyMethod, StudyModel
+from coala.compare.study import Dataset, Study, StudyMethod, StudyModel
 from coala.costs import Meter, peak_memory
-from coala.store import load_generations, load_json, save_generations
-from coala.values import CoalaError, Generation, Pair, conversation_text, prompt_id
+from coala.store import load_json
+from coala.values import CoalaError, Pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +60,20 @@ class CellContext:
     def model(self) -> StudyModel:
         return self.study.models[self.cell.model]
 
+    @property
+    def dataset(self) -> Dataset:
+        return self.study.datasets[self.cell.dataset]
+
+    def features_folder(self, dataset: str | None = None, method: StudyMethod | None = None) -> Path:
+        """Where the features lie that this cell's method (or ``method``) reads, here or of another dataset."""
+        _, model, init = self.cell.place
+        where = f"{dataset or self.cell.dataset}.{model}.{init}"
+        return self.out / "cells" / f"{where}.features-{features_key(method or self.method)}"
+
+    def features_result(self) -> dict[str, Any]:
+        """What the cell of the features that this cell's method reads found."""
+        return self.result(self.features_folder().name)
+
     def part(self, name: str) -> list[Pair]:
         """``train``, ``fit``, ``validation`` or ``test``."""
         return part(self.out, self.cell.dataset, name)
@@ -70,11 +83,18 @@ class CellContext:
         found: dict[str, Any] = load_json(self.out / "cells" / cell_id / "cell.json")["result"]
         return found
 
+    def costs(self, cell_id: str) -> dict[str, Any]:
+        """What a cell that is done took."""
+        found: dict[str, Any] = load_json(self.out / "cells" / cell_id / "cell.json")["costs"]
+        return found
+
     @cached_property
     def start(self) -> Path | str:
         """The weights this cell's method starts from: the model, or the model after SFT."""
         if self.cell.init == "base":
-            return self.model.path
+            from coala.compare.weights import trainable
+
+            return trainable(self.model.path, self.out / "models" / self.cell.model)
         from coala.baselines import load_trained, whole_model
 
         assert self.study.sft is not None
@@ -99,6 +119,14 @@ class CellContext:
             device=self.study.device,
             dtype=self.model.dtype,
         )
+
+
+def keep_compiled(context: CellContext) -> None:
+    """What one head's cell compiles, the next reads from the comparison's folder."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(context.out / "compiled"))  # type: ignore[no-untyped-call]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # type: ignore[no-untyped-call]
 
 
 # --- measured ----------------------------------------------------------------------------------------------------
@@ -163,80 +191,3 @@ def calibrated_nll(margins: Any) -> float:
         a, b = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, b) if nll(a) < nll(b) else (a, high)
     return min(math.log(2), nll((low + high) / 2))
-
-
-# --- replies -----------------------------------------------------------------------------------------------------
-
-
-def prompts_of(context: CellContext) -> list[Pair]:
-    """The held-out pairs whose prompts are answered, each prompt once."""
-    distinct = list({conversation_text(pair.prompt): pair for pair in context.part("test")}.values())
-    return distinct[: context.study.evaluation.prompts]
-
-
-def replies_of(
-    context: CellContext,
-    writer: LanguageModel,
-    base: LanguageModel,
-    costs: Costs,
-    head: Any = None,
-    guidance: Any = None,
-) -> dict[str, Any]:
-    """Answer the held-out prompts, save the replies, and judge them against those of the unguided start.
-
-    ``perplexity`` is that of the replies under ``base``, the model every method of this place starts from.
-    """
-    from coala.baselines import TrainSettings, log_likelihoods
-    from coala.decoding import Guidance, generate
-    from coala.statistics.scores import perplexity
-
-    settings = context.study.evaluation
-    pairs = prompts_of(context)
-    if not pairs:
-        return {}
-    seed = context.study.seeds[0] if context.cell.seed is None else context.cell.seed
-    most, n_pieces = len(pairs) * settings.max_new_tokens, count(1)
-    context.show("replies", 0, most)
-    with costs.of("replies"):
-        replies = generate(
-            [pair.prompt for pair in pairs],
-            writer,
-            head,
-            guidance or Guidance(mode="none"),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=seed,
-            prompt_ids=[prompt_id(pair.prompt) for pair in pairs],
-            batch_size=16,
-            on_token=lambda index, piece: context.show("replies", next(n_pieces), most, "tokens at most"),
-        )
-    save_generations(context.folder / "generations.jsonl", replies)
-    texts = [Pair(pair.prompt, reply.text, reply.text, pair.group) for pair, reply in zip(pairs, replies, strict=True)]
-    # A closing token, so that an empty reply has one; no token is added to what was written otherwise.
-    found = log_likelihoods(
-        base, texts, TrainSettings(max_length=context.model.max_tokens), batch_tokens=context.model.batch_tokens
-    )
-    result: dict[str, Any] = {
-        "prompts": len(replies),
-        "mean_tokens": float(np.mean([reply.n_tokens for reply in replies])),
-        "perplexity": asdict(perplexity(found.chosen, found.chosen_tokens, [pair.group for pair in pairs])),
-    }
-    if any(reply.divergence is not None for reply in replies):
-        from coala.statistics.intervals import mean_estimate
-
-        spent = [reply.divergence or 0.0 for reply in replies]
-        result["kl"] = asdict(mean_estimate(spent, [pair.group for pair in pairs]))
-    return {**result, **_judged(context, replies)}
-
-
-def _judged(context: CellContext, replies: Sequence[Generation]) -> dict[str, Any]:
-    from coala.evaluation import WordJudge, judge
-
-    file = context.study.datasets[context.cell.dataset].judge
-    if file is None or context.cell.kind == "base":
-        return {}
-    dataset, model, init = context.cell.place
-    reference = load_generations(context.out / "cells" / f"{dataset}.{model}.{init}.base" / "generations.jsonl")
-    ours = [Generation(**{**asdict(reply), "method": context.cell.label}) for reply in replies]
-    theirs = [Generation(**{**asdict(reply), "method": "base"}) for reply in reference]
-    return {"judgements": [asdict(j) for j in judge(ours, theirs, WordJudge.load(file))]}

@@ -21,7 +21,7 @@ def of_ranking(place: Mapping[str, Any]) -> list[str]:
     best = max(baselines, key=lambda row: float(row["accuracy"]["value"]))
     entry = next(d for d in place["differences"] if d["minus"] == best["label"])
     found = entry["difference"]
-    points = f"{100 * found['value']:+.1f} points [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    points = _points(found)
     told = (
         f"{_where(place)}: {ours['label']} ranks {100 * ours['accuracy']['value']:.1f} % of {ours['accuracy']['n']} "
         f"held-out pairs right, the best baseline, {best['label']}, {100 * best['accuracy']['value']:.1f} %: {points}, "
@@ -39,6 +39,98 @@ def of_ranking(place: Mapping[str, Any]) -> list[str]:
     if found["low"] > 0:
         return [f"{told}COALA is above by more than its interval."]
     return [f"{told}The interval includes no difference."]
+
+
+def of_heads(place: Mapping[str, Any]) -> list[str]:
+    """COALA against the other ways to rank by frozen features or by none: linear, all layers, surface cues."""
+    names = {"coala": "", "layers": "a gate at every layer, ", "cues": "surface cues, ", "adamw": "AdamW, "}
+    entries = [d for d in place["differences"] if d["kind"] in names]
+    if not entries:
+        return []
+    told = "; ".join(
+        f"{names[entry['kind']]}{entry['minus']}, {_points(entry['difference'])} ({_verdict(entry['difference'])})"
+        for entry in entries
+    )
+    n = entries[0]["difference"]["n"]
+    return [f"{_where(place)}: {entries[0]['of']} minus the others on {n} held-out pairs, paired: {told}."]
+
+
+def of_writing(place: Mapping[str, Any]) -> list[str]:
+    """Where prompting, training or another way to guide writes better than COALA's guidance, or worse, or neither."""
+    found = place["contests"]
+    if not found:
+        return []
+    families = {
+        "Prompting": [c for c in found if c["kind"] == "prompt"],
+        "DPO and other training": [c for c in found if c["kind"] in ("dpo", "sft", "orpo", "simpo")],
+        "Best-of-N": [c for c in found if c["mode"] == "best_of"],
+        "Other guidance": [c for c in found if c["kind"] in ("guided", "coala") and c["mode"] != "best_of"],
+        "No guidance": [c for c in found if c["kind"] == "base"],
+    }
+    told = []
+    for family, some in families.items():
+        by: dict[str, list[str]] = {}
+        for c in some:
+            by.setdefault(_won(c["wins"]), []).append(f"{c['of']} {_share(c['wins'])}")
+        told += [f"{family} {verdict}: {', '.join(each)}." for verdict, each in by.items()]
+    where, n = _where(place), found[0]["wins"]["n"]
+    return [
+        f"{where}: {found[0]['against']} against the others, share of {n} prompts where the judge prefers the other's "
+        f"reply, a tie one half. {' '.join(told)}"
+    ]
+
+
+def of_capability(place: Mapping[str, Any]) -> list[str]:
+    """What each way to write costs or gains on questions that the pairs do not speak of."""
+    found = place["capability"]
+    if not found:
+        return []
+    told = "; ".join(f"{c['of']} {_points(c['difference'])}" for c in found)
+    n = found[0]["difference"]["n"]
+    return [f"{_where(place)}: share of {n} questions answered, minus the unguided start's, paired: {told}."]
+
+
+def of_agreement(place: Mapping[str, Any]) -> list[str]:
+    """How well ranking accuracy, policy accuracy and wins agree over the methods."""
+    found = [row for row in place["agreement"] if row["tau"] is not None]
+    if not found:
+        return []
+    told = "; ".join(
+        f"{row['first']} and {row['second']}, tau = {row['tau']:+.2f} (n = {row['n']}, p = {row['p']:.2g})"
+        for row in found
+    )
+    return [f"{_where(place)}: Kendall's tau over methods: {told}. With so few methods only strong agreement shows."]
+
+
+def of_benchmarks(place: Mapping[str, Any]) -> list[str]:
+    """Which of our heads, and of the published models, rank a benchmark better than the rule "longer"."""
+    told = []
+    for found in place["benchmarks"]:
+        rows = {name: ranking["rows"] for name, ranking in found["rankings"].items()}
+        rule = rows["longer reply"]
+        ours = ", ".join(f"{name} {_share(rows[name])}" for name in found["ours"])
+        theirs = ", ".join(f"{name} {_share(rows[name])}" for name in found["published"])
+        told.append(
+            f"{_where(place)}: {found['benchmark']}, {found['items']} of {found['of']} items, all comparisons: {ours}; "
+            f"the longer reply {_share(rule)}" + (f"; published models {theirs}." if theirs else ".")
+        )
+    return told
+
+
+def _points(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['value']:+.1f} points [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['value']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def _verdict(difference: Mapping[str, Any]) -> str:
+    return "above" if difference["low"] > 0 else "below" if difference["high"] < 0 else "no difference established"
+
+
+def _won(wins: Mapping[str, Any]) -> str:
+    return "wins" if wins["low"] > 0.5 else "loses" if wins["high"] < 0.5 else "neither wins nor loses for certain"
 
 
 def of_flops(place: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ def costs_of(
     FLOPs by formula and by counter, an epoch's count times the epochs. Searches are counted by formula times the
     counter's excess over it. A head's run is the extraction and the fit; its search, if any, the choice of a layer.
     """
-    if method is None:
+    if method is None or not (method.trained or method.reads):
         return None
     parts = [found[cell.id]["costs"] for cell in done]
     count = next(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ def prepare(study: Study, out: Path) -> dict[str, str]:
 
     Raises :class:`CoalaError` for pairs that cannot be read, and if the sources of a finished split have changed.
     """
-    return {name: _prepare(study, name, out / "data" / name) for name in study.datasets}
+    found: dict[str, str] = {}
+    # Those that join others come after what they join.
+    for name in sorted(study.datasets, key=lambda name: bool(study.datasets[name].joins)):
+        folder = out / "data" / name
+        if joins := study.datasets[name].joins:
+            found[name] = _join(out, folder, {one: found[one] for one in joins})
+        else:
+            found[name] = _prepare(study, name, folder)
+    return found
 
 
 def part(out: Path, dataset: str, name: str) -> list[Pair]:
@@ -39,6 +48,10 @@ def _prepare(study: Study, name: str, folder: Path) -> str:
     from coala.data import source_digest, split
 
     dataset = study.datasets[name]
+    if dataset.sampled is not None:
+        from coala.compare.sampling import sampled_pairs
+
+        dataset = dataset.model_copy(update={"pairs": (str(sampled_pairs(study, name, folder)),)})
     if not dataset.pairs:
         raise CoalaError(f"Dataset {name!r} names no file of pairs, so it can be planned (--dry-run) but not run.")
     gone = [
@@ -83,6 +96,19 @@ def _prepare(study: Study, name: str, folder: Path) -> str:
     }
     parts = {p: file_digest(folder / f"{p}.jsonl") for p in PARTS}
     save_json(about, {**wanted, "parts": parts, "counts": counts})
+    return digest(parts)
+
+
+def _join(out: Path, folder: Path, of: dict[str, str]) -> str:
+    """The parts of several datasets as those of one, groups named after the dataset each is of."""
+    parts = {}
+    about: dict[str, Any] = {}
+    for name in PARTS:
+        pairs = [replace(pair, group=f"{one}:{pair.group}") for one in of for pair in part(out, one, name)]
+        save_pairs(folder / f"{name}.jsonl", pairs)
+        parts[name] = file_digest(folder / f"{name}.jsonl")
+        about[name] = {"pairs": len(pairs), "groups": len({pair.group for pair in pairs})}
+    save_json(folder / "about.json", {"sources": of, "settings": list(of), "parts": parts, "counts": about})
     return digest(parts)
 
 

@@ -1,18 +1,18 @@
-"""Cells that train no weight of the model: the unguided base, features, convex heads on them, and an AdamW control."""
+"""Cells that train no weight of the model: the unguided base, features, and convex heads on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, calibrated_nll, measured_margins, replies_of
-from coala.compare.matrix import features_key, features_method, prompt_features
+from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, keep_compiled, measured_margins
+from coala.compare.every_layer import every_layer, joined, loaded, told
+from coala.compare.matrix import features_method, prompt_features
 from coala.compare.study import StudyMethod
-from coala.store import FeatureStore, load_features, save_features, save_head, scratch
+from coala.compare.writing import guided_policy, replies_of
+from coala.store import FeatureStore, save_features, save_head, scratch
 from coala.values import FeatureSet
 
 if TYPE_CHECKING:
@@ -39,8 +39,13 @@ def base_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         for average in (False, True)
     }
     average = by_validation[True] > by_validation[False]
-    result = measured_margins(margins(test, average), test)
-    return {"reward": PER_TOKEN if average else SUM, **result, **replies_of(context, base, base, costs)}
+    found = log_likelihoods(base, test, settings, batch_tokens=batch)
+    result = measured_margins(found.average_ratio if average else found.ratio, test)
+    return {
+        "reward": PER_TOKEN if average else SUM,
+        **result,
+        **replies_of(context, costs),
+    }
 
 
 # --- features ----------------------------------------------------------------------------------------------------
@@ -51,7 +56,12 @@ def features_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     from coala.costs import extraction_flops, head_flops
     from coala.features import extract, survey
 
-    method, backbone = features_method(context.study, context.cell), context.backbone
+    method = features_method(context.study, context.cell)
+    if context.dataset.joins:
+        return joined(context, costs, method)
+    if method.all_layers:
+        return every_layer(context, costs)
+    backbone = context.backbone
     layers: list[dict[str, Any]] = []
     layer: int = -1 if method.layer == "auto" else method.layer
     if method.layer == "auto":
@@ -76,7 +86,7 @@ def features_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
                 batch_tokens=context.model.batch_tokens,
                 store=shards,
                 plan=plan,
-                on_batch=_told(context, part, plan.facts["tokens"]),
+                on_batch=told(context, part, plan.facts["tokens"]),
             )
             save_features(context.folder / part, features)
             shards.discard()
@@ -89,15 +99,6 @@ def features_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         if part == "train":
             facts = {"spec": asdict(spec), "n_layers": backbone.n_layers, **plan.facts}
     return {**facts, "layers": layers}
-
-
-def _told(context: CellContext, part: str, most: int) -> Callable[[int, int, int], None]:
-    """Tells how far the extraction of a part is, by tokens: long rows come first."""
-
-    def tell(done: int, total: int, tokens: int) -> None:
-        context.show(f"features of {part}", tokens, most, f"{done:,} of {total:,} pairs")
-
-    return tell
 
 
 def _chosen_layer(context: CellContext, method: StudyMethod, backbone: LanguageModel) -> tuple[LayerChoice, int]:
@@ -118,19 +119,13 @@ def _chosen_layer(context: CellContext, method: StudyMethod, backbone: LanguageM
     return choice, round(whole * choice.share)
 
 
-def loaded(context: CellContext, part: str) -> FeatureSet:
-    """The features this cell's method reads."""
-    name = f"{'.'.join(context.cell.place)}.features-{features_key(context.method)}"
-    return load_features(context.out / "cells" / name / part, mmap=True)
-
-
 # --- convex heads ------------------------------------------------------------------------------------------------
 
 
 def head_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Fit the head, rank the test pairs, and answer the held-out prompts guided by it."""
     method, train, test = context.method, loaded(context, "train"), loaded(context, "test")
-    _keep_compiled(context)
+    keep_compiled(context)
     with costs.of("head") as about, _compiling() as seconds:
         fitted = _fit(context, train)
         about["pairs"] = len(train)
@@ -148,21 +143,15 @@ def head_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         "program": None if certificate is None else certificate.program,
         "phase_one": _phase_one(fitted),
         "layer": train.spec.layer,
+        "pooling": train.spec.pooling,
     }
     if method.guidance is not None and method.guidance.mode != "none":
         from coala.decoding import Guidance
 
-        base = context.backbone
-        result |= replies_of(context, base, base, costs, fitted.head, Guidance(**asdict(method.guidance)))
+        guidance = Guidance(**asdict(method.guidance))
+        result |= replies_of(context, costs, head=fitted.head, guidance=guidance)
+        result |= guided_policy(context, costs, fitted.head, guidance)
     return result
-
-
-def _keep_compiled(context: CellContext) -> None:
-    """What one head's cell compiles, the next reads from the comparison's folder."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(context.out / "compiled"))  # type: ignore[no-untyped-call]
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -253,73 +242,3 @@ def count_head(context: CellContext) -> dict[str, Any]:
         "pairs": len(pairs),
         "counter": "torch.utils.flop_counter; matrix products of JAX as carried out",
     }
-
-
-# --- the control of the paper's Table 7 ----------------------------------------------------------------------------
-
-
-def adamw_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
-    """A two-layer ReLU network of 64 neurons on the same features, trained by AdamW on the pairwise logistic loss.
-
-    What COALA's convex head stands in for: its rate is chosen on folds of whole groups among the training pairs.
-    """
-    from coala.convex.validation import grouped_folds
-
-    train, test = loaded(context, "train"), loaded(context, "test")
-    seed = context.cell.seed or 0
-    if context.cell.seed == context.study.seeds[0]:
-        fold = grouped_folds(train.group, 4, seed)
-        held_out = np.ones(len(train), bool) if fold is None else fold == 0
-        rows = []
-        with costs.of("search", rates=len(context.method.rates)):
-            for rate in context.method.rates:
-                scores = _adamw(train.take(~held_out if fold is not None else held_out), rate, seed)
-                margins = scores(train.take(held_out))
-                rows.append({"rate": rate, "nll": calibrated_nll(margins), "accuracy": float((margins > 0).mean())})
-        rate = min(rows, key=lambda row: (row["nll"], row["rate"]))["rate"]
-    else:
-        found = context.result(context.cell.id.rpartition(".s")[0] + f".s{context.study.seeds[0]}")
-        rows, rate = [], found["rate"]
-    with costs.of("head"):
-        scores = _adamw(train, rate, seed)
-    return {
-        "rate": rate,
-        "trials": rows,
-        "reward": "score of the network",
-        **measured_margins(scores(test), context.part("test")),
-    }
-
-
-def _adamw(features: FeatureSet, rate: float, seed: int, *, neurons: int = 64, epochs: int = 100) -> Any:
-    """Scores of pairs' differences by a network trained on ``features``."""
-    import torch
-
-    both = np.concatenate([features.chosen, features.rejected])
-    centre, spread = both.mean(0), both.std(0)
-    spread = np.where(spread > 1e-6, spread, 1.0) * np.sqrt(both.shape[1])
-    rng = torch.Generator().manual_seed(seed)
-    width = both.shape[1]
-    first = (torch.randn(width, neurons, generator=rng) * (2 / width) ** 0.5 * width**0.5).requires_grad_()
-    second = (torch.randn(neurons, generator=rng) / neurons**0.5).requires_grad_()
-    optimiser = torch.optim.AdamW([first, second], lr=rate)
-
-    def rows(values: Any) -> torch.Tensor:
-        return torch.tensor(np.asarray((values - centre) / spread, np.float32))
-
-    def score(values: torch.Tensor) -> torch.Tensor:
-        hidden = torch.relu(values @ first)
-        return torch.mv(hidden, second)
-
-    chosen, rejected = rows(features.chosen), rows(features.rejected)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(chosen), generator=rng).split(256):  # type: ignore[no-untyped-call]
-            loss = torch.nn.functional.softplus(score(rejected[batch]) - score(chosen[batch])).mean()
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-
-    def margins(other: FeatureSet) -> Any:
-        with torch.no_grad():
-            return (score(rows(other.chosen)) - score(rows(other.rejected))).double().numpy()
-
-    return margins

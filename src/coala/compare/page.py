@@ -9,7 +9,7 @@ from typing import Any
 from coala.compare import figures, tables
 from coala.compare.results import content_of
 from coala.compare.study import Study
-from coala.compare.text import latex, markdown, place_tables, place_title, sentences
+from coala.compare.text import latex, markdown, notes, place_tables, place_title, sentences
 from coala.pages.parts import Part, aside, code_block, gallery, headed, listing, page, paragraphs, section
 from coala.store import plain, save_json, write_atomic
 
@@ -80,5 +80,6 @@ def _how(content: Mapping[str, Any]) -> Iterator[str]:
             f"Fewer than four rates were tried for {', '.join(content['untuned'])}: a comparison with these says "
             "little."
         )
+    yield from notes(content)
     seeds = content["settings"]["seeds"]
     yield f"Seeds: {', '.join(map(str, seeds))}."

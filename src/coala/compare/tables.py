@@ -26,6 +26,8 @@ def ranking(place: Mapping[str, Any]) -> Table | None:
     )
     rows = []
     for row in place["methods"]:
+        if row["kind"] == "guided":
+            continue
         fell = row["falling"]
         rows.append(
             (
@@ -62,35 +64,6 @@ def differences(place: Mapping[str, Any]) -> Table | None:
     ]
     ours = place["differences"][0]["of"]
     return Table(f"{ours} against every other method", ("difference", "points [95 %]", "p", "p, Holm"), rows)
-
-
-def replies(place: Mapping[str, Any]) -> Table | None:
-    """The paper's Tables 3 and 4: win rates, and what they are bought with."""
-    rows = [
-        (
-            row["label"],
-            bracketed(row["win_rate"]),
-            bracketed(row["perplexity"], ".3g", 1),
-            bracketed(row["kl"], ".3g", 1),
-            over_seeds(row["tokens"]),
-        )
-        for row in place["methods"]
-        if row["perplexity"] or row["win_rate"]
-    ]
-    if not rows:
-        return None
-    return Table(
-        "Replies to held-out prompts",
-        (
-            "method",
-            "wins against the unguided start, %",
-            "perplexity under the start",
-            "KL to the start, nats",
-            "tokens",
-        ),
-        rows,
-        "A tie counts one half. KL of whole replies; for heads it is known in guidance mode shift alone.",
-    )
 
 
 def costs(place: Mapping[str, Any]) -> Table | None:
@@ -170,7 +143,10 @@ def measured(place: Mapping[str, Any]) -> Table | None:
     return Table("Time and memory of one run, measured", head, rows, _MEASURED)
 
 
-def published(content: Mapping[str, Any]) -> Table:
+def published(content: Mapping[str, Any]) -> Table | None:
+    # Beside costs that nobody counted they would say nothing.
+    if not content["settings"].get("count_flops", True):
+        return None
     found = content["published_costs"]
     rows = [
         (

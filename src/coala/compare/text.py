@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coala.compare import tables
+from coala.compare import tables, writing_tables
 from coala.compare.study import Study
 from coala.pages.parts import Part, Table
 from coala.pages.words import bracketed, flops, seconds, size
@@ -26,12 +26,29 @@ def sentences(content: Mapping[str, Any]) -> list[str]:
     return [sentence for place in content["places"] for sentence in (*place["verdict"], *place["measured"])]
 
 
+def notes(content: Mapping[str, Any]) -> list[str]:
+    """What readers should know of models and pairs before they read a figure."""
+    settings = content["settings"]
+    found = [
+        f"{name} is a GGUF file: every method starts from one copy of its dequantised weights, in float32."
+        for name, model in (settings.get("models") or {}).items()
+        if str(model["path"]).endswith(".gguf")
+    ]
+    for name, dataset in (settings.get("datasets") or {}).items():
+        found += [f"{name}: {dataset['source']}."] if dataset.get("source") else []
+    return found
+
+
 def place_tables(place: Mapping[str, Any]) -> list[Table]:
     """Every table of one dataset, model and start."""
     found = (
         tables.ranking(place),
         tables.differences(place),
-        tables.replies(place),
+        writing_tables.replies(place),
+        writing_tables.rules(place),
+        writing_tables.contests(place),
+        writing_tables.agreement(place),
+        *writing_tables.benchmarks(place),
         tables.costs(place),
         tables.measured(place),
         _layers(place),
@@ -45,7 +62,9 @@ def _layers(place: Mapping[str, Any]) -> Table | None:
         return None
     rows = [
         (
-            f"{row['layer']}" + (" (chosen)" if row["chosen"] else ""),
+            f"{row['layer']}"
+            + (f", {row['pooling']}" if "pooling" in row else "")
+            + (" (chosen)" if row["chosen"] else ""),
             tables.percent(row["cost"]),
             f"{row['nll']:.4f}",
             f"{row['excess']:+.4f} ({row['excess_error']:.4f})",
@@ -105,6 +124,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     parts += [f"{machine}.", ""] if machine else []
     parts += [f"{counts['done']} of {counts['cells']} cells done, {counts['failed']} failed.", ""]
     parts += [f"- {sentence}" for sentence in sentences(content)]
+    if told := notes(content):
+        parts += ["", "## Models and pairs", "", *(f"- {note}" for note in told)]
     for place in content["places"]:
         parts += ["", f"## {place_title(place)}"]
         for table in place_tables(place):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, measured_margins, prompts_of, replies_of
+from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, measured_margins
 from coala.compare.study import Study, StudySetting
+from coala.compare.writing import policy_of, prompts_of, replies_of
 from coala.store import load_json, save_json
 from coala.values import CoalaError, Pair
 
@@ -210,7 +211,7 @@ def _margins(
 def _measure(
     context: CellContext, trained: Trained, test: Sequence[Pair], average: bool, costs: Costs
 ) -> dict[str, Any]:
-    from coala.baselines import drift
+    from coala.baselines import drift, log_likelihoods
 
     # The base is first loaded here or after a trial's training, so that the peak of the first training is its own.
     base = context.backbone
@@ -219,7 +220,17 @@ def _measure(
         result = measured_margins(_margins(context, trained, test, average, policy), test)
     if trained.method == "reward":
         return result
-    result |= replies_of(context, policy, base, costs)
+    with costs.of("policy"):
+        if trained.method == "dpo":
+            # Its own reward is the log-ratio.
+            result["policy_accuracy"] = result["accuracy"]
+        else:
+            ours, theirs = (
+                log_likelihoods(model, test, trained.settings, batch_tokens=context.model.batch_tokens)
+                for model in (policy, base)
+            )
+            result |= policy_of(ours, theirs, test)
+    result |= replies_of(context, costs, policy)
     settings = context.study.evaluation
     pairs = prompts_of(context)[: settings.kl_prompts]
     if pairs:

@@ -57,21 +57,31 @@ class Standardisation:
         constant = 1 / np.sqrt(max(1, varies.sum()))
         plain = cls(center, factor, float(constant), np.eye(d + 1))
         if n < d + 1:
-            plain = replace(plain, rotation=_row_space(np.concatenate([plain.rows(side) for side in sides])))
+            plain = replace(plain, rotation=_row_space(np.concatenate([plain._scaled(side) for side in sides])))
         basis = plain.rotation
+        # The identity is not multiplied with.
+        turned = plain.rows if n < d + 1 else plain._scaled
         moment = np.zeros((basis.shape[1], basis.shape[1]))
         for start in range(0, len(chosen), BLOCK):
             part = slice(start, start + BLOCK)
-            difference = plain.rows(chosen[part]) - plain.rows(rejected[part])
+            difference = turned(chosen[part]) - turned(rejected[part])
             moment += difference.T @ difference
         _, turn = np.linalg.eigh(moment)
-        return replace(plain, rotation=basis @ turn[:, ::-1])
+        return replace(plain, rotation=turn[:, ::-1] if n >= d + 1 else basis @ turn[:, ::-1])
 
     def rows(self, h: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n r"]:
         """Feature vectors (n, d) in the coordinates of the fit, (n, r) float64."""
+        return np.asarray(self._scaled(h) @ self.rotation)
+
+    def differences(
+        self, chosen: Float[np.ndarray, "n d"], rejected: Float[np.ndarray, "n d"]
+    ) -> Float[np.ndarray, "n r"]:
+        """``rows(chosen) - rows(rejected)`` by one product."""
+        return np.asarray((self._scaled(chosen) - self._scaled(rejected)) @ self.rotation)
+
+    def _scaled(self, h: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d+1"]:
         scaled = (h.astype(np.float64) - self.center) * self.factor
-        constant = np.full((len(h), 1), self.constant)
-        return np.asarray(np.concatenate([scaled, constant], axis=1) @ self.rotation)
+        return np.concatenate([scaled, np.full((len(h), 1), self.constant)], axis=1)
 
     def fill(self, h: Float[np.ndarray, "n d"], out: Float[np.ndarray, "n r"]) -> None:
         """:meth:`rows` into ``out`` (n, r), block by block."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,46 @@ _CUES: dict[str, Callable[[str], float]] = {
     "exclamation mark": lambda reply: float("!" in reply),
     "digits": lambda reply: float(any(c.isdigit() for c in reply)),
 }
+
+# Those, and markup: what a classifier that does not read may look at in a reply by itself.
+SURFACE: dict[str, Callable[[str], float]] = {
+    **_CUES,
+    "words": lambda reply: math.log1p(len(reply.split())),
+    "lines": lambda reply: math.log1p(reply.count("\n")),
+    "list items": lambda reply: math.log1p(len(re.findall(r"(?m)^\s*(?:[-*+]|\d+[.)])\s", reply))),
+    "headings": lambda reply: math.log1p(len(re.findall(r"(?m)^#{1,6}\s", reply))),
+    "bold": lambda reply: math.log1p(len(re.findall(r"\*\*[^*\n]+\*\*", reply))),
+    "code": lambda reply: float("`" in reply),
+    "capitals": lambda reply: sum(c.isupper() for c in reply) / max(1, len(reply)),
+}
+
+
+@dataclass(frozen=True)
+class CueRule:
+    """score(reply) = sum of ``weights`` times the cues of :data:`SURFACE` by name; made by :func:`fit_cues`."""
+
+    weights: Mapping[str, float]
+
+    def score(self, reply: str) -> float:
+        return sum(weight * SURFACE[name](reply) for name, weight in self.weights.items())
+
+    def margins(self, pairs: Sequence[Pair]) -> Float:
+        """Score differences chosen - rejected (n,)."""
+        return np.array([self.score(pair.chosen) - self.score(pair.rejected) for pair in pairs])
+
+
+def fit_cues(pairs: Sequence[Pair], *, l2: float = 1.0) -> CueRule:
+    """The logistic rule on differences of the cues of ``pairs``, each in units of its own deviation.
+
+    ``l2`` penalises the weights in those units; a cue on which no pair differs has none.
+    """
+    columns = np.array([[cue(p.chosen) - cue(p.rejected) for cue in SURFACE.values()] for p in pairs]).reshape(
+        len(pairs), len(SURFACE)
+    )
+    scale = np.sqrt((columns**2).mean(axis=0)) if len(pairs) else np.zeros(len(SURFACE))
+    used = scale > 0
+    found = fit_logistic(columns[:, used] / scale[used], l2=l2).coefficients / scale[used]
+    return CueRule(dict(zip(np.array(list(SURFACE))[used].tolist(), found.tolist(), strict=True)))
 
 
 def position_cues(pairs: Sequence[Pair]) -> dict[str, Estimate]:

@@ -34,6 +34,7 @@ _TOOL_ROLES = (
     "ipython",
 )
 GROUP_FIELDS = ("group", "conversation_id", "prompt_id", "post_id", "movie")
+RATER_FIELDS = ("rater", "rater_id", "annotator", "annotator_id", "worker_id")
 # Nothing a reader would see: white space proper, zero-width characters, a stray byte-order mark.
 INVISIBLE = "".join(map(chr, (*range(0x1C, 0x21), 0x85, 0xA0, *range(0x2000, 0x2010), 0x2028, 0x2029))) + (
     "\t\n\x0b\x0c\r\u1680\u202f\u205f\u2060\u3000\ufeff"
@@ -239,6 +240,18 @@ def named_group(row: Row, names: Iterable[str] = GROUP_FIELDS) -> str | None:
         if value not in (None, "") and name == "group":
             raise Fault(name, describe(value), "a name or a number", "write it as text, or drop the field")
     return None
+
+
+def rater_of(row: Row) -> str:
+    """Who preferred the chosen reply, as the row names them; empty if it does not."""
+    for name in RATER_FIELDS:
+        value = row.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, str) and value.strip():
+            unwritable(value, name)
+            return value
+    return ""
 
 
 def group_of(row: Row, prompt: Sequence[Turn]) -> str:

@@ -153,7 +153,9 @@ class Needs:
             there = self.room["device"]
             filled = piece if there is None else max(piece, there - LIBRARIES["device"] - piece)
             return min(outline.weight_bytes(self.dtype), filled)
-        return outline.weight_bytes(self.dtype, model.quantise)
+        # On a CPU they are packed in 8 bits only once they are read, so that the most is all of them whole.
+        packed = model.quantise == "8bit" and not self.on_gpu
+        return outline.weight_bytes(self.dtype, None if packed else model.quantise)
 
     def _longest(self) -> int:
         return min(self.counts.longest_row, self.recipe.model.max_tokens or self.outline.context)

@@ -40,6 +40,7 @@ no interval is known.
     perplexity      {unguided: ESTIMATE, guided: ESTIMATE}, of the text under the base model
     policy          {accuracy: ESTIMATE, lifted: ESTIMATE, note} of log-ratios to the base, or {unknown: str}, why not
     samples         [{prompt, unguided, guided, scores: {unguided, guided}}]
+    receipts        what :mod:`coala.report.receipts` keeps under RUN/receipts; added when the report is written
     evaluations     what :mod:`coala.report.evaluations` keeps under RUN/evaluations; added when the report is written
 """
 
@@ -53,6 +54,7 @@ from coala.report.conclusions import conclusions
 from coala.report.content import plain
 from coala.report.evaluations import Contrast, Evaluation, Measure, Sample, save_evaluation, saved_evaluations
 from coala.report.page import render
+from coala.report.receipts import forgotten_since, saved_receipts
 from coala.store import RunFolder, load_json, save_json, write_atomic
 
 __all__ = ["Contrast", "Evaluation", "Measure", "Sample", "add_evaluation", "conclusions", "write_report"]
@@ -61,9 +63,11 @@ __all__ = ["Contrast", "Evaluation", "Measure", "Sample", "add_evaluation", "con
 def write_report(run: RunFolder, content: Mapping[str, Any]) -> Path:
     """Write ``report.json`` and ``report.html`` into the run folder and return the page's path.
 
-    The evaluations that the run holds come with them.
+    The evaluations and receipts that the run holds come with them.
     """
-    kept = plain({**content, "evaluations": saved_evaluations(run)})
+    receipts = saved_receipts(run)
+    evaluations = [{**row, "stale": forgotten_since(receipts, row.get("created"))} for row in saved_evaluations(run)]
+    kept = plain({**content, "evaluations": evaluations, "receipts": receipts})
     page = run.path / "report.html"
     save_json(run.path / "report.json", kept)
     write_atomic(page, render(kept))

@@ -8,6 +8,7 @@ from typing import Any
 from coala.pages.words import Interval, number
 from coala.report.content import plain
 from coala.report.evaluations import spoken
+from coala.report.receipts import spoken as spoken_of_receipt
 
 
 def conclusions(content: Mapping[str, Any]) -> list[str]:
@@ -27,6 +28,7 @@ def conclusions(content: Mapping[str, Any]) -> list[str]:
         *_perplexity(content.get("perplexity") or {}),
         *_policy(content.get("policy") or {}),
         *(sentence for row in content.get("evaluations") or [] for sentence in spoken(row)),
+        *(sentence for row in content.get("receipts") or [] for sentence in spoken_of_receipt(row)),
     ]
 
 

@@ -33,6 +33,7 @@ KEYS = (
         "policy",
         "samples",
         "evaluations",
+        "receipts",
     ),
 )
 

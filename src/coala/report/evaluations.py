@@ -170,6 +170,9 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
     heads = ("Measure", "Value (95 % interval unless told otherwise)", "How")
     return [
         element("h3", title),
+        aside("Stale: made with the head of before pairs were forgotten. Evaluate again.")
+        if row.get("stale")
+        else None,
         aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
         Table(title, heads, measures, kind="measures"),
         _contrasted(title, row.get("contrasts") or []),

@@ -28,6 +28,7 @@ from coala.pages.words import Interval, flops, number, seconds, size
 from coala.report import figures
 from coala.report.conclusions import certified_gap, conclusions
 from coala.report.evaluations import shown
+from coala.report.receipts import shown as receipt_parts
 
 MEASURES = ("Measure", "Value (95 % interval)", "How")
 
@@ -36,6 +37,7 @@ def render(content: Mapping[str, Any]) -> str:
     """The page of a plain content (:func:`coala.report.content.plain`)."""
     summary, head, curves = (_mapping(content.get(name)) for name in ("summary", "head", "curves"))
     evaluations = [part for row in _rows(content.get("evaluations")) for part in shown(row)]
+    receipts = [part for row in _rows(content.get("receipts")) for part in receipt_parts(row)]
     said = [sentence.replace(" %", "\u00a0%") for sentence in conclusions(content)]
     line = [
         content.get("created"),
@@ -57,6 +59,7 @@ def render(content: Mapping[str, Any]) -> str:
         section("How the head was fitted", *_fit(content, summary, curves), name="fit"),
         section("Does guidance change the text?", *_text(content), name="text"),
         section("Evaluations", *evaluations, name="evaluations"),
+        section("Receipts", *receipts, name="receipts"),
         section("Data", *_data(content), name="data"),
         section("What it cost", *_costs(_rows(content.get("costs")), summary), name="costs"),
         section("Reproduce", *_again(content), name="again"),

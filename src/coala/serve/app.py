@@ -48,12 +48,17 @@ SEEDS = 2**31
 
 @dataclass(frozen=True)
 class Served:
-    """What a server serves: a run's model, head and guidance under a name, and digests of what it is."""
+    """What a server serves: a run's model, head and guidance under a name, and digests of what it is.
+
+    ``temperature`` is that of requests which name none, ``system`` the first turn of those without such a turn.
+    """
 
     name: str
     backbone: LanguageModel
     head: ConvexHead
     guidance: Guidance
+    temperature: float = 1.0
+    system: str | None = None
 
     def __post_init__(self) -> None:
         self.backbone.require_head("Replies")
@@ -128,17 +133,26 @@ def create_app(
             )
         return name
 
+    def told(prompt: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        """The prompt behind the server's system prompt, unless it brings one."""
+        if not served.system or prompt[0].role == "system":
+            return prompt
+        return (Turn("system", served.system), *prompt)
+
+    def warmth(body: schemas.ChatRequest | schemas.CompletionRequest) -> float:
+        return served.temperature if body.temperature is None else body.temperature
+
     def asked(body: schemas.ChatRequest | schemas.CompletionRequest) -> Ask:
         guided = model_of(body.model) == served.name
         if isinstance(body, schemas.ChatRequest):
-            prompts: tuple[Prompt, ...] = (turns(body.messages),)
+            prompts: tuple[Prompt, ...] = (told(turns(body.messages)),)
             within("max_completion_tokens", body.max_completion_tokens or 1, limits.max_tokens, "tokens a reply")
             wanted = body.max_completion_tokens or body.max_tokens
             top = body.top_logprobs or 0
             n_top = top if body.logprobs or top else None
         else:
             texts = body.prompt if isinstance(body.prompt, list) else [body.prompt or ""]
-            prompts = tuple(user(text) if body.render == "turn" else text for text in texts)
+            prompts = tuple(told(user(text)) if body.render == "turn" else text for text in texts)
             wanted = body.max_tokens or min(SHORT_REPLY, limits.max_tokens)
             n_top = body.logprobs
         n = body.n or 1
@@ -151,7 +165,7 @@ def create_app(
             prompts=prompts,
             guidance=guidance_of(body, guided),
             seed=secrets.randbelow(SEEDS) if body.seed is None else body.seed,
-            temperature=1.0 if body.temperature is None else body.temperature,
+            temperature=warmth(body),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             max_tokens=wanted or limits.max_tokens,
             n=n,
@@ -172,7 +186,7 @@ def create_app(
             found = found.changed(**changes)
         if not (isinstance(wanted, schemas.GuidanceSettings) and wanted.mode):
             # Clients ask for temperature 0 without knowing of modes.
-            found = found.at(1.0 if body.temperature is None else body.temperature)
+            found = found.at(warmth(body))
         found = found.changed(top_p=body.top_p, top_k=body.top_k)
         if wanted == "none" or not guided:
             found = replace(found, mode="none", budget=None)

@@ -26,12 +26,14 @@ from coala.store.files import (
     write_atomic,
 )
 from coala.store.policies import load_policy, save_policy
+from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
     load_generations,
     load_head,
     load_judgements,
     load_pairs,
+    pair_digest,
     save_generations,
     save_head,
     save_judgements,
@@ -41,6 +43,7 @@ from coala.store.values import (
 __all__ = [
     "FeatureStore",
     "MisfitError",
+    "Replacement",
     "RunFolder",
     "StoreError",
     "claim",
@@ -58,8 +61,10 @@ __all__ = [
     "load_object",
     "load_pairs",
     "load_policy",
+    "pair_digest",
     "plain",
     "read_as",
+    "replacing",
     "save_features",
     "save_generations",
     "save_head",

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from coala.store.files import StoreError, claim, file_digest, load_object, save_json, to_json
+from coala.store.replacing import discard_unfinished, settle
 
 LOCK = ".lock"
+FORGOTTEN = "forgotten.json"
 MOST_SHOWN = 200
 
 
@@ -25,6 +27,7 @@ class RunFolder:
     def open(cls, path: Path | str) -> RunFolder:
         """An existing run, for reading."""
         run = cls(path)
+        settle(run.path)
         if not (run.path / "run.json").exists():
             raise StoreError(f"{path}: is not a run folder (it has no run.json). Make one with `coala align`.")
         return run
@@ -87,6 +90,8 @@ class RunFolder:
                     "another --out."
                 )
             try:
+                settle(self.path)
+                discard_unfinished(self.path)
                 yield
             finally:
                 lock.unlink(missing_ok=True)
@@ -97,6 +102,12 @@ class RunFolder:
     @property
     def settings(self) -> dict[str, Any]:
         return load_object(self.path / "run.json")
+
+    @property
+    def forgotten(self) -> set[str]:
+        """Digests of pairs that this run was made to forget, which it does not read again (``pair_digest``)."""
+        path = self.path / FORGOTTEN
+        return set(load_object(path, "pairs")["pairs"]) if path.exists() else set()
 
     def restart(self) -> None:
         """Delete the run, if this is one; any other folder is refused."""

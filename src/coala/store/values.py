@@ -12,6 +12,7 @@ from safetensors.numpy import save as save_tensors
 
 from coala.store.files import (
     StoreError,
+    digest,
     file_digest,
     load_arrays,
     load_lines,
@@ -25,7 +26,7 @@ from coala.values import Certificate, ConvexHead, FeatureSpec, Generation, Judge
 
 
 def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    """One JSON object per line, in the conversational preference format that TRL reads, plus ``group``."""
+    """One JSON object per line, in the conversational preference format that TRL reads, plus group and rater."""
 
     def row(pair: Pair) -> dict[str, Any]:
         return {
@@ -33,9 +34,15 @@ def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
             "chosen": [{"role": "assistant", "content": pair.chosen}],
             "rejected": [{"role": "assistant", "content": pair.rejected}],
             "group": pair.group,
+            **({"rater": pair.rater} if pair.rater else {}),
         }
 
     save_lines(path, map(row, pairs))
+
+
+def pair_digest(pair: Pair) -> str:
+    """A SHA-256 of what a pair says, its group and rater apart."""
+    return digest([[turn.role, turn.text] for turn in pair.prompt], pair.chosen, pair.rejected)
 
 
 def load_pairs(path: Path) -> list[Pair]:
@@ -47,6 +54,7 @@ def load_pairs(path: Path) -> list[Pair]:
                 chosen=row["chosen"][0]["content"],
                 rejected=row["rejected"][0]["content"],
                 group=row["group"],
+                rater=row.get("rater", ""),
             )
             for row in load_lines(path)
         ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coala.data.context import PARTS, Around, in_context
 from coala.data.findings import Fault, Finding
 from coala.data.records import RowRecord
-from coala.data.turns import Row, group_of
+from coala.data.turns import Row, group_of, rater_of
 from coala.values import Pair
 
 
@@ -51,9 +51,10 @@ def only(*names: str) -> Callable[[Row], Set[str]]:
 
 
 def placed(row: Row, one: Pair, used: Set[str]) -> Pair:
-    """The pair with what stands around its prompt in other columns."""
-    prompt = tuple(in_context(row, one.prompt, used))
-    return one if prompt == one.prompt else Pair(prompt, one.chosen, one.rejected, group_of(row, prompt))
+    """The pair with its rater, and with what stands around its prompt in other columns."""
+    prompt, rater = tuple(in_context(row, one.prompt, used)), rater_of(row)
+    group = one.group if prompt == one.prompt else group_of(row, prompt)
+    return one if prompt == one.prompt and not rater else Pair(prompt, one.chosen, one.rejected, group, rater)
 
 
 def by_row(

@@ -1,0 +1,64 @@
+"""`coala forget`: pairs taken out of a run for good, with an exact refit and a receipt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def forget(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
+    *,
+    group: Annotated[list[str] | None, typer.Option(help="All pairs of this group. Repeatable.")] = None,
+    rater: Annotated[list[str] | None, typer.Option(help="All pairs of this rater. Repeatable.")] = None,
+    pairs: Annotated[
+        list[Path] | None, typer.Option(help="The pairs of this file, in any known format. Repeatable.")
+    ] = None,
+    line: Annotated[
+        list[int] | None, typer.Option(help="This line of RUN/pairs-train.jsonl, as it is now. Repeatable.")
+    ] = None,
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Choose ridge, gates and all else again, as a fit that never saw the pairs.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="The cache of features that the run was made with: its copies go too.")
+    ] = None,
+) -> None:
+    """Take pairs out of a run: refit its head exactly without them, destroy their features, write a receipt.
+
+    What the old head wrote is deleted or marked stale; the model itself is untouched.
+
+    Example: `coala forget runs/demo --group 4211`
+    """
+    from coala.cli.output import emit, say, table
+    from coala.data import read_pairs
+    from coala.receipts import forget_pairs
+
+    files = [str(path) for path in pairs or []]
+    receipt = forget_pairs(
+        run,
+        groups=group or [],
+        raters=rater or [],
+        pairs=list(read_pairs(files)) if files else [],
+        lines=line or [],
+        anew=anew,
+        cache=cache,
+        on_note=say,
+    )
+    names = (
+        "removed_train",
+        "removed_held_out",
+        "how",
+        "gap_before",
+        "gap_after",
+        "distance",
+        "bound",
+        "margins_moved",
+    )
+    told = [(name.replace("_", " "), receipt[name]) for name in names]
+    table([[name, f"{value:.3g}" if isinstance(value, float) else str(value)] for name, value in told])
+    for text in receipt["not_claimed"]:
+        say(f"not claimed: {text}")
+    emit(receipt)

@@ -1,0 +1,84 @@
+"""Pairs that a study makes of a model's own replies, labelled by a word scorer; in a process of its own.
+
+OUT/data/<dataset>/replies/N.jsonl   the N-th reply to every prompt, kept as it comes
+OUT/data/<dataset>/sampled.jsonl     the pairs: to each prompt the best reply against the worst
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coala.compare.study import Sampled, Study, StudyModel
+from coala.compare.weights import trainable
+from coala.processes import Child, Parent
+from coala.store import digest, file_digest, load_json, save_json, save_pairs
+from coala.values import CoalaError, Pair, user
+
+
+def sampled_pairs(study: Study, name: str, folder: Path) -> Path:
+    """The file of the pairs of dataset ``name``, made unless it is there for the same settings."""
+    dataset, target = study.datasets[name], folder / "sampled.jsonl"
+    assert dataset.sampled is not None
+    model = next(iter(dataset.models or study.models))
+    gone = [path for path in (dataset.sampled.prompts, dataset.sampled.labeller) if not Path(path).is_file()]
+    if gone:
+        raise CoalaError(
+            f"Dataset {name!r}: {gone[0]} is not there; expected what its pairs are sampled from. Fix: name the folder "
+            "that data: paths lie in with --data."
+        )
+    wanted = digest(
+        dataset.sampled.model_dump(), study.models[model].model_dump(), study.split.seed, study.evaluation.temperature
+    )
+    about = folder / "sampled.json"
+    if target.is_file() and about.is_file() and load_json(about) == {"of": wanted, "pairs": file_digest(target)}:
+        return target
+    # The model and its libraries stay out of the process that starts the cells.
+    with Child(_sample, study, model, name, folder, wanted) as child:
+        if child.join() != 0:
+            raise CoalaError(f"Dataset {name!r}: the process that samples its pairs ended early. Fix: run it again.")
+    save_json(about, {"of": wanted, "pairs": file_digest(target)})
+    return target
+
+
+def _sample(parent: Parent, study: Study, model: str, name: str, folder: Path, stamp: str) -> None:
+    settings = study.datasets[name].sampled
+    assert settings is not None
+    weights = folder.parent.parent / "models" / model
+    pairs = make_pairs(study, study.models[model], settings, folder / f"replies-{stamp[:12]}", weights)
+    save_pairs(folder / "sampled.jsonl", pairs)
+
+
+def make_pairs(study: Study, model: StudyModel, settings: Sampled, kept: Path, weights: Path) -> list[Pair]:
+    """The best against the worst of several replies to each prompt, where the scorer tells them apart."""
+    from coala.backbone import load_backbone
+    from coala.decoding import Guidance, generate
+    from coala.evaluation import WordJudge
+    from coala.evaluation.rows import read_rows
+
+    labeller = WordJudge.load(settings.labeller)
+    texts = [row.text("text").strip() for row in read_rows(settings.prompts)][: settings.n_prompts]
+    prompts = [user(settings.ask.replace("{text}", text)) for text in texts]
+    backbone = load_backbone(
+        trainable(model.path, weights), revision=model.revision, template=model.template, device=study.device
+    )
+    replies = [
+        generate(
+            prompts,
+            backbone,
+            guidance=Guidance(mode="none"),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=study.evaluation.temperature,
+            # Not the noise of the replies that methods are judged by.
+            seed=study.split.seed + 1000 + number,
+            kept=kept / f"{number}.jsonl",
+        )
+        for number in range(settings.replies)
+    ]
+    pairs = []
+    for place, prompt in enumerate(prompts):
+        written = sorted({some[place].text.strip() for some in replies} - {""}, key=lambda t: (labeller.score(t), t))
+        if len(written) > 1 and labeller.score(written[-1]) > labeller.score(written[0]):
+            pairs.append(Pair(prompt, written[-1], written[0], f"prompt-{place:05d}"))
+    if not pairs:
+        raise CoalaError("the scorer tells no two replies apart. Fix: more prompts, or another labeller.")
+    return pairs

@@ -1,0 +1,12 @@
+"""Receipts: what each pair did to a run's head, a head without some of its pairs, and what an adversary could do.
+
+    pair_influence(run)              the pairs whose absence would change a measure most, exact, and proved to be all
+    forget_pairs(run, groups=[...])  an exact refit without them, their features destroyed, a receipt
+
+Everything is a computation on the run's saved features; no model is loaded but to score a reply that is given.
+"""
+
+from coala.receipts.forgetting import forget_pairs
+from coala.receipts.influence import pair_influence
+
+__all__ = ["forget_pairs", "pair_influence"]

@@ -1,0 +1,80 @@
+"""What a receipt claims, what it does not, and what is stale: in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from coala.receipts.opened import Opened
+from coala.store import load_json
+
+# What the old head wrote, or what quotes pairs: gone with them.
+WRITTEN = (
+    *("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "replies"),
+    *("judgements-judge.jsonl", "judgements-labeller.jsonl", "report.html", "report.json"),
+    *(f"stages/{stage}.json" for stage in ("replies-unguided", "replies-guided")),
+    *(f"stages/judgements-{judge}.json" for judge in ("judge", "labeller")),
+    *("features/train/shards", "features/eval/shards"),
+)
+NOT_CLAIMED = (
+    "The model itself is untouched: what it was trained on before is not known here.",
+    "The file the pairs were read from is the user's: delete the pairs there too. This run does not read them again.",
+    "The disk may keep the bytes of deleted files until it writes over them; backups and snapshots keep theirs.",
+    "Copies of the old head, exports and servers that loaded it elsewhere are not known here: replace them.",
+    "Verdicts that were bought are kept by digests of what was judged, with the judge's answers as they came.",
+)
+
+
+def claimed(refitted: bool, anew: bool) -> list[str]:
+    """What holds after forgetting; ``refitted`` if the head saw the pairs, ``anew`` if validation chose again."""
+    told = [
+        "No file of this run holds the pairs or their features any more; digests of the pairs are kept, so that they "
+        "are not read again."
+    ]
+    if refitted and anew:
+        told.append("The head is, byte for byte, the one that a fit of the remaining features alone gives.")
+    elif refitted:
+        told.append(
+            "The weights are the optimum of the program on the remaining pairs alone, within the gap after: those of a "
+            "fit that never saw the others, at the same ridge and with the same gates. Coordinates and temperature are "
+            "computed from the remaining pairs."
+        )
+    return told
+
+
+def remnants(run: Opened, refitted: bool, anew: bool) -> list[str]:
+    """What still rests on the forgotten pairs."""
+    told = []
+    if refitted and not anew:
+        what = "The ridge, one of 13 on a grid, was" if not run.head.n_neurons else "Ridge, sparsity and gates were"
+        told.append(f"{what} chosen with the forgotten pairs; --anew chooses again.")
+    if refitted and run.recipe.model.layer == "auto":
+        told.append("The layer was chosen with the forgotten pairs.")
+    return told
+
+
+def stale(run: Path, refitted: bool) -> list[str]:
+    """What the old head wrote and is gone, and what was made from it and is kept."""
+    gone = [name for name in WRITTEN if name.endswith(".jsonl") and (run / name).exists()]
+    told = [f"{name}: deleted; `coala align` writes it again" for name in gone]
+    if (run / "replies").is_dir():
+        told.append("replies: deleted; evaluations that are run again write them")
+    if refitted:
+        kept = sorted((run / "evaluations").glob("*.json"))
+        told += [f"evaluations/{path.name}: {load_json(path).get('title')}; evaluate again" for path in kept]
+    return told
+
+
+def shared(run: Path, entries: Sequence[Path]) -> list[str]:
+    """What is said of copies of the features that other folders share with the run."""
+    told = []
+    for part in ("train", "eval"):
+        path = run / "features" / part / "features.safetensors"
+        known = sum((entry / path.name).exists() and (entry / path.name).samefile(path) for entry in entries)
+        others = path.stat().st_nlink - 1 - known
+        if others > 0:
+            told.append(
+                f"The old features/{part} have {others} more name{'s' if others > 1 else ''} on this disk, in a cache "
+                "or in other runs that share them: give --cache, and forget the pairs in those runs too."
+            )
+    return told
