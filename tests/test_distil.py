@@ -194,6 +194,9 @@ def test_exported_folders_have_the_policys_probabilities_in_plain_transformers(k
     if kind == "llama":
         export_lora(policy, model, tmp_path / "lora")
         found["lora"] = PeftModel.from_pretrained(adapted, tmp_path / "lora")
+    else:
+        with pytest.raises(CoalaError, match="ties its output layer"):
+            export_lora(policy, model, tmp_path / "lora")
     for name, network in found.items():
         with torch.no_grad():
             log_probs = network(tokens).logits[0].float().log_softmax(-1)

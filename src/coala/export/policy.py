@@ -85,9 +85,9 @@ def export_checkpoint(policy: DistilledPolicy, backbone: LanguageModel, folder: 
 def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str) -> ExportedPolicy:
     """Write a LoRA adapter of the output layer: B = W left, A = right, of the policy's rank.
 
-    Engines differ in whether they take one on a tied output layer, and some ignore it silently: compare its
-    probabilities once it is loaded. Raises ``ExportError`` for a policy that was not cut to a rank, or where the
-    adapter does not give the policy's probabilities when it is read back.
+    Not every engine takes one there, and some ignore it silently: compare its probabilities once it is loaded. Raises
+    ``ExportError`` for a policy that was not cut to a rank, for a model whose output layer is tied to its embedding,
+    and where the adapter does not give the policy's probabilities when it is read back.
     """
     from safetensors.numpy import save as save_tensors
 
@@ -100,6 +100,11 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
         )
     Changed(backbone, policy)
     model = backbone.transformer
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise ExportError(
+            f"{backbone.name} ties its output layer to its embedding, and engines differ in what an adapter of it then "
+            "changes; expected a layer of its own. Fix: --to checkpoint or --to gguf."
+        )
     name = _name_of(model, model.get_output_embeddings())
     raw = model.get_output_embeddings().weight.detach().float().cpu().numpy()
     with working_folder(Path(folder)) as work:
