@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from coala.convex import GatedProgram, Logistic, PairLoss, PairProgram, Pointwise, Program, sample_patterns
 from coala.convex.papers.losses import TwoScores
@@ -178,3 +179,8 @@ def absolute_reward(d: int, rng: np.random.Generator) -> Reward:
     """4 |a.x| + 2 b.x with unit a, b: what a linear head cannot see."""
     a, b = (v / np.linalg.norm(v) for v in rng.standard_normal((2, d)))
     return lambda x: 4 * np.abs(x @ a) + 2 * x @ b
+
+
+def others_by_night(instances: list[Any]) -> list[Any]:
+    """Every second instance as it is, the others for the nightly run."""
+    return [one if i % 2 == 0 else pytest.param(one, marks=pytest.mark.nightly) for i, one in enumerate(instances)]

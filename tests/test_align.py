@@ -440,7 +440,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "x", *(pytest.param(text, marks=pytest.mark.nightly) for text in ("[]", "null", ""))]
+    "content", ["x", *(pytest.param(text, marks=pytest.mark.nightly) for text in ("{}", "[]", "null", ""))]
 )
 def test_a_file_that_was_damaged_is_told_by_its_name_or_does_not_matter(
     finished: RunFolder, tmp_path: Path, content: str
@@ -590,7 +590,8 @@ REPLIES = {"replies-unguided", "replies-guided"}
         pytest.param({"guidance": {"mode": "token"}}, REPLIES, {*UPSTREAM, "head"}, marks=pytest.mark.nightly),
         pytest.param({"guidance": {"mode": "shift"}}, {*REPLIES, "policy"}, {*UPSTREAM, "head"},
                      marks=pytest.mark.nightly),
-        ({"evaluation": {"prompts": 2, "max_new_tokens": 5}}, REPLIES, {*UPSTREAM, "head"}),
+        pytest.param({"evaluation": {"prompts": 2, "max_new_tokens": 5}}, REPLIES, {*UPSTREAM, "head"},
+                     marks=pytest.mark.nightly),
         pytest.param({"evaluation": {"prompts": 3, "max_new_tokens": 4}}, REPLIES, {*UPSTREAM, "head"},
                      marks=pytest.mark.nightly),
         ({"evaluation": {"prompts": 3, "max_new_tokens": 5, "judge": "rule:longer"}},

@@ -375,7 +375,7 @@ def test_pairs_sampled_from_the_model_are_the_best_against_the_worst_and_are_kep
 
 @pytest.mark.nightly
 def test_a_gguf_model_starts_from_one_copy_of_its_weights(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="needs the extra gguf")
     from coala.backbone import load_backbone
     from tests.test_backbone_gguf import make_folder, write_gguf
 

@@ -133,7 +133,7 @@ def thin_in_tall(kind: str, seed: int) -> Program:
     return thin(kind, seed, TALL[0], TALL[1] - 1, TALL[2], (0.02, 0.05, 0.1)[seed % 3], TALL)
 
 
-@pytest.mark.parametrize(("kind", "seeds"), [(kind, range(5 if kind == "plain" else 2)) for kind in THIN_KINDS])
+@pytest.mark.parametrize(("kind", "seeds"), [(kind, range(2)) for kind in THIN_KINDS])
 def test_no_solver_stalls_on_thin_cones(kind: str, seeds: range) -> None:
     with jax.enable_x64(True):
         for seed in seeds:

@@ -341,7 +341,9 @@ def test_folding_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "n_groups"), [("learnt", 1), ("learnt", 2), ("learnt", 4), ("direct", 4), ("two-phase", 2)]
+    ("method", "n_groups"),
+    [("learnt", 1), ("learnt", 2), ("direct", 4)]
+    + [pytest.param(*more, marks=pytest.mark.nightly) for more in (("learnt", 4), ("two-phase", 2))],
 )
 def test_few_pairs_and_more_features_than_pairs(method: str, n_groups: int) -> None:
     rng = np.random.default_rng(0)
