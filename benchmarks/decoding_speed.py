@@ -5,7 +5,8 @@
 On a CPU. In every round all ways take turns and each is divided by the first of its group in the same round, so that
 what else the machine does weighs on both alike; ratios are geometric means of rounds with t intervals of 95 %. Seconds
 are of processor time, from the first token on: the prompt is read before. The floor is every product of weights of one
-step, the head's among them, by torch's own kernel, and nothing else. Guided blocks are 5 candidates of 5 tokens, plain
+step, the head's among them, and nothing else. "In torch's order" is the same model without oneDNN's layout of its
+weights, which transformers' `generate` has too. Guided blocks are 5 candidates of 5 tokens, plain
 rows as many, all behind the same prompt; without ``--head`` the head is random, which costs as much. Errors of 8 bits
 are those of next-token log-probabilities over replies that the whole weights wrote, groups being replies. Prints
 tables; the last line is JSON.
@@ -28,7 +29,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from coala.backbone import LanguageModel, load_backbone
+from coala.backbone import LanguageModel, blocked, load_backbone
+from coala.backbone.blocked import BlockedLinear
 from coala.backbone.packed import PackedLinear
 from coala.decoding import Engine, Guidance, Request, generate
 from coala.statistics.intervals import bounded_mean, mean_estimate
@@ -45,7 +47,12 @@ PROMPTS = (
 )
 ROWS = 5
 # Names under which the profiler counts products of weights, and attention.
-PRODUCTS = ("aten::mm", "aten::addmm", "quantized::linear_with_input_q_dq_qweight_dq_output_fp32")
+PRODUCTS = (
+    "mkldnn::_linear_pointwise",
+    "aten::mm",
+    "aten::addmm",
+    "quantized::linear_with_input_q_dq_qweight_dq_output_fp32",
+)
 ATTENTION = ("scaled_dot_product", "aten::bmm")
 
 
@@ -53,15 +60,13 @@ def floor(backbone: LanguageModel, rows: int) -> Callable[[], None]:
     """The products of one step of so many rows."""
     model = backbone.transformer
     pairs = [
-        (module.weight, torch.randn(rows, module.in_features))
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
+        (module, torch.randn(rows, module.in_features)) for module in model.modules() if isinstance(module, nn.Linear)
     ]
 
     @torch.no_grad()
     def run() -> None:
-        for weight, x in pairs:
-            nn.functional.linear(x, weight)
+        for module, x in pairs:
+            module(x)
 
     return run
 
@@ -93,7 +98,8 @@ def attribution(decode: Callable[[], float]) -> dict[str, float]:
 
 def weight_bytes(backbone: LanguageModel) -> int:
     model = backbone.transformer
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    size = {PackedLinear: 1, BlockedLinear: 4}
+    packed = sum(size.get(type(m), 0) * m.in_features * m.out_features for m in model.modules() if type(m) in size)
     return packed + sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
 
 
@@ -134,6 +140,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     whole, small = (load_backbone(args.model, device="cpu", quantise=how) for how in (None, "8bit"))
+    blocked.FEWEST = 1 << 62
+    usual = load_backbone(args.model, device="cpu")
     d = whole.width
     fitted = load_head(args.head) if args.head else None
     linear = np.random.default_rng(0).normal(size=d + 1).astype(np.float32)
@@ -167,7 +175,7 @@ def main() -> None:
             return scores
 
         with torch.no_grad():
-            whole.transformer.generate(
+            usual.transformer.generate(
                 row, attention_mask=torch.ones_like(row), pad_token_id=0, logits_processor=[watch], **options
             )
         return (time.process_time() - moments[0]) / len(moments)
@@ -181,6 +189,7 @@ def main() -> None:
     for rows in (1, ROWS):
         some = f"{rows} row{'s' if rows > 1 else ''}"
         ways[f"plain, {some}"] = partial(decode, whole, rows)
+        ways[f"plain, in torch's order, {some}"] = partial(decode, usual, rows)
         ways[f"transformers' generate, {some}"] = partial(theirs, rows)
         ways[f"products of weights alone, {some}"] = partial(bare, floor(whole, rows))
         ways[f"plain, 8 bits, {some}"] = partial(decode, small, rows)
@@ -206,7 +215,11 @@ def main() -> None:
     for name in ("plain, 1 row", "plain, 8 bits, 1 row"):
         shares = report[f"shares, {name}"] = attribution(partial(ways[name], 1))
         print(f"{name}: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
-    report["bytes"] = {"float32": weight_bytes(whole), "8 bits": weight_bytes(small)}
+    report["bytes"] = {
+        "float32": weight_bytes(whole),
+        "in torch's order": weight_bytes(usual),
+        "8 bits": weight_bytes(small),
+    }
     report["error"] = error(whole, small, args.tokens)
     print(f"bytes of the weights: {report['bytes']}")
     print(f"error of 8 bits: {report['error']}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from coala.backbone.blocked import block
 from coala.backbone.network import BackboneError
 from coala.backbone.packed import check_kernel, pack
 
@@ -60,7 +61,7 @@ class Placement:
         if self.packs:
             return pack(model)
         placed = self.device is None or self.quantise or getattr(model, "is_quantized", False)
-        return model if placed else model.to(self.device)
+        return model if placed else block(model.to(self.device))
 
 
 def place(device: str, dtype: str, quantise: str | None, limits: MemoryLimits | None) -> Placement:
