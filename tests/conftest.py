@@ -73,6 +73,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 SHARED = REPOSITORY.parent / "shared"
 # Begun first, so that no process is left alone with one of them at the end.
 LONGEST = (
+    "test_benchmarks",
     *("test_align", "test_data_synthesis", "test_convex_fit", "test_convex_cone", "test_compare_run"),
     *("test_convex_scale", "test_baselines", "test_nash_llm", "test_nash_command", "test_serve_process"),
     *("test_convex_program", "test_convex_finetune", "test_serve_gate", "test_chat", "test_plan", "test_workers"),
