@@ -1,7 +1,7 @@
 """Weights in float32 on a CPU as oneDNN lays them out: the same numbers, so that products read memory in one stream.
 
 torch multiplies a few rows by MKL, far below the speed of memory. The same products by oneDNN, its weights reordered
-once, take 0.5 to 0.9 of the time (docs/decoding.md). Sums are added in another order, so
+once, take 0.6 to 1.0 of the time (docs/decoding.md). Sums are added in another order, so
 states differ from MKL's in the last bits, as they do between two CPUs.
 """
 
