@@ -64,8 +64,8 @@ def _show(found: dict[str, Any]) -> None:
     )
     twins = found["copies"]
     write(
-        f"\n{twins['pairs']} pairs have the features of another ({twins['sets']} sets), {twins['contrary']} of them "
-        "a contrary one"
+        f"\n{twins['pairs']} pairs share their features with another ({twins['sets']} sets); {twins['contrary']} "
+        "have a contrary twin"
     )
     write("\nPoisoned pairs, held-out pairs ranked right now: " + f"{100 * found['poison']['accuracy']:.1f} %")
     table(poison_rows(found["poison"]), POISON_HEAD)

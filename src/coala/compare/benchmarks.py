@@ -1,41 +1,31 @@
 """Benchmarks of reward models, ranked by the heads of one place: features once, then every head's scores.
 
-CELL/features/...   features of the benchmark's replies, while they are made
+CELL/NAME/shards/   features of the benchmark's replies, while they are made
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coala.compare.cell_context import CellContext, Costs
-from coala.compare.every_layer import loaded, told
+from coala.compare.every_layer import extracted, loaded
 from coala.compare.matrix import GATED_POOLING, benchmark_of
 from coala.compare.study import Benchmark, StudyMethod
-from coala.store import FeatureStore, load_head
+from coala.store import load_head
 from coala.values import CoalaError, FeatureSet, FeatureSpec
 
 if TYPE_CHECKING:
     from coala.evaluation.reward_benchmarks import Item, Ranking, RewardBenchmark, Scored
 
-# LLMBar's own rows, under the names that RewardBench has for them.
-_LLMBAR = {
-    "Natural": "llmbar-natural",
-    "Adversarial/Neighbor": "llmbar-adver-neighbor",
-    "Adversarial/GPTInst": "llmbar-adver-GPTInst",
-    "Adversarial/GPTOut": "llmbar-adver-GPTOut",
-    "Adversarial/Manual": "llmbar-adver-manual",
-}
-
 
 def benchmark_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """What every head of this place, the rule "longer" and published scores are worth on the same items."""
     from coala.evaluation.reward_benchmarks import read_scores
-    from coala.features import extract, survey
 
     name = benchmark_of(context.cell)
     settings = context.dataset.benchmarks[name]
@@ -43,21 +33,8 @@ def benchmark_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     places = sample(whole.items, settings.prompts, context.study.split.seed)
     part = replace(whole, items=tuple(whole.items[i] for i in places))
     methods = _scorers(context)
-    backbone, pairs = context.backbone, part.pairs
-    specs = _specs(context, methods, backbone.n_layers)
-    with costs.of("evaluation") as about:
-        plan = survey(pairs, backbone, specs[0])
-        shards = FeatureStore(context.folder / "features")
-        found = extract(
-            pairs,
-            backbone,
-            specs,
-            batch_tokens=context.model.batch_tokens,
-            store=shards,
-            plan=plan,
-            on_batch=told(context, name, plan.facts["tokens"]),
-        )
-        shards.discard()
+    pairs, specs = part.pairs, _specs(context, methods, context.backbone.n_layers)
+    with costs.of("evaluation") as about, extracted(context, name, pairs, specs) as (found, plan):
         about["tokens"] = plan.facts["tokens"]
     features = {(spec.layer, spec.pooling): one for spec, one in zip(specs, found, strict=True)}
     scored: dict[str, Scored] = {
@@ -81,9 +58,10 @@ def benchmark_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
 
 def read_benchmark(name: str, settings: Benchmark) -> RewardBenchmark:
     """The benchmark called ``name``; of LLMBar the rows that RewardBench has, by its formula."""
-    from coala.evaluation.reward_benchmarks import FORMS
+    from coala.evaluation.reward_benchmarks import FORMS, read_llmbar
 
-    return _llmbar(settings.path) if name == "llmbar" else FORMS[name].read(settings.path)
+    read = read_llmbar if name == "llmbar" else FORMS[name].read
+    return read(settings.path)
 
 
 def sample(items: tuple[Item, ...], most: int | None, seed: int) -> list[int]:
@@ -154,21 +132,3 @@ def _plain(ranking: Ranking) -> dict[str, Any]:
         "matrix": [[asdict(cell) for cell in row] for row in ranking.matrix],
         "remarks": list(ranking.remarks),
     }
-
-
-def _llmbar(path: str) -> RewardBenchmark:
-    from coala.evaluation.reward_benchmarks import FORMS, Item, RewardBenchmark
-    from coala.evaluation.rows import read_rows
-    from coala.values import user
-
-    items = []
-    for place, row in enumerate(read_rows(path)):
-        first, second = row.text("output_1"), row.text("output_2")
-        better, subset = row.value("label", low=1, high=2), row.label("subset")
-        chosen, rejected = (first, second) if better == 1 else (second, first)
-        known = _LLMBAR.get(subset)
-        if known is None:
-            raise row.fault("subset", subset, f"one of {', '.join(_LLMBAR)}", "give LLMBar's own file")
-        items.append(Item(f"{known}-{place}", known, user(row.text("input")), (chosen,), (rejected,)))
-    rank: Callable[[Scored], Ranking] = FORMS["rewardbench"].rank
-    return RewardBenchmark(tuple(items), rank)

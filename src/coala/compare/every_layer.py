@@ -7,10 +7,11 @@ CELL/PART                        those of the layer and pooling that are picked,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +19,10 @@ from coala.compare.cell_context import CellContext, Costs, keep_compiled
 from coala.compare.matrix import ALL, POOLINGS_TRIED
 from coala.compare.study import StudyMethod
 from coala.store import FeatureStore, load_features, save_features
-from coala.values import FeatureSet
+from coala.values import FeatureSet, FeatureSpec, Pair
+
+if TYPE_CHECKING:
+    from coala.features import PrefixTree
 
 PARTS = ("train", "test")
 # Layers a linear head is validated on, evenly spaced, the last among them.
@@ -42,19 +46,49 @@ def of_layer(context: CellContext, layer: int, pooling: str, part: str, dataset:
     return load_features(_of(folder, layer, pooling, part), mmap=True)
 
 
-def told(context: CellContext, part: str, most: int) -> Callable[[int, int, int], None]:
-    """Tells how far the extraction of a part is, by tokens: long rows come first."""
+@contextmanager
+def extracted(
+    context: CellContext,
+    part: str,
+    pairs: Sequence[Pair],
+    specs: Sequence[FeatureSpec],
+    *,
+    prompt_features: bool = False,
+    prefixes: int = 1,
+    log_ratios: bool = False,
+) -> Iterator[tuple[list[FeatureSet], PrefixTree]]:
+    """Features of ``pairs`` under each of ``specs``, from one pass, and what the pass read.
+
+    A killed extraction is resumed from its shards, which are deleted after the block: it saves the features.
+    """
+    from coala.features import extract, survey
+
+    plan = survey(pairs, context.backbone, specs[0], prompt_features=prompt_features)
+    shards = FeatureStore(context.folder / part / "shards")
 
     def tell(done: int, total: int, tokens: int) -> None:
-        context.show(f"features of {part}", tokens, most, f"{done:,} of {total:,} pairs")
+        # By tokens: long rows come first.
+        context.show(f"features of {part}", tokens, plan.facts["tokens"], f"{done:,} of {total:,} pairs")
 
-    return tell
+    found = extract(
+        pairs,
+        context.backbone,
+        specs,
+        prefixes=prefixes,
+        prompt_features=prompt_features,
+        log_ratios=log_ratios,
+        batch_tokens=context.model.batch_tokens,
+        store=shards,
+        plan=plan,
+        on_batch=tell,
+    )
+    yield found, plan
+    shards.discard()
 
 
 def every_layer(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Features of all layers, each pooling, of training and test pairs; the layer and pooling picked on the first."""
     from coala.costs import extraction_flops
-    from coala.features import extract, survey
 
     backbone = context.backbone
     keys = [(layer, pooling) for layer in range(1, backbone.n_layers + 1) for pooling in POOLINGS_TRIED]
@@ -64,20 +98,9 @@ def every_layer(context: CellContext, costs: Costs) -> dict[str, Any]:
     for part in PARTS:
         pairs = context.part(part)
         with costs.of("features" if part == "train" else "evaluation") as about:
-            plan = survey(pairs, backbone, specs[0])
-            shards = FeatureStore(context.folder / part / "shards")
-            found = extract(
-                pairs,
-                backbone,
-                specs,
-                batch_tokens=context.model.batch_tokens,
-                store=shards,
-                plan=plan,
-                on_batch=told(context, part, plan.facts["tokens"]),
-            )
-            for key, features in zip(keys, found, strict=True):
-                save_features(_of(context.folder, *key, part), features)
-            shards.discard()
+            with extracted(context, part, pairs, specs) as (found, plan):
+                for key, features in zip(keys, found, strict=True):
+                    save_features(_of(context.folder, *key, part), features)
             about["flops"] = extraction_flops(backbone.shape, plan.lengths, own=plan.own_lengths)
             about["pair_by_pair"] = extraction_flops(backbone.shape, plan.lengths[plan.index.reshape(-1)])
             about["pairs"], about["tokens"] = len(pairs), plan.facts["tokens"]

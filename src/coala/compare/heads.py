@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, keep_compiled, measured_margins
-from coala.compare.every_layer import every_layer, joined, loaded, told
+from coala.compare.every_layer import every_layer, extracted, joined, loaded
 from coala.compare.matrix import features_method, prompt_features
 from coala.compare.study import StudyMethod
 from coala.compare.writing import guided_policy, replies_of
-from coala.store import FeatureStore, save_features, save_head, scratch
+from coala.store import save_features, save_head, scratch
 from coala.values import FeatureSet
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def base_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
 def features_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Features of training and test pairs by the frozen model; the layer chosen on a sample of the training pairs."""
     from coala.costs import extraction_flops, head_flops
-    from coala.features import extract, survey
 
     method = features_method(context.study, context.cell)
     if context.dataset.joins:
@@ -74,22 +73,9 @@ def features_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         pairs = context.part(part)
         prefixes = method.prefixes if part == "train" else 1
         with costs.of("features" if part == "train" else "evaluation") as about:
-            plan = survey(pairs, backbone, spec, prompt_features=prompt_features(method))
-            shards = FeatureStore(context.folder / part / "shards")
-            features = extract(
-                pairs,
-                backbone,
-                spec,
-                prefixes=prefixes,
-                prompt_features=prompt_features(method),
-                log_ratios=method.log_ratios,
-                batch_tokens=context.model.batch_tokens,
-                store=shards,
-                plan=plan,
-                on_batch=told(context, part, plan.facts["tokens"]),
-            )
-            save_features(context.folder / part, features)
-            shards.discard()
+            reads = {"prompt_features": prompt_features(method), "log_ratios": method.log_ratios}
+            with extracted(context, part, pairs, [spec], prefixes=prefixes, **reads) as ((features,), plan):
+                save_features(context.folder / part, features)
             top = None if method.log_ratios else spec.layer
             about["flops"] = extraction_flops(backbone.shape, plan.lengths, own=plan.own_lengths, layer=top) + (
                 head_flops(backbone.shape, plan.reply_lengths) if method.log_ratios else 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from coala.compare.cell_context import CellContext, Costs, measured_margins
-from coala.compare.writing import Asked, guided_policy, policy_of, prompts_of, replies_of
+from coala.compare.writing import Asked, drift_of, guided_policy, policy_of, replies_of
 from coala.store import load_head
 from coala.values import CoalaError, Pair, Turn, conversation_text
 
@@ -36,7 +36,7 @@ def prompt_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
 
     As a reward it has what DPO's policy has: log pi(reply | prompt as asked) - log pi(reply | prompt as it is).
     """
-    from coala.baselines import TrainSettings, drift, log_likelihoods
+    from coala.baselines import TrainSettings, log_likelihoods
 
     base, test, asked = context.backbone, context.part("test"), asked_by(context)
     # Examples may take more than the pairs are cut to: the whole context is theirs.
@@ -46,26 +46,13 @@ def prompt_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
             log_likelihoods(base, pairs, settings, batch_tokens=context.model.batch_tokens)
             for pairs in (test, [replace(pair, prompt=asked(pair.prompt)) for pair in test])
         )
-    result = {
+    return {
         "reward": "log-likelihood as asked, above that of the plain prompt",
         **measured_margins(steered.ratio - plain.ratio, test),
         **policy_of(steered, plain, test),
         **replies_of(context, costs, asked=asked),
+        **drift_of(context, costs, base, asked),
     }
-    evaluation = context.study.evaluation
-    pairs = prompts_of(context)[: evaluation.kl_prompts]
-    if pairs:
-        with costs.of("drift"):
-            found = drift(
-                base,
-                base,
-                [asked(pair.prompt) for pair in pairs],
-                base_prompts=[pair.prompt for pair in pairs],
-                max_new_tokens=evaluation.max_new_tokens,
-                seed=context.cell.seed or 0,
-            )
-        result["kl"] = asdict(found.kl)
-    return result
 
 
 def asked_by(context: CellContext) -> Asked:

@@ -16,7 +16,7 @@ import numpy as np
 
 from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, measured_margins
 from coala.compare.study import Study, StudySetting
-from coala.compare.writing import policy_of, prompts_of, replies_of
+from coala.compare.writing import drift_of, policy_of, replies_of
 from coala.store import load_json, save_json
 from coala.values import CoalaError, Pair
 
@@ -211,7 +211,7 @@ def _margins(
 def _measure(
     context: CellContext, trained: Trained, test: Sequence[Pair], average: bool, costs: Costs
 ) -> dict[str, Any]:
-    from coala.baselines import drift, log_likelihoods
+    from coala.baselines import log_likelihoods
 
     # The base is first loaded here or after a trial's training, so that the peak of the first training is its own.
     base = context.backbone
@@ -230,20 +230,7 @@ def _measure(
                 for model in (policy, base)
             )
             result |= policy_of(ours, theirs, test)
-    result |= replies_of(context, costs, policy)
-    settings = context.study.evaluation
-    pairs = prompts_of(context)[: settings.kl_prompts]
-    if pairs:
-        with costs.of("drift"):
-            found = drift(
-                policy,
-                base,
-                [pair.prompt for pair in pairs],
-                max_new_tokens=settings.max_new_tokens,
-                seed=context.cell.seed or 0,
-            )
-        result["kl"] = asdict(found.kl)
-    return result
+    return {**result, **replies_of(context, costs, policy), **drift_of(context, costs, policy)}
 
 
 def _curve(trained: Trained) -> list[dict[str, float]]:

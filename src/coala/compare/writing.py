@@ -51,6 +51,26 @@ def policy_of(policy: PairLikelihoods, base: PairLikelihoods, pairs: Sequence[Pa
     return {"policy_accuracy": asdict(found.accuracy)}
 
 
+def drift_of(context: CellContext, costs: Costs, policy: LanguageModel, asked: Asked = as_it_is) -> dict[str, Any]:
+    """KL of whole replies to the start, of a trained policy or of the start asked otherwise; empty without prompts."""
+    from coala.baselines import drift
+
+    settings = context.study.evaluation
+    prompts = [pair.prompt for pair in prompts_of(context)[: settings.kl_prompts]]
+    if not prompts:
+        return {}
+    with costs.of("drift"):
+        found = drift(
+            policy,
+            context.backbone,
+            [asked(prompt) for prompt in prompts],
+            base_prompts=prompts,
+            max_new_tokens=settings.max_new_tokens,
+            seed=context.cell.seed or 0,
+        )
+    return {"kl": asdict(found.kl)}
+
+
 def guided_policy(context: CellContext, costs: Costs, head: ConvexHead, guidance: Guidance) -> dict[str, Any]:
     """Policy accuracy of guided decoding, or why it has none."""
     from coala.alignment.policy import Guided, policy_accuracy
@@ -149,16 +169,10 @@ def _judged(context: CellContext, replies: Sequence[Generation], group: Sequence
         return {}
     scorer = local_judge(named).scorer()
     found: dict[str, Any] = {"judge": scorer.name, "judge_scores": [scorer.score(reply.text) for reply in replies]}
-    if named == "rule:house-style":
-        from coala.evaluation.house_style import RULES, rules_kept
-
-        kept = [rules_kept(reply.text) for reply in replies]
-        found["rules"] = {
-            rule: asdict(share_estimate([float(one[rule]) for one in kept], group, "share that keeps it"))
-            for rule in RULES
-        }
-        counts = [float(sum(one.values())) for one in kept]
-        found["rules_kept"] = asdict(bounded_mean(counts, group, of=float(len(RULES))))
+    if rules := getattr(scorer, "rules", {}):
+        kept = {rule: [float(keeps(reply.text)) for reply in replies] for rule, keeps in rules.items()}
+        found["rules"] = {rule: asdict(share_estimate(one, group, "share that keeps it")) for rule, one in kept.items()}
+        found["rules_kept"] = asdict(bounded_mean(np.sum([*kept.values()], axis=0), group, of=float(len(rules))))
     if context.cell.kind == "base":
         return found
     dataset, model, init = context.cell.place

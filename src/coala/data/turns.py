@@ -231,27 +231,28 @@ def digest(said: str) -> str:
 def named_group(row: Row, names: Iterable[str] = GROUP_FIELDS) -> str | None:
     """The group a row names itself, in the first of ``names`` that says something."""
     for name in names:
-        value = row.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, str) and value.strip():
-            unwritable(value, name)
-            return value
-        if value not in (None, "") and name == "group":
-            raise Fault(name, describe(value), "a name or a number", "write it as text, or drop the field")
+        found = _name_in(row, name)
+        if found is not None:
+            return found
+        if row.get(name) not in (None, "") and name == "group":
+            raise Fault(name, describe(row[name]), "a name or a number", "write it as text, or drop the field")
+    return None
+
+
+def _name_in(row: Row, name: str) -> str | None:
+    """A field that says who or what: a number, or a text that is not blank."""
+    value = row.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        unwritable(value, name)
+        return value
     return None
 
 
 def rater_of(row: Row) -> str:
     """Who preferred the chosen reply, as the row names them; empty if it does not."""
-    for name in RATER_FIELDS:
-        value = row.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, str) and value.strip():
-            unwritable(value, name)
-            return value
-    return ""
+    return next((found for name in RATER_FIELDS if (found := _name_in(row, name)) is not None), "")
 
 
 def group_of(row: Row, prompt: Sequence[Turn]) -> str:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from coala.backbone import LanguageModel
 from coala.decoding.decoder import Batch, Decoder
+from coala.decoding.generation import decoded
 from coala.decoding.guidance import Guidance
 from coala.decoding.replies import OnToken
-from coala.decoding.requests import Request, generation, prepare
+from coala.decoding.requests import Request, generation, identified, prepare_all
 from coala.decoding.sampling import Nucleus, restrict
-from coala.decoding.search import by_tokens
 from coala.policies import DistilledPolicy
 from coala.values import CoalaError, Generation, Prompt, SpecMismatch, prompts_of
 
@@ -89,30 +90,16 @@ def generate_distilled(
     ``divergence`` the sum over a reply's steps of KL(policy || base) over the whole vocabulary, at temperature 1: its
     mean over replies is the divergence between the two distributions of replies, before top-k and top-p.
     """
-    if batch_size < 1:
-        raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
     conversations = prompts_of(prompts)
-    ids = [str(index) for index in range(len(prompts))] if prompt_ids is None else list(prompt_ids)
-    if len(ids) != len(prompts):
-        raise CoalaError(f"{len(prompts)} prompts need as many prompt ids; found {len(ids)}.")
+    ids = identified(conversations, prompt_ids, batch_size)
     guidance = Guidance.unguided(top_k=top_k, top_p=top_p)
     decoder = DistilledDecoder(backbone, policy.scaled(strength), guidance, temperature=temperature)
-    parts = [
-        prepare(
-            Request(prompt, guidance, max_new_tokens, seed, temperature, stop, prompt_id),
-            backbone,
-            None,
-            index=index,
-            on_token=on_token,
-        )
-        for index, (prompt, prompt_id) in enumerate(zip(conversations, ids, strict=True))
-    ]
-    order = sorted(parts, key=lambda part: len(part.row))
-    for first in range(0, len(order), batch_size):
-        some = order[first : first + batch_size]
-        start = decoder.begin([part.row for part in some], [part.read for part in some], [part.reply for part in some])
-        for _ in by_tokens(decoder, start):
-            pass
+    asked = partial(
+        Request, guidance=guidance, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, stop=stop
+    )
+    parts = prepare_all(asked, conversations, ids, backbone, None, on_token=on_token)
+    for _ in decoded(decoder, parts, guidance, batch_size):
+        pass
     method = "distilled" if strength == 1 else f"distilled, strength {strength:g}"
     return [
         replace(generation(part.reply, None, guidance), method=method, divergence=part.reply.account.spent)

@@ -21,14 +21,15 @@ A stop token ends the reply and is not part of it: as a candidate it is worth wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from coala.backbone import LanguageModel
 from coala.decoding.decoder import Decoder
 from coala.decoding.guidance import Guidance
 from coala.decoding.replies import OnToken
-from coala.decoding.requests import Request, effective, generation, prepare
+from coala.decoding.requests import Prepared, Request, effective, generation, identified, prepare_all
 from coala.decoding.search import WAYS, nobody
 from coala.store import load_generations, save_generations
 from coala.values import CoalaError, ConvexHead, Generation, Prompt, prompts_of
@@ -79,43 +80,42 @@ def generate(
     Raises :class:`CoalaError` for settings that cannot be carried out and :class:`SpecMismatch` for a head that was
     fitted on features of another model.
     """
-    if batch_size < 1:
-        raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
     _check_types(backbone, head, guidance)
     conversations = prompts_of(prompts)
-    ids = [str(index) for index in range(len(prompts))] if prompt_ids is None else list(prompt_ids)
-    if len(ids) != len(prompts):
-        raise CoalaError(f"{len(prompts)} prompts need as many prompt ids; found {len(ids)}.")
+    ids = identified(conversations, prompt_ids, batch_size)
     if head is not None:
         backbone.require(head.spec)
     wanted = effective(guidance, head, temperature)
     done = _kept(kept, ids, batch_size)
-    parts = [
-        prepare(
-            Request(prompt, guidance, max_new_tokens, seed, temperature, stop, prompt_id),
-            backbone,
-            head,
-            index=index,
-            on_token=on_token,
-        )
-        for index, (prompt, prompt_id) in enumerate(zip(conversations, ids, strict=True))
-        if index >= len(done)
-    ]
+    asked = partial(
+        Request, guidance=guidance, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, stop=stop
+    )
+    parts = prepare_all(asked, conversations, ids, backbone, head, first=len(done), on_token=on_token)
     decoder = Decoder(backbone, head, wanted, temperature=temperature)
-    order = parts if kept is not None else sorted(parts, key=lambda part: len(part.row))
+    n_done = len(done)
     if on_reply is not None:
-        on_reply(len(done), len(ids))
-    for first in range(0, len(order), batch_size):
-        some = order[first : first + batch_size]
-        start = decoder.begin([part.row for part in some], [part.read for part in some], [part.reply for part in some])
-        for _ in WAYS[wanted.mode](decoder, start, nobody):
-            pass
+        on_reply(n_done, len(ids))
+    for some in decoded(decoder, parts, wanted, batch_size, by_length=kept is None):
+        n_done += len(some)
         if kept is not None:
             done += [generation(part.reply, head, wanted) for part in some]
             save_generations(kept, done)
         if on_reply is not None:
-            on_reply(len(ids) - len(order) + first + len(some), len(ids))
+            on_reply(n_done, len(ids))
     return done if kept is not None else [generation(part.reply, head, wanted) for part in parts]
+
+
+def decoded(
+    decoder: Decoder, parts: Sequence[Prepared], guidance: Guidance, batch_size: int, *, by_length: bool = True
+) -> Iterator[Sequence[Prepared]]:
+    """Decode the replies of ``parts`` to their ends, a batch after the other; prompts of like length share one."""
+    order = sorted(parts, key=lambda part: len(part.row)) if by_length else parts
+    for first in range(0, len(order), batch_size):
+        some = order[first : first + batch_size]
+        start = decoder.begin([part.row for part in some], [part.read for part in some], [part.reply for part in some])
+        for _ in WAYS[guidance.mode](decoder, start, nobody):
+            pass
+        yield some
 
 
 def _kept(path: Path | None, ids: Sequence[str], batch_size: int) -> list[Generation]:

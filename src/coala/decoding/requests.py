@@ -129,6 +129,34 @@ def prepare(
     return Prepared(row, read, reply)
 
 
+def identified(prompts: Sequence[Sequence[Turn]], prompt_ids: Sequence[str] | None, batch_size: int) -> list[str]:
+    """The id of each prompt, its place if none are given; refuses what cannot be gone through in batches."""
+    if batch_size < 1:
+        raise CoalaError(f"batch_size is {batch_size}; expected at least 1.")
+    ids = [str(index) for index in range(len(prompts))] if prompt_ids is None else list(prompt_ids)
+    if len(ids) != len(prompts):
+        raise CoalaError(f"{len(prompts)} prompts need as many prompt ids; found {len(ids)}.")
+    return ids
+
+
+def prepare_all(
+    asked: Callable[..., Request],
+    prompts: Sequence[Sequence[Turn]],
+    ids: Sequence[str],
+    backbone: LanguageModel,
+    head: ConvexHead | None,
+    *,
+    first: int = 0,
+    on_token: OnToken | None = None,
+) -> list[Prepared]:
+    """Each prompt from ``first`` on as ``asked`` makes a request of it, replies named by their places."""
+    return [
+        prepare(asked(prompt=prompt, prompt_id=id), backbone, head, index=index, on_token=on_token)
+        for index, (prompt, id) in enumerate(zip(prompts, ids, strict=True))
+        if index >= first
+    ]
+
+
 def generation(reply: Reply, head: ConvexHead | None, guidance: Guidance) -> Generation:
     """A finished reply as it is kept."""
     score = math.nan

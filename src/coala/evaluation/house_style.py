@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from coala.evaluation.judges.protocol import preference
 from coala.values import Generation, Judgement, Turn
@@ -144,6 +145,7 @@ class HouseStyleJudge:
     """Prefers the reply that keeps more rules of the house style; as many are a tie. ``rule:house-style``."""
 
     name: str = "house style"
+    rules: ClassVar[Mapping[str, Callable[[str], bool]]] = RULES
 
     def score(self, text: str) -> float:
         return float(sum(rules_kept(text).values()))

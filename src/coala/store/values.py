@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from coala.store.files import (
@@ -60,20 +62,33 @@ def load_pairs(path: Path) -> list[Pair]:
         ]
 
 
+def save_described(folder: Path, name: str, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """``name.safetensors`` (arrays) and ``name.json`` (all else, and the digest of the arrays)."""
+    data = save_tensors({key: np.ascontiguousarray(array) for key, array in arrays.items()})
+    write_atomic(Path(folder) / f"{name}.safetensors", data)
+    save_json(Path(folder) / f"{name}.json", {**about, "sha256": hashlib.sha256(data).hexdigest()})
+
+
+@contextmanager
+def described(folder: Path, name: str, again: str, *needed: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What :func:`save_described` wrote: all else, and the arrays; a folder whose two files do not belong together is
+    refused, and so is what the block cannot make of them. ``again`` is the way out."""
+    folder = Path(folder)
+    about = load_object(folder / f"{name}.json", "sha256", "spec", *needed)
+    arrays = folder / f"{name}.safetensors"
+    if not arrays.is_file():
+        raise StoreError(f"{folder}: {name}.json is there but {name}.safetensors is missing. {again}")
+    with read_as(f"the description of a {name}", folder / f"{name}.json"):
+        if file_digest(arrays) != about["sha256"]:
+            raise StoreError(f"{folder}: {name}.safetensors is not the file {name}.json describes. {again}")
+        yield about, load_arrays(arrays)
+
+
 def save_head(folder: Path, head: ConvexHead) -> None:
     """``head.safetensors`` (gates, weights, linear) and ``head.json`` (all else, and the digest of the arrays)."""
+    names = ("spec", "gate_on", "temperature", "least_slope", "certificate")
     arrays = {"gates": head.gates, "weights": head.weights, "linear": head.linear}
-    data = save_tensors(arrays)
-    write_atomic(Path(folder) / "head.safetensors", data)
-    about = {
-        "spec": head.spec,
-        "gate_on": head.gate_on,
-        "temperature": head.temperature,
-        "least_slope": head.least_slope,
-        "certificate": head.certificate,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    save_json(Path(folder) / "head.json", about)
+    save_described(folder, "head", arrays, {name: getattr(head, name) for name in names})
 
 
 def load_head(folder: Path) -> ConvexHead:
@@ -82,16 +97,9 @@ def load_head(folder: Path) -> ConvexHead:
     Heads written before gates could act on prompts have gates on the reply and temperature 1; older ones have no least
     slope.
     """
-    folder = Path(folder)
-    about = load_object(folder / "head.json", "sha256", "spec")
-    arrays = folder / "head.safetensors"
-    if not arrays.is_file():
-        raise StoreError(f"{folder}: head.json is there but head.safetensors is missing. Fit the head again.")
-    with read_as("the description of a head", folder / "head.json"):
-        if file_digest(arrays) != about.get("sha256"):
-            raise StoreError(f"{folder}: head.safetensors is not the file head.json describes. Fit the head again.")
+    with described(folder, "head", "Fit the head again.") as (about, arrays):
         return ConvexHead(
-            **load_arrays(arrays),
+            **arrays,
             spec=read_spec(about["spec"]),
             gate_on=about.get("gate_on", "reply"),
             temperature=about.get("temperature", 1.0),

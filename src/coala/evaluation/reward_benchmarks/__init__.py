@@ -9,6 +9,7 @@ from coala.evaluation.reward_benchmarks.benchmark import RULES, Item, Ranking, R
 from coala.evaluation.reward_benchmarks.forms import FORMS, Form
 from coala.evaluation.reward_benchmarks.reading import (
     read_judgebench,
+    read_llmbar,
     read_rewardbench,
     read_rewardbench2,
     read_rm_bench,
@@ -24,6 +25,7 @@ __all__ = [
     "RewardBenchmark",
     "Scored",
     "read_judgebench",
+    "read_llmbar",
     "read_rewardbench",
     "read_rewardbench2",
     "read_rm_bench",
