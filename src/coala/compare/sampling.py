@@ -6,8 +6,11 @@ OUT/data/<dataset>/sampled.jsonl     the pairs: to each prompt the best reply ag
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from coala.compare.progress import OnStage, Teller, unheard
 from coala.compare.study import Sampled, Study, StudyModel
 from coala.compare.weights import trainable
 from coala.processes import Child, Parent
@@ -15,7 +18,7 @@ from coala.store import digest, file_digest, load_json, save_json, save_pairs
 from coala.values import CoalaError, Pair, user
 
 
-def sampled_pairs(study: Study, name: str, folder: Path) -> Path:
+def sampled_pairs(study: Study, name: str, folder: Path, tell: OnStage = unheard) -> Path:
     """The file of the pairs of dataset ``name``, made unless it is there for the same settings."""
     dataset, target = study.datasets[name], folder / "sampled.jsonl"
     assert dataset.sampled is not None
@@ -34,6 +37,8 @@ def sampled_pairs(study: Study, name: str, folder: Path) -> Path:
         return target
     # The model and its libraries stay out of the process that starts the cells.
     with Child(_sample, study, model, name, folder, wanted) as child:
+        for stage in child.told():
+            tell(*stage)
         if child.join() != 0:
             raise CoalaError(f"Dataset {name!r}: the process that samples its pairs ended early. Fix: run it again.")
     save_json(about, {"of": wanted, "pairs": file_digest(target)})
@@ -44,11 +49,23 @@ def _sample(parent: Parent, study: Study, model: str, name: str, folder: Path, s
     settings = study.datasets[name].sampled
     assert settings is not None
     weights = folder.parent.parent / "models" / model
-    pairs = make_pairs(study, study.models[model], settings, folder / f"replies-{stamp[:12]}", weights)
+    tell = Teller(lambda *stage: parent.tell(stage))
+
+    def show(number: int, done: int, total: int) -> None:
+        tell(f"{name}: replies to choose from", number * total + done, settings.replies * total)
+
+    pairs = make_pairs(study, study.models[model], settings, folder / f"replies-{stamp[:12]}", weights, show)
     save_pairs(folder / "sampled.jsonl", pairs)
 
 
-def make_pairs(study: Study, model: StudyModel, settings: Sampled, kept: Path, weights: Path) -> list[Pair]:
+def make_pairs(
+    study: Study,
+    model: StudyModel,
+    settings: Sampled,
+    kept: Path,
+    weights: Path,
+    show: Callable[[int, int, int], None],
+) -> list[Pair]:
     """The best against the worst of several replies to each prompt, where the scorer tells them apart."""
     from coala.backbone import load_backbone
     from coala.decoding import Guidance, generate
@@ -71,6 +88,7 @@ def make_pairs(study: Study, model: StudyModel, settings: Sampled, kept: Path, w
             # Not the noise of the replies that methods are judged by.
             seed=study.split.seed + 1000 + number,
             kept=kept / f"{number}.jsonl",
+            on_reply=partial(show, number),
         )
         for number in range(settings.replies)
     ]
