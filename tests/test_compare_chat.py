@@ -27,6 +27,7 @@ from coala.compare.study import Study, study_of
 from coala.compare.weights import trainable
 from coala.data.cues import SURFACE, fit_cues
 from coala.evaluation import WordJudge
+from coala.evaluation.rows import read_rows
 from coala.recipe import RecipeError
 from coala.store import save_pairs
 from coala.values import Pair, Turn, user
@@ -376,7 +377,7 @@ def test_pairs_sampled_from_the_model_are_the_best_against_the_worst_and_are_kep
     (out / "data" / "own" / "sampled.json").unlink()
     prepare(given, out, lambda *stage: heard.append(stage))
     assert heard[0][0] == "own: replies to choose from"
-    assert heard[0][2] == settings.replies * settings.n_prompts
+    assert heard[0][2] == settings.replies * len(read_rows(settings.prompts))
 
 
 @pytest.mark.nightly

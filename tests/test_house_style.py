@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coala.evaluation.house_style import RULES, HouseStyleJudge, rules_kept, sentences, style_score, syllables, words_of
+from coala.evaluation.house_style import RULES, rules_kept, sentences, style_score, syllables, words_of
 from coala.evaluation.judges import RuleJudge
 from coala.evaluation.readability import coleman_liau, grammar_faults, has_grammar_checker
 from coala.values import Generation
@@ -89,7 +89,7 @@ def test_syllables() -> None:
 
 @given(st.text(max_size=300))
 def test_the_whole_part_of_the_score_counts_the_rules(text: str) -> None:
-    assert int(style_score(text)) == sum(rules_kept(text).values()) == HouseStyleJudge().score(text)
+    assert int(style_score(text)) == sum(rules_kept(text).values()) == RuleJudge("house-style").score(text)
 
 
 def test_the_score_tells_near_from_far() -> None:
@@ -101,9 +101,7 @@ def test_the_score_tells_near_from_far() -> None:
 def test_the_judge_prefers_more_rules_kept_and_ties_as_many() -> None:
     def verdict(first: str, second: str) -> float | None:
         sides = [Generation("p", text, name, 0, 1, math.nan, math.nan) for name, text in (("a", first), ("b", second))]
-        found = HouseStyleJudge().compare((), *sides).preference
-        assert RuleJudge.parse("house-style").compare((), *sides).preference == found
-        return found
+        return RuleJudge("house-style").compare((), *sides).preference
 
     assert verdict(GOOD, "Ice is cold.") == 1
     assert verdict("Ice is cold.", GOOD) == 0

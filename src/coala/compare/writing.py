@@ -160,7 +160,7 @@ def _judged(context: CellContext, replies: Sequence[Generation], group: Sequence
 
     Any two methods may be compared by their scores, prompt by prompt; judgements are what win rates are made of.
     """
-    from coala.evaluation import judge
+    from coala.evaluation import RuleJudge, judge
     from coala.evaluation.judges.named import local_judge
     from coala.statistics.intervals import bounded_mean, share_estimate
 
@@ -169,7 +169,7 @@ def _judged(context: CellContext, replies: Sequence[Generation], group: Sequence
         return {}
     scorer = local_judge(named).scorer()
     found: dict[str, Any] = {"judge": scorer.name, "judge_scores": [scorer.score(reply.text) for reply in replies]}
-    if rules := getattr(scorer, "rules", {}):
+    if rules := scorer.parts if isinstance(scorer, RuleJudge) else {}:
         kept = {rule: [float(keeps(reply.text)) for reply in replies] for rule, keeps in rules.items()}
         found["rules"] = {rule: asdict(share_estimate(one, group, "share that keeps it")) for rule, one in kept.items()}
         found["rules_kept"] = asdict(bounded_mean(np.sum([*kept.values()], axis=0), group, of=float(len(rules))))

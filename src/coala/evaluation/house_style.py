@@ -1,4 +1,4 @@
-"""A written house style, five rules that a reply keeps or breaks, and a judge that counts them.
+"""A written house style, five rules that a reply keeps or breaks.
 
 The style: short sentences in plain words, no lists or markup, at most 60 words, and it ends by asking the reader
 something back. The rules read the reply's text alone; a reply without a word keeps none of them. What judges the style
@@ -8,12 +8,7 @@ by other means (another readability formula, a grammar checker) is apart from th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
-
-from coala.evaluation.judges.protocol import preference
-from coala.values import Generation, Judgement, Turn
+from collections.abc import Callable, Mapping
 
 LONGEST_SENTENCE = 20  # words
 LONGEST_REPLY = 60  # words
@@ -138,18 +133,3 @@ def style_score(text: str) -> float:
     broken = [miss for miss in misses if miss > 0]
     near = sum(1 / (1 + miss) for miss in broken) / (1 + len(broken))
     return len(misses) - len(broken) + near
-
-
-@dataclass(frozen=True)
-class HouseStyleJudge:
-    """Prefers the reply that keeps more rules of the house style; as many are a tie. ``rule:house-style``."""
-
-    name: str = "house style"
-    rules: ClassVar[Mapping[str, Callable[[str], bool]]] = RULES
-
-    def score(self, text: str) -> float:
-        return float(sum(rules_kept(text).values()))
-
-    def compare(self, prompt: Sequence[Turn], first: Generation, second: Generation) -> Judgement:
-        value = preference(self.score(first.text), self.score(second.text))
-        return Judgement(first.prompt_id, first.method, second.method, value, self.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coala.evaluation.house_style import HouseStyleJudge
+from coala.evaluation import house_style
 from coala.evaluation.judges.protocol import preference
 from coala.values import CoalaError, Generation, Judgement, Turn
 
@@ -115,7 +115,7 @@ RULES: Mapping[str, Callable[[str, str], float]] = {
     "regex": lambda text, pattern: float(re.search(pattern, text) is not None),
     "json": lambda text, _: float(_is_json(text)),
     "varied": lambda text, _: -_repetition(text),
-    "house-style": lambda text, _: HouseStyleJudge().score(text),
+    "house-style": lambda text, _: float(sum(house_style.rules_kept(text).values())),
 }
 _WITH_ARGUMENT = ("contains", "regex")
 
@@ -153,6 +153,11 @@ class RuleJudge:
     @property
     def name(self) -> str:
         return f"rule {self.rule}" + (f" {self.argument}" if self.argument else "")
+
+    @property
+    def parts(self) -> Mapping[str, Callable[[str], bool]]:
+        """Where the rule counts rules of its own: whether a text keeps each of them, by name."""
+        return house_style.RULES if self.rule == "house-style" else {}
 
     def score(self, text: str) -> float:
         return RULES[self.rule](text, self.argument)
