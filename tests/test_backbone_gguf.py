@@ -474,7 +474,7 @@ def test_options_that_do_not_go_with_gguf(file: Path) -> None:
 
 def test_without_the_extra_it_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr("coala.backbone.gguf.find_spec", lambda package: None)
+    monkeypatch.setattr("coala.backbone.gguf_header.find_spec", lambda package: None)
     with pytest.raises(
         BackboneError, match=r"needs packages that are not installed.*\(gguf.*Fix: pip install 'coala-align\[gguf\]'"
     ):

@@ -20,11 +20,12 @@ from coala.compare.cell_context import calibrated_nll, measured_margins
 from coala.compare.conclusions import of_flops, of_measured, of_ranking
 from coala.compare.costs import spread
 from coala.compare.data import limited, part, prepare
+from coala.compare.loading import study_of
 from coala.compare.matrix import spec_of
 from coala.compare.page import render
 from coala.compare.progress import Teller
 from coala.compare.results import PUBLISHED_COSTS, curve_of, falling
-from coala.compare.study import Study, study_of
+from coala.compare.study import Study
 from coala.compare.text import _escaped, latex, markdown
 from coala.recipe import RecipeError
 from coala.store import save_pairs

@@ -20,10 +20,11 @@ from coala.compare.contests import agreement, contests, put_ratios
 from coala.compare.controls import fit_gated
 from coala.compare.data import part, prepare
 from coala.compare.every_layer import of_layer
+from coala.compare.loading import study_of
 from coala.compare.matrix import Cell
 from coala.compare.processes import Processes
 from coala.compare.steered import asked_by, examples
-from coala.compare.study import Study, study_of
+from coala.compare.study import Study
 from coala.compare.weights import trainable
 from coala.data.cues import SURFACE, fit_cues
 from coala.evaluation import WordJudge

@@ -18,9 +18,10 @@ pytest.importorskip("trl", reason="a comparison trains its baselines with the ex
 
 from coala.compare import cells, content_of, run, summary_rows, write_report
 from coala.compare.cell import PLAN, carry_out, read
+from coala.compare.loading import study_of
 from coala.compare.matrix import Cell, says_peak
 from coala.compare.processes import Processes
-from coala.compare.study import Study, study_of
+from coala.compare.study import Study
 from coala.store import load_json, save_pairs
 from coala.values import CoalaError
 from tests.menagerie import tiny_backbone
@@ -265,7 +266,7 @@ def test_killed_twice_and_resumed_it_reports_the_same(made: Path, apart: Path, t
     about.write_text(json.dumps(given.model_dump(mode="json")))
     code = (
         "import json, sys; from pathlib import Path; from coala.compare import run; "
-        "from coala.compare.study import study_of; "
+        "from coala.compare.loading import study_of; "
         f"run(study_of(json.loads(Path({str(about)!r}).read_text())), Path({str(out)!r}))"
     )
     for waited in ("d.tiny.base.dpo.full.s0/trials/0.001.json", "d.tiny.base.linear.s0"):

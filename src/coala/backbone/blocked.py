@@ -1,8 +1,7 @@
 """Weights in float32 on a CPU as oneDNN lays them out: the same numbers, so that products read memory in one stream.
 
-torch multiplies a few rows by MKL, far below the speed of memory. The same products by oneDNN, its weights reordered
-once, take 0.6 to 1.0 of the time (docs/decoding.md). Sums are added in another order, so
-states differ from MKL's in the last bits, as they do between two CPUs.
+Products of a few rows, as guided blocks and batches have them, take 0.6 of the time that torch's own order takes
+(docs/decoding.md). Sums are added in another order, so states differ in the last bits, as they do between two CPUs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Models of fewer weights in products stay in a CPU's caches, and a call costs more than it saves.
+# Smaller models are quick as they are, and are left so.
 FEWEST = 1 << 24
 
 

@@ -4,13 +4,14 @@ Knows the stages, the baselines and how they are compared; nothing of terminals.
 settings, :mod:`coala.compare.matrix` the cells, :mod:`coala.compare.runner` starts one process for each.
 """
 
+from coala.compare.loading import bundled, load_study
 from coala.compare.matrix import Cell, cells
 from coala.compare.page import write_report
 from coala.compare.planning import plan_study
 from coala.compare.planning import total as plan_total
 from coala.compare.results import content_of
 from coala.compare.runner import run
-from coala.compare.study import Study, bundled, load_study
+from coala.compare.study import Study
 from coala.compare.text import PLAN_HEAD, plan_rows, summary_rows
 
 __all__ = [

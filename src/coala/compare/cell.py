@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from coala.compare.cell_context import CellContext, Costs
+from coala.compare.loading import study_of
 from coala.compare.matrix import Cell, cells
 from coala.compare.progress import OnStage, unheard
-from coala.compare.study import Study, study_of
+from coala.compare.study import Study
 from coala.store import claim, load_json, load_object, save_json
 from coala.values import CoalaError
 
