@@ -16,7 +16,7 @@ import coala
 from coala.backbone import LanguageModel, load_backbone
 from coala.cli import app
 from coala.decoding import Guidance, generate, generate_distilled, policy_likelihood
-from coala.decoding.distilled import Changed, divergence
+from coala.decoding.distilled import divergence
 from coala.distil.matrix import output_matrix
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
@@ -33,6 +33,10 @@ from .test_backbone_gguf_parity import ARITHMETIC, asked, serving
 
 PROMPTS = [user(text) for text in ("once upon a time", "a dog", "the film was")]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "seed": 3}
+
+
+def log_probs(model: LanguageModel, policy: DistilledPolicy, states: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(model.with_policy(policy).changed().logits(states), -1)
 
 
 def policy_of(backbone: LanguageModel, scale: float, rank: int | None = 3) -> DistilledPolicy:
@@ -170,7 +174,7 @@ def test_models_whose_logits_are_no_product_are_refused_by_name(tmp_path: Path) 
 def test_a_policy_of_another_model_is_refused(backbone: LanguageModel) -> None:
     policy = policy_of(backbone, 0.1)
     other = replace(policy, spec=replace(policy.spec, weights="0" * 64))
-    with pytest.raises(SpecMismatch, match="Load the model it was distilled from"):
+    with pytest.raises(SpecMismatch, match="load the model it was distilled from"):
         generate_distilled(PROMPTS, backbone, other, **SETTINGS)
 
 
@@ -185,7 +189,7 @@ def test_exported_folders_have_the_policys_probabilities_in_plain_transformers(k
     model = load_backbone(tiny_backbone(kind, tmp_path / kind), device="cpu")
     policy = policy_of(model, 0.2)
     tokens = torch.tensor([model.render(PROMPTS[0]).tokens])
-    wanted = Changed(model, policy).log_probs(model.hidden(tokens.tolist(), -1)[0])
+    wanted = log_probs(model, policy, model.hidden(tokens.tolist(), -1)[0])
     export_checkpoint(policy, model, tmp_path / "checkpoint")
     checkpoint = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
@@ -198,8 +202,8 @@ def test_exported_folders_have_the_policys_probabilities_in_plain_transformers(k
             export_lora(policy, model, tmp_path / "lora")
     for name, network in found.items():
         with torch.no_grad():
-            log_probs = network(tokens).logits[0].float().log_softmax(-1)
-        assert torch.allclose(log_probs, wanted, atol=1e-4), name
+            theirs = network(tokens).logits[0].float().log_softmax(-1)
+        assert torch.allclose(theirs, wanted, atol=1e-4), name
     # All else is as it was.
     state, old = checkpoint.state_dict(), model.transformer.state_dict()
     assert all(torch.equal(state[key], old[key].float()) for key in old if key != "lm_head.weight")
@@ -220,12 +224,12 @@ def test_a_gguf_file_is_the_old_one_but_for_its_output_layer(tmp_path: Path) -> 
     assert found.difference == 0
     again = load_backbone(tmp_path / "changed.gguf", device="cpu", dtype="float32")
     row = model.render(PROMPTS[0]).tokens
-    wanted = Changed(model, policy).log_probs(model.hidden([row], -1)[0])
-    log_probs = again.logits(again.hidden([row], -1)[0]).log_softmax(-1)
+    wanted = log_probs(model, policy, model.hidden([row], -1)[0])
+    theirs = again.logits(again.hidden([row], -1)[0]).log_softmax(-1)
     # The layer is kept in half precision.
-    assert torch.allclose(log_probs, wanted, atol=2e-2)
+    assert torch.allclose(theirs, wanted, atol=2e-2)
     base = model.logits(model.hidden([row], -1)[0]).log_softmax(-1)
-    assert (log_probs - wanted).abs().max() < 0.05 * (base - wanted).abs().max()
+    assert (theirs - wanted).abs().max() < 0.05 * (base - wanted).abs().max()
     # A file that has an output layer already gets the new one in its place.
     twice = export_gguf(policy, model, tmp_path / "twice.gguf", base=tmp_path / "changed.gguf")
     assert twice.path.stat().st_size == found.n_bytes
@@ -240,17 +244,20 @@ def test_llama_cpp_serves_the_policys_own_greedy_tokens(smollm2: Path, tmp_path:
     """Up to where the two best tokens are closer than its arithmetic moves them."""
     model = load_backbone(smollm2, device="cpu", dtype="float32")
     policy = policy_of(model, 0.004, rank=8)
-    changed, llama = Changed(model, policy), serving(export_gguf(policy, model, tmp_path / "changed.gguf").path)
+    changed, llama = (
+        model.with_policy(policy).changed(),
+        serving(export_gguf(policy, model, tmp_path / "changed.gguf").path),
+    )
     for prompt in ("Give three tips for staying healthy.", "What is 2024 minus 1999?"):
         row = model.render(user(prompt)).tokens
         settings = {"temperature": 0, "n_predict": 24, "cache_prompt": False, "return_tokens": True}
         reply = asked(llama, "completion", prompt=row, **settings)["tokens"]
         states = model.hidden([row + reply], -1)[0, len(row) - 1 : -1]
-        log_probs, base = changed.log_probs(states), model.logits(states).log_softmax(-1)
+        both, base = changed.logits(states).log_softmax(-1), model.logits(states).log_softmax(-1)
         assert base.argmax(-1).tolist() != reply
         for at, token in enumerate(reply):
-            assert log_probs[at].max() - log_probs[at, token] < 2 * ARITHMETIC["as it is"]
-            if int(log_probs[at].argmax()) != token:
+            assert both[at].max() - both[at, token] < 2 * ARITHMETIC["as it is"]
+            if int(both[at].argmax()) != token:
                 break
 
 

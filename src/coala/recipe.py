@@ -46,6 +46,8 @@ class Recipe(PairSettings):
         head, model = self.head, self.model
         if self.guidance.budget is not None and self.guidance.mode != "shift":
             raise ValueError(f"guidance.budget belongs to guidance.mode shift; found {self.guidance.mode}")
+        if self.guidance.over == "distilled" and self.guidance.mode == "none":
+            raise ValueError("guidance.over distilled needs a guidance.mode that guides; found none")
         _agree(head)
         if head.gate_on == "prompt" and model.prompt_features is False:
             raise ValueError("head.gate_on prompt needs model.prompt_features, which is false")

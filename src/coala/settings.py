@@ -53,7 +53,8 @@ _DTYPES = {
 }
 
 # Choices that more than one part of the program speaks of.
-Mode = Literal["token", "block", "prefix", "shift", "best_of", "beam", "none"]
+Mode = Literal["token", "block", "prefix", "shift", "best_of", "beam", "distilled", "none"]
+Over = Literal["model", "distilled"]
 Rule = Literal["calibrated", "min-max", "raw", "z-score"]
 Method = Literal["learnt", "direct", "two-phase", "linear"]
 GateOn = Literal["auto", "reply", "prompt"]
@@ -189,6 +190,9 @@ class GuidanceSettings:
         Annotated[float, Ge(0)] | None, Setting("Of mode shift: nats a reply may spend on guidance.", flag=None)
     ] = None
     width: Annotated[int, Ge(1), Setting("Of mode beam: hypotheses kept.", flag=None)] = 4
+    over: Annotated[
+        Over, Setting("What the head guides: the model, or its distilled policy (`coala distil`).", flag=None)
+    ] = "model"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,16 @@ and other settings never meet. Knows nothing of judges or figures.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coala.alignment.parts import load_parts
+from coala.alignment.parts import guidance_of, load_parts
 from coala.data import read_pairs
 from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.recipe import recipe_of
-from coala.store import RunFolder, StoreError, claim, digest, file_digest, load_generations
+from coala.store import DISTILLED, RunFolder, StoreError, claim, digest, file_digest, load_generations, run_policy
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id, user
 
 FOLDER = "replies"
@@ -45,12 +45,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """How a run answers: ``None`` is as its recipe says. ``guided`` false leaves the head out."""
+    """How a run answers: ``None`` is as its recipe says. ``guided`` false is the base model.
+
+    ``guidance`` holds settings of guidance over the recipe's, ``{"mode": "distilled"}`` for instance.
+    """
 
     guided: bool = True
     max_new_tokens: int | None = None
     temperature: float | None = None
     seed: int = 0
+    guidance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(path: Path | str) -> list[PromptRow]:
@@ -127,7 +131,11 @@ def answer(
     settings = recipe.evaluation
     length = settings.max_new_tokens if manner.max_new_tokens is None else manner.max_new_tokens
     temperature = settings.temperature if manner.temperature is None else manner.temperature
-    guidance = asdict(recipe.guidance) if manner.guided else UNGUIDED
+    rule = guidance_of(recipe).changed(**manner.guidance)
+    guidance: Any = asdict(rule) if manner.guided else UNGUIDED
+    if manner.guided and rule.change:
+        run_policy(run)  # refused where there is none
+        guidance["policy"] = file_digest(run.path / DISTILLED / "policy.safetensors")
     head = file_digest(run.path / "head" / "head.safetensors")
     prompts = [[one.id, [[turn.role, turn.text] for turn in one.prompt]] for one in asked]
     model = asdict(recipe.model)
@@ -140,13 +148,13 @@ def answer(
         if [reply.prompt_id for reply in kept] != [one.id for one in asked[: len(kept)]]:
             raise StoreError(f"{path}: holds replies to other prompts. Delete it, and run again.")
         if len(kept) < len(asked):
-            backbone, fitted, rule = load_parts(run.path)
-            rule = rule.at(temperature)
+            backbone, fitted, _ = load_parts(run.path)
+            rule = rule.at(temperature) if manner.guided else rule.plain
             kept = generate(
                 [one.prompt for one in asked],
                 backbone,
                 fitted,
-                rule if manner.guided else replace(rule, mode="none"),
+                rule,
                 max_new_tokens=length,
                 temperature=temperature,
                 seed=manner.seed,

@@ -12,6 +12,7 @@ from coala.store import RunFolder, differences, worded
 _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "features": (("features-train", "features-eval"), ("features",)),
     "head": (("head",), ("head",)),
+    "distilled": ((), ("distilled", "generations-distilled.jsonl")),
     "replies": (
         ("replies-unguided", "replies-guided", "policy"),
         ("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "policy.json"),
@@ -20,7 +21,7 @@ _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "labeller": (("judgements-labeller",), ("judgements-labeller.jsonl",)),
 }
 _REPORT = ("report.html", "report.json")
-_AFTER_FEATURES = ("head", "replies", "judge", "labeller")
+_AFTER_FEATURES = ("head", "distilled", "replies", "judge", "labeller")
 _AFTER_HEAD = ("replies", "judge", "labeller")
 
 
@@ -62,7 +63,7 @@ def adopt(recipe: Recipe, run: RunFolder) -> list[str]:
     )
     kept = [part for part in ("pairs", "features", "head", "replies") if part not in undone]
     names = {"judge": "judgements", "labeller": "judgements"}
-    redone = list(dict.fromkeys(names.get(part, part) for part in parts))
+    redone = list(dict.fromkeys(names.get(part, part) for part in parts if part != "distilled"))
     told = f"{run.path}: keeps {_listed(kept)}" + (f"; redoes {_listed(redone)}" if redone else "")
     return [*worded(differing), told]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from coala.alignment.changes import check_changes
 from coala.alignment.judges import check_judge
 from coala.recipe import Recipe
-from coala.store import RunFolder
+from coala.store import DISTILLED, RunFolder
 from coala.values import CoalaError
 
 
@@ -22,6 +22,7 @@ def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *,
     exist, a layer, length or pooling that the model does not have.
     """
     recipe = recipe.located()
+    _check_distilled(recipe, run)
     if restart:
         run.require_free()
     else:
@@ -34,6 +35,17 @@ def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *,
         if text is not None:
             check_judge(text)
     check_model(recipe)
+
+
+def _check_distilled(recipe: Recipe, run: RunFolder) -> None:
+    """Guidance by a policy that is not there yet, or would go with the head that it was made by."""
+    asked = recipe.guidance
+    if "distilled" in (asked.mode, asked.over) and not (run.path / DISTILLED / "policy.json").is_file():
+        name = "mode" if asked.mode == "distilled" else "over"
+        raise CoalaError(
+            f"guidance.{name} is distilled: found no distilled policy in {run.path}, expected one. Fix: align without "
+            f"that setting first, then coala distil {run.path}"
+        )
 
 
 def check_model(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.costs import Stopwatch, peak_memory
 from coala.recipe import Recipe
 from coala.settings import ModelSettings
-from coala.store import RunFolder
+from coala.store import RunFolder, run_policy
 from coala.values import CoalaError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class StageContext:
 
     def backbone(self) -> LanguageModel:
         if "backbone" not in self.loaded:
-            self.loaded["backbone"] = open_backbone(self.recipe)
+            self.loaded["backbone"] = open_backbone(self.recipe).with_policy(partial(run_policy, self.run))
         model: LanguageModel = self.loaded["backbone"]
         return model
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coala.alignment.context import open_backbone
 from coala.permission import permitted
 from coala.recipe import Recipe, recipe_of, refuse_asked_code
-from coala.store import RunFolder, load_head
+from coala.store import RunFolder, load_head, run_policy
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -22,6 +23,8 @@ def load_parts(
 ) -> tuple[LanguageModel, ConvexHead, Guidance]:
     """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on.
 
+    The model knows the run's distilled policy, which is read when it is first decoded.
+
     A run may be somebody else's: its settings cannot have Python code run that comes with the model, nor a hub model
     fetched that is not in the local cache. Only ``trust_remote_code`` and ``download`` can.
     """
@@ -33,7 +36,7 @@ def load_parts(
         refuse_asked_code(recipe.model.trust_remote_code, source)
         backbone = open_backbone(recipe, named_by=source)
     backbone.require(head.spec)
-    return backbone, head, guidance_of(recipe)
+    return backbone.with_policy(partial(run_policy, run)), head, guidance_of(recipe)
 
 
 def guidance_of(recipe: Recipe) -> Guidance:

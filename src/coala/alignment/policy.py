@@ -23,6 +23,8 @@ OnTexts = Callable[[int, int], None]
 class Guided:
     """The policy of a head that guides: its log-ratio is to unguided decoding at the same temperature and top-k, top-p.
 
+    That of mode ``distilled`` is a trained model's: over the whole vocabulary, at temperature 1.
+
     ``max_new_tokens`` cuts replies as decoding does, which a ``budget`` needs.
     """
 
@@ -38,6 +40,14 @@ class Guided:
 
         return unknown_likelihood(self.guidance, self.head, self.temperature)
 
+    @property
+    def distilled(self) -> float:
+        """The strength of the distilled policy that this comes to; 0 where the head guides."""
+        from coala.decoding.requests import effective
+
+        found = effective(self.guidance.at(self.temperature), self.head, self.temperature)
+        return found.change if found.mode == "distilled" else 0.0
+
 
 def policy_accuracy(
     pairs: Sequence[Pair],
@@ -50,15 +60,16 @@ def policy_accuracy(
 ) -> PolicyAccuracy:
     """Share of ``pairs`` whose log-ratio log pi(y|x) - log pi_0(y|x) of ``policy`` to ``base`` ranks right.
 
-    A trained model, an adapter among them, is compared over the whole vocabulary at temperature 1. A :class:`Guided`
-    policy is compared with unguided decoding: a reply that top-k and top-p rule out has log-ratio -inf; where both of a
-    pair are ruled out, the same guidance of the whole distribution decides. With ``limit`` only so many pairs are read,
-    spread evenly. It costs a forward per token of each reply: two for a trained model, up to two (with a look ahead at
-    the candidates) for a guided one. ``on_texts(done, total)`` counts texts read.
+    A trained model, an adapter among them, and the distilled policy of ``base`` are compared over the whole vocabulary
+    at temperature 1. A :class:`Guided` policy is compared with unguided decoding: a reply that top-k and top-p rule out
+    has log-ratio -inf; where both of a pair are ruled out, the same guidance of the whole distribution decides. With
+    ``limit`` only so many pairs are read, spread evenly. It costs a forward per token of each reply: two for a trained
+    model, one for a distilled policy, up to two (with a look ahead at the candidates) for a guided one.
+    ``on_texts(done, total)`` counts texts read.
 
     Raises :class:`CoalaError` where the policy's likelihood is not known (``policy.unknown``) or no pair is given.
     """
-    from coala.decoding import guided_likelihoods, lifted, model_log_ratios
+    from coala.decoding import guided_likelihoods, lifted, model_log_ratios, policy_likelihood
 
     some = spread(pairs, limit)
     if not some:
@@ -69,6 +80,10 @@ def policy_accuracy(
     if not isinstance(policy, Guided):
         ratios = model_log_ratios(prompts, texts, policy, base, batch_size=batch_size, on_texts=on_texts)
         return accuracy_of_log_ratios(ratios[:n], ratios[n:], groups)
+    if policy.distilled:
+        read = policy_likelihood(prompts, texts, base, strength=policy.distilled, on_texts=on_texts)
+        log_ratios = np.array([ours - theirs for ours, theirs, _ in read])
+        return accuracy_of_log_ratios(log_ratios[:n], log_ratios[n:], groups)
     found = []
     for turn, guidance in enumerate((policy.guidance, lifted(policy.guidance))):
 
@@ -76,7 +91,7 @@ def policy_accuracy(
             if on_texts is not None:
                 on_texts(turn * total + done, 2 * total)
 
-        read = guided_likelihoods(
+        under = guided_likelihoods(
             prompts,
             texts,
             base,
@@ -87,7 +102,7 @@ def policy_accuracy(
             batch_size=batch_size,
             on_texts=tell,
         )
-        found.append(np.array([one.log_ratio for one in read]))
+        found.append(np.array([one.log_ratio for one in under]))
     (within, free), half = found, n
     return accuracy_of_log_ratios(within[:half], within[half:], groups, lifted=(free[:half], free[half:]))
 

@@ -165,7 +165,7 @@ def _policy(run: RunFolder, recipe: Recipe, head: ConvexHead) -> dict[str, Any] 
     guidance = guidance_of(recipe)
     if not recipe.evaluation.prompts:
         return None
-    if not guidance.active and guidance.mode != "beam":
+    if not (guidance.active or guidance.change) and guidance.samples:
         return {"unknown": "guidance is off, so every log-ratio is 0"}
     unknown = Guided(head, guidance, recipe.evaluation.temperature).unknown
     return {"unknown": unknown} if unknown else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import Recipe
 from coala.statistics.intervals import wald
 from coala.store import (
+    DISTILLED,
     claim,
     digest,
     discard,
@@ -254,6 +255,7 @@ def _replies(context: StageContext) -> None:
             "model": context.model_stamp(),
             "guidance": asdict(context.recipe.guidance),
             "settings": [settings.max_new_tokens, settings.temperature, context.recipe.seed],
+            **_distilled(context),
         }
 
         def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
@@ -262,7 +264,7 @@ def _replies(context: StageContext) -> None:
             told = context.note if method == "unguided" else quiet
             guidance, temperature = settled(context.run.path, backbone, guidance, {}, told)
             guidance = guidance.at(temperature)
-            rule = replace(guidance, mode="none") if method == "unguided" else guidance
+            rule = guidance.plain if method == "unguided" else guidance
             replies = generate(
                 [pair.prompt for pair in chosen],
                 backbone,
@@ -275,6 +277,7 @@ def _replies(context: StageContext) -> None:
                 batch_size=max(1, rows_at_once(backbone) // rule.rows),
                 kept=context.path(f"{PORTIONS}/{stage}-{digest(inputs)[:12]}.jsonl"),
                 on_reply=lambda n, total: context.show(stage, n, total, f"{n} of {total} replies"),
+                with_base=True,
             )
             prompts = {prompt_id(pair.prompt): pair.prompt for pair in chosen}
             save_generations(context.path(f"generations-{method}.jsonl"), replies, prompts)
@@ -296,13 +299,20 @@ def _replies(context: StageContext) -> None:
     _policy(context, pairs)
 
 
+def _distilled(context: StageContext) -> dict[str, str]:
+    """What decides replies of the distilled policy, where guidance is of it or goes over it."""
+    if not guidance_of(context.recipe).change:
+        return {}
+    return {"policy": file_digest(context.path(DISTILLED) / "policy.safetensors")}
+
+
 def _policy(context: StageContext, pairs: Sequence[Pair]) -> None:
     """How well the guided policy's log-ratio ranks held-out pairs, where its mode has likelihoods."""
     from coala.alignment.policy import Guided, policy_accuracy
 
     settings, guidance = context.recipe.evaluation, guidance_of(context.recipe)
     path = context.path("head/head.safetensors")
-    if not settings.prompts or not guidance.active:
+    if not settings.prompts or not (guidance.active or guidance.change):
         return
     policy = Guided(load_head(path.parent), guidance, settings.temperature, settings.max_new_tokens)
     if policy.unknown:
@@ -313,6 +323,7 @@ def _policy(context: StageContext, pairs: Sequence[Pair]) -> None:
         "model": context.model_stamp(),
         "guidance": asdict(context.recipe.guidance),
         "settings": [settings.prompts, settings.max_new_tokens, settings.temperature],
+        **_distilled(context),
     }
 
     def work() -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Talker:
 
     @property
     def unguided(self) -> Guidance:
-        return replace(self.guidance, mode="none", budget=None)
+        return self.chosen.plain
 
     def changed(self, **changes: Any) -> Talker:
         """With another ``temperature`` or ``chosen`` guidance; says so where that is another mode."""
@@ -128,13 +128,12 @@ def open_talker(
         on_note(line)
     found, temperature = settled(run, backbone, found, sampling, on_note)
     mode = guidance.get("mode")
-    if mode not in (None, "shift"):
-        found = replace(found, budget=None)  # the recipe's is of another mode
     changed = found.changed(**guidance)
     if mode is None and changed.mode != found.mode:
         on_note(f"note: by rule {changed.rule} a strength means mode token: in mode {found.mode} the best always wins.")
     for note in evidence_notes(run, head, changed):
         on_note(f"note: {note}")
+    backbone.changed(changed.change)  # a policy that is not there is told before anything is typed
     opened = Talker(backbone, head, changed, temperature, on_note)
     if mode is None:
         opened.note_mode()

@@ -40,24 +40,26 @@ def hold(model: Any, stop_tokens: Iterable[int]) -> LanguageModel:
     return LanguageModel(network, renderer, name=name, revision="", weights="", generates=True)
 
 
-def require_held(backbone: LanguageModel, spec: FeatureSpec, width: int) -> None:
+def require_held(backbone: LanguageModel, spec: FeatureSpec, width: int, what: str) -> None:
     """Raise :class:`SpecMismatch` where a held model cannot make features of ``spec``, ``width`` numbers each.
+
+    ``what`` needs them: the "head" or the "policy".
 
     The weights are compared where the model came from a folder that is still there, and have no adapter or quantisation
     to tell of; a model by another name is taken at its word.
     """
     if spec.layer > backbone.n_layers or width != backbone.width:
         raise SpecMismatch(
-            f"The head was fitted on layer {spec.layer} of {spec.backbone}, {width} wide; {backbone.name} has "
-            f"{backbone.n_layers} layers, {backbone.width} wide. Load the model the head was fitted for."
+            f"The {what} was fitted on layer {spec.layer} of {spec.backbone}, {width} wide; {backbone.name} has "
+            f"{backbone.n_layers} layers, {backbone.width} wide. Load the model it was fitted for."
         )
     folder = Path(backbone.name)
     if spec.backbone == backbone.name and any(folder.glob("*.safetensors")):
         found = weights_digest(folder)
         if found != spec.weights:
             raise SpecMismatch(
-                f"The head was fitted on weights {spec.weights[:12]} of {spec.backbone}, but {folder} now holds "
-                f"{found[:12]}. Fit the head again."
+                f"The {what} was fitted on weights {spec.weights[:12]} of {spec.backbone}, but {folder} now holds "
+                f"{found[:12]}. Fit the {what} again."
             )
 
 

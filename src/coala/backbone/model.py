@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from coala.backbone.cache import tree_obstacle
-from coala.backbone.network import BackboneError, Network, Scored
+from coala.backbone.network import BackboneError, Network, OutputChange, Scored
 from coala.backbone.pooling import POOLINGS
 from coala.backbone.prefix import Prefix
 from coala.backbone.reading import Reading
 from coala.backbone.template import RenderedRow, Renderer
 from coala.costs import Shape
+from coala.policies import DistilledPolicy
 from coala.values import FeatureSpec, Pair, Prompt, SpecMismatch, Turn, turns
 
 Tree = Literal["auto", "always", "never"]
@@ -44,6 +46,7 @@ class LanguageModel:
         self.name, self.revision, self.weights = name, revision, weights
         self.generates = generates
         self._notes = tuple(notes)
+        self._policy: Callable[[], DistilledPolicy] | None = None
 
     @cached_property
     def template(self) -> str:
@@ -138,6 +141,57 @@ class LanguageModel:
 
     def _place(self, layer: int, scored: bool) -> int:
         return Scored(self._layer(layer)) if scored else self._layer(layer)
+
+    # --- a distilled policy --------------------------------------------------------------------------------------
+
+    def with_policy(self, policy: DistilledPolicy | Callable[[], DistilledPolicy]) -> LanguageModel:
+        """The same model with a policy that :meth:`changed` decodes; a function is asked for it when it is needed."""
+        found = copy(self)
+        found._policy = policy if callable(policy) else lambda: policy
+        for kept in ("policy", "_change"):
+            found.__dict__.pop(kept, None)
+        return found
+
+    def changed(self, strength: float = 1.0) -> LanguageModel:
+        """The same model with ``strength`` times its policy's change of the output layer: logits W (h + s A h).
+
+        Strength 0 is the base model. Whatever its name, its features are the base model's: only logits differ. Raises
+        :class:`BackboneError` for a model without a policy and :class:`SpecMismatch` for a policy of other weights.
+        """
+        change = self._change.times(strength) if strength else None
+        if change is self._network.change:
+            return self
+        found = copy(self)
+        found._network = self._network.changed(change)
+        return found
+
+    @cached_property
+    def policy(self) -> DistilledPolicy:
+        """The policy that :meth:`with_policy` gave it."""
+        if self._policy is None:
+            raise BackboneError(
+                f"Found no distilled policy with {self.name}; expected one. Fix: take the model of a distilled run, "
+                "coala.load_run(RUN).backbone, or give it one by with_policy."
+            )
+        self.require_head("Distilled policies")
+        found = self._policy()
+        # A model that somebody else loaded tells no weights: whoever took it has compared what there is.
+        if (self.weights and self.weights != found.spec.weights) or found.width != self.width:
+            raise SpecMismatch(
+                f"Found a distilled policy of {found.spec.backbone} (weights {found.spec.weights[:12]}), expected one "
+                f"of {self.name} (weights {self.weights[:12]}). Fix: load the model it was distilled from, or distil "
+                "again (`coala distil RUN`)."
+            )
+        return found
+
+    @cached_property
+    def _change(self) -> OutputChange:
+        policy = self.policy
+        left, right = (
+            None if part is None else torch.tensor(part, device=self.device) for part in (policy.left, policy.right)
+        )
+        assert left is not None
+        return OutputChange(left, right)
 
     # --- text and tokens -----------------------------------------------------------------------------------------
 

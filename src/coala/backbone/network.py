@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +36,27 @@ class Scored(int):
     """
 
 
+@dataclass(frozen=True, eq=False)
+class OutputChange:
+    """A change of final states h before the output layer, h + strength left (right h), float32.
+
+    ``left`` (d, r) and ``right`` (r, d), or ``left`` (d, d) alone.
+    """
+
+    left: Tensor
+    right: Tensor | None
+    strength: float = 1.0
+
+    def times(self, strength: float) -> OutputChange:
+        return self if strength == self.strength else replace(self, strength=strength)
+
+    def __call__(self, final: Tensor) -> Tensor:
+        """Changed states (B, d) float32 of ``final`` (B, d)."""
+        states = final.float()
+        inner = states if self.right is None else states @ self.right.T
+        return torch.add(states, inner @ self.left.T, alpha=self.strength)
+
+
 class _Reached(Exception):
     """Thrown from inside a forward pass once the wanted hidden state is known; never leaves this module."""
 
@@ -52,6 +75,7 @@ class Network:
     def __init__(self, model: nn.Module, *, encoder: bool) -> None:
         self.causal = model
         self.encoder = encoder
+        self.change: OutputChange | None = None
         self.body: nn.Module = model if encoder else _decoder(model)
         self.config = cast(Any, model).config.get_text_config(decoder=not encoder)
         self.layers = self._find_layers()
@@ -201,9 +225,17 @@ class Network:
             for handle in handles:
                 handle.remove()
 
+    def changed(self, change: OutputChange | None) -> Network:
+        """The same network with ``change`` before its output layer, in place of any that it has."""
+        found = copy(self)
+        found.change = change
+        return found
+
     @torch.no_grad()
     def logits(self, final: Tensor) -> Tensor:
         """Next-token logits (B, V) float32 of final hidden states (B, d)."""
+        if self.change is not None:
+            final = self.change(final).to(self.dtype)
         states = final[:, None]
         outputs = self._outputs(last_hidden_state=states)
         body = cast(Any, self.body)

@@ -14,6 +14,7 @@ import typer
 
 from coala.messages import CoalaError
 from coala.permission import CODE_FLAG, DOWNLOAD_FLAG, permitted
+from coala.settings import Mode, Over
 
 if TYPE_CHECKING:
     from coala.alignment.answers import ReplySettings
@@ -123,6 +124,11 @@ Reference = Annotated[
 ]
 RunName = Annotated[str | None, typer.Option(help="The run's name in results (default: its folder's).")]
 Unguided = Annotated[bool, typer.Option("--unguided", help="Answer without the head: the base model by itself.")]
+GuidedBy = Annotated[
+    Mode | None, typer.Option("--mode", help="How the head guides, or distilled (default: as in the run's recipe).")
+]
+Strength = Annotated[float | None, typer.Option("--strength", min=0.0, help="Guidance strength.")]
+GuidedOver = Annotated[Over | None, typer.Option("--over", help="Guide the model, or its distilled policy.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest reply, in tokens (default: as in the run's recipe).")
 ]
@@ -187,6 +193,9 @@ class ReplyFlags:
     into: RunOption = None
     name: RunName = None
     unguided: Unguided = False
+    mode: GuidedBy = None
+    strength: Strength = None
+    over: GuidedOver = None
     max_new_tokens: MaxNewTokens = None
     temperature: Temperature = None
     limit: Limit = None
@@ -194,7 +203,9 @@ class ReplyFlags:
     def manner(self, seed: int) -> ReplySettings:
         from coala.alignment.answers import ReplySettings
 
-        return ReplySettings(not self.unguided, self.max_new_tokens, self.temperature, seed)
+        given = {"mode": self.mode, "strength": self.strength, "over": self.over}
+        given = {name: value for name, value in given.items() if value is not None}
+        return ReplySettings(not self.unguided, self.max_new_tokens, self.temperature, seed, given)
 
 
 def _headers() -> dict[str, str]:

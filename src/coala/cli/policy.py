@@ -33,7 +33,7 @@ def policy(
 ) -> None:
     """Share of pairs whose log-ratio to the base the policy ranks right, without a judge; in the run's report too.
 
-    Guidance has likelihoods in mode shift alone; the other modes are told so.
+    Guidance has likelihoods in mode shift alone, and so has its distilled policy; the other modes are told so.
     """
     from coala.leaderboards.policy import run_policy
     from coala.store import RunFolder

@@ -191,19 +191,17 @@ def _as_writer(place: Path, about: Mapping[str, Any], device: str, top_p: float)
 
 
 def _guided(run: Path, part: str, name: str) -> Entrant:
-    from dataclasses import replace
-
     from coala.alignment.parts import guidance_of
     from coala.recipe import recipe_of
-    from coala.store import RunFolder, file_digest, load_head
+    from coala.store import DISTILLED, RunFolder, file_digest, load_head, run_policy
 
-    if part not in ("", "unguided"):
-        raise CoalaError(f"{run}@{part}: expected {run} (guided) or {run}@unguided.")
+    if part not in ("", "unguided", "distilled"):
+        raise CoalaError(f"{run}@{part}: expected {run} (guided), {run}@distilled or {run}@unguided.")
     if not (run / "head").is_dir():
         raise CoalaError(f"{run}: has no head yet: run `coala align` again, which goes on where it was.")
     guidance = guidance_of(recipe_of(RunFolder.open(run).settings, run / "run.json"))
     if part:
-        guidance = replace(guidance, mode="none")
+        guidance = guidance.plain if part == "unguided" else guidance.changed(mode=part)
 
     def opened(_: float) -> AbstractContextManager[Writer]:
         from coala.alignment import load_parts
@@ -216,6 +214,9 @@ def _guided(run: Path, part: str, name: str) -> Entrant:
         "weights": load_head(run / "head").spec.weights,
         "rule": repr(guidance),
     }
+    if guidance.change:
+        run_policy(RunFolder.open(run))  # refused where there is none
+        identity["policy"] = file_digest(run / DISTILLED / "policy.safetensors")
     how = f"{run}, {guidance}, from the run's own restricted base (top-k {guidance.top_k}, top-p {guidance.top_p:g})"
     return Entrant(name, identity, how, opened)
 

@@ -1,8 +1,8 @@
 """Guided decoding (torch): replies from a frozen model, steered by a head; knows nothing of how the head was fitted."""
 
-from coala.decoding.distilled import generate_distilled, policy_likelihood
+from coala.decoding.distilled import policy_likelihood
 from coala.decoding.engine import Engine, Job
-from coala.decoding.generation import generate
+from coala.decoding.generation import generate, generate_distilled
 from coala.decoding.guidance import RULES, Guidance, reweight
 from coala.decoding.likelihood import (
     TextLikelihood,

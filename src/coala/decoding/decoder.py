@@ -60,7 +60,8 @@ class Decoder:
     def __init__(
         self, backbone: LanguageModel, head: ConvexHead | None, guidance: Guidance, *, temperature: float
     ) -> None:
-        self.backbone, self.head, self.guidance, self.temperature = backbone, head, guidance, temperature
+        self.backbone = backbone.changed(guidance.change)
+        self.head, self.guidance, self.temperature = head, guidance, temperature
         # Scores as the rule takes them: log-odds by the calibrated one.
         self.score = None if head is None else _scorer(head, backbone.device, unit(guidance.rule, head.evidence))
         self.counts_stop = head is not None and head.spec.ends_with_eos

@@ -1,46 +1,37 @@
-"""Decoding by a distilled policy: plain sampling at one forward a token, its divergence from the base model known.
+"""The distilled policy beside the base model: replies of it, and how likely texts are under both.
 
-What is sampled is what an exported checkpoint samples: softmax(W (h + A h)), then temperature, top-k and top-p.
+Decoding itself knows no policy: mode ``distilled`` is plain sampling of the model with its output layer changed
+(:meth:`coala.backbone.LanguageModel.changed`), at one forward a token, and what an exported checkpoint samples. What it
+says beside the base model, a second product with the output layer, is read from the finished reply, where it is asked
+for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from coala.backbone import LanguageModel
-from coala.decoding.decoder import Batch, Decoder
-from coala.decoding.generation import decoded
-from coala.decoding.guidance import Guidance
-from coala.decoding.replies import OnToken
-from coala.decoding.requests import Request, generation, identified, prepare_all
-from coala.decoding.sampling import Nucleus, restrict
 from coala.policies import DistilledPolicy
-from coala.values import CoalaError, Generation, Prompt, SpecMismatch, prompts_of
+from coala.values import CoalaError, Prompt, prompts_of
+
+# Logits of one kind that are held at once: 128 MB of them in float32.
+LOGITS = 1 << 25
 
 
-class Changed:
-    """The output layer of ``backbone`` as ``policy`` changes it; refuses a policy of other weights."""
+@dataclass(frozen=True)
+class Beside:
+    """Of the tokens of one text, in nats (n,): log-probabilities under the policy and the base model, and at each step
+    the divergence KL(policy || base), all over the whole vocabulary at temperature 1.
 
-    def __init__(self, backbone: LanguageModel, policy: DistilledPolicy) -> None:
-        backbone.require_head("Distilled policies")
-        if backbone.weights != policy.spec.weights:
-            raise SpecMismatch(
-                f"The policy changes {policy.spec.backbone} (weights {policy.spec.weights[:12]}), but the loaded "
-                f"model is {backbone.name} (weights {backbone.weights[:12]}). Load the model it was distilled from."
-            )
-        self._backbone = backbone
-        self._left, self._right = (torch.tensor(part, device=backbone.device) for part in policy.factors())
+    ``divergence`` may have a step more: the one that ended the text.
+    """
 
-    def log_probs(self, final: torch.Tensor) -> torch.Tensor:
-        """Next-token log-probabilities (B, V) float32 after final states (B, d)."""
-        states = final.float()
-        changed = states + states @ self._right.T @ self._left.T
-        return torch.log_softmax(self._backbone.logits(changed), -1)
+    policy: torch.Tensor
+    base: torch.Tensor
+    divergence: torch.Tensor
 
 
 def divergence(policy: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -49,83 +40,50 @@ def divergence(policy: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     return torch.where(policy > -torch.inf, policy.exp() * (policy - base), 0.0).sum(-1)
 
 
-class DistilledDecoder(Decoder):
-    """A decoder without a head whose next token is the policy's; what a step diverges is entered in the accounts."""
-
-    def __init__(
-        self, backbone: LanguageModel, policy: DistilledPolicy, guidance: Guidance, *, temperature: float
-    ) -> None:
-        super().__init__(backbone, None, guidance, temperature=temperature)
-        self._changed = Changed(backbone, policy)
-
-    def nucleus(self, batch: Batch) -> Nucleus:
-        base = batch.prefix.log_probs()
-        policy = self._changed.log_probs(batch.prefix.state())
-        for reply, nats in zip(batch.replies, divergence(policy, base).tolist(), strict=True):
-            reply.account.spent += nats
-        found = restrict(policy, temperature=self.temperature, top_k=self.guidance.top_k, top_p=self.guidance.top_p)
-        tokens = torch.from_numpy(found.tokens).to(base.device)
-        return replace(found, base=base.gather(1, tokens).cpu().double().numpy())
-
-
-def generate_distilled(
-    prompts: Sequence[Prompt],
-    backbone: LanguageModel,
-    policy: DistilledPolicy,
-    *,
-    max_new_tokens: int,
-    seed: int,
-    strength: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 50,
-    top_p: float = 0.9,
-    stop: Sequence[str] = (),
-    prompt_ids: Sequence[str] | None = None,
-    batch_size: int = 16,
-    on_token: OnToken | None = None,
-) -> list[Generation]:
-    """One reply per prompt, sampled from ``policy`` at ``strength``; all else as in :func:`coala.decoding.generate`.
-
-    With the same seed and ids, strength 0 gives the unguided text token for token. ``log_prob`` is the base model's;
-    ``divergence`` the sum over a reply's steps of KL(policy || base) over the whole vocabulary, at temperature 1: its
-    mean over replies is the divergence between the two distributions of replies, before top-k and top-p.
-    """
-    conversations = prompts_of(prompts)
-    ids = identified(conversations, prompt_ids, batch_size)
-    guidance = Guidance.unguided(top_k=top_k, top_p=top_p)
-    decoder = DistilledDecoder(backbone, policy.scaled(strength), guidance, temperature=temperature)
-    asked = partial(
-        Request, guidance=guidance, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, stop=stop
-    )
-    parts = prepare_all(asked, conversations, ids, backbone, None, on_token=on_token)
-    for _ in decoded(decoder, parts, guidance, batch_size):
-        pass
-    method = "distilled" if strength == 1 else f"distilled, strength {strength:g}"
-    return [
-        replace(generation(part.reply, None, guidance), method=method, divergence=part.reply.account.spent)
-        for part in parts
-    ]
+def beside_base(
+    base: LanguageModel, changed: LanguageModel, before: Sequence[int], tokens: Sequence[int], *, ended: bool = False
+) -> Beside:
+    """One forward over the prompt ``before`` and the ``tokens`` behind it; ``ended``: a stop token came next."""
+    n = len(tokens)
+    steps = n + ended if before else 0
+    none = torch.zeros(0, dtype=torch.float64)
+    told, own, nats = [none], [none], [none]
+    if steps:
+        final = base.hidden([[*before, *tokens]], -1)[0, len(before) - 1 :][:steps]
+        at = torch.tensor(list(tokens), dtype=torch.long, device=final.device)
+        size = max(1, LOGITS // base.shape.vocabulary)
+        for first in range(0, steps, size):
+            taken = at[first : first + size, None]
+            both = [torch.log_softmax(model.logits(final[first : first + size]), -1) for model in (changed, base)]
+            for part, log_probs in zip((told, own), both, strict=True):
+                part.append(log_probs[: len(taken)].gather(1, taken)[:, 0].double().cpu())
+            nats.append(divergence(*both).cpu())
+    return Beside(*map(torch.cat, (told, own, nats)))
 
 
 def policy_likelihood(
-    prompts: Sequence[Prompt], texts: Sequence[str], backbone: LanguageModel, policy: DistilledPolicy
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    backbone: LanguageModel,
+    policy: DistilledPolicy | None = None,
+    *,
+    strength: float = 1.0,
+    on_texts: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float, int]]:
     """Log-probability of each text as a reply under the policy and under the base model, and its tokens.
 
-    Over the whole vocabulary, at temperature 1; the end of the reply is not counted.
+    The policy is ``policy`` or else the model's own, at ``strength``. Exact, over the whole vocabulary, at temperature
+    1; the end of the reply is not counted.
     """
     if len(texts) != len(prompts):
         raise CoalaError(f"{len(prompts)} prompts need as many texts; found {len(texts)}.")
-    changed, found = Changed(backbone, policy), []
+    base = backbone.changed(0)
+    changed = (backbone if policy is None else backbone.with_policy(policy)).changed(strength)
+    found = []
     for prompt, text in zip(prompts_of(prompts), texts, strict=True):
         row = backbone.render(prompt, text)
-        tokens = np.asarray(row.tokens[row.start : row.stop])
-        if not len(tokens) or row.start < 1:
-            found.append((0.0, 0.0, 0))
-            continue
-        final = backbone.hidden([row.tokens], -1)[0, row.start - 1 : row.stop - 1]
-        at = torch.from_numpy(tokens).to(final.device)[:, None]
-        both = (changed.log_probs(final), torch.log_softmax(backbone.logits(final), -1))
-        totals = [float(one.gather(1, at).double().sum()) for one in both]
-        found.append((totals[0], totals[1], len(tokens)))
+        one = beside_base(base, changed, row.tokens[: row.start], row.tokens[row.start : row.stop])
+        found.append((float(one.policy.sum()), float(one.base.sum()), len(one.policy)))
+        if on_texts is not None:
+            on_texts(len(found), len(texts))
     return found

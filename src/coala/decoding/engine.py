@@ -20,7 +20,7 @@ from coala.decoding.search import WAYS
 from coala.values import ConvexHead, Generation
 
 # Modes whose rows others can join before they are through.
-JOINED = ("none", "token", "prefix", "shift", "block")
+JOINED = ("none", "distilled", "token", "prefix", "shift", "block")
 
 
 class Job:
@@ -45,7 +45,9 @@ class Job:
 
     @property
     def log_probs(self) -> list[float]:
-        """Log-probabilities of ``tokens`` under the base model, at temperature 1."""
+        """Log-probabilities of ``tokens`` at temperature 1 under the model that is decoded: the base model, or the
+        distilled policy in its mode and where guidance goes over it.
+        """
         return self._reply.log_probs
 
     @property
@@ -143,6 +145,7 @@ class Engine:
     def submit(self, request: Request) -> Job:
         """Take a request in; raises :class:`CoalaError` for one that cannot be carried out."""
         guidance = effective(request.guidance, self.head, request.temperature)
+        self.backbone.changed(guidance.change)  # refused here, not while others are decoded
         job = Job(request, prepare(request, self.backbone, self.head), guidance)
         self._waiting.append(job)
         return job

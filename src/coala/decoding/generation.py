@@ -15,6 +15,9 @@ head has no part in. Mode ``shift`` asks about the k likeliest tokens instead, w
 distribution it samples is known, and with it what a reply spends in nats (:mod:`coala.decoding.budget`). Temperature 0
 leaves the noise out. Mode ``beam`` has none (:mod:`coala.decoding.search`).
 
+Mode ``distilled`` is plain sampling of the model as its distilled policy changes it, by the same noise, and the other
+modes go over that model instead of the base model where ``Guidance.over`` says so.
+
 A stop token ends the reply and is not part of it: as a candidate it is worth what the reply is worth as it stands
 (with ``ends_with_eos`` features, which count the stop token, it is scored like any other).
 """
@@ -22,15 +25,19 @@ A stop token ends the reply and is not part of it: as a candidate it is worth wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from coala.backbone import LanguageModel
 from coala.decoding.decoder import Decoder
+from coala.decoding.distilled import beside_base
 from coala.decoding.guidance import Guidance
 from coala.decoding.replies import OnToken
 from coala.decoding.requests import Prepared, Request, effective, generation, identified, prepare_all
 from coala.decoding.search import WAYS, nobody
+from coala.policies import DistilledPolicy
 from coala.store import load_generations, save_generations
 from coala.values import CoalaError, ConvexHead, Generation, Prompt, prompts_of
 
@@ -50,6 +57,7 @@ def generate(
     on_token: OnToken | None = None,
     kept: Path | None = None,
     on_reply: Callable[[int, int], None] | None = None,
+    with_base: bool = False,
 ) -> list[Generation]:
     """One reply per prompt, in their order, guided by ``head`` if there is one.
 
@@ -74,6 +82,11 @@ def generate(
     the feature does if it ``ends_with_eos``) or what a stop string cut off. Replies of mode ``shift`` tell their
     divergence. Without a head replies are unguided, but for ``beam``, which then searches by log-probability alone.
 
+    Of a distilled policy, in its own mode or under a head, decoding asks the base model nothing: ``log_prob`` is nan.
+    ``with_base`` reads each finished reply once more and fills it in, and in mode ``distilled`` the ``divergence``: the
+    sum over the reply's steps of KL(policy || base) over the whole vocabulary at temperature 1, whose mean over replies
+    is the divergence between the two distributions of replies, before top-k and top-p.
+
     A head with gates on the prompt is, for each prompt, the linear head of the gates that its features open; they are
     pooled once, from the prompt as extraction reads it.
 
@@ -92,17 +105,52 @@ def generate(
     )
     parts = prepare_all(asked, conversations, ids, backbone, head, first=len(done), on_token=on_token)
     decoder = Decoder(backbone, head, wanted, temperature=temperature)
+
+    def made(part: Prepared) -> Generation:
+        found = generation(part.reply, head, wanted)
+        return _beside(found, part, backbone.changed(0), decoder, guidance) if with_base else found
+
     n_done = len(done)
     if on_reply is not None:
         on_reply(n_done, len(ids))
     for some in decoded(decoder, parts, wanted, batch_size, by_length=kept is None):
         n_done += len(some)
         if kept is not None:
-            done += [generation(part.reply, head, wanted) for part in some]
+            done += [made(part) for part in some]
             save_generations(kept, done)
         if on_reply is not None:
             on_reply(n_done, len(ids))
-    return done if kept is not None else [generation(part.reply, head, wanted) for part in parts]
+    return done if kept is not None else [made(part) for part in parts]
+
+
+def generate_distilled(
+    prompts: Sequence[Prompt],
+    backbone: LanguageModel,
+    policy: DistilledPolicy,
+    *,
+    strength: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 0.9,
+    **options: Any,
+) -> list[Generation]:
+    """:func:`generate` in mode ``distilled`` with a ``policy`` of one's own, beside the base model; no head is needed.
+
+    With the same seed and ids, strength 0 gives the unguided text token for token.
+    """
+    guidance = Guidance("distilled", strength, top_k=top_k, top_p=top_p)
+    return generate(prompts, backbone.with_policy(policy), None, guidance, with_base=True, **options)
+
+
+def _beside(found: Generation, part: Prepared, base: LanguageModel, decoder: Decoder, guidance: Guidance) -> Generation:
+    """``found`` with what the base model says of it, where decoding has not asked."""
+    if not decoder.guidance.change:
+        return replace(found, divergence=0.0) if guidance.mode == "distilled" else found
+    reply = part.reply
+    ended = reply.finish == "stop" and reply.cut is None
+    read = beside_base(base, decoder.backbone, part.row, reply.tokens, ended=ended)
+    # What a head's choices add to the policy's divergence is not known.
+    nats = float(read.divergence.sum()) if decoder.guidance.mode == "distilled" else found.divergence
+    return replace(found, log_prob=float(read.base.sum()), divergence=nats)
 
 
 def decoded(

@@ -27,8 +27,10 @@ def usual_strength(mode: Mode, rule: Rule) -> float:
     """The strength of a mode and rule that are not given one; docs/decoding.md has the measurements.
 
     Candidates that are whole blocks differ by more than tokens do, and there are few of them: it takes more strength to
-    have as much of the head, and costs less.
+    have as much of the head, and costs less. A distilled policy is as strong as it was fitted.
     """
+    if mode == "distilled":
+        return 1.0
     if rule != "calibrated":
         return 2.0
     return 24.0 if mode in RANKING else 8.0
@@ -48,6 +50,8 @@ class Guidance(GuidanceSettings):
     - ``best_of`` samples ``candidates`` whole replies and keeps one of them by its score;
     - ``beam`` searches, without any chance, for the reply with the best mean log-probability plus ``strength`` times
       score, with ``width`` replies in hand, each of which goes on by its ``candidates`` likeliest tokens;
+    - ``distilled`` samples the policy that the guidance was distilled into, ``strength`` times its change of the output
+      layer: no head is asked, a token costs one forward;
     - ``none`` is plain sampling.
 
     ``strength`` multiplies the scores before they are added to log-probabilities. With ``rule="calibrated"`` scores are
@@ -64,6 +68,9 @@ class Guidance(GuidanceSettings):
     alone: the nats a reply may spend, from which its strength follows (:mod:`coala.decoding.budget`); 0 is unguided.
     By the calibrated rule ``strength`` bounds it too; by the others it then only says whether to guide at all.
     ``top_k`` (0: off) and then ``top_p`` (1: off) restrict the base distribution.
+
+    ``over="distilled"`` lets the head guide that policy instead of the model, in every mode but the last two: what is
+    said of the base distribution then holds for the policy's, and strength 0 is mode ``distilled``.
     """
 
     strength: float = None  # type: ignore[assignment]  # the usual one
@@ -78,6 +85,11 @@ class Guidance(GuidanceSettings):
             raise CoalaError(
                 f"Guidance budget is {self.budget:g} in mode {self.mode!r}, whose divergence is not known exactly. "
                 "Use mode 'shift', or leave the budget out."
+            )
+        if self.mode == "none" and self.over == "distilled":
+            raise CoalaError(
+                "Found guidance over the distilled policy in mode 'none', which is the model as it is; expected a mode "
+                "that guides. Fix: mode 'distilled' samples the policy itself."
             )
 
     @classmethod
@@ -97,17 +109,37 @@ class Guidance(GuidanceSettings):
     def changed(self, **settings: Any) -> Guidance:
         """With these settings, where they are not ``None``.
 
-        A new rule brings its own strength if none is given, and so does a new mode to the usual strength. By the rules
-        that keep the best of samples, however small its lead, a strength says nothing to ``block`` and ``best_of``:
-        given without a mode it means ``token``.
+        A new rule brings its own strength if none is given, and so does a new mode to the usual strength, or where one
+        of the two is ``distilled``, whose strength is of another kind. By the rules that keep the best of samples,
+        however small its lead, a strength says nothing to ``block`` and ``best_of``: given without a mode it means
+        ``token``. Modes ``distilled`` and ``none`` go over nothing, and a budget goes where the mode is no longer
+        ``shift``.
         """
         given = {name: value for name, value in settings.items() if value is not None}
-        rule = given.get("rule", self.rule)
+        rule, mode = given.get("rule", self.rule), given.get("mode", self.mode)
+        if mode != self.mode and "distilled" in (mode, self.mode):
+            given.setdefault("strength", None)
         if rule != self.rule or self.strength == usual_strength(self.mode, self.rule):
             given.setdefault("strength", None)
+        if mode in ("distilled", "none"):
+            given.setdefault("over", "model")
+        if mode not in (self.mode, "shift"):
+            given.setdefault("budget", None)
         if given.get("strength") and "mode" not in given and self.mode in RANKING and rule != "calibrated":
             given["mode"] = "token"
         return replace(self, **given)
+
+    @property
+    def plain(self) -> Guidance:
+        """Plain sampling of the model, restricted alike."""
+        return Guidance.unguided(top_k=self.top_k, top_p=self.top_p)
+
+    @property
+    def change(self) -> float:
+        """How often the model that is decoded has the change of the distilled policy; 0 is the base model."""
+        if self.mode == "distilled":
+            return self.strength
+        return 1.0 if self.over == "distilled" else 0.0
 
     @property
     def weighs(self) -> bool:
@@ -139,7 +171,7 @@ class Guidance(GuidanceSettings):
     def active(self) -> bool:
         """Whether a head could change anything."""
         chooses = self.candidates > 1 or self.mode == "beam"
-        return self.mode != "none" and self.strength > 0 and self.budget != 0 and chooses
+        return self.mode not in ("distilled", "none") and self.strength > 0 and self.budget != 0 and chooses
 
     @property
     def samples(self) -> bool:
@@ -147,6 +179,12 @@ class Guidance(GuidanceSettings):
         return self.mode != "beam"
 
     def __str__(self) -> str:
+        if self.change and not self.active and self.samples:
+            return "distilled" if self.change == 1 else f"distilled, strength {self.change:g}"
+        return self._by_head + (" over the distilled policy" if self.change else "")
+
+    @property
+    def _by_head(self) -> str:
         if self.mode == "beam":
             return f"beam, width {self.width}, {self.rule} {self.strength:g}, {self.candidates} candidates"
         if not self.active:

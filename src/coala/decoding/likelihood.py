@@ -1,7 +1,7 @@
 """How likely given texts are: under the base model, under a trained one, and under guidance that samples exactly.
 
-Of the guided modes ``shift`` alone draws every token from a distribution that depends on no noise, so that a text has
-a likelihood; the decoder's own arithmetic gives it, fed with the text's tokens instead of its choices.
+Of the modes that a head guides ``shift`` alone draws every token from a distribution that depends on no noise, so that
+a text has a likelihood; the decoder's own arithmetic gives it, fed with the text's tokens instead of its choices.
 """
 
 from __future__ import annotations
@@ -110,11 +110,14 @@ class TextLikelihood:
 
 def unknown_likelihood(guidance: Guidance, head: ConvexHead | None = None, temperature: float = 1.0) -> str:
     """Why a text has no likelihood by this guidance, in a few words; "" where it has one."""
-    if guidance.samples:
-        if temperature == 0:
-            return "likelihood not known at temperature 0, where nothing is sampled"
-        if head is not None:
-            guidance = effective(guidance, head, temperature)
+    if head is not None and guidance.samples:
+        guidance = effective(guidance.at(temperature), head, temperature)
+    if guidance.mode == "distilled":
+        return ""
+    if guidance.change:
+        return "likelihood not known of a head over the distilled policy"
+    if guidance.samples and temperature == 0:
+        return "likelihood not known at temperature 0, where nothing is sampled"
     known = guidance.mode in ("shift", "none") or (guidance.samples and not guidance.active)
     return "" if known else f"likelihood not known in mode {guidance.mode}"
 
@@ -141,6 +144,8 @@ def guided_likelihoods(
     if why := unknown_likelihood(guidance, head, temperature):
         raise CoalaError(f"Found guidance {guidance}: {why}. Fix: use mode shift, whose distribution is exact.")
     wanted = effective(guidance, head, temperature)
+    if wanted.change:
+        raise CoalaError(f"Found guidance {guidance}; expected a head that guides. Fix: use policy_likelihood.")
     if wanted.budget is not None and max_new_tokens is None:
         raise CoalaError("Found a budget without max_new_tokens, which its strength depends on. Fix: give both.")
     backbone.require(head.spec)

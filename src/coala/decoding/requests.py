@@ -75,11 +75,13 @@ class Prepared:
 def effective(guidance: Guidance, head: ConvexHead | None, temperature: float) -> Guidance:
     """What ``guidance`` comes to with this head; raises :class:`CoalaError` if that cannot be carried out.
 
-    By the calibrated rule a head whose scores are no evidence guides nothing.
+    By the calibrated rule a head whose scores are no evidence guides nothing, and leaves what it would go over.
     """
     tells = head is not None and not (guidance.weighs and head.evidence == 0)
     if not ((tells and guidance.active) or not guidance.samples):
-        return Guidance("none", top_k=guidance.top_k, top_p=guidance.top_p)
+        if guidance.change:
+            return Guidance("distilled", guidance.change, top_k=guidance.top_k, top_p=guidance.top_p)
+        return guidance.plain
     if guidance.mode in RANKING and temperature == 0:
         raise CoalaError(
             f"Mode {guidance.mode!r} chooses among samples, which temperature 0 makes all the same. "
@@ -158,12 +160,13 @@ def prepare_all(
 
 
 def generation(reply: Reply, head: ConvexHead | None, guidance: Guidance) -> Generation:
-    """A finished reply as it is kept."""
+    """A finished reply as it is kept; over a distilled policy its ``log_prob`` is not known (nan)."""
     score = math.nan
     if head is not None:
         prompt = None if reply.prompt is None else reply.prompt.cpu().numpy()
         score = float(head.score(reply.features[-1].cpu().numpy(), prompt))
-    log_prob = float(sum(reply.log_probs))
+    # Over a distilled policy the base model has not been asked.
+    log_prob = math.nan if guidance.change else float(sum(reply.log_probs))
     found = (reply.prompt_id, reply.text, str(guidance), len(reply.tokens), reply.seed, score, log_prob)
     return Generation(*found, reply.account.spent if guidance.mode == "shift" else None)
 

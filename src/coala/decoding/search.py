@@ -231,6 +231,7 @@ WAYS: Mapping[Mode, Callable[[Decoder, Batch, Arrivals], Iterator[None]]] = {
     "prefix": by_tokens,
     "shift": by_tokens,
     "none": by_tokens,
+    "distilled": by_tokens,
     "block": by_blocks,
     "best_of": by_blocks,
     "beam": by_beam,

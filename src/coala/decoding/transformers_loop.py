@@ -25,8 +25,9 @@ from coala.decoding.replies import Reply
 from coala.decoding.requests import effective
 from coala.decoding.sampling import Nucleus
 from coala.decoding.search import WAYS, nobody
+from coala.policies import DistilledPolicy
 from coala.recipe import recipe_of
-from coala.store import RunFolder, load_head
+from coala.store import RunFolder, load_head, run_policy
 from coala.values import CoalaError, ConvexHead
 
 # What generate() can be asked to return beside the tokens and a guided step has no one answer for.
@@ -44,6 +45,9 @@ class guide:
     The seed is drawn from torch's generator, so ``torch.manual_seed`` repeats a text. Prompts must be rendered as they
     were for the head's features, by the tokenizer's chat template for instance: here they are tokens already.
 
+    ``policy`` is the distilled policy of mode ``distilled``, for which ``head`` may be None, and of guidance over it;
+    of a run it is the run's own.
+
     ``streamer`` is handed tokens as they become certain, one at a time; give it here and not to ``generate``, which
     (in transformers 5) hands none to a loop that is not its own.
 
@@ -52,16 +56,30 @@ class guide:
     """
 
     def __init__(
-        self, head: ConvexHead | str | Path, guidance: Guidance | None = None, *, streamer: Any = None
+        self,
+        head: ConvexHead | str | Path | None,
+        guidance: Guidance | None = None,
+        *,
+        policy: DistilledPolicy | None = None,
+        streamer: Any = None,
     ) -> None:
         if isinstance(head, str | Path):
-            head, own = _of_run(Path(head))
+            run = RunFolder.open(head)
+            head, own = _of_run(run)
             guidance = own if guidance is None else guidance
-        if not isinstance(head, ConvexHead):
-            raise CoalaError(f"Found a head of type {type(head).__name__}; expected a ConvexHead, or a run's folder.")
+            if guidance.change and policy is None:
+                policy = run_policy(run)
         if not isinstance(guidance, Guidance | None):
             raise CoalaError(f"Found guidance of type {type(guidance).__name__}; expected coala.Guidance(...).")
         self.head, self.guidance, self.streamer = head, Guidance() if guidance is None else guidance, streamer
+        self.policy = policy
+        if not (isinstance(head, ConvexHead) or (head is None and self.guidance.mode == "distilled")):
+            raise CoalaError(f"Found a head of type {type(head).__name__}; expected a ConvexHead, or a run's folder.")
+        if self.guidance.change and not isinstance(policy, DistilledPolicy):
+            raise CoalaError(
+                f"Found guidance {self.guidance} without a distilled policy; expected one. Fix: guide(head, guidance, "
+                "policy=DistilledPolicy.load(RUN/distilled)), or give the run's folder as the head."
+            )
         self._held: weakref.WeakKeyDictionary[Any, LanguageModel] = weakref.WeakKeyDictionary()
 
     def __call__(
@@ -117,14 +135,17 @@ class guide:
         held = self._held.get(model)
         if held is None or held.stop_tokens != stop_tokens:
             held = hold(model, stop_tokens)
-            require_held(held, self.head.spec, self.head.width)
+            if self.head is not None:
+                require_held(held, self.head.spec, self.head.width, "head")
+            if self.policy is not None:
+                require_held(held, self.policy.spec, self.policy.width, "policy")
+                held = held.with_policy(self.policy)
             self._held[model] = held
         return held
 
 
-def _of_run(path: Path) -> tuple[ConvexHead, Guidance]:
+def _of_run(run: RunFolder) -> tuple[ConvexHead, Guidance]:
     """The head and guidance of a finished run."""
-    run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
     return load_head(run.path / "head"), Guidance(**asdict(recipe.guidance))
 
@@ -135,7 +156,7 @@ class _Loop(Decoder):
     def __init__(
         self,
         backbone: LanguageModel,
-        head: ConvexHead,
+        head: ConvexHead | None,
         guidance: Guidance,
         temperature: float,
         input_ids: torch.Tensor,

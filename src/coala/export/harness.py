@@ -64,7 +64,7 @@ class GuidedLM(HFLM):  # type: ignore[misc]
             max_length=min(max_length or backbone.max_tokens, backbone.max_tokens),
             trust_remote_code=False,
         )
-        self._loop = guide(head, guidance)
+        self._loop = guide(head, guidance, policy=backbone.policy if guidance.change else None)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         # The harness's own criteria remember rows by their place in the batch, which branches of a reply have not.

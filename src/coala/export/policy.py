@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from coala.decoding.distilled import Changed
 from coala.export.folder import MANIFEST
 from coala.export.network import ExportError, tokenizer_of
 from coala.policies import DistilledPolicy
@@ -46,7 +45,7 @@ class ExportedPolicy:
 
 def changed_layer(policy: DistilledPolicy, backbone: LanguageModel) -> Float32:
     """W (I + A) (V, d) float32, W as the model holds it: a scale of its logits stays in its configuration."""
-    Changed(backbone, policy)
+    backbone.with_policy(policy).changed()  # refuses a policy of other weights
     raw = backbone.transformer.get_output_embeddings().weight.detach().float().cpu().numpy()
     left, right = policy.factors()
     found: Float32 = raw + (raw @ left) @ right
@@ -98,7 +97,7 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
             f"The policy has full rank, {policy.rank}; an adapter of that rank is larger than the layer. Fix: distil "
             "with a rank, or export a checkpoint."
         )
-    Changed(backbone, policy)
+    backbone.with_policy(policy).changed()
     model = backbone.transformer
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         raise ExportError(
@@ -267,11 +266,11 @@ def _name_of(model: Any, layer: Any) -> str:
 
 def _tried(policy: DistilledPolicy, backbone: LanguageModel, load: Callable[[], LanguageModel]) -> float:
     """The largest difference of next-token log-probabilities; ExportError beyond what the dtype rounds."""
-    ours, model = Changed(backbone, policy), load()
+    ours, model = backbone.with_policy(policy).changed(), load()
     worst = 0.0
     for probe in PROBES:
         row = backbone.render(probe).tokens
-        wanted = ours.log_probs(backbone.hidden([row], -1)[0, -1:])
+        wanted = torch.log_softmax(ours.logits(backbone.hidden([row], -1)[0, -1:]), -1)
         found = torch.log_softmax(model.logits(model.hidden([row], -1)[0, -1:]), -1)
         worst = max(worst, float((wanted.cpu() - found.cpu()).abs().max()))
     # Half precision rounds the layer: logits of size 30 are off by about 0.1.

@@ -111,7 +111,8 @@ def one_source(run: RunFolder | None, prompts: Path | None, saved: Path | None, 
 
 def own_name(run: RunFolder, manner: ReplySettings) -> str:
     """What a run is called in results if nothing else is said."""
-    return run.path.resolve().name + ("" if manner.guided else " unguided")
+    other = " ".join(f"{value}" for value in manner.guidance.values())
+    return " ".join(filter(None, (run.path.resolve().name, other if manner.guided else "unguided")))
 
 
 def described(run: RunFolder, manner: ReplySettings) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def described(run: RunFolder, manner: ReplySettings) -> dict[str, Any]:
     settings = run.settings
     return {
         "model": settings["model"]["name"],
-        "guidance": settings["guidance"] if manner.guided else "none",
+        "guidance": {**settings["guidance"], **manner.guidance} if manner.guided else "none",
         "max new tokens": manner.max_new_tokens or settings["evaluation"]["max_new_tokens"],
         "temperature": settings["evaluation"]["temperature"] if manner.temperature is None else manner.temperature,
         "seed": manner.seed,

@@ -52,7 +52,7 @@ def run_policy(
         warmth = recipe.temperature if temperature is None else temperature
         policy = Guided(head, rule.changed(**(guidance or {})), warmth, max_new_tokens or recipe.max_new_tokens)
         if policy.unknown:
-            raise CoalaError(f"Found guidance {policy.guidance}: {policy.unknown}. Fix: add --mode shift.")
+            raise CoalaError(f"Found guidance {policy.guidance}: {policy.unknown}. Fix: --mode shift or distilled.")
         called = str(policy.guidance)
         settings |= {"guidance": called, "temperature": warmth, "max_new_tokens": policy.max_new_tokens}
     else:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -63,6 +63,7 @@ class Served:
     def __post_init__(self) -> None:
         self.backbone.require_head("Replies")
         self.backbone.require(self.head.spec)
+        self.backbone.changed(self.guidance.change)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -181,16 +182,12 @@ def create_app(
             changes = wanted.model_dump()
             for name in ("candidates", "width"):
                 within(f"guidance.{name}", changes[name] or 1, limits.max_rows, "rows of the model")
-            if changes["mode"] not in (None, "shift"):
-                found = replace(found, budget=None)  # the recipe's is of another mode
             found = found.changed(**changes)
         if not (isinstance(wanted, schemas.GuidanceSettings) and wanted.mode):
             # Clients ask for temperature 0 without knowing of modes.
             found = found.at(warmth(body))
         found = found.changed(top_p=body.top_p, top_k=body.top_k)
-        if wanted == "none" or not guided:
-            found = replace(found, mode="none", budget=None)
-        return found
+        return found.plain if wanted == "none" or not guided else found
 
     async def replying(
         kind: Literal["chat", "text"], body: schemas.ChatRequest | schemas.CompletionRequest, request: Request

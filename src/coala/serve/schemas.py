@@ -24,7 +24,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_plain_validator_function
 
-from coala.settings import Mode, Rule
+from coala.settings import Mode, Over, Rule
 
 LARGEST = 1e6  # of strengths and budgets: far beyond use, far from overflow
 MOST = 2**31 - 1  # of counts: what every part that takes one can hold
@@ -163,9 +163,12 @@ class GuidanceSettings(_Strict):
         None, description="of mode shift: nats a reply may spend"
     )
     width: Count | None = None
+    over: Over | None = Field(None, description="what the head guides: the model, or its distilled policy")
 
     @model_validator(mode="after")
     def _agrees(self) -> GuidanceSettings:
+        if self.mode == "none" and self.over == "distilled":
+            raise ValueError("mode none is the model as it is, over which nothing goes; mode distilled is its policy")
         if self.budget is not None and self.mode != "shift":
             raise ValueError("budget goes with mode shift, whose divergence is known; name that mode beside it")
         return self

@@ -25,7 +25,7 @@ from coala.store.files import (
     working_folder,
     write_atomic,
 )
-from coala.store.policies import load_policy, save_policy
+from coala.store.policies import DISTILLED, load_policy, run_policy, save_policy
 from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
@@ -41,6 +41,7 @@ from coala.store.values import (
 )
 
 __all__ = [
+    "DISTILLED",
     "FeatureStore",
     "MisfitError",
     "Replacement",
@@ -65,6 +66,7 @@ __all__ = [
     "plain",
     "read_as",
     "replacing",
+    "run_policy",
     "save_features",
     "save_generations",
     "save_head",

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from coala.policies import DistilledPolicy
+from coala.store.files import StoreError
+from coala.store.run import RunFolder
 from coala.store.values import certificate_of, described, read_spec, save_described
+
+DISTILLED = "distilled"  # folder of a run
 
 
 def save_policy(folder: Path, policy: DistilledPolicy) -> None:
@@ -13,6 +17,16 @@ def save_policy(folder: Path, policy: DistilledPolicy) -> None:
     names = ("spec", "program", "support", "ridge", "rank", "certificate")
     arrays = {"left": policy.left} | ({} if policy.right is None else {"right": policy.right})
     save_described(folder, "policy", arrays, {name: getattr(policy, name) for name in names})
+
+
+def run_policy(run: RunFolder) -> DistilledPolicy:
+    """What a run's guidance was distilled into; StoreError for a run that was not distilled."""
+    folder = run.path / DISTILLED
+    if not (folder / "policy.json").is_file():
+        raise StoreError(
+            f"{run.path}: found no distilled policy; expected {folder / 'policy.json'}. Fix: coala distil {run.path}"
+        )
+    return load_policy(folder)
 
 
 def load_policy(folder: Path) -> DistilledPolicy:

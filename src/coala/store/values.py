@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -145,7 +146,8 @@ def save_generations(
 def load_generations(path: Path) -> list[Generation]:
     with read_as("a file of generations", path):
         rows = [{name: value for name, value in row.items() if name != "prompt"} for row in load_lines(path)]
-        return [Generation(**row) for row in rows]
+        unknown = {"score": math.nan, "log_prob": math.nan}
+        return [Generation(**{**row, **{k: v for k, v in unknown.items() if row.get(k, v) is None}}) for row in rows]
 
 
 def save_judgements(path: Path, judgements: Iterable[Judgement]) -> None:

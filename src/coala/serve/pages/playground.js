@@ -175,7 +175,14 @@ $("strength").addEventListener("input", () => {
   if (ranks()) $("mode").value = "token";
   showStrength();
 });
-$("mode").addEventListener("change", showStrength);
+// The strength of the distilled policy is of another kind: 1 is the policy itself.
+let strength = $("strength").value, mode = $("mode").value;
+$("mode").addEventListener("change", () => {
+  if ($("mode").value === "distilled") [strength, $("strength").value] = [$("strength").value, 1];
+  else if (mode === "distilled") $("strength").value = strength;
+  mode = $("mode").value;
+  showStrength();
+});
 showStrength();
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
