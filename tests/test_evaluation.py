@@ -23,6 +23,7 @@ from coala.statistics.scores import (
     by_length_difference,
     pairwise_nll,
     perplexity,
+    perplexity_ratio,
     ranking_accuracy,
     reliability,
     tie_share,
@@ -419,6 +420,24 @@ def test_perplexity_interval_is_the_bootstraps() -> None:
     draws = [rng.integers(120, size=120) for _ in range(500)]
     spread = np.std([-logs[d].sum() / tokens[d].sum() for d in draws])
     assert math.log(estimate.high / estimate.low) / (2 * 1.98) == pytest.approx(spread, rel=0.15)
+
+
+def test_a_ratio_of_perplexities_is_paired() -> None:
+    rng = np.random.default_rng(3)
+    tokens, others = rng.integers(5, 50, size=(2, 120))
+    hard = rng.normal(2, 0.6, size=120)  # of prompts: it cancels
+    logs, base = -tokens * (hard + rng.normal(0.2, 0.1, size=120)), -others * (hard + rng.normal(0, 0.1, size=120))
+    ratio = perplexity_ratio(logs, tokens, base, others)
+    apart = perplexity(logs, tokens), perplexity(base, others)
+    assert ratio.value == pytest.approx(apart[0].value / apart[1].value)
+    draws = [rng.integers(120, size=120) for _ in range(800)]
+    spread = np.std([base[d].sum() / others[d].sum() - logs[d].sum() / tokens[d].sum() for d in draws])
+    assert math.log(ratio.high / ratio.low) / (2 * 1.98) == pytest.approx(spread, rel=0.15)
+    same = perplexity_ratio(logs, tokens, logs, tokens)
+    assert (same.low, same.value, same.high) == (1, 1, 1)
+    assert perplexity_ratio([-1.0], [1], [-2.0], [1]).high == math.inf
+    with pytest.raises(CoalaError, match="one per prompt"):
+        perplexity_ratio(logs, tokens, base[1:], others[1:])
 
 
 # --- judges ------------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ class DistilStates:
     """n steps of replies: the state each distribution is made from, its likeliest tokens, and what it is to become.
 
     ``states`` (n, d) float32 are final, normalised hidden states, in memory or mapped from a file. ``tokens`` (n, K)
-    int32 are the likeliest under the base model, likeliest first; where none of them is the target, it takes the last
-    place. The first ``size`` (n,) of a row are the nucleus. ``target`` (n, K) float32 sums to 1. ``weight`` (n,)
-    float64 is not negative; ``group`` (n,) int64 numbers the prompts, which no split tears apart.
+    int32 are the likeliest under the model that the replies were drawn from, likeliest first; where none of them is the
+    target, it takes the last place. The first ``size`` (n,) of a row are the nucleus. ``target`` (n, K) float32 sums to
+    1. ``weight`` (n,) float64 is not negative; ``group`` (n,) int64 numbers the prompts, which no split tears apart.
     """
 
     states: Float32

@@ -12,7 +12,7 @@ from coala.store import RunFolder, differences, worded
 _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "features": (("features-train", "features-eval"), ("features",)),
     "head": (("head",), ("head",)),
-    "distilled": ((), ("distilled", "generations-distilled.jsonl")),
+    "distilled": (("distil",), ("distilled", "generations-distilled.jsonl")),
     "replies": (
         ("replies-unguided", "replies-guided", "policy"),
         ("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "policy.json"),

@@ -16,8 +16,10 @@ from coala.recipe import Recipe, recipe_of
 from coala.report import write_report
 from coala.statistics import scores
 from coala.store import (
+    DISTILLED,
     RunFolder,
     StoreError,
+    file_digest,
     load_features,
     load_generations,
     load_head,
@@ -135,6 +137,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
             rates.append({"judge": called, "estimate": evaluation.win_rate(judgements), "comment": comment})
     content["win_rates"] = rates
     content["policy"] = _policy(run, recipe, head)
+    content["distilled"] = _distilled(run)
     write_report(run, content)
     return content
 
@@ -169,6 +172,16 @@ def _policy(run: RunFolder, recipe: Recipe, head: ConvexHead) -> dict[str, Any] 
         return {"unknown": "guidance is off, so every log-ratio is 0"}
     unknown = Guided(head, guidance, recipe.evaluation.temperature).unknown
     return {"unknown": unknown} if unknown else None
+
+
+def _distilled(run: RunFolder) -> dict[str, Any]:
+    """The distilled policy beside the run's replies, ``stale`` if another policy has taken its place since."""
+    path = run.path / DISTILLED / "side_by_side.json"
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = load_object(path)
+    there = run.path / DISTILLED / "policy.safetensors"
+    return {**found, "stale": "policy" in found and not (there.exists() and file_digest(there) == found["policy"])}
 
 
 def _judge_name(text: str, judgements: Sequence[Judgement]) -> tuple[str, str]:
@@ -273,5 +286,6 @@ def _recorded(run: RunFolder) -> list[str]:
         "replies-unguided",
         "replies-guided",
         "policy",
+        "distil",
     )
     return [stage for stage in order if (run.path / "stages" / f"{stage}.json").exists()]

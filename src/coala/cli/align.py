@@ -39,6 +39,9 @@ def align(
         Path | None, typer.Option(envvar="COALA_CACHE", help="Folder of features shared by runs: reused, added to.")
     ] = None,
     n_workers: Workers = 1,
+    distil: Annotated[
+        bool, typer.Option("--distil", help="Distil the guidance at the end, and put the policy on the page.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
     trust_remote_code: TrustCode = False,
 ) -> None:
@@ -54,6 +57,8 @@ def align(
     `coala align train.jsonl.gz --eval test.jsonl.gz -m ./my-model -o runs/mine --mode block --set head.tolerance=1e-6`
 
     `coala align pairs.jsonl --model ./my-model --out runs/mine --workers 4`
+
+    `coala align pairs.jsonl --model ./my-model --out runs/mine --distil`
     """
     from coala.recipe import load_recipe, set_option
 
@@ -61,7 +66,8 @@ def align(
     given = {"pairs": pairs or None, **which, "model": own}
     given |= {"head": head, "guidance": guidance, "evaluation": evaluation}
     settings = load_recipe(recipe, given, *map(set_option, set_ or []))
-    run_and_show(settings, out, restart, cache=cache, n_workers=n_workers)
+    then = _distilled if distil else None
+    run_and_show(settings, out, restart, cache=cache, n_workers=n_workers, then=then)
 
 
 def run_and_show(
@@ -99,6 +105,19 @@ def run_and_show(
     more = then(run) if then else {}
     write(f"\nreport: {run.path / 'report.html'}")
     emit({"run": run.path, "report": run.path / "report.html", **content["summary"], **more})
+
+
+def _distilled(run: RunFolder) -> dict[str, Any]:
+    """Distil the finished run, show its policy beside its other replies; what was measured, for the summary."""
+    from coala.cli.output import progress, say, table
+    from coala.distil.side_by_side import HEADS, distil_into_report, table_rows
+
+    with progress() as show:
+        content = distil_into_report(run.path, on_progress=show, on_note=say)
+    if rows := table_rows(content):
+        write("")
+        table(rows, list(HEADS))
+    return {"distilled": content["distilled"]}
 
 
 def _plan_first(settings: Recipe, n_workers: int) -> None:

@@ -163,6 +163,13 @@ class Guidance(GuidanceSettings):
         return ahead.get(self.mode, self.width * self.candidates if self.mode == "beam" else 0)
 
     @property
+    def forwards(self) -> float:
+        """Tokens that the model computes for one of the reply, at most."""
+        if not self.looked_at:
+            return float(self.rows) if self.active else 1.0
+        return (self.interval - 1 + self.looked_at) / self.interval
+
+    @property
     def written(self) -> int:
         """Replies that are written for one that is kept."""
         return self.candidates if self.mode in RANKING else 1

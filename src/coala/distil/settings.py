@@ -17,7 +17,8 @@ class DistilSettings:
     ``weighted``: the training pairs' own replies, weighted by exp(r / ``beta``) for scores r in standard deviations;
     nothing is generated. ``shift``: replies of mode ``shift``, each step to become the exact distribution that its
     token was drawn from, tilted over the ``candidates`` likeliest. ``rank`` "auto" and no ``ridge`` are chosen on
-    held-out prompts.
+    held-out prompts. More than one of ``rounds``, of the teacher ``guided``, end where replies to held-out prompts
+    gain no more (:mod:`coala.distil.rounds`).
     """
 
     teacher: Annotated[
@@ -35,4 +36,8 @@ class DistilSettings:
         Annotated[int, Ge(1)] | Literal["auto", "full"], Setting("Rank of the change; full is cut to none.")
     ] = "auto"
     tolerance: Annotated[float, Gt(0), Lt(1), Setting("Certified gap, as a share of what the change gains.")] = 1e-3
+    rounds: Annotated[
+        int, Ge(1), Setting("Rounds at most; in each the head guides the policy of the round before, and teaches anew.")
+    ] = 1
+    held_out: Annotated[int, Ge(2), Setting("Held-out prompts at most that tell what each round gained.")] = 100
     seed: Seed = 0

@@ -8,7 +8,7 @@ RUN/distilled/policy.safetensors  policy.json  path.json
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,12 @@ from coala.distil.shift import shift_states
 from coala.distil.states import Lesson, teacher_states
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, recipe_of
-from coala.store import RunFolder, digest, load_features, load_pairs, save_json
+from coala.store import DISTILLED, RunFolder, digest, load_features, load_pairs, save_json
 from coala.values import CoalaError, Turn, conversation_text, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
-    from coala.values import ConvexHead
+    from coala.values import ConvexHead, Float32
 
 ROWS = 60  # of the model that the teacher's replies take together, candidates included
 
@@ -47,67 +47,107 @@ def distil(
     Called again with the same settings it takes up the replies and states that are there. Raises ``CoalaError`` for a
     model whose logits are not a matrix times its final state, and for a run that another process is at work in.
     """
-    from coala.convex import fit_output
-
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
     with run.held():
         backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
-        output, guidance = output_matrix(backbone), _teacher_of(recipe, settings)
-        temperature = recipe.evaluation.temperature or 1.0
-        told: dict[str, Any] = {
-            "temperature": temperature,
-            "on_reply": lambda n, total: on_progress("states", n, total, f"{n} of {total} replies"),
-            "on_note": on_note,
-        }
+        guidance = teacher_of(recipe, settings)
         if settings.teacher != "weighted":
-            _check_evidence(head, guidance)
-        if settings.teacher == "shift":
-            states = _shifted(recipe, run, backbone, head, guidance, settings, told)
+            check_evidence(head, guidance)
+        work = Work(run, recipe, settings, backbone, head, guidance, output_matrix(backbone), on_progress, on_note)
+        if settings.rounds > 1:
+            from coala.distil.rounds import in_rounds
+
+            policy, about = in_rounds(work)
         else:
-            guided = settings.teacher == "guided"
-            lessons = (
-                _guided(recipe, run, backbone, head, guidance, settings, on_progress)
-                if guided
-                else _weighted(run, head, settings.beta)
-            )
-            folder = run.path / "distilled" / f"states-{digest([asdict(lesson) for lesson in lessons])[:12]}"
-            states = teacher_states(backbone, output, lessons, folder, guidance, **told)
-        if outside := int((~states.in_nucleus).sum()):
-            where = "left out" if settings.support == "nucleus" else "kept"
-            on_note(f"{outside} of {len(states)} tokens lie outside their step's nucleus: {where}")
-        # Sampled at a temperature, the policy is the softmax of logits over it.
-        found = fit_output(
-            states,
-            output / np.float32(temperature),
-            support=settings.support,
-            ridge=settings.ridge,
-            rank=settings.rank,
-            tolerance=settings.tolerance,
-            seed=settings.seed,
-            progress=lambda what, n, total, row: on_progress(f"distil {what}", n, total, _told(row)),
-        )
-        policy = DistilledPolicy(
-            found.left,
-            found.right,
-            backbone.spec(),
-            settings.teacher,
-            settings.support,
-            found.ridge,
-            found.certificate,
-        )
-        policy.save(run.path / "distilled")
-        about = {
-            "settings": settings,
-            "guidance": str(guidance),
-            "n_replies": len(np.unique(states.group)),
-            "path": found.path,
-        }
-        save_json(run.path / "distilled" / "path.json", about)
+            states = taught_states(work)
+            policy, tried = project(work, states)
+            about = {"n_replies": len(np.unique(states.group)), "path": tried}
+        policy.save(run.path / DISTILLED)
+        save_json(run.path / DISTILLED / "path.json", {"settings": settings, "guidance": str(guidance), **about})
     return policy
 
 
-def _teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
+@dataclass(frozen=True)
+class Work:
+    """What every step of a distillation is given: the run, its parts, who teaches, W (V, d), and who hears of it."""
+
+    run: RunFolder
+    recipe: Recipe
+    settings: DistilSettings
+    backbone: LanguageModel
+    head: ConvexHead
+    guidance: Guidance
+    output: Float32
+    on_progress: OnProgress
+    on_note: OnNote
+
+    @property
+    def folder(self) -> Path:
+        return self.run.path / DISTILLED
+
+    @property
+    def temperature(self) -> float:
+        """That of the policy: greedy text has none of its own."""
+        return self.recipe.evaluation.temperature or 1.0
+
+
+def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None) -> DistilStates:
+    """The states of the teacher's replies; of a later round the head guides the policy of the round ``before``."""
+    settings, run, guidance = work.settings, work.run, work.guidance
+    told: dict[str, Any] = {
+        "temperature": work.temperature,
+        "on_reply": lambda n, total: work.on_progress("states", n, total, f"{n} of {total} replies"),
+        "on_note": work.on_note,
+    }
+    if settings.teacher == "shift":
+        states = _shifted(work.recipe, run, work.backbone, work.head, guidance, settings, told)
+    else:
+        backbone = work.backbone
+        if before is not None:
+            backbone, guidance = backbone.with_policy(before), replace(guidance, over="distilled")
+            told["change"] = before.change
+        settings = settings if seed is None else replace(settings, seed=seed)
+        lessons = (
+            guided_lessons(work.recipe, run, backbone, work.head, guidance, settings, work.on_progress)
+            if settings.teacher == "guided"
+            else _weighted(run, work.head, settings.beta)
+        )
+        named = digest([asdict(lesson) for lesson in lessons], *([] if before is None else [before.change]))
+        states = teacher_states(
+            work.backbone, work.output, lessons, work.folder / f"states-{named[:12]}", guidance, **told
+        )
+    if outside := int((~states.in_nucleus).sum()):
+        where = "left out" if settings.support == "nucleus" else "kept"
+        work.on_note(f"{outside} of {len(states)} tokens lie outside their step's nucleus: {where}")
+    return states
+
+
+def project(work: Work, states: DistilStates) -> tuple[DistilledPolicy, list[dict[str, Any]]]:
+    """The convex program: the policy whose steps come nearest to ``states``, and what was tried on the way."""
+    from coala.convex import fit_output
+
+    settings = work.settings
+    # Sampled at a temperature, the policy is the softmax of logits over it.
+    found = fit_output(
+        states,
+        work.output / np.float32(work.temperature),
+        support=settings.support,
+        ridge=settings.ridge,
+        rank=settings.rank,
+        tolerance=settings.tolerance,
+        seed=settings.seed,
+        progress=lambda what, n, total, row: work.on_progress(f"distil {what}", n, total, _told(row)),
+    )
+    made = settings.teacher, settings.support, found.ridge, found.certificate
+    return DistilledPolicy(found.left, found.right, work.backbone.spec(), *made), found.path
+
+
+class NothingToDistil(CoalaError):
+    """A head that held-out pairs do not tell from chance guides nothing."""
+
+
+def teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
     chosen = recipe.guidance
     return Guidance(
         "shift" if settings.teacher == "shift" else "block",
@@ -119,9 +159,9 @@ def _teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
     )
 
 
-def _check_evidence(head: ConvexHead, guidance: Guidance) -> None:
+def check_evidence(head: ConvexHead, guidance: Guidance) -> None:
     if guidance.weighs and head.evidence == 0:
-        raise CoalaError(
+        raise NothingToDistil(
             "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
             "with evidence. Fix: give `coala align` more pairs, or another --rule."
         )
@@ -138,11 +178,11 @@ def _shifted(
 ) -> DistilStates:
     prompts, longest = _prompts(run)[: settings.prompts], recipe.evaluation.max_new_tokens
     named = digest([prompt_id(prompt) for prompt in prompts], asdict(guidance), longest, settings.seed)[:12]
-    folder = run.path / "distilled" / f"states-{named}"
+    folder = run.path / DISTILLED / f"states-{named}"
     return shift_states(backbone, head, prompts, folder, guidance, max_new_tokens=longest, seed=settings.seed, **told)
 
 
-def _guided(
+def guided_lessons(
     recipe: Recipe,
     run: RunFolder,
     backbone: LanguageModel,
@@ -154,7 +194,9 @@ def _guided(
     prompts = _prompts(run)[: settings.prompts]
     longest, temperature = recipe.evaluation.max_new_tokens, recipe.evaluation.temperature
     ids = [prompt_id(prompt) for prompt in prompts]
-    named = digest(ids, asdict(guidance), longest, temperature, settings.seed)[:12]
+    over = [backbone.policy.change] if guidance.change else []
+    decides = [ids, asdict(guidance), longest, temperature, settings.seed, head.linear, head.gates, head.weights]
+    named = digest(*decides, head.evidence, *over)[:12]
     replies = generate(
         prompts,
         backbone,
@@ -165,7 +207,7 @@ def _guided(
         seed=settings.seed,
         prompt_ids=ids,
         batch_size=max(1, ROWS // guidance.rows),
-        kept=run.path / "distilled" / f"replies-{named}.jsonl",
+        kept=run.path / DISTILLED / f"replies-{named}.jsonl",
         on_reply=lambda n, total: on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
     # A reply that a stop string ended did not end by a token.

@@ -15,7 +15,7 @@ from coala.backbone import LanguageModel
 from coala.decoding.guidance import Guidance
 from coala.decoding.sampling import restrict
 from coala.policies import DistilStates
-from coala.store import FeatureStore, StoreError, load_json, save_json, write_rows
+from coala.store import FeatureStore, StoreError, digest, load_json, save_json, write_rows
 from coala.values import CoalaError, Float32, Turn
 
 N_TOKENS = 64  # likeliest tokens that are kept of a step
@@ -45,14 +45,16 @@ def teacher_states(
     *,
     temperature: float = 1.0,
     n_tokens: int = N_TOKENS,
+    change: Float32 | None = None,
     on_reply: Callable[[int, int], None] = lambda *_: None,
     on_note: Callable[[str], None] = lambda _: None,
 ) -> DistilStates:
     """The states of every token of ``lessons``, each to become the token that was taken.
 
     The nucleus of a step is what ``guidance`` and ``temperature`` restrict sampling to, within its ``n_tokens``
-    likeliest. ``output`` W (V, d) is :func:`output_matrix`'s. Shards of a few replies are written to ``folder``; a
-    killed call goes on where it was. The states of the result are mapped from a file there.
+    likeliest. ``output`` W (V, d) is :func:`output_matrix`'s. ``change`` (d, d) is that of the policy that replies were
+    drawn from, if it is not the base model: nuclei are then the policy's. Shards of a few replies are written to
+    ``folder``; a killed call goes on where it was. The states of the result are mapped from a file there.
     """
     if not lessons:
         raise CoalaError("Found no reply to learn from; expected at least one.")
@@ -62,6 +64,7 @@ def teacher_states(
         "weights": backbone.weights,
         "template": backbone.template,
         "nucleus": [guidance.top_k, guidance.top_p, temperature, n_tokens],
+        **({} if change is None else {"change": digest(change)}),
     }
     if (there := open_states(folder, plan)) is not None:
         return there
@@ -69,9 +72,10 @@ def teacher_states(
     shards = [lessons[first : first + SHARD] for first in range(0, len(lessons), SHARD)]
     done = store.begin(plan, on_note)
     W = torch.from_numpy(output).to(backbone.device)
+    A = None if change is None else torch.tensor(change, device=backbone.device)
     for number, some in enumerate(shards):
         if number not in done:
-            arrays = [_of_reply(backbone, W, lesson, guidance, temperature, n_tokens) for lesson in some]
+            arrays = [_of_reply(backbone, W, A, lesson, guidance, temperature, n_tokens) for lesson in some]
             store.write(number, {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]})
         on_reply(min(len(lessons), (number + 1) * SHARD), len(lessons))
     return write_states(folder, store, len(shards), plan)
@@ -79,7 +83,13 @@ def teacher_states(
 
 @torch.no_grad()
 def _of_reply(
-    backbone: LanguageModel, W: torch.Tensor, lesson: Lesson, guidance: Guidance, temperature: float, n_tokens: int
+    backbone: LanguageModel,
+    W: torch.Tensor,
+    A: torch.Tensor | None,
+    lesson: Lesson,
+    guidance: Guidance,
+    temperature: float,
+    n_tokens: int,
 ) -> dict[str, Any]:
     row = backbone.render(lesson.prompt, lesson.text, ends_with_eos=lesson.ended)
     wanted = np.asarray(row.tokens[row.start : row.stop], dtype=np.int32)
@@ -87,7 +97,8 @@ def _of_reply(
         final = torch.zeros(0, W.shape[1])
     else:
         final = backbone.hidden([row.tokens], -1)[0, row.start - 1 : row.stop - 1].float()
-    logits = final.to(W.device) @ W.T
+    read = final.to(W.device)
+    logits = (read if A is None else read + read @ A.T) @ W.T
     kept = min(n_tokens, len(W))
     found = restrict(
         torch.log_softmax(logits, -1),

@@ -39,6 +39,10 @@ no interval is known.
     win_rates       [{judge, estimate: ESTIMATE, comment}], guided against unguided
     perplexity      {unguided: ESTIMATE, guided: ESTIMATE}, of the text under the base model
     policy          {accuracy: ESTIMATE, lifted: ESTIMATE, note} of log-ratios to the base, or {unknown: str}, why not
+    distilled       what `coala align --distil` keeps in RUN/distilled/side_by_side.json: {judge, statement, guidance,
+                    summary: [[name, text]], rows: [{name, method, wins: ESTIMATE or null, gain: ESTIMATE of the head's
+                    score, perplexity_ratio: ESTIMATE, divergence: ESTIMATE or null, forwards}], stale}, or why not:
+                    {nothing: str}
     samples         [{prompt, unguided, guided, scores: {unguided, guided}}]
     receipts        what :mod:`coala.report.receipts` keeps under RUN/receipts; added when the report is written
     evaluations     what :mod:`coala.report.evaluations` keeps under RUN/evaluations; added when the report is written

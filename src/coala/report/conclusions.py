@@ -7,6 +7,7 @@ from typing import Any
 
 from coala.pages.words import Interval, number
 from coala.report.content import plain
+from coala.report.distilled import spoken as spoken_of_policy
 from coala.report.evaluations import spoken
 from coala.report.receipts import spoken as spoken_of_receipt
 
@@ -27,6 +28,7 @@ def conclusions(content: Mapping[str, Any]) -> list[str]:
         *(sentence for row in content.get("win_rates") or [] for sentence in _win_rate(row)),
         *_perplexity(content.get("perplexity") or {}),
         *_policy(content.get("policy") or {}),
+        *spoken_of_policy(content.get("distilled") or {}),
         *(sentence for row in content.get("evaluations") or [] for sentence in spoken(row)),
         *(sentence for row in content.get("receipts") or [] for sentence in spoken_of_receipt(row)),
     ]

@@ -31,6 +31,7 @@ KEYS = (
         "win_rates",
         "perplexity",
         "policy",
+        "distilled",
         "samples",
         "evaluations",
         "receipts",

@@ -25,7 +25,7 @@ from coala.pages.parts import (
     titled,
 )
 from coala.pages.words import Interval, flops, number, seconds, size
-from coala.report import figures
+from coala.report import distilled, figures
 from coala.report.conclusions import certified_gap, conclusions
 from coala.report.evaluations import shown
 from coala.report.receipts import shown as receipt_parts
@@ -58,6 +58,7 @@ def render(content: Mapping[str, Any]) -> str:
         section("Does the head rank replies?", *_ranking(content, summary), name="ranking"),
         section("How the head was fitted", *_fit(content, summary, curves), name="fit"),
         section("Does guidance change the text?", *_text(content), name="text"),
+        section("The distilled policy", *distilled.shown(_mapping(content.get("distilled"))), name="distilled"),
         section("Evaluations", *evaluations, name="evaluations"),
         section("Receipts", *receipts, name="receipts"),
         section("Data", *_data(content), name="data"),

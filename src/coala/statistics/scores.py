@@ -230,5 +230,34 @@ def perplexity(log_probs: ArrayLike, n_tokens: ArrayLike, group: Groups = None) 
     return Estimate(_exp(nll), _exp(nll - half), _exp(nll + half), len(logs), about)
 
 
+def perplexity_ratio(
+    log_probs: ArrayLike, n_tokens: ArrayLike, base_log_probs: ArrayLike, base_n_tokens: ArrayLike
+) -> Estimate:
+    """The perplexity of texts over that of others to the same prompts (n,), with a paired t interval of its logarithm.
+
+    Linearised as :func:`perplexity` is: prompts on which both are high or low cancel.
+    """
+    sides: list[tuple[float, Float]] = []
+    for logs, counts in ((log_probs, n_tokens), (base_log_probs, base_n_tokens)):
+        x, tokens = vector(logs, "log-probabilities"), vector(counts, "token counts")
+        if x.shape != tokens.shape or (sides and x.shape != sides[0][1].shape):
+            raise CoalaError(
+                f"Found {len(x)} log-probabilities and {len(tokens)} token counts; expected one per prompt."
+            )
+        total = float(tokens.sum())
+        if total <= 0:
+            return Estimate(math.nan, 0.0, math.inf, len(x), "ratio of two perplexities; no tokens")
+        nll = -float(x.sum()) / total
+        sides.append((nll, (-x - nll * tokens) * len(x) / total))
+    (ours, own), (theirs, other) = sides
+    found = mean_estimate(own - other)
+    half = found.high - found.value
+    if not math.isfinite(half):
+        return Estimate(_exp(ours - theirs), 0.0, math.inf, found.n, "ratio of two perplexities; too few prompts")
+    low, high = (_exp(ours - theirs + side) for side in (-half, half))
+    about = "ratio of two perplexities on the same prompts, t interval 95 % of its logarithm"
+    return Estimate(_exp(ours - theirs), low, high, found.n, about)
+
+
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,212 @@
+"""The end of `coala align --distil`: the policy on the run's page, beside unguided and guided replies.
+
+RUN/generations-distilled.jsonl  RUN/distilled/side_by_side.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coala.alignment import load_parts, make_report
+from coala.alignment.judges import judge_name, judge_stamp, open_judge
+from coala.alignment.stages import rows_at_once
+from coala.callbacks import OnNote, OnProgress, quiet, silent
+from coala.costs import Stopwatch, peak_memory
+from coala.decoding import Guidance, generate
+from coala.distil.settings import DistilSettings
+from coala.distil.stage import NothingToDistil, distil
+from coala.evaluation import judge_many, win_rate
+from coala.recipe import Recipe, recipe_of
+from coala.statistics.intervals import mean_estimate, paired_difference
+from coala.statistics.scores import perplexity_ratio
+from coala.store import (
+    DISTILLED,
+    RunFolder,
+    digest,
+    file_digest,
+    load_generations,
+    load_pairs,
+    run_policy,
+    save_generations,
+    save_json,
+)
+from coala.values import Estimate, Generation, Turn, prompt_id
+
+STAGE = "distil"
+REPLIES = "generations-distilled.jsonl"
+TABLE = f"{DISTILLED}/side_by_side.json"
+
+
+def distil_into_report(
+    path: Path | str,
+    settings: DistilSettings = DistilSettings(),  # noqa: B008 - frozen
+    *,
+    on_progress: OnProgress = silent,
+    on_note: OnNote = quiet,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Distil the run, let the policy answer what the run answered, put both on its page; the content of the report.
+
+    Skipped where its inputs and outputs are unchanged. Where the head is at chance nothing is distilled, and the page
+    and ``on_note`` say so in a line.
+    """
+    run = RunFolder.open(path)
+    recipe = recipe_of(run.settings, run.path / "run.json")
+    if not (run.path / "generations-guided.jsonl").exists():
+        on_note("the run answers no prompts for its report, so that the policy is not compared: --prompts 0")
+        distil(run.path, settings, on_progress=on_progress, on_note=on_note, trust_remote_code=trust_remote_code)
+        return make_report(run)
+    inputs = _inputs(run, recipe, settings)
+    if not run.done(STAGE, inputs):
+        with Stopwatch() as watch:
+            outputs = _work(run, recipe, settings, on_progress, on_note, trust_remote_code)
+        run.finish(STAGE, inputs, outputs, {"seconds": watch.seconds, "peak_bytes": peak_memory()})
+    return make_report(run)
+
+
+def _work(
+    run: RunFolder,
+    recipe: Recipe,
+    settings: DistilSettings,
+    on_progress: OnProgress,
+    on_note: OnNote,
+    trust_remote_code: bool,
+) -> list[str]:
+    """What was written."""
+    told: dict[str, Any] = {"on_progress": on_progress, "on_note": on_note, "trust_remote_code": trust_remote_code}
+    try:
+        policy = distil(run.path, settings, **told)
+    except NothingToDistil as why:
+        on_note(f"nothing was distilled: {why}")
+        save_json(run.path / TABLE, {"nothing": str(why)})
+        return [TABLE]
+    with run.held():
+        sides = {name: load_generations(run.path / f"generations-{name}.jsonl") for name in ("unguided", "guided")}
+        replies, guidance = _replies(run, recipe, sides["unguided"], on_progress, trust_remote_code)
+        sides["distilled"] = replies
+        rows = _rows(run, recipe, sides, {"guided": guidance}, on_progress, on_note)
+        judge = None if recipe.evaluation.judge is None else judge_name(recipe.evaluation.judge)[0]
+        facts = None if policy.certificate is None else policy.certificate.statement
+        save_json(
+            run.path / TABLE,
+            {
+                "policy": file_digest(run.path / DISTILLED / "policy.safetensors"),
+                "judge": judge,
+                "rows": rows,
+                "summary": policy.summary_rows(),
+                "statement": facts,
+                "guidance": str(guidance),
+            },
+        )
+    return [f"{DISTILLED}/policy.safetensors", f"{DISTILLED}/policy.json", REPLIES, TABLE]
+
+
+def _inputs(run: RunFolder, recipe: Recipe, settings: DistilSettings) -> dict[str, Any]:
+    evaluation = recipe.evaluation
+    names = ("head/head.safetensors", "pairs-train.jsonl", "generations-unguided.jsonl", "generations-guided.jsonl")
+    return {
+        **{name: file_digest(run.path / name) for name in names},
+        "settings": asdict(settings),
+        "guidance": asdict(recipe.guidance),
+        "evaluation": [evaluation.max_new_tokens, evaluation.temperature, recipe.seed],
+        "judge": None if evaluation.judge is None else judge_stamp(evaluation.judge),
+    }
+
+
+def _prompts(run: RunFolder) -> dict[str, tuple[Turn, ...]]:
+    return {prompt_id(pair.prompt): pair.prompt for pair in load_pairs(run.path / "pairs-eval.jsonl")}
+
+
+def _replies(
+    run: RunFolder, recipe: Recipe, plain: Sequence[Generation], on_progress: OnProgress, trust_remote_code: bool
+) -> tuple[list[Generation], Guidance]:
+    """The policy's reply to each prompt that was answered unguided, with the same noise; and what guided the run's."""
+    from coala.alignment.talking import settled
+
+    backbone, head, guidance = load_parts(run.path, trust_remote_code=trust_remote_code)
+    # Top-k, top-p and temperature are those of the run's own replies, which the model may have suggested.
+    guidance, temperature = settled(run.path, backbone, guidance, {})
+    prompts = _prompts(run)
+    ids = [reply.prompt_id for reply in plain]
+    decides = digest(ids, run_policy(run).change, str(guidance), guidance.top_k, guidance.top_p, temperature)[:12]
+    replies = generate(
+        [prompts[name] for name in ids],
+        backbone,
+        head,
+        guidance.changed(mode="distilled"),
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        temperature=temperature,
+        seed=recipe.seed,
+        prompt_ids=ids,
+        batch_size=rows_at_once(backbone),
+        kept=run.path / DISTILLED / f"answers-{decides}.jsonl",
+        on_reply=lambda n, total: on_progress("replies-distilled", n, total, f"{n} of {total} replies"),
+        with_base=True,
+    )
+    save_generations(run.path / REPLIES, replies, prompts)
+    return replies, guidance.at(temperature)
+
+
+def _rows(
+    run: RunFolder,
+    recipe: Recipe,
+    sides: Mapping[str, Sequence[Generation]],
+    guidances: Mapping[str, Guidance],
+    on_progress: OnProgress,
+    on_note: OnNote,
+) -> list[dict[str, Any]]:
+    """A row for each side: what a table of them holds, against unguided replies to the same prompts."""
+    plain = sides["unguided"]
+    judge = None if recipe.evaluation.judge is None else open_judge(recipe.evaluation.judge)
+    rows = []
+    for name, some in sides.items():
+        wins: Estimate | None = None
+        if judge is not None and name != "unguided":
+            found = judge_many(
+                some,
+                plain,
+                judge,
+                prompts=_prompts(run),
+                on_progress=lambda done, total, name=name: on_progress(f"judge, {name}", done, total),  # type: ignore[misc]
+                on_failure=lambda prompt, error: on_note(f"no verdict on prompt {prompt}: {error}"),
+            )
+            wins = win_rate(found.judgements)
+        nats = [reply.divergence for reply in some]
+        known = name == "unguided" or all(value is not None for value in nats)
+        ours, base = (([r.log_prob for r in one], [r.n_tokens for r in one]) for one in (some, plain))
+        rows.append(
+            {
+                "name": name,
+                "method": some[0].method if some else name,
+                "wins": wins,
+                "gain": paired_difference([one.score for one in some], [one.score for one in plain]),
+                "perplexity_ratio": perplexity_ratio(*ours, *base),
+                "divergence": mean_estimate([value or 0.0 for value in nats]) if known else None,
+                "forwards": guidances[name].forwards if name in guidances else 1.0,
+            }
+        )
+    return rows
+
+
+def table_rows(content: Mapping[str, Any]) -> list[list[str]]:
+    """What a terminal shows of the page's section."""
+    from coala.pages.words import bracketed
+
+    found = content.get("distilled") or {}
+    return [
+        [
+            row["name"],
+            "" if row["wins"] is None else bracketed(row["wins"]),
+            bracketed(row["gain"], "+.3g", 1),
+            bracketed(row["perplexity_ratio"], ".2f", 1),
+            "not known" if row["divergence"] is None else bracketed(row["divergence"], ".1f", 1),
+            f"{row['forwards']:g}",
+        ]
+        for row in found.get("rows") or []
+    ]
+
+
+HEADS = ("against unguided", "wins", "head score", "perplexity, times", "KL a reply, nats", "forwards a token")
