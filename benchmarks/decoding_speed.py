@@ -7,7 +7,8 @@ what else the machine does weighs on both alike; ratios are geometric means of r
 are of processor time, from the first token on: the prompt is read before. The floor is every product of weights of one
 step, the head's among them, and nothing else. "In torch's order" is the same model without oneDNN's layout of its
 weights, which transformers' `generate` has too. Guided blocks are 5 candidates of 5 tokens, plain
-rows as many, all behind the same prompt; without ``--head`` the head is random, which costs as much. Errors of 8 bits
+rows as many, all behind the same prompt; without ``--head`` the head is random, which costs as much. Distilled is the
+mode of that name, its change of the output layer random, of rank 8 and of full rank. Errors of 8 bits
 are those of next-token log-probabilities over replies that the whole weights wrote, groups being replies. Prints
 tables; the last line is JSON.
 """
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from coala.backbone import LanguageModel, blocked, load_backbone
 from coala.backbone.blocked import BlockedLinear
 from coala.backbone.packed import PackedLinear
 from coala.decoding import Engine, Guidance, Request, generate
+from coala.policies import DistilledPolicy
 from coala.statistics.intervals import bounded_mean, mean_estimate
 from coala.store import load_head
 from coala.values import ConvexHead, user
@@ -148,10 +150,24 @@ def main() -> None:
     none = np.zeros((0, d + 1), np.float32)
     head = fitted or ConvexHead(none, none, linear, whole.spec(-1, "mean"))
 
-    def decode(backbone: LanguageModel, rows: int, seed: int, *, guided: bool = False) -> float:
+    factors = (1e-3 * np.random.default_rng(1).normal(size=(d, d))).astype(np.float32)
+    about: Any = (whole.spec(), "guided", "nucleus", 1.0)
+    changed = {
+        "rank 8": whole.with_policy(DistilledPolicy(factors[:, :8].copy(), factors[:8].copy(), *about)),
+        "full rank": whole.with_policy(DistilledPolicy(factors, None, *about)),
+    }
+
+    def decode(
+        backbone: LanguageModel,
+        rows: int,
+        seed: int,
+        *,
+        guided: bool = False,
+        mode: Literal["none", "distilled"] = "none",
+    ) -> float:
         # The head of whole weights would be refused on others; its work is what is timed.
         spec = backbone.spec(head.spec.layer, head.spec.pooling, head.spec.ends_with_eos, head.spec.max_tokens)
-        rule = Guidance("block", rule="min-max", candidates=ROWS) if guided else Guidance("none")
+        rule = Guidance("block", rule="min-max", candidates=ROWS) if guided else Guidance(mode)
         engine = Engine(backbone, replace(head, spec=spec) if guided else None)
         jobs = [
             engine.submit(Request(user(PROMPTS[0]), rule, args.tokens, seed, prompt_id=str(row)))
@@ -193,6 +209,8 @@ def main() -> None:
         ways[f"transformers' generate, {some}"] = partial(theirs, rows)
         ways[f"products of weights alone, {some}"] = partial(bare, floor(whole, rows))
         ways[f"plain, 8 bits, {some}"] = partial(decode, small, rows)
+        for name, model in changed.items():
+            ways[f"distilled, {name}, {some}"] = partial(decode, model, rows, mode="distilled")
     ways[f"guided blocks, {ROWS} rows"] = partial(decode, whole, ROWS, guided=True)
     ways[f"guided blocks, 8 bits, {ROWS} rows"] = partial(decode, small, ROWS, guided=True)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
