@@ -263,7 +263,14 @@ def test_a_run_generates_answers_and_plays_by_its_policy(distilled_run: Path, se
 def test_served_replies_of_the_policy_are_those_of_the_library(distilled_run: Path, served_run: Path) -> None:
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     openai = pytest.importorskip("openai", reason="the client that is served is not installed")
+    import httpx
+
     from .serving import Here
+
+    def offered(server: Here, field: str) -> list[str]:
+        """What the server's own document has for a setting of guidance."""
+        held = httpx.get(f"{server.url}/openapi.json").json()["components"]["schemas"]["GuidanceSettings"]
+        return [word for option in held["properties"][field]["anyOf"] for word in option.get("enum", ())]
 
     own, bare = coala.load_run(distilled_run), coala.load_run(served_run)
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 6, "seed": 2}
@@ -284,6 +291,8 @@ def test_served_replies_of_the_policy_are_those_of_the_library(distilled_run: Pa
             assert found.coala["guidance"] == wanted.method
             stream = client.chat.completions.create(**asked, **body, stream=True)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.text
+        assert "distilled" in offered(server, "mode")
+        assert ">distilled<" in httpx.get(server.url).text
         unguided = client.chat.completions.create(**{**asked, "model": "tiny-unguided"})
         assert (
             unguided.choices[0].message.content
@@ -293,5 +302,7 @@ def test_served_replies_of_the_policy_are_those_of_the_library(distilled_run: Pa
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="Fix: coala distil"):
             client.chat.completions.create(**asked, extra_body={"guidance": {"mode": "distilled"}})
+        assert "distilled" not in offered(server, "mode") + offered(server, "over")
+        assert ">distilled<" not in httpx.get(server.url).text
     with pytest.raises(StoreError, match="Fix: coala distil"):
         Here(bare.backbone, bare.head, guidance=Guidance("distilled"))

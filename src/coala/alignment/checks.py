@@ -22,7 +22,7 @@ def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *,
     exist, a layer, length or pooling that the model does not have.
     """
     recipe = recipe.located()
-    _check_distilled(recipe, run)
+    _check_distilled(recipe, run, restart)
     if restart:
         run.require_free()
     else:
@@ -37,10 +37,11 @@ def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *,
     check_model(recipe)
 
 
-def _check_distilled(recipe: Recipe, run: RunFolder) -> None:
+def _check_distilled(recipe: Recipe, run: RunFolder, restart: bool) -> None:
     """Guidance by a policy that is not there yet, or would go with the head that it was made by."""
     asked = recipe.guidance
-    if "distilled" in (asked.mode, asked.over) and not (run.path / DISTILLED / "policy.json").is_file():
+    there = not restart and (run.path / DISTILLED / "policy.json").is_file()
+    if "distilled" in (asked.mode, asked.over) and not there:
         name = "mode" if asked.mode == "distilled" else "over"
         raise CoalaError(
             f"guidance.{name} is distilled: found no distilled policy in {run.path}, expected one. Fix: align without "

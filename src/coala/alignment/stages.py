@@ -25,7 +25,6 @@ from coala.costs import decoding_flops, extraction_flops, head_flops
 from coala.recipe import Recipe
 from coala.statistics.intervals import wald
 from coala.store import (
-    DISTILLED,
     claim,
     digest,
     discard,
@@ -37,6 +36,7 @@ from coala.store import (
     load_object,
     load_pairs,
     pair_digest,
+    run_policy,
     save_generations,
     save_head,
     save_json,
@@ -303,7 +303,7 @@ def _distilled(context: StageContext) -> dict[str, str]:
     """What decides replies of the distilled policy, where guidance is of it or goes over it."""
     if not guidance_of(context.recipe).change:
         return {}
-    return {"policy": file_digest(context.path(DISTILLED) / "policy.safetensors")}
+    return {"policy": digest(run_policy(context.run).change)}
 
 
 def _policy(context: StageContext, pairs: Sequence[Pair]) -> None:

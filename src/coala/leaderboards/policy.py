@@ -54,7 +54,11 @@ def run_policy(
         if policy.unknown:
             raise CoalaError(f"Found guidance {policy.guidance}: {policy.unknown}. Fix: --mode shift or distilled.")
         called = str(policy.guidance)
-        settings |= {"guidance": called, "temperature": warmth, "max_new_tokens": policy.max_new_tokens}
+        settings |= {"guidance": called}
+        if policy.distilled:
+            settings |= {"over": "the whole vocabulary", "temperature": 1.0}
+        else:
+            settings |= {"temperature": warmth, "max_new_tokens": policy.max_new_tokens}
     else:
         policy, called = _trained(trained, folder, backbone), trained.resolve().name
         settings |= {"trained": str(trained)}

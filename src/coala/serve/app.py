@@ -33,7 +33,8 @@ from coala.serve.scoring import ScoredReply, read, weigh
 from coala.serve.server_metrics import TYPE, Observed
 from coala.serve.work import Busy
 from coala.serve.worker import Worker
-from coala.values import ConvexHead, Turn, user
+from coala.settings import Mode
+from coala.values import CoalaError, ConvexHead, Turn, user
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -44,6 +45,8 @@ UNGUIDED = "-unguided"
 # What /v1/completions takes if nothing is said, as the protocol has it.
 SHORT_REPLY = 16
 SEEDS = 2**31
+# What the playground offers, in this order.
+MODES: tuple[Mode, ...] = ("token", "prefix", "shift", "block", "best_of", "beam", "distilled")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,15 @@ class Served:
     def names(self) -> tuple[str, str]:
         """The guided model and the plain one."""
         return self.name, self.name + UNGUIDED
+
+    @property
+    def distilled(self) -> bool:
+        """Whether there is a distilled policy that requests can ask for."""
+        try:
+            self.backbone.changed()
+        except CoalaError:
+            return False
+        return True
 
     @property
     def fingerprint(self) -> str:
@@ -122,7 +134,7 @@ def create_app(
         report=observed.request,
         ending=lambda: bool(app.state.ending),
     )
-    contract(app, limits, served.names, keyed=key is not None)
+    contract(app, limits, served.names, keyed=key is not None, distilled=served.distilled)
 
     def model_of(name: str, param: str = "model") -> str:
         if name not in served.names:
@@ -182,7 +194,10 @@ def create_app(
             changes = wanted.model_dump()
             for name in ("candidates", "width"):
                 within(f"guidance.{name}", changes[name] or 1, limits.max_rows, "rows of the model")
-            found = found.changed(**changes)
+            try:
+                found = found.changed(**changes)
+            except CoalaError as error:  # what does not go with the run's own
+                raise Refusal(HTTPStatus.BAD_REQUEST, str(error), param="guidance") from None
         if not (isinstance(wanted, schemas.GuidanceSettings) and wanted.mode):
             # Clients ask for temperature 0 without knowing of modes.
             found = found.at(warmth(body))
@@ -402,6 +417,7 @@ def playground(folder: Path, served: Served, limits: Limits, *, keyed: bool) -> 
             footer="Scores mean nothing by themselves: higher is preferred to lower, for replies to one prompt.",
             unguided=served.names[1],
             guidance=served.guidance,
+            modes=MODES if served.distilled else MODES[:-1],
             most_tokens=limits.max_tokens,
             most_choices=limits.choices,
             keyed=keyed,

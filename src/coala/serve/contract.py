@@ -49,10 +49,10 @@ TAKEN: Mapping[str, type[BaseModel]] = {
 }
 
 
-def contract(app: FastAPI, limits: Limits, names: Sequence[str], *, keyed: bool) -> None:
+def contract(app: FastAPI, limits: Limits, names: Sequence[str], *, keyed: bool, distilled: bool) -> None:
     """Let the application's OpenAPI document tell the server's own limits, models and whether it asks for a key.
 
-    The first of ``names`` is the model with the head.
+    The first of ``names`` is the model with the head; ``distilled`` if it has a distilled policy too.
     """
     bounds = {
         ("ChatRequest", "max_tokens"): ("maximum", limits.max_tokens),
@@ -86,6 +86,10 @@ def contract(app: FastAPI, limits: Limits, names: Sequence[str], *, keyed: bool)
                 for option in _options(parts[kind]["properties"][field]):
                     if option.get("type") == ("array" if word == "maxItems" else "integer"):
                         option[word] = bound
+            for field in () if distilled else ("mode", "over"):
+                for option in _options(parts["GuidanceSettings"]["properties"][field]):
+                    if "enum" in option:
+                        option["enum"] = [word for word in option["enum"] if word != "distilled"]
             for kind in ("ChatRequest", "CompletionRequest"):
                 parts[kind]["properties"]["model"]["enum"] = list(names)
             for kind in ("ScoreRequest", "RerankRequest"):

@@ -147,7 +147,11 @@ class GuidanceSettings(_Strict):
             "anyOf": [
                 {"properties": {"budget": {"type": "null"}}},
                 {"properties": {"mode": {"const": "shift"}}, "required": ["mode"]},
-            ]
+            ],
+            "not": {
+                "properties": {"mode": {"const": "none"}, "over": {"const": "distilled"}},
+                "required": ["mode", "over"],
+            },
         }
     )
 
