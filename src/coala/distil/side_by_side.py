@@ -195,18 +195,18 @@ def table_rows(content: Mapping[str, Any]) -> list[list[str]]:
     """What a terminal shows of the page's section."""
     from coala.pages.words import bracketed
 
-    found = content.get("distilled") or {}
-    return [
-        [
-            row["name"],
+    def told(row: Mapping[str, Any]) -> list[str]:
+        if row["name"] == "unguided":
+            return ["", "0", "1", "0"]
+        return [
             "" if row["wins"] is None else bracketed(row["wins"]),
             bracketed(row["gain"], "+.3g", 1),
             bracketed(row["perplexity_ratio"], ".2f", 1),
             "not known" if row["divergence"] is None else bracketed(row["divergence"], ".1f", 1),
-            f"{row['forwards']:g}",
         ]
-        for row in found.get("rows") or []
-    ]
+
+    rows = (content.get("distilled") or {}).get("rows") or []
+    return [[row["name"], *told(row), f"{row['forwards']:g}"] for row in rows]
 
 
-HEADS = ("against unguided", "wins", "head score", "perplexity, times", "KL a reply, nats", "forwards a token")
+HEADS = ("against unguided", "wins, %", "head score", "perplexity, times", "KL a reply, nats", "forwards a token")
