@@ -263,7 +263,10 @@ def test_log_likelihood_is_that_of_transformers(models: dict[str, Model], name: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "tree"}, "mode is 'tree'; expected one of token, block, prefix, shift, best_of, beam, none"),
+        (
+            {"mode": "tree"},
+            "mode is 'tree'; expected one of token, block, prefix, shift, best_of, beam, distilled, none",
+        ),
         ({"rule": "softmax"}, "rule is 'softmax'; expected one of calibrated, min-max, raw, z-score"),
         ({"strength": -1.0}, "strength is -1.0; expected a finite number of at least 0"),
         ({"strength": math.nan}, "strength is nan"),
