@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +97,14 @@ class DistilledPolicy:
             object.__setattr__(self, name, np.ascontiguousarray(part, dtype=np.float32))
             if part.ndim != 2 or not np.isfinite(part).all():
                 raise CoalaError(f"The policy's {name} factor is no finite matrix: distil again.")
+        for name, kind in (("program", Teacher), ("support", Support)):
+            if getattr(self, name) not in get_args(kind):
+                raise CoalaError(
+                    f"Found the {name} {str(getattr(self, name))[:20]!r} of a policy, expected one of "
+                    f"{', '.join(get_args(kind))}, fix: distil again."
+                )
+        if not 0 <= self.ridge < float("inf"):
+            raise CoalaError(f"Found a policy's ridge of {self.ridge}, expected a number from 0, fix: distil again.")
         if self.right is None and self.left.shape[0] != self.left.shape[1]:
             raise CoalaError(f"Found a change of shape {self.left.shape}; expected (d, d).")
         if self.right is not None and self.left.shape != self.right.shape[::-1]:

@@ -18,13 +18,16 @@ def distil(
     *,
     settings: Annotated[DistilSettings, every(DistilSettings)],
     to: Annotated[
-        Literal["checkpoint", "gguf", "lora"] | None,
-        typer.Option("--to", help="Write it for others too: a Hugging Face folder, a GGUF file, a LoRA adapter."),
+        Literal["checkpoint", "gguf", "lora", "gguf-lora"] | None,
+        typer.Option("--to", help="Write it for others: a Hugging Face folder, GGUF, a LoRA, or a LoRA in GGUF."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where --to writes; it must not exist.")] = None,
     base: Annotated[
         Path | None, typer.Option(help="gguf: the file to change (default: the one the model was loaded from).")
     ] = None,
+    precision: Annotated[
+        Literal["f16", "q8_0"], typer.Option(help="gguf: numbers of the output layer; q8_0 takes half the room.")
+    ] = "f16",
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
@@ -43,10 +46,11 @@ def distil(
     from coala.export.policy import export_policy, planned
 
     permitted = {"trust_remote_code": trust_remote_code, "download": download}
-    planned(to, out, base)
+    planned(to, out, base, run, precision)
     with progress() as show:
         policy = distil(run, settings, on_progress=show, on_note=say, **permitted)
-        made = None if to is None or out is None else export_policy(policy, run, to, out, base=base, **permitted)
+        told = {"base": base, "precision": precision, **permitted}
+        made = None if to is None or out is None else export_policy(policy, run, to, out, **told)
     rows = policy.summary_rows()
     if made is not None:
         rows += [[made.form, f"{made.path}, {made.n_bytes / 1e6:.1f} MB"]]

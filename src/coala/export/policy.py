@@ -6,7 +6,11 @@ alone, W (I + A); nothing here knows how it was fitted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,14 +22,14 @@ from coala.decoding.distilled import Changed
 from coala.export.folder import MANIFEST
 from coala.export.network import ExportError, tokenizer_of
 from coala.policies import DistilledPolicy
-from coala.store import file_digest, load_json, save_json, working_folder, write_atomic
+from coala.store import file_digest, load_json, save_json, working_folder, write_atomic, write_error
 from coala.values import Float32
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
 
-Form = Literal["checkpoint", "gguf", "lora"]
-OUTPUT = "output.weight"  # what GGUF files call the output layer; tied ones have none
+Form = Literal["checkpoint", "gguf", "lora", "gguf-lora"]
+Precision = Literal["f16", "q8_0"]  # numbers of the output layer of a GGUF file
 PROBES = ("How do I boil an egg?", "x", "one two three four five six seven eight nine ten " * 8)
 
 
@@ -34,7 +38,7 @@ class ExportedPolicy:
     """``path`` with its ``form``; ``difference`` is the largest between its log-probabilities and the policy's.
 
     Over the whole vocabulary after each of ``probes`` prompts; none is looked for in a GGUF file, which no part of this
-    package decodes: what is compared there is the tensor.
+    package decodes: the file is read back byte for byte, and ``difference`` is what rounding moves a weight at most.
     """
 
     path: Path
@@ -64,7 +68,7 @@ def export_checkpoint(policy: DistilledPolicy, backbone: LanguageModel, folder: 
 
     model, layer = backbone.transformer, changed_layer(policy, backbone)
     name = _name_of(model, model.get_output_embeddings())
-    with working_folder(Path(folder)) as work:
+    with _written_whole(Path(folder)) as work:
         state = {key: value for key, value in model.state_dict().items() if key != f"{name}.weight"}
         state[f"{name}.weight"] = torch.from_numpy(layer).to(backbone.dtype)
         with quiet():
@@ -74,12 +78,26 @@ def export_checkpoint(policy: DistilledPolicy, backbone: LanguageModel, folder: 
         config["tie_word_embeddings"] = False
         config.pop("_name_or_path", None)
         config.pop("quantization_config", None)
+        config |= _older_names(config)
         save_json(work / "config.json", config)
         template = backbone.template.partition(":")[0]
         difference = _tried(policy, backbone, lambda: load_backbone(work, device="cpu", template=template))
         _describe(work, policy, "checkpoint", backbone)
+        _settle(work)
         work.rename(folder)
     return _exported(Path(folder), "checkpoint", len(PROBES), difference)
+
+
+def _older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary positions under the names from before transformers 5, which some engines read alone, and then guess."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}  # none, or different ones for different layers, which had no older name
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    return {
+        **{name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope},
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
+    }
 
 
 def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str) -> ExportedPolicy:
@@ -93,12 +111,7 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
 
     from coala.backbone import load_backbone
 
-    if policy.right is None:
-        raise ExportError(
-            f"The policy has full rank, {policy.rank}; an adapter of that rank is larger than the layer. Fix: distil "
-            "with a rank, or export a checkpoint."
-        )
-    Changed(backbone, policy)
+    left, right = _adapter_factors(policy, backbone)
     model = backbone.transformer
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         raise ExportError(
@@ -106,9 +119,8 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
             "changes; expected a layer of its own. Fix: --to checkpoint or --to gguf."
         )
     name = _name_of(model, model.get_output_embeddings())
-    raw = model.get_output_embeddings().weight.detach().float().cpu().numpy()
-    with working_folder(Path(folder)) as work:
-        tensors = {"lora_A": policy.right, "lora_B": np.ascontiguousarray(raw @ policy.left)}
+    with _written_whole(Path(folder)) as work:
+        tensors = {"lora_A": right, "lora_B": left}
         named = {f"base_model.model.{name}.{part}.weight": array for part, array in tensors.items()}
         write_atomic(work / "adapter_model.safetensors", save_tensors(named, metadata={"format": "pt"}))
         save_json(
@@ -131,52 +143,154 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
             policy, backbone, lambda: load_backbone(backbone.name, device="cpu", adapter=str(work), template=template)
         )
         _describe(work, policy, "lora", backbone)
+        _settle(work)
         work.rename(folder)
     return _exported(Path(folder), "lora", len(PROBES), difference)
 
 
 def export_gguf(
-    policy: DistilledPolicy, backbone: LanguageModel, path: Path | str, *, base: Path | str | None = None
+    policy: DistilledPolicy,
+    backbone: LanguageModel,
+    path: Path | str,
+    *,
+    base: Path | str | None = None,
+    precision: Precision = "f16",
 ) -> ExportedPolicy:
-    """Write the GGUF file ``base`` (the one the model was loaded from) with the output layer changed, in float16.
+    """Write the GGUF file ``base`` (the one the model was loaded from) with the output layer changed.
 
     Every key and every other tensor is copied byte for byte, so that any architecture that llama.cpp knows will do.
-    The layer is added where the file ties it to the embedding. Raises ``ExportError`` if the file is of another shape.
+    The layer is added where the file ties it to the embedding; ``precision`` q8_0 takes half the room of f16. Raises
+    ``ExportError`` if the file is of another model or part of one, or its logits are not those of the model.
     """
     import gguf
 
+    from coala.export.base_gguf import compare, read_base, write_anew
+
     path, source = Path(path), _base_of(backbone) if base is None else Path(base)
     if path.exists():
-        raise ExportError(f"{path}: exists. Give another name, or delete it.")
-    layer = changed_layer(policy, backbone).astype(np.float16)
-    if not np.isfinite(layer).all():
+        raise ExportError(f"{path}: found something of that name, expected a free one, fix: another --out.")
+    reader, wanted = read_base(source, backbone), changed_layer(policy, backbone)
+    if precision == "q8_0":
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if wanted.shape[1] % (block := gguf.GGML_QUANT_SIZES[kind][0]):
+            raise ExportError(
+                f"{backbone.name}: found states of {wanted.shape[1]} numbers, expected a multiple of {block}, which "
+                "q8_0 packs together, fix: --precision f16"
+            )
+        written = gguf.quantize(wanted, kind)
+        rounded = gguf.dequantize(written, kind)
+    else:
+        kind, written = None, wanted.astype(np.float16)
+        rounded = written.astype(np.float32)
+    if not np.isfinite(rounded).all():
         raise ExportError(
-            "The changed output layer does not fit in float16. Fix: export a checkpoint, or scale the policy."
+            f"{backbone.name}: found numbers in the changed output layer that half precision cannot hold, expected "
+            "smaller ones, fix: --to checkpoint, or a smaller strength."
         )
-    reader = gguf.GGUFReader(source)
-    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
-    tied = shapes.get(OUTPUT, shapes.get("token_embd.weight"))
-    if tied != layer.shape[::-1]:
-        raise ExportError(
-            f"{source}: its output layer is {tied}; expected {layer.shape[::-1]}. Give the file of the model that was "
-            "distilled."
-        )
-    with working_folder(path.with_name(f"{path.name}.parts")) as work:
+    with _written_whole(path.with_name(f"{path.name}.parts")) as work:
         made = work / "model.gguf"
-        _write_gguf(reader, made, layer)
-        difference = _compare_gguf(source, made, layer)
+        write_anew(reader, made, written, kind)
+        compare(source, made, written)
+        _settle(work)
         made.rename(path)
-    return ExportedPolicy(path, "gguf", path.stat().st_size, 0, difference)
+    return ExportedPolicy(path, "gguf", path.stat().st_size, 0, float(np.abs(rounded - wanted).max()))
 
 
-def planned(form: Form | None, out: Path | None, base: Path | None) -> None:
-    """ExportError, before any work, for an export that is not told whole or whose place is taken."""
+def export_gguf_lora(
+    policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str, *, base: Path | str | None = None
+) -> ExportedPolicy:
+    """Write ``folder``/adapter.gguf, a LoRA of the output layer that llama.cpp scales anew for each request.
+
+    llama.cpp finds no output layer to adapt in a file that ties it to the embedding; base.gguf is then that file with
+    its embedding, byte for byte, as its output layer too: the same model. Raises as :func:`export_gguf` does, and for a
+    policy that was not cut to a rank.
+    """
+    from coala.export.base_gguf import EMBEDDING, OUTPUT, compare, read_base, write_anew, write_lora
+
+    source = _base_of(backbone) if base is None else Path(base)
+    left, right = _adapter_factors(policy, backbone)
+    reader = read_base(source, backbone)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    with _written_whole(Path(folder)) as work:
+        difference = write_lora(work / "adapter.gguf", reader, left, right)
+        if OUTPUT not in tensors:
+            layer = tensors[EMBEDDING]
+            write_anew(reader, work / "base.gguf", layer.data, layer.tensor_type)
+            compare(source, work / "base.gguf", layer.data)
+        _describe(work, policy, "gguf-lora", backbone)
+        _settle(work)
+        work.rename(folder)
+    return _exported(Path(folder), "gguf-lora", 0, difference)
+
+
+def _adapter_factors(policy: DistilledPolicy, backbone: LanguageModel) -> tuple[Float32, Float32]:
+    """W left (V, r) and right (r, d), whose product is what the output layer gains."""
+    if policy.right is None:
+        raise ExportError(
+            f"Found a policy of full rank, {policy.rank}, whose adapter is larger than the layer, expected one "
+            "that was cut, fix: distil with a rank, or --to checkpoint."
+        )
+    Changed(backbone, policy)
+    raw = backbone.transformer.get_output_embeddings().weight.detach().float().cpu().numpy()
+    return np.ascontiguousarray(raw @ policy.left), policy.right
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A folder to fill that ``path`` is made of; a fault of the disk, whoever meets it, is one sentence."""
+    from safetensors import SafetensorError
+
+    with working_folder(path) as work:
+        try:
+            yield work
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise write_error(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
+        except OSError as error:
+            raise write_error(path, error) from error
+
+
+def _settle(work: Path) -> None:
+    """Have what was written on the disk before it gets its name."""
+    for path in [*work.rglob("*"), work]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def planned(
+    form: Form | None, out: Path | None, base: Path | None, run: Path | None = None, precision: Precision = "f16"
+) -> None:
+    """ExportError, before any work, for an export that is not told whole, or whose place is taken or cannot be."""
     if (form is None) != (out is None):
-        raise ExportError("Found one of --to and --out; expected both or neither. Fix: --to checkpoint --out FOLDER.")
-    if base is not None and form != "gguf":
-        raise ExportError("--base belongs to --to gguf; the other forms are made of the model itself.")
-    if out is not None and out.exists():
-        raise ExportError(f"{out}: exists. Give another --out, or delete it.")
+        raise ExportError("Found one of --to and --out, expected both or neither, fix: --to checkpoint --out FOLDER.")
+    if (base is not None or precision != "f16") and form not in ("gguf", "gguf-lora"):
+        raise ExportError(
+            "Found --base or --precision beside a form that has none, expected --to gguf, fix: leave them out."
+        )
+    if out is None:
+        return
+    try:
+        taken = os.path.lexists(out) or bool(out.stat())
+    except FileNotFoundError:
+        taken = False
+    except OSError as error:
+        raise write_error(out, error) from error
+    if taken:
+        raise ExportError(f"{out}: found something of that name, expected a free one, fix: another --out.")
+    if run is not None and out.resolve().is_relative_to(run.resolve()):
+        raise ExportError(
+            f"{out}: found a place inside the run, which is the run's own, expected one outside, fix: another --out."
+        )
+    there = next(path for path in out.absolute().parents if path.exists())
+    if not os.access(there, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise write_error(out, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+    if base is not None and not base.is_file():
+        raise ExportError(f"{base}: found no such file, expected a GGUF file, fix: give --base FILE.")
 
 
 def export_policy(
@@ -186,64 +300,19 @@ def export_policy(
     out: Path | str,
     *,
     base: Path | str | None = None,
+    precision: Precision = "f16",
     trust_remote_code: bool = False,
     download: bool = False,
 ) -> ExportedPolicy:
-    """Write ``policy`` of the run ``run`` to ``out`` in one of the three forms."""
+    """Write ``policy`` of the run ``run`` to ``out`` in one of the forms."""
     from coala.alignment import load_parts
 
     backbone, _, _ = load_parts(run, trust_remote_code=trust_remote_code, download=download)
     if form == "gguf":
-        return export_gguf(policy, backbone, out, base=base)
+        return export_gguf(policy, backbone, out, base=base, precision=precision)
+    if form == "gguf-lora":
+        return export_gguf_lora(policy, backbone, out, base=base)
     return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out)
-
-
-def _write_gguf(reader: Any, path: Path, layer: Any) -> None:
-    import gguf
-
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(path, architecture, endianess=reader.endianess)
-    alignment = reader.fields.get("general.alignment")
-    if alignment is not None:
-        writer.data_alignment = int(alignment.contents())
-    for field in reader.fields.values():
-        if field.name == "general.architecture" or field.name.startswith("GGUF."):
-            continue
-        kind = field.types[0]
-        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
-    kept = [tensor for tensor in reader.tensors if tensor.name != OUTPUT]
-    for tensor in kept:
-        writer.add_tensor_info(
-            tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
-        )
-    writer.add_tensor_info(OUTPUT, layer.shape, layer.dtype, layer.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in kept:
-        writer.write_tensor_data(tensor.data, tensor_endianess=reader.endianess)
-    writer.write_tensor_data(layer)
-    writer.close()
-
-
-def _compare_gguf(source: Path, made: Path, layer: Any) -> float:
-    """Read the new file back: its keys and other tensors are the old one's, and its output layer is ``layer``."""
-    import gguf
-
-    old, new = gguf.GGUFReader(source), gguf.GGUFReader(made)
-    told = [
-        {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        for reader in (old, new)
-    ]
-    if told[0] != told[1]:
-        differing = sorted(key for key in {*told[0], *told[1]} if told[0].get(key) != told[1].get(key))
-        raise ExportError(f"{source}: these keys could not be copied: {', '.join(differing)}.")
-    tensors = {tensor.name: tensor for tensor in new.tensors}
-    for tensor in old.tensors:
-        if tensor.name != OUTPUT and not np.array_equal(tensor.data, tensors[tensor.name].data):
-            raise ExportError(f"{source}: the tensor {tensor.name} could not be copied.")
-    return float(np.abs(np.asarray(tensors[OUTPUT].data, np.float32) - layer.astype(np.float32)).max())
 
 
 def _base_of(backbone: LanguageModel) -> Path:
@@ -253,7 +322,8 @@ def _base_of(backbone: LanguageModel) -> Path:
     found = find(backbone.name, None, download=False)[0] if Path(backbone.name).exists() else Path(backbone.name)
     if not is_gguf(found):
         raise ExportError(
-            f"{backbone.name} was not loaded from a GGUF file. Fix: give the GGUF file of the same model as the base."
+            f"{backbone.name}: found a model that was not loaded from a GGUF file, expected one to change, fix: --base "
+            "FILE of the same model."
         )
     return found
 

@@ -24,6 +24,7 @@ from coala.store.files import (
     save_lines,
     working_folder,
     write_atomic,
+    write_error,
 )
 from coala.store.policies import load_policy, save_policy
 from coala.store.replacing import Replacement, replacing
@@ -77,5 +78,6 @@ __all__ = [
     "worded",
     "working_folder",
     "write_atomic",
+    "write_error",
     "write_rows",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coala.policies import DistilledPolicy
+from coala.store.files import MisfitError
 from coala.store.values import certificate_of, described, read_spec, save_described
 
 
@@ -17,7 +18,12 @@ def save_policy(folder: Path, policy: DistilledPolicy) -> None:
 
 def load_policy(folder: Path) -> DistilledPolicy:
     """Read a policy; a folder whose two files do not belong together is refused."""
-    with described(folder, "policy", "Distil again.", "program", "support", "ridge") as (about, arrays):
+    with described(folder, "policy", "Distil again.", "program", "support", "ridge", "rank") as (about, arrays):
+        if about["rank"] != arrays["left"].shape[1]:
+            raise MisfitError(
+                f"{folder}: found a policy of rank {str(about['rank'])[:20]} with {arrays['left'].shape[1]} columns, "
+                "expected as many, fix: distil again."
+            )
         return DistilledPolicy(
             arrays["left"],
             arrays.get("right"),
