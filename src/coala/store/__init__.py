@@ -25,7 +25,7 @@ from coala.store.files import (
     working_folder,
     write_atomic,
 )
-from coala.store.policies import load_policy, save_policy
+from coala.store.policies import PEFT, load_adapter, load_policy, save_adapter, save_policy
 from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
@@ -41,6 +41,7 @@ from coala.store.values import (
 )
 
 __all__ = [
+    "PEFT",
     "FeatureStore",
     "MisfitError",
     "Replacement",
@@ -52,6 +53,7 @@ __all__ = [
     "discard",
     "file_digest",
     "link_features",
+    "load_adapter",
     "load_features",
     "load_generations",
     "load_head",
@@ -65,6 +67,7 @@ __all__ = [
     "plain",
     "read_as",
     "replacing",
+    "save_adapter",
     "save_features",
     "save_generations",
     "save_head",
