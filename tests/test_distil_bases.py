@@ -22,7 +22,8 @@ import torch
 from coala.backbone import LanguageModel, load_backbone
 from coala.decoding.distilled import Changed
 from coala.distil.matrix import output_matrix
-from coala.export.policy import export_checkpoint, export_gguf, export_gguf_lora, export_lora, planned
+from coala.export.policy import export_checkpoint, export_lora, planned
+from coala.export.policy_gguf import export_gguf, export_gguf_lora
 from coala.policies import DistilledPolicy
 from coala.store import file_digest
 from coala.values import CoalaError
@@ -295,11 +296,12 @@ def test_a_full_disk_leaves_nothing(form: str, exports: dict[str, Export], tmp_p
     exports[form](tmp_path / "whole")
     whole = tmp_path / "whole"
     sizes = sorted(path.stat().st_size for path in ([whole] if whole.is_file() else whole.iterdir()))
+    there = set(tmp_path.iterdir())
     for n_bytes in (0, sizes[0] // 2, sizes[-1] - 1):
         with full_after(n_bytes), pytest.raises(CoalaError, match="could not be written") as caught:
             exports[form](tmp_path / "out")
         assert "\n" not in str(caught.value)
-        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+        assert set(tmp_path.iterdir()) == there
     exports[form](tmp_path / "out")
     assert file_digest(tmp_path / "out") == file_digest(whole)
 
@@ -419,3 +421,19 @@ def test_a_policy_that_says_what_cannot_be_is_refused(
     with pytest.raises(CoalaError) as caught:
         DistilledPolicy.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# --- what older engines read ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}])
+def test_a_checkpoint_tells_its_rotary_positions_in_older_words_too(rope: dict[str, Any], tmp_path: Path) -> None:
+    """Some engines know none but the older names, and without them take a base of 10,000."""
+    source = make_folder(tmp_path / "model", rope_parameters={"rope_theta": 1234.0, **rope})
+    model = load_backbone(source, device="cpu")
+    export_checkpoint(policy_of(model, 0.1), model, tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["rope_theta"] == 1234.0
+    assert config["rope_scaling"] == (None if rope["rope_type"] == "default" else rope)
+    again = load_backbone(tmp_path / "checkpoint", device="cpu").transformer.config
+    assert again.rope_parameters == model.transformer.config.rope_parameters

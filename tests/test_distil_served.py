@@ -11,7 +11,7 @@ import torch
 
 from coala.backbone import LanguageModel, load_backbone
 from coala.decoding.distilled import Changed, divergence
-from coala.export.policy import export_gguf, export_gguf_lora
+from coala.export.policy_gguf import export_gguf, export_gguf_lora
 from coala.policies import DistilledPolicy
 from coala.statistics.intervals import mean_estimate
 from coala.values import user

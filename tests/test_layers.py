@@ -109,7 +109,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "distil": (
-        {"store", "recipe", "backbone", "convex", "decoding", "alignment"},
+        {
+            *("store", "statistics", "costs", "recipe", "backbone", "convex", "decoding", "evaluation"),
+            *("baselines", "alignment"),
+        },
         {"torch"},
     ),
     "cli": (

@@ -150,10 +150,11 @@ def _choose_rank(
     ranks = [rank for rank in RANKS if rank < len(change)]
     tried: list[tuple[int | None, np.ndarray]] = []
     for number, rank in enumerate(ranks):
-        left, right, _ = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
+        left, right, found = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
         loss, error, terms = _held_out(data, out, left @ right)
         tried.append((rank, terms))
-        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error})
+        steps = {} if found is None else {"steps": found.steps, "inputs": found.value.shape[1]}
+        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error, **steps})
         progress("rank", number + 1, len(ranks), path[-1])
     tried.append((None, _held_out(data, out, change)[2]))
     lowest = min(tried, key=lambda entry: entry[1].mean())[1]
@@ -206,7 +207,8 @@ def _certificate(
     statement = (
         f"No change of the output layer gains more than {-lower:.6g} nats a step on this objective, of which this one "
         f"has {gain:.6g}" + ("" if uncut else ", cut to its rank") + f": proved by duality over {over}, in double "
-        "precision, for the states and the matrix as they are stored."
+        "precision, for the states and the matrix as they are stored. It does not say that the teacher "
+        "prefers the right texts."
     )
     counted, states = data.counted, data.states
     facts: dict[str, Any] = {
@@ -222,9 +224,10 @@ def _certificate(
         "n_counted": int(counted.sum()),
         "n_outside_nucleus": int((~states.in_nucleus).sum()),
         "n_prompts": len(np.unique(states.group[counted])),
+        **data.padded,
     }
     if own is not None:
-        facts["gap_within_rank"] = own.gap
+        facts |= {"gap_within_rank": own.gap, "steps_within_rank": own.steps, "inputs_within_rank": own.value.shape[1]}
     return Certificate(
         program=f"output layer, {data.support}",
         statement=statement,

@@ -17,6 +17,7 @@ import numpy as np
 from coala.alignment import load_parts
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
+from coala.distil.accounts import output_flops
 from coala.distil.matrix import output_matrix
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
@@ -53,7 +54,7 @@ def distil(
     recipe = recipe_of(run.settings, run.path / "run.json")
     with run.held():
         backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
-        output, guidance = output_matrix(backbone), _teacher_of(recipe, settings)
+        output, guidance = output_matrix(backbone), teacher_of(recipe, settings)
         temperature = recipe.evaluation.temperature or 1.0
         told: dict[str, Any] = {
             "temperature": temperature,
@@ -61,13 +62,17 @@ def distil(
             "on_note": on_note,
         }
         if settings.teacher != "weighted":
-            _check_evidence(head, guidance)
+            check_evidence(head, guidance)
+        if head.evidence == 0:
+            on_note(
+                "the head is at chance on held-out pairs: what is distilled of it is no preference that they vouch for"
+            )
         if settings.teacher == "shift":
             states = _shifted(recipe, run, backbone, head, guidance, settings, told)
         else:
             guided = settings.teacher == "guided"
             lessons = (
-                _guided(recipe, run, backbone, head, guidance, settings, on_progress)
+                guided_lessons(recipe, run, backbone, head, guidance, settings, on_progress)
                 if guided
                 else _weighted(run, head, settings.beta)
             )
@@ -98,6 +103,11 @@ def distil(
         )
         policy.save(run.path / "distilled")
         about = {
+            "flops": output_flops(
+                run, backbone, head, None if settings.teacher == "weighted" else guidance, states, found
+            ),
+            "temperature": temperature,
+            "sampling": {"top_k": guidance.top_k, "top_p": guidance.top_p},
             "settings": settings,
             "guidance": str(guidance),
             "n_replies": len(np.unique(states.group)),
@@ -107,7 +117,7 @@ def distil(
     return policy
 
 
-def _teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
+def teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
     chosen = recipe.guidance
     return Guidance(
         "shift" if settings.teacher == "shift" else "block",
@@ -119,7 +129,7 @@ def _teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
     )
 
 
-def _check_evidence(head: ConvexHead, guidance: Guidance) -> None:
+def check_evidence(head: ConvexHead, guidance: Guidance) -> None:
     if guidance.weighs and head.evidence == 0:
         raise CoalaError(
             "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
@@ -142,7 +152,7 @@ def _shifted(
     return shift_states(backbone, head, prompts, folder, guidance, max_new_tokens=longest, seed=settings.seed, **told)
 
 
-def _guided(
+def guided_lessons(
     recipe: Recipe,
     run: RunFolder,
     backbone: LanguageModel,

@@ -203,7 +203,7 @@ def _write(writer: Any, arrays: Sequence[NDArray[Any]]) -> None:
         writer.close()
 
 
-def compare(source: Path, made: Path, layer: NDArray[Any]) -> None:
+def compare_files(source: Path, made: Path, layer: NDArray[Any]) -> None:
     """Read ``made`` back: its keys and other tensors are those of ``source``, its output layer is ``layer``."""
     import gguf
 

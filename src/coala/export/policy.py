@@ -1,74 +1,51 @@
 """A distilled policy as files that other programs serve: a Hugging Face folder, a GGUF file, or a LoRA adapter.
 
-Each is written beside its place, tried against the policy, and moved there whole. The change is of the output layer
-alone, W (I + A); nothing here knows how it was fitted.
+Each is written beside its place with its card, read back by plain transformers and compared with the policy, and moved
+there whole. A change is of the output layer alone, W (I + A), or an adapter; nothing here knows how it came about.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from coala.decoding.adapted import load_adapted, step_log_probs
 from coala.decoding.distilled import Changed
-from coala.export.folder import MANIFEST
+from coala.export.folder import public_spec
+from coala.export.merged import merge_into
 from coala.export.network import ExportError, tokenizer_of
-from coala.policies import DistilledPolicy
-from coala.store import file_digest, load_json, save_json, working_folder, write_atomic, write_error
-from coala.values import Float32
+from coala.export.policy_card import Form, Policy, PolicyFacts, describe, policy_facts
+from coala.export.policy_gguf import Precision, changed_layer, check_beside, export_gguf, export_gguf_lora, lora_factors
+from coala.export.reading_back import PROBES, ExportedPolicy, checked, compare, next_log_probs, plain_model
+from coala.export.writing import check_free, older_names, settle, written_whole
+from coala.policies import DistilledAdapter, DistilledPolicy
+from coala.settings import Vehicle
+from coala.store import PEFT, load_json, save_json, write_atomic
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
 
-Form = Literal["checkpoint", "gguf", "lora", "gguf-lora"]
-Precision = Literal["f16", "q8_0"]  # numbers of the output layer of a GGUF file
-PROBES = ("How do I boil an egg?", "x", "one two three four five six seven eight nine ten " * 8)
+FORMS: dict[Vehicle, tuple[Form, ...]] = {
+    "output": ("checkpoint", "gguf", "lora", "gguf-lora"),
+    "adapter": ("merged", "lora"),
+}
 
 
-@dataclass(frozen=True)
-class ExportedPolicy:
-    """``path`` with its ``form``; ``difference`` is the largest between its log-probabilities and the policy's.
-
-    Over the whole vocabulary after each of ``probes`` prompts; none is looked for in a GGUF file, which no part of this
-    package decodes: the file is read back byte for byte, and ``difference`` is what rounding moves a weight at most.
-    """
-
-    path: Path
-    form: Form
-    n_bytes: int
-    probes: int
-    difference: float
-
-
-def changed_layer(policy: DistilledPolicy, backbone: LanguageModel) -> Float32:
-    """W (I + A) (V, d) float32, W as the model holds it: a scale of its logits stays in its configuration."""
-    Changed(backbone, policy)
-    raw = backbone.transformer.get_output_embeddings().weight.detach().float().cpu().numpy()
-    left, right = policy.factors()
-    found: Float32 = raw + (raw @ left) @ right
-    return found
-
-
-def export_checkpoint(policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str) -> ExportedPolicy:
+def export_checkpoint(
+    policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str, facts: PolicyFacts | None = None
+) -> ExportedPolicy:
     """Write a folder that transformers, vLLM or SGLang loads as any model, its output layer no longer tied.
 
     Weights keep the dtype they are loaded in. Raises ``ExportError`` where the folder does not give the policy's
     probabilities when it is read back.
     """
-    from coala.backbone import load_backbone
     from coala.backbone.silence import quiet
 
     model, layer = backbone.transformer, changed_layer(policy, backbone)
     name = _name_of(model, model.get_output_embeddings())
-    with _written_whole(Path(folder)) as work:
+    with written_whole(Path(folder)) as work:
         state = {key: value for key, value in model.state_dict().items() if key != f"{name}.weight"}
         state[f"{name}.weight"] = torch.from_numpy(layer).to(backbone.dtype)
         with quiet():
@@ -78,29 +55,21 @@ def export_checkpoint(policy: DistilledPolicy, backbone: LanguageModel, folder: 
         config["tie_word_embeddings"] = False
         config.pop("_name_or_path", None)
         config.pop("quantization_config", None)
-        config |= _older_names(config)
+        config |= older_names(config)
         save_json(work / "config.json", config)
-        template = backbone.template.partition(":")[0]
-        difference = _tried(policy, backbone, lambda: load_backbone(work, device="cpu", template=template))
-        _describe(work, policy, "checkpoint", backbone)
-        _settle(work)
+        wanted, rows = _wanted(policy, backbone)
+        difference = compare(
+            backbone.name, wanted, next_log_probs(plain_model(work, backbone.dtype), rows), backbone.dtype
+        )
+        describe(work, policy, "checkpoint", backbone, facts, checked(len(PROBES), difference))
+        settle(work)
         work.rename(folder)
-    return _exported(Path(folder), "checkpoint", len(PROBES), difference)
+    return _exported(Path(folder), "checkpoint", difference)
 
 
-def _older_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary positions under the names from before transformers 5, which some engines read alone, and then guess."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}  # none, or different ones for different layers, which had no older name
-    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    return {
-        **{name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope},
-        "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
-    }
-
-
-def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str) -> ExportedPolicy:
+def export_lora(
+    policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str, facts: PolicyFacts | None = None
+) -> ExportedPolicy:
     """Write a LoRA adapter of the output layer: B = W left, A = right, of the policy's rank.
 
     Not every engine takes one there, and some ignore it silently: compare its probabilities once it is loaded. Raises
@@ -109,9 +78,7 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
     """
     from safetensors.numpy import save as save_tensors
 
-    from coala.backbone import load_backbone
-
-    left, right = _adapter_factors(policy, backbone)
+    left, right = lora_factors(policy, backbone)
     model = backbone.transformer
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         raise ExportError(
@@ -119,7 +86,7 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
             "changes; expected a layer of its own. Fix: --to checkpoint or --to gguf."
         )
     name = _name_of(model, model.get_output_embeddings())
-    with _written_whole(Path(folder)) as work:
+    with written_whole(Path(folder)) as work:
         tensors = {"lora_A": right, "lora_B": left}
         named = {f"base_model.model.{name}.{part}.weight": array for part, array in tensors.items()}
         write_atomic(work / "adapter_model.safetensors", save_tensors(named, metadata={"format": "pt"}))
@@ -128,7 +95,7 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": policy.spec.backbone,
+                "base_model_name_or_path": public_spec(policy.spec).backbone,
                 "r": policy.rank,
                 "lora_alpha": policy.rank,
                 "lora_dropout": 0.0,
@@ -138,163 +105,89 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
                 "target_modules": [name],
             },
         )
-        template = backbone.template.partition(":")[0]
-        difference = _tried(
-            policy, backbone, lambda: load_backbone(backbone.name, device="cpu", adapter=str(work), template=template)
-        )
-        _describe(work, policy, "lora", backbone)
-        _settle(work)
+        difference = _tried_lora(policy, backbone, work)
+        describe(work, policy, "lora", backbone, facts, checked(len(PROBES), difference))
+        settle(work)
         work.rename(folder)
-    return _exported(Path(folder), "lora", len(PROBES), difference)
+    return _exported(Path(folder), "lora", difference)
 
 
-def export_gguf(
-    policy: DistilledPolicy,
+def export_adapter(
+    adapter: DistilledAdapter,
     backbone: LanguageModel,
-    path: Path | str,
+    form: Form,
+    folder: Path | str,
+    facts: PolicyFacts | None = None,
     *,
-    base: Path | str | None = None,
-    precision: Precision = "f16",
+    trust_remote_code: bool = False,
 ) -> ExportedPolicy:
-    """Write the GGUF file ``base`` (the one the model was loaded from) with the output layer changed.
+    """Write ``adapter`` of ``backbone``, the base: ``lora`` as peft reads it, ``merged`` as an ordinary checkpoint.
 
-    Every key and every other tensor is copied byte for byte, so that any architecture that llama.cpp knows will do.
-    The layer is added where the file ties it to the embedding; ``precision`` q8_0 takes half the room of f16. Raises
-    ``ExportError`` if the file is of another model or part of one, or its logits are not those of the model.
+    Raises ``ExportError`` where the files do not give the adapter's probabilities when they are read back.
     """
-    import gguf
-
-    from coala.export.base_gguf import compare, read_base, write_anew
-
-    path, source = Path(path), _base_of(backbone) if base is None else Path(base)
-    if path.exists():
-        raise ExportError(f"{path}: found something of that name, expected a free one, fix: another --out.")
-    reader, wanted = read_base(source, backbone), changed_layer(policy, backbone)
-    if precision == "q8_0":
-        kind = gguf.GGMLQuantizationType.Q8_0
-        if wanted.shape[1] % (block := gguf.GGML_QUANT_SIZES[kind][0]):
-            raise ExportError(
-                f"{backbone.name}: found states of {wanted.shape[1]} numbers, expected a multiple of {block}, which "
-                "q8_0 packs together, fix: --precision f16"
+    if form not in FORMS["adapter"]:
+        raise _unfit(form, "adapter")
+    with written_whole(Path(folder)) as work:
+        if form == "merged":
+            difference = merge_into(
+                work,
+                adapter.folder,
+                base=backbone.name,
+                revision=backbone.revision or None,
+                trust_remote_code=trust_remote_code,
             )
-        written = gguf.quantize(wanted, kind)
-        rounded = gguf.dequantize(written, kind)
-    else:
-        kind, written = None, wanted.astype(np.float16)
-        rounded = written.astype(np.float32)
-    if not np.isfinite(rounded).all():
-        raise ExportError(
-            f"{backbone.name}: found numbers in the changed output layer that half precision cannot hold, expected "
-            "smaller ones, fix: --to checkpoint, or a smaller strength."
-        )
-    with _written_whole(path.with_name(f"{path.name}.parts")) as work:
-        made = work / "model.gguf"
-        write_anew(reader, made, written, kind)
-        compare(source, made, written)
-        _settle(work)
-        made.rename(path)
-    return ExportedPolicy(path, "gguf", path.stat().st_size, 0, float(np.abs(rounded - wanted).max()))
-
-
-def export_gguf_lora(
-    policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str, *, base: Path | str | None = None
-) -> ExportedPolicy:
-    """Write ``folder``/adapter.gguf, a LoRA of the output layer that llama.cpp scales anew for each request.
-
-    llama.cpp finds no output layer to adapt in a file that ties it to the embedding; base.gguf is then that file with
-    its embedding, byte for byte, as its output layer too: the same model. Raises as :func:`export_gguf` does, and for a
-    policy that was not cut to a rank.
-    """
-    from coala.export.base_gguf import EMBEDDING, OUTPUT, compare, read_base, write_anew, write_lora
-
-    source = _base_of(backbone) if base is None else Path(base)
-    left, right = _adapter_factors(policy, backbone)
-    reader = read_base(source, backbone)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    with _written_whole(Path(folder)) as work:
-        difference = write_lora(work / "adapter.gguf", reader, left, right)
-        if OUTPUT not in tensors:
-            layer = tensors[EMBEDDING]
-            write_anew(reader, work / "base.gguf", layer.data, layer.tensor_type)
-            compare(source, work / "base.gguf", layer.data)
-        _describe(work, policy, "gguf-lora", backbone)
-        _settle(work)
+        else:
+            for name in PEFT:
+                write_atomic(work / name, (adapter.folder / name).read_bytes())
+            config = load_json(work / PEFT[1])
+            save_json(work / PEFT[1], {**config, "base_model_name_or_path": public_spec(adapter.spec).backbone})
+            difference = _tried_lora(adapter, backbone, work)
+        describe(work, adapter, form, backbone, facts, checked(len(PROBES), difference))
+        settle(work)
         work.rename(folder)
-    return _exported(Path(folder), "gguf-lora", 0, difference)
-
-
-def _adapter_factors(policy: DistilledPolicy, backbone: LanguageModel) -> tuple[Float32, Float32]:
-    """W left (V, r) and right (r, d), whose product is what the output layer gains."""
-    if policy.right is None:
-        raise ExportError(
-            f"Found a policy of full rank, {policy.rank}, whose adapter is larger than the layer, expected one "
-            "that was cut, fix: distil with a rank, or --to checkpoint."
-        )
-    Changed(backbone, policy)
-    raw = backbone.transformer.get_output_embeddings().weight.detach().float().cpu().numpy()
-    return np.ascontiguousarray(raw @ policy.left), policy.right
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A folder to fill that ``path`` is made of; a fault of the disk, whoever meets it, is one sentence."""
-    from safetensors import SafetensorError
-
-    with working_folder(path) as work:
-        try:
-            yield work
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise write_error(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
-        except OSError as error:
-            raise write_error(path, error) from error
-
-
-def _settle(work: Path) -> None:
-    """Have what was written on the disk before it gets its name."""
-    for path in [*work.rglob("*"), work]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    return _exported(Path(folder), form, difference)
 
 
 def planned(
-    form: Form | None, out: Path | None, base: Path | None, run: Path | None = None, precision: Precision = "f16"
+    form: Form | None,
+    out: Path | None,
+    base: Path | None,
+    into: Vehicle = "output",
+    run: Path | None = None,
+    precision: Precision = "f16",
 ) -> None:
     """ExportError, before any work, for an export that is not told whole, or whose place is taken or cannot be."""
     if (form is None) != (out is None):
         raise ExportError("Found one of --to and --out, expected both or neither, fix: --to checkpoint --out FOLDER.")
-    if (base is not None or precision != "f16") and form not in ("gguf", "gguf-lora"):
+    if form is not None and form not in FORMS[into]:
+        raise _unfit(form, into)
+    if (base is not None and form not in ("gguf", "gguf-lora")) or (precision != "f16" and form != "gguf"):
         raise ExportError(
             "Found --base or --precision beside a form that has none, expected --to gguf, fix: leave them out."
         )
-    if out is None:
-        return
-    try:
-        taken = os.path.lexists(out) or bool(out.stat())
-    except FileNotFoundError:
-        taken = False
-    except OSError as error:
-        raise write_error(out, error) from error
-    if taken:
-        raise ExportError(f"{out}: found something of that name, expected a free one, fix: another --out.")
-    if run is not None and out.resolve().is_relative_to(run.resolve()):
-        raise ExportError(
-            f"{out}: found a place inside the run, which is the run's own, expected one outside, fix: another --out."
-        )
-    there = next(path for path in out.absolute().parents if path.exists())
-    if not os.access(there, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise write_error(out, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+    if out is not None:
+        check_free(out, run)
+        if form == "gguf":
+            check_beside(out)
     if base is not None and not base.is_file():
         raise ExportError(f"{base}: found no such file, expected a GGUF file, fix: give --base FILE.")
 
 
+def _unfit(form: Form, into: Vehicle) -> ExportError:
+    ways = {
+        "gguf": "an adapter changes tensors that llama.cpp's converter names and orders for each architecture. Fix: "
+        "--to merged, then its convert_hf_to_gguf.py; or --into output, which changes a single one",
+        "gguf-lora": "an adapter changes tensors that llama.cpp names and orders for each architecture. Fix: --to "
+        "lora, then its convert_lora_to_gguf.py",
+        "checkpoint": "an adapter has to be merged first. Fix: --to merged",
+        "merged": "a change of the output layer has nothing to merge. Fix: --to checkpoint",
+    }
+    told = f"Found --to {form} of --into {into}; expected {' or '.join(FORMS[into])}, for"
+    return ExportError(f"{told} {ways[form]}.")
+
+
 def export_policy(
-    policy: DistilledPolicy,
+    policy: Policy,
     run: Path | str,
     form: Form,
     out: Path | str,
@@ -304,28 +197,20 @@ def export_policy(
     trust_remote_code: bool = False,
     download: bool = False,
 ) -> ExportedPolicy:
-    """Write ``policy`` of the run ``run`` to ``out`` in one of the forms."""
+    """Write ``policy`` of the run ``run`` to ``out`` in one of the forms of :data:`FORMS`."""
     from coala.alignment import load_parts
 
     backbone, _, _ = load_parts(run, trust_remote_code=trust_remote_code, download=download)
+    facts = policy_facts(run, policy)
+    if isinstance(policy, DistilledAdapter):
+        return export_adapter(policy, backbone, form, out, facts, trust_remote_code=trust_remote_code)
     if form == "gguf":
-        return export_gguf(policy, backbone, out, base=base, precision=precision)
+        return export_gguf(policy, backbone, out, facts, base=base, precision=precision)
     if form == "gguf-lora":
-        return export_gguf_lora(policy, backbone, out, base=base)
-    return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out)
-
-
-def _base_of(backbone: LanguageModel) -> Path:
-    from coala.backbone.files import find
-    from coala.backbone.gguf import is_gguf
-
-    found = find(backbone.name, None, download=False)[0] if Path(backbone.name).exists() else Path(backbone.name)
-    if not is_gguf(found):
-        raise ExportError(
-            f"{backbone.name}: found a model that was not loaded from a GGUF file, expected one to change, fix: --base "
-            "FILE of the same model."
-        )
-    return found
+        return export_gguf_lora(policy, backbone, out, facts, base=base)
+    if form == "merged":
+        raise _unfit(form, "output")
+    return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out, facts)
 
 
 def _name_of(model: Any, layer: Any) -> str:
@@ -335,43 +220,34 @@ def _name_of(model: Any, layer: Any) -> str:
     raise ExportError(f"{type(model).__name__} has no output layer of its own. Use another model.")
 
 
-def _tried(policy: DistilledPolicy, backbone: LanguageModel, load: Callable[[], LanguageModel]) -> float:
-    """The largest difference of next-token log-probabilities; ExportError beyond what the dtype rounds."""
-    ours, model = Changed(backbone, policy), load()
-    worst = 0.0
-    for probe in PROBES:
-        row = backbone.render(probe).tokens
-        wanted = ours.log_probs(backbone.hidden([row], -1)[0, -1:])
-        found = torch.log_softmax(model.logits(model.hidden([row], -1)[0, -1:]), -1)
-        worst = max(worst, float((wanted.cpu() - found.cpu()).abs().max()))
-    # Half precision rounds the layer: logits of size 30 are off by about 0.1.
-    allowed = 1e-3 if backbone.dtype == torch.float32 else 0.5
-    if not worst <= allowed:
-        raise ExportError(
-            f"What was written for {backbone.name} is off by {worst:.3g} nats when it is read back, more than "
-            "rounding: its output layer is not read from the files. Use another form."
-        )
-    return worst
+def _wanted(policy: Policy, backbone: LanguageModel) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """The policy's log-probabilities after each probe, and the probes in tokens."""
+    rows = [backbone.render(probe).tokens for probe in PROBES]
+    if isinstance(policy, DistilledPolicy):
+        changed = Changed(backbone, policy)
+        return [changed.log_probs(backbone.hidden([row], -1)[0, -1:])[0] for row in rows], rows
+    options: dict[str, Any] = {"device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch.")}
+    adapted = load_adapted(policy, **options)
+    return [step_log_probs(adapted, row, (), 1)[0] for row in rows], rows
 
 
-def _describe(work: Path, policy: DistilledPolicy, form: Form, backbone: LanguageModel) -> None:
-    certificate = policy.certificate
-    files = {p.name: file_digest(p) for p in sorted(work.iterdir()) if p.is_file()}
-    save_json(
-        work / MANIFEST,
-        {
-            "form": f"distilled {form}",
-            "program": policy.program,
-            "support": policy.support,
-            "ridge": policy.ridge,
-            "rank": policy.rank,
-            "weights": backbone.weights,
-            "certificate": certificate,
-            "files": files,
-        },
-    )
+def _tried_lora(policy: Policy, backbone: LanguageModel, work: Path) -> float:
+    """By peft on the base as plain transformers loads it; a base in GGUF as it is dequantised here."""
+    from coala.backbone import load_backbone
+    from coala.backbone.files import find
+    from coala.backbone.gguf import is_gguf
+
+    wanted, rows = _wanted(policy, backbone)
+    place = find(backbone.name, backbone.revision or None, download=False)[0]
+    if is_gguf(place):
+        dtype, template = str(backbone.dtype).removeprefix("torch."), backbone.template.partition(":")[0]
+        model = load_backbone(backbone.name, device="cpu", dtype=dtype, template=template, adapter=work, download=False)
+        found = [step_log_probs(model, row, (), 1)[0] for row in rows]
+    else:
+        found = next_log_probs(plain_model(place, backbone.dtype, work), rows)
+    return compare(backbone.name, wanted, found, backbone.dtype)
 
 
-def _exported(folder: Path, form: Form, probes: int, difference: float) -> ExportedPolicy:
+def _exported(folder: Path, form: Form, difference: float) -> ExportedPolicy:
     n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    return ExportedPolicy(folder, form, n_bytes, probes, difference)
+    return ExportedPolicy(folder, form, n_bytes, len(PROBES), difference)

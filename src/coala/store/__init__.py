@@ -26,7 +26,7 @@ from coala.store.files import (
     write_atomic,
     write_error,
 )
-from coala.store.policies import load_policy, save_policy
+from coala.store.policies import PEFT, load_adapter, load_policy, save_adapter, save_policy
 from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
@@ -42,6 +42,7 @@ from coala.store.values import (
 )
 
 __all__ = [
+    "PEFT",
     "FeatureStore",
     "MisfitError",
     "Replacement",
@@ -53,6 +54,7 @@ __all__ = [
     "discard",
     "file_digest",
     "link_features",
+    "load_adapter",
     "load_features",
     "load_generations",
     "load_head",
@@ -66,6 +68,7 @@ __all__ = [
     "plain",
     "read_as",
     "replacing",
+    "save_adapter",
     "save_features",
     "save_generations",
     "save_head",
