@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from coala.backbone import LanguageModel, load_backbone
-from coala.decoding.distilled import Changed
 from coala.distil.matrix import output_matrix
 from coala.export.policy import export_checkpoint, export_lora, planned
 from coala.export.policy_gguf import export_gguf, export_gguf_lora
@@ -31,6 +30,7 @@ from coala.values import CoalaError
 from .menagerie import BACKBONES, FAMILIES, tiny_backbone
 from .test_backbone_gguf import make_folder, write_gguf
 from .test_distil import PROMPTS, policy_of
+from .test_distil_served import log_probs_of
 
 Export = Callable[[Path], Any]
 
@@ -256,7 +256,7 @@ def test_a_padded_vocabulary_is_kept_as_it_is(tmp_path: Path) -> None:
     export_checkpoint(policy, model, tmp_path / "checkpoint")
     again = load_backbone(tmp_path / "checkpoint", device="cpu")
     states = model.hidden([model.render(PROMPTS[0]).tokens], -1)[0]
-    wanted, found = Changed(model, policy).log_probs(states), again.logits(states).log_softmax(-1)
+    wanted, found = log_probs_of(model, policy, states), again.logits(states).log_softmax(-1)
     assert found.shape[1] == n + 29
     assert torch.allclose(found, wanted, atol=1e-4)
     # No change moves a row of zeros, and none is the likeliest.
@@ -356,11 +356,11 @@ def test_where_it_cannot_be_written_is_said_before_any_work(tmp_path: Path) -> N
     }
     for out, words in told.items():
         with pytest.raises(CoalaError, match=words) as caught:
-            planned("checkpoint", out, None, run)
+            planned("checkpoint", out, None, "output", run)
         assert "\n" not in str(caught.value)
-    planned("checkpoint", tmp_path / "new" / "out", None, run)
+    planned("checkpoint", tmp_path / "new" / "out", None, "output", run)
     with pytest.raises(CoalaError, match="--base or --precision") as caught:
-        planned("checkpoint", tmp_path / "new", None, run, "q8_0")
+        planned("checkpoint", tmp_path / "new", None, "output", run, "q8_0")
     sentence(caught)
 
 

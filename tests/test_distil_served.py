@@ -38,9 +38,13 @@ def logits_of(llama: Any, row: list[int], n: int, **settings: Any) -> torch.Tens
     return found
 
 
-def leaves_within(changed: Changed, states: torch.Tensor, reply: list[int], nats: float) -> bool:
+def log_probs_of(model: LanguageModel, policy: DistilledPolicy, states: torch.Tensor) -> torch.Tensor:
+    """The policy's log-probabilities (n, V) after final states (n, d), as it is sampled here."""
+    return Changed(model, policy).log_probs(states)
+
+
+def leaves_within(log_probs: torch.Tensor, reply: list[int], nats: float) -> bool:
     """Whether ``reply`` is greedy up to where the two best are closer than ``nats``, or to its end."""
-    log_probs = changed.log_probs(states)
     best = log_probs.argmax(-1).tolist()
     at = next((at for at, token in enumerate(reply) if best[at] != token), None)
     return at is None or float(log_probs[at, best[at]] - log_probs[at, reply[at]]) < nats
@@ -61,13 +65,13 @@ def test_llama_cpp_writes_the_policys_greedy_tokens(
     _, model = tiny
     policy = policy_of(model, 0.02)
     llama = serving(export_gguf(policy, model, tmp_path / "changed.gguf", precision=precision).path)
-    changed, told = Changed(model, policy), 0
+    told = 0
     for prompt in PROMPTS:
         row = model.render(user(prompt)).tokens[-40:]
         reply = asked(llama, "completion", prompt=row, n_predict=8, ignore_eos=True, **GREEDY)["tokens"]
         states = model.hidden([row + reply], -1)[0, len(row) - 1 : -1]
         # llama.cpp rounds states to as many bits as the layer has.
-        assert leaves_within(changed, states, reply, 0.1 if precision == "f16" else 0.5), prompt
+        assert leaves_within(log_probs_of(model, policy, states), reply, 0.1 if precision == "f16" else 0.5), prompt
         told += model.logits(states).argmax(-1).tolist() != reply
     assert told > len(PROMPTS) / 2  # the base model's are others
 
@@ -85,10 +89,10 @@ def test_an_adapter_in_gguf_has_the_policys_logits_at_the_strength_of_each_reque
     for strength in (0.0, 0.5, 1.0, 0.0):
         found = logits_of(llama, row, len(model.tokenizer), lora=[{"id": 0, "scale": strength}])
         assert found is not None
-        wanted = Changed(model, policy.scaled(strength)).log_probs(state)[0]
+        wanted = log_probs_of(model, policy.scaled(strength), state)[0]
         # llama.cpp attends in half precision.
         assert (found - wanted).abs().max() < 0.05, strength
-    apart = [Changed(model, policy.scaled(strength)).log_probs(state)[0] for strength in (0.0, 0.5, 1.0)]
+    apart = [log_probs_of(model, policy.scaled(strength), state)[0] for strength in (0.0, 0.5, 1.0)]
     assert min(float((apart[i] - apart[i + 1]).abs().max()) for i in (0, 1)) > 0.5
 
 
@@ -106,10 +110,9 @@ def test_a_served_policy_is_as_near_ours_as_the_served_model_is(
     model, policy = chat_model
     rows = [model.render(user(prompt)).tokens for prompt in PROMPTS]
     states = [model.hidden([row], -1)[0, -1:] for row in rows]
-    changed = Changed(model, policy)
     wanted = {
         "base": [model.logits(state).log_softmax(-1)[0] for state in states],
-        "policy": [changed.log_probs(state)[0] for state in states],
+        "policy": [log_probs_of(model, policy, state)[0] for state in states],
     }
     files = {"base": smollm2} | {
         precision: export_gguf(policy, model, tmp_path / f"{precision}.gguf", precision=precision).path
@@ -139,7 +142,7 @@ def test_a_real_models_adapter_has_the_policys_logits_at_each_strength(
     row = model.render(user(PROMPTS[0])).tokens
     state = model.hidden([row], -1)[0, -1:]
     for strength in (0.0, 0.5, 1.0):
-        wanted = Changed(model, policy.scaled(strength)).log_probs(state)[0]
+        wanted = log_probs_of(model, policy.scaled(strength), state)[0]
         found = logits_of(llama, row, len(wanted), lora=[{"id": 0, "scale": strength}])
         assert found is not None
         likely = wanted > np.log(1e-4)
