@@ -137,12 +137,9 @@ def _check_norms(source: Path, tensors: Mapping[str, Any], backbone: LanguageMod
         if not name.endswith("norm.weight") or tensor.data.ndim != 1 or tensor.data.dtype != np.float32:
             continue
         theirs = tensor.data.astype(np.float64)
+        length = max(float(np.linalg.norm(theirs)), 1e-12)
         alike = [one for one in own if one.shape == theirs.shape]
-        distances = [
-            float(np.linalg.norm(theirs - one - more) / max(np.linalg.norm(theirs), 1e-12))
-            for one in alike
-            for more in (0.0, 1.0)
-        ]
+        distances = [float(np.linalg.norm(theirs - one - more)) / length for one in alike for more in (0.0, 1.0)]
         if distances and rounding < min(distances) < NEARLY:
             raise ExportError(
                 f"{source}: found {name} nearly as in {backbone.name} ({min(distances):.1g} of its length away), "
@@ -189,7 +186,7 @@ class _Told(np.ndarray[Any, Any]):
     """An array that is written by Python: NumPy's own writing is silent where the disk is full at its last bytes."""
 
     def tofile(self, file: Any, *_: Any, **__: Any) -> None:
-        file.write(memoryview(np.ascontiguousarray(self)).cast("B"))
+        file.write(np.ascontiguousarray(self).reshape(-1).view(np.uint8).data)
 
 
 def _write(writer: Any, arrays: Sequence[NDArray[Any]]) -> None:
