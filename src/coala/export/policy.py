@@ -20,7 +20,7 @@ from coala.export.gguf_file import OUTPUT, compare_files, write_changed
 from coala.export.merged import merge_into
 from coala.export.modelfile import modelfile
 from coala.export.network import ExportError, tokenizer_of
-from coala.export.policy_card import Form, Policy, PolicyFacts, policy_card, policy_facts
+from coala.export.policy_card import Form, Policy, PolicyFacts, checked, policy_card, policy_facts
 from coala.export.reading_back import PROBES, compare, next_log_probs, plain_model
 from coala.policies import DistilledAdapter, DistilledPolicy
 from coala.settings import Vehicle
@@ -54,16 +54,6 @@ class ExportedPolicy:
         rows = [[self.form, f"{self.path}, {self.n_bytes / 1e6:.1f} MB"]]
         rows += [["read back", checked(self.probes, self.difference)]]
         return rows + ([["beside it", ", ".join(path.name for path in self.beside)]] if self.beside else [])
-
-
-def checked(probes: int, difference: float) -> str:
-    """How an export was compared with its policy."""
-    if not probes:
-        return "tensors were compared, log-probabilities not: transformers does not read this architecture from GGUF"
-    return (
-        f"read back by transformers, its log-probabilities were the policy's up to {difference:.1e} nats after "
-        f"{probes} prompts; another dtype, device or engine changes last digits"
-    )
 
 
 def changed_layer(policy: DistilledPolicy, backbone: LanguageModel) -> Float32:
