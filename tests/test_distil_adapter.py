@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from coala.backbone import LanguageModel, load_backbone
+from coala.cli import app
 from coala.decoding import Guidance, generate
 from coala.decoding.adapted import adapter_off, generate_adapted, load_adapted, step_log_probs
 from coala.distil.settings import AdapterSettings, DistilSettings
 from coala.policies import DistilledAdapter
 from coala.recipe import load_recipe
-from coala.store import RunFolder, StoreError, save_adapter, save_generations, save_head, save_pairs
+from coala.store import RunFolder, StoreError, save_adapter, save_head, save_pairs
 from coala.values import CoalaError, ConvexHead, Pair, SpecMismatch, prompt_id, user
 
 from .menagerie import tiny_backbone
@@ -146,7 +148,7 @@ def teaching_run(folder: Path, base: Path) -> Path:
         "pairs": ["x"],
         "model": {"name": str(base), "device": "cpu"},
         "guidance": {"rule": "min-max"},
-        "evaluation": {"max_new_tokens": 6, "prompts": 3},
+        "evaluation": {"max_new_tokens": 6, "prompts": 3, "judge": "rule:longer"},
     }
     run = RunFolder(folder)
     run.start(load_recipe(None, settings, {}).plain())
@@ -158,9 +160,6 @@ def teaching_run(folder: Path, base: Path) -> Path:
     none = np.zeros((0, model.width + 1), np.float32)
     linear = np.random.default_rng(0).standard_normal(model.width + 1).astype(np.float32)
     save_head(run.path / "head", ConvexHead(none, none, linear, model.spec(2)))
-    ids = [prompt_id(prompt) for prompt in PROMPTS]
-    plain = generate(PROMPTS, model, max_new_tokens=6, seed=0, prompt_ids=ids)
-    save_generations(run.path / "generations-unguided.jsonl", plain)
     return run.path
 
 
@@ -291,3 +290,37 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_adapter(
     assert found.trials == taught[1].trials
     files = [one.folder / "adapter_model.safetensors" for one in (found, taught[1])]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("into", ["adapter", "output"])
+def test_the_command_distils_measures_and_exports(
+    into: str, taught: tuple[Path, DistilledAdapter], tmp_path: Path
+) -> None:
+    run, form = taught[0], "merged" if into == "adapter" else "checkpoint"
+    line = ["distil", str(run), "--into", into, "--prompts", "12", "--candidates", "2", "--block-tokens", "3"]
+    line += ["--rate", "3e-3", "--rate", "1e-7", "--epochs", "2", "--adapter-rank", "4", "--batch", "4"]
+    line += ["--measure", "--to", form, "--out", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.strip().splitlines()[-1])
+    assert Path(last["folder"]).name == ("distilled-adapter" if into == "adapter" else "distilled")
+    assert (last["certificate"] is None) == (into == "adapter")
+    assert last["measured"]["n"] == 3
+    assert last["exported"]["difference"] < 1e-3
+    card = (tmp_path / "out" / "README.md").read_text()
+    wins = last["measured"]["wins"]
+    assert f"{wins['value']:.3f} [{wins['low']:.3f}, {wins['high']:.3f}], n = {wins['n']}" in card
+    assert "of four learning rates of DPO by adapters on the same pairs" in card
+    policy = load_backbone(tmp_path / "out", device="cpu")
+    ids = [prompt_id(prompt) for prompt in PROMPTS]
+    replies = generate(PROMPTS, policy, max_new_tokens=6, seed=0, prompt_ids=ids)
+    told = DistilledAdapter.load(run / "distilled-adapter") if into == "adapter" else None
+    if told is not None:
+        ours = generate_adapted(PROMPTS, load_adapted(told, device="cpu"), max_new_tokens=6, seed=0, prompt_ids=ids)
+        assert [one.text for one in ours] == [one.text for one in replies]
+        spent = [one.divergence for one in ours if one.divergence is not None]
+        assert last["measured"]["divergence"]["value"] == pytest.approx(np.mean(spent), rel=1e-6)
+    # Perplexity is the base model's, of the policy's replies and of unguided ones.
+    measured = json.loads((run / Path(last["folder"]).name / "measured.json").read_text())
+    assert measured["perplexity"]["value"] / measured["unguided_perplexity"]["value"] == measured["perplexity_ratio"]

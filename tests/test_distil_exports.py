@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from coala.backbone import LanguageModel, load_backbone
+from coala.cli import app
 from coala.export.merged import merge_into
 from coala.export.modelfile import chatml_of, modelfile
 from coala.export.network import ExportError
@@ -102,6 +104,21 @@ def test_an_adapter_is_handed_on_as_it_is(made: tuple[Path, Path, DistilledAdapt
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "lora"))
     own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter.folder))
     assert torch.equal(log_probs(loaded), log_probs(own))
+
+
+def test_any_adapter_that_peft_saved_is_merged_by_the_command(
+    made: tuple[Path, Path, DistilledAdapter], tmp_path: Path
+) -> None:
+    base, run, adapter = made
+    result = CliRunner().invoke(app, ["export", str(adapter.folder), "--to", "merged", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    export_policy(adapter, run, "merged", tmp_path / "again")
+    files = [tmp_path / folder / "model.safetensors" for folder in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| base model | {base.name} |" in card
+    assert "LoRA of rank 4" in card
+    assert str(base) not in card
 
 
 def test_half_precision_is_rounded_once_and_stays_what_it_is(
@@ -208,7 +225,7 @@ def test_a_card_says_what_is_proved_and_what_is_not(made: tuple[Path, Path, Dist
     assert "0.001, the best of 0.001 on 1 replies held out" in bare
     # An opened card names the licence of the base in its front matter.
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\nlicense: none of this\n")
-    assert licence_of(model) == "apache-2.0"
+    assert licence_of(model.name) == "apache-2.0"
     assert "license: apache-2.0" in policy_card(policy, model, "lora", FACTS, "").split("---")[1]
     (base / "README.md").unlink()
 
@@ -280,7 +297,7 @@ def test_the_chat_models_modelfile_gives_its_own_system_turn(smollm2: Path) -> N
     assert chat is not None
     assert "SmolLM" in chat.system
     check_modelfile(model, modelfile("smollm2.gguf", model, FACTS.sampling))
-    assert licence_of(model)
+    assert licence_of(model.name)
 
 
 def test_turns_of_a_conversation_are_in_the_template(tmp_path: Path) -> None:

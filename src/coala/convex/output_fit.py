@@ -81,7 +81,8 @@ def fit_output(
     if chooses:
         assert folds is not None
         out = folds == 0
-        ridges = [trace_of(data) * relative for relative in RIDGES] if ridge is None else [ridge]
+        unit = trace_of(data) if ridge is None else 1.0
+        ridges = [unit * relative for relative in RIDGES] if ridge is None else [ridge]
         ridge, kept = _choose_ridge(data, out, ridges, path, progress)
         if rank == "auto":
             chosen_rank = _choose_rank(data, out, ridge, kept, path, progress)
@@ -217,6 +218,7 @@ def _certificate(
         "gap_of_full_change": solution.gap,
         "relative_gap_of_full_change": solution.relative_gap,
         "steps": solution.steps,
+        "certificates": solution.certificates,
         "ridge": ridge,
         "support": data.support,
         "chosen_on_held_out_prompts": chosen,
@@ -228,6 +230,7 @@ def _certificate(
     }
     if own is not None:
         facts |= {"gap_within_rank": own.gap, "steps_within_rank": own.steps, "inputs_within_rank": own.value.shape[1]}
+        facts["certificates_within_rank"] = own.certificates
     return Certificate(
         program=f"output layer, {data.support}",
         statement=statement,

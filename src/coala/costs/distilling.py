@@ -90,6 +90,7 @@ def output_fit_bytes(states: int, support: int, width: int, vocabulary: int) -> 
         "output layer": 4 * vocabulary * width,
         "steps and metric": 4 * 32 * width**2,
         "supports": 4 * 24 * support,
+        "a chunk": 32 * 2048 * width,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -59,9 +59,11 @@ def fit_flops(found: OutputFit, width: int) -> int:
     facts = found.certificate.facts
     solves = [Solve(width, 0)]  # the unit of the ridge
     solves += [Solve(row.get("inputs", width), row["steps"], held_out=1) for row in found.path if "steps" in row]
-    solves += [Solve(width, facts["steps"], certificates=1)]
-    if "steps_within_rank" in facts:
-        solves += [Solve(facts["inputs_within_rank"], facts["steps_within_rank"], certificates=1)]
+    cut = "steps_within_rank" in facts
+    chose = any(row["rank"] is not None for row in found.path)  # beside every rank, the change uncut
+    solves += [Solve(width, facts["steps"], certificates=facts["certificates"] + cut, held_out=int(chose))]
+    if cut:
+        solves += [Solve(facts["inputs_within_rank"], facts["steps_within_rank"], facts["certificates_within_rank"])]
     return output_fit_flops(facts["n_rows"], facts["n_support"], width, solves)
 
 
@@ -84,9 +86,3 @@ def run_prompts(run: RunFolder) -> Sequence[tuple[Turn, ...]]:
     """The distinct prompts of the run's training pairs, in their order."""
     pairs = load_pairs(run.path / "pairs-train.jsonl")
     return list({conversation_text(pair.prompt): pair.prompt for pair in pairs}.values())
-
-
-def told(flops: dict[str, Any]) -> str:
-    """All that distillation took as a share of DPO's sweep."""
-    own = sum(value for name, value in flops.items() if name != "dpo_sweep")
-    return f"{own:.3g} FLOPs, {own / flops['dpo_sweep']:.2g} of what {DPO_RATES} learning rates of DPO would take"

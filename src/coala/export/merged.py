@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from coala.backbone.checkpoint import weight_files
 from coala.backbone.files import find
 from coala.backbone.gguf import is_gguf
 from coala.export.network import ExportError
+from coala.export.policy_card import checked, merged_card
 from coala.export.reading_back import PROBES, compare, next_log_probs, plain_model
-from coala.export.writing import older_names
-from coala.store import load_json, save_json
+from coala.export.writing import older_names, settle, written_whole
+from coala.store import load_json, save_json, write_atomic
 
 # What of a base folder is no part of the model: weights are written anew, cards are of the base.
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md", ".h5", ".msgpack", ".onnx")
@@ -61,6 +63,44 @@ def merge_into(
     del model
     _write(place, work, changes, prefix, name)
     return compare(name, wanted, next_log_probs(plain_model(work, dtype, **options), rows), dtype)
+
+
+@dataclass(frozen=True)
+class ExportedMerge:
+    """``folder`` with its bytes; ``difference`` is the largest that was found to peft's log-probabilities."""
+
+    folder: Path
+    n_bytes: int
+    difference: float
+
+    def summary_rows(self) -> list[list[str]]:
+        """What a table says of it."""
+        return [
+            ["folder", str(self.folder)],
+            ["size", f"{self.n_bytes / 1e6:.1f} MB"],
+            ["read back", checked(len(PROBES), self.difference)],
+        ]
+
+
+def export_merged(
+    adapter: Path | str,
+    folder: Path | str,
+    *,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    download: bool = False,
+) -> ExportedMerge:
+    """:func:`merge_into` a new ``folder``, with a card."""
+    found = find_adapter(str(adapter), download=download)
+    with written_whole(Path(folder)) as work:
+        difference = merge_into(work, adapter, base=base, trust_remote_code=trust_remote_code, download=download)
+        name = base or str(found.settings["base_model_name_or_path"])
+        text = merged_card(name, found.folder, int(found.settings["r"]), checked(len(PROBES), difference))
+        write_atomic(work / "README.md", text)
+        settle(work)
+        work.rename(folder)
+    n_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return ExportedMerge(Path(folder), n_bytes, difference)
 
 
 def _changes(model: Any, name: str) -> dict[str, torch.Tensor]:

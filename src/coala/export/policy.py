@@ -16,9 +16,9 @@ from coala.decoding.distilled import Changed
 from coala.export.folder import public_spec
 from coala.export.merged import merge_into
 from coala.export.network import ExportError, tokenizer_of
-from coala.export.policy_card import Form, Policy, PolicyFacts, describe, policy_facts
+from coala.export.policy_card import Form, Policy, PolicyFacts, checked, describe, policy_facts
 from coala.export.policy_gguf import Precision, changed_layer, check_beside, export_gguf, export_gguf_lora, lora_factors
-from coala.export.reading_back import PROBES, ExportedPolicy, checked, compare, next_log_probs, plain_model
+from coala.export.reading_back import PROBES, ExportedPolicy, compare, next_log_probs, plain_model
 from coala.export.writing import check_free, older_names, settle, written_whole
 from coala.policies import DistilledAdapter, DistilledPolicy
 from coala.settings import Vehicle

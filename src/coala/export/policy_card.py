@@ -60,14 +60,14 @@ def policy_facts(run: Path | str, policy: Policy) -> PolicyFacts:
     )
 
 
-def licence_of(backbone: LanguageModel) -> str:
-    """The licence that the model's files name: a model card's front matter, or a GGUF file's header."""
+def licence_of(name: str, revision: str = "") -> str:
+    """The licence that the files of a model name: its card's front matter, or a GGUF file's header."""
     from coala.backbone import BackboneError
     from coala.backbone.files import find
     from coala.backbone.gguf import is_gguf
 
     try:
-        place = find(backbone.name.partition("+")[0], backbone.revision or None, download=False)[0]
+        place = find(name.partition("+")[0], revision or None, download=False)[0]
     except BackboneError:
         return UNKNOWN
     if is_gguf(place):
@@ -87,9 +87,19 @@ def licence_of(backbone: LanguageModel) -> str:
     return UNKNOWN
 
 
+def checked(probes: int, difference: float) -> str:
+    """How an export was compared with its policy."""
+    if not probes:
+        return "tensors were compared, log-probabilities not: transformers does not read this architecture from GGUF"
+    return (
+        f"read back by transformers, its log-probabilities were the policy's up to {difference:.1e} nats after "
+        f"{probes} prompts; another dtype, device or engine changes last digits"
+    )
+
+
 def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: PolicyFacts, checked: str) -> str:
     """The card of ``policy`` in ``form``; ``checked`` says how it was compared with the policy."""
-    spec, licence = public_spec(policy.spec), licence_of(backbone)
+    spec, licence = public_spec(policy.spec), licence_of(backbone.name, backbone.revision)
     base = spec.backbone.partition("+")[0]
     front = ["---", "pipeline_tag: text-generation"]
     library = {"lora": "peft", "checkpoint": "transformers", "merged": "transformers"}.get(form)
@@ -134,6 +144,41 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
         "- No row of that data is in these files.",
         f"- {checked}",
         "- Licence: that of the base model and of the data apply. Name it above before publishing.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def merged_card(base: str, adapter: Path, rank: int, checked: str) -> str:
+    """The card of any adapter merged into ``base``: what is known of it, which is little."""
+    licence, name = licence_of(base), Path(base).name if Path(base).exists() else base
+    rows = [
+        ("base model", name),
+        ("licence of the base model", licence),
+        ("adapter", f"LoRA of rank {rank}, SHA-256 {file_digest(adapter / 'adapter_model.safetensors')}"),
+    ]
+    front = ["---", "pipeline_tag: text-generation", "library_name: transformers"]
+    front += [f"license: {licence}"] if licence != UNKNOWN else []
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {name}, with an adapter merged into it",
+        "",
+        "Every tensor that the adapter does not change is the base model's, byte for byte.",
+        "",
+        *rows_of(rows),
+        "",
+        "How the adapter was trained, and what it does, is not in its files: say so here before publishing.",
+        "",
+        "## Serving",
+        "",
+        *_folder(""),
+        "",
+        "## Limits",
+        "",
+        f"- {checked}",
+        "- Licence: that of the base model and of the adapter's data apply.",
         "",
     ]
     return "\n".join(lines)
@@ -271,6 +316,10 @@ def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
             "Not every engine applies an adapter to every layer, and some ignore one silently: compare "
             f"log-probabilities once it is loaded. {told}",
         ]
+    return _folder(told)
+
+
+def _folder(told: str) -> list[str]:
     return [
         "```python",
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)   # transformers",
@@ -279,8 +328,7 @@ def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
         "```sh",
         "vllm serve FOLDER                                      # vLLM; SGLang takes the folder likewise",
         "```",
-        "",
-        told,
+        *(["", told] if told else []),
     ]
 
 

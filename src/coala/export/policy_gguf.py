@@ -12,8 +12,8 @@ from coala.decoding.distilled import Changed
 from coala.export.base_gguf import EMBEDDING, OUTPUT, compare_files, read_base, write_anew, write_lora
 from coala.export.modelfile import modelfile
 from coala.export.network import ExportError
-from coala.export.policy_card import PolicyFacts, describe, policy_card
-from coala.export.reading_back import PROBES, ExportedPolicy, checked, compare
+from coala.export.policy_card import PolicyFacts, checked, describe, policy_card
+from coala.export.reading_back import PROBES, ExportedPolicy, compare
 from coala.export.writing import check_free, settle, written_whole
 from coala.policies import DistilledPolicy
 from coala.store import write_atomic

@@ -35,19 +35,11 @@ class ExportedPolicy:
 
     def summary_rows(self) -> list[list[str]]:
         """What a table says of it."""
+        from coala.export.policy_card import checked
+
         rows = [[self.form, f"{self.path}, {self.n_bytes / 1e6:.1f} MB"]]
         rows += [["read back", checked(self.probes, self.difference)]]
         return rows + ([["beside it", ", ".join(path.name for path in self.beside)]] if self.beside else [])
-
-
-def checked(probes: int, difference: float) -> str:
-    """How an export was compared with its policy."""
-    if not probes:
-        return "tensors were compared, log-probabilities not: transformers does not read this architecture from GGUF"
-    return (
-        f"read back by transformers, its log-probabilities were the policy's up to {difference:.1e} nats after "
-        f"{probes} prompts; another dtype, device or engine changes last digits"
-    )
 
 
 def plain_model(folder: Path | str, dtype: torch.dtype, adapter: Path | None = None, **options: Any) -> Any:
