@@ -112,8 +112,8 @@ def export_gguf_lora(
 ) -> ExportedPolicy:
     """Write ``folder``/adapter.gguf, a LoRA of the output layer that llama.cpp scales anew for each request.
 
-    llama.cpp finds no output layer to adapt in a file that ties it to the embedding; base.gguf is then that file with
-    its embedding, byte for byte, as its output layer too: the same model. Raises as :func:`export_gguf` does, and for a
+    A file that ties its output layer to the embedding holds no tensor to adapt; base.gguf is then that file with its
+    embedding, byte for byte, as its output layer too: the same model. Raises as :func:`export_gguf` does, and for a
     policy that was not cut to a rank.
     """
     source = _base_of(backbone) if base is None else Path(base)
