@@ -5,7 +5,9 @@
 Makes the run (or takes it up), writes its teacher's replies and distils them in several ways. Every reply to a held-out
 prompt is compared with ``--references`` unguided ones by the film task's judge, in both orders; intervals are over
 prompts. Perplexity is the base model's, over that of unguided replies; divergence is the exact KL(policy || base) of a
-reply over the whole vocabulary (of mode shift: within the nucleus). Prints a table; the last line is JSON.
+reply over the whole vocabulary (of mode shift: within the nucleus). Last comes an adapter that is trained on the same
+replies, with the FLOPs of both vehicles (needs the extra `baselines`; leave it out by --only guided). Prints a table;
+the last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import coala
 from coala.alignment.parts import load_parts
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate, generate_distilled
-from coala.distil.settings import DistilSettings
+from coala.decoding.adapted import generate_adapted, load_adapted
+from coala.distil.adapter import distil_adapter
+from coala.distil.settings import AdapterSettings, DistilSettings
 from coala.distil.stage import distil
 from coala.evaluation import WordJudge, win_rate
 from coala.statistics.intervals import mean_estimate
@@ -40,6 +44,8 @@ POLICIES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "weighted, ridge and rank by held-out prompts": ({"teacher": "weighted"}, (1.0,)),
     "shift, ridge and rank by held-out prompts": ({"teacher": "shift"}, (1.0, 1.5)),
 }
+
+ADAPTER = "adapter on the guided replies, rate and epoch by held-out prompts"
 
 
 def main() -> None:
@@ -111,6 +117,13 @@ def main() -> None:
             found = generate_distilled(prompts, backbone, policy, seed=0, strength=strength, batch_size=50, **common)
             told = f"{name} (rank {policy.rank}, ridge {policy.ridge:.2g}), strength {strength:g}"
             measure(told, found, time.perf_counter() - clock, **facts)
+    if args.only in ADAPTER:
+        trained = distil_adapter(args.out, DistilSettings(prompts=args.teacher_prompts), AdapterSettings())
+        model, clock = load_adapted(trained), time.perf_counter()
+        found = generate_adapted(prompts, model, seed=0, batch_size=50, **common)
+        facts = {"rate": trained.rate, "epoch": trained.epoch, "trials": list(trained.trials), **trained.facts}
+        told = f"{ADAPTER} (rank {trained.rank}, rate {trained.rate:g}, epoch {trained.epoch})"
+        measure(told, found, time.perf_counter() - clock, facts=facts)
     print(json.dumps({"prompts": len(prompts), "references": args.references, "rows": rows}))
 
 

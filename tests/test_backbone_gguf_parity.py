@@ -58,12 +58,14 @@ def _in_float32(file: Path, folder: Path) -> Path:
     return folder / "float32.gguf"
 
 
-def serving(file: Path) -> Any:
+def serving(file: Path, adapter: Path | None = None) -> Any:
     library = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
     settings = library.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx, settings.n_parallel, settings.verbosity = 1024, 1, -1
     settings.cache_type_k = settings.cache_type_v = int(library.ggml_type.GGML_TYPE_F32)
+    if adapter is not None:
+        settings.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
     # Threads that wait for one another spin, on cores that others want.
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     return library.Server(settings)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from coala.baselines.weights import trainable
 from coala.compare import cells, controls, load_study, plan_study, plan_total, run, write_report
 from coala.compare.benchmarks import sample
 from coala.compare.cell import carry_out
@@ -25,7 +26,6 @@ from coala.compare.matrix import Cell
 from coala.compare.processes import Processes
 from coala.compare.steered import asked_by, examples
 from coala.compare.study import Study
-from coala.compare.weights import trainable
 from coala.data.cues import SURFACE, fit_cues
 from coala.evaluation import WordJudge
 from coala.evaluation.rows import read_rows

@@ -221,7 +221,8 @@ def test_a_gguf_file_is_the_old_one_but_for_its_output_layer(tmp_path: Path) -> 
     model = load_backbone(file, device="cpu")
     policy = policy_of(model, 0.2)
     found = export_gguf(policy, model, tmp_path / "changed.gguf")
-    assert found.difference == 0
+    assert found.probes == 3
+    assert found.difference < 2e-2
     again = load_backbone(tmp_path / "changed.gguf", device="cpu", dtype="float32")
     row = model.render(PROMPTS[0]).tokens
     wanted = log_probs(model, policy, model.hidden([row], -1)[0])
@@ -233,7 +234,7 @@ def test_a_gguf_file_is_the_old_one_but_for_its_output_layer(tmp_path: Path) -> 
     # A file that has an output layer already gets the new one in its place.
     twice = export_gguf(policy, model, tmp_path / "twice.gguf", base=tmp_path / "changed.gguf")
     assert twice.path.stat().st_size == found.n_bytes
-    with pytest.raises(CoalaError, match="exists"):
+    with pytest.raises(CoalaError, match="found something of that name"):
         export_gguf(policy, model, tmp_path / "twice.gguf")
     with pytest.raises(CoalaError, match="not loaded from a GGUF file"):
         export_gguf(policy, load_backbone(folder, device="cpu"), tmp_path / "other.gguf")

@@ -60,7 +60,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         {"scipy"},
     ),
-    "plan": ({"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "alignment"}, set()),
+    "plan": (
+        {"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "alignment", "distil"},
+        set(),
+    ),
     "report": ({"store", "pages"}, set()),
     "export": (
         {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "alignment"},
@@ -111,7 +114,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "distil": (
         {
             *("store", "statistics", "pages", "costs", "recipe", "backbone", "convex", "decoding"),
-            *("evaluation", "alignment"),
+            *("evaluation", "baselines", "alignment"),
         },
         {"torch"},
     ),

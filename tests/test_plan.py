@@ -26,7 +26,7 @@ from coala.alignment import align_recipe
 from coala.backbone import load_backbone, outline
 from coala.backbone.network import Network
 from coala.cli.plan import plan as plan_command
-from coala.costs import Stopwatch, decoding_bytes, pass_bytes
+from coala.costs import Stopwatch, decoding_bytes, decoding_flops, full_flops, pass_bytes
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
 from coala.features import extract, survey
@@ -521,3 +521,24 @@ def test_the_first_lines_say_the_same(tmp_path: Path) -> None:
     assert dict(table_rows(plan))["  counted"] == plan.counted == "as given: 100 tokens a prompt, 60 a reply"
     short = replace(plan, room={**plan.room, "host": None})
     assert "an unknown amount" in "\n".join(first_lines(short))
+
+
+def test_distilling_is_planned_by_the_formulas_of_costs(tmp_path: Path) -> None:
+    settings = recipe(None, "gpt2", model={"device": "cpu"}, evaluation={"max_new_tokens": 60})
+    room = {"memory": 64 * GIB, "disk": 100 * GIB}
+    plan = make_plan(settings, config=published(tmp_path, "gpt2"), rows=1000, guess=Guess(100, 60), **room)
+    assert plan.distil is not None
+    flops, shape = plan.distil.flops, outline(tmp_path / "gpt2" / "config.json").shape
+    row = full_flops(shape, [160])
+    # Four rates of DPO: three forwards of both replies. SFT at three rates for three epochs: two of four fifths.
+    assert flops["dpo"]["training"] == 4 * 3 * 2 * row * plan.train
+    assert flops["adapter"]["training"] == 3 * 3 * 2 * row * 240
+    assert flops["output"]["teacher"] == flops["adapter"]["teacher"] > 10 * 300 * decoding_flops(shape, 100, 59) // 2
+    assert (plan.distil.replies, plan.distil.reply_tokens) == (300, 60)
+    told = dict(table_rows(plan))
+    assert told["distil"].startswith("300 replies of 60 tokens")
+    assert "teacher" in told["  --into output"]
+    assert "for comparison, DPO at 4 rates" in " ".join(told)
+    few = make_plan(settings, config=tmp_path / "gpt2" / "config.json", rows=10, guess=Guess(100, 60), **room)
+    assert few.distil is not None
+    assert few.distil.replies == few.train

@@ -5,8 +5,10 @@ Frozen dataclasses over NumPy arrays, like those of ``values.py``; no file, mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +98,14 @@ class DistilledPolicy:
             object.__setattr__(self, name, np.ascontiguousarray(part, dtype=np.float32))
             if part.ndim != 2 or not np.isfinite(part).all():
                 raise CoalaError(f"The policy's {name} factor is no finite matrix: distil again.")
+        for name, kind in (("program", Teacher), ("support", Support)):
+            if getattr(self, name) not in get_args(kind):
+                raise CoalaError(
+                    f"Found the {name} {str(getattr(self, name))[:20]!r} of a policy, expected one of "
+                    f"{', '.join(get_args(kind))}, fix: distil again."
+                )
+        if not 0 <= self.ridge < float("inf"):
+            raise CoalaError(f"Found a policy's ridge of {self.ridge}, expected a number from 0, fix: distil again.")
         if self.right is None and self.left.shape[0] != self.left.shape[1]:
             raise CoalaError(f"Found a change of shape {self.left.shape}; expected (d, d).")
         if self.right is not None and self.left.shape != self.right.shape[::-1]:
@@ -149,3 +159,48 @@ class DistilledPolicy:
         from coala.store import load_policy
 
         return load_policy(Path(folder))
+
+
+@dataclass(frozen=True, eq=False)
+class DistilledAdapter:
+    """A LoRA adapter trained on a teacher's replies; ``folder`` holds it as peft reads it, and adapter.json beside.
+
+    ``spec`` says of which model, ``program`` names the teacher. ``trials`` has a row for every epoch of every learning
+    rate that was tried: ``rate``, ``epoch``, ``held_out`` (what the loss on held-out replies exceeds the base model's
+    by, in nats a token over the whole vocabulary) and ``se``, its standard error over prompts. ``rate`` and ``epoch``
+    name the row that was kept. ``facts``: settings, counts, FLOPs, seconds, peaks of memory.
+    """
+
+    folder: Path
+    spec: FeatureSpec
+    program: Teacher
+    rank: int
+    rate: float
+    epoch: int
+    base_loss: float
+    trials: tuple[Mapping[str, Any], ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """The row of ``trials`` that was kept."""
+        return next(row for row in self.trials if (row["rate"], row["epoch"]) == (self.rate, self.epoch))
+
+    def summary_rows(self) -> list[list[str]]:
+        """What a table says of it."""
+        row = self.kept
+        found = f"{row['held_out']:+.4f} nats a token, standard error {row['se']:.4f}; {self.base_loss:.4f} before"
+        return [
+            ["adapter", f"rank {self.rank}, rate {self.rate:g}, epoch {self.epoch} of {self.facts['epochs']}"],
+            ["rates tried", ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in self.trials}))],
+            ["held-out loss", found],
+            ["replies", f"{self.facts['n_replies']} trained on, {self.facts['n_held_out']} held out"],
+            ["certificate", "none: training is not convex, and nothing says how near this is to the best adapter"],
+        ]
+
+    @classmethod
+    def load(cls, folder: Path | str) -> DistilledAdapter:
+        """The adapter of a folder that :func:`coala.store.save_adapter` wrote; CoalaError for one that is not whole."""
+        from coala.store import load_adapter
+
+        return load_adapter(Path(folder))

@@ -72,6 +72,7 @@ Target = Literal["soft", "bernoulli", "hard"]
 Win = Literal["hard", "mean"]
 Teacher = Literal["guided", "weighted", "shift"]
 Support = Literal["nucleus", "vocabulary"]
+Vehicle = Literal["output", "adapter"]
 
 # Settings that more than one command takes.
 Template = Annotated[Literal["auto", "chat", "dialogue", "continuation"], Setting("How conversations are rendered.")]

@@ -43,6 +43,7 @@ def load_backbone(
     trust_remote_code: bool = False,
     generation: bool = True,
     adapter: str | Path | None = None,
+    merge: bool = True,
     quantise: str | None = None,
     max_memory: MemoryLimits | None = None,
     download: bool = True,
@@ -58,12 +59,13 @@ def load_backbone(
     (``chat`` if the tokenizer has a chat template, else ``dialogue``; ``continuation`` for encoders).
     ``generation=False`` does without a language-model head: features only.
 
-    ``adapter``: folder or hub name of an adapter that peft saved, merged into the weights; a tokenizer saved with it
-    is used. ``quantise``: ``8bit`` or ``4bit``. On a CPU 8 bits are torch's own (:mod:`coala.backbone.packed`): the
-    checkpoint, a GGUF file too, is read in full, an adapter merged, and each matrix packed. All else is bitsandbytes'
-    (an adapter then stays beside the weights); in its 8 bits the columns kept in full depend on the whole batch, and so
-    do hidden states, within the error of quantising. All of them enter the digest of the weights: features of base,
-    adapted and quantised model differ.
+    ``adapter``: folder or hub name of an adapter that peft saved, merged into the weights, or with ``merge`` off
+    computed beside them, so that it can be switched off; a tokenizer saved with it is used. ``quantise``: ``8bit`` or
+    ``4bit``. On a CPU 8 bits are torch's own (:mod:`coala.backbone.packed`): the checkpoint, a GGUF file too, is read
+    in full, an adapter merged, and each matrix packed. All else is bitsandbytes' (an adapter then stays beside the
+    weights); in its 8 bits the columns kept in full depend on the whole batch, and so do hidden states, within the
+    error of quantising. All of them enter the digest of the weights: features of base, adapted and quantised model
+    differ.
 
     ``trust_remote_code``: run Python code that comes with the model, if it has any; no file can ask for that.
     ``download=False`` reads hub models from the local cache alone, for names that were found in a file.
@@ -90,7 +92,7 @@ def load_backbone(
     with quiet(), _told(name):
         loaded, encoder = _load(folder, name, placement, trust_remote_code=trusted, headless=not generation)
         if adapted:
-            loaded = apply(loaded, adapted, name, merge=not getattr(loaded, "is_quantized", False))
+            loaded = apply(loaded, adapted, name, merge=merge and not getattr(loaded, "is_quantized", False))
         own_tokenizer = adapted is not None and adapted.has_tokenizer
         tokenizer = load_tokenizer(adapted.folder if adapted and own_tokenizer else folder, name, trusted)
         check_weights(loaded, name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from coala.backbone import LanguageModel, RenderedRow
 from coala.baselines.settings import BaselineMethod, TrainSettings
-from coala.values import CoalaError, Pair, conversation_text
+from coala.values import CoalaError, Pair, Turn, conversation_text
 
 # What a label of this value is: no part of the loss (torch's cross-entropy and TRL agree on it).
 IGNORED = -100
@@ -23,6 +23,40 @@ class PairRows:
 
     chosen: RenderedRow
     rejected: RenderedRow
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A reply to imitate, for SFT alone; ``ended`` if its stop token is part of it, as where the writer ended it."""
+
+    prompt: tuple[Turn, ...]
+    text: str
+    ended: bool = True
+
+
+Rows = Sequence[PairRows] | Sequence[RenderedRow]
+
+
+def render(
+    examples: Sequence[Pair] | Sequence[Demonstration], backbone: LanguageModel, settings: TrainSettings
+) -> list[PairRows] | list[RenderedRow]:
+    """Examples of either kind in tokens; a demonstration ends as it says, whatever ``settings.ends_with_eos``."""
+    demonstrations = [example for example in examples if isinstance(example, Demonstration)]
+    pairs = [example for example in examples if isinstance(example, Pair)]
+    if demonstrations and pairs:
+        raise CoalaError("Found pairs and demonstrations together; expected one kind.")
+    if not demonstrations:
+        return render_pairs(pairs, backbone, settings)
+    rows = []
+    for number, one in enumerate(demonstrations):
+        row = backbone.render(one.prompt, one.text, max_tokens=settings.max_length, ends_with_eos=one.ended)
+        if row.start >= len(row.tokens):
+            raise CoalaError(
+                f"Demonstration {number} ({conversation_text(one.prompt)[:60]!r}): its reply has no tokens, and "
+                "nothing can be learnt from it. Fix: leave it out."
+            )
+        rows.append(row)
+    return rows
 
 
 def render_pairs(pairs: Sequence[Pair], backbone: LanguageModel, settings: TrainSettings) -> list[PairRows]:
@@ -46,16 +80,30 @@ def render_pairs(pairs: Sequence[Pair], backbone: LanguageModel, settings: Train
     return rows
 
 
-def columns(method: BaselineMethod, rows: Sequence[PairRows]) -> list[dict[str, list[int]]]:
+def columns(method: BaselineMethod, rows: Rows) -> list[dict[str, list[int]]]:
     """The rows under the names that TRL's trainer of ``method`` reads; labels count the reply's tokens only."""
     if method == "sft":
-        return [{"input_ids": pair.chosen.tokens, "labels": labels(pair.chosen)} for pair in rows]
+        return [{"input_ids": row.tokens, "labels": labels(row)} for row in imitated(rows)]
+    pairs = [pair for pair in rows if isinstance(pair, PairRows)]
     if method == "reward":
-        return [{"chosen_ids": pair.chosen.tokens, "rejected_ids": pair.rejected.tokens} for pair in rows]
+        return [{"chosen_ids": pair.chosen.tokens, "rejected_ids": pair.rejected.tokens} for pair in pairs]
     return [
         {f"{name}_{kind}": values for name, row in _sides(pair) for kind, values in _whole(row).items()}
-        for pair in rows
+        for pair in pairs
     ]
+
+
+def imitated(rows: Rows) -> list[RenderedRow]:
+    """What SFT sees: demonstrations, and of pairs the chosen replies."""
+    return [row.chosen if isinstance(row, PairRows) else row for row in rows]
+
+
+def every_row(rows: Rows) -> list[RenderedRow]:
+    """Demonstrations, and both rows of pairs."""
+    found: list[RenderedRow] = []
+    for row in rows:
+        found += [row.chosen, row.rejected] if isinstance(row, PairRows) else [row]
+    return found
 
 
 def labels(row: RenderedRow) -> list[int]:

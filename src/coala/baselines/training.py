@@ -23,7 +23,7 @@ from coala.backbone import LanguageModel, load_backbone
 from coala.backbone.files import located
 from coala.backbone.gguf import is_gguf
 from coala.baselines import trl_adapter
-from coala.baselines.rows import PairRows, render_pairs
+from coala.baselines.rows import Demonstration, PairRows, Rows, every_row, imitated, render
 from coala.baselines.settings import BaselineMethod, Lora, TrainSettings, check_method
 from coala.costs import Shape, body_flops, peak_memory, training_flops
 from coala.store import RunFolder, StoreError, digest, load_json, save_json, write_atomic
@@ -79,6 +79,10 @@ class Trained:
             return load_backbone(weights, **common)
         return load_backbone(self.model, revision=self.revision or None, adapter=weights, **common)
 
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """The checkpoints that are kept, by the steps they were saved at: adapters, or whole models, as TRL saves."""
+        return sorted(_checkpoints(self.folder))
+
     def last(self, name: str) -> float:
         """The last value that was logged under ``name``."""
         for entry in reversed(self.history):
@@ -90,7 +94,7 @@ class Trained:
 
 def train(
     method: BaselineMethod,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair] | Sequence[Demonstration],
     model: str | Path,
     *,
     out: str | Path,
@@ -101,16 +105,18 @@ def train(
     template: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    n_checkpoints: int | None = 2,
 ) -> Trained:
     """Train ``model`` (a folder or hub name) on ``pairs`` by TRL's trainer of ``method``, into the folder ``out``.
 
     Every method sees the tokens that :meth:`LanguageModel.render` makes, and its loss the tokens of replies only (but
-    ORPO's likelihood term, which TRL takes over prompt and reply); ``sft`` sees the chosen replies alone. With
+    ORPO's likelihood term, which TRL takes over prompt and reply); ``sft`` sees the chosen replies alone, or
+    demonstrations in place of pairs. With
     ``eval_pairs`` TRL evaluates at the end of every epoch and of the run. A folder that is finished for the same
     pairs, weights, template and settings is returned as it is, one that was begun goes on from its last checkpoint.
     On a CPU the weights are decided by these and the seed, bit for bit, killed on the way or not; GPU kernels may
-    differ in the last bits. The process's own random generators are seeded on the way. ``device`` is ``auto`` (a GPU if
-    there is one) or ``cpu``.
+    differ in the last bits. The newest ``n_checkpoints`` are kept, all if None. The process's own random generators are
+    seeded on the way. ``device`` is ``auto`` (a GPU if there is one) or ``cpu``.
 
     Nothing is sent anywhere: the base is fetched if it is a hub name, and all else runs with the hub's client offline.
 
@@ -119,6 +125,10 @@ def train(
     """
     check_method(method)
     trl_adapter.require(settings)
+    if method != "sft" and any(isinstance(one, Demonstration) for one in pairs):
+        raise CoalaError(
+            f"Found demonstrations to train by {method}, which learns from pairs. Fix: give pairs, or sft."
+        )
     if device not in ("auto", "cpu"):
         raise CoalaError(f"device is {device!r}; expected auto (a GPU if there is one) or cpu.")
     _refuse_gguf(model)
@@ -138,7 +148,7 @@ def train(
             return load_trained(run.path)
         with trl_adapter.silence():
             on_cpu = device == "cpu" or not torch.accelerator.is_available()
-            facts = _train(method, base, run.path, settings, on_cpu, trust_remote_code, on_step)
+            facts = _train(method, base, run.path, settings, on_cpu, trust_remote_code, on_step, n_checkpoints)
         # A trainer refers to itself: its model would stay on the card until the collector happens to run.
         gc.collect()
         torch.cuda.empty_cache()  # nothing without a GPU
@@ -216,8 +226,8 @@ class _Base:
     weights: str
     template: str
     shape: Shape
-    rows: list[PairRows]
-    eval_rows: list[PairRows] | None
+    rows: Rows
+    eval_rows: Rows | None
 
     @classmethod
     def of(
@@ -226,7 +236,7 @@ class _Base:
         revision: str | None,
         template: str,
         trust_remote_code: bool,
-        pairs: Sequence[Pair],
+        pairs: Sequence[Pair] | Sequence[Demonstration],
         eval_pairs: Sequence[Pair] | None,
         settings: TrainSettings,
     ) -> _Base:
@@ -246,8 +256,8 @@ class _Base:
             backbone.weights,
             backbone.template,
             backbone.shape,
-            render_pairs(pairs, backbone, settings),
-            None if eval_pairs is None else render_pairs(eval_pairs, backbone, settings),
+            render(pairs, backbone, settings),
+            None if eval_pairs is None else render(eval_pairs, backbone, settings),
         )
 
 
@@ -259,10 +269,11 @@ def _train(
     on_cpu: bool,
     trust_remote_code: bool,
     on_step: OnStep | None,
+    n_checkpoints: int | None,
 ) -> dict[str, Any]:
     """Run TRL's trainer to its end and save what it made; the facts for ``stages/train.json``."""
     revision = base.revision or None
-    checkpoint = _last_checkpoint(out / CHECKPOINTS)
+    checkpoint = max(_checkpoints(out), default=(0, None))[1]
     before = 0.0
     if checkpoint is not None:
         logged = load_json(checkpoint / "trainer_state.json")["log_history"]
@@ -287,6 +298,7 @@ def _train(
         on_cpu=on_cpu,
         trust_remote_code=trust_remote_code,
         on_log=on_log,
+        n_checkpoints=n_checkpoints,
     )
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -309,8 +321,8 @@ def _train(
             "pairs": len(base.rows),
             "steps": trainer.state.global_step,
             "epochs": epochs,
-            "tokens": sum(len(row.tokens) for pair in base.rows for row in (pair.chosen, pair.rejected)),
-            "dropped_tokens": sum(pair.chosen.dropped + pair.rejected.dropped for pair in base.rows),
+            "tokens": sum(len(row.tokens) for row in every_row(base.rows)),
+            "dropped_tokens": sum(row.dropped for row in every_row(base.rows)),
             "padding_token": int(tokenizer.pad_token_id),
             "device": str(trainer.args.device),
             "versions": trl_adapter.versions(),
@@ -318,20 +330,20 @@ def _train(
     }
 
 
-def epoch_flops(method: BaselineMethod, shape: Shape, rows: Sequence[PairRows], settings: TrainSettings) -> int:
+def epoch_flops(method: BaselineMethod, shape: Shape, rows: Rows, settings: TrainSettings) -> int:
     """FLOPs of one epoch by :mod:`coala.costs`; a reward model is trained like SFT on both replies, without a head."""
-    chosen = [len(pair.chosen.tokens) for pair in rows]
-    rejected = [len(pair.rejected.tokens) for pair in rows]
+    chosen = [len(row.tokens) for row in imitated(rows)]
+    rejected = [len(pair.rejected.tokens) for pair in rows if isinstance(pair, PairRows)]
     adapters, checkpointing = settings.lora is not None, settings.gradient_checkpointing
     if method == "reward":
         return (2 + (not adapters) + checkpointing) * body_flops(shape, [*chosen, *rejected])
     return training_flops(shape, chosen, rejected, method, adapters=adapters, checkpointing=checkpointing)
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state is its last file."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def _checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints that were written to their ends: the trainer's state is the last file."""
+    whole = [path.parent for path in (out / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
+    return [(int(path.name.rpartition("-")[2]), path) for path in whole]
 
 
 def _plain_tokenizer(model: str, revision: str | None, trust_remote_code: bool) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coala.backbone.silence import quiet
-from coala.baselines.rows import PairRows, collate_pairs, columns
+from coala.baselines.rows import Rows, collate_pairs, columns
 from coala.baselines.settings import GPT2_TARGETS, TARGETS, BaselineMethod, Lora, TrainSettings
 from coala.values import CoalaError
 
@@ -96,8 +96,8 @@ def tokenizer_of(model: str, revision: str | None, trust_remote_code: bool) -> A
 
 def build_trainer(
     method: BaselineMethod,
-    rows: list[PairRows],
-    eval_rows: list[PairRows] | None,
+    rows: Rows,
+    eval_rows: Rows | None,
     model: str,
     revision: str | None,
     settings: TrainSettings,
@@ -107,10 +107,12 @@ def build_trainer(
     on_cpu: bool,
     trust_remote_code: bool,
     on_log: Callable[[int, int, dict[str, float]], None],
+    n_checkpoints: int | None = 2,
 ) -> Any:
     """TRL's trainer of ``method``, its checkpoints in ``folder``; ``on_log(step, steps, logs)`` may add to the logs.
 
-    Errors of TRL and peft about settings become :class:`CoalaError`.
+    The newest ``n_checkpoints`` are kept, all if None; two, for the newest may be half written when the process is
+    killed. Errors of TRL and peft about settings become :class:`CoalaError`.
     """
     import transformers
 
@@ -129,6 +131,7 @@ def build_trainer(
     try:
         config = getattr(place, config_name)(
             **_arguments(method, settings, folder, evaluated=eval_data is not None, on_cpu=on_cpu),
+            save_total_limit=n_checkpoints,
             model_init_kwargs=None if method == "reward" else init,
         )
         start = _reward_model(model, init, settings.seed) if method == "reward" else model
@@ -179,8 +182,6 @@ def _arguments(
         "max_length": None if method in ("sft", "dpo", "reward") else _longest(settings),
         "save_strategy": "steps",
         "save_steps": settings.save_every,
-        # Two, for the newest may be half written when the process is killed.
-        "save_total_limit": 2,
         "logging_steps": settings.log_every,
         "eval_strategy": "no" if not evaluated else "epoch" if settings.eval_every is None else "steps",
         "eval_steps": settings.eval_every,

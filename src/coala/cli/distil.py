@@ -1,15 +1,16 @@
-"""`coala distil`: a run's guidance as a change of its model's output layer, for any program to serve."""
+"""`coala distil`: a run's guidance as a change of its model's weights, for any program to serve."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from coala.cli.flags import every, with_settings
 from coala.cli.options import Download, TrustCode
-from coala.distil.settings import DistilSettings
+from coala.distil.settings import AdapterSettings, DistilSettings
+from coala.settings import Vehicle
 
 
 @with_settings
@@ -17,38 +18,65 @@ def distil(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     *,
     settings: Annotated[DistilSettings, every(DistilSettings)],
+    into: Annotated[
+        Vehicle,
+        typer.Option(
+            "--into",
+            help="output: a change of the output layer, one convex program; adapter: LoRA of all layers, SFT.",
+        ),
+    ] = "output",
+    adapter: Annotated[AdapterSettings, every(AdapterSettings)],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Sample it on the run's held-out prompts: wins, divergence, perplexity.")
+    ] = False,
     to: Annotated[
-        Literal["checkpoint", "gguf", "lora"] | None,
-        typer.Option("--to", help="Write it for others too: a Hugging Face folder, a GGUF file, a LoRA adapter."),
+        Literal["checkpoint", "gguf", "lora", "gguf-lora", "merged"] | None,
+        typer.Option(
+            "--to",
+            help="Write it for others: a Hugging Face folder (of an adapter: merged), GGUF, LoRA, LoRA in GGUF.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where --to writes; it must not exist.")] = None,
     base: Annotated[
         Path | None, typer.Option(help="gguf: the file to change (default: the one the model was loaded from).")
     ] = None,
+    precision: Annotated[
+        Literal["f16", "q8_0"], typer.Option(help="gguf: numbers of the output layer; q8_0 takes half the room.")
+    ] = "f16",
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Distil a run's guidance into its model, by one convex program with a certificate: plain speed, any program.
+    """Distil a run's guidance into its model: plain speed, any program.
 
-    Writes RUN/distilled. Nothing is uploaded.
+    Into the output layer by one convex program with a certificate, or into a LoRA adapter of all layers by SFT on the
+    same replies. Writes RUN/distilled or RUN/distilled-adapter. Nothing is uploaded.
 
     Examples:
 
     `coala distil runs/demo`
 
     `coala distil runs/demo --to checkpoint --out distilled`
+
+    `coala distil runs/demo --into adapter --measure --to merged --out merged`
     """
     from coala.cli.output import emit, progress, say, table
+    from coala.distil.adapter import distil_adapter
+    from coala.distil.measured import measure as measured
     from coala.distil.stage import distil
     from coala.export.policy import export_policy, planned
 
-    permitted = {"trust_remote_code": trust_remote_code, "download": download}
-    planned(to, out, base)
+    permitted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "download": download}
+    planned(to, out, base, into, run, precision)
+    exported: dict[str, Any] = {"base": base, "precision": precision, **permitted}
     with progress() as show:
-        policy = distil(run, settings, on_progress=show, on_note=say, **permitted)
-        made = None if to is None or out is None else export_policy(policy, run, to, out, base=base, **permitted)
-    rows = policy.summary_rows()
+        told: dict[str, Any] = {"on_progress": show, "on_note": say, **permitted}
+        policy = distil_adapter(run, settings, adapter, **told) if into == "adapter" else distil(run, settings, **told)
+        seen = measured(run, policy, **told) if measure else None
+        made = None if to is None or out is None else export_policy(policy, run, to, out, **exported)
+    rows = policy.summary_rows() + ([] if seen is None else seen.summary_rows())
     if made is not None:
-        rows += [[made.form, f"{made.path}, {made.n_bytes / 1e6:.1f} MB"]]
+        rows += made.summary_rows()
     table(rows)
-    emit({"folder": run / "distilled", "certificate": policy.certificate, "exported": made})
+    folder = run / ("distilled-adapter" if into == "adapter" else "distilled")
+    certificate = getattr(policy, "certificate", None)
+    emit({"folder": folder, "certificate": certificate, "measured": seen, "exported": made})

@@ -24,11 +24,18 @@ app.command("rewardbench", epilog="Example: `coala bench rewardbench filtered.js
 
 def export(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`; with --verify, an exported one.")
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run folder made by `coala align`; with --verify, an exported one; merged: an adapter.",
+        ),
     ],
     to: Annotated[
-        Literal["reward-model", "linear-head"],
-        typer.Option("--to", help="`reward-model` holds any head; `linear-head` needs no remote code."),
+        Literal["reward-model", "linear-head", "merged"],
+        typer.Option(
+            "--to",
+            help="`reward-model` holds any head; `linear-head` needs no remote code; `merged`: an adapter's base.",
+        ),
     ] = "reward-model",
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must not exist or be empty.")] = None,
     drop_constant: Annotated[
@@ -63,6 +70,9 @@ def export(
         return
     if out is None:
         raise CoalaError("Where should the folder be written? Give --out FOLDER.")
+    if to == "merged":
+        merged(run, out, trust_remote_code, download)
+        return
     if drop_constant and to != "linear-head":
         raise CoalaError("--drop-constant belongs to --to linear-head; a reward-model folder keeps the constant.")
     backbone, head = fitted(run)
@@ -71,15 +81,20 @@ def export(
         made = export_linear_head(head, backbone, out, facts, drop_constant=drop_constant)
     else:
         made = export_reward_model(head, backbone, out, facts)
-    needs = "trust_remote_code=True" if to == "reward-model" else "no remote code"
-    table(
-        [
-            ["folder", str(made.folder)],
-            ["size", f"{made.n_bytes / 1e6:.1f} MB"],
-            ["loads with", needs],
-            ["scores", f"the head's own up to {made.difference:.1e}, on {made.probes} trial conversations"],
-        ]
-    )
+    rows = [["folder", str(made.folder)], ["size", f"{made.n_bytes / 1e6:.1f} MB"]]
+    rows += [["loads with", "trust_remote_code=True" if to == "reward-model" else "no remote code"]]
+    rows += [["scores", f"the head's own up to {made.difference:.1e}, on {made.probes} trial conversations"]]
+    table(rows)
+    emit(asdict(made))
+
+
+def merged(adapter: Path, out: Path, trust_remote_code: bool, download: bool) -> None:
+    """An adapter in its base, as a folder."""
+    from coala.cli.output import emit, table
+    from coala.export.merged import export_merged
+
+    made = export_merged(adapter, out, trust_remote_code=trust_remote_code, download=download)
+    table(made.summary_rows())
     emit(asdict(made))
 
 

@@ -92,7 +92,7 @@ class CellContext:
     def start(self) -> Path | str:
         """The weights this cell's method starts from: the model, or the model after SFT."""
         if self.cell.init == "base":
-            from coala.compare.weights import trainable
+            from coala.baselines import trainable
 
             return trainable(self.model.path, self.out / "models" / self.cell.model)
         from coala.baselines import load_trained, whole_model

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -56,7 +57,7 @@ class Products:
 
 @contextmanager
 def jax_products() -> Iterator[Products]:
-    """Count every ``jnp.matmul`` and ``jnp.tensordot`` as often as it is carried out, in compiled loops too.
+    """Count every ``jnp.matmul``, ``tensordot`` and ``einsum`` as often as it is carried out, in compiled loops too.
 
     XLA's own count has a loop's body once, whatever it repeats. Here each product in the program carries a callback
     that adds its FLOPs. Compiled functions are dropped before and after, for they hold, or lack, these callbacks.
@@ -65,7 +66,7 @@ def jax_products() -> Iterator[Products]:
     import jax.numpy as jnp
 
     counter = Products()
-    matmul, tensordot = jnp.matmul, jnp.tensordot
+    matmul, tensordot, einsum = jnp.matmul, jnp.tensordot, jnp.einsum
 
     def counted(product: Callable[..., Any], inner: Callable[[Any, Any, Any], int]) -> Callable[..., Any]:
         def run(a: Any, b: Any, *rest: Any, **named: Any) -> Any:
@@ -76,17 +77,29 @@ def jax_products() -> Iterator[Products]:
 
         return run
 
+    def summed(subscripts: str, *operands: Any, **named: Any) -> Any:
+        # Every index runs once: those of the output, and those that are summed over.
+        sizes = {
+            index: int(size)
+            for names, operand in zip(subscripts.partition("->")[0].split(","), operands, strict=True)
+            for index, size in zip(names, operand.shape, strict=True)
+        }
+        flops = 2 * prod(sizes.values())
+        jax.debug.callback(lambda: counter.add(flops))
+        return einsum(subscripts, *operands, **named)
+
     jax.clear_caches()  # type: ignore[no-untyped-call]
     jnp.matmul = counted(matmul, lambda a, b, out: int(a.shape[-1]))
     # Each factor's size is its share of the output times the contracted numbers.
     jnp.tensordot = counted(
         tensordot, lambda a, b, out: round((int(a.size) * int(b.size) / max(1, int(out.size))) ** 0.5)
     )
+    jnp.einsum = summed  # type: ignore[assignment]
     try:
         yield counter
         jax.effects_barrier()  # type: ignore[no-untyped-call]
     finally:
-        jnp.matmul, jnp.tensordot = matmul, tensordot
+        jnp.matmul, jnp.tensordot, jnp.einsum = matmul, tensordot, einsum
         jax.clear_caches()  # type: ignore[no-untyped-call]
 
 

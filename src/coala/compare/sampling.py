@@ -12,7 +12,6 @@ from pathlib import Path
 
 from coala.compare.progress import OnStage, Teller, unheard
 from coala.compare.study import Sampled, Study, StudyModel
-from coala.compare.weights import trainable
 from coala.processes import Child, Parent
 from coala.store import digest, file_digest, load_json, save_json, save_pairs
 from coala.values import CoalaError, Pair, user
@@ -68,6 +67,7 @@ def make_pairs(
 ) -> list[Pair]:
     """The best against the worst of several replies to each prompt, where the scorer tells them apart."""
     from coala.backbone import load_backbone
+    from coala.baselines.weights import trainable
     from coala.decoding import Guidance, generate
     from coala.evaluation import WordJudge
     from coala.evaluation.rows import read_rows

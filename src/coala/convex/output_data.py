@@ -71,6 +71,13 @@ class OutputData:
         """States and output layer on the device; on a CPU, and mapped from a file, without a copy."""
         return jax.device_put(self.states.states, may_alias=True), jax.device_put(self.output, may_alias=True)
 
+    @property
+    def padded(self) -> dict[str, int]:
+        """What products are taken over: ``n_rows`` states, ``n_support`` tokens in their supports, padding included."""
+        shapes = [part.tokens.shape for part in self._parts]
+        rows = sum(chunks * each for chunks, each, _ in shapes)
+        return {"n_rows": rows, "n_support": sum(chunks * each * k for chunks, each, k in shapes)}
+
     @cached_property
     def _parts(self) -> tuple[Support, ...]:
         return tuple(self._part(width, rows) for width, rows in self._rows)

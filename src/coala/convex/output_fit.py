@@ -81,7 +81,8 @@ def fit_output(
     if chooses:
         assert folds is not None
         out = folds == 0
-        ridges = [trace_of(data) * relative for relative in RIDGES] if ridge is None else [ridge]
+        unit = trace_of(data) if ridge is None else 1.0
+        ridges = [unit * relative for relative in RIDGES] if ridge is None else [ridge]
         ridge, kept = _choose_ridge(data, out, ridges, path, progress)
         if rank == "auto":
             chosen_rank = _choose_rank(data, out, ridge, kept, path, progress)
@@ -150,10 +151,11 @@ def _choose_rank(
     ranks = [rank for rank in RANKS if rank < len(change)]
     tried: list[tuple[int | None, np.ndarray]] = []
     for number, rank in enumerate(ranks):
-        left, right, _ = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
+        left, right, found = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
         loss, error, terms = _held_out(data, out, left @ right)
         tried.append((rank, terms))
-        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error})
+        steps = {} if found is None else {"steps": found.steps, "inputs": found.value.shape[1]}
+        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error, **steps})
         progress("rank", number + 1, len(ranks), path[-1])
     tried.append((None, _held_out(data, out, change)[2]))
     lowest = min(tried, key=lambda entry: entry[1].mean())[1]
@@ -206,7 +208,8 @@ def _certificate(
     statement = (
         f"No change of the output layer gains more than {-lower:.6g} nats a step on this objective, of which this one "
         f"has {gain:.6g}" + ("" if uncut else ", cut to its rank") + f": proved by duality over {over}, in double "
-        "precision, for the states and the matrix as they are stored."
+        "precision, for the states and the matrix as they are stored. It does not say that the teacher "
+        "prefers the right texts."
     )
     counted, states = data.counted, data.states
     facts: dict[str, Any] = {
@@ -215,6 +218,7 @@ def _certificate(
         "gap_of_full_change": solution.gap,
         "relative_gap_of_full_change": solution.relative_gap,
         "steps": solution.steps,
+        "certificates": solution.certificates,
         "ridge": ridge,
         "support": data.support,
         "chosen_on_held_out_prompts": chosen,
@@ -222,9 +226,11 @@ def _certificate(
         "n_counted": int(counted.sum()),
         "n_outside_nucleus": int((~states.in_nucleus).sum()),
         "n_prompts": len(np.unique(states.group[counted])),
+        **data.padded,
     }
     if own is not None:
-        facts["gap_within_rank"] = own.gap
+        facts |= {"gap_within_rank": own.gap, "steps_within_rank": own.steps, "inputs_within_rank": own.value.shape[1]}
+        facts["certificates_within_rank"] = own.certificates
     return Certificate(
         program=f"output layer, {data.support}",
         statement=statement,

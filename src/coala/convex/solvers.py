@@ -47,7 +47,10 @@ class Solver(Protocol[P_contra, S]):
 
 @dataclass(frozen=True)
 class Solution:
-    """Weights with what was proved of them: the optimal value lies in [objective - gap, objective]."""
+    """Weights with what was proved of them: the optimal value lies in [objective - gap, objective].
+
+    ``certificates`` were computed in float64 on the way.
+    """
 
     value: Float[np.ndarray, "..."]
     status: Status
@@ -55,6 +58,7 @@ class Solution:
     objective: float
     gap: float
     history: list[dict[str, Any]] = field(default_factory=list)
+    certificates: int = 0
 
     @property
     def relative_gap(self) -> float:
@@ -114,6 +118,7 @@ def solve(
     kept: Any = None  # weights and multipliers of ``objective``
     witness: tuple[Any, Any] = (None, None)  # what the lower bound was computed from
     proven = -np.inf  # the best lower bound in float64
+    certificates = 0
     lowest, lowest_at = np.inf, 0  # the gap, and the look that lowered it by a thousandth last
     for step in range(max_steps + 1):
         if step % check_every == 0 or step == max_steps:
@@ -136,9 +141,9 @@ def solve(
             if objective - lower <= tolerance * abs(objective):
                 if exact:
                     objective, dual = certify(program, *kept)
-                    proven = max(proven, dual)
+                    proven, certificates = max(proven, dual), certificates + 1
                     if objective - proven > tolerance * abs(objective) and witness[0] is not kept[0]:
-                        proven = max(proven, certify(program, *witness)[1])
+                        proven, certificates = max(proven, certify(program, *witness)[1]), certificates + 1
                     lower = proven
                 if objective - lower <= tolerance * abs(objective):
                     status = Status.CONVERGED
@@ -153,7 +158,7 @@ def solve(
             state = solver.step(program, state)
     if exact and status is not Status.CONVERGED:
         objective, dual = certify(program, *kept)
-        lower = max(proven, dual)
+        lower, certificates = max(proven, dual), certificates + 1
         if witness[0] is not None and witness[0] is not kept[0]:
-            lower = max(lower, certify(program, *witness)[1])
-    return Solution(np.asarray(kept[0]), status, step, objective, objective - lower, history)
+            lower, certificates = max(lower, certify(program, *witness)[1]), certificates + 1
+    return Solution(np.asarray(kept[0]), status, step, objective, objective - lower, history, certificates)

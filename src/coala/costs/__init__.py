@@ -1,5 +1,16 @@
 """FLOPs, bytes, seconds and joules of each stage: counted by formula, and measured."""
 
+from coala.costs.distilling import (
+    Solve,
+    adapter_bytes,
+    imitation_flops,
+    output_fit_bytes,
+    output_fit_flops,
+    states_flops,
+    sweep_flops,
+    teacher_flops,
+    usual_solves,
+)
 from coala.costs.flops import (
     CostedMethod,
     Lengths,
@@ -28,7 +39,9 @@ __all__ = [
     "Load",
     "Meter",
     "Shape",
+    "Solve",
     "Stopwatch",
+    "adapter_bytes",
     "ask_driver",
     "body_flops",
     "cronos_flops",
@@ -38,13 +51,20 @@ __all__ = [
     "full_flops",
     "guided_token_flops",
     "head_flops",
+    "imitation_flops",
+    "output_fit_bytes",
+    "output_fit_flops",
     "pairwise_flops",
     "pass_bytes",
     "peak_memory",
     "score_flops",
     "search_flops",
     "second_phase_flops",
+    "states_flops",
+    "sweep_flops",
+    "teacher_flops",
     "token_flops",
     "training_flops",
+    "usual_solves",
     "work_over_bound",
 ]

@@ -43,9 +43,9 @@ def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
     best: tuple[DistilledPolicy, dict[str, Any]] | None = None
     for number in range(1, settings.rounds + 1):
         states = taught_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
-        policy, path = _projected(work, states, work.folder / f"round-{number}")
+        policy, tried = _projected(work, states, work.folder / f"round-{number}")
         own = _own_replies(work, prompts, work.folder / f"round-{number}", policy)
-        figures = _figures(number, policy, own, before) | {"n_replies": int(states.group.max()) + 1, "path": path}
+        figures = _figures(number, policy, own, before) | {"n_replies": int(states.group.max()) + 1, **tried}
         rows.append(figures)
         save_json(work.folder / f"round-{number}" / "path.json", figures)
         work.on_note(_told(figures))
@@ -57,7 +57,10 @@ def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
             break
     assert best is not None
     kept = {name: best[1][name] for name in ("n_replies", "path")}
-    return best[0], {**kept, "kept_round": best[1]["round"], "rounds": rows}
+    # DPO's sweep, which is there for comparison, is one.
+    flops = {name: sum(row["flops"][name] for row in rows) for name in rows[0]["flops"]}
+    flops["dpo_sweep"] = rows[0]["flops"]["dpo_sweep"]
+    return best[0], {**kept, "flops": flops, "kept_round": best[1]["round"], "rounds": rows}
 
 
 def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
@@ -77,7 +80,7 @@ def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
     return some
 
 
-def _projected(work: Work, states: DistilStates, folder: Path) -> tuple[DistilledPolicy, Any]:
+def _projected(work: Work, states: DistilStates, folder: Path) -> tuple[DistilledPolicy, dict[str, Any]]:
     """The round's policy, which is fitted unless ``folder`` has it of these states and settings."""
     settings = [getattr(work.settings, name) for name in ("support", "ridge", "rank", "tolerance", "seed")]
     # A column tells states apart that differ at all; the whole may not fit in memory.
@@ -85,11 +88,11 @@ def _projected(work: Work, states: DistilStates, folder: Path) -> tuple[Distille
     decides = digest(settings, work.temperature, *map(np.asarray, parts))
     record = folder / "fit.json"
     if record.exists() and (kept := load_json(record))["of"] == decides:
-        return DistilledPolicy.load(folder), kept["path"]
-    policy, path = project(work, states)
+        return DistilledPolicy.load(folder), {name: kept[name] for name in ("path", "flops")}
+    policy, tried = project(work, states)
     policy.save(folder)
-    save_json(record, {"of": decides, "path": path})
-    return policy, path
+    save_json(record, {"of": decides, **tried})
+    return policy, tried
 
 
 def _own_replies(

@@ -1,4 +1,6 @@
-"""What decides a distilled policy. Imports nothing that is slow to load: commands make their flags of it."""
+"""What decides a distilled policy, and an adapter trained on the same replies.
+
+Imports nothing that is slow to load: commands make their flags of it."""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt
 
 from coala.settings import Seed, Setting, Support, Teacher
+
+RATES = (3e-4, 1e-3, 2e-3)  # around the rates that trained film-lm and SmolLM2 best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +45,19 @@ class DistilSettings:
     ] = 1
     held_out: Annotated[int, Ge(2), Setting("Held-out prompts at most that tell what each round gained.")] = 100
     seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """How an adapter is trained on the teacher's replies: at each of ``rates``, for at most ``epochs``.
+
+    The rate, and the epoch that is kept, are those with the lowest loss on the held-out fifth of prompts.
+    """
+
+    rates: Annotated[
+        tuple[float, ...],
+        Setting("Learning rate of an adapter to try; may be repeated (default: 3e-4, 1e-3, 2e-3).", flag="--rate"),
+    ] = RATES
+    epochs: Annotated[int, Ge(1), Setting("Epochs of an adapter at most; the best on held-out prompts is kept.")] = 3
+    adapter_rank: Annotated[int, Ge(1), Setting("Rank of an adapter's two factors at each matrix.")] = 16
+    batch: Annotated[int, Ge(1), Setting("Replies of a training step of an adapter.")] = 8

@@ -17,6 +17,7 @@ import numpy as np
 from coala.alignment import load_parts
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
+from coala.distil.accounts import output_flops
 from coala.distil.matrix import output_matrix
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
@@ -54,6 +55,10 @@ def distil(
         guidance = teacher_of(recipe, settings)
         if settings.teacher != "weighted":
             check_evidence(head, guidance)
+        if head.evidence == 0:
+            on_note(
+                "the head is at chance on held-out pairs: what is distilled of it is no preference that they vouch for"
+            )
         work = Work(run, recipe, settings, backbone, head, guidance, output_matrix(backbone), on_progress, on_note)
         if settings.rounds > 1:
             from coala.distil.rounds import in_rounds
@@ -62,9 +67,15 @@ def distil(
         else:
             states = taught_states(work)
             policy, tried = project(work, states)
-            about = {"n_replies": len(np.unique(states.group)), "path": tried}
+            about = {"n_replies": len(np.unique(states.group)), **tried}
         policy.save(run.path / DISTILLED)
-        save_json(run.path / DISTILLED / "path.json", {"settings": settings, "guidance": str(guidance), **about})
+        common = {
+            "temperature": work.temperature,
+            "sampling": {"top_k": guidance.top_k, "top_p": guidance.top_p},
+            "settings": settings,
+            "guidance": str(guidance),
+        }
+        save_json(run.path / DISTILLED / "path.json", {**common, **about})
     return policy
 
 
@@ -123,8 +134,8 @@ def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: in
     return states
 
 
-def project(work: Work, states: DistilStates) -> tuple[DistilledPolicy, list[dict[str, Any]]]:
-    """The convex program: the policy whose steps come nearest to ``states``, and what was tried on the way."""
+def project(work: Work, states: DistilStates) -> tuple[DistilledPolicy, dict[str, Any]]:
+    """The convex program: the policy whose steps come nearest to ``states``; what was tried and the FLOPs it took."""
     from coala.convex import fit_output
 
     settings = work.settings
@@ -140,7 +151,9 @@ def project(work: Work, states: DistilStates) -> tuple[DistilledPolicy, list[dic
         progress=lambda what, n, total, row: work.on_progress(f"distil {what}", n, total, _told(row)),
     )
     made = settings.teacher, settings.support, found.ridge, found.certificate
-    return DistilledPolicy(found.left, found.right, work.backbone.spec(), *made), found.path
+    taught = None if settings.teacher == "weighted" else work.guidance
+    flops = output_flops(work.run, work.backbone, work.head, taught, states, found)
+    return DistilledPolicy(found.left, found.right, work.backbone.spec(), *made), {"path": found.path, "flops": flops}
 
 
 class NothingToDistil(CoalaError):

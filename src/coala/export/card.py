@@ -72,7 +72,7 @@ def card(head: ConvexHead, spec: FeatureSpec, form: str, facts: RunFacts | None,
         "Scores a reply to a prompt; higher is preferred. The language model is left as it was; the head was "
         "fitted to preference pairs by convex optimisation with COALA.",
         "",
-        *_table(rows),
+        *rows_of(rows),
         "",
         "## Certificate",
         "",
@@ -107,7 +107,8 @@ def card(head: ConvexHead, spec: FeatureSpec, form: str, facts: RunFacts | None,
     return "\n".join(lines)
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
+def rows_of(rows: list[tuple[str, str]]) -> list[str]:
+    """A Markdown table of two columns without a head."""
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
 
 

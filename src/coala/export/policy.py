@@ -1,69 +1,50 @@
 """A distilled policy as files that other programs serve: a Hugging Face folder, a GGUF file, or a LoRA adapter.
 
-Each is written beside its place, tried against the policy, and moved there whole. The change is of the output layer
-alone, W (I + A); nothing here knows how it was fitted.
+Each is written beside its place with its card, read back by plain transformers and compared with the policy, and moved
+there whole. A change is of the output layer alone, W (I + A), or an adapter; nothing here knows how it came about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from coala.export.folder import MANIFEST
+from coala.decoding.adapted import load_adapted, step_log_probs
+from coala.export.folder import public_spec
+from coala.export.merged import merge_into
 from coala.export.network import ExportError, tokenizer_of
-from coala.policies import DistilledPolicy
-from coala.store import file_digest, load_json, save_json, working_folder, write_atomic
-from coala.values import Float32
+from coala.export.policy_card import Form, Policy, PolicyFacts, checked, describe, policy_facts
+from coala.export.policy_gguf import Precision, changed_layer, check_beside, export_gguf, export_gguf_lora, lora_factors
+from coala.export.reading_back import PROBES, ExportedPolicy, compare, next_log_probs, plain_model
+from coala.export.writing import check_free, older_names, settle, written_whole
+from coala.policies import DistilledAdapter, DistilledPolicy
+from coala.settings import Vehicle
+from coala.store import PEFT, load_json, save_json, write_atomic
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
 
-Form = Literal["checkpoint", "gguf", "lora"]
-OUTPUT = "output.weight"  # what GGUF files call the output layer; tied ones have none
-PROBES = ("How do I boil an egg?", "x", "one two three four five six seven eight nine ten " * 8)
+FORMS: dict[Vehicle, tuple[Form, ...]] = {
+    "output": ("checkpoint", "gguf", "lora", "gguf-lora"),
+    "adapter": ("merged", "lora"),
+}
 
 
-@dataclass(frozen=True)
-class ExportedPolicy:
-    """``path`` with its ``form``; ``difference`` is the largest between its log-probabilities and the policy's.
-
-    Over the whole vocabulary after each of ``probes`` prompts; none is looked for in a GGUF file, which no part of this
-    package decodes: what is compared there is the tensor.
-    """
-
-    path: Path
-    form: Form
-    n_bytes: int
-    probes: int
-    difference: float
-
-
-def changed_layer(policy: DistilledPolicy, backbone: LanguageModel) -> Float32:
-    """W (I + A) (V, d) float32, W as the model holds it: a scale of its logits stays in its configuration."""
-    backbone.with_policy(policy).changed()  # refuses a policy of other weights
-    raw = backbone.transformer.get_output_embeddings().weight.detach().float().cpu().numpy()
-    left, right = policy.factors()
-    found: Float32 = raw + (raw @ left) @ right
-    return found
-
-
-def export_checkpoint(policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str) -> ExportedPolicy:
+def export_checkpoint(
+    policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str, facts: PolicyFacts | None = None
+) -> ExportedPolicy:
     """Write a folder that transformers, vLLM or SGLang loads as any model, its output layer no longer tied.
 
     Weights keep the dtype they are loaded in. Raises ``ExportError`` where the folder does not give the policy's
     probabilities when it is read back.
     """
-    from coala.backbone import load_backbone
     from coala.backbone.silence import quiet
 
     model, layer = backbone.transformer, changed_layer(policy, backbone)
     name = _name_of(model, model.get_output_embeddings())
-    with working_folder(Path(folder)) as work:
+    with written_whole(Path(folder)) as work:
         state = {key: value for key, value in model.state_dict().items() if key != f"{name}.weight"}
         state[f"{name}.weight"] = torch.from_numpy(layer).to(backbone.dtype)
         with quiet():
@@ -73,15 +54,21 @@ def export_checkpoint(policy: DistilledPolicy, backbone: LanguageModel, folder: 
         config["tie_word_embeddings"] = False
         config.pop("_name_or_path", None)
         config.pop("quantization_config", None)
+        config |= older_names(config)
         save_json(work / "config.json", config)
-        template = backbone.template.partition(":")[0]
-        difference = _tried(policy, backbone, lambda: load_backbone(work, device="cpu", template=template))
-        _describe(work, policy, "checkpoint", backbone)
+        wanted, rows = _wanted(policy, backbone)
+        difference = compare(
+            backbone.name, wanted, next_log_probs(plain_model(work, backbone.dtype), rows), backbone.dtype
+        )
+        describe(work, policy, "checkpoint", backbone, facts, checked(len(PROBES), difference))
+        settle(work)
         work.rename(folder)
-    return _exported(Path(folder), "checkpoint", len(PROBES), difference)
+    return _exported(Path(folder), "checkpoint", difference)
 
 
-def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str) -> ExportedPolicy:
+def export_lora(
+    policy: DistilledPolicy, backbone: LanguageModel, folder: Path | str, facts: PolicyFacts | None = None
+) -> ExportedPolicy:
     """Write a LoRA adapter of the output layer: B = W left, A = right, of the policy's rank.
 
     Not every engine takes one there, and some ignore it silently: compare its probabilities once it is loaded. Raises
@@ -90,14 +77,7 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
     """
     from safetensors.numpy import save as save_tensors
 
-    from coala.backbone import load_backbone
-
-    if policy.right is None:
-        raise ExportError(
-            f"The policy has full rank, {policy.rank}; an adapter of that rank is larger than the layer. Fix: distil "
-            "with a rank, or export a checkpoint."
-        )
-    backbone.with_policy(policy).changed()
+    left, right = lora_factors(policy, backbone)
     model = backbone.transformer
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         raise ExportError(
@@ -105,9 +85,8 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
             "changes; expected a layer of its own. Fix: --to checkpoint or --to gguf."
         )
     name = _name_of(model, model.get_output_embeddings())
-    raw = model.get_output_embeddings().weight.detach().float().cpu().numpy()
-    with working_folder(Path(folder)) as work:
-        tensors = {"lora_A": policy.right, "lora_B": np.ascontiguousarray(raw @ policy.left)}
+    with written_whole(Path(folder)) as work:
+        tensors = {"lora_A": right, "lora_B": left}
         named = {f"base_model.model.{name}.{part}.weight": array for part, array in tensors.items()}
         write_atomic(work / "adapter_model.safetensors", save_tensors(named, metadata={"format": "pt"}))
         save_json(
@@ -115,7 +94,7 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": policy.spec.backbone,
+                "base_model_name_or_path": public_spec(policy.spec).backbone,
                 "r": policy.rank,
                 "lora_alpha": policy.rank,
                 "lora_dropout": 0.0,
@@ -125,136 +104,112 @@ def export_lora(policy: DistilledPolicy, backbone: LanguageModel, folder: Path |
                 "target_modules": [name],
             },
         )
-        template = backbone.template.partition(":")[0]
-        difference = _tried(
-            policy, backbone, lambda: load_backbone(backbone.name, device="cpu", adapter=str(work), template=template)
-        )
-        _describe(work, policy, "lora", backbone)
+        difference = _tried_lora(policy, backbone, work)
+        describe(work, policy, "lora", backbone, facts, checked(len(PROBES), difference))
+        settle(work)
         work.rename(folder)
-    return _exported(Path(folder), "lora", len(PROBES), difference)
+    return _exported(Path(folder), "lora", difference)
 
 
-def export_gguf(
-    policy: DistilledPolicy, backbone: LanguageModel, path: Path | str, *, base: Path | str | None = None
+def export_adapter(
+    adapter: DistilledAdapter,
+    backbone: LanguageModel,
+    form: Form,
+    folder: Path | str,
+    facts: PolicyFacts | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> ExportedPolicy:
-    """Write the GGUF file ``base`` (the one the model was loaded from) with the output layer changed, in float16.
+    """Write ``adapter`` of ``backbone``, the base: ``lora`` as peft reads it, ``merged`` as an ordinary checkpoint.
 
-    Every key and every other tensor is copied byte for byte, so that any architecture that llama.cpp knows will do.
-    The layer is added where the file ties it to the embedding. Raises ``ExportError`` if the file is of another shape.
+    Raises ``ExportError`` where the files do not give the adapter's probabilities when they are read back.
     """
-    import gguf
-
-    path, source = Path(path), _base_of(backbone) if base is None else Path(base)
-    if path.exists():
-        raise ExportError(f"{path}: exists. Give another name, or delete it.")
-    layer = changed_layer(policy, backbone).astype(np.float16)
-    if not np.isfinite(layer).all():
-        raise ExportError(
-            "The changed output layer does not fit in float16. Fix: export a checkpoint, or scale the policy."
-        )
-    reader = gguf.GGUFReader(source)
-    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
-    tied = shapes.get(OUTPUT, shapes.get("token_embd.weight"))
-    if tied != layer.shape[::-1]:
-        raise ExportError(
-            f"{source}: its output layer is {tied}; expected {layer.shape[::-1]}. Give the file of the model that was "
-            "distilled."
-        )
-    with working_folder(path.with_name(f"{path.name}.parts")) as work:
-        made = work / "model.gguf"
-        _write_gguf(reader, made, layer)
-        difference = _compare_gguf(source, made, layer)
-        made.rename(path)
-    return ExportedPolicy(path, "gguf", path.stat().st_size, 0, difference)
+    if form not in FORMS["adapter"]:
+        raise _unfit(form, "adapter")
+    with written_whole(Path(folder)) as work:
+        if form == "merged":
+            difference = merge_into(
+                work,
+                adapter.folder,
+                base=backbone.name,
+                revision=backbone.revision or None,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            for name in PEFT:
+                write_atomic(work / name, (adapter.folder / name).read_bytes())
+            config = load_json(work / PEFT[1])
+            save_json(work / PEFT[1], {**config, "base_model_name_or_path": public_spec(adapter.spec).backbone})
+            difference = _tried_lora(adapter, backbone, work)
+        describe(work, adapter, form, backbone, facts, checked(len(PROBES), difference))
+        settle(work)
+        work.rename(folder)
+    return _exported(Path(folder), form, difference)
 
 
-def planned(form: Form | None, out: Path | None, base: Path | None) -> None:
-    """ExportError, before any work, for an export that is not told whole or whose place is taken."""
+def planned(
+    form: Form | None,
+    out: Path | None,
+    base: Path | None,
+    into: Vehicle = "output",
+    run: Path | None = None,
+    precision: Precision = "f16",
+) -> None:
+    """ExportError, before any work, for an export that is not told whole, or whose place is taken or cannot be."""
     if (form is None) != (out is None):
-        raise ExportError("Found one of --to and --out; expected both or neither. Fix: --to checkpoint --out FOLDER.")
-    if base is not None and form != "gguf":
-        raise ExportError("--base belongs to --to gguf; the other forms are made of the model itself.")
-    if out is not None and out.exists():
-        raise ExportError(f"{out}: exists. Give another --out, or delete it.")
+        raise ExportError("Found one of --to and --out, expected both or neither, fix: --to checkpoint --out FOLDER.")
+    if form is not None and form not in FORMS[into]:
+        raise _unfit(form, into)
+    if (base is not None and form not in ("gguf", "gguf-lora")) or (precision != "f16" and form != "gguf"):
+        raise ExportError(
+            "Found --base or --precision beside a form that has none, expected --to gguf, fix: leave them out."
+        )
+    if out is not None:
+        check_free(out, run)
+        if form == "gguf":
+            check_beside(out)
+    if base is not None and not base.is_file():
+        raise ExportError(f"{base}: found no such file, expected a GGUF file, fix: give --base FILE.")
+
+
+def _unfit(form: Form, into: Vehicle) -> ExportError:
+    ways = {
+        "gguf": "an adapter changes tensors that llama.cpp's converter names and orders for each architecture. Fix: "
+        "--to merged, then its convert_hf_to_gguf.py; or --into output, which changes a single one",
+        "gguf-lora": "an adapter changes tensors that llama.cpp names and orders for each architecture. Fix: --to "
+        "lora, then its convert_lora_to_gguf.py",
+        "checkpoint": "an adapter has to be merged first. Fix: --to merged",
+        "merged": "a change of the output layer has nothing to merge. Fix: --to checkpoint",
+    }
+    told = f"Found --to {form} of --into {into}; expected {' or '.join(FORMS[into])}, for"
+    return ExportError(f"{told} {ways[form]}.")
 
 
 def export_policy(
-    policy: DistilledPolicy,
+    policy: Policy,
     run: Path | str,
     form: Form,
     out: Path | str,
     *,
     base: Path | str | None = None,
+    precision: Precision = "f16",
     trust_remote_code: bool = False,
     download: bool = False,
 ) -> ExportedPolicy:
-    """Write ``policy`` of the run ``run`` to ``out`` in one of the three forms."""
+    """Write ``policy`` of the run ``run`` to ``out`` in one of the forms of :data:`FORMS`."""
     from coala.alignment import load_parts
 
     backbone, _, _ = load_parts(run, trust_remote_code=trust_remote_code, download=download)
+    facts = policy_facts(run, policy)
+    if isinstance(policy, DistilledAdapter):
+        return export_adapter(policy, backbone, form, out, facts, trust_remote_code=trust_remote_code)
     if form == "gguf":
-        return export_gguf(policy, backbone, out, base=base)
-    return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out)
-
-
-def _write_gguf(reader: Any, path: Path, layer: Any) -> None:
-    import gguf
-
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(path, architecture, endianess=reader.endianess)
-    alignment = reader.fields.get("general.alignment")
-    if alignment is not None:
-        writer.data_alignment = int(alignment.contents())
-    for field in reader.fields.values():
-        if field.name == "general.architecture" or field.name.startswith("GGUF."):
-            continue
-        kind = field.types[0]
-        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
-    kept = [tensor for tensor in reader.tensors if tensor.name != OUTPUT]
-    for tensor in kept:
-        writer.add_tensor_info(
-            tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
-        )
-    writer.add_tensor_info(OUTPUT, layer.shape, layer.dtype, layer.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in kept:
-        writer.write_tensor_data(tensor.data, tensor_endianess=reader.endianess)
-    writer.write_tensor_data(layer)
-    writer.close()
-
-
-def _compare_gguf(source: Path, made: Path, layer: Any) -> float:
-    """Read the new file back: its keys and other tensors are the old one's, and its output layer is ``layer``."""
-    import gguf
-
-    old, new = gguf.GGUFReader(source), gguf.GGUFReader(made)
-    told = [
-        {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        for reader in (old, new)
-    ]
-    if told[0] != told[1]:
-        differing = sorted(key for key in {*told[0], *told[1]} if told[0].get(key) != told[1].get(key))
-        raise ExportError(f"{source}: these keys could not be copied: {', '.join(differing)}.")
-    tensors = {tensor.name: tensor for tensor in new.tensors}
-    for tensor in old.tensors:
-        if tensor.name != OUTPUT and not np.array_equal(tensor.data, tensors[tensor.name].data):
-            raise ExportError(f"{source}: the tensor {tensor.name} could not be copied.")
-    return float(np.abs(np.asarray(tensors[OUTPUT].data, np.float32) - layer.astype(np.float32)).max())
-
-
-def _base_of(backbone: LanguageModel) -> Path:
-    from coala.backbone.files import find
-    from coala.backbone.gguf import is_gguf
-
-    found = find(backbone.name, None, download=False)[0] if Path(backbone.name).exists() else Path(backbone.name)
-    if not is_gguf(found):
-        raise ExportError(
-            f"{backbone.name} was not loaded from a GGUF file. Fix: give the GGUF file of the same model as the base."
-        )
-    return found
+        return export_gguf(policy, backbone, out, facts, base=base, precision=precision)
+    if form == "gguf-lora":
+        return export_gguf_lora(policy, backbone, out, facts, base=base)
+    if form == "merged":
+        raise _unfit(form, "output")
+    return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out, facts)
 
 
 def _name_of(model: Any, layer: Any) -> str:
@@ -264,43 +219,34 @@ def _name_of(model: Any, layer: Any) -> str:
     raise ExportError(f"{type(model).__name__} has no output layer of its own. Use another model.")
 
 
-def _tried(policy: DistilledPolicy, backbone: LanguageModel, load: Callable[[], LanguageModel]) -> float:
-    """The largest difference of next-token log-probabilities; ExportError beyond what the dtype rounds."""
-    ours, model = backbone.with_policy(policy).changed(), load()
-    worst = 0.0
-    for probe in PROBES:
-        row = backbone.render(probe).tokens
-        wanted = torch.log_softmax(ours.logits(backbone.hidden([row], -1)[0, -1:]), -1)
-        found = torch.log_softmax(model.logits(model.hidden([row], -1)[0, -1:]), -1)
-        worst = max(worst, float((wanted.cpu() - found.cpu()).abs().max()))
-    # Half precision rounds the layer: logits of size 30 are off by about 0.1.
-    allowed = 1e-3 if backbone.dtype == torch.float32 else 0.5
-    if not worst <= allowed:
-        raise ExportError(
-            f"What was written for {backbone.name} is off by {worst:.3g} nats when it is read back, more than "
-            "rounding: its output layer is not read from the files. Use another form."
-        )
-    return worst
+def _wanted(policy: Policy, backbone: LanguageModel) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """The policy's log-probabilities after each probe, and the probes in tokens."""
+    rows = [backbone.render(probe).tokens for probe in PROBES]
+    if isinstance(policy, DistilledPolicy):
+        changed = backbone.with_policy(policy).changed()
+        return [step_log_probs(changed, row, (), 1)[0] for row in rows], rows
+    options: dict[str, Any] = {"device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch.")}
+    adapted = load_adapted(policy, **options)
+    return [step_log_probs(adapted, row, (), 1)[0] for row in rows], rows
 
 
-def _describe(work: Path, policy: DistilledPolicy, form: Form, backbone: LanguageModel) -> None:
-    certificate = policy.certificate
-    files = {p.name: file_digest(p) for p in sorted(work.iterdir()) if p.is_file()}
-    save_json(
-        work / MANIFEST,
-        {
-            "form": f"distilled {form}",
-            "program": policy.program,
-            "support": policy.support,
-            "ridge": policy.ridge,
-            "rank": policy.rank,
-            "weights": backbone.weights,
-            "certificate": certificate,
-            "files": files,
-        },
-    )
+def _tried_lora(policy: Policy, backbone: LanguageModel, work: Path) -> float:
+    """By peft on the base as plain transformers loads it; a base in GGUF as it is dequantised here."""
+    from coala.backbone import load_backbone
+    from coala.backbone.files import find
+    from coala.backbone.gguf import is_gguf
+
+    wanted, rows = _wanted(policy, backbone)
+    place = find(backbone.name, backbone.revision or None, download=False)[0]
+    if is_gguf(place):
+        dtype, template = str(backbone.dtype).removeprefix("torch."), backbone.template.partition(":")[0]
+        model = load_backbone(backbone.name, device="cpu", dtype=dtype, template=template, adapter=work, download=False)
+        found = [step_log_probs(model, row, (), 1)[0] for row in rows]
+    else:
+        found = next_log_probs(plain_model(place, backbone.dtype, work), rows)
+    return compare(backbone.name, wanted, found, backbone.dtype)
 
 
-def _exported(folder: Path, form: Form, probes: int, difference: float) -> ExportedPolicy:
+def _exported(folder: Path, form: Form, difference: float) -> ExportedPolicy:
     n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    return ExportedPolicy(folder, form, n_bytes, probes, difference)
+    return ExportedPolicy(folder, form, n_bytes, len(PROBES), difference)

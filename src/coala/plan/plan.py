@@ -22,6 +22,7 @@ from coala.costs import (
     search_flops,
     second_phase_flops,
 )
+from coala.plan.distilling import DistilPlan, distil_plan
 from coala.plan.memory import Needs, Parts, Shortage, mends_of
 from coala.plan.probe import probed, reply_seconds
 from coala.plan.tokens import Counts, Guess, count
@@ -46,7 +47,8 @@ class RunPlan:
     ``pair_by_pair``, ``fit`` (at most, by the usual steps of a solve) and ``replies`` (at most). ``seconds`` is the
     time of the extraction, ``reply_seconds`` that of the replies at most; None, with the reason in ``probe``, if it was
     not measured. ``room`` holds the bytes there
-    are of device, host and disk, None if nobody tells. ``workers`` processes share the extraction. ``mends`` are the
+    are of device, host and disk, None if nobody tells. ``workers`` processes share the extraction. ``distil`` is
+    what ``coala distil`` would take of the finished run. ``mends`` are the
     flags that make the run fit: any one of them, or, with ``together``, all of them.
     """
 
@@ -74,6 +76,7 @@ class RunPlan:
     together: bool
     workers: int = 1
     reply_seconds: float | None = None
+    distil: DistilPlan | None = None
 
     def require(self, *, certain: bool = False) -> None:
         """Raise :class:`PlanError` if something is short; ``certain``: only if even the smallest passes do not fit."""
@@ -190,6 +193,7 @@ def make_plan(
         together=together,
         workers=n_workers,
         reply_seconds=replies,
+        distil=distil_plan(recipe, outline, counts, on_gpu=on_gpu),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coala.costs import work_over_bound
+from coala.plan.distilling import DistilPlan
 from coala.plan.memory import OTHERS, size
 from coala.plan.plan import RunPlan
 from coala.values import Estimate
@@ -73,7 +74,21 @@ def table_rows(plan: RunPlan) -> list[tuple[str, str]]:
             rows.append((f"{name}, {stage}", _of(sum(parts.values()), room)))
             rows += [(f"  {part}", size(number)) for part, number in parts.items() if number]
     rows.append(("disk", _of(sum(plan.disk_bytes.values()), plan.room["disk"])))
-    return rows + [(f"  {part}", size(number)) for part, number in plan.disk_bytes.items() if number]
+    rows += [(f"  {part}", size(number)) for part, number in plan.disk_bytes.items() if number]
+    return rows + ([] if plan.distil is None else _distil_rows(plan.distil))
+
+
+_VEHICLES = {"output": "  --into output", "adapter": "  --into adapter", "dpo": "  for comparison, DPO at 4 rates"}
+
+
+def _distil_rows(plan: DistilPlan) -> list[tuple[str, str]]:
+    """A row for each vehicle, and DPO's sweep."""
+    rows = [("distil", f"{plan.replies:,} replies of {plan.reply_tokens:,} tokens, at most; steps as they usually go")]
+    for vehicle, parts in plan.flops.items():
+        told = ", ".join(f"{name.replace('_', ' ')} {operations(flops)}" for name, flops in parts.items())
+        needed = max(plan.bytes[vehicle].values())
+        rows.append((_VEHICLES[vehicle], f"{operations(sum(parts.values()))} ({told}); up to {size(needed)}"))
+    return rows
 
 
 def _of(needed: int, there: int | None) -> str:

@@ -24,8 +24,17 @@ from coala.store.files import (
     save_lines,
     working_folder,
     write_atomic,
+    write_error,
 )
-from coala.store.policies import DISTILLED, load_policy, run_policy, save_policy
+from coala.store.policies import (
+    DISTILLED,
+    PEFT,
+    load_adapter,
+    load_policy,
+    run_policy,
+    save_adapter,
+    save_policy,
+)
 from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
@@ -42,6 +51,7 @@ from coala.store.values import (
 
 __all__ = [
     "DISTILLED",
+    "PEFT",
     "FeatureStore",
     "MisfitError",
     "Replacement",
@@ -53,6 +63,7 @@ __all__ = [
     "discard",
     "file_digest",
     "link_features",
+    "load_adapter",
     "load_features",
     "load_generations",
     "load_head",
@@ -67,6 +78,7 @@ __all__ = [
     "read_as",
     "replacing",
     "run_policy",
+    "save_adapter",
     "save_features",
     "save_generations",
     "save_head",
@@ -79,5 +91,6 @@ __all__ = [
     "worded",
     "working_folder",
     "write_atomic",
+    "write_error",
     "write_rows",
 ]

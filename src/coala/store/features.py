@@ -214,20 +214,31 @@ def write_rows(path: Path, blocks: Iterable[NDArray[Any]], n_rows: int) -> None:
     """Write blocks (..., m, d) of rows, ``n_rows`` in all, to one ``.npy`` file without holding more than a block.
 
     Raises:
-        StoreError: if the blocks do not make ``n_rows`` rows; the file is then of no use.
+        StoreError: if the blocks do not make ``n_rows`` rows, and on a full disk; the file is then of no use.
     """
     target: NDArray[Any] | None = None
     done = 0
     for block in blocks:
         if target is None:
             shape = (*block.shape[:-2], n_rows, block.shape[-1])
-            target = np.lib.format.open_memmap(path, mode="w+", dtype=block.dtype, shape=shape)
+            target = _mapped(path, shape, block.dtype)
         if done + block.shape[-2] <= n_rows:
             target[..., done : done + block.shape[-2], :] = block
         done += block.shape[-2]
     if target is None or done != n_rows:
         raise StoreError(f"The blocks hold {done} rows; {n_rows} were announced. Give the number that is written.")
     target.flush()  # type: ignore[attr-defined]
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A new ``.npy`` file, mapped, its room taken: on a full disk an error here, and no bus error at a later write."""
+    try:
+        made: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))
+    except OSError as error:
+        raise write_error(path, error) from error
+    return made
 
 
 def scratch(folder: Path) -> Callable[[tuple[int, ...], type[Any]], NDArray[Any]]:

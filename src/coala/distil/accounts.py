@@ -1,0 +1,88 @@
+"""What distillation into the output layer has taken by formula, and what DPO's best rate would on the same pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coala.costs import Solve, decoding_flops, output_fit_flops, states_flops, sweep_flops, teacher_flops
+from coala.store import RunFolder, load_pairs
+from coala.values import Turn, conversation_text
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.convex.output_fit import OutputFit
+    from coala.decoding import Guidance
+    from coala.policies import DistilStates
+    from coala.values import ConvexHead
+
+DPO_RATES = 4  # learning rates of a sweep, as few as a comparison may try (docs/compare.md)
+
+
+def output_flops(
+    run: RunFolder,
+    backbone: LanguageModel,
+    head: ConvexHead,
+    guidance: Guidance | None,
+    states: DistilStates,
+    found: OutputFit,
+) -> dict[str, int]:
+    """FLOPs of the teacher's replies, of their states and of the solver; without ``guidance`` replies were there.
+
+    A prompt has one reply, or, where none was written, those of its pairs. Of the solver over the whole vocabulary
+    nothing is counted. ``dpo_sweep`` is :func:`dpo_flops`, for comparison.
+    """
+    prompts, shape = run_prompts(run), backbone.shape
+    groups, steps = np.unique(states.group, return_counts=True)
+    lengths = [len(backbone.render(prompts[group]).tokens) for group in groups]
+    flops = {}
+    if guidance is not None and guidance.mode == "block":
+        flops["teacher"] = teacher_flops(shape, lengths, steps, candidates=guidance.candidates)
+    elif guidance is not None:
+        looked, n = guidance.looked_at, head.n_neurons
+        flops["teacher"] = sum(
+            decoding_flops(shape, prompt, int(reply), candidates=looked, every=guidance.interval, n_neurons=n)
+            for prompt, reply in zip(lengths, steps, strict=True)
+        )
+    chosen, rejected = pair_lengths(run, backbone)
+    rows = [*chosen, *rejected] if guidance is None else [a + int(b) - 1 for a, b in zip(lengths, steps, strict=True)]
+    flops["states"] = states_flops(shape, rows, steps)
+    if found.certificate.facts["support"] == "nucleus":
+        flops["solver"] = fit_flops(found, states.width)
+    return {**flops, "dpo_sweep": dpo_flops(run, backbone)}
+
+
+def fit_flops(found: OutputFit, width: int) -> int:
+    """FLOPs of the products of a fit over nuclei, by the steps that it took."""
+    facts = found.certificate.facts
+    solves = [Solve(width, 0)]  # the unit of the ridge
+    solves += [Solve(row.get("inputs", width), row["steps"], held_out=1) for row in found.path if "steps" in row]
+    cut = "steps_within_rank" in facts
+    chose = any(row["rank"] is not None for row in found.path)  # beside every rank, the change uncut
+    solves += [Solve(width, facts["steps"], certificates=facts["certificates"] + cut, held_out=int(chose))]
+    if cut:
+        solves += [Solve(facts["inputs_within_rank"], facts["steps_within_rank"], facts["certificates_within_rank"])]
+    return output_fit_flops(facts["n_rows"], facts["n_support"], width, solves)
+
+
+def dpo_flops(run: RunFolder, backbone: LanguageModel) -> int:
+    """DPO of adapters on the run's training pairs, one epoch at each of :data:`DPO_RATES` learning rates."""
+    return sweep_flops(backbone.shape, *pair_lengths(run, backbone), rates=DPO_RATES)
+
+
+def pair_lengths(run: RunFolder, backbone: LanguageModel) -> tuple[list[int], list[int]]:
+    """Tokens of prompt and reply of the training pairs, chosen and rejected."""
+    pairs = load_pairs(run.path / "pairs-train.jsonl")
+
+    def length(prompt: Sequence[Turn], reply: str) -> int:
+        return len(backbone.render(prompt, reply, ends_with_eos=True).tokens)
+
+    return [length(pair.prompt, pair.chosen) for pair in pairs], [length(pair.prompt, pair.rejected) for pair in pairs]
+
+
+def run_prompts(run: RunFolder) -> Sequence[tuple[Turn, ...]]:
+    """The distinct prompts of the run's training pairs, in their order."""
+    pairs = load_pairs(run.path / "pairs-train.jsonl")
+    return list({conversation_text(pair.prompt): pair.prompt for pair in pairs}.values())

@@ -1,0 +1,136 @@
+"""What a distilled policy does to text: its replies to a run's held-out prompts, against unguided ones.
+
+FOLDER/measured.json beside the policy, with the digest of the weights that were measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coala.alignment import load_parts
+from coala.alignment.judges import judge_name, open_judge
+from coala.alignment.stages import rows_at_once
+from coala.callbacks import OnNote, OnProgress, quiet, silent
+from coala.decoding import Guidance, generate, generate_distilled
+from coala.decoding.adapted import generate_adapted, load_adapted
+from coala.distil.settings import DistilSettings
+from coala.distil.stage import teacher_of
+from coala.evaluation import judge_many, win_rate
+from coala.policies import DistilledAdapter, DistilledPolicy
+from coala.recipe import recipe_of
+from coala.statistics.intervals import mean_estimate
+from coala.statistics.scores import perplexity
+from coala.store import RunFolder, file_digest, load_pairs, save_json
+from coala.values import CoalaError, Estimate, conversation_text, prompt_id
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one reply to each of ``n`` held-out prompts, against as many independent unguided ones.
+
+    ``wins`` by the run's judge, None where it names none. ``divergence`` is the exact KL(policy || base) of a reply in
+    nats, over the whole vocabulary at temperature 1. Perplexities are the base model's.
+    """
+
+    n: int
+    judge: str
+    wins: Estimate | None
+    divergence: Estimate
+    perplexity: Estimate
+    unguided_perplexity: Estimate
+    sampling: dict[str, float]
+    weights: str
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The base model's perplexity of the policy's replies over that of unguided ones."""
+        return self.perplexity.value / self.unguided_perplexity.value
+
+    def summary_rows(self) -> list[list[str]]:
+        """What a table says of it."""
+        wins = "not known: the run names no judge (align with --judge)"
+        if self.wins is not None:
+            wins = f"{self.wins} against unguided replies, by {self.judge}"
+        return [
+            ["wins", wins],
+            ["divergence", f"{self.divergence} nats a reply"],
+            ["perplexity", f"{self.perplexity_ratio:.2f} of unguided replies' ({self.n} replies each)"],
+        ]
+
+
+def measure(
+    path: Path | str,
+    policy: DistilledPolicy | DistilledAdapter,
+    *,
+    on_progress: OnProgress = silent,
+    on_note: OnNote = quiet,
+    trust_remote_code: bool = False,
+    download: bool = False,
+) -> Measured:
+    """Sample ``policy``, distilled of the run ``path``, on its held-out prompts; written beside the policy.
+
+    Of the prompts the first ``evaluation.prompts`` are answered, at the temperature, top-k and top-p that the teacher
+    sampled with, none of which was fitted on.
+    """
+    run = RunFolder.open(path)
+    recipe = recipe_of(run.settings, run.path / "run.json")
+    settings, guidance = recipe.evaluation, teacher_of(recipe, DistilSettings())
+    pairs = load_pairs(run.path / "pairs-eval.jsonl")
+    prompts = list({conversation_text(pair.prompt): pair.prompt for pair in pairs}.values())[: settings.prompts]
+    if not prompts:
+        raise CoalaError("Found no held-out prompt to answer. Fix: align with --prompts 50 and pairs held out.")
+    backbone, _, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
+    sampling = {"temperature": settings.temperature, "top_k": guidance.top_k, "top_p": guidance.top_p}
+    common: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "prompt_ids": [prompt_id(prompt) for prompt in prompts],
+        "batch_size": rows_at_once(backbone),
+    }
+    restricted: dict[str, Any] = {"top_k": guidance.top_k, "top_p": guidance.top_p}
+    on_progress("measure", 0, 3, "unguided replies")
+    plain = generate(prompts, backbone, None, Guidance.unguided(**restricted), seed=recipe.seed + 1, **common)
+    on_progress("measure", 1, 3, "the policy's replies")
+    if isinstance(policy, DistilledPolicy):
+        ours = generate_distilled(prompts, backbone, policy, seed=recipe.seed, **restricted, **common)
+        file = run.path / "distilled" / "policy.safetensors"
+    else:
+        model = _adapted(policy, backbone, trust_remote_code)
+        ours = generate_adapted(prompts, model, seed=recipe.seed, **restricted, **common)
+        file = policy.folder / "adapter_model.safetensors"
+    on_progress("measure", 2, 3, "verdicts")
+    judge, wins = "", None
+    if settings.judge is not None:
+        judge = judge_name(settings.judge)[0]
+        by_id = dict(zip(common["prompt_ids"], prompts, strict=True))
+        found = judge_many(
+            ours,
+            plain,
+            open_judge(settings.judge),
+            prompts=by_id,
+            on_failure=lambda prompt, error: on_note(f"no verdict on prompt {prompt}: {error}"),
+        )
+        wins = win_rate(found.judgements, of=ours[0].method)
+    measured = Measured(
+        len(prompts),
+        judge,
+        wins,
+        mean_estimate([one.divergence or 0.0 for one in ours]),
+        perplexity([one.log_prob for one in ours], [one.n_tokens for one in ours]),
+        perplexity([one.log_prob for one in plain], [one.n_tokens for one in plain]),
+        sampling,
+        file_digest(file),
+    )
+    save_json(file.parent / "measured.json", {**asdict(measured), "perplexity_ratio": measured.perplexity_ratio})
+    on_progress("measure", 3, 3)
+    return measured
+
+
+def _adapted(adapter: DistilledAdapter, backbone: LanguageModel, trust_remote_code: bool) -> LanguageModel:
+    options: dict[str, Any] = {"device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch.")}
+    return load_adapted(adapter, trust_remote_code=trust_remote_code, **options)
