@@ -140,6 +140,18 @@ def test_half_precision_is_rounded_once_and_stays_what_it_is(
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
 
 
+def test_matrices_that_a_model_keeps_transposed_are_changed_so(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_backbone("gpt2", tmp_path / "gpt2")
+    trained(base, tmp_path / "peft", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    merge_into(_new(tmp_path / "merged"), tmp_path / "peft", base=str(base))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "peft"))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(log_probs(ours), log_probs(theirs.merge_and_unload()), atol=1e-4)
+
+
 def _new(folder: Path) -> Path:
     folder.mkdir()
     return folder
