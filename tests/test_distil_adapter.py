@@ -299,7 +299,8 @@ def test_the_command_distils_measures_and_exports(
 ) -> None:
     run, form = taught[0], "merged" if into == "adapter" else "checkpoint"
     line = ["distil", str(run), "--into", into, "--prompts", "12", "--candidates", "2", "--block-tokens", "3"]
-    line += ["--rate", "3e-3", "--rate", "1e-7", "--epochs", "2", "--adapter-rank", "4", "--batch", "4"]
+    if into == "adapter":
+        line += ["--rate", "3e-3", "--rate", "1e-7", "--epochs", "2", "--adapter-rank", "4", "--batch", "4"]
     line += ["--measure", "--to", form, "--out", str(tmp_path / "out"), "--json"]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output

@@ -23,7 +23,7 @@ from coala.export.policy_card import PolicyFacts, licence_of, policy_card, polic
 from coala.export.reading_back import compare
 from coala.policies import DistilledAdapter
 from coala.store import file_digest, save_json
-from coala.values import Certificate, Turn, user
+from coala.values import Certificate, CoalaError, Turn, user
 
 from .menagerie import tiny_backbone
 from .test_backbone_adapters import trained
@@ -186,6 +186,18 @@ def test_forms_that_do_not_fit_are_refused_before_any_work(tmp_path: Path) -> No
     (tmp_path / "out.Modelfile").write_text("")
     with pytest.raises(ExportError, match=r"out\.Modelfile: exists"):
         planned("gguf", tmp_path / "out.gguf", None)
+
+
+def test_settings_of_the_other_vehicle_are_refused() -> None:
+    for line, told in (
+        (["--into", "adapter", "--rank", "4", "--support", "vocabulary"], "--support, --rank with --into adapter"),
+        (["--rate", "1e-3"], "--rate with --into output"),
+    ):
+        result = CliRunner().invoke(app, ["distil", "nowhere", *line])
+        assert isinstance(result.exception, CoalaError)
+        assert told in str(result.exception)
+    default = CliRunner().invoke(app, ["distil", "nowhere"])
+    assert "is not a run folder" in str(default.exception)
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import typer
 
 from coala.cli.flags import every, with_settings
 from coala.cli.options import Download, TrustCode
-from coala.distil.settings import AdapterSettings, DistilSettings
+from coala.distil.settings import AdapterSettings, DistilSettings, check_vehicle
 from coala.settings import Vehicle
 
 
@@ -62,6 +62,7 @@ def distil(
     from coala.export.policy import export_policy, planned
 
     permitted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "download": download}
+    check_vehicle(into, settings, adapter)
     planned(to, out, base, into)
     with progress() as show:
         told: dict[str, Any] = {"on_progress": show, "on_note": say, **permitted}

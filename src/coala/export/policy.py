@@ -37,8 +37,8 @@ FORMS: dict[Vehicle, tuple[Form, ...]] = {"output": ("checkpoint", "gguf", "lora
 class ExportedPolicy:
     """``path`` with its ``form``; ``difference`` is the largest between its log-probabilities and the policy's.
 
-    Over the whole vocabulary after each of ``probes`` prompts, by plain transformers; 0 probes where transformers does
-    not read the architecture of a GGUF file, of which the tensor is compared then. ``beside`` are the files that stand
+    Over the whole vocabulary after each of ``probes`` prompts, by plain transformers; 0 probes where transformers did
+    not load a GGUF file, of which the tensor is compared then. ``beside`` are the files that stand
     next to a GGUF file: its card and its Modelfile.
     """
 
@@ -238,7 +238,7 @@ def beside_of(path: Path) -> tuple[Path, Path]:
 def _read_gguf(policy: DistilledPolicy, backbone: LanguageModel, made: Path) -> float | None:
     """The largest difference between the file's log-probabilities and the policy's of its own states.
 
-    None where transformers does not read the architecture. A file that is quantised otherwise has states of its own.
+    None where transformers does not load it. A file that is quantised otherwise has states of its own.
     """
     from coala.backbone import load_backbone
 
