@@ -45,7 +45,7 @@ POLICIES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "shift, ridge and rank by held-out prompts": ({"teacher": "shift"}, (1.0, 1.5)),
 }
 
-ADAPTER = "adapter on the guided replies, rate and epoch by held-out prompts"
+ADAPTER = "adapter, rate and epoch by held-out prompts"
 
 
 def main() -> None:

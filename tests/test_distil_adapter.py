@@ -299,7 +299,8 @@ def test_the_command_distils_measures_and_exports(
 ) -> None:
     run, form = taught[0], "merged" if into == "adapter" else "checkpoint"
     line = ["distil", str(run), "--into", into, "--prompts", "12", "--candidates", "2", "--block-tokens", "3"]
-    line += ["--rate", "3e-3", "--rate", "1e-7", "--epochs", "2", "--adapter-rank", "4", "--batch", "4"]
+    if into == "adapter":
+        line += ["--rate", "3e-3", "--rate", "1e-7", "--epochs", "2", "--adapter-rank", "4", "--batch", "4"]
     line += ["--measure", "--to", form, "--out", str(tmp_path / "out"), "--json"]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output
@@ -324,3 +325,57 @@ def test_the_command_distils_measures_and_exports(
     # Perplexity is the base model's, of the policy's replies and of unguided ones.
     measured = json.loads((run / Path(last["folder"]).name / "measured.json").read_text())
     assert measured["perplexity"]["value"] / measured["unguided_perplexity"]["value"] == measured["perplexity_ratio"]
+
+
+@pytest.mark.nightly
+def test_a_gguf_chat_models_adapter_samples_with_its_exact_divergence(smollm2: Path, tmp_path: Path) -> None:
+    """The adapter lies beside dequantised weights; off, they are the file's own."""
+    from safetensors.torch import load_file, save_file
+
+    base = load_backbone(smollm2, device="cpu", dtype="float32")
+    width = base.width
+    factors = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in (3, 20):
+            place = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+            inner = base.transformer.model.layers[layer].mlp.down_proj.weight.shape[1]
+            factors |= {
+                f"{place}.lora_A.weight": 0.05 * torch.randn(4, inner),
+                f"{place}.lora_B.weight": 0.15 * torch.randn(width, 4),
+            }
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+    about |= {"bias": "none", "target_modules": r".*layers\.(3|20)\.mlp\.down_proj", "base_model_name_or_path": ""}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    row = {"rate": 1e-3, "epoch": 1, "held_out": -0.1, "se": 0.01}
+    found = save_adapter(
+        tmp_path / "kept", DistilledAdapter(folder, base.spec(), "guided", 4, 1e-3, 1, 2.0, (row,), FACTS)
+    )
+    assert load_file(found.folder / "adapter_model.safetensors").keys() == factors.keys()
+    model = load_adapted(found, device="cpu", dtype="float32")
+    prompt = user("Give three tips for staying healthy.")
+    (reply,) = generate_adapted([prompt], model, max_new_tokens=12, seed=0, temperature=0)
+    tokens = base.render(prompt).tokens
+    with adapter_off(model):
+        assert torch.allclose(step_log_probs(model, tokens, (), 1), step_log_probs(base, tokens, (), 1), atol=1e-4)
+    # The same weights changed by hand.
+    for layer in (3, 20):
+        place = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        module = base.transformer.model.layers[layer].mlp.down_proj
+        changed = torch.nn.Linear(module.weight.shape[1], width, bias=False)
+        update = 2.0 * factors[f"{place}.lora_B.weight"] @ factors[f"{place}.lora_A.weight"]
+        changed.weight = torch.nn.Parameter(module.weight + update, requires_grad=False)
+        base.transformer.model.layers[layer].mlp.down_proj = changed
+    (other,) = generate([prompt], base, max_new_tokens=12, seed=0, temperature=0)
+    assert reply.text == other.text
+    assert reply.divergence is not None
+    assert reply.divergence > 0.01
+    written = base.render(prompt, reply.text).tokens[len(tokens) :]
+    p = step_log_probs(base, tokens, written[:-1], len(written)).double()
+    with adapter_off(model):
+        q = step_log_probs(model, tokens, written[:-1], len(written)).double()
+    if reply.n_tokens == len(written) == 12:
+        assert reply.divergence == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)

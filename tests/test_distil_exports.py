@@ -23,7 +23,7 @@ from coala.export.policy_card import PolicyFacts, licence_of, policy_card, polic
 from coala.export.reading_back import compare
 from coala.policies import DistilledAdapter
 from coala.store import file_digest, save_json
-from coala.values import Certificate, Turn, user
+from coala.values import Certificate, CoalaError, Turn, user
 
 from .menagerie import tiny_backbone
 from .test_backbone_adapters import trained
@@ -140,6 +140,18 @@ def test_half_precision_is_rounded_once_and_stays_what_it_is(
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
 
 
+def test_matrices_that_a_model_keeps_transposed_are_changed_so(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_backbone("gpt2", tmp_path / "gpt2")
+    trained(base, tmp_path / "peft", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    merge_into(_new(tmp_path / "merged"), tmp_path / "peft", base=str(base))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "peft"))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(log_probs(ours), log_probs(theirs.merge_and_unload()), atol=1e-4)
+
+
 def _new(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -174,6 +186,18 @@ def test_forms_that_do_not_fit_are_refused_before_any_work(tmp_path: Path) -> No
     (tmp_path / "out.Modelfile").write_text("")
     with pytest.raises(ExportError, match=r"out\.Modelfile: found something"):
         planned("gguf", tmp_path / "out.gguf", None)
+
+
+def test_settings_of_the_other_vehicle_are_refused() -> None:
+    for line, told in (
+        (["--into", "adapter", "--rank", "4", "--support", "vocabulary"], "--support, --rank with --into adapter"),
+        (["--rate", "1e-3"], "--rate with --into output"),
+    ):
+        result = CliRunner().invoke(app, ["distil", "nowhere", *line])
+        assert isinstance(result.exception, CoalaError)
+        assert told in str(result.exception)
+    default = CliRunner().invoke(app, ["distil", "nowhere"])
+    assert "is not a run folder" in str(default.exception)
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------

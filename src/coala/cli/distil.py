@@ -9,7 +9,7 @@ import typer
 
 from coala.cli.flags import every, with_settings
 from coala.cli.options import Download, TrustCode
-from coala.distil.settings import AdapterSettings, DistilSettings
+from coala.distil.settings import AdapterSettings, DistilSettings, check_vehicle
 from coala.settings import Vehicle
 
 
@@ -66,6 +66,7 @@ def distil(
     from coala.export.policy import export_policy, planned
 
     permitted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "download": download}
+    check_vehicle(into, settings, adapter)
     planned(to, out, base, into, run, precision)
     exported: dict[str, Any] = {"base": base, "precision": precision, **permitted}
     with progress() as show:

@@ -98,12 +98,17 @@ def distil_adapter(
         best = min(trials, key=lambda row: (row["held_out"], row["rate"], row["epoch"]))
         if best["held_out"] >= 0:
             on_note("No rate lowers the loss on held-out replies: the adapter is worse than none there.")
+        if (temperature := recipe.evaluation.temperature) != 1:
+            on_note(
+                f"The replies were sampled at temperature {temperature:g}; the adapter learns them as they are: at 1."
+            )
         kept = runs[best["rate"]]
         facts = {
             "plan": plan,
             "epochs": adapter.epochs,
             "guidance": str(guidance),
-            "temperature": recipe.evaluation.temperature or 1.0,
+            # What SFT learns is the text as it is: sampled at 1, whatever the teacher was sampled at.
+            "temperature": 1.0,
             "sampling": {"top_k": guidance.top_k, "top_p": guidance.top_p},
             **part.facts(),
             "flops": {**flops, **_flops(shape, part, list(runs.values()), adapter)},
@@ -123,8 +128,8 @@ def distil_adapter(
             facts,
         )
         found = save_adapter(folder, found)
-        discard(job.work)
-        discard(folder / WEIGHTS)
+        for left in (folder / WEIGHTS, *folder.glob("training-*")):
+            discard(left)
     return found
 
 
@@ -245,6 +250,10 @@ class _Part:
 
 
 def _check(recipe: Recipe, settings: DistilSettings, adapter: AdapterSettings) -> None:
+    """CoalaError, before any work, for what cannot be trained."""
+    from coala.baselines import trl, trl_adapter
+
+    trl_adapter.require(trl("sft"))
     if settings.teacher != "guided":
         raise CoalaError(
             f"Found the teacher {settings.teacher!r}; expected 'guided', for TRL imitates texts as they are, without "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coala.alignment import load_parts
 from coala.alignment.judges import judge_name, open_judge
@@ -24,9 +24,6 @@ from coala.statistics.intervals import mean_estimate
 from coala.statistics.scores import perplexity
 from coala.store import RunFolder, file_digest, load_pairs, save_json
 from coala.values import CoalaError, Estimate, conversation_text, prompt_id
-
-if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ def measure(
 ) -> Measured:
     """Sample ``policy``, distilled of the run ``path``, on its held-out prompts; written beside the policy.
 
-    Of the prompts the first ``evaluation.prompts`` are answered, at the temperature, top-k and top-p that the teacher
-    sampled with, none of which was fitted on.
+    The first ``evaluation.prompts`` are answered, none of which was fitted on, at the temperature, top-k and top-p that
+    the teacher sampled with; by an adapter at temperature 1, at which it learnt the teacher's texts.
     """
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
@@ -100,7 +97,10 @@ def measure(
         ours = generate_distilled(prompts, backbone, policy, seed=recipe.seed, **restricted, **common)
         file = run.path / "distilled" / "policy.safetensors"
     else:
-        model = _adapted(policy, backbone, trust_remote_code)
+        common["temperature"] = sampling["temperature"] = policy.facts["temperature"]
+        options: dict[str, Any] = {"device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch.")}
+        del backbone  # the adapted model has its weights too
+        model = load_adapted(policy, trust_remote_code=trust_remote_code, **options)
         ours = generate_adapted(prompts, model, seed=recipe.seed, **restricted, **common)
         file = policy.folder / "adapter_model.safetensors"
     on_progress("measure", 2, 3, "verdicts")
@@ -129,8 +129,3 @@ def measure(
     save_json(file.parent / "measured.json", {**asdict(measured), "perplexity_ratio": measured.perplexity_ratio})
     on_progress("measure", 3, 3)
     return measured
-
-
-def _adapted(adapter: DistilledAdapter, backbone: LanguageModel, trust_remote_code: bool) -> LanguageModel:
-    options: dict[str, Any] = {"device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch.")}
-    return load_adapted(adapter, trust_remote_code=trust_remote_code, **options)

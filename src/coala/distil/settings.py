@@ -1,17 +1,19 @@
 """What decides a distilled policy, and an adapter trained on the same replies.
 
-Imports nothing that is slow to load: commands make their flags of it."""
+Imports nothing that is slow to load: commands make their flags of it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from coala.settings import Seed, Setting, Support, Teacher
+from coala.messages import CoalaError
+from coala.settings import Seed, Setting, Support, Teacher, Vehicle
 
-RATES = (3e-4, 1e-3, 2e-3)  # around the rates that trained film-lm and SmolLM2 best
+RATES = (3e-4, 1e-3, 2e-3)  # to both sides of 1e-3, a usual rate of adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +63,21 @@ class AdapterSettings:
     epochs: Annotated[int, Ge(1), Setting("Epochs of an adapter at most; the best on held-out prompts is kept.")] = 3
     adapter_rank: Annotated[int, Ge(1), Setting("Rank of an adapter's two factors at each matrix.")] = 16
     batch: Annotated[int, Ge(1), Setting("Replies of a training step of an adapter.")] = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rates", tuple(self.rates))
+
+
+# What decides one vehicle and says nothing to the other.
+_OF_OUTPUT = ("beta", "support", "ridge", "rank", "tolerance")
+
+
+def check_vehicle(into: Vehicle, settings: DistilSettings, adapter: AdapterSettings) -> None:
+    """CoalaError for settings that the vehicle does not have, rather than leave them out in silence."""
+    usual, mine = (DistilSettings(), settings) if into == "adapter" else (AdapterSettings(), adapter)
+    names = _OF_OUTPUT if into == "adapter" else tuple(one.name for one in fields(AdapterSettings))
+    given = [name for name in names if getattr(mine, name) != getattr(usual, name)]
+    if given:
+        flags = ", ".join("--rate" if name == "rates" else "--" + name.replace("_", "-") for name in given)
+        other = "output" if into == "adapter" else "adapter"
+        raise CoalaError(f"Found {flags} with --into {into}; expected it with --into {other} alone. Fix: leave it out.")

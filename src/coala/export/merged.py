@@ -56,7 +56,8 @@ def merge_into(
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     model = plain_model(place, _dtype_of(place), found.folder, **options)
     dtype = next(model.parameters()).dtype
-    rows = _rows(place)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = [row[:longest] for row in _rows(place)]
     wanted = next_log_probs(model, rows)
     changes = _changes(model, found.name)
     prefix = str(getattr(model.get_base_model(), "base_model_prefix", ""))
@@ -103,15 +104,35 @@ def export_merged(
     return ExportedMerge(Path(folder), n_bytes, difference)
 
 
-def _changes(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """What the adapter adds to each tensor, float32, by the tensor's name in the model."""
-    from peft.tuners.lora import LoraLayer
+@dataclass(frozen=True)
+class _Product:
+    """What an adapter adds to a matrix: scaling B A, or its transpose where the model stores its matrices so."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, into = self.b.shape[0], self.a.shape[1]
+        return (into, out) if self.transposed else (out, into)
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """W plus the product, in float32, rounded once to the dtype of W."""
+        product = self.scaling * (self.b.float() @ self.a.float())
+        return (weight.float() + (product.T if self.transposed else product)).to(weight.dtype).contiguous()
+
+
+def _changes(model: Any, name: str) -> dict[str, _Product]:
+    """What the adapter adds to each tensor, by the tensor's name in the model."""
+    from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, _Product] = {}
     for place, module in model.get_base_model().named_modules():
-        plain = isinstance(module, LoraLayer) and hasattr(module, "base_layer")
+        plain = isinstance(module, Linear)
         if isinstance(module, ModulesToSaveWrapper) or (isinstance(module, BaseTunerLayer) and not plain):
             raise ExportError(
                 f"{name}: is more than a LoRA of linear layers ({type(module).__name__} at {place}); expected one. "
@@ -123,16 +144,15 @@ def _changes(model: Any, name: str) -> dict[str, torch.Tensor]:
             raise ExportError(f"{name}: scales what it changes (DoRA or its kin); expected plain LoRA. Fix: use peft.")
         if any(getattr(module, "lora_bias", {}).values()):
             raise ExportError(f"{name}: changes biases too; expected weights alone. Fix: merge it with peft.")
-        with torch.no_grad():
-            total = sum(module.get_delta_weight(one).float() for one in module.active_adapters)
-        assert isinstance(total, torch.Tensor)
-        found[f"{place}.weight"] = total
+        (one,) = module.active_adapters
+        a, b = (getattr(module, part)[one].weight.detach().clone() for part in ("lora_A", "lora_B"))
+        found[f"{place}.weight"] = _Product(a, b, float(module.scaling[one]), bool(module.fan_in_fan_out))
     if not found:
         raise ExportError(f"{name}: changes no linear layer of its base. Fix: give the model that it was trained on.")
     return found
 
 
-def _write(place: Path, work: Path, changes: Mapping[str, torch.Tensor], prefix: str, name: str) -> None:
+def _write(place: Path, work: Path, changes: Mapping[str, _Product], prefix: str, name: str) -> None:
     """The weight files of ``place`` in ``work``, the named tensors changed; the others are compared byte for byte."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -147,13 +167,13 @@ def _write(place: Path, work: Path, changes: Mapping[str, torch.Tensor], prefix:
             if known is None:
                 new[stored] = tensor
                 continue
-            if tensor.shape != changes[known].shape or not tensor.is_floating_point():
+            if tuple(tensor.shape) != changes[known].shape or not tensor.is_floating_point():
                 raise ExportError(
                     f"{name}: stores {stored} as {tensor.dtype} of shape {tuple(tensor.shape)}; expected plain numbers "
-                    f"of shape {tuple(changes[known].shape)}. Fix: merge into weights that are not quantised."
+                    f"of shape {changes[known].shape}. Fix: merge into weights that are not quantised."
                 )
             left.discard(known)
-            new[stored] = (tensor.float() + changes[known]).to(tensor.dtype)
+            new[stored] = changes[known].added_to(tensor)
         made = work / f"{file.name}.new"
         save_file(new, made, metadata=metadata or {"format": "pt"})
         again = load_file(made)
@@ -180,8 +200,6 @@ def _copy_rest(place: Path, work: Path) -> None:
     for file in sorted(place.iterdir()):
         if file.is_file() and not file.name.startswith(".") and file.suffix not in _LEFT:
             shutil.copyfile(file, work / file.name)
-    for index in place.glob("*.index.json"):
-        shutil.copyfile(index, work / index.name)
 
 
 def _dequantised(name: str, work: Path) -> None:

@@ -90,7 +90,7 @@ def licence_of(name: str, revision: str = "") -> str:
 def checked(probes: int, difference: float) -> str:
     """How an export was compared with its policy."""
     if not probes:
-        return "tensors were compared, log-probabilities not: transformers does not read this architecture from GGUF"
+        return "tensors were compared, log-probabilities not, for transformers did not load the file"
     return (
         f"read back by transformers, its log-probabilities were the policy's up to {difference:.1e} nats after "
         f"{probes} prompts; another dtype, device or engine changes last digits"
@@ -114,7 +114,7 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
         ("teacher", _teacher(policy, facts)),
         *_vehicle(policy),
         ("fitted at", ", ".join(f"{name} {value:g}" for name, value in facts.sampling.items())),
-        ("cost", _cost(facts.flops)),
+        ("cost", _cost(policy, facts.flops)),
     ]
     lines = [
         *front,
@@ -269,7 +269,7 @@ def _told(estimate: Mapping[str, Any]) -> str:
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}], n = {estimate['n']}"
 
 
-def _cost(flops: Mapping[str, int]) -> str:
+def _cost(policy: Policy, flops: Mapping[str, int]) -> str:
     if not flops:
         return "not counted"
     own = sum(value for name, value in flops.items() if name != "dpo_sweep")
@@ -277,7 +277,8 @@ def _cost(flops: Mapping[str, int]) -> str:
     share = ""
     if flops.get("dpo_sweep"):
         share = f"; {own / flops['dpo_sweep']:.2g} of four learning rates of DPO by adapters on the same pairs"
-    return f"{own:.3g} FLOPs by formula ({parts}){share}"
+    left = isinstance(policy, DistilledPolicy) and "solver" not in flops
+    return f"{own:.3g} FLOPs by formula ({parts}){share}{'; without the solver, which is not counted' if left else ''}"
 
 
 def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
