@@ -189,6 +189,10 @@ class GuidanceSettings:
         Annotated[float, Ge(0)] | None, Setting("Of mode shift: nats a reply may spend on guidance.", flag=None)
     ] = None
     width: Annotated[int, Ge(1), Setting("Of mode beam: hypotheses kept.", flag=None)] = 4
+    rater: Annotated[
+        str | None,
+        Setting("Guide by the head of this rater, made by `coala fit RUN --by rater`.", flag=None),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

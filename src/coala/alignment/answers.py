@@ -16,7 +16,7 @@ from coala.alignment.parts import load_parts
 from coala.data import read_pairs
 from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.recipe import recipe_of
-from coala.store import RunFolder, StoreError, claim, digest, file_digest, load_generations
+from coala.store import RunFolder, StoreError, claim, digest, head_stamp, load_generations
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id, user
 
 FOLDER = "replies"
@@ -128,7 +128,7 @@ def answer(
     length = settings.max_new_tokens if manner.max_new_tokens is None else manner.max_new_tokens
     temperature = settings.temperature if manner.temperature is None else manner.temperature
     guidance = asdict(recipe.guidance) if manner.guided else UNGUIDED
-    head = file_digest(run.path / "head" / "head.safetensors")
+    head = head_stamp(run.path / "head", recipe.guidance.rater)
     prompts = [[one.id, [[turn.role, turn.text] for turn in one.prompt]] for one in asked]
     model = asdict(recipe.model)
     key = digest(prompts, model, head, guidance, [length, temperature, manner.seed, PORTION])[:12]

@@ -22,7 +22,8 @@ def evidence_notes(run: Path | str, head: ConvexHead, guidance: Guidance) -> lis
     """
     active = guidance.active or guidance.mode == "beam"
     silent = guidance.weighs and head.evidence == 0
-    accuracy = _held_out(Path(run), head)
+    # Held-out pairs are of everybody, who may choose otherwise than one rater.
+    accuracy = None if guidance.rater else _held_out(Path(run), head)
     if accuracy is not None and not accuracy.low > 0.5:
         return [_chance(accuracy, head, guidance) if active else _told(accuracy)]
     if not (active and guidance.weighs):

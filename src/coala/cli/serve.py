@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from coala.cli.flags import with_settings
+from coala.cli.flags import Given, Of, with_settings
 from coala.cli.options import Download, TrustCode, needs_extra
 from coala.messages import CoalaError
 from coala.serve.limits import Limits
+from coala.settings import GuidanceSettings
 
 KEY = "COALA_API_KEY"
 SHORTEST_KEY = 16
@@ -25,6 +26,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name; the folder's.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt of conversations that bring none.")] = None,
+    whose: Annotated[Given, Of(GuidanceSettings, ("rater",))],
     limits: Limits,
     api_key_env: Annotated[str, typer.Option(help="Variable of the environment that holds the key.")] = KEY,
     no_key: Annotated[bool, typer.Option("--no-key", help="Serve others than loopback without a key.")] = False,
@@ -55,10 +57,10 @@ def serve(
     key = _key(host, api_key_env, anyone=local or no_key)
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
     with listen(host, port) as listening:
-        backbone, head, guidance = load_parts(run)
+        backbone, head, found = load_parts(run, **whose)
         for line in backbone.reads(head.spec):
             say(line)
-        guidance, temperature = settled(run, backbone, guidance, {}, say)
+        guidance, temperature = settled(run, backbone, found.changed(**whose), {}, say)
         served = Served(name or run.resolve().name, backbone, head, guidance, temperature, system)
         app = create_app(served, limits, key=key, local=local and key is None)
         site = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -26,7 +26,7 @@ from coala.decoding.requests import effective
 from coala.decoding.sampling import Nucleus
 from coala.decoding.search import WAYS, nobody
 from coala.recipe import recipe_of
-from coala.store import RunFolder, load_head
+from coala.store import RunFolder, head_for
 from coala.values import CoalaError, ConvexHead
 
 # What generate() can be asked to return beside the tokens and a guided step has no one answer for.
@@ -126,7 +126,7 @@ def _of_run(path: Path) -> tuple[ConvexHead, Guidance]:
     """The head and guidance of a finished run."""
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
-    return load_head(run.path / "head"), Guidance(**asdict(recipe.guidance))
+    return head_for(run.path / "head", recipe.guidance.rater), Guidance(**asdict(recipe.guidance))
 
 
 class _Loop(Decoder):

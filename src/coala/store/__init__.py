@@ -26,6 +26,7 @@ from coala.store.files import (
     write_atomic,
 )
 from coala.store.policies import load_policy, save_policy
+from coala.store.raters import head_for, head_stamp, save_rater_heads
 from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
@@ -51,6 +52,8 @@ __all__ = [
     "digest",
     "discard",
     "file_digest",
+    "head_for",
+    "head_stamp",
     "link_features",
     "load_features",
     "load_generations",
@@ -73,6 +76,7 @@ __all__ = [
     "save_lines",
     "save_pairs",
     "save_policy",
+    "save_rater_heads",
     "scratch",
     "worded",
     "working_folder",
