@@ -30,7 +30,7 @@ def rater_words(record: Mapping[str, Any]) -> list[str]:
     if own:
         told.append(
             f"Deviating from the shared head, with one of their own (`guidance.rater`): {_listed(own)}. Were they all "
-            " alike, anybody would with a probability of at most 5 %."
+            "alike, anybody would with a probability of at most 5 %."
         )
     told += [_gain(row, by) for row in own if row.get("own_head")][:NAMED]
     if not own:
