@@ -103,6 +103,7 @@ class RaterProgram:
         return Bounds(self._value(u, z), lower)
 
 
+@dataclass(frozen=True)
 class TouchedProgram(HeldProgram):
     """A held program whose penalties are one ridge on all weights, in stretched coordinates."""
 
@@ -120,7 +121,7 @@ class RaterFit:
     """Weights (p,) of the shared head, and ``deviations`` (k, p) of the raters ``own`` (k,) that are not zero.
 
     In the coordinates of :class:`Raters`. The optimal value lies in [``lower``, ``objective``], in double precision.
-    ``norms`` (R,) are ||gradient of r|| / (level share_r): a rater with at most 1 has no deviation. ``only`` (k,) are
+    ``norms`` (R,) are ||gradient of r|| / (level share_r): a rater with at most 1 has no deviation. ``only`` are
     those that may deviate, where that was decided before at another level; None is all.
     """
 
@@ -131,7 +132,7 @@ class RaterFit:
     objective: float
     lower: float
     norms: Float[np.ndarray, "R"]
-    only: Int[np.ndarray, "k"] | None = None
+    only: Int[np.ndarray, "only"] | None = None
 
     @property
     def relative_gap(self) -> float:
@@ -142,7 +143,7 @@ class RaterFit:
         found = np.flatnonzero(self.own == rater)
         return self.weights + self.deviations[found[0]] if len(found) else self.weights
 
-    def margins(self, rows: Float[np.ndarray, "k p"], member: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
+    def margins(self, rows: Float[np.ndarray, "n p"], member: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
         """What each pair's rater would make of it."""
         found = rows @ self.weights
         for rater, deviation in zip(self.own, self.deviations, strict=True):
@@ -253,7 +254,7 @@ class Raters:
         *,
         weight: Float[np.ndarray, "n"] | None = None,
         start: RaterFit | None = None,
-        only: Int[np.ndarray, "k"] | None = None,
+        only: Int[np.ndarray, "only"] | None = None,
     ) -> RaterFit:
         """The optimum at ``level``: solved for the raters that may deviate, until no other's gradient exceeds it.
 

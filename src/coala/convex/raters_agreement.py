@@ -161,7 +161,7 @@ def _verdict(low: float, high: float, known: bool, least: float, n: int, fewest:
     if high < least:
         return "random", ""
     if n < fewest:
-        return "undecided", f"too few: {n} choices, of which even {fewest - 1} all alike would decide nothing"
+        return "undecided", f"too few: {n} choices, {fewest} or more can decide"
     return "undecided", "neither random nor agreement as of the rest is excluded"
 
 
@@ -240,7 +240,7 @@ def slope_intervals(
     effect = np.divide(between * several / (several - 1), alone, out=safe / np.maximum(clusters, 1), where=alone > 0)
     normal = float(-ndtri(miss / 2))
     quantile = np.where(clusters == n, normal, stdtrit(np.maximum(clusters - 1, 1), 1 - miss / 2))
-    allowed = quantile**2 / 2 * np.maximum(effect, 1.0)
+    allowed = quantile**2 / 2 * np.where(clusters == n, 1.0, np.maximum(effect, 1.0))
 
     def loss(b: Float[np.ndarray, "count"]) -> Float[np.ndarray, "count"]:
         return total(np.logaddexp(0.0, -b[member] * units))
