@@ -149,7 +149,7 @@ NOTHING = Estimate(np.nan, np.nan, np.nan, 0, "no choices")
 
 
 def _verdict(low: float, high: float, known: bool, least: float, n: int, fewest: int) -> tuple[Verdict, str]:
-    """By whether the interval that holds for all raters at once has 0 in it, and 1, or what of 1 is sure."""
+    """By where the interval that holds for all raters at once lies to 0, to what of 1 is sure, and to its negative."""
     if n == 0:
         return "undecided", "no choices that a head of others can be asked about"
     if not known:
@@ -158,8 +158,10 @@ def _verdict(low: float, high: float, known: bool, least: float, n: int, fewest:
         return "reversed", ""
     if low > 0:
         return "consistent", "agrees less than the rest" if high < least else ""
-    if high < least:
+    if -least < low and high < least:
         return "random", ""
+    if high < least:
+        return "undecided", "agrees less than the rest: random or reversed"
     if n < fewest:
         return "undecided", f"too few: {n} choices, {fewest} or more can decide"
     return "undecided", "neither random nor agreement as of the rest is excluded"

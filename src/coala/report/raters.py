@@ -36,6 +36,10 @@ def rater_words(record: Mapping[str, Any]) -> list[str]:
     if not own:
         told.append(f"No {by} deviates from the shared head by more than exchangeable ones do in 95 % of draws.")
     undecided = [row for row in rows if row["verdict"] == "undecided"]
+    less = [row for row in undecided if "less" in row["why"]]
+    if less:
+        told.append(f"Agree less than the rest, whether random or reversed is not told: {_listed(less)}.")
+    undecided = [row for row in undecided if row not in less]
     if undecided and not record["at_chance"]:
         told.append(f"Undecided, too few choices or too little agreement to tell: {_listed(undecided)}.")
     if record["at_chance"]:
