@@ -17,13 +17,14 @@ from scipy.optimize import minimize
 from typer.testing import CliRunner
 
 from coala import load_run
-from coala.alignment import make_report
+from coala.alignment import evidence_notes, make_report
 from coala.alignment.checks import check_settings
 from coala.cli import app
 from coala.convex.held import HeldProgram
 from coala.convex.prox import group_soft_threshold
 from coala.convex.raters import RaterFit, Raters
 from coala.convex.raters_agreement import agreements, slope_intervals
+from coala.decoding import Guidance
 from coala.receipts import forget_pairs, rater_effects, rater_effects_of
 from coala.recipe import load_recipe, recipe_of
 from coala.store import (
@@ -316,6 +317,22 @@ def test_sources_are_compared_shown_and_kept_beside_the_head(run: Path) -> None:
     assert load_json(run / "receipts/raters-by-source.json")["head"]
     # Nobody deviates: theirs is the run's head, to the byte.
     assert head_for(run / "head", "a").linear.tobytes() == load_head(run / "head").linear.tobytes()
+
+
+def test_a_run_is_compared_with_the_head_it_has(run: Path, tmp_path: Path) -> None:
+    for more in (["--out", str(tmp_path / "head")], ["--method", "linear"], ["--seed", "3"]):
+        result = CliRunner().invoke(app, ["fit", str(run), "--by", "source", *more])
+        assert "its head is there" in str(result.exception) + result.output
+
+
+def test_a_head_of_a_rater_is_told(run: Path) -> None:
+    head = load_head(run / "head")
+    (told,) = evidence_notes(run, head, Guidance(rater="r7"))
+    assert "'r7'" in told
+    assert "unguided" in evidence_notes(run, replace(head, least_slope=0.0), Guidance(rater="r7"))[1]
+    assert not any("r7" in note for note in evidence_notes(run, head, Guidance()))
+    with pytest.raises(CoalaError, match="a name"):
+        Guidance(rater="")
 
 
 def test_raters_without_names_or_company_are_told_so(run: Path) -> None:

@@ -43,6 +43,10 @@ def fit(
     from coala.cli.output import emit, progress, say, table
 
     of_run = by is not None and (features / "run.json").is_file()
+    if of_run and (out, eval_features, pairs, seed, settings) != (None, None, None, 0, HeadSettings()):
+        raise CoalaError(
+            f"found more than --by for {features}, expected it alone: its head is there, fix: leave the rest out"
+        )
     found: dict[str, Any] = {}
     if not of_run:
         from coala.alignment.fitting import fit_folder
