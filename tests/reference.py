@@ -72,6 +72,23 @@ def solve_pairwise(
     return _solve(cp.Problem(cp.Minimize(loss + penalty)))
 
 
+def solve_raters(
+    rows: np.ndarray, member: np.ndarray, margin: np.ndarray, ridge: float, levels: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Optimal value, w (d,) and deviations (R, d) of the program of a shared head and a deviation for each rater."""
+    import cvxpy as cp
+
+    n, d = rows.shape
+    w, deviations = cp.Variable(d), cp.Variable((len(levels), d))
+    own = np.eye(len(levels))[member] * (member >= 0)[:, None]
+    scores = rows @ w + cp.sum(cp.multiply(rows, own @ deviations), axis=1)
+    penalty = levels @ cp.norm(deviations, axis=1) + ridge / 2 * cp.sum_squares(deviations)
+    value = _solve(
+        cp.Problem(cp.Minimize(cp.sum(cp.logistic(margin - scores)) / n + ridge / 2 * cp.sum_squares(w) + penalty))
+    )
+    return value, w.value, deviations.value
+
+
 def _solve(problem: Any) -> float:
     """The optimal value to 1e-12, or as near as this machine's rounding lets the reference come.
 

@@ -33,6 +33,7 @@ SMALL = {
     "phase1_cone": "--quick --seeds 0",
     "phase1_network": "--quick --seeds 1",
     "phase2": "--seeds 1 --seconds 2",
+    "raters": "--data {data} --part planted --sets film --seeds 1",
     "ranking": "--data {data} --out {tmp} --sets ultrafeedback_sample --models stories260K-hf",
     "serving": "--seconds 3 --rounds 1 --round-seconds 2 --clients 4",
     "survey_load": "--raters 3 --kills 0 --browsers 0 --questions 3",

@@ -11,6 +11,7 @@ import sys
 import types
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,7 @@ def test_sharegpt(read_back: Any, prompt: tuple[Turn, ...], ab: Any, form: str) 
 @given(asked=texts, good=st.lists(texts, min_size=1, max_size=2), bad=st.lists(texts, min_size=1, max_size=3))
 def test_rewardbench_lists(read_back: Any, asked: str, good: list[str], bad: list[str]) -> None:
     good, bad = [f"good {g}" for g in good], [f"bad {b}" for b in bad]
-    expected = [make(user(asked), g, b) for g in good for b in bad]
+    expected = [replace(make(user(asked), g, b), source="Math") for g in good for b in bad]
     assert read_back([{"prompt": asked, "chosen": good, "rejected": bad, "subset": "Math"}], "rewardbench") == expected
 
 
@@ -272,7 +273,14 @@ def test_rewardbench_version_1_is_the_preference_format(read_back: Any) -> None:
         "subset": "s",
         "id": 3,
     }
-    assert read_back([row], "preference") == [make(user("p"), "a", "b")]
+    assert read_back([row], "preference") == [replace(make(user("p"), "a", "b"), source="s")]
+
+
+def test_a_source_is_a_short_name_and_not_a_text(read_back: Any) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    named = [{"domain": "law"}, {"source": "a/b", "dataset": "koala"}, {"subset": 3}, {"source": "many words " * 9}]
+    found = read_back([{**row, **one} for one in named], "preference")
+    assert [one.source for one in found] == ["law", "koala", "3", ""]
 
 
 ALIASES = [("question", "better", "worse"), ("query", "preferred", "dispreferred"), ("Question", "Chosen", "Rejected")]

@@ -134,7 +134,8 @@ def test_names_and_numbers_make_one_note(looked: Any) -> None:
     about = {"id": 3, "source": "forum", "model": "gpt-4", "language": "en", "score": 2.5, "created": "2024-01-01"}
     found = looked(*(row(k, **about) for k in range(3)))
     assert found.warnings == ()
-    assert [one.found for one in found.notes if "not read" in one.found] == [f"not read: {', '.join(about)}"]
+    left = [name for name in about if name != "source"]  # where a pair is from is read
+    assert [one.found for one in found.notes if "not read" in one.found] == [f"not read: {', '.join(left)}"]
 
 
 def test_what_repeats_the_prompt_is_not_named(looked: Any) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from coala.evaluation import Judge, WordJudge, win_rate
     from coala.evaluation import judge as compare_replies
     from coala.features import extract as extract_features
-    from coala.receipts import forget_pairs, pair_influence
+    from coala.receipts import forget_pairs, pair_influence, rater_effects
     from coala.statistics.scores import ranking_accuracy
     from coala.store import load_features, load_head, load_pairs, save_features, save_head, save_pairs
     from coala.values import (
@@ -50,7 +50,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "coala.evaluation": ("Judge", "WordJudge", "win_rate", "compare_replies = judge"),
     "coala.statistics.scores": ("ranking_accuracy",),
     "coala.features": ("extract_features = extract",),
-    "coala.receipts": ("forget_pairs", "pair_influence"),
+    "coala.receipts": ("forget_pairs", "pair_influence", "rater_effects"),
     "coala.store": ("load_features", "load_head", "load_pairs", "save_features", "save_head", "save_pairs"),
     "coala.values": (
         *("Certificate", "CoalaError", "ConvexHead", "Estimate", "FeatureSet", "FeatureSpec", "Generation"),
@@ -107,6 +107,7 @@ __all__ = [
     "log_likelihood",
     "pair_influence",
     "ranking_accuracy",
+    "rater_effects",
     "read_conversations",
     "read_pairs",
     "save_features",

@@ -194,6 +194,10 @@ class GuidanceSettings:
     over: Annotated[
         Over, Setting("What the head guides: the model, or its distilled policy (`coala distil`).", flag=None)
     ] = "model"
+    rater: Annotated[
+        str | None,
+        Setting("Guide by the head of this rater, made by `coala fit RUN --by rater`.", flag=None),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

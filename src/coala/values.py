@@ -45,7 +45,7 @@ class Turn:
 class Pair:
     """A prompt with a preferred and a rejected reply. Pairs of one ``group`` never straddle a split.
 
-    ``rater`` names who preferred it, where that is known.
+    ``rater`` names who preferred it and ``source`` the data set or domain it is from, where that is known.
 
     ``prompt`` may also be given as :func:`turns` takes it: a text, or messages with role and content.
     """
@@ -55,6 +55,7 @@ class Pair:
     rejected: str
     group: str
     rater: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         if type(self.prompt) is not tuple or not all(type(turn) is Turn for turn in self.prompt):

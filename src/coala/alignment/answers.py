@@ -16,7 +16,17 @@ from coala.alignment.parts import guidance_of, load_parts
 from coala.data import read_pairs
 from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.recipe import recipe_of
-from coala.store import DISTILLED, RunFolder, StoreError, claim, digest, file_digest, load_generations, run_policy
+from coala.store import (
+    DISTILLED,
+    RunFolder,
+    StoreError,
+    claim,
+    digest,
+    file_digest,
+    head_stamp,
+    load_generations,
+    run_policy,
+)
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id, user
 
 FOLDER = "replies"
@@ -136,7 +146,7 @@ def answer(
     if manner.guided and rule.change:
         run_policy(run)  # refused where there is none
         guidance["policy"] = file_digest(run.path / DISTILLED / "policy.safetensors")
-    head = file_digest(run.path / "head" / "head.safetensors")
+    head = head_stamp(run.path / "head", rule.rater)
     prompts = [[one.id, [[turn.role, turn.text] for turn in one.prompt]] for one in asked]
     model = asdict(recipe.model)
     key = digest(prompts, model, head, guidance, [length, temperature, manner.seed, PORTION])[:12]

@@ -10,7 +10,7 @@ from pathlib import Path
 from coala.alignment.changes import check_changes
 from coala.alignment.judges import check_judge
 from coala.recipe import Recipe
-from coala.store import DISTILLED, RunFolder
+from coala.store import DISTILLED, RunFolder, head_for
 from coala.values import CoalaError
 
 
@@ -18,8 +18,8 @@ def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *,
     """Raise :class:`~coala.values.CoalaError` for what ``coala align`` would find out only in the middle.
 
     A folder that is no run or may not be written, settings that a run cannot go on with (``restart``: it is not to), a
-    judge that is not there, a guidance that cannot be carried out, a package that is missing, an adapter that does not
-    exist, a layer, length or pooling that the model does not have.
+    rater without a head, a judge that is not there, a guidance that cannot be carried out, a package that is missing,
+    an adapter that does not exist, a layer, length or pooling that the model does not have.
     """
     recipe = recipe.located()
     _check_distilled(recipe, run, restart)
@@ -30,6 +30,8 @@ def check_settings(recipe: Recipe, run: RunFolder, cache: Path | None = None, *,
     for folder in (run, *([] if cache is None else [RunFolder(cache)])):
         with folder.held():
             pass
+    if recipe.guidance.rater is not None:
+        head_for(run.path / "head", recipe.guidance.rater)
     for name in ("judge", "labeller"):
         text = getattr(recipe.evaluation, name)
         if text is not None:

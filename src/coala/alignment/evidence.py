@@ -17,9 +17,18 @@ if TYPE_CHECKING:
 def evidence_notes(run: Path | str, head: ConvexHead, guidance: Guidance) -> list[str]:
     """Sentences for a head that is not told from chance on the run's held-out pairs, or whose scores were not weighed.
 
-    Empty for a head that is better than chance and calibrated. A run whose held-out features are gone is judged by the
-    head's own validation alone.
+    Empty for everybody's head that is better than chance and calibrated; a rater's is named. A run whose held-out
+    features are gone is judged by the head's own validation alone.
     """
+    if guidance.rater is None:
+        return _notes(run, head, guidance)
+    told = [f"Guided by the head of {guidance.rater[:60]!r} alone."]
+    if guidance.weighs and head.evidence == 0:
+        return [*told, "It has no evidence that it ranks this rater's choices, so replies stay unguided."]
+    return told
+
+
+def _notes(run: Path | str, head: ConvexHead, guidance: Guidance) -> list[str]:
     active = guidance.active or guidance.mode == "beam"
     silent = guidance.weighs and head.evidence == 0
     accuracy = _held_out(Path(run), head)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from coala.alignment.parts import load_parts
 from coala.evaluation.judges.named import NamedJudge, local_judge
-from coala.store import RunFolder, StoreError, digest, file_digest, load_head
+from coala.recipe import recipe_of
+from coala.store import RunFolder, StoreError, digest, file_digest, head_stamp, load_head
 from coala.values import Generation, Pair, Turn, user
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def judge_stamp(text: str) -> str:
     """A digest of all that decides a judge's verdicts."""
     found = local_judge(text)
     if found.kind == "head":
-        return digest("head", file_digest(_head_of(found).path / "head" / "head.safetensors"))
+        run = _head_of(found)
+        rater = recipe_of(run.settings, run.path / "run.json").guidance.rater
+        return digest("head", head_stamp(run.path / "head", rater))
     return digest(found.kind, found.rest) if found.path is None else file_digest(found.path)
 
 

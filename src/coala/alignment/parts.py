@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from coala.alignment.context import open_backbone
 from coala.permission import permitted
 from coala.recipe import Recipe, recipe_of, refuse_asked_code
-from coala.store import RunFolder, load_head, run_policy
+from coala.store import RunFolder, head_for, run_policy
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def load_parts(
-    path: Path | str, *, trust_remote_code: bool = False, download: bool = False
+    path: Path | str, *, trust_remote_code: bool = False, download: bool = False, rater: str | None = None
 ) -> tuple[LanguageModel, ConvexHead, Guidance]:
     """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on.
 
-    The model knows the run's distilled policy, which is read when it is first decoded.
+    The head is that of the ``rater`` named here or by the run's guidance, else everybody's. The model knows the run's
+    distilled policy, which is read when it is first decoded.
 
     A run may be somebody else's: its settings cannot have Python code run that comes with the model, nor a hub model
     fetched that is not in the local cache. Only ``trust_remote_code`` and ``download`` can.
@@ -31,7 +32,7 @@ def load_parts(
     run = RunFolder.open(path)
     source = run.path / "run.json"
     recipe = recipe_of(run.settings, source)
-    head = load_head(run.path / "head")
+    head = head_for(run.path / "head", rater or recipe.guidance.rater)
     with permitted(code=trust_remote_code, download=download):
         refuse_asked_code(recipe.model.trust_remote_code, source)
         backbone = open_backbone(recipe, named_by=source)

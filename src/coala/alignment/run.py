@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coala.alignment.parts import load_parts
 from coala.recipe import recipe_of
-from coala.store import RunFolder, load_head, load_json
+from coala.store import RunFolder, head_for, load_json
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -22,14 +22,15 @@ class Run:
 
     def __init__(self, path: Path | str, *, trust_remote_code: bool = False, download: bool = False) -> None:
         self.path = RunFolder.open(path).path
-        self._permitted = {"trust_remote_code": trust_remote_code, "download": download}
+        self._permitted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "download": download}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
     @cached_property
     def head(self) -> ConvexHead:
-        return load_head(self.path / "head")
+        recipe = recipe_of(load_json(self.path / "run.json"), self.path / "run.json")
+        return head_for(self.path / "head", recipe.guidance.rater)
 
     @cached_property
     def _parts(self) -> tuple[LanguageModel, ConvexHead, Guidance]:

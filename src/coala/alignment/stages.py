@@ -29,10 +29,11 @@ from coala.store import (
     digest,
     discard,
     file_digest,
+    head_for,
+    head_stamp,
     link_features,
     load_features,
     load_generations,
-    load_head,
     load_object,
     load_pairs,
     pair_digest,
@@ -251,7 +252,7 @@ def _replies(context: StageContext) -> None:
         stage = f"replies-{method}"
         inputs = {
             "prompts": digest([asdict(pair)["prompt"] for pair in chosen]),
-            "head": file_digest(context.path("head/head.safetensors")),
+            "head": head_stamp(context.path("head"), context.recipe.guidance.rater),
             "model": context.model_stamp(),
             "guidance": asdict(context.recipe.guidance),
             "settings": [settings.max_new_tokens, settings.temperature, context.recipe.seed],
@@ -260,7 +261,8 @@ def _replies(context: StageContext) -> None:
 
         def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
             context.show(stage, 0, None, "loading the model")
-            backbone, head, guidance = context.backbone(), load_head(context.path("head")), guidance_of(context.recipe)
+            backbone, guidance = context.backbone(), guidance_of(context.recipe)
+            head = head_for(context.path("head"), guidance.rater)
             told = context.note if method == "unguided" else quiet
             guidance, temperature = settled(context.run.path, backbone, guidance, {}, told)
             guidance = guidance.at(temperature)
@@ -314,12 +316,12 @@ def _policy(context: StageContext, pairs: Sequence[Pair]) -> None:
     path = context.path("head/head.safetensors")
     if not settings.prompts or not (guidance.active or guidance.change):
         return
-    policy = Guided(load_head(path.parent), guidance, settings.temperature, settings.max_new_tokens)
+    policy = Guided(head_for(path.parent, guidance.rater), guidance, settings.temperature, settings.max_new_tokens)
     if policy.unknown:
         return
     inputs = {
         "pairs": file_digest(context.path("pairs-eval.jsonl")),
-        "head": file_digest(path),
+        "head": head_stamp(path.parent, guidance.rater),
         "model": context.model_stamp(),
         "guidance": asdict(context.recipe.guidance),
         "settings": [settings.prompts, settings.max_new_tokens, settings.temperature],

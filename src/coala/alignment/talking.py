@@ -123,7 +123,7 @@ def open_talker(
 
     ``sampling`` holds temperature, top_p and top_k; see :func:`sampled` for those not given.
     """
-    backbone, head, found = load_parts(run)
+    backbone, head, found = load_parts(run, rater=guidance.get("rater"))
     for line in backbone.reads(head.spec):
         on_note(line)
     found, temperature = settled(run, backbone, found, sampling, on_note)

@@ -86,7 +86,7 @@ def run_and_show(
     from coala.alignment import align_recipe, check_settings, evidence_notes, summary_rows
     from coala.alignment.parts import guidance_of
     from coala.cli.output import emit, insistent, progress, say, side_by_side, table
-    from coala.store import RunFolder, load_head
+    from coala.store import RunFolder, head_for
 
     run = RunFolder(out)
     check_settings(settings, run, cache, restart=restart)
@@ -97,7 +97,8 @@ def run_and_show(
     with progress() as shown, insistent(shown) as show:
         content = align_recipe(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
     table(summary_rows(content))
-    for note in evidence_notes(run.path, load_head(run.path / "head"), guidance_of(settings)):
+    head = head_for(run.path / "head", settings.guidance.rater)
+    for note in evidence_notes(run.path, head, guidance_of(settings)):
         say(f"note: {note}")
     for sample in content.get("samples", [])[:samples]:
         write(f"\n{sample['prompt']}\n")

@@ -44,7 +44,7 @@ def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
     *,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rule"))],
+    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rule", "rater"))],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: OwnTemperature = None,
     sampling: Annotated[Given, Of(GuidanceSettings, ("top_p", "top_k"))],

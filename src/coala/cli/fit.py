@@ -3,38 +3,95 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from coala.cli.flags import every, with_settings
+from coala.messages import CoalaError
 from coala.settings import HeadSettings
+
+By = Literal["rater", "source", "group"]
 
 
 @with_settings
 def fit(
-    features: Annotated[Path, typer.Argument(help="Folder written by `coala extract` (or RUN/features/train).")],
+    features: Annotated[Path, typer.Argument(help="Folder written by `coala extract`, RUN/features/train, or a RUN.")],
     *,
-    out: Annotated[Path, typer.Option(help="Folder for the head.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the head; of a RUN it stays where it is.")] = None,
     settings: Annotated[HeadSettings, every(HeadSettings)],
     seed: Annotated[int, typer.Option(min=0, help="Fixes the fit.")] = 0,
     eval_features: Annotated[
         Path | None, typer.Option("--eval", help="Features to measure ranking accuracy on.")
     ] = None,
+    by: Annotated[
+        By | None,
+        typer.Option(help="Say who agrees with the others, and keep a head for each who deviates."),
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="With --by: pairs the features are of, as `coala align` writes them.")
+    ] = None,
 ) -> None:
-    """Fit the convex head on extracted features and print its certificate.
+    """Fit the convex head on extracted features and print its certificate; with --by, compare those who chose.
 
-    Example: `coala fit RUN/features/train --eval RUN/features/eval --out head`
+    Of a RUN, whose head is there, --by alone is done.
+
+    Examples: `coala fit RUN/features/train --eval RUN/features/eval --out head`
+
+    `coala fit RUN --by rater`
     """
-    from coala.alignment.fitting import fit_folder
     from coala.cli.output import emit, progress, say, table
 
-    with progress() as show:
-        found = fit_folder(features, out, settings, seed=seed, eval_features=eval_features, on_progress=show)
-    say(str(found.pop("head").certificate))
+    of_run = by is not None and (features / "run.json").is_file()
+    if of_run and (out, eval_features, pairs, seed, settings) != (None, None, None, 0, HeadSettings()):
+        raise CoalaError(
+            f"found more than --by for {features}, expected it alone: its head is there, fix: leave the rest out"
+        )
+    found: dict[str, Any] = {}
+    if not of_run:
+        from coala.alignment.fitting import fit_folder
+
+        to = _given(out, features)
+        with progress() as show:
+            found = fit_folder(features, to, settings, seed=seed, eval_features=eval_features, on_progress=show)
+        say(str(found.pop("head").certificate))
+        table(_figures(found))
+    if by is not None:
+        found |= {"raters": _compared(features, None if of_run else out, by, pairs, seed)}
+    emit(found)
+
+
+def _given(out: Path | None, features: Path) -> Path:
+    if out is not None:
+        return out
+    if (features / "run.json").is_file():
+        raise CoalaError(
+            f"{features}: found a run, which has its head, expected features, fix: give {features}/features/train and "
+            "--out, or --by rater to compare its raters"
+        )
+    raise CoalaError("found no --out, expected a folder for the head, fix: give one")
+
+
+def _figures(found: dict[str, Any]) -> list[list[str]]:
     shown = {name: value for name, value in found.items() if isinstance(value, str | int | float)}
     rows = [[name, f"{value:.6g}" if isinstance(value, float) else str(value)] for name, value in shown.items()]
-    if "accuracy" in found:
-        rows.append(["ranking accuracy", str(found["accuracy"])])
-    table(rows)
-    emit(found)
+    return [*rows, ["ranking accuracy", str(found["accuracy"])]] if "accuracy" in found else rows
+
+
+def _compared(features: Path, out: Path | None, by: By, pairs: Path | None, seed: int) -> dict[str, Any]:
+    """Who agrees with the others, of a run or of the head in ``out``: in words and as a table."""
+    from coala.cli.output import say, table
+    from coala.cli.terminal import write
+    from coala.receipts import rater_effects, rater_effects_of
+    from coala.report.raters import rater_head, rater_rows, rater_words
+    from coala.store import plain
+
+    if out is None:
+        found = rater_effects(features, by=by, on_note=say)
+    else:
+        found = rater_effects_of(features, out, by=by, pairs=pairs, seed=seed, on_note=say)
+    told: dict[str, Any] = plain(found)
+    write()
+    table(rater_rows(told), rater_head(told))
+    write("\n".join(rater_words(told)))
+    return told

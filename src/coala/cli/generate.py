@@ -28,7 +28,7 @@ def generate(
     ] = None,
     *,
     system: Annotated[str | None, typer.Option(help="System prompt, before every prompt.")] = None,
-    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rule", "candidates"))],
+    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rule", "candidates", "rater"))],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: OwnTemperature = None,
     sampling: Annotated[Given, Of(GuidanceSettings, ("top_p", "top_k"))],

@@ -26,7 +26,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name; the folder's.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt of conversations that bring none.")] = None,
-    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over"))],
+    guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rater"))],
     limits: Limits,
     api_key_env: Annotated[str, typer.Option(help="Variable of the environment that holds the key.")] = KEY,
     no_key: Annotated[bool, typer.Option("--no-key", help="Serve others than loopback without a key.")] = False,
@@ -59,7 +59,7 @@ def serve(
     key = _key(host, api_key_env, anyone=local or no_key)
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
     with listen(host, port) as listening:
-        backbone, head, own = load_parts(run)
+        backbone, head, own = load_parts(run, rater=guidance.get("rater"))
         for line in backbone.reads(head.spec):
             say(line)
         own, temperature = settled(run, backbone, own.changed(**guidance), {}, say)

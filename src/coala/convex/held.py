@@ -170,9 +170,18 @@ class HeldProgram:
         """sigmoid(margin - F w): by how much each pair pulls at the weights, in [0, 1]."""
         return sigmoid(self.margin - self.rows @ weights)
 
-    def gradient(self, weights: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"]) -> Float[np.ndarray, "p"]:
-        """The smallest subgradient of the objective; a neuron at zero has none beyond what the sparsity holds back."""
-        loss = -self.rows.T @ (weight * self.pull(weights))
+    def gradient(
+        self,
+        weights: Float[np.ndarray, "p"],
+        weight: Float[np.ndarray, "n"],
+        scores: Float[np.ndarray, "n"] | None = None,
+    ) -> Float[np.ndarray, "p"]:
+        """The smallest subgradient of the objective; a neuron at zero has none beyond what the sparsity holds back.
+
+        ``scores`` are F w where they are known, here and in :meth:`value`: a product with the rows less.
+        """
+        pull = self.pull(weights) if scores is None else sigmoid(self.margin - scores)
+        loss = -(self.rows.T @ (weight * pull))
         blocks, slopes = weights.reshape(-1, self.width), loss.reshape(-1, self.width)
         found = np.array(slopes)
         found[0] += self.ridge * blocks[0]
@@ -184,10 +193,16 @@ class HeldProgram:
                 found[i] *= max(0.0, 1 - self.sparsity / held) if held > 0 else 0.0
         return found.reshape(-1)
 
-    def value(self, weights: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"]) -> float:
+    def value(
+        self,
+        weights: Float[np.ndarray, "p"],
+        weight: Float[np.ndarray, "n"],
+        scores: Float[np.ndarray, "n"] | None = None,
+    ) -> float:
         """The objective."""
         blocks = weights.reshape(-1, self.width)
-        loss = float(weight @ np.logaddexp(0, self.margin - self.rows @ weights))
+        scores = self.rows @ weights if scores is None else scores
+        loss = float(weight @ np.logaddexp(0, self.margin - scores))
         penalty = self.sparsity * float(np.linalg.norm(blocks[1:], axis=1).sum())
         return loss + penalty + self.ridge / 2 * float(blocks[0] @ blocks[0])
 
@@ -196,7 +211,7 @@ class HeldProgram:
         margins = self.rows @ weights
         pull = sigmoid(self.margin - margins)
         slopes = (self.rows.T @ (weight * pull)).reshape(-1, self.width)
-        objective = self.value(weights, weight)
+        objective = self.value(weights, weight, margins)
         largest = np.linalg.norm(slopes[1:], axis=1).max(initial=0.0)
         shrunk = pull * (min(1.0, self.sparsity / largest) if largest > 0 else 1.0)
         safe = np.clip(shrunk, 1e-300, 1 - 1e-16)
@@ -281,9 +296,10 @@ class HeldProgram:
         blocks = np.linalg.norm(weights.reshape(-1, self.width), axis=1) > 0
         blocks[0] = True
         alive = np.repeat(blocks, self.width)
+        scores = self.rows @ weights
         before = np.inf
         for _ in range(STEPS):
-            slopes = self.gradient(weights, weight)[alive]
+            slopes = self.gradient(weights, weight, scores)[alive]
             size = float(np.linalg.norm(slopes))
             scale = float(np.linalg.norm(self.ridges * weights)) + self.sparsity + 1e-300
             if size <= exact * scale or not size < before:
@@ -292,15 +308,21 @@ class HeldProgram:
             if factor is None or size > before / 2:
                 factor = self._factor(weights, weight, alive)
             before = size
-            weights[alive] = self._searched(weights, -_solved(factor, slopes), alive, weight)[alive]
+            step = np.zeros_like(weights)
+            step[alive] = -_solved(factor, slopes)
+            weights, scores = self._searched(weights, scores, step, weight)
         return weights
 
     def _factor(
         self, weights: Float[np.ndarray, "p"], weight: Float[np.ndarray, "n"], alive: Bool[np.ndarray, "p"]
     ) -> Float[np.ndarray, "a a"]:
-        used = weight > 0
-        rows = self.rows[used][:, alive]
-        hessian = (rows * (weight * self.curvature(weights))[used, None]).T @ rows
+        bend = weight * self.curvature(weights)
+        used = bend > 0
+        rows = self.rows if used.all() else self.rows[used]
+        rows = rows if alive.all() else rows[:, alive]
+        # A matrix times its own transpose is half the work.
+        scaled = rows * np.sqrt(bend[used])[:, None]
+        hessian = scaled.T @ scaled
         if not self.linear:
             hessian += self.bending(weights)[np.ix_(alive, alive)]
         hessian[np.diag_indices_from(hessian)] += self.ridges[alive]
@@ -311,18 +333,18 @@ class HeldProgram:
     def _searched(
         self,
         weights: Float[np.ndarray, "p"],
-        step: Float[np.ndarray, "a"],
-        alive: Bool[np.ndarray, "p"],
+        scores: Float[np.ndarray, "n"],
+        step: Float[np.ndarray, "p"],
         weight: Float[np.ndarray, "n"],
-    ) -> Float[np.ndarray, "p"]:
-        """The step, halved until the objective does not rise beyond rounding."""
-        here = self.value(weights, weight)
-        ahead = np.array(weights)
+    ) -> tuple[Float[np.ndarray, "p"], Float[np.ndarray, "n"]]:
+        """Weights and scores after the step, halved until the objective does not rise beyond rounding."""
+        here = self.value(weights, weight, scores)
+        image = self.rows @ step
         for halving in range(40):
-            ahead[alive] = weights[alive] + step / 2**halving
-            if self.value(ahead, weight) <= here + 1e-13 * abs(here):
+            ahead, seen = weights + step / 2**halving, scores + image / 2**halving
+            if self.value(ahead, weight, seen) <= here + 1e-13 * abs(here):
                 break
-        return ahead
+        return ahead, seen
 
 
 def _solved(factor: Float[np.ndarray, "a a"], right: Float[np.ndarray, "a"]) -> Float[np.ndarray, "a"]:

@@ -77,7 +77,9 @@ class Standardisation:
         self, chosen: Float[np.ndarray, "n d"], rejected: Float[np.ndarray, "n d"]
     ) -> Float[np.ndarray, "n r"]:
         """``rows(chosen) - rows(rejected)`` by one product."""
-        return np.asarray((self._scaled(chosen) - self._scaled(rejected)) @ self.rotation)
+        # In a difference the center and the constant cancel.
+        apart = (chosen.astype(np.float64) - rejected) * self.factor
+        return np.asarray(apart @ self.rotation[:-1])
 
     def _scaled(self, h: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d+1"]:
         scaled = (h.astype(np.float64) - self.center) * self.factor

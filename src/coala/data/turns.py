@@ -35,6 +35,8 @@ _TOOL_ROLES = (
 )
 GROUP_FIELDS = ("group", "conversation_id", "prompt_id", "post_id", "movie")
 RATER_FIELDS = ("rater", "rater_id", "annotator", "annotator_id", "worker_id")
+SOURCE_FIELDS = ("dataset", "domain", "source", "subset")
+SOURCE_WORDS = 12  # a longer text under such a name is a text, not a name
 # Nothing a reader would see: white space proper, zero-width characters, a stray byte-order mark.
 INVISIBLE = "".join(map(chr, (*range(0x1C, 0x21), 0x85, 0xA0, *range(0x2000, 0x2010), 0x2028, 0x2029))) + (
     "\t\n\x0b\x0c\r\u1680\u202f\u205f\u2060\u3000\ufeff"
@@ -253,6 +255,15 @@ def _name_in(row: Row, name: str) -> str | None:
 def rater_of(row: Row) -> str:
     """Who preferred the chosen reply, as the row names them; empty if it does not."""
     return next((found for name in RATER_FIELDS if (found := _name_in(row, name)) is not None), "")
+
+
+def source_field(row: Row) -> str | None:
+    """The column that names the data set or domain of a row, if one of ``SOURCE_FIELDS`` holds a short name."""
+    for name in SOURCE_FIELDS:
+        found = _name_in(row, name)
+        if found is not None and "\n" not in found and len(found.split()) <= SOURCE_WORDS:
+            return name
+    return None
 
 
 def group_of(row: Row, prompt: Sequence[Turn]) -> str:

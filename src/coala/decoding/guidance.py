@@ -217,7 +217,9 @@ def _check(name: str, found: Any) -> None:
     }
     words = get_args(kinds[0])
     number = isinstance(found, int | float | np.number) and not isinstance(found, bool) and math.isfinite(found)
-    if words:
+    if str in kinds:
+        fits, expected = isinstance(found, str) and bool(found), "a name"
+    elif words:
         fits, expected = found in words, f"one of {', '.join(words)}"
     elif int in kinds:
         fits = number and isinstance(found, int | np.integer) and found >= bounds["ge"]

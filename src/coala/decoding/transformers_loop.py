@@ -27,7 +27,7 @@ from coala.decoding.sampling import Nucleus
 from coala.decoding.search import WAYS, nobody
 from coala.policies import DistilledPolicy
 from coala.recipe import recipe_of
-from coala.store import RunFolder, load_head, run_policy
+from coala.store import RunFolder, head_for, run_policy
 from coala.values import CoalaError, ConvexHead
 
 # What generate() can be asked to return beside the tokens and a guided step has no one answer for.
@@ -147,7 +147,7 @@ class guide:
 def _of_run(run: RunFolder) -> tuple[ConvexHead, Guidance]:
     """The head and guidance of a finished run."""
     recipe = recipe_of(run.settings, run.path / "run.json")
-    return load_head(run.path / "head"), Guidance(**asdict(recipe.guidance))
+    return head_for(run.path / "head", recipe.guidance.rater), Guidance(**asdict(recipe.guidance))
 
 
 class _Loop(Decoder):

@@ -11,6 +11,7 @@ from coala.store import load_json
 # What the old head wrote, or what quotes pairs: gone with them.
 WRITTEN = (
     *("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "replies"),
+    *(f"head/{kind}s.{end}" for kind in ("rater", "source", "group") for end in ("safetensors", "json")),
     *("judgements-judge.jsonl", "judgements-labeller.jsonl", "report.html", "report.json"),
     *(f"stages/{stage}.json" for stage in ("replies-unguided", "replies-guided")),
     *(f"stages/judgements-{judge}.json" for judge in ("judge", "labeller")),

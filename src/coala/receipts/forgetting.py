@@ -230,7 +230,7 @@ def _write(
     save_json(new.path(FORGOTTEN), {"pairs": sorted({*run.run.forgotten, *receipt["pairs"]})})
     receipts = sorted((here / "receipts").glob("*.json"))
     new.delete(WRITTEN)
-    new.delete(f"receipts/{p.name}" for p in receipts if p.name.startswith("influence-"))
+    new.delete(f"receipts/{p.name}" for p in receipts if p.name.startswith(("influence-", "raters-")))
     new.delete(p.relative_to(here).as_posix() for p in here.rglob(".*.tmp") if ".pending" not in p.parts)
     receipt["digests"]["after"] = {
         name: file_digest(path)

@@ -75,7 +75,7 @@ def pair_influence(
                 f"found {len(run.train.pairs)} pairs to fit and {len(run.held_out.pairs)} held out, expected two "
                 "of one and one of the other at least, fix: align more pairs"
             )
-        options = {"trust_remote_code": trust_remote_code, "download": download}
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "download": download}
         from coala.convex.held import HeldProgram
         from coala.convex.influence import influence
         from coala.convex.optimum import Optimum
@@ -107,7 +107,7 @@ def _measured(
     reply: str | None,
     prompt: Any,
     pair: int | None,
-    options: dict[str, bool],
+    options: dict[str, Any],
 ) -> tuple[Measured, dict[str, Any]]:
     """What is measured, and how it is told: name, title, value now, and which sign of a change is good."""
     from coala.convex.influence import HeldOutEffect, LinearEffect
@@ -156,7 +156,7 @@ def _measured(
     return HeldOutEffect(optimum, rows, run.head.temperature, metric), about
 
 
-def _reply_row(run: Opened, optimum: Optimum, said: Pair, options: dict[str, bool]) -> np.ndarray:
+def _reply_row(run: Opened, optimum: Optimum, said: Pair, options: dict[str, Any]) -> np.ndarray:
     from coala.alignment import load_parts
     from coala.features import extract
 

@@ -1,6 +1,7 @@
 """Receipts of a run: kept as files under RUN/receipts, and what the report's page shows of them.
 
     influence-*.json    the pairs whose absence would change a measure most, and what poisoned pairs could do
+    raters-by-*.json    which raters, sources or groups agree with the others
     forget-*.json       what was forgotten, what it changed, and what is not claimed
 
 Words and tables only; computes nothing. ``coala.receipts`` makes them.
@@ -15,9 +16,11 @@ from typing import Any
 
 from coala.pages.parts import Part, Table, aside, beneath, details, element, facts, listing, titled
 from coala.pages.words import number
+from coala.report.raters import rater_parts, rater_words
 from coala.store import RunFolder, StoreError, file_digest, load_json, save_json
 
 FOLDER = "receipts"
+KINDS = ("influence", "raters", "forget")
 ATTACKS = {"flip": "flipped", "remove": "removed", "add": "added"}
 
 
@@ -42,9 +45,9 @@ def saved_receipts(run: RunFolder) -> list[dict[str, Any]]:
     now = file_digest(head) if head.is_file() else None
     for path in sorted((run.path / FOLDER).glob("*.json")):
         row = load_json(path)
-        if not isinstance(row, dict) or row.get("kind") not in ("influence", "forget"):
+        if not isinstance(row, dict) or row.get("kind") not in KINDS:
             raise StoreError(f"{path}: is no receipt. Delete it, and run what makes it again.")
-        found.append({**row, "stale": row["kind"] == "influence" and row.get("head") != now})
+        found.append({**row, "stale": row["kind"] != "forget" and row.get("head") != now})
     found.sort(key=lambda row: str(row.get("created")))
     last = max((k for k, row in enumerate(found) if row["kind"] == "influence" and not row["stale"]), default=None)
     return [row if k == last else {**row, "poison": None} for k, row in enumerate(found)]
@@ -63,11 +66,15 @@ def forgotten_since(receipts: Sequence[Mapping[str, Any]], created: Any) -> bool
 
 def shown(row: Mapping[str, Any]) -> list[Part]:
     """The parts of the page on one receipt."""
+    if row.get("kind") == "raters":
+        return rater_parts(row)
     return _influence(row) if row.get("kind") == "influence" else _forgotten(row)
 
 
 def spoken(row: Mapping[str, Any]) -> list[str]:
     """A sentence or two for the top of the report."""
+    if row.get("kind") == "raters":
+        return [] if row.get("stale") else rater_words(row)[:1]
     if row.get("kind") == "influence":
         if row.get("stale"):
             return []

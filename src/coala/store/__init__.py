@@ -35,6 +35,7 @@ from coala.store.policies import (
     save_adapter,
     save_policy,
 )
+from coala.store.raters import head_for, head_stamp, save_rater_heads
 from coala.store.replacing import Replacement, replacing
 from coala.store.run import RunFolder, differences, worded
 from coala.store.values import (
@@ -62,6 +63,8 @@ __all__ = [
     "digest",
     "discard",
     "file_digest",
+    "head_for",
+    "head_stamp",
     "link_features",
     "load_adapter",
     "load_features",
@@ -87,6 +90,7 @@ __all__ = [
     "save_lines",
     "save_pairs",
     "save_policy",
+    "save_rater_heads",
     "scratch",
     "worded",
     "working_folder",

@@ -29,7 +29,7 @@ from coala.values import Certificate, ConvexHead, FeatureSpec, Generation, Judge
 
 
 def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    """One JSON object per line, in the conversational preference format that TRL reads, plus group and rater."""
+    """One JSON object per line, in TRL's conversational preference format, plus group, rater and source."""
 
     def row(pair: Pair) -> dict[str, Any]:
         return {
@@ -38,13 +38,14 @@ def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
             "rejected": [{"role": "assistant", "content": pair.rejected}],
             "group": pair.group,
             **({"rater": pair.rater} if pair.rater else {}),
+            **({"source": pair.source} if pair.source else {}),
         }
 
     save_lines(path, map(row, pairs))
 
 
 def pair_digest(pair: Pair) -> str:
-    """A SHA-256 of what a pair says, its group and rater apart."""
+    """A SHA-256 of what a pair says, its group, rater and source apart."""
     return digest([[turn.role, turn.text] for turn in pair.prompt], pair.chosen, pair.rejected)
 
 
@@ -58,6 +59,7 @@ def load_pairs(path: Path) -> list[Pair]:
                 rejected=row["rejected"][0]["content"],
                 group=row["group"],
                 rater=row.get("rater", ""),
+                source=row.get("source", ""),
             )
             for row in load_lines(path)
         ]

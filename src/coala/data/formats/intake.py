@@ -12,7 +12,7 @@ from coala.data.formats.ratings import check_ratings, rated_columns, ratings
 from coala.data.formats.reader import Reader
 from coala.data.records import MAX_COLUMNS, RowRecord
 from coala.data.serialised import opened
-from coala.data.turns import GROUP_FIELDS, RATER_FIELDS
+from coala.data.turns import GROUP_FIELDS, RATER_FIELDS, source_field
 from coala.data.unread import Unread, objects_of, refuse
 from coala.values import Turn
 
@@ -60,7 +60,8 @@ class Intake:
             self._placed.update((key, part) for key, part in places.items())
             rated = ratings(row)
             self._faults.extend(check_ratings(record, rated))
-            self._unread.see(record, {*used, *places}, {*GROUP_FIELDS, *RATER_FIELDS, *rated_columns(row, rated)})
+            names = {*GROUP_FIELDS, *RATER_FIELDS, *filter(None, [source_field(row)]), *rated_columns(row, rated)}
+            self._unread.see(record, {*used, *places}, names)
             yield record
 
     def remarks(self) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coala.data.context import PARTS, Around, in_context
 from coala.data.findings import Fault, Finding
 from coala.data.records import RowRecord
-from coala.data.turns import Row, group_of, rater_of
+from coala.data.turns import Row, group_of, rater_of, source_field
 from coala.values import Pair
 
 
@@ -51,10 +51,11 @@ def only(*names: str) -> Callable[[Row], Set[str]]:
 
 
 def placed(row: Row, one: Pair, used: Set[str]) -> Pair:
-    """The pair with its rater, and with what stands around its prompt in other columns."""
-    prompt, rater = tuple(in_context(row, one.prompt, used)), rater_of(row)
+    """The pair with its rater and source, and with what stands around its prompt in other columns."""
+    prompt, field = tuple(in_context(row, one.prompt, used)), source_field(row)
     group = one.group if prompt == one.prompt else group_of(row, prompt)
-    return one if prompt == one.prompt and not rater else Pair(prompt, one.chosen, one.rejected, group, rater)
+    source = str(row[field]) if field is not None and field not in used else ""
+    return Pair(prompt, one.chosen, one.rejected, group, rater_of(row), source)
 
 
 def by_row(
