@@ -88,6 +88,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "audit": ({"statistics", "pages", "data", "backbone", "evaluation", "baselines"}, set()),
     "receipts": (
         {*("store", "statistics", "costs", "recipe", "backbone", "convex", "features", "report", "alignment")},
         set(),
@@ -128,6 +129,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "survey",
                 "serve",
                 "receipts",
+                "audit",
                 "export",
                 "distil",
                 "baselines",

@@ -135,7 +135,7 @@ def read_arena_games(path: Paths, questions: Paths, answers: Paths) -> RewardBen
 
 
 def read_vicuna_reviews(path: Paths, questions: Paths, answers: Paths) -> RewardBenchmark:
-    """Vicuna's reviews: ``question_id``, ``answer1_id``, ``answer2_id`` and ``score`` of both; answer 1 is shown first."""
+    """Vicuna's reviews: ``question_id``, ``answer1_id``, ``answer2_id``, ``score`` of both; answer 1 is shown first."""
     texts, found = read_texts(questions, answers), _Found()
     for place, row in enumerate(_rows(path)):
         named = row.label("question_id")
