@@ -7,6 +7,7 @@ is right where it puts a right reply on top: of replies that share the top, the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,23 +147,42 @@ class Comparisons:
             return None
         return np.array([p for item in self.items for p in (item.places or (0,) * len(item.replies))], dtype=np.float64)
 
-    def rules(self) -> dict[str, Float]:
-        """Margins (m,) of every rule that can be asked."""
-        values = {name: np.array([value(text) for text in self.texts]) for name, value in _OF_TEXT.items()}
+    @cached_property
+    def _values(self) -> dict[str, Float]:
+        """What rules compare, of each reply (R,)."""
+        values = {name: np.array([value(text) for text in self.texts], np.float64) for name, value in _OF_TEXT.items()}
         if self.places is not None:
             values["place"] = self.places
         if self.likelihood is not None:
             values |= {"log-probability": self.likelihood[:, 0], "log-probability per token": self.likelihood[:, 1]}
-        return {
-            name: sign * self.difference(values[value].astype(np.float64))
-            for name, (value, sign) in RULES.items()
-            if value in values
-        }
+        return values
+
+    def rules(self) -> dict[str, Float]:
+        """Margins (m,) of every rule that can be asked."""
+        asked = ((name, sign, self._values.get(value)) for name, (value, sign) in RULES.items())
+        return {name: sign * self.difference(values) for name, sign, values in asked if values is not None}
+
+    def ranks(self, values: Float) -> Float:
+        """The rank of each reply in its item by ``values`` (R,), from 0 to 1, means where it is shared.
+
+        Of a pair the difference is the sign of the values' difference.
+        """
+        found = np.empty(len(values))
+        for start, end in itertools.pairwise(self._starts):
+            own = values[start:end]
+            below, level = (own[:, None] > own).sum(axis=1), (own[:, None] == own).sum(axis=1)
+            found[start:end] = (below + (level - 1) / 2) / max(1, len(own) - 1)
+        return found
 
     @cached_property
     def table(self) -> Float:
         """Every column of :data:`coala.data.style.COLUMNS` of each reply, (R, columns)."""
         return style.described(self.texts, [item.prompt for item in self.items for _ in item.replies])
+
+    @cached_property
+    def _ranked(self) -> Float:
+        """Ranks by what the rules compare, (R, rules / 2): so that a model of all cues can be each of them."""
+        return np.stack([self.ranks(values) for values in self._values.values()], axis=1)
 
     @cached_property
     def _openings(self) -> Float:
@@ -187,7 +207,7 @@ class Comparisons:
         order = [] if self.places is None else [-self.places[:, None]]
         likelihood = [] if self.likelihood is None else [self.likelihood]
         if cue == ALL:
-            blocks = [table, *order, *likelihood]
+            blocks = [table, *order, *likelihood, self._ranked]
             scaled = np.repeat([True, False], [sum(one.shape[1] for one in blocks), self._openings.shape[1]])
             return self.difference(np.hstack([*blocks, self._openings])), scaled
         own = {ORDER: order, LIKELIHOOD: likelihood}.get(cue)

@@ -23,6 +23,7 @@ from coala.callbacks import OnProgress, silent
 from coala.data import classify, style
 from coala.data.findings import DataError, Finding
 from coala.evaluation.reward_benchmarks import Item
+from coala.pages.words import bracketed
 from coala.statistics.intervals import Z95, Float, paired_difference, share_estimate
 from coala.statistics.votes import holm
 from coala.values import Estimate, conversation_text
@@ -138,7 +139,7 @@ def audit_items(
     jobs: dict[str, Any] = dict.fromkeys(data.cues)
     jobs |= {SHUFFLED: None, **({FEATURES: None} if features is not None else {})}
     tied = {name: _undecided(credit) for name, credit in found.items()}
-    margins: Float = np.zeros(m)
+    by_cues: list[Float] = []
     for number, name in enumerate(jobs):
         on_progress("audit", number, len(jobs), name)
         several = _margins(data, name, features, seed, deals)
@@ -146,7 +147,7 @@ def audit_items(
         found[name] = np.mean(told, axis=0)
         tied[name] = np.mean([_undecided(one) for one in told], axis=0)
         if name == ALL:
-            margins = np.mean(several, axis=0)
+            by_cues = several
     on_progress("audit", len(jobs), len(jobs), "repeats")
     whole = _part("all", data, found, tied, rules, np.ones(len(items), dtype=bool))
     subsets = np.array([item.subset for item in items])
@@ -156,7 +157,7 @@ def audit_items(
     best = max((one for one in whole.cues if _is_cue(one)), key=lambda one: one.accuracy.value)
     gain = None if features is None else paired_difference(found[FEATURES], found[best.name], groups)
     context = paired_difference(found[ALL], found[SHUFFLED], groups)
-    systems = systems_beside(data, scores or {}, found[ALL], seed=seed, repeats=deals)
+    systems = systems_beside(data, scores or {}, by_cues, seed=seed)
     return Audit(
         title=title,
         n_comparisons=m,
@@ -166,7 +167,7 @@ def audit_items(
         systems=systems,
         styles=_styles(data),
         counts={**repeats(items), **(leaks(items, against) if against else {})},
-        examples=_examples(data, margins, seed),
+        examples=_examples(data, np.mean(by_cues, axis=0), seed),
         verdicts=tuple(_verdicts(whole, parts, best, context, gain, systems)),
         remarks=tuple(remarks),
         context_gain=context,
@@ -334,13 +335,17 @@ def _verdicts(
     if gain is not None:
         more = "see more than" if gain.low > 0 else "see less than" if gain.high < 0 else "are not told apart from"
         said.append(f"The model's features {more} the best cue: {_points(gain)}.")
-    for one in systems:
-        left = "" if one.survives.value != one.survives.value else f", {100 * one.survives.value:.0f} % of its lead"
-        said.append(
-            f"{one.name}: {_percent(one.accuracy)}; beside the cues it adds {_points(one.beyond)}{left}; where they "
-            f"point the wrong way it ranks {_percent(one.against)} of {one.against.n:,} right."
-        )
-    return said
+    return [*said, *(f"{one.name}: {_percent(one.accuracy)}; {_left(one)}." for one in systems)]
+
+
+def _left(one: System) -> str:
+    """What is left of a system's lead, in words."""
+    if math.isnan(one.survives.value):
+        return one.survives.method.partition("; void: ")[2]
+    return (
+        f"{_percent(one.against)} of the {one.against.n:,} where cues point the wrong way, so that "
+        f"{bracketed(one.survives, '.0f')} % of its lead survives at even cues"
+    )
 
 
 def _strongest(whole: Part, parts: Sequence[Part]) -> str:

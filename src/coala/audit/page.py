@@ -10,18 +10,18 @@ from markupsafe import Markup
 from coala.audit.comparisons import ALL, BAG
 from coala.audit.measure import FEATURES, SHUFFLED, Audit, Cue, CueExample, Part
 from coala.pages.parts import Part as PagePart
-from coala.pages.parts import Table, aside, bar, facts, listing, page, section, sides, titled
+from coala.pages.parts import Table, aside, bar, beneath, facts, listing, page, section, sides, titled
 from coala.pages.words import bracketed
 from coala.values import Estimate
 
 LONGEST = 600  # characters of a text that are shown
 CUE_HEAD = ("sees only", "picked right, %", "ties, %")
 SYSTEM_HEAD = (
-    *("system", "right, %", "with the cues, %", "adds to the cues, points", "of its lead, %"),
-    *("where cues are wrong, %", "where right, %"),
+    *("system", "right, %", "ties, %", "where cues are right, %", "where wrong, %", "at even cues, %"),
+    *("of its lead, %", "with the cues, %", "beyond them, %"),
 )
 # What a subset is shown by: these rules, and the classifiers that see all.
-_SHOWN = ("longer", "shorter", "more markdown", "more list items", "refuses", "shown first", "likelier", ALL, BAG)
+_SHOWN = (ALL, "longer", "shorter", "more markdown", "more list items", "refuses", "shown first", "likelier", BAG)
 
 
 def render(audit: Audit, title: str) -> str:
@@ -50,16 +50,18 @@ def render(audit: Audit, title: str) -> str:
         section(
             "By subset",
             aside("Classifiers are those of the whole set, tested out of fold. Per cent with 95 % interval."),
-            Table("By subset", subset_head(audit), subset_rows(audit)),
+            Table("By subset", subset_head(audit), [_narrow(row) for row in subset_rows(audit)]),
         )
         if audit.parts
         else None,
         section(
             "Systems beside the cues",
             aside(
-                "Right: by the system's score alone. With the cues: a logistic model of all cues and the score, out of "
-                "fold. Adds: that minus the model of cues alone; of its lead: the same over what the score has above "
-                "chance. Where cues are wrong: the score alone, on items on which the model of cues is wrong."
+                "Right: by the system's score alone, a tie its share of right ones (leaderboards count it as wrong); "
+                "the same where the model of all cues is right, and wrong, out of fold. At even cues: weighed so that "
+                "the cues are right as often as chance; of its lead: what is left there of what the score has above "
+                "chance. With the cues: a logistic model of cues and score, out of fold; beyond them: the share of the "
+                "score's information, in nats, that the cues do not hold."
             ),
             Table("Systems beside the cues", SYSTEM_HEAD, system_rows(audit)),
         )
@@ -103,10 +105,13 @@ def system_rows(audit: Audit) -> list[list[str]]:
     return [
         [
             one.name,
-            *(bracketed(value) for value in (one.accuracy, one.with_cues)),
-            bracketed(one.beyond, "+.1f"),
+            bracketed(one.accuracy),
+            f"{100 * one.tied:.1f}",
+            *(f"{bracketed(value)} of {value.n:,}" for value in (one.along, one.against)),
+            bracketed(one.even),
             bracketed(one.survives, ".0f"),
-            *(f"{bracketed(value)} of {value.n:,}" for value in (one.against, one.along)),
+            bracketed(one.with_cues),
+            bracketed(one.beyond, ".0f"),
         ]
         for one in audit.systems
     ]
@@ -146,6 +151,13 @@ def _named(audit: Audit) -> list[str]:
 
 def _cell(part: Part, name: str) -> str:
     return bracketed(part.cue(name).accuracy)
+
+
+def _narrow(row: Sequence[str]) -> list[PagePart]:
+    """The row with intervals below their values, for a page that is narrower than a terminal."""
+    name, n, chance, *cells = row
+    split = [cell.partition(" ") for cell in cells]
+    return [name, n, chance, *(beneath(value, ends) for value, _, ends in split)]
 
 
 def _name(one: Cue) -> str:

@@ -118,7 +118,7 @@ def _recognised(names: Sequence[str]) -> str:
     lists = all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in (chosen, rejected))
     looks: Mapping[str, bool] = {
         "judgebench": {"response_A", "response_B", "pair_id"} <= set(row),
-        "llmbar": {"input", "output_1", "output_2"} <= set(row) and row.get("subset") in LLMBAR,
+        "llmbar": {"input", "output_1", "output_2"} <= set(row) and str(row.get("subset")) in LLMBAR,
         "autoj": {"response 1", "response 2", "scenario"} <= set(row),
         "shp": {"human_ref_A", "human_ref_B", "domain"} <= set(row),
         "mtbench": bool({"g1_winner", "g1_judgment"} & set(row)),
