@@ -218,8 +218,10 @@ class Comparisons:
         asked = [prompt for item, prompt in zip(self.items, prompts, strict=True) for _ in item.replies]
         return np.hstack([self.table[:, : len(style.REPLY)], style.overlaps(self.texts, asked)])
 
-    def out_of_fold(
-        self, x: Any, seed: int, x_test: Any = None, scaled: bool | NDArray[np.bool_] = True
-    ) -> Float:  # fmt: skip
-        """Margins (m,) by fits on columns ``x`` (m, d) of the other folds, whole groups held out."""
-        return classify.out_of_fold(x, self.groups, seed, x_test, scaled, self.weight)
+    def fitted(self, x: Any, seed: int, scaled: bool | NDArray[np.bool_] = True) -> classify.FoldFits:
+        """Fits on columns ``x`` (m, d), whole groups held out."""
+        return classify.fit_folds(x, self.groups, seed, scaled, self.weight)
+
+    def out_of_fold(self, x: Any, seed: int, scaled: bool | NDArray[np.bool_] = True) -> Float:
+        """Margins (m,) by :meth:`fitted`, each by the fit that did not see it."""
+        return self.fitted(x, seed, scaled).margins(x)

@@ -136,18 +136,17 @@ def audit_items(
     deals = deals or (3 if m <= ENOUGH_FOR_ONE else 1)
     rules = data.rules()
     found = {name: data.credits(margin) for name, margin in rules.items()}
-    jobs: dict[str, Any] = dict.fromkeys(data.cues)
-    jobs |= {SHUFFLED: None, **({FEATURES: None} if features is not None else {})}
     tied = {name: _undecided(credit) for name, credit in found.items()}
     by_cues: list[Float] = []
-    for number, name in enumerate(jobs):
-        on_progress("audit", number, len(jobs), name)
-        several = _margins(data, name, features, seed, deals)
-        told = [data.credits(one, classify.TIE) for one in several]
-        found[name] = np.mean(told, axis=0)
-        tied[name] = np.mean([_undecided(one) for one in told], axis=0)
-        if name == ALL:
-            by_cues = several
+    jobs = [*data.cues, *([FEATURES] if features is not None else [])]
+    for number, job in enumerate(jobs):
+        on_progress("audit", number, len(jobs), job)
+        several = _margins(data, job, features, seed, deals)
+        by_cues = several[ALL] if job == ALL else by_cues
+        for name, margins in several.items():
+            told = [data.credits(one, classify.TIE) for one in margins]
+            found[name] = np.mean(told, axis=0)
+            tied[name] = np.mean([_undecided(one) for one in told], axis=0)
     on_progress("audit", len(jobs), len(jobs), "repeats")
     whole = _part("all", data, found, tied, rules, np.ones(len(items), dtype=bool))
     subsets = np.array([item.subset for item in items])
@@ -196,17 +195,15 @@ def _check(data: Comparisons, features: NDArray[np.floating[Any]] | None) -> Non
 
 def _margins(
     data: Comparisons, name: str, features: NDArray[np.floating[Any]] | None, seed: int, deals: int
-) -> list[Float]:
-    """Margins (m,) of the classifier called ``name`` by each deal of the folds."""
-    test: Any = None
-    if name == FEATURES:
-        x, scaled = np.asarray(features, dtype=np.float64), np.array(True)
-    else:
-        x, mask = data.columns(ALL if name == SHUFFLED else name)
-        scaled = np.asarray(mask)
-        if name == SHUFFLED:
-            test, _ = data.columns(ALL, data.with_prompts(_other_prompts(data.items, seed)))
-    return [data.out_of_fold(x, seed + k, test, scaled) for k in range(deals)]
+) -> dict[str, list[Float]]:
+    """Margins (m,) of the classifier called ``name`` by each deal of the folds; of all cues with other contexts too."""
+    x, scaled = (np.asarray(features, dtype=np.float64), True) if name == FEATURES else data.columns(name)
+    fits = [data.fitted(x, seed + k, scaled) for k in range(deals)]
+    found = {name: [one.margins(x) for one in fits]}
+    if name == ALL:
+        other, _ = data.columns(ALL, data.with_prompts(_other_prompts(data.items, seed)))
+        found[SHUFFLED] = [one.margins(other) for one in fits]
+    return found
 
 
 def _other_prompts(items: Sequence[Item], seed: int) -> list[tuple[Any, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,50 @@ def best_ridge(x: Any, groups: Sequence[str], seed: int, weight: Float | None = 
     return RIDGES[int(np.argmin(losses))]
 
 
+@dataclass(frozen=True, eq=False)
+class FoldFits:
+    """Coefficients (d,) of each fold's fit on the other folds, in the units of the columns, and its rows as a mask."""
+
+    folds: tuple[tuple[NDArray[np.bool_], Float], ...]
+
+    def margins(self, x: Any) -> Float:
+        """Margins (n,) of rows ``x`` (n, d), each by the fit that did not see its fold; 0 where there is none."""
+        found = np.zeros(x.shape[0])
+        for outside, w in self.folds:
+            found[outside] = x[outside] @ w
+        return found
+
+
+def fit_folds(
+    x: Any,
+    groups: Sequence[str],
+    seed: int,
+    scaled: bool | NDArray[np.bool_] = True,
+    weight: Float | None = None,
+) -> FoldFits:
+    """A fit for each fold of groups, on all others; the ridge is chosen within them. None for fewer than two groups.
+
+    ``scaled`` brings (dense) columns to unit mean square: all, none, or those of a mask (d,). ``weight`` (n,) says what
+    a row counts.
+    """
+    if len(set(groups)) < 2:
+        return FoldFits(())
+    weight = np.ones(x.shape[0]) if weight is None else weight
+    fold = folds_of(groups, FOLDS, seed)
+    names = np.array(groups, dtype=object)
+    found = []
+    for held_out in range(FOLDS):
+        inside, outside = fold != held_out, fold == held_out
+        if not outside.any() or not inside.any():
+            continue
+        train = x[inside]
+        scale = np.where(scaled, scale_of(train), 1.0) if np.any(scaled) else 1.0
+        train = train / scale
+        w = fit(train, best_ridge(train, list(names[inside]), seed, weight[inside]), weight=weight[inside])
+        found.append((outside, np.asarray(w / scale)))
+    return FoldFits(tuple(found))
+
+
 def out_of_fold(
     x: Any,
     groups: Sequence[str],
@@ -77,30 +122,11 @@ def out_of_fold(
     scaled: bool | NDArray[np.bool_] = True,
     weight: Float | None = None,
 ) -> Float:
-    """Margins (n,) of each pair by a fit on the other folds; above 0 is right, 0 a tie.
+    """Margins (n,) of each pair by a fit on the other folds (:func:`fit_folds`); above 0 is right, 0 a tie.
 
-    The ridge is chosen within the training folds. ``x_test`` takes the place of ``x`` where a pair is tested. All
-    ties for fewer than two groups: nothing can be held out. ``scaled`` brings (dense) columns to unit mean square:
-    all, none, or those of a mask (d,). ``weight`` (n,) says what a row counts in the fits.
+    ``x_test`` takes the place of ``x`` where a pair is tested. All ties for fewer than two groups.
     """
-    margins = np.zeros(x.shape[0])
-    if len(set(groups)) < 2:
-        return margins
-    x_test = x if x_test is None else x_test
-    weight = np.ones(x.shape[0]) if weight is None else weight
-    fold = folds_of(groups, FOLDS, seed)
-    names = np.array(groups, dtype=object)
-    for held_out in range(FOLDS):
-        inside, outside = fold != held_out, fold == held_out
-        if not outside.any() or not inside.any():
-            continue
-        train, test = x[inside], x_test[outside]
-        if np.any(scaled):
-            scale = np.where(scaled, scale_of(train), 1.0)
-            train, test = train / scale, test / scale
-        w = fit(train, best_ridge(train, list(names[inside]), seed, weight[inside]), weight=weight[inside])
-        margins[outside] = test @ w
-    return margins
+    return fit_folds(x, groups, seed, scaled, weight).margins(x if x_test is None else x_test)
 
 
 def told(margins: Float) -> Float:
