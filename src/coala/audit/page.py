@@ -50,7 +50,7 @@ def render(audit: Audit, title: str) -> str:
         section(
             "By subset",
             aside("Classifiers are those of the whole set, tested out of fold. Per cent with 95 % interval."),
-            Table("By subset", subset_head(audit), [_narrow(row) for row in subset_rows(audit)]),
+            Table("By subset", subset_head(audit), _narrow(subset_rows(audit))),
         )
         if audit.parts
         else None,
@@ -63,7 +63,7 @@ def render(audit: Audit, title: str) -> str:
                 "chance. With the cues: a logistic model of cues and score, out of fold; beyond them: the share of the "
                 "score's information, in nats, that the cues do not hold."
             ),
-            Table("Systems beside the cues", SYSTEM_HEAD, system_rows(audit)),
+            Table("Systems beside the cues", SYSTEM_HEAD, _narrow(system_rows(audit))),
         )
         if audit.systems
         else None,
@@ -153,11 +153,12 @@ def _cell(part: Part, name: str) -> str:
     return bracketed(part.cue(name).accuracy)
 
 
-def _narrow(row: Sequence[str]) -> list[PagePart]:
-    """The row with intervals below their values, for a page that is narrower than a terminal."""
-    name, n, chance, *cells = row
-    split = [cell.partition(" ") for cell in cells]
-    return [name, n, chance, *(beneath(value, ends) for value, _, ends in split)]
+def _narrow(rows: Sequence[Sequence[str]]) -> list[list[PagePart]]:
+    """Rows with intervals below their values, for a page that is narrower than a terminal."""
+    return [
+        [beneath(value, f"[{ends}" if ends else "") for value, _, ends in (cell.partition(" [") for cell in row)]
+        for row in rows
+    ]
 
 
 def _name(one: Cue) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from coala.audit.comparisons import ALL, Comparisons
 from coala.data import classify
-from coala.statistics.intervals import Float, bootstrap, group_numbers, share_estimate, void
+from coala.statistics.intervals import Float, bootstrap, group_numbers, mean_estimate, share_estimate, void
 from coala.values import CoalaError, Estimate
 
 SPARED = 30.0  # by which a score's columns are larger than a cue's, so that a ridge weighs 1/900 on them
@@ -178,13 +178,11 @@ def _survives(
 def _beyond(alone: Float, cues: Float, joint: Float, groups: Sequence[str]) -> Estimate:
     """(loss of cues - of both) / (log 2 - loss of the score) from losses (n,); void where the score tells nothing."""
     name = "share of the score's information that is beyond the cues"
+    if not mean_estimate(math.log(2) - alone, groups).low > 0:
+        return void(name, len(alone), "by its loss the score is not told from chance")
 
     def ratio(rows: NDArray[np.intp]) -> float:
         worth = math.log(2) - float(alone[rows].mean())
         return float((cues[rows] - joint[rows]).mean()) / worth if worth > 0 else math.nan
 
-    found = bootstrap(ratio, len(alone), group_numbers(groups, len(alone)), name=name)
-    # A worth that some draws lack has no ratio to speak of.
-    if "undefined" in found.method or math.isnan(found.value):
-        return void(name, len(alone), "the score by itself tells no more than chance")
-    return found
+    return bootstrap(ratio, len(alone), group_numbers(groups, len(alone)), name=name)
