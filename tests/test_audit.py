@@ -316,6 +316,7 @@ def test_the_command(tmp_path: Path) -> None:
 # --- real sets ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "format", "cue", "low", "high"),
     [

@@ -155,6 +155,7 @@ def test_a_set_labelled_by_length_leaves_a_length_system_nothing() -> None:
     assert math.isnan(ruler.against.value)
 
 
+@pytest.mark.nightly
 def test_the_lead_of_a_noisy_cue_does_not_survive_and_that_of_another_system_does() -> None:
     items = of_two(400, 0.8)
     rng = np.random.default_rng(1)
@@ -298,6 +299,7 @@ def test_longer_wins_by_counting_the_files(shared: Path) -> None:
     assert len(nine) == 3 * 129
 
 
+@pytest.mark.nightly
 def test_published_scores_beside_the_cues(shared: Path, tmp_path: Path) -> None:
     """The command on JudgeBench's coding pairs: accuracies as the files give them, a page with all of it."""
     folder, out = shared / "data" / "judgebench", tmp_path / "page.html"
@@ -342,6 +344,7 @@ def test_the_page_shows_subsets_and_escapes_names() -> None:
         assert text in page.text
 
 
+@pytest.mark.nightly
 def test_likelihoods_are_those_of_the_replies(tmp_path: Path) -> None:
     from coala.backbone import load_backbone
     from coala.baselines import TrainSettings
@@ -465,7 +468,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_rows_of_strangers_end_in_a_sentence(tmp_path: Path, data: st.DataObject) -> None:
     bench = data.draw(st.sampled_from(sorted(FORMS)))

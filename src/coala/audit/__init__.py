@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from coala.audit.balance import Balanced, balance
 from coala.audit.measure import Audit, audit_items
 from coala.audit.sets import PreferenceSet, read_set
-from coala.callbacks import OnNote, OnProgress, quiet, silent
+from coala.callbacks import OnProgress, silent
 from coala.data.files import Source, sources
 from coala.settings import AuditSet
 
@@ -46,7 +46,6 @@ def audit_preferences(
     seed: int = 0,
     skip_bad: bool = False,
     on_progress: OnProgress = silent,
-    on_note: OnNote = quiet,
 ) -> Audit:
     """How far cues that understand nothing pick the right reply of ``source``, and what systems' scores add to them.
 
@@ -60,7 +59,7 @@ def audit_preferences(
     if isinstance(source, PreferenceSet):
         found, title = source, ""
     else:
-        options: dict[str, Any] = {"format": format, "skip_bad": skip_bad, "on_note": on_note}
+        options: dict[str, Any] = {"format": format, "skip_bad": skip_bad}
         texts: dict[str, Any] = {"questions": questions, "answers": answers}
         found = read_set(source, bench, by=by, subset=subset, scores=scores, **texts, **options)
         title = ", ".join(Path(name).name for name in sources(source))

@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import numpy as np
 
-from coala.callbacks import OnNote, quiet
 from coala.data.doctor import gather
 from coala.data.files import Source, records, sources
 from coala.data.findings import Finding, listed
@@ -71,7 +70,6 @@ def read_set(
     answers: Source = (),
     scores: Sequence[Path | str] = (),
     skip_bad: bool = False,
-    on_note: OnNote = quiet,
 ) -> PreferenceSet:
     """The items of ``source``; what they are is seen from the first row where ``bench`` is ``auto``.
 
@@ -94,7 +92,7 @@ def read_set(
     elif kind in _ALONE:
         found = _ALONE[kind](list(names))
     else:
-        return _chosen(_of_pairs(names, format, by, scores, skip_bad, on_note), subset)
+        return _chosen(_of_pairs(names, format, by, scores, skip_bad), subset)
     if by is not None:
         raise CoalaError(f"Found --by {by} with {kind}, which has subsets of its own. Fix: leave it out.")
     held = _scores(kind, scores, found) if scores else None
@@ -133,17 +131,15 @@ def _recognised(names: Sequence[str]) -> str:
 
 
 def _of_pairs(
-    names: Sequence[str], format: str, by: str | None, scores: Sequence[Path | str], skip_bad: bool, on_note: OnNote
+    names: Sequence[str], format: str, by: str | None, scores: Sequence[Path | str], skip_bad: bool
 ) -> PreferenceSet:
-    """Pairs of any format. Warnings are told; bad rows end it, or are left out and counted."""
+    """Pairs of any format. Bad rows end it, or are left out and counted; warnings are remarks."""
     findings = gather(names, format)
-    remarks = []
+    remarks = [str(one) for one in findings.warnings]
     if not (skip_bad and findings.pairs):
         findings.raise_for_errors()
     elif findings.errors:
         remarks.append(f"{len(findings.errors)} findings left out, the first: {findings.errors[0]}")
-    for said in (*remarks, *map(str, findings.warnings)):
-        on_note(said)
     subsets = _subsets(names, format, by) if by is not None else [""] * len(findings.pairs)
     pairs = zip(findings.pairs, subsets, strict=True)
     items = tuple(item_of(pair, place, subset) for place, (pair, subset) in enumerate(pairs))

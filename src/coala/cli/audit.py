@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,10 +39,9 @@ class SetFlags:
 
     def read(self, sources: list[str]) -> PreferenceSet:
         from coala.audit import read_set
-        from coala.cli.output import say
 
         options: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        return read_set(sources, on_note=say, **options)
+        return read_set(sources, **options)
 
 
 @with_settings
@@ -86,7 +85,7 @@ def audit(
         raise CoalaError("--balance CUE and --balanced FILE go together: the cue to take out, and where to write.")
     found = held.read(source)
     options: dict[str, Any] = {"model": model, "features": _differences(features), "deals": deals, "seed": seed}
-    other = None if against is None else SetFlags(bench=held.bench, format=held.format).read(against)
+    other = None if against is None else replace(held, by=None, subset=None, scores=None).read(against)
     with progress() as show:
         result = audit_preferences(found, against=other, on_progress=show, **options)
     _show(result)

@@ -6,7 +6,6 @@ judgements without a verdict and those whose texts are not at hand are left out 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +36,7 @@ class _Found:
     items: list[Item] = field(default_factory=list)
     ties: int = 0
     errors: int = 0
-    textless: Counter[str] = field(default_factory=Counter)
+    textless: int = 0
 
     def add(
         self, id: str, asked: tuple[str, str, str], replies: tuple[str | None, str | None], won: float | None
@@ -52,12 +51,12 @@ class _Found:
         elif won == 0.5:
             self.ties += 1
         elif replies[0] is None or replies[1] is None:
-            self.textless[question] += 1
+            self.textless += 1
         else:
             self.items.append(Item.of_two(id, category, prompt, (replies[0], replies[1]), won > 0.5, question))
 
     def benchmark(self, what: str, remarks: Iterable[str] = ()) -> RewardBenchmark:
-        lost = sum(self.textless.values())
+        lost = self.textless
         if not self.items:
             raise CoalaError(
                 f"Found no {what} with a verdict and both texts ({self.ties} ties, {self.errors} without a verdict, "
