@@ -91,6 +91,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "audit": ({"statistics", "pages", "data", "backbone", "evaluation", "baselines"}, set()),
     "receipts": (
         {*("store", "statistics", "costs", "recipe", "backbone", "convex", "features", "report", "alignment")},
         set(),
@@ -134,6 +135,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "survey",
                 "serve",
                 "receipts",
+                "audit",
                 "export",
                 "distil",
                 "baselines",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coala.alignment import Run, align, load_run
+    from coala.audit import audit_preferences
     from coala.backbone import LanguageModel, Prefix, load_backbone
     from coala.convex import Fit
     from coala.convex import fit as fit_head
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # Where each public name lives, and by which name where it has a shorter one there.
 _HOMES: dict[str, tuple[str, ...]] = {
     "coala.alignment": ("Run", "align", "load_run"),
+    "coala.audit": ("audit_preferences",),
     "coala.backbone": ("LanguageModel", "Prefix", "load_backbone"),
     "coala.convex": ("Fit", "fit_head = fit"),
     "coala.data": (
@@ -92,6 +94,7 @@ __all__ = [
     "WordJudge",
     "align",
     "alternate",
+    "audit_preferences",
     "check_pairs",
     "compare_replies",
     "extract_features",

@@ -66,6 +66,13 @@ DifficultyBy = Literal["position", "instruction"]
 Stopping = Literal["optimum", "liblinear"]
 SubsetWeights = Literal["published", "rows"]
 RewardRule = Literal["longer", "shorter", "style"]
+# fmt: off
+# What `coala audit` reads: by the first row, pairs of any format, or a benchmark by name.
+AuditSet = Literal[
+    "auto", "pairs", "rewardbench", "rewardbench2", "rmbench", "judgebench", "llmbar", "autoj", "shp", "alpaca",
+    "mtbench", "arena", "vicuna",
+]
+# fmt: on
 StepLoss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
 Selection = Literal["random", "all", "best_worst"]
 Target = Literal["soft", "bernoulli", "hard"]

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from coala.cli import (
     align,
+    audit,
     chat,
     comal,
     compare,
@@ -108,6 +109,7 @@ app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.command("distil")(distil.distil)
 app.add_typer(demo.app, name="demo")
+app.command("audit")(audit.audit)
 app.command("influence")(influence.influence)
 app.command("forget")(forget.forget)
 app.add_typer(data.app, name="data")

@@ -1,4 +1,4 @@
-"""`coala data`: look at, check, audit, convert and make preference pairs, and the conversations they come from."""
+"""`coala data`: look at, check, convert and make preference pairs, and the conversations they come from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import typer
 from coala.cli.flags import with_settings
 from coala.cli.options import TrustCode
 from coala.cli.terminal import write
-from coala.messages import CoalaError
 from coala.settings import Format, SkipBad
 
 if TYPE_CHECKING:
-    from coala.data.audit import Audit
     from coala.values import Pair
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check, convert and make preference pairs.")
@@ -108,72 +106,6 @@ def alternate(
     for cue, accuracy in cues.items():
         say(f"{cue} alone tells chosen from rejected: {accuracy}")
     emit({"pairs": len(pairs), "conversations": len({p.group for p in pairs}), "cues": cues, "out": out}, alone=True)
-
-
-@app.command(epilog="Example: `coala data audit pairs.jsonl --out audit.html --against test.jsonl`")
-@with_settings
-def audit(
-    pairs: Sources,
-    out: Annotated[Path | None, typer.Option(help="Page to write (HTML, needs nothing else).")] = None,
-    format: Format = "auto",
-    features: Annotated[
-        Path | None, typer.Option(help="Folder of features of exactly these pairs, judged beside the cues.")
-    ] = None,
-    against: Annotated[list[str] | None, typer.Option(help="The other side of the split: look for leaks.")] = None,
-    balance: Annotated[
-        str | None, typer.Option(help="Cue to take out, e.g. `length` or `surface`; needs --balanced.")
-    ] = None,
-    balanced: Annotated[Path | None, typer.Option(help="File to write what is left to.")] = None,
-    skip_bad: SkipBad = False,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Deals of the folds; 3, above 2,000 pairs 1.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of folds, shuffles and thinning.")] = 0,
-) -> None:
-    """Preference or position? What cues alone (length, place words, style, bag of words) tell of the pairs.
-
-    Prints a table of cue-only accuracies, biases, repeats and leaks. `--balance CUE` writes a part of the pairs on
-    which that cue says nothing. Conversations: `--format conversations` audits their alternating pairs.
-    """
-    from coala.cli.output import emit, progress, say
-    from coala.data.audit import audit as look
-    from coala.data.audit import balance as take_out
-    from coala.data.audit_page import audit_summary, render
-    from coala.store import load_features, save_pairs, write_atomic
-
-    if (balance is None) != (balanced is None):
-        raise CoalaError("--balance CUE and --balanced FILE go together: the cue to take out, and where to write.")
-    found = _sound(pairs, format, skip_bad)
-    extracted = load_features(features) if features is not None else None
-    with progress() as show:
-        result = look(
-            found,
-            seed=seed,
-            features=None if extracted is None else extracted.chosen - extracted.rejected,
-            against=None if against is None else _sound(against, format, skip_bad),
-            repeats=repeats,
-            on_progress=lambda name, done, total: show("audit", done, total, name),
-        )
-    _show_audit(result)
-    summary = audit_summary(result)
-    if out is not None:
-        write_atomic(out, render(result, f"Audit of {', '.join(Path(name).name for name in pairs)}"))
-        summary["out"] = out
-    if balance is not None and balanced is not None:
-        rest = take_out(found, balance.replace("-", " "), seed=seed)
-        save_pairs(balanced, rest.pairs)
-        say(f"{rest.cue}: {rest.before} before, {rest.after} after; {len(rest.pairs)} of {len(found)} pairs are left.")
-        summary |= {"balanced": balanced, "pairs_left": len(rest.pairs), "before": rest.before, "after": rest.after}
-    emit(summary)
-
-
-def _show_audit(audit: Audit) -> None:
-    from coala.cli.output import say, table
-    from coala.data.audit_page import cue_rows
-
-    for sentence in audit.verdicts:
-        say(sentence)
-    table(cue_rows(audit), ["sees only", "ranked right", "95 % interval", "ties"])
-    for name, n in audit.counts.items():
-        write(f"{name}: {n}")
 
 
 def _sound(names: list[str], format: str, skip_bad: bool) -> list[Pair]:

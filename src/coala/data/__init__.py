@@ -6,9 +6,8 @@
     position_cues(pairs)        how far length, punctuation and first words alone give the preference away
     split(pairs, seed=...)      training and evaluation by whole groups
 
-and in modules of their own, for what they import:
+and in a module of its own, for what it imports:
 
-    audit.audit(pairs), audit.balance(pairs, cue)           is it a preference or a position; taking a cue out
     synthesis.synthesize(recipe, journal, record)           conversations of two agents over a chat endpoint
 
 Knows nothing of models, features or stores. The canonical file is what ``coala.store.save_pairs`` writes.

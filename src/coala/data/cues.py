@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.data.classify import clustered_share
-from coala.statistics.intervals import Float
+from coala.statistics.intervals import Float, share_estimate
 from coala.statistics.logistic import fit_logistic
 from coala.values import Estimate, Pair
 
@@ -84,9 +83,9 @@ def position_cues(pairs: Sequence[Pair]) -> dict[str, Estimate]:
     columns = {name: np.array([cue(pair.chosen) - cue(pair.rejected) for pair in pairs]) for name, cue in _CUES.items()}
     columns["first word"] = _first_words(pairs, fold)
     groups = [pair.group for pair in pairs]
-    how = "two-fold accuracy, a tie one half, clustered by group"
-    result = {name: clustered_share(_told(column[:, None], fold), groups, how) for name, column in columns.items()}
-    result["all together"] = clustered_share(_told(np.stack(list(columns.values()), axis=1), fold), groups, how)
+    how = "two-fold accuracy, a tie one half"
+    result = {name: share_estimate(_told(column[:, None], fold), groups, how) for name, column in columns.items()}
+    result["all together"] = share_estimate(_told(np.stack(list(columns.values()), axis=1), fold), groups, how)
     return result
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coala.values import Pair, Turn
+from coala.values import Turn
 
 Float = NDArray[np.float64]
 WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
@@ -63,23 +64,84 @@ _SURFACE: Mapping[str, Callable[[str], float]] = {
     "please": _any("please"),
     "sorry": _any("sorry", "afraid", "unfortunately"),
 }
-REPLY: Mapping[str, Callable[[str], float]] = {**_LENGTH, **_POSITION, **_SURFACE}
+
+
+def _count(pattern: str) -> Callable[[str], float]:
+    found = re.compile(pattern, re.MULTILINE)
+    return lambda text: float(len(found.findall(text)))
+
+
+def _log(count: Callable[[str], float]) -> Callable[[str], float]:
+    return lambda text: math.log1p(count(text))
+
+
+# What is counted of a reply; a column is log(1 + n), so that one long reply does not outweigh all others.
+_MARKS: Mapping[str, Callable[[str], float]] = {
+    "headings": _count(r"^#{1,6}\s"),
+    "bold": _count(r"\*\*[^*\n]+\*\*|__[^_\n]+__"),
+    "code": _count(r"```|`[^`\n]+`"),
+    "table rows": _count(r"^\s*\|.*\|\s*$"),
+}
+list_items = _count(r"^\s*(?:[-*+\u2022]|\d+[.)])\s")
+_PUNCTUATION: Mapping[str, Callable[[str], float]] = {
+    "commas": _count(r","),
+    "stops": _count(r"[.!?]"),
+    "colons": _count(r"[:;]"),
+    "dashes": _count(r"[\u2013\u2014]| - "),
+    "brackets": _count(r"[()\[\]]"),
+}
+REFUSED_IN = 300  # characters from the start in which a refusal is looked for
+_REFUSAL = re.compile(
+    r"\bi(?: a|['\u2019])m (?:\w+ )?(?:sorry|afraid|unable|not able|not comfortable)\b"
+    r"|\bi (?:can ?not|can['\u2019]t|won['\u2019]t|will not|must (?:decline|refuse)|do not feel comfortable)\b"
+    r"|\bas an ai\b|\b(?:unable|not able) to (?:assist|help|provide|fulfil|comply|answer)"
+    r"|\b(?:beyond my capabilities|against my (?:guidelines|programming|principles))\b",
+    re.IGNORECASE,
+)
+
+
+def refuses(text: str) -> float:
+    """1 if a phrase of refusal, in English, stands near the start, else 0."""
+    return float(bool(_REFUSAL.search(text[:REFUSED_IN])))
+
+
+def marks(text: str) -> float:
+    """Headings, bold spans, pieces of code and rows of tables in Markdown."""
+    return sum(count(text) for count in _MARKS.values())
+
+
+def punctuation(text: str) -> float:
+    """Signs of punctuation per character."""
+    return sum(count(text) for count in _PUNCTUATION.values()) / max(1, len(text))
+
+
+_SHAPE: Mapping[str, Callable[[str], float]] = {
+    **{name: _log(count) for name, count in _MARKS.items()},
+    "list items": _log(list_items),
+    **{name: _log(count) for name, count in _PUNCTUATION.items()},
+    "punctuation per character": punctuation,
+    "refusal": refuses,
+}
+REPLY: Mapping[str, Callable[[str], float]] = {**_LENGTH, **_POSITION, **_SURFACE, **_SHAPE}
 OVERLAP = (
     *("words of the last turn taken up", "own words from the last turn"),
     *("words of the prompt taken up", "own words from the prompt"),
 )
 COLUMNS = (*REPLY, *OVERLAP)
 
-# Cue to the columns it may look at; "bag of words" has columns of its own.
+# Cue to the columns it may look at; "first words" and "bag of words" have columns of their own.
 CUES: Mapping[str, tuple[str, ...]] = {
     "length": tuple(_LENGTH),
+    "markdown": tuple(_MARKS),
+    "lists": ("list", "list items"),
+    "refusal": ("refusal",),
+    "punctuation": ("question mark", "exclamation mark", "ends in a stop", *_PUNCTUATION, "punctuation per character"),
     "position words": tuple(_POSITION),
-    "surface": (*_LENGTH, *_POSITION, *_SURFACE),
+    "surface": tuple(REPLY),
     "overlap with the last turn": OVERLAP[:2],
     "overlap with the prompt": OVERLAP,
-    "all cues": COLUMNS,
 }
-BAG = "bag of words"
+OPENINGS = 50  # first words that have a column each
 
 
 def reply_columns(texts: Sequence[str]) -> Float:
@@ -94,11 +156,12 @@ def reply_columns(texts: Sequence[str]) -> Float:
 def overlaps(texts: Sequence[str], prompts: Sequence[tuple[Turn, ...]]) -> Float:
     """(n, 4): shares of words in common with the last turn and with the whole prompt, both ways."""
     said: dict[tuple[Turn, ...], tuple[set[str], set[str]]] = {}
+    held: dict[str, set[str]] = {}
     rows = np.zeros((len(texts), len(OVERLAP)))
     for k, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         if prompt not in said:
             said[prompt] = set(words_of(prompt[-1].text)), {w for turn in prompt for w in words_of(turn.text)}
-        own = set(words_of(text))
+        own = held[text] if text in held else held.setdefault(text, set(words_of(text)))
         for place, there in enumerate(said[prompt]):
             common = len(own & there)
             rows[k, 2 * place] = common / max(1, len(there))
@@ -106,28 +169,9 @@ def overlaps(texts: Sequence[str], prompts: Sequence[tuple[Turn, ...]]) -> Float
     return rows
 
 
-def sides(pairs: Sequence[Pair]) -> tuple[Float, Float]:
-    """Every column of :data:`COLUMNS` for the chosen and for the rejected replies, each (n, columns)."""
-    prompts = [pair.prompt for pair in pairs]
-    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-    both = reply_columns([*chosen, *rejected])
-    n = len(pairs)
-    return (
-        np.hstack([both[:n], overlaps(chosen, prompts)]),
-        np.hstack([both[n:], overlaps(rejected, prompts)]),
-    )
-
-
-def differences(pairs: Sequence[Pair]) -> Float:
-    """Chosen minus rejected in every column of :data:`COLUMNS`, (n, columns)."""
-    chosen, rejected = sides(pairs)
-    return chosen - rejected
-
-
-def with_prompts(table: Float, pairs: Sequence[Pair], prompts: Sequence[tuple[Turn, ...]]) -> Float:
-    """``table`` (n, columns) of differences as it would be if the pairs had these ``prompts``: a control."""
-    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-    return np.hstack([table[:, : len(REPLY)], overlaps(chosen, prompts) - overlaps(rejected, prompts)])
+def described(texts: Sequence[str], prompts: Sequence[tuple[Turn, ...]]) -> Float:
+    """Every column of :data:`COLUMNS` of replies to prompts, (n, columns)."""
+    return np.hstack([reply_columns(texts), overlaps(texts, prompts)])
 
 
 def columns_of(cue: str, table: Float) -> Float:
@@ -135,16 +179,30 @@ def columns_of(cue: str, table: Float) -> Float:
     return table[:, [COLUMNS.index(name) for name in CUES[cue]]]
 
 
-def bag_of_words(pairs: Sequence[Pair], at_least: int = 3) -> Any:
+def first_word(text: str) -> str:
+    words = text.split(maxsplit=1)
+    return words[0].casefold().strip(".,!?:;\"'*#") if words else ""
+
+
+def openings(texts: Sequence[str]) -> Float:
+    """Which of the :data:`OPENINGS` commonest first words a reply begins with, (n, at most OPENINGS) of 0 and 1."""
+    first = [first_word(text) for text in texts]
+    common = [word for word, n in sorted(Counter(first).items(), key=lambda one: (-one[1], one[0])) if n > 1]
+    place = {word: k for k, word in enumerate(common[:OPENINGS])}
+    table = np.zeros((len(texts), max(1, len(place))))
+    for row, word in enumerate(first):
+        if word in place:
+            table[row, place[word]] = 1.0
+    return table
+
+
+def bag_of_words(chosen: Sequence[str], rejected: Sequence[str], at_least: int = 3) -> Any:
     """Chosen minus rejected presence of each word in at least ``at_least`` replies: SciPy CSR (n, words)."""
     from scipy.sparse import csr_array
 
-    held = [(set(words_of(pair.chosen)), set(words_of(pair.rejected))) for pair in pairs]
-    counts: dict[str, int] = {}
-    for both in held:
-        for one in both:
-            for word in one:
-                counts[word] = counts.get(word, 0) + 1
+    words = {text: set(words_of(text)) for text in dict.fromkeys((*chosen, *rejected))}
+    held = [(words[good], words[bad]) for good, bad in zip(chosen, rejected, strict=True)]
+    counts = Counter(word for both in held for one in both for word in one)
     place = {word: k for k, word in enumerate(sorted(word for word, n in counts.items() if n >= at_least))}
     values: list[float] = []
     indices: list[int] = []
@@ -156,4 +214,4 @@ def bag_of_words(pairs: Sequence[Pair], at_least: int = 3) -> Any:
                 indices.append(place[word])
                 values.append(1.0 if word in good else -1.0)
         starts.append(len(indices))
-    return csr_array((values, indices, starts), shape=(len(pairs), max(1, len(place))))
+    return csr_array((values, indices, starts), shape=(len(held), max(1, len(place))))

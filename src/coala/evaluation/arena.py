@@ -169,8 +169,8 @@ def read_battles(
             pair, won = _battle(row, model, baseline)
             found = [won]
         else:
-            pair = _names(row, model, baseline)
-            verdicts, unlike, aloud, many = _games(row, rule)
+            pair = models_of(row, model, baseline)
+            verdicts, unlike, aloud, many = games_of(row, rule)
             failed += verdicts.count(None)
             differing, thinking, several = differing + unlike, thinking + aloud, several + many
             if len(verdicts) == 2 and None not in verdicts:
@@ -322,7 +322,7 @@ def _percent(won: Float, group: NDArray[np.str_] | None, draws: int, seed: int, 
     return Estimate(found.value, max(0.0, found.low), min(100.0, found.high), found.n, found.method)
 
 
-def _names(row: FileRow, model: str | None, baseline: str | None) -> tuple[str, str]:
+def models_of(row: FileRow, model: str | None, baseline: str | None) -> tuple[str, str]:
     ours = row.label("model") if row.get("model") is not None or model is None else model
     other = row.label("baseline") if row.get("baseline") is not None or baseline is None else baseline
     if ours == other:
@@ -338,14 +338,14 @@ def _battle(row: FileRow, model: str | None, baseline: str | None) -> tuple[tupl
             raise row.fault("model_b", shown(pair[1]), "another model than model_a", "leave self-battles out")
         meaning = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
     else:
-        pair = _names(row, model, baseline)
+        pair = models_of(row, model, baseline)
         meaning = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
     if winner not in meaning:
         raise row.fault("winner", shown(winner), f"one of {', '.join(meaning)}", "mend or delete the row")
     return pair, meaning[winner]
 
 
-def _games(row: FileRow, rule: VerdictRule) -> tuple[list[str | None], int, int, int]:
+def games_of(row: FileRow, rule: VerdictRule) -> tuple[list[str | None], int, int, int]:
     """The verdicts of a row's games, and how many differ from what is stored, think aloud, and give several."""
     games = row.fields["games"]
     if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(isinstance(game, dict) for game in games):

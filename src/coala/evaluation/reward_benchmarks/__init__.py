@@ -7,9 +7,15 @@ Nothing here knows a model.
 
 from coala.evaluation.reward_benchmarks.benchmark import RULES, Item, Ranking, RewardBenchmark, Scored
 from coala.evaluation.reward_benchmarks.forms import FORMS, Form
+from coala.evaluation.reward_benchmarks.judged import (
+    read_alpaca_annotations,
+    read_arena_games,
+    read_mtbench_games,
+    read_vicuna_reviews,
+)
+from coala.evaluation.reward_benchmarks.labelled import read_autoj, read_llmbar, read_shp
 from coala.evaluation.reward_benchmarks.reading import (
     read_judgebench,
-    read_llmbar,
     read_rewardbench,
     read_rewardbench2,
     read_rm_bench,
@@ -24,11 +30,17 @@ __all__ = [
     "Ranking",
     "RewardBenchmark",
     "Scored",
+    "read_alpaca_annotations",
+    "read_arena_games",
+    "read_autoj",
     "read_judgebench",
     "read_llmbar",
+    "read_mtbench_games",
     "read_rewardbench",
     "read_rewardbench2",
     "read_rm_bench",
     "read_scores",
+    "read_shp",
+    "read_vicuna_reviews",
     "score_rows",
 ]

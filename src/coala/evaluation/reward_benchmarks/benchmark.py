@@ -22,7 +22,9 @@ from coala.values import CoalaError, Estimate, Pair, Turn
 class Item:
     """One prompt with its right replies, ``chosen``, and its wrong ones, ``rejected``; what it counts in: ``subset``.
 
-    Where a benchmark orders replies by style (RM-Bench), the order here is that one.
+    Where a benchmark orders replies by style (RM-Bench), the order here is that one. Items of one ``group`` are not
+    independent: those of one prompt where none is given. ``places`` says at which place, from 0, the file shows each
+    of (*chosen, *rejected); it is empty where the file's order follows from the label.
     """
 
     id: str
@@ -30,11 +32,23 @@ class Item:
     prompt: tuple[Turn, ...]
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
+    group: str = ""
+    places: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", "\n".join(f"{turn.role}: {turn.text}" for turn in self.prompt))
 
     @property
-    def group(self) -> str:
-        """Items of one prompt are not independent."""
-        return "\n".join(f"{turn.role}: {turn.text}" for turn in self.prompt)
+    def replies(self) -> tuple[str, ...]:
+        """The right ones, then the wrong ones."""
+        return (*self.chosen, *self.rejected)
+
+    @classmethod
+    def of_two(cls, id: str, subset: str, asked: str, replies: tuple[str, str], first: bool, group: str = "") -> Item:
+        """Two replies in the order they are shown in, and whether the ``first`` is the right one."""
+        right, wrong = replies if first else replies[::-1]
+        return cls(id, subset, (Turn("user", asked),), (right,), (wrong,), group, (0, 1) if first else (1, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +131,11 @@ RULES: Mapping[str, Callable[[str, int], float]] = {
 
 @dataclass(frozen=True)
 class RewardBenchmark:
-    """Items of one benchmark, and ``rank``, its formula from scores to figures."""
+    """Items of one benchmark, ``rank``, its formula from scores to figures, and what the reader left out."""
 
     items: tuple[Item, ...]
     rank: Callable[[Scored], Ranking]
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def _place(self) -> dict[tuple[tuple[Turn, ...], str], int]:

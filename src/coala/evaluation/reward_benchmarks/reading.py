@@ -20,14 +20,6 @@ from coala.values import ROLES, CoalaError, Role, Turn
 
 Paths = Path | str | Sequence[Path | str]
 _MEND = "mend or delete the row"
-# Subsets of LLMBar, and what RewardBench calls them.
-LLMBAR = {
-    "Natural": "llmbar-natural",
-    "Adversarial/Neighbor": "llmbar-adver-neighbor",
-    "Adversarial/GPTInst": "llmbar-adver-GPTInst",
-    "Adversarial/GPTOut": "llmbar-adver-GPTOut",
-    "Adversarial/Manual": "llmbar-adver-manual",
-}
 
 
 def read_rewardbench(path: Paths) -> RewardBenchmark:
@@ -45,24 +37,6 @@ def read_rewardbench(path: Paths) -> RewardBenchmark:
         prompt = _conversation(row, "prompt", "user")
         chosen, rejected = (_last_reply(row, field, prompt) for field in ("chosen", "rejected"))
         return Item(_id(row, place), row.label("subset"), prompt, (chosen,), (rejected,))
-
-    return _read(path, item, rank_rewardbench)
-
-
-def read_llmbar(path: Paths) -> RewardBenchmark:
-    """Rows with ``input``, ``output_1``, ``output_2``, ``label`` (1 or 2) and ``subset``: LLMBar's own.
-
-    RewardBench has these rows under other names of subsets, and its formula ranks them.
-    """
-
-    def item(row: FileRow, place: int) -> Item:
-        first, second = row.text("output_1"), row.text("output_2")
-        better, subset = row.value("label", low=1, high=2), row.label("subset")
-        if subset not in LLMBAR:
-            raise row.fault("subset", subset, f"one of {', '.join(LLMBAR)}", "give LLMBar's own file")
-        chosen, rejected = (first, second) if better == 1 else (second, first)
-        known = LLMBAR[subset]
-        return Item(f"{known}-{place}", known, (Turn("user", row.text("input")),), (chosen,), (rejected,))
 
     return _read(path, item, rank_rewardbench)
 
@@ -109,10 +83,7 @@ def read_judgebench(path: Paths) -> RewardBenchmark:
     def item(row: FileRow, place: int) -> Item:
         _require(row, "question", "response_A", "response_B", "label")
         texts = row.text("response_A"), row.text("response_B")
-        first = label_of(row)
-        right, wrong = texts if first else texts[::-1]
-        prompt = (Turn("user", row.text("question")),)
-        return Item(row.label("pair_id"), row.label("source"), prompt, (right,), (wrong,))
+        return Item.of_two(row.label("pair_id"), row.label("source"), row.text("question"), texts, label_of(row))
 
     return _read(path, item, rank_judgebench)
 

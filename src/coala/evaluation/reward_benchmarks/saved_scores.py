@@ -25,7 +25,8 @@ def read_scores(path: Paths, form: str, benchmark: RewardBenchmark | None = None
 
     A row holds scores of the right replies and of the wrong ones (``chosen_score``, ``rejected_score`` or the names
     upstream uses), numbers or lists of them: one each (rewardbench, judgebench), three each by style (rmbench), one or
-    more (rewardbench2, also ``scores`` of which the first ``num_correct`` are of right replies). Beside them
+    more (rewardbench2, also ``scores`` of which the first ``num_correct`` are of right replies); ``pairs`` is any other
+    set of pairs, whose rows are known by their place where they have no ``id``. Beside them
     ``subset``, for rmbench ``domain`` or the file's name; ``prompt``, ``prompt_id`` or ``group`` names the group for
     intervals. JudgeBench's own form is read too: ``label`` with ``scores``, [A, B] or an object of these by scorer.
     With ``benchmark`` items get subset and group from it by their ``id`` or ``pair_id``, and each needs a row.
@@ -101,7 +102,7 @@ def _scored_row(row: FileRow, form: str, place: int) -> Mapping[str, _Row]:
         right, wrong = everything[:n], everything[n:]
     else:
         right, wrong = (_side(row, names) for names in (_CHOSEN, _REJECTED))
-    wanted = {"rewardbench": 1, "judgebench": 1, "rmbench": 3}.get(form)
+    wanted = {"rewardbench": 1, "judgebench": 1, "pairs": 1, "rmbench": 3}.get(form)
     for field, scores in (("chosen", right), ("rejected", wrong)):
         if wanted is not None and len(scores) != wanted:
             expected = "three scores, one of each style" if wanted == 3 else "one score"
@@ -109,7 +110,7 @@ def _scored_row(row: FileRow, form: str, place: int) -> Mapping[str, _Row]:
     if form == "rmbench":
         subset = domain_of(row)
         id = id if id.startswith(f"{subset}:") else f"{subset}:{id}"
-    elif form == "judgebench":
+    elif form in ("judgebench", "pairs"):
         subset = row.label("source", "subset") if row.name_of("source", "subset") else UNKNOWN
     else:
         subset = row.label("subset")

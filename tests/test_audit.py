@@ -9,6 +9,7 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from coala.audit import Audit, audit_items, balance
+from coala.audit.comparisons import ALL, RULES, Comparisons
+from coala.audit.measure import SHUFFLED
+from coala.audit.page import render
+from coala.audit.sets import item_of
 from coala.cli import app
 from coala.data import DataError, read_pairs
-from coala.data.audit import CUE_NAMES, SHUFFLED, audit, balance
-from coala.data.audit_page import render
 from coala.data.classify import RIDGES, best_ridge, fit, folds_of, out_of_fold, told
 from coala.data.duplicates import near_duplicates, shingles
-from coala.data.style import COLUMNS, bag_of_words, differences
+from coala.data.style import COLUMNS
 from coala.store import save_features, save_pairs
 from coala.values import FeatureSet, FeatureSpec, Pair, user
 
@@ -40,8 +44,14 @@ def talk(n: int, mark: str = "", share: float = 1.0, seed: int = 0) -> list[Pair
     return pairs
 
 
+def audit(pairs: list[Pair], *, against: list[Pair] | None = None, **options: Any) -> Audit:
+    """Of pairs, by one deal of the folds."""
+    other = None if against is None else [item_of(pair, k) for k, pair in enumerate(against)]
+    return audit_items([item_of(pair, k) for k, pair in enumerate(pairs)], against=other, deals=1, **options)
+
+
 def accuracies(pairs: list[Pair]) -> dict[str, float]:
-    return {cue.name: cue.accuracy.value for cue in audit(pairs, seed=0, repeats=1).cues}
+    return {cue.name: cue.accuracy.value for cue in audit(pairs, seed=0).cues}
 
 
 def test_a_planted_cue_is_found_and_nothing_else() -> None:
@@ -54,7 +64,7 @@ def test_a_planted_cue_is_found_and_nothing_else() -> None:
 
 
 def test_labels_by_coin_leave_every_cue_at_chance() -> None:
-    result = audit(talk(500, " ?", share=0.5), seed=0, repeats=1)
+    result = audit(talk(500, " ?", share=0.5), seed=0)
     for cue in result.cues:
         assert abs(cue.accuracy.value - 0.5) < 0.09, cue
         assert cue.accuracy.low < 0.54
@@ -66,7 +76,9 @@ def test_swapping_every_pair_changes_no_accuracy() -> None:
     swapped = [Pair(p.prompt, p.rejected, p.chosen, p.group) for p in pairs]
     before, after = accuracies(pairs), accuracies(swapped)
     for name in before:
-        assert before[name] == pytest.approx(after[name], abs=0.01), name
+        # A classifier learns the other way round; a rule is what it is.
+        expected = 1 - after[name] if name in RULES else after[name]
+        assert before[name] == pytest.approx(expected, abs=0.01), name
 
 
 def test_only_the_context_tells_where_the_reply_repeats_it() -> None:
@@ -75,7 +87,7 @@ def test_only_the_context_tells_where_the_reply_repeats_it() -> None:
     for k in range(400):
         asked, good, bad = (rng.sample(WORDS, 12) for _ in range(3))
         pairs.append(Pair(user(" ".join(asked)), " ".join(asked[:4] + good[:8]), " ".join(bad), f"g{k}"))
-    result = audit(pairs, seed=0, repeats=1)
+    result = audit(pairs, seed=0)
     assert result.cue("overlap with the last turn").accuracy.value > 0.97
     assert result.cue("all cues").accuracy.value > 0.95
     assert abs(result.cue(SHUFFLED).accuracy.value - 0.5) < 0.1
@@ -88,14 +100,14 @@ def test_features_are_judged_beside_the_cues() -> None:
     truth = np.random.default_rng(0).standard_normal(6)
     features = np.random.default_rng(1).standard_normal((300, 6))
     features *= np.where(features @ truth > 0, 1, -1)[:, None]
-    result = audit(pairs, seed=0, features=features, repeats=1)
+    result = audit(pairs, seed=0, features=features)
     assert result.cue("features").accuracy.value > 0.93
     assert result.features_gain is not None
     assert result.features_gain.low > 0.3
     assert "see more than the best cue" in result.verdicts[-1]
     with pytest.raises(DataError, match=r"features of shape \(299, 6\) for 300 pairs, expected a row per pair"):
         audit(pairs, seed=0, features=features[1:])
-    with pytest.raises(DataError, match="1 pairs in 1 group, expected at least two groups"):
+    with pytest.raises(DataError, match="1 item in 1 group, expected at least two groups"):
         audit(pairs[:1], seed=0)
 
 
@@ -158,9 +170,10 @@ def test_the_pair_tested_never_trains() -> None:
 def test_columns_are_antisymmetric() -> None:
     pairs = talk(40, " Great job! 1. Try?", share=0.5)
     swapped = [Pair(p.prompt, p.rejected, p.chosen, p.group) for p in pairs]
-    assert np.array_equal(differences(pairs), -differences(swapped))
-    assert (bag_of_words(pairs) + bag_of_words(swapped)).count_nonzero() == 0
-    assert differences(pairs).shape == (40, len(COLUMNS))
+    data, turned = (Comparisons(tuple(item_of(p, k) for k, p in enumerate(some))) for some in (pairs, swapped))
+    assert np.array_equal(data.difference(data.table), -turned.difference(turned.table))
+    assert (data.columns("bag of words")[0] + turned.columns("bag of words")[0]).count_nonzero() == 0
+    assert data.difference(data.table).shape == (40, len(COLUMNS))
 
 
 # --- near-duplicates ---------------------------------------------------------------------------------------------
@@ -201,15 +214,15 @@ def test_repeats_and_leaks_are_counted() -> None:
     pairs = talk(50)
     twin = Pair(pairs[0].prompt, pairs[0].chosen, pairs[0].rejected, "other")
     turned = Pair(pairs[1].prompt, pairs[1].rejected, pairs[1].chosen, pairs[1].group)
-    counts = audit([*pairs, twin, turned], seed=0, against=[*talk(10, seed=9), pairs[3]], repeats=1).counts
-    assert counts["duplicate pairs"] == 1
-    assert counts["contradicting pairs"] == 2
-    assert counts["replies chosen in one pair and rejected in another of its group"] == 2
-    assert counts["pairs nearly the same as one of another group"] == 2
-    assert counts["leaks: pairs of the other split"] == 11
+    counts = audit([*pairs, twin, turned], seed=0, against=[*talk(10, seed=9), pairs[3]]).counts
+    assert counts["duplicate items"] == 1
+    assert counts["contradicting items"] == 2
+    assert counts["replies right in one item and wrong in another of its group"] == 2
+    assert counts["items nearly the same as one of another group"] == 2
+    assert counts["leaks: items of the other split"] == 11
     assert counts["leaks: with a group that is here"] == 11  # both name their groups g0, g1, ...
     assert counts["leaks: with a prompt that is here"] == counts["leaks: with a reply that is here"] == 1
-    assert counts["leaks: nearly the same pair"] == counts["leaks: with a prompt nearly here"] == 1
+    assert counts["leaks: nearly the same item"] == counts["leaks: with a prompt nearly here"] == 1
 
 
 # --- balancing ---------------------------------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def test_what_is_balanced_says_nothing_any_more(cue: str) -> None:
     kept = iter(pairs)
     assert all(pair in kept for pair in rest.pairs)  # a subsequence
     assert balance(pairs, cue, seed=0) == rest
-    fresh = audit(list(rest.pairs), seed=11, repeats=1).cue(cue).accuracy
+    fresh = audit(list(rest.pairs), seed=11).cue(cue).accuracy
     assert fresh.low < 0.53
     assert fresh.value < 0.57
 
@@ -238,7 +251,7 @@ def test_what_is_balanced_says_nothing_any_more(cue: str) -> None:
 def test_pairs_that_are_nothing_but_the_cue_cannot_be_balanced() -> None:
     with pytest.raises(DataError, match="0 of 200 pairs are left once surface is taken out"):
         balance(talk(200, " ?"), "surface", seed=0)
-    with pytest.raises(DataError, match="'lenght', expected one of length, position words"):
+    with pytest.raises(DataError, match="'lenght', expected one of length, markdown"):
         balance(talk(20), "lenght", seed=0)
 
 
@@ -266,7 +279,7 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_escapes(tmp_path: Path) -> None:
     pairs = [Pair(p.prompt, p.chosen + " <script>alert(1)</script>?", p.rejected, p.group) for p in talk(60)]
-    result = audit(pairs, seed=0, repeats=1)
+    result = audit(pairs, seed=0)
     html = render(result, "Audit of <b>")
     page = Page()
     page.feed(html)
@@ -283,19 +296,19 @@ def test_the_command(tmp_path: Path) -> None:
     path, left = tmp_path / "p.jsonl", tmp_path / "left.jsonl"
     save_pairs(path, talk(200, " ?", share=0.8))
     runner = CliRunner()
-    command = ["data", "audit", str(path), "--out", str(tmp_path / "a.html"), "--balance", "surface"]
+    command = ["audit", str(path), "--deals", "1", "--out", str(tmp_path / "a.html"), "--balance", "surface"]
     result = runner.invoke(app, [*command, "--balanced", str(left), "--against", str(path)])
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
-    assert set(CUE_NAMES) | {SHUFFLED} == set(summary["cues"])
+    assert {ALL, SHUFFLED, "length"} < set(summary["cues"])
     assert summary["pairs_left"] == len(list(read_pairs(left)))
-    assert summary["counts"]["leaks: nearly the same pair"] == 200
+    assert summary["counts"]["leaks: nearly the same item"] == 200
     assert "Audit of p.jsonl" in (tmp_path / "a.html").read_text()
     spec = FeatureSpec("b", "", "w", "chat:", -1, "mean", False, 64)
     truth = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
     good = truth * np.sign(truth[:, :1])
     save_features(tmp_path / "f", FeatureSet(good, np.zeros_like(good), [f"g{k}" for k in range(200)], spec))
-    beside = runner.invoke(app, ["data", "audit", str(path), "--features", str(tmp_path / "f")])
+    beside = runner.invoke(app, ["audit", str(path), "--deals", "1", "--features", str(tmp_path / "f")])
     assert json.loads(beside.stdout.splitlines()[-1])["cues"]["features"]["value"] > 0.95
     assert "go together" in str(runner.invoke(app, command).exception)
 
@@ -303,6 +316,7 @@ def test_the_command(tmp_path: Path) -> None:
 # --- real sets ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "format", "cue", "low", "high"),
     [
@@ -316,6 +330,6 @@ def test_the_command(tmp_path: Path) -> None:
 )
 def test_real_sets(shared: Path, name: str, format: str, cue: str, low: float, high: float) -> None:
     pairs = list(read_pairs(shared / "data" / name / "dialogues.jsonl.gz", format))
-    found = audit(pairs, seed=0, repeats=1).cue(cue).accuracy
+    found = audit(pairs, seed=0).cue(cue).accuracy
     assert low <= found.value <= high
     assert re.fullmatch(r"0\.\d+ \[.*\] \(n=\d+\)", str(found))
