@@ -150,10 +150,11 @@ def _choose_rank(
     ranks = [rank for rank in RANKS if rank < len(change)]
     tried: list[tuple[int | None, np.ndarray]] = []
     for number, rank in enumerate(ranks):
-        left, right, _ = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
+        left, right, own = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
         loss, error, terms = _held_out(data, out, left @ right)
         tried.append((rank, terms))
-        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error})
+        steps = 0 if own is None else own.steps
+        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error, "steps": steps})
         progress("rank", number + 1, len(ranks), path[-1])
     tried.append((None, _held_out(data, out, change)[2]))
     lowest = min(tried, key=lambda entry: entry[1].mean())[1]
@@ -224,7 +225,7 @@ def _certificate(
         "n_prompts": len(np.unique(states.group[counted])),
     }
     if own is not None:
-        facts["gap_within_rank"] = own.gap
+        facts |= {"gap_within_rank": own.gap, "steps_within_rank": own.steps}
     return Certificate(
         program=f"output layer, {data.support}",
         statement=statement,
