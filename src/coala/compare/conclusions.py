@@ -91,8 +91,8 @@ def of_survival(place: Mapping[str, Any]) -> list[str]:
     if kept:
         teachers = ", ".join(dict.fromkeys(one["teacher"] for one in found if one["retention"] is not None))
         told.append(f"{_where(place)}: of the gain of {teachers} over one half is kept by {', '.join(kept)}.")
-    for why in dict.fromkeys(one["why"] for one in found if one["teacher"] and one["retention"] is None):
-        told.append(f"{_where(place)}: nothing is told of what is kept: {why}.")
+    reasons = dict.fromkeys(one["why"] for one in found if one["teacher"] and one["retention"] is None)
+    told += [f"{_where(place)}: nothing is told of what is kept: {why}." for why in reasons]
     for measure, words in (("kl", "KL"), ("perplexity", "perplexity")):
         at = [(one["of"], met) for one in found for met in one["at"] if met["measure"] == measure and met["difference"]]
         for dpo in dict.fromkeys(met["dpo"] for _, met in at):

@@ -116,7 +116,7 @@ def fit_by_adam(
 
 def counted_rows(states: DistilStates, support: Support) -> NDArray[np.intp]:
     """The steps that an objective over ``support`` is the mean of."""
-    inside = states.in_nucleus & (states.size > 1) if support == "nucleus" else np.ones(len(states), bool)
+    inside = states.in_nucleus if support == "nucleus" else np.ones(len(states), bool)
     rows = np.flatnonzero(inside & (states.weight > 0))
     if not len(rows):
         raise CoalaError("Found no step that a change could move; expected some. Fix: give more replies.")
@@ -183,6 +183,8 @@ def fit_bias(
 
     One convex program: that of a change of the output layer whose inputs are all 1.
     """
+    import jax.numpy as jnp
+
     from coala.convex.output_data import OutputData
     from coala.convex.output_fit import FOLDS, PATH_TOLERANCE, RIDGES
     from coala.convex.output_solver import OutputLBFGS
@@ -199,7 +201,7 @@ def fit_bias(
         for relative in RIDGES:
             program = data.program(trace * relative, folds != 0, inputs=ones)
             found = solve(program, OutputLBFGS(), tolerance=PATH_TOLERANCE, exact=False, start=start)
-            start = found.value
+            start = jnp.asarray(found.value)
             # At a ridge that weighs nothing the objective is the loss.
             held_out = certify(data.program(1e-30, folds == 0, inputs=ones), found.value)[0]
             path.append({"ridge": trace * relative, "held_out": held_out, "steps": found.steps})

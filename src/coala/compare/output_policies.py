@@ -307,6 +307,8 @@ class OutputWork:
         if support == "vocabulary":
             return cls(len(rows), len(rows) * len(output), 0, states.width)
         most = states.tokens.shape[1]
+        # What one token is the whole nucleus of takes no product.
+        rows = rows[np.asarray(states.size)[rows] > 1]
         size = np.asarray(states.size)[rows]
         # Supports are laid out in a few widths.
         widths = np.array([*(width for width in WIDTHS if width < most), most])

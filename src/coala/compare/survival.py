@@ -22,7 +22,7 @@ from coala.statistics.intervals import Float, group_numbers, over, percentiles, 
 from coala.values import Estimate
 
 DRAWS = 1000
-# What DPO is met at, and how far from 1/2 or 1 that counts as nothing.
+# What DPO is met at.
 MEASURES = {"kl": "KL", "perplexity": "perplexity"}
 
 
@@ -134,13 +134,17 @@ class Sample:
             here = between(reached, wins, wanted)
             told = self.estimate(here, f"wins at {dpo['label']}'s {words}")
             minus = self.estimate(here - self.wins(dpo["judge_scores"]), "difference of wins")
-            low, high = float(np.min(reached[:, 0])), float(np.max(reached[:, 0]))
-            why = (
-                "" if told is not None else f"{dpo['label']} has {wanted[0]:.3g}, the strengths {low:.3g} to {high:.3g}"
-            )
+            why = "" if told is not None else _beyond(dpo["label"], wanted[0], reached[:, 0])
             entry = {"dpo": dpo["label"], "measure": name, "value": float(wanted[0]), "why": why}
             found.append({**entry, "wins": _plain(told), "difference": _plain(minus)})
         return found
+
+
+def _beyond(dpo: str, wanted: float, reached: Float) -> str:
+    """Why a policy is not met where DPO is."""
+    if not np.isfinite(wanted):
+        return f"the KL of {dpo} is not known on these prompts: evaluation.kl is not replies"
+    return f"{dpo} has {wanted:.3g}, the strengths {np.min(reached):.3g} to {np.max(reached):.3g}"
 
 
 def between(reached: Float, wins: Float, wanted: Float) -> Float:
