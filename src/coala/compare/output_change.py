@@ -43,12 +43,16 @@ class OutputChange:
         """Final states (..., d) with the change added."""
         import torch
 
+        def there(part: Float32) -> Tensor:
+            # Copied: what a solver hands out cannot be written to, which torch does not take.
+            return torch.as_tensor(np.array(part)).to(final)
+
         added = torch.zeros_like(final)
         if self.left is not None:
-            inner = final if self.right is None else final @ torch.as_tensor(self.right).to(final).T
-            added = added + inner @ torch.as_tensor(self.left).to(final).T
+            inner = final if self.right is None else final @ there(self.right).T
+            added = added + inner @ there(self.left).T
         if self.bias is not None:
-            added = added + torch.as_tensor(self.bias).to(final)
+            added = added + there(self.bias)
         return final + self.strength * added
 
     @contextmanager
