@@ -19,8 +19,6 @@ SMALL = {
     "comal_text": "{stories} --out {tmp}/runs --prompts 4 --held-out 4 --answers 2 --candidates 2 --tokens 4 --outer 1 "
     "--inner 1 --methods inpo comal",
     "decoding": "--model {stories} --rounds 1 --tokens 6",
-    "distil_policies": "--out {tmp}/run --pairs 150 --teacher-prompts 12 --prompts 3 --tokens 6 --references 1 "
-    "--only held-out",
     "distil_solver": "film --prompts 8 --tokens 8 --ridges 1e-3",
     "decoding_speed": "--model {stories} --rounds 2 --tokens 6",
     "features": "--data {data} --pairs 6 --repeats 1 --models stories260K-hf --sets mathdial",

@@ -99,7 +99,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "compare": (
         {
             *("store", "statistics", "pages", "costs", "recipe", "data", "backbone", "convex", "features"),
-            *("decoding", "evaluation", "baselines", "alignment", "plan"),
+            *("decoding", "evaluation", "baselines", "alignment", "distil", "plan"),
         },
         {"pydantic", "yaml"},
     ),

@@ -88,7 +88,7 @@ def _done(study: Study, cell: Cell, out: Path, tell: OnStage) -> tuple[dict[str,
         from coala.compare.trained import count_training
 
         return (count_training if context.method.trained else count_head)(context), costs.parts
-    from coala.compare import benchmarks, controls, heads, steered
+    from coala.compare import benchmarks, controls, heads, lessons, output_policies, steered
 
     at_work = {
         "base": heads.base_cell,
@@ -99,6 +99,11 @@ def _done(study: Study, cell: Cell, out: Path, tell: OnStage) -> tuple[dict[str,
         "cues": controls.cues_cell,
         "prompt": steered.prompt_cell,
         "guided": steered.guided_cell,
+        "teacher": lessons.teacher_cell,
+        "distilled": output_policies.distilled_cell,
+        "lm-steer": output_policies.lm_steer_cell,
+        "mean-difference": output_policies.mean_difference_cell,
+        "bias": output_policies.bias_cell,
         "benchmark": benchmarks.benchmark_cell,
     }
     return at_work[cell.kind](context, costs), costs.parts

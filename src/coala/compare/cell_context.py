@@ -20,7 +20,7 @@ import numpy as np
 from coala.compare.data import part
 from coala.compare.matrix import Cell, features_key
 from coala.compare.progress import OnStage, Teller, unheard
-from coala.compare.study import Dataset, Study, StudyMethod, StudyModel
+from coala.compare.study import Dataset, Study, StudyEvaluation, StudyMethod, StudyModel
 from coala.costs import Meter, peak_memory
 from coala.store import load_json
 from coala.values import CoalaError, Pair
@@ -63,6 +63,11 @@ class CellContext:
     @property
     def dataset(self) -> Dataset:
         return self.study.datasets[self.cell.dataset]
+
+    @property
+    def evaluation(self) -> StudyEvaluation:
+        """How replies are measured here."""
+        return self.study.evaluation_of(self.cell.dataset)
 
     def features_folder(self, dataset: str | None = None, method: StudyMethod | None = None) -> Path:
         """Where the features lie that this cell's method (or ``method``) reads, here or of another dataset."""
@@ -127,6 +132,21 @@ def keep_compiled(context: CellContext) -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(context.out / "compiled"))  # type: ignore[no-untyped-call]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def compiling() -> Iterator[list[float]]:
+    """Seconds that XLA compiles for, one entry each time."""
+    import jax
+
+    seconds: list[float] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
 
 
 # --- measured ----------------------------------------------------------------------------------------------------

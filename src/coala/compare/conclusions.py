@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coala.compare.study import CHANGED
+
 
 def main_coala(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The study's COALA: the first of its convex heads without a reference."""
@@ -64,6 +66,7 @@ def of_writing(place: Mapping[str, Any]) -> list[str]:
         "Prompting": [c for c in found if c["kind"] == "prompt"],
         "DPO and other training": [c for c in found if c["kind"] in ("dpo", "sft", "orpo", "simpo")],
         "Best-of-N": [c for c in found if c["mode"] == "best_of"],
+        "The output layer alone": [c for c in found if c["kind"] in CHANGED],
         "Other guidance": [c for c in found if c["kind"] in ("guided", "coala") and c["mode"] != "best_of"],
         "No guidance": [c for c in found if c["kind"] == "base"],
     }
@@ -78,6 +81,32 @@ def of_writing(place: Mapping[str, Any]) -> list[str]:
         f"{where}: {found[0]['against']} against the others, share of {n} prompts where the judge prefers the other's "
         f"reply, a tie one half. {' '.join(told)}"
     ]
+
+
+def of_survival(place: Mapping[str, Any]) -> list[str]:
+    """How much of its teacher's gain each policy keeps, and how it stands to DPO at equal KL and perplexity."""
+    found = place["survival"]
+    told = []
+    kept = [f"{one['of']} {_share(one['retention'])}" for one in found if one["retention"] is not None]
+    if kept:
+        teachers = ", ".join(dict.fromkeys(one["teacher"] for one in found if one["retention"] is not None))
+        told.append(f"{_where(place)}: of the gain of {teachers} over one half is kept by {', '.join(kept)}.")
+    reasons = dict.fromkeys(one["why"] for one in found if one["teacher"] and one["retention"] is None)
+    told += [f"{_where(place)}: nothing is told of what is kept: {why}." for why in reasons]
+    for measure, words in (("kl", "KL"), ("perplexity", "perplexity")):
+        at = [(one["of"], met) for one in found for met in one["at"] if met["measure"] == measure and met["difference"]]
+        for dpo in dict.fromkeys(met["dpo"] for _, met in at):
+            here = ", ".join(
+                f"{name} {_points(met['difference'])} ({_verdict(met['difference'])})"
+                for name, met in at
+                if met["dpo"] == dpo
+            )
+            told.append(f"{_where(place)}: at the {words} of {dpo}, wins minus its: {here}.")
+    spent = [(one["of"], (one["flops"] or {}).get("of") or {}) for one in found]
+    for dpo in dict.fromkeys(label for _, of in spent for label in of):
+        listed = _listed([(name, of.get(dpo)) for name, of in spent])
+        told.append(f"{_where(place)}: FLOPs by formula, of those of {dpo} at all its rates: {listed}.")
+    return told
 
 
 def of_capability(place: Mapping[str, Any]) -> list[str]:

@@ -28,6 +28,11 @@ def writing_of(results: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str
     return {
         "judge": first.get("judge"),
         "judge_scores": first.get("judge_scores"),
+        "start_scores": first.get("start_scores"),
+        "per_prompt": first.get("per_prompt"),
+        "along": first.get("along") or [],
+        "distinct": first.get("distinct"),
+        "forwards": first.get("forwards"),
         "rules": first.get("rules"),
         "rules_kept": first.get("rules_kept"),
         "capability": first.get("capability"),
@@ -44,6 +49,14 @@ def policy_told(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if row["kind"] == "base":
         return "the start itself"
     return str(result.get("policy_unknown") or "writes nothing")
+
+
+def put_start_scores(rows: Sequence[dict[str, Any]]) -> None:
+    """The start's scores by a head that judges, which was not there when the start was written."""
+    scores = next((row["start_scores"] for row in rows if row["start_scores"]), None)
+    for row in rows:
+        if row["kind"] == "base" and row["per_prompt"] and not row["judge_scores"]:
+            row["judge_scores"] = scores
 
 
 def put_ratios(rows: Sequence[dict[str, Any]]) -> None:

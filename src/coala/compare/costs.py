@@ -41,9 +41,11 @@ def costs_of(
     FLOPs by formula and by counter, an epoch's count times the epochs. Searches are counted by formula times the
     counter's excess over it. A head's run is the extraction and the fit; its search, if any, the choice of a layer.
     """
-    if method is None or not (method.trained or method.reads):
+    if method is None or not (method.trained or method.changed or method.reads):
         return None
     parts = [found[cell.id]["costs"] for cell in done]
+    if method.changed:
+        return _changed(parts)
     count = next(
         (c for c in here if c.kind == "count" and (c.method, c.setting) == (first.method, first.setting)), None
     )
@@ -57,6 +59,7 @@ def costs_of(
         counter = None if ratio is None else round(formula * ratio)
         return {
             "flops": {"run": formula, "search": search.get("flops", 0)},
+            **({"parts": _parts(parts[0], formula, search.get("flops", 0))} if "lessons" in parts[0] else {}),
             "counter": None
             if counter is None or ratio is None
             else {"run": counter, "search": round(search.get("flops", 0) * ratio)},
@@ -81,6 +84,34 @@ def costs_of(
         },
         "measured": _measured(
             fits, [features["measured"], *(fit["measured"] for fit in fits)], search.get("measured", {}), features
+        ),
+    }
+
+
+def _parts(part: Mapping[str, Any], fit: int, search: int) -> dict[str, int]:
+    """FLOPs of a policy that learns from replies: of these, of their states, of the fit and of its search."""
+    lessons = part.get("lessons", {})
+    return {
+        "replies": lessons.get("replies", 0),
+        # Training reads the replies itself.
+        "states": lessons.get("states", 0) if "fit" in part else 0,
+        "fit": fit,
+        "search": search,
+    }
+
+
+def _changed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a change of the output layer takes: no pass through the model but for replies and their states."""
+    fits = [part["fit"] for part in parts]
+    first = parts[0]
+    search = first.get("search", {})
+    by = _parts(first, fits[0]["flops"], search.get("flops", 0) + fits[0].get("search_flops", 0))
+    return {
+        "flops": {"run": by["replies"] + by["states"] + by["fit"], "search": by["search"]},
+        "parts": by,
+        "counter": None,
+        "measured": _measured(
+            fits, [fit["measured"] for fit in fits], search.get("measured", {}), first.get("lessons")
         ),
     }
 
@@ -142,7 +173,12 @@ def put_shares(rows: Sequence[dict[str, Any]]) -> None:
                 # The first seed's process is the only one that compiles and searches; the least is the work itself.
                 share["measured"] = {
                     "seconds": measured["seconds"]["mean"] / other["seconds"]["mean"],
-                    "bytes": {p: measured["peak_bytes"][p] / b for p, b in other["peak_bytes"].items() if b},
-                    "own_bytes": {p: measured["own_bytes"][p] / b for p, b in other["own_bytes"].items() if b > 0},
+                    "bytes": _shares(measured["peak_bytes"], other["peak_bytes"]),
+                    "own_bytes": _shares(measured["own_bytes"], other["own_bytes"]),
                 }
             mine["of"][dpo["label"]] = share
+
+
+def _shares(mine: Mapping[str, int], theirs: Mapping[str, int]) -> dict[str, float]:
+    """Of each place that both were measured in."""
+    return {place: mine[place] / size for place, size in theirs.items() if size > 0 and place in mine}

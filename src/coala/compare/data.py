@@ -72,10 +72,12 @@ def _prepare(study: Study, name: str, folder: Path, tell: OnStage) -> str:
             study.split.model_dump(),
         ],
     }
+    if dataset.labeller:
+        wanted["labeller"] = dataset.labeller
     about = folder / "about.json"
     if about.is_file():
         found = load_object(about, *wanted, "parts", "counts")
-        if any(found[key] != wanted[key] for key in wanted):
+        if any(found.get(key) != wanted.get(key) for key in (*wanted, "labeller")):
             raise CoalaError(
                 f"{folder}: holds the pairs of another study: {found['settings']} there, {wanted['settings']} now, or "
                 "the files have changed. Give another --out."
@@ -87,6 +89,8 @@ def _prepare(study: Study, name: str, folder: Path, tell: OnStage) -> str:
         train, test = everything, _read(dataset, dataset.test)
     else:
         train, test = split(everything, study.split.test, seed=study.split.seed)
+    if dataset.labeller:
+        train, test = (labelled(pairs, dataset.labeller) for pairs in (train, test))
     seed = study.split.seed
     train = limited(train, dataset.train_pairs, seed, per_group=dataset.per_group)
     test = limited(test, dataset.test_pairs, seed, per_group=dataset.per_group)
@@ -128,6 +132,21 @@ def _read(dataset: Dataset, sources: Sequence[str], against: Sequence[str] = ())
     if not (dataset.skip_bad and found.pairs):
         found.raise_for_errors()
     return list(found.pairs)
+
+
+def labelled(pairs: Sequence[Pair], labeller: str) -> list[Pair]:
+    """The pairs with the reply first that ``labeller`` scores higher; those it finds alike are left out."""
+    from coala.evaluation.judges.named import local_judge
+
+    score = local_judge(labeller).scorer().score
+    found = []
+    for pair in pairs:
+        ahead = score(pair.chosen) - score(pair.rejected)
+        if ahead:
+            found.append(pair if ahead > 0 else replace(pair, chosen=pair.rejected, rejected=pair.chosen))
+    if not found:
+        raise CoalaError(f"The labeller {labeller} tells no two replies apart. Fix: another labeller, or other pairs.")
+    return found
 
 
 def limited(pairs: Sequence[Pair], most: int | None, seed: int, *, per_group: int | None = None) -> list[Pair]:

@@ -72,5 +72,41 @@ def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Dr
     return drawing(f"{measure}-flops-{_key(place)}", f"Held-out pairs, {name}, by FLOPs. {parts}.", caption, draw)
 
 
+def wins_by_kl(place: Mapping[str, Any]) -> Drawing | None:
+    """Wins against what they are bought with: every policy along its strengths, all others where they are."""
+    dials = {one["of"]: one["dial"] for one in place["survival"]}
+    shown = [row for row in place["methods"] if row["win_rate"] and row["kl"]]
+    if not any(dials.get(row["label"]) for row in shown):
+        return None
+
+    def points(row: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
+        dial = [(one["kl"]["value"], one["wins"]) for one in dials.get(row["label"]) or []]
+        return dial or [(row["kl"]["value"], row["win_rate"])]
+
+    def draw(axes: Any) -> None:
+        axes.axhline(50, color=GREY, linewidth=1, linestyle=":")
+        for row, colour in zip(shown, colours(len(shown)), strict=True):
+            found = points(row)
+            at, wins = [kl for kl, _ in found], [100 * one["value"] for _, one in found]
+            ends = [[100 * (one["value"] - one["low"]) for _, one in found]]
+            ends += [[100 * (one["high"] - one["value"]) for _, one in found]]
+            mark = "o" if len(found) > 1 else "s"
+            axes.errorbar(at, wins, ends, fmt=mark, color=colour, ms=4, capsize=2, elinewidth=0.8, label=row["label"])
+            if len(found) > 1:
+                axes.plot([0, *at], [50, *wins], color=colour, linewidth=1.2)
+        axes.set(xlabel="KL a reply, nats", ylabel="wins against the unguided start, %")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    parts = "; ".join(
+        f"{row['label']}: " + ", ".join(f"{100 * one['value']:.0f} % at {kl:.2g} nats" for kl, one in points(row))
+        for row in shown
+    )
+    caption = (
+        "A line is one policy along its strengths, from the start at none; squares have one strength. Bars are 95 % "
+        "intervals. Up and to the left is better."
+    )
+    return drawing(f"wins-kl-{_key(place)}", f"Wins by KL. {parts}.", caption, draw, size=(7.2, 4.2), wide=True)
+
+
 def _key(place: Mapping[str, Any]) -> str:
     return "-".join(str(place[name]) for name in ("dataset", "model", "init"))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, keep_compiled, measured_margins
+from coala.compare.cell_context import (
+    PER_TOKEN,
+    SUM,
+    CellContext,
+    Costs,
+    compiling,
+    keep_compiled,
+    measured_margins,
+)
 from coala.compare.every_layer import every_layer, extracted, joined, loaded
 from coala.compare.matrix import features_method, prompt_features
 from coala.compare.study import StudyMethod
-from coala.compare.writing import guided_policy, replies_of
+from coala.compare.writing import Writer, guided_policy, replies_of
 from coala.store import save_features, save_head, scratch
 from coala.values import FeatureSet
 
@@ -44,6 +50,8 @@ def base_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     return {
         "reward": PER_TOKEN if average else SUM,
         **result,
+        # Of the test pairs, for whatever is compared with the start.
+        "likelihoods": {name: values.tolist() for name, values in vars(found).items()},
         **replies_of(context, costs),
     }
 
@@ -112,7 +120,7 @@ def head_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Fit the head, rank the test pairs, and answer the held-out prompts guided by it."""
     method, train, test = context.method, loaded(context, "train"), loaded(context, "test")
     keep_compiled(context)
-    with costs.of("head") as about, _compiling() as seconds:
+    with costs.of("head") as about, compiling() as seconds:
         fitted = _fit(context, train)
         about["pairs"] = len(train)
         # XLA's work for shapes it has not seen, which no longer depends on how many pairs there are.
@@ -135,24 +143,9 @@ def head_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         from coala.decoding import Guidance
 
         guidance = Guidance(**asdict(method.guidance))
-        result |= replies_of(context, costs, head=fitted.head, guidance=guidance)
+        result |= replies_of(context, costs, Writer(head=fitted.head, guidance=guidance))
         result |= guided_policy(context, costs, fitted.head, guidance)
     return result
-
-
-@contextmanager
-def _compiling() -> Iterator[list[float]]:
-    """Seconds that XLA compiles for, one entry each time."""
-    import jax
-
-    seconds: list[float] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seconds
 
 
 def _fit(context: CellContext, features: FeatureSet) -> Fit:

@@ -108,6 +108,7 @@ def study_of(document: dict[str, Any], source: str = "study", data: Path | None 
                 "pairs": tuple(map(located, dataset.pairs)),
                 "test": tuple(map(located, dataset.test)),
                 "judge": dataset.judge and located(dataset.judge),
+                "labeller": dataset.labeller and located(dataset.labeller),
                 "sampled": dataset.sampled
                 and dataset.sampled.model_copy(
                     update={

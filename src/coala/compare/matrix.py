@@ -10,9 +10,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from coala.compare.study import Study, StudyMethod
+from coala.settings import GuidanceSettings
 
 CellKind = Literal[
-    "base", "train", "features", "head", "adamw", "layers", "cues", "prompt", "guided", "benchmark", "count"
+    "base",
+    "train",
+    "features",
+    "head",
+    "adamw",
+    "layers",
+    "cues",
+    "prompt",
+    "guided",
+    "teacher",
+    "distilled",
+    "lm-steer",
+    "mean-difference",
+    "bias",
+    "benchmark",
+    "count",
 ]
 # Features of every layer, pooled in both of these ways, from one pass.
 ALL = "all"
@@ -75,6 +91,74 @@ def prompt_features(method: StudyMethod) -> bool:
     return method.head.gate_on in ("auto", "prompt")
 
 
+# --- teachers ------------------------------------------------------------------------------------------------------
+
+
+def teacher_guidance(study: Study, method: StudyMethod) -> GuidanceSettings:
+    """How the head that ``method`` learns from guides: as `coala distil` has it of a run's guidance."""
+    settings = method.distil_settings
+    chosen = next(m for m in study.methods if m.name == method.of).guidance or GuidanceSettings()
+    return GuidanceSettings(
+        mode="shift" if settings.teacher == "shift" else "block",
+        rule=chosen.rule,
+        candidates=settings.candidates,
+        block_tokens=settings.block_tokens,
+        top_k=chosen.top_k,
+        top_p=chosen.top_p,
+    )
+
+
+def teacher_of(study: Study, method: StudyMethod) -> StudyMethod | None:
+    """The method whose replies to held-out prompts are those of this one's teacher, if the study has it."""
+    if method.lessons in (None, "chosen"):
+        return None
+    wanted = teacher_guidance(study, method)
+    found = [
+        m
+        for m in study.methods
+        if (m.kind == "guided" and m.of == method.of) or (m.kind == "coala" and m.name == method.of)
+    ]
+    return next((m for m in found if m.guidance == wanted), None)
+
+
+def teacher_key(study: Study, method: StudyMethod, place: tuple[str, str, str]) -> str:
+    """What of a method decides the replies it learns from; ``teacher-`` and it name their cell.
+
+    Methods that differ in the number of prompts alone share one cell of as many as the largest wants.
+    """
+    if method.lessons == "chosen":
+        return "teacher-chosen"
+    settings = method.distil_settings
+    if method.lessons == "weighted":
+        return f"teacher-{method.of}-weighted-{settings.beta:g}"
+    size = f"{settings.candidates}" + (f"x{settings.block_tokens}" if method.lessons == "guided" else "")
+    most = max(
+        other.distil_settings.prompts
+        for other in study.methods
+        if (other.of, other.lessons) == (method.of, method.lessons)
+        and runs(other, place)
+        and teacher_guidance(study, other) == teacher_guidance(study, method)
+    )
+    return f"teacher-{method.of}-{method.lessons}-{size}-{most}"
+
+
+def runs(method: StudyMethod, place: tuple[str, str, str]) -> bool:
+    """Whether a method is carried out on a dataset, with a model, from a start."""
+    dataset, model, init = place
+    return (
+        (not method.models or model in method.models)
+        and (not method.datasets or dataset in method.datasets)
+        and init in method.inits
+    )
+
+
+def teacher_method(study: Study, cell: Cell) -> StudyMethod:
+    """The method that wants most of a teacher's cell."""
+    here = [m for m in study.methods if m.lessons is not None and runs(m, cell.place)]
+    found = [m for m in here if teacher_key(study, m, cell.place) == cell.method]
+    return max(found, key=lambda m: m.distil_settings.prompts)
+
+
 def spec_of(study: Study, cell: Cell) -> dict[str, Any]:
     """Everything that decides a cell's outcome, as plain JSON values; files of pairs are stamped by the runner."""
     # Without what is at its default, so that a field which is new in the package makes no cell another one.
@@ -97,6 +181,11 @@ def spec_of(study: Study, cell: Cell) -> dict[str, Any]:
     if cell.kind == "benchmark":
         about["benchmark"] = there.benchmarks[benchmark_of(cell)].model_dump(**plain)
         about["methods"] = list(cell.needs)
+    if cell.kind == "teacher":
+        taught = teacher_method(study, cell)
+        names = ("teacher", "prompts", "candidates", "block_tokens", "beta")
+        about["teacher"] = {name: getattr(taught.distil_settings, name) for name in names}
+        about["needs"] = list(cell.needs)
     if method is not None:
         # Where else a method runs, and whether it is counted, decides nothing of this cell.
         elsewhere = {"inits", "models", "datasets", "settings", "about", "count_flops"}
@@ -124,14 +213,14 @@ def _place(study: Study, dataset: str, model: str, init: str) -> Iterator[Cell]:
     methods = [
         method
         for method in study.methods
-        if (not method.models or model in method.models)
-        and (not method.datasets or dataset in method.datasets)
-        and init in method.inits
+        if runs(method, (dataset, model, init))
         # SFT from SFT would be a second epoch of it; where others start from it, it has to be there.
         and not (method.kind == "sft" and init == "sft")
     ]
     if not methods:
         return
+    # A head that judges comes before what it judges.
+    methods.sort(key=lambda method: method.name != study.judging_head(dataset))
     base = Cell(f"{here}.base", "base", dataset, model, init, "base", "", study.seeds[0], start)
     if study.datasets[dataset].base:
         yield base
@@ -164,6 +253,10 @@ _KINDS: dict[str, CellKind] = {
     "cues": "cues",
     "prompt": "prompt",
     "guided": "guided",
+    "distilled": "distilled",
+    "lm-steer": "lm-steer",
+    "mean-difference": "mean-difference",
+    "bias": "bias",
 }
 
 
@@ -182,15 +275,28 @@ def _method(
         yield features
         read = (features.id,)
     first = f"{here}.s{study.seeds[0]}"
+    judge = study.judging_head(base.dataset)
     for seed in study.seeds:
         # Rates are tried once, with the first seed.
         after = () if seed == study.seeds[0] or kind not in ("train", "adamw") else (first,)
-        guide = (f"{'.'.join(where)}.{method.of}.s{seed}",) if kind == "guided" else ()
-        needs = (*start, *beside, *read, *guide, *after)
+        guide = () if method.of is None else (f"{'.'.join(where)}.{method.of}.s{seed}",)
+        if method.lessons is not None:
+            teacher = _teacher(study, method, where, (*start, *guide), seed)
+            yield teacher
+            guide = (*guide, teacher.id)
+        judged = (f"{'.'.join(where)}.{judge}.s{study.seeds[0]}",) if judge not in (None, method.name) else ()
+        needs = tuple(dict.fromkeys((*start, *beside, *read, *guide, *judged, *after)))
         yield Cell(f"{here}.s{seed}", kind, *where, method.name, setting, seed, needs)
     if count and kind in ("train", "head"):
         needs = (*start, *read, *((first,) if method.trained else ()))
         yield Cell(f"{here}.count", "count", *where, method.name, setting, study.seeds[0], needs)
+
+
+def _teacher(study: Study, method: StudyMethod, where: tuple[str, str, str], needs: tuple[str, ...], seed: int) -> Cell:
+    key = teacher_key(study, method, where)
+    chance = method.lessons in ("guided", "shift")
+    name = f"{'.'.join(where)}.{key}" + (f".s{seed}" if method.of else "")
+    return Cell(name, "teacher", *where, key, "", seed if chance or method.of else None, needs)
 
 
 def _features(method: StudyMethod, where: tuple[str, str, str], needs: tuple[str, ...]) -> Cell:

@@ -55,6 +55,7 @@ def _place(place: Mapping[str, Any]) -> Part:
         figures.margin_curves(place),
         figures.accuracy_by_flops(place),
         figures.accuracy_by_flops(place, "win_rate"),
+        figures.wins_by_kl(place),
     )
     drawn = gallery(*shown) if place["ranks"] else ""
     return section(place_title(place), aside(_worded(place["pairs"])), headed(*place_tables(place)), drawn)

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from coala.compare import reply_plan
+from coala.compare import policy_plan, reply_plan
 from coala.compare.data import PARTS, prepare
 from coala.compare.matrix import Cell, cells, features_method, prompt_features
-from coala.compare.study import Study, StudyMethod
+from coala.compare.study import CHANGED, Study, StudyMethod
 from coala.costs import CostedMethod as TrainMethod
 from coala.costs import body_flops, decoding_flops, training_flops
 from coala.recipe import Recipe, recipe_of
@@ -60,11 +60,17 @@ def plan_study(study: Study) -> list[dict[str, Any]]:
 
 
 def _sampling(study: Study, name: str, out: Path) -> list[dict[str, Any]]:
-    """The replies that a dataset's pairs are made of, which no cell has."""
+    """The replies that a dataset's pairs are made of, which no cell has; of sets with the same replies the first."""
     settings = study.datasets[name].sampled
     if settings is None:
         return []
     model = next(iter(study.datasets[name].models or study.models))
+    for before, other in study.datasets.items():
+        if before == name:
+            break
+        alike = other.sampled and other.sampled.model_copy(update={"labeller": settings.labeller}) == settings
+        if alike and next(iter(other.models or study.models)) == model:
+            return []
     place = _Place(study, name, model, out)
     tokens = study.datasets[name].tokens_per_prompt or 0
     one = decoding_flops(place.outline.shape, tokens, settings.max_new_tokens)
@@ -158,7 +164,7 @@ class _Place:
                 "model": settings,
                 "evaluation": {
                     "prompts": self.study.evaluation.prompts if prompts is None else prompts,
-                    "max_new_tokens": self.study.evaluation.max_new_tokens,
+                    "max_new_tokens": self.study.evaluation_of(self.dataset).max_new_tokens,
                 },
                 **head,
             }
@@ -218,16 +224,25 @@ class _Place:
 
 
 def _plan(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
+    study = study.model_copy(update={"evaluation": study.evaluation_of(cell.dataset)})
     if cell.kind in ("base", "prompt", "guided"):
         found = _replies(study, cell, place)
     elif cell.kind == "benchmark":
         found = {**reply_plan.reading(study, cell, place.outline.shape), "bytes": _weights(place)}
     elif cell.kind in ("cues", "layers") or (cell.kind == "features" and study.datasets[cell.dataset].joins):
         found = reply_plan.small(cell, place.outline.shape, place.counts)
+    elif cell.kind == "teacher":
+        found = {**policy_plan.teacher(study, cell, place.outline.shape, place.counts), "bytes": _weights(place)}
+    elif cell.kind in CHANGED:
+        found = {**policy_plan.policy(study, cell, place.outline.shape, place.counts), "bytes": _weights(place)}
     elif cell.kind == "train" or (cell.kind == "count" and cell.setting):
         found = _training(study, cell, place)
     else:
         found = _heads(study, cell, place)
+    if cell.kind in ("train", "prompt"):
+        found["flops"] += policy_plan.diverging(study, place.outline.shape, place.counts)
+    if cell.kind != "benchmark":
+        found["flops"] += policy_plan.judging(study, cell, place.outline.shape, place.counts)
     found["seconds"] = _seconds(study, found["flops"])
     return found
 
@@ -241,6 +256,8 @@ def _training(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
     outline, counts = place.outline, place.counts
     shape, survey = outline.shape, counts.surveys["train"]
     chosen, rejected = (survey.lengths[survey.index[:, side]] for side in (0, 1))
+    if method.of is not None:
+        chosen = np.array(policy_plan.lesson_lengths(study, method, counts))
     adapters = settings.lora is not None
     if method.kind == "reward":
         forwards = 2 + (not adapters) + settings.gradient_checkpointing
@@ -254,7 +271,7 @@ def _training(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
             adapters=adapters,
             checkpointing=settings.gradient_checkpointing,
         )
-    epoch = counts.scaled(epoch)
+    epoch = epoch if method.of is not None else counts.scaled(epoch)
     whole = round(epoch * settings.epochs)
     rates = len(setting.tried(method.kind))
     first = cell.seed == study.seeds[0]

@@ -33,10 +33,10 @@ def writing(
     asked = [(tokens + before, settings.max_new_tokens) for tokens in prompts]
     asked += [(QUESTION + before, settings.question_tokens)] * settings.questions
     measured = full_flops(shape, [tokens + settings.max_new_tokens for tokens in prompts])
-    return measured + sum(_reply(shape, tokens, new, guidance) for tokens, new in asked)
+    return measured + sum(reply_flops(shape, tokens, new, guidance) for tokens, new in asked)
 
 
-def _reply(shape: Shape, tokens: int, new: int, guidance: GuidanceSettings | None) -> int:
+def reply_flops(shape: Shape, tokens: int, new: int, guidance: GuidanceSettings | None) -> int:
     from coala.decoding import Guidance
 
     if guidance is None or guidance.mode == "none":
@@ -78,7 +78,7 @@ def guided(study: Study, method: StudyMethod, shape: Shape, counts: Counts) -> i
     survey = counts.surveys["eval"]
     pairs = survey.index[: study.evaluation.policy_pairs].reshape(-1)
     starts, stops = survey.start[pairs].tolist(), survey.stop[pairs].tolist()
-    return flops + 2 * sum(_reply(shape, a, b - a, method.guidance) for a, b in zip(starts, stops, strict=True))
+    return flops + 2 * sum(reply_flops(shape, a, b - a, method.guidance) for a, b in zip(starts, stops, strict=True))
 
 
 def writer(study: Study, cell: Cell, shape: Shape, counts: Counts) -> int:
@@ -93,7 +93,7 @@ def writer(study: Study, cell: Cell, shape: Shape, counts: Counts) -> int:
     before = before_prompt(method, study.datasets[cell.dataset].system, counts)
     return (
         writing(study, shape, counts.prompts, before=before)
-        + drifting(study, shape, counts.prompts, before)
+        + (drifting(study, shape, counts.prompts, before) if study.evaluation.kl == "samples" else 0)
         + sum(likelihoods(shape, counts, "eval", more) for more in (0, before))
     )
 
@@ -109,7 +109,9 @@ def measuring(study: Study, cell: Cell, shape: Shape, counts: Counts) -> int:
     test = likelihoods(shape, counts, "eval")
     if kind == "reward":
         return validation + test
-    written = writing(study, shape, counts.prompts) + drifting(study, shape, counts.prompts)
+    written = writing(study, shape, counts.prompts)
+    if study.evaluation.kl == "samples":
+        written += drifting(study, shape, counts.prompts)
     # DPO's reward is its policy's log-ratio; of the others that takes both models once more.
     return validation + (2 if kind == "dpo" else 3) * test + written
 

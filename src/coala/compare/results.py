@@ -8,7 +8,7 @@ What was measured of time, memory and energy is under ``measured`` keys; all els
     failures     [{cell, error, plan}]
     untuned      baselines for which fewer than four rates were tried
     places       [{dataset, model, init, pairs, methods: [ROW], differences: [...], ranks, verdict: [sentence],
-                  measured: [sentence], layers, contests, capability, agreement, benchmarks}]
+                  measured: [sentence], layers, contests, survival, capability, agreement, benchmarks}]
     stage_one    rows of the paper's Table 7
 
 A ROW: label, kind, seeds, accuracy (ESTIMATE over pairs, of the mean over seeds) with seed_mean and seed_sd,
@@ -28,12 +28,21 @@ import numpy as np
 from coala.compare import conclusions
 from coala.compare.cell import read
 from coala.compare.conclusions import main_coala
-from coala.compare.contests import agreement, capability_changes, contests, policy_told, put_ratios, writing_of
+from coala.compare.contests import (
+    agreement,
+    capability_changes,
+    contests,
+    policy_told,
+    put_ratios,
+    put_start_scores,
+    writing_of,
+)
 from coala.compare.costs import FoundCosts, costs_of, put_shares, spread
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
-from coala.compare.matrix import Cell, cells
-from coala.compare.study import Study
+from coala.compare.matrix import Cell, cells, teacher_of
+from coala.compare.study import CHANGED, Study
+from coala.compare.survival import survival
 from coala.compare.writing import answered
 from coala.evaluation import win_rate
 from coala.statistics.intervals import clustered, mean_estimate, share_estimate
@@ -104,12 +113,14 @@ def _place(
                 rows.append(_row(study, done, len(mine), here, found, group))
         put_shares(rows)
         put_ratios(rows)
+        put_start_scores(rows)
     pairs = pair_counts(out, dataset) if rows else {}
     told: dict[str, Any] = {"dataset": dataset, "model": model, "init": init, "pairs": pairs, "methods": rows}
     told["ranks"] = study.ranks
     if rows:
         told["differences"] = _differences(rows, group) if study.ranks else []
         told["contests"] = contests(rows, _answered(study, out, dataset))
+        told["survival"] = survival(rows, _answered(study, out, dataset))
         told["agreement"] = agreement(rows)
         told["capability"] = capability_changes(rows)
         told["benchmarks"] = [found[c.id]["result"] for c in here if c.kind == "benchmark" and c.id in found]
@@ -117,6 +128,7 @@ def _place(
         told["verdict"] = [
             *ranking,
             *conclusions.of_writing(told),
+            *conclusions.of_survival(told),
             *conclusions.of_capability(told),
             *conclusions.of_agreement(told),
             *conclusions.of_benchmarks(told),
@@ -132,13 +144,12 @@ def _place(
             None,
         )
         for row in rows:
-            row.pop("hits")
-            row.pop("judge_scores")
-            row.pop("answered")
+            for values in ("hits", "judge_scores", "start_scores", "answered", "per_prompt", "along"):
+                row.pop(values)
     return told
 
 
-_METHODS = ("base", "train", "head", "adamw", "layers", "cues", "prompt", "guided")
+_METHODS = ("base", "train", "head", "adamw", "layers", "cues", "prompt", "guided", *CHANGED)
 
 
 def _row(
@@ -150,6 +161,7 @@ def _row(
     hits = ((margins > 0) + 0.5 * (margins == 0)).mean(axis=0)
     by_seed = [result["accuracy"]["value"] for result in results]
     method = next((m for m in study.methods if m.name == first.method), None)
+    taught = None if method is None else teacher_of(study, method)
     row: dict[str, Any] = {
         "label": first.label,
         "method": first.method,
@@ -173,6 +185,8 @@ def _row(
         "mode": None if method is None or method.guidance is None else method.guidance.mode,
         "neurons": results[0].get("neurons"),
         "relative_gap": results[0].get("relative_gap"),
+        "chosen": {name: results[0].get(name) for name in ("ridge", "rank", "epochs", "multiple")},
+        "teacher": None if taught is None else taught.name,
         "curves": [curve_of(result) for result in results if result.get("curve")],
         "win_rate": _win_rate(results),
         "perplexity": _over_seeds([r["perplexity"] for r in results if r.get("perplexity")]),

@@ -1,6 +1,6 @@
-"""Pairs that a study makes of a model's own replies, labelled by a word scorer; in a process of its own.
+"""Pairs that a study makes of a model's own replies, labelled by a scorer; in a process of its own.
 
-OUT/data/<dataset>/replies/N.jsonl   the N-th reply to every prompt, kept as it comes
+OUT/data/replies-.../N.jsonl         the N-th reply to every prompt, kept as it comes
 OUT/data/<dataset>/sampled.jsonl     the pairs: to each prompt the best reply against the worst
 """
 
@@ -19,10 +19,14 @@ from coala.values import CoalaError, Pair, user
 
 def sampled_pairs(study: Study, name: str, folder: Path, tell: OnStage = unheard) -> Path:
     """The file of the pairs of dataset ``name``, made unless it is there for the same settings."""
+    from coala.evaluation.judges.named import named_judge
+
     dataset, target = study.datasets[name], folder / "sampled.jsonl"
     assert dataset.sampled is not None
     model = next(iter(dataset.models or study.models))
-    gone = [path for path in (dataset.sampled.prompts, dataset.sampled.labeller) if not Path(path).is_file()]
+    labeller = named_judge(dataset.sampled.labeller)
+    read = (dataset.sampled.prompts, *((dataset.sampled.labeller,) if labeller is None else ()))
+    gone = [path for path in read if not Path(path).is_file()]
     if gone:
         raise CoalaError(
             f"Dataset {name!r}: {gone[0]} is not there; expected what its pairs are sampled from. Fix: name the folder "
@@ -35,7 +39,7 @@ def sampled_pairs(study: Study, name: str, folder: Path, tell: OnStage = unheard
     if target.is_file() and about.is_file() and load_json(about) == {"of": wanted, "pairs": file_digest(target)}:
         return target
     # The model and its libraries stay out of the process that starts the cells.
-    with Child(_sample, study, model, name, folder, wanted) as child:
+    with Child(_sample, study, model, name, folder) as child:
         for stage in child.told():
             tell(*stage)
         if child.join() != 0:
@@ -44,7 +48,7 @@ def sampled_pairs(study: Study, name: str, folder: Path, tell: OnStage = unheard
     return target
 
 
-def _sample(parent: Parent, study: Study, model: str, name: str, folder: Path, stamp: str) -> None:
+def _sample(parent: Parent, study: Study, model: str, name: str, folder: Path) -> None:
     settings = study.datasets[name].sampled
     assert settings is not None
     weights = folder.parent.parent / "models" / model
@@ -53,7 +57,10 @@ def _sample(parent: Parent, study: Study, model: str, name: str, folder: Path, s
     def show(number: int, done: int, total: int) -> None:
         tell(f"{name}: replies to choose from", number * total + done, settings.replies * total)
 
-    pairs = make_pairs(study, study.models[model], settings, folder / f"replies-{stamp[:12]}", weights, show)
+    # Sets that differ in what labels them alone have the same replies.
+    alike = settings.model_dump(exclude={"labeller"}), study.models[model].model_dump()
+    kept = folder.parent / f"replies-{digest(*alike, study.split.seed, study.evaluation.temperature)[:12]}"
+    pairs = make_pairs(study, study.models[model], settings, kept, weights, show)
     save_pairs(folder / "sampled.jsonl", pairs)
 
 
@@ -69,11 +76,11 @@ def make_pairs(
     from coala.backbone import load_backbone
     from coala.baselines.weights import trainable
     from coala.decoding import Guidance, generate
-    from coala.evaluation import WordJudge
+    from coala.evaluation.judges.named import local_judge
     from coala.evaluation.rows import read_rows
 
-    labeller = WordJudge.load(settings.labeller)
-    texts = [row.text("text").strip() for row in read_rows(settings.prompts)][: settings.n_prompts]
+    labeller = local_judge(settings.labeller).scorer()
+    texts = [row.text("text", "prompt").strip() for row in read_rows(settings.prompts)][: settings.n_prompts]
     prompts = [user(settings.ask.replace("{text}", text)) for text in texts]
     backbone = load_backbone(
         trainable(model.path, weights), revision=model.revision, template=model.template, device=study.device

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from coala.compare.cell_context import CellContext, Costs, measured_margins
-from coala.compare.writing import Asked, drift_of, guided_policy, policy_of, replies_of
+from coala.compare.writing import Asked, Writer, drift_of, guided_policy, policy_of, replies_of
 from coala.store import load_head
 from coala.values import CoalaError, Pair, Turn, conversation_text
 
@@ -26,7 +26,7 @@ def guided_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     return {
         **{name: ranked[name] for name in names},
         "curve": [],
-        **replies_of(context, costs, head=head, guidance=guidance),
+        **replies_of(context, costs, Writer(head=head, guidance=guidance)),
         **guided_policy(context, costs, head, guidance),
     }
 
@@ -50,7 +50,7 @@ def prompt_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         "reward": "log-likelihood as asked, above that of the plain prompt",
         **measured_margins(steered.ratio - plain.ratio, test),
         **policy_of(steered, plain, test),
-        **replies_of(context, costs, asked=asked),
+        **replies_of(context, costs, Writer(asked=asked)),
         **drift_of(context, costs, base, asked),
     }
 

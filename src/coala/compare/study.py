@@ -5,16 +5,37 @@ Knows names, types and limits; knows nothing of how a cell is carried out.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from coala.distil.settings import DistilSettings
 from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
+# What changes the output layer of the frozen model and nothing else.
+CHANGED = ("distilled", "lm-steer", "mean-difference", "bias")
 MethodKind = Literal[
-    "sft", "dpo", "orpo", "simpo", "reward", "coala", "adamw", "layers", "cues", "prompt", "guided", "base"
+    "sft",
+    "dpo",
+    "orpo",
+    "simpo",
+    "reward",
+    "coala",
+    "adamw",
+    "layers",
+    "cues",
+    "prompt",
+    "guided",
+    "base",
+    "distilled",
+    "lm-steer",
+    "mean-difference",
+    "bias",
 ]
+# Whose replies are learned from: the pairs' chosen ones, or one of the teachers of `coala distil`.
+Lessons = Literal["chosen", "guided", "weighted", "shift"]
 Init = Literal["base", "sft"]
 FEWEST_RATES = 4
 # Around TRL's and the paper's own rates; a study may name others.
@@ -42,11 +63,13 @@ class StudyModel(_Strict):
 
 
 class Sampled(_Strict):
-    """Pairs that the study makes: replies of a model to prompts, the best against the worst by a word scorer."""
+    """Pairs that the study makes: replies of a model to prompts, the best against the worst by a scorer."""
 
-    prompts: str = Field(description="rows with a field text")
+    prompts: str = Field(description="rows with a field text or prompt")
     ask: str = Field("{text}", description="the user's message, {text} in it replaced")
-    labeller: str = Field(description="a word-judge file that scores replies; the judge should share no word with it")
+    labeller: str = Field(
+        description="what scores replies: rule:NAME, or a word-judge file that the judge should share no word with"
+    )
     n_prompts: int = Field(200, ge=4)
     replies: int = Field(4, ge=2, description="replies sampled to each prompt")
     max_new_tokens: int = Field(32, ge=1)
@@ -71,8 +94,14 @@ class Dataset(_Strict):
     )
     system: str | None = Field(None, description="a system prompt that asks for what the pairs prefer; kind prompt")
     prompts: int | None = Field(None, ge=0, description="held-out prompts answered; default: evaluation.prompts")
+    max_new_tokens: int | None = Field(None, ge=1, description="of a reply; default: evaluation.max_new_tokens")
     base: bool = Field(True, description="whether the model nothing was done to is a row, by its likelihoods")
     test: tuple[str, ...] = ()
+    labeller: str | None = Field(
+        None,
+        description="says which reply of a pair is the better one, in place of the file: rule:NAME or a word-judge "
+        "file; pairs that it finds alike are left out",
+    )
     format: str = "auto"
     skip_bad: bool = False
     models: tuple[str, ...] = Field((), description="names of models; all if none")
@@ -81,7 +110,9 @@ class Dataset(_Strict):
     test_pairs: int | None = Field(None, ge=2)
     per_group: int | None = Field(None, ge=1, description="at most so many training pairs of one group")
     judge: str | None = Field(
-        None, description="a word-judge file or rule:NAME, for win rates against the unguided base"
+        None,
+        description="a word-judge file, rule:NAME or head:METHOD, a head of this study, for win rates against the "
+        "unguided base",
     )
     rows: int | None = Field(None, ge=2, description="pairs there will be, to plan without them")
     tokens_per_prompt: int | None = Field(None, ge=1)
@@ -117,7 +148,21 @@ class StudyMethod(_Strict):
     pooling: Literal["mean", "mean_all", "last", "auto"] = Field(
         "mean", description="auto: chosen with the layer on held-out training pairs"
     )
-    of: str | None = Field(None, description="of kind guided: the method whose head guides")
+    of: str | None = Field(
+        None,
+        description="the method of kind coala whose head guides (guided), teaches (distilled) or scores "
+        "(mean-difference); of sft, lm-steer and bias: whose guided replies are learned from in place of chosen ones",
+    )
+    distil: dict[str, Any] = Field(
+        {}, description="of kinds that learn from a teacher: fields of coala.distil.settings.DistilSettings"
+    )
+    strengths: tuple[float, ...] = Field(
+        (0.5, 1.5), description="of kinds that change the output layer: strengths measured beside the policy's own"
+    )
+    epochs: int = Field(5, ge=1, description="of kind lm-steer: passes over the replies at most")
+    perplexity: float = Field(
+        1.3, gt=1, description="of kind mean-difference: the most that replies may have, times the start's"
+    )
     system: bool = Field(False, description="of kind prompt: the dataset's system prompt")
     examples: int = Field(0, ge=0, description="of kind prompt: chosen replies shown, drawn from the training pairs")
     prefixes: int = Field(1, ge=1)
@@ -126,7 +171,7 @@ class StudyMethod(_Strict):
         "none", description="CVX-DPO: the reference's margin in the loss; paper: its pointwise loss and scale too"
     )
     guidance: GuidanceSettings | None = GuidanceSettings()
-    rates: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1), description="of kind adamw")
+    rates: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1), description="of kinds adamw and lm-steer")
     inits: tuple[Init, ...] = ("base", "sft")
     models: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
@@ -138,13 +183,40 @@ class StudyMethod(_Strict):
         return self.kind in TRAINED
 
     @property
+    def changed(self) -> bool:
+        """Whether it is the frozen model with another output layer."""
+        return self.kind in CHANGED
+
+    @property
+    def lessons(self) -> Lessons | None:
+        """Whose replies it learns from, where a cell of their own holds them."""
+        if self.kind == "distilled":
+            return self.distil_settings.teacher
+        if self.kind in ("lm-steer", "bias") and self.of is None:
+            return "chosen"
+        return "guided" if self.kind in ("sft", "lm-steer", "bias") and self.of is not None else None
+
+    @property
+    def distil_settings(self) -> DistilSettings:
+        """What ``distil`` says, the rest at its defaults; ValueError for what is no setting of distillation."""
+        known = [field.name for field in fields(DistilSettings)]
+        unknown = sorted(set(self.distil) - set(known))
+        if unknown:
+            raise ValueError(f"distil of {self.name} names {', '.join(unknown)}; expected some of {', '.join(known)}")
+        try:
+            return TypeAdapter(DistilSettings).validate_python(self.distil)
+        except ValidationError as error:
+            told = "; ".join(f"{'.'.join(map(str, one['loc'][:1]))}: {one['msg']}" for one in error.errors())
+            raise ValueError(f"distil of {self.name}: {told}") from None
+
+    @property
     def log_ratios(self) -> bool:
         return self.reference != "none"
 
     @property
     def reads(self) -> bool:
         """Whether it reads features."""
-        return self.kind in ("coala", "adamw", "layers")
+        return self.kind in ("coala", "adamw", "layers", "mean-difference")
 
     @property
     def all_layers(self) -> bool:
@@ -170,6 +242,10 @@ class StudyEvaluation(_Strict):
         20, ge=0, description="pairs at most for the policy accuracy of guided decoding; 0 leaves it out"
     )
     kl_prompts: int = Field(20, ge=0, description="prompts for the divergence from the base; 0 leaves it out")
+    kl: Literal["samples", "replies"] = Field(
+        "samples",
+        description="of trained and prompted models: over fresh replies to kl_prompts, or over the judged ones",
+    )
     curve_points: int = Field(10, ge=0, description="evaluations of held-out margins along a training run")
     curve_pairs: int = Field(48, ge=1)
     layer_sample: int = Field(200, ge=4, description="pairs at most to choose a layer on")
@@ -232,14 +308,20 @@ class Study(_Strict):
             if method.reference != "none" and method.layer == "auto":
                 raise ValueError(f"method {method.name} has a reference, which needs all layers: layer must be -1")
             self._check(method)
+            self._check_taught(method, names)
         for name, dataset in self.datasets.items():
             given = [bool(dataset.pairs), bool(dataset.joins), dataset.sampled is not None]
             if sum(given) > 1:
                 raise ValueError(f"dataset {name} has more than one of pairs, joins and sampled; expected one")
+            if dataset.labeller and not dataset.pairs:
+                raise ValueError(f"dataset {name} has a labeller and no pairs of files, which it would label anew")
             if dataset.joins and any(self.datasets[part].joins for part in dataset.joins):
                 raise ValueError(f"dataset {name} joins a joined one; expected datasets with pairs of their own")
             if dataset.joins and tuple(dataset.inits) != ("base",):
                 raise ValueError(f"dataset {name} joins others, which it can from the base alone: leave out inits")
+            head = self.judging_head(name)
+            if head is not None and head not in [method.name for method in self.methods if method.kind == "coala"]:
+                raise ValueError(f"dataset {name} is judged by {head}; expected head: and a method of kind coala")
         if any("sft" in dataset.inits for dataset in self.datasets.values()) and self.sft is None:
             raise ValueError("an init is sft, but no method is of kind sft")
         return self
@@ -256,9 +338,48 @@ class Study(_Strict):
         if method.kind == "guided" and (of is None or of.kind != "coala" or method.guidance is None):
             raise ValueError(f"method {method.name} is of kind guided; expected of: a method of kind coala, guidance")
 
+    def _check_taught(self, method: StudyMethod, names: list[str]) -> None:
+        """Methods that learn from the guidance of another's head, or from chosen replies through the output layer."""
+        of = next((m for m in self.methods if m.name == method.of), None)
+        takes = ("guided", "sft", *CHANGED)
+        if of is not None and (method.kind not in takes or of.kind != "coala"):
+            raise ValueError(
+                f"method {method.name} has of: {of.name}; expected a kind that takes one ({', '.join(takes)}) and a "
+                "method of kind coala"
+            )
+        if of is not None and names.index(of.name) > names.index(method.name):
+            raise ValueError(f"method {method.name} is named before {of.name}, whose head it needs: put it after")
+        if method.kind in ("distilled", "mean-difference") and of is None:
+            raise ValueError(f"method {method.name} is of kind {method.kind}; expected of: a method of kind coala")
+        settings = method.distil_settings
+        if method.distil and method.lessons is None:
+            raise ValueError(f"method {method.name} learns from no teacher: leave out distil")
+        if method.kind != "distilled" and settings.teacher != "guided":
+            raise ValueError(f"method {method.name} learns from guided replies; its teacher is {settings.teacher}")
+        if method.kind == "bias" and settings.support != "nucleus":
+            raise ValueError(f"method {method.name} is fitted over the nucleus; found support {settings.support}")
+        if method.changed and any(strength <= 0 or strength == 1 for strength in method.strengths):
+            raise ValueError(f"method {method.name} has strengths {method.strengths}; expected numbers above 0, not 1")
+        whole = (method.layer, method.pooling) in ((-1, "mean"), ("auto", "auto"))
+        if method.kind == "mean-difference" and not (whole and method.prefixes == 1 and not method.log_ratios):
+            raise ValueError(
+                f"method {method.name} needs states of the last layer: layer -1 with pooling mean, or both auto"
+            )
+
+    def evaluation_of(self, dataset: str) -> StudyEvaluation:
+        """How replies to a dataset's prompts are measured: as everywhere, but for what the dataset says."""
+        longest = self.datasets[dataset].max_new_tokens
+        return self.evaluation if longest is None else self.evaluation.model_copy(update={"max_new_tokens": longest})
+
+    def judging_head(self, dataset: str) -> str | None:
+        """The method whose head judges a dataset's replies, if one does."""
+        kind, _, rest = (self.datasets[dataset].judge or "").partition(":")
+        return rest if kind == "head" else None
+
     @property
     def sft(self) -> StudyMethod | None:
-        return next((method for method in self.methods if method.kind == "sft"), None)
+        """The SFT on chosen replies."""
+        return next((method for method in self.methods if method.kind == "sft" and method.of is None), None)
 
     def settings_of(self, method: StudyMethod) -> tuple[str, ...]:
         return (method.settings or tuple(self.settings)[:1]) if method.trained else ("",)

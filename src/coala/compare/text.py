@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coala.compare import tables, writing_tables
+from coala.compare import survival_tables, tables, writing_tables
 from coala.compare.study import Study
 from coala.pages.parts import Part, Table
 from coala.pages.words import bracketed, flops, seconds, size
@@ -47,6 +47,10 @@ def place_tables(place: Mapping[str, Any]) -> list[Table]:
         writing_tables.replies(place),
         writing_tables.rules(place),
         writing_tables.contests(place),
+        survival_tables.kept(place),
+        survival_tables.met(place),
+        survival_tables.dial(place),
+        survival_tables.spent(place),
         writing_tables.agreement(place),
         *writing_tables.benchmarks(place),
         tables.costs(place),

@@ -1,7 +1,8 @@
 """Cells of the baselines: try learning rates on held-out training pairs, train at the best, measure on the test pairs.
 
 The rate is chosen by the ranking accuracy of the method's own reward on validation pairs (of equals by the calibrated
-loss, then the lower rate), with the first seed; other seeds train at it. Test pairs decide nothing.
+loss, then the lower rate), with the first seed; other seeds train at it. Of SFT on guided replies it is the one under
+which guided replies to other prompts are likeliest. Test pairs decide nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from coala.compare.cell_context import PER_TOKEN, SUM, CellContext, Costs, measured_margins
+from coala.compare.lessons import guided_pairs, teaching
 from coala.compare.study import Study, StudySetting
-from coala.compare.writing import drift_of, policy_of, replies_of
+from coala.compare.writing import Writer, drift_of, policy_of, replies_of
 from coala.store import load_json, save_json
 from coala.values import CoalaError, Pair
 
@@ -53,7 +55,7 @@ def train_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     trials, rate, average = _chosen(context, settings) if first else _as_first(context)
     settings = replace(settings, learning_rate=rate, seed=cell.seed or 0)
     curve = context.part("validation")[: study.evaluation.curve_pairs] if study.evaluation.curve_points else None
-    pairs = context.part("train")
+    pairs = _pairs(context, "train")
     if curve and kind != "sft":
         steps = int(np.ceil(len(pairs) / (settings.batch_size * settings.accumulation)) * settings.epochs)
         settings = replace(settings, eval_every=max(1, round(steps / study.evaluation.curve_points)), log_every=1)
@@ -67,6 +69,8 @@ def train_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         # Without what the evaluations along the curve took, which are ours and not the method's.
         spent = sum(float(entry.get("eval_runtime", 0.0)) for entry in trained.history)
         about["measured"] = {"seconds": trained.seconds - spent, "peak_bytes": dict(trained.peak_bytes)}
+    if context.method.of is not None:
+        costs.parts["lessons"] = teaching(context)
     if first:
         about_search = {"flops": sum(t["flops"] for t in trials), "rates": len(trials)}
         seconds = sum(t["measured"]["seconds"] for t in trials)
@@ -92,10 +96,12 @@ def _chosen(context: CellContext, settings: TrainSettings) -> tuple[list[dict[st
     if not rates:
         return [], setting.rates_for(kind)[0], False
     trials = [_trial(context, settings, rate) for rate in rates]
-    sound = [trial for trial in trials if trial["accuracy"] is not None]
+    sound = [trial for trial in trials if trial["accuracy"] is not None and trial.get("held_out", 0.0) is not None]
     if not sound:
         raise CoalaError(f"{context.cell.id}: training diverged at every rate of {', '.join(f'{r:g}' for r in rates)}.")
     best = max(sound, key=lambda trial: (trial["accuracy"]["value"], -trial["nll"], -trial["rate"]))
+    if context.method.of is not None:
+        best = min(sound, key=lambda trial: (trial["held_out"], trial["rate"]))
     return trials, best["rate"], bool(best["average"])
 
 
@@ -113,7 +119,7 @@ def count_training(context: CellContext) -> dict[str, Any]:
     settings = replace(
         _settings(context), learning_rate=found["rate"], seed=context.cell.seed or 0, epochs=1.0, steps=None
     )
-    pairs, target = context.part("train"), context.folder / "run"
+    pairs, target = _pairs(context, "train"), context.folder / "run"
     # A counter that was cut off has not counted all: begin again.
     shutil.rmtree(target, ignore_errors=True)
     trained, flops = torch_flops(lambda: _train(context, pairs, settings, target, None, "counting"))
@@ -135,6 +141,11 @@ def _settings(context: CellContext) -> TrainSettings:
     on_gpu = context.study.device == "auto" and torch.cuda.is_available()
     # Mixed precision pays on a GPU only; on a CPU it would train something else, more slowly.
     return found if on_gpu else replace(found, bf16=False)
+
+
+def _pairs(context: CellContext, part: str) -> list[Pair]:
+    """What is trained on: pairs, or guided replies to their prompts."""
+    return guided_pairs(context, part) if context.method.of is not None else context.part(part)
 
 
 def _train(
@@ -164,13 +175,16 @@ def _train(
 
 def _trial(context: CellContext, settings: TrainSettings, rate: float) -> dict[str, Any]:
     """Train on the ``fit`` part at ``rate`` and measure on ``validation``; read back if it is there."""
+    from coala.baselines import log_likelihoods
+    from coala.baselines.likelihoods import loaded_like
+
     done = context.folder / "trials" / f"{rate:g}.json"
     if done.is_file():
         found: dict[str, Any] = load_json(done)
         return found
     folder = context.folder / "trials" / f"{rate:g}"
     settings = replace(settings, learning_rate=rate, seed=context.study.seeds[0])
-    trained = _train(context, context.part("fit"), settings, folder, None, f"training at rate {rate:g}")
+    trained = _train(context, _pairs(context, "fit"), settings, folder, None, f"training at rate {rate:g}")
     validation = context.part("validation")
     about: dict[str, Any] = {
         "rate": rate,
@@ -180,6 +194,14 @@ def _trial(context: CellContext, settings: TrainSettings, rate: float) -> dict[s
         "nll": None,
         "average": False,
     }
+    if context.method.of is not None:
+        # Of replies that are learned from, how likely the others are decides.
+        guided = guided_pairs(context, "validation")
+        likelihoods = log_likelihoods(
+            loaded_like(trained, context.backbone), guided, settings, batch_tokens=context.model.batch_tokens
+        )
+        loss = -float(likelihoods.chosen.sum() / likelihoods.chosen_tokens.sum())
+        about |= {"held_out": loss if np.isfinite(loss) else None}
     # An SFT model's reward may be its log-likelihood or that per token: whichever ranks validation pairs better.
     for average in (False, True) if trained.method == "sft" else (False,):
         try:
@@ -230,7 +252,7 @@ def _measure(
                 for model in (policy, base)
             )
             result |= policy_of(ours, theirs, test)
-    return {**result, **replies_of(context, costs, policy), **drift_of(context, costs, policy)}
+    return {**result, **replies_of(context, costs, Writer(policy)), **drift_of(context, costs, policy)}
 
 
 def _curve(trained: Trained) -> list[dict[str, float]]:
@@ -245,7 +267,7 @@ def _curve(trained: Trained) -> list[dict[str, float]]:
 
 def tidy(context: CellContext) -> None:
     """Drop what only training needed, once the cell is written; the model too, unless another cell starts from it."""
-    wanted = context.method.kind == "sft" and context.cell.seed == context.study.seeds[0]
+    wanted = context.method == context.study.sft and context.cell.seed == context.study.seeds[0]
     shutil.rmtree(context.folder / "trials", ignore_errors=True)
     shutil.rmtree(context.folder / "run" / "checkpoints", ignore_errors=True)
     if not (wanted or context.study.keep_models):

@@ -16,10 +16,12 @@ _COLUMNS: tuple[tuple[str, str, _Cell], ...] = (
     ("win_rate", "wins against the unguided start, %", lambda row: bracketed(row["win_rate"])),
     ("perplexity", "perplexity under the start", lambda row: bracketed(row["perplexity"], ".3g", 1)),
     ("perplexity_ratio", "times the start's", lambda row: bracketed(row["perplexity_ratio"], ".3g", 1)),
+    ("distinct", "distinct bigrams, %", lambda row: bracketed(row["distinct"])),
     ("kl", "KL to the start, nats", lambda row: bracketed(row["kl"], ".3g", 1)),
     ("policy_accuracy", "policy accuracy, %", lambda row: bracketed(row["policy_accuracy"])),
     ("policy", "likelihood", lambda row: row["policy"]),
     ("capability", "questions answered, %", lambda row: bracketed(row["capability"])),
+    ("forwards", "forwards a token", lambda row: number(row["forwards"])),
     ("tokens", "tokens", lambda row: over_seeds(row["tokens"])),
 )
 
@@ -46,8 +48,9 @@ def replies(place: Mapping[str, Any]) -> Table | None:
         head,
         told,
         f"{n} prompts; 95 % intervals. A tie counts one half. KL of whole replies at temperature 1; of guidance it is "
-        "known in mode shift alone, and of the best of N it is at most log N - (N - 1)/N. Policy accuracy: the share "
-        "of held-out pairs that log p(reply) - log p(reply) of the start ranks right. Milliseconds are of all that was "
+        "known in mode shift alone, within top-k and top-p, and of the best of N it is at most log N - (N - 1)/N. "
+        "Distinct bigrams: of each reply, distinct two-word runs over all of them. Policy accuracy: the share of "
+        "held-out pairs that log p(reply) - log p(reply) of the start ranks right. Milliseconds are of all that was "
         "decoded, for each token that was kept.",
     )
 

@@ -27,7 +27,7 @@ from coala.costs import Shape, peak_memory, states_flops, teacher_flops
 from coala.decoding.adapted import step_log_probs
 from coala.distil.accounts import dpo_flops
 from coala.distil.settings import AdapterSettings, DistilSettings
-from coala.distil.stage import check_evidence, guided_lessons, teacher_of
+from coala.distil.stage import answered_lessons, check_evidence, teacher_of
 from coala.distil.states import Lesson
 from coala.policies import DistilledAdapter
 from coala.recipe import Recipe, recipe_of
@@ -67,7 +67,7 @@ def distil_adapter(
         backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
         guidance = teacher_of(recipe, settings)
         check_evidence(head, guidance)
-        lessons = guided_lessons(recipe, run, backbone, head, guidance, settings, on_progress)
+        lessons = answered_lessons(recipe, run, backbone, head, guidance, settings, on_progress)
         plan = {
             "lessons": digest([asdict(lesson) for lesson in lessons]),
             "weights": backbone.weights,

@@ -21,11 +21,11 @@ from coala.distil.accounts import output_flops
 from coala.distil.matrix import output_matrix
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
-from coala.distil.states import Lesson, teacher_states
+from coala.distil.states import Lesson, guided_lessons, teacher_states, weighted_lessons
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, recipe_of
 from coala.store import DISTILLED, RunFolder, digest, load_features, load_pairs, save_json
-from coala.values import CoalaError, Turn, conversation_text, prompt_id
+from coala.values import CoalaError, FeatureSet, Pair, Turn, conversation_text, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -120,9 +120,9 @@ def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: in
             told["change"] = before.change
         settings = settings if seed is None else replace(settings, seed=seed)
         lessons = (
-            guided_lessons(work.recipe, run, backbone, work.head, guidance, settings, work.on_progress)
+            answered_lessons(work.recipe, run, backbone, work.head, guidance, settings, work.on_progress)
             if settings.teacher == "guided"
-            else _weighted(run, work.head, settings.beta)
+            else weighted_lessons(*_pairs(run), work.head, settings.beta)
         )
         named = digest([asdict(lesson) for lesson in lessons], *([] if before is None else [before.change]))
         states = teacher_states(
@@ -195,7 +195,7 @@ def _shifted(
     return shift_states(backbone, head, prompts, folder, guidance, max_new_tokens=longest, seed=settings.seed, **told)
 
 
-def guided_lessons(
+def answered_lessons(
     recipe: Recipe,
     run: RunFolder,
     backbone: LanguageModel,
@@ -223,36 +223,11 @@ def guided_lessons(
         kept=run.path / DISTILLED / f"replies-{named}.jsonl",
         on_reply=lambda n, total: on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
-    # A reply that a stop string ended did not end by a token.
-    tells = not backbone.stop_texts
-    return [
-        Lesson(prompt, reply.text, number, ended=tells and reply.n_tokens < longest)
-        for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
-        if reply.text
-    ]
+    return guided_lessons(backbone, prompts, replies, longest)
 
 
-def _weighted(run: RunFolder, head: ConvexHead, beta: float) -> list[Lesson]:
-    pairs, features = load_pairs(run.path / "pairs-train.jsonl"), load_features(run.path / "features" / "train")
-    if len(features) != len(pairs):
-        raise CoalaError(
-            f"Found {len(features)} rows of features of {len(pairs)} pairs: the head was fitted on prefixes, whose "
-            "scores are not those of replies. Fix: use the teacher 'guided', or fit on whole replies."
-        )
-    scores = [head.score(side, features.prompt) for side in (features.chosen, features.rejected)]
-    numbers = {text: n for n, text in enumerate(dict.fromkeys(conversation_text(pair.prompt) for pair in pairs))}
-    found: dict[tuple[int, str], tuple[tuple[Turn, ...], float]] = {}
-    for pair, chosen, rejected in zip(pairs, *scores, strict=True):
-        group = numbers[conversation_text(pair.prompt)]
-        for text, score in ((pair.chosen, chosen), (pair.rejected, rejected)):
-            found.setdefault((group, text), (pair.prompt, float(score)))
-    rewards = np.array([score for _, score in found.values()])
-    scaled = (rewards - rewards.max()) / (beta * max(float(rewards.std()), 1e-12))
-    return [
-        Lesson(prompt, text, group, weight=float(weight), ended=False)
-        for ((group, text), (prompt, _)), weight in zip(found.items(), np.exp(scaled), strict=True)
-        if text
-    ]
+def _pairs(run: RunFolder) -> tuple[list[Pair], FeatureSet]:
+    return load_pairs(run.path / "pairs-train.jsonl"), load_features(run.path / "features" / "train")
 
 
 def _prompts(run: RunFolder) -> Sequence[tuple[Turn, ...]]:

@@ -16,7 +16,7 @@ from coala.decoding.guidance import Guidance
 from coala.decoding.sampling import restrict
 from coala.policies import DistilStates
 from coala.store import FeatureStore, StoreError, digest, load_json, save_json, write_rows
-from coala.values import CoalaError, Float32, Turn
+from coala.values import CoalaError, ConvexHead, FeatureSet, Float32, Generation, Pair, Turn, conversation_text
 
 N_TOKENS = 64  # likeliest tokens that are kept of a step
 SHARD = 16  # replies of a shard: what a kill costs at most
@@ -34,6 +34,48 @@ class Lesson:
     group: int
     weight: float = 1.0
     ended: bool = False
+
+
+def guided_lessons(
+    backbone: LanguageModel,
+    prompts: Sequence[tuple[Turn, ...]],
+    replies: Sequence[Generation],
+    max_new_tokens: int,
+) -> list[Lesson]:
+    """The replies that were written to ``prompts``, each prompt a group of its own; empty ones are left out."""
+    # A reply that a stop string ended did not end by a token.
+    tells = not backbone.stop_texts
+    return [
+        Lesson(prompt, reply.text, number, ended=tells and reply.n_tokens < max_new_tokens)
+        for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
+        if reply.text
+    ]
+
+
+def weighted_lessons(pairs: Sequence[Pair], features: FeatureSet, head: ConvexHead, beta: float) -> list[Lesson]:
+    """Both replies of every pair, each once, weighted by exp(r / ``beta``) of its score r in standard deviations.
+
+    ``features`` are those of ``pairs``, as the head reads them.
+    """
+    if len(features) != len(pairs):
+        raise CoalaError(
+            f"Found {len(features)} rows of features of {len(pairs)} pairs: the head was fitted on prefixes, whose "
+            "scores are not those of replies. Fix: use the teacher 'guided', or fit on whole replies."
+        )
+    scores = [head.score(side, features.prompt) for side in (features.chosen, features.rejected)]
+    numbers = {text: n for n, text in enumerate(dict.fromkeys(conversation_text(pair.prompt) for pair in pairs))}
+    found: dict[tuple[int, str], tuple[tuple[Turn, ...], float]] = {}
+    for pair, chosen, rejected in zip(pairs, *scores, strict=True):
+        group = numbers[conversation_text(pair.prompt)]
+        for text, score in ((pair.chosen, chosen), (pair.rejected, rejected)):
+            found.setdefault((group, text), (pair.prompt, float(score)))
+    rewards = np.array([score for _, score in found.values()])
+    scaled = (rewards - rewards.max()) / (beta * max(float(rewards.std()), 1e-12))
+    return [
+        Lesson(prompt, text, group, weight=float(weight), ended=False)
+        for ((group, text), (prompt, _)), weight in zip(found.items(), np.exp(scaled), strict=True)
+        if text
+    ]
 
 
 def teacher_states(

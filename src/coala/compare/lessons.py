@@ -1,0 +1,215 @@
+"""What distilled policies, LM-Steer, the best constant and SFT learn from: replies of a teacher, and their states.
+
+CELL/replies.jsonl   the guided replies, in the order of the training pairs' prompts
+CELL/states/         the final states of their steps, as `coala distil` keeps them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coala.compare.cell_context import CellContext, Costs
+from coala.compare.matrix import teacher_guidance, teacher_key, teacher_method
+from coala.compare.reply_plan import reply_flops
+from coala.compare.study import StudyMethod
+from coala.policies import DistilStates
+from coala.store import load_generations, load_head, load_json
+from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, prompt_id
+
+if TYPE_CHECKING:
+    from coala.decoding import Guidance
+    from coala.distil.states import Lesson
+    from coala.values import ConvexHead
+
+
+def teacher_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
+    """Replies that the head guides to training prompts, or the pairs' own, and the states of their steps."""
+    from coala.decoding import Guidance
+    from coala.distil.matrix import output_matrix
+    from coala.distil.shift import shift_states
+    from coala.distil.states import teacher_states
+
+    taught = teacher_method(context.study, context.cell)
+    backbone, settings = context.backbone, context.evaluation
+    output, folder = output_matrix(backbone), context.folder / "states"
+    temperature = settings.temperature or 1.0
+    guidance = Guidance.unguided() if taught.of is None else Guidance(**asdict(teacher_guidance(context.study, taught)))
+    told: dict[str, Any] = {
+        "temperature": temperature,
+        "on_reply": lambda done, total: context.show("states", done, total, "replies"),
+    }
+    if taught.lessons == "shift":
+        prompts = training_prompts(context)[: taught.distil_settings.prompts]
+        head = _head(context, taught)
+        with costs.of("replies"):
+            states = shift_states(
+                backbone,
+                head,
+                prompts,
+                folder,
+                guidance,
+                max_new_tokens=settings.max_new_tokens,
+                seed=context.cell.seed or 0,
+                **told,
+            )
+        lengths = [int((states.group == number).sum()) for number in range(len(prompts))]
+        written = _flops_of_replies(context, prompts, lengths, guidance)
+    else:
+        lessons, written = _lessons(context, costs, taught, guidance)
+        with costs.of("states"):
+            states = teacher_states(backbone, output, lessons, folder, guidance, **told)
+    return {
+        "prompts": len(np.unique(states.group)),
+        "states": len(states),
+        "outside_nucleus": int((~states.in_nucleus).sum()),
+        "guidance": str(guidance) if taught.of else "none",
+        # By prompt, so that a method that learns from fewer has its own share.
+        "flops": {"replies": written, "states": _flops_of_states(context, states)},
+    }
+
+
+def training_prompts(context: CellContext) -> list[tuple[Turn, ...]]:
+    """The prompts of the training pairs, each once, in their order."""
+    return list({conversation_text(pair.prompt): pair.prompt for pair in context.part("train")}.values())
+
+
+def _lessons(
+    context: CellContext, costs: Costs, taught: StudyMethod, guidance: Guidance
+) -> tuple[list[Lesson], list[int]]:
+    """Replies to learn from, and the FLOPs of writing them by prompt: none of the pairs' own."""
+    from coala.distil.states import Lesson, guided_lessons, weighted_lessons
+
+    pairs = context.part("train")
+    if taught.lessons == "chosen":
+        numbers = {conversation_text(prompt): number for number, prompt in enumerate(training_prompts(context))}
+        distinct = list({(conversation_text(pair.prompt), pair.chosen): pair for pair in pairs}.values())
+        ended = context.model.ends_with_eos
+        own = [
+            Lesson(pair.prompt, pair.chosen, numbers[conversation_text(pair.prompt)], ended=ended) for pair in distinct
+        ]
+        return own, []
+    head = _head(context, taught)
+    if taught.lessons == "weighted":
+        from coala.compare.every_layer import loaded
+
+        of = next(method for method in context.study.methods if method.name == taught.of)
+        return weighted_lessons(pairs, loaded(context, "train", method=of), head, taught.distil_settings.beta), []
+    prompts, longest = training_prompts(context)[: taught.distil_settings.prompts], context.evaluation.max_new_tokens
+    with costs.of("replies"):
+        replies = _written(context, prompts, head, guidance)
+    flops = _flops_of_replies(context, prompts, [reply.n_tokens for reply in replies], guidance)
+    return guided_lessons(context.backbone, prompts, replies, longest), flops
+
+
+def _written(
+    context: CellContext, prompts: Sequence[tuple[Turn, ...]], head: ConvexHead, guidance: Guidance
+) -> list[Generation]:
+    from coala.decoding import generate
+    from coala.distil.stage import ROWS
+
+    if guidance.weighs and head.evidence == 0:
+        raise CoalaError(
+            "The head is no better than chance on held-out pairs, so that it guides nothing and teaches nothing. Fix: "
+            "more pairs, or another rule of guidance."
+        )
+    return generate(
+        prompts,
+        context.backbone,
+        head,
+        guidance,
+        max_new_tokens=context.evaluation.max_new_tokens,
+        temperature=context.evaluation.temperature,
+        seed=context.cell.seed or 0,
+        prompt_ids=[prompt_id(prompt) for prompt in prompts],
+        batch_size=max(1, ROWS // guidance.rows),
+        kept=context.folder / "replies.jsonl",
+        on_reply=lambda done, total: context.show("guided replies", done, total, "replies"),
+    )
+
+
+def _head(context: CellContext, taught: StudyMethod) -> ConvexHead:
+    name = f"{'.'.join(context.cell.place)}.{taught.of}.s{context.cell.seed}"
+    return load_head(context.out / "cells" / name / "head")
+
+
+def _flops_of_replies(
+    context: CellContext, prompts: Sequence[tuple[Turn, ...]], lengths: Sequence[int], guidance: Guidance
+) -> list[int]:
+    shape = context.backbone.shape
+    rows = [len(context.backbone.render(prompt).tokens) for prompt in prompts]
+    return [reply_flops(shape, before, new, guidance) for before, new in zip(rows, lengths, strict=True)]
+
+
+def _flops_of_states(context: CellContext, states: DistilStates) -> list[int]:
+    """The forward passes over every prompt's replies, with logits at their steps."""
+    from coala.costs import body_flops, head_flops
+
+    shape, prompts = context.backbone.shape, training_prompts(context)
+    steps = np.bincount(states.group, minlength=len(prompts))
+    before = [len(context.backbone.render(prompt).tokens) for prompt in prompts]
+    return [
+        body_flops(shape, [n + int(steps[i])]) + head_flops(shape, [int(steps[i])]) if steps[i] else 0
+        for i, n in enumerate(before)
+    ]
+
+
+# --- as methods read them --------------------------------------------------------------------------------------------
+
+
+def teacher_folder(context: CellContext) -> Path:
+    """The cell of what this cell's method learns from."""
+    method, place = context.method, ".".join(context.cell.place)
+    seed = f".s{context.cell.seed}" if method.of else ""
+    return context.out / "cells" / f"{place}.{teacher_key(context.study, method, context.cell.place)}{seed}"
+
+
+def states_of(context: CellContext) -> DistilStates:
+    """The states that this cell's method learns from: of as many prompts as it wants."""
+    from coala.distil.states import open_states
+
+    folder = teacher_folder(context) / "states"
+    found = open_states(folder, load_json(folder / "states.json")["plan"])
+    assert found is not None
+    if context.method.lessons in ("chosen", "weighted"):
+        return found
+    # Replies lie in the order of their prompts.
+    n = int(np.searchsorted(np.asarray(found.group), context.method.distil_settings.prompts))
+    return replace(found, **{field.name: getattr(found, field.name)[:n] for field in fields(found)})
+
+
+def guided_pairs(context: CellContext, part: str) -> list[Pair]:
+    """Guided replies as chosen ones, to those of their prompts that are in a part of the training pairs.
+
+    Only chosen replies are trained on: the rejected side is the prompt's own in the pairs.
+    """
+    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: context.method.distil_settings.prompts]
+    inside = {conversation_text(pair.prompt): pair for pair in reversed(context.part(part))}
+    prompts = training_prompts(context)[: len(replies)]
+    found = [
+        replace(inside[conversation_text(prompt)], chosen=reply.text)
+        for prompt, reply in zip(prompts, replies, strict=True)
+        if reply.text and conversation_text(prompt) in inside
+    ]
+    if not found:
+        raise CoalaError(f"{context.cell.id}: no guided reply is to a prompt of the part {part}. Fix: more prompts.")
+    return found
+
+
+def teaching(context: CellContext) -> dict[str, Any]:
+    """What the replies and states that this cell's method learns from took: FLOPs of its prompts, seconds of all."""
+    name = teacher_folder(context).name
+    found, spent = context.result(name), context.costs(name)
+    limited = context.method.lessons in ("guided", "shift")
+    n = context.method.distil_settings.prompts if limited else None
+    flops = {part: sum(values[:n]) for part, values in found["flops"].items()}
+    seconds = sum(part["measured"]["seconds"] for part in spent.values())
+    return {
+        **flops,
+        "prompts": min(n or found["prompts"], found["prompts"]),
+        "measured": {"seconds": seconds, "joules": None},
+    }

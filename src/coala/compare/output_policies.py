@@ -1,0 +1,348 @@
+"""Cells that change the output layer of the frozen model: distilled guidance, LM-Steer, a mean difference, a constant.
+
+Each is a policy whose likelihoods and steps are known, so that all are measured alike, at several strengths.
+
+CELL/policy/              of a distilled one, as `coala distil` writes it
+CELL/change.safetensors   of the others
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from coala.compare.cell_context import CellContext, Costs, compiling, keep_compiled, measured_margins
+from coala.compare.lessons import states_of, teaching
+from coala.compare.output_change import OutputChange, counted_rows, fit_bias, fit_by_adam, mean_loss
+from coala.compare.reply_plan import reply_flops
+from coala.compare.writing import Writer, along, policy_of, prompts_of, replies_of
+from coala.store import load_head, write_atomic
+from coala.values import CoalaError, Float32, Pair, conversation_text
+
+if TYPE_CHECKING:
+    from coala.backbone import LanguageModel
+    from coala.baselines import PairLikelihoods
+    from coala.policies import DistilStates
+    from coala.values import Generation
+
+# Multiples of a mean difference that are tried, and on how many held-out prompts of the training pairs.
+MULTIPLES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+TUNED_ON = 16
+
+
+def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
+    """Guidance as a change of the output layer, by one convex program; ridge and rank as the settings say."""
+    from coala.convex.output_fit import fit_output
+    from coala.policies import DistilledPolicy
+
+    settings = context.method.distil_settings
+    if getattr(settings, "rounds", 1) != 1:
+        raise CoalaError(
+            f"{context.cell.id}: found {settings.rounds} rounds, of which a study carries out one; expected 1. Fix: "
+            "use `coala distil` for more."
+        )
+    states, output = states_of(context), _output(context)
+    keep_compiled(context)
+    costs.parts["lessons"] = teaching(context)
+    with costs.of("fit") as about, compiling() as seconds:
+        found = fit_output(
+            states,
+            output,
+            support=settings.support,
+            ridge=settings.ridge,
+            rank=settings.rank,
+            tolerance=settings.tolerance,
+            seed=context.cell.seed or 0,
+            progress=lambda what, done, total, row: context.show(f"distil {what}", done, total),
+        )
+        facts = dict(found.certificate.facts)
+        work = OutputWork.of(states, output, settings.support)
+        about |= work.of_fit(found.path, facts, 0 if found.right is None else len(found.right))
+        about["measured"] = {"compiling": sum(seconds)}
+    policy = DistilledPolicy(
+        found.left,
+        found.right,
+        context.backbone.spec(),
+        settings.teacher,
+        settings.support,
+        found.ridge,
+        found.certificate,
+    )
+    policy.save(context.folder / "policy")
+    return {
+        "ridge": found.ridge,
+        "rank": policy.rank,
+        "relative_gap": facts["relative_gap_of_full_change"],
+        "gain": -found.certificate.objective,
+        "path": found.path,
+        **_policy(context, costs, OutputChange(found.left, found.right)),
+    }
+
+
+def lm_steer_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
+    """A by Adam to the likelihood of replies (LM-Steer, arXiv:2305.12798); rate and passes by held-out prompts."""
+    from coala.convex.output_fit import FOLDS
+    from coala.convex.validation import grouped_folds
+
+    method, seed = context.method, context.cell.seed or 0
+    support, states, output = method.distil_settings.support, states_of(context), _output(context)
+    folds = grouped_folds(np.asarray(states.group), FOLDS, seed)
+    if folds is None:
+        raise CoalaError(f"{context.cell.id}: found replies to one prompt, expected several. Fix: more prompts.")
+    costs.parts["lessons"] = teaching(context)
+    kept, out = states.held_to(folds != 0), states.held_to(folds == 0)
+    trials: list[dict[str, Any]] = []
+    none = mean_loss(out, output, np.zeros((states.width, states.width), np.float32), support)
+    with costs.of("search", rates=len(method.rates)) as about:
+        for rate in method.rates:
+
+            def look(epoch: int, change: Any, rate: float = rate) -> None:
+                context.show(f"Adam at rate {rate:g}", epoch, method.epochs, "passes")
+                held_out = mean_loss(out, output, change, support) - none
+                trials.append({"rate": rate, "epochs": epoch, "held_out": held_out})
+
+            try:
+                fit_by_adam(kept, output, support=support, rate=rate, epochs=method.epochs, seed=seed, on_epoch=look)
+            except CoalaError:
+                continue  # it diverged: what it told before counts
+        work = OutputWork.of(states, output, support)
+        about["flops"] = round(work.of_adam() * method.epochs * len(method.rates) * (1 - 1 / FOLDS))
+    sound = [trial for trial in trials if np.isfinite(trial["held_out"])]
+    if not sound:
+        raise CoalaError(f"{context.cell.id}: Adam diverged at every rate of {method.rates}. Fix: lower rates.")
+    best = min(sound, key=lambda trial: (trial["held_out"], trial["rate"]))
+    with costs.of("fit") as about:
+        change = fit_by_adam(
+            states, output, support=support, rate=best["rate"], epochs=best["epochs"], seed=seed
+        ).astype(np.float32)
+        about["flops"] = work.of_adam() * best["epochs"]
+    _save(context, change=change)
+    return {
+        "rate": best["rate"],
+        "epochs": best["epochs"],
+        "path": trials,
+        **_policy(context, costs, OutputChange(change)),
+    }
+
+
+def bias_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
+    """The best constant added to every state, by the convex program; ridge by held-out prompts."""
+    keep_compiled(context)
+    settings, states, output = context.method.distil_settings, states_of(context), _output(context)
+    costs.parts["lessons"] = teaching(context)
+    with costs.of("fit") as about, compiling() as seconds:
+        found = fit_bias(
+            states, output, ridge=settings.ridge, tolerance=settings.tolerance, seed=context.cell.seed or 0
+        )
+        work = OutputWork.of(states, output, "nucleus")
+        about["flops"] = found.steps * work.of_step(1) + sum(row["steps"] for row in found.path) * work.of_step(1)
+        about["measured"] = {"compiling": sum(seconds)}
+    _save(context, bias=found.bias)
+    return {
+        "ridge": found.ridge,
+        "relative_gap": found.relative_gap,
+        "path": found.path,
+        **_policy(context, costs, OutputChange(bias=found.bias)),
+    }
+
+
+def mean_difference_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
+    """The mean final state of chosen minus rejected replies, added to every state.
+
+    How many times it is added is what the head scores highest on replies to held-out prompts of the training pairs,
+    among the multiples whose replies keep to the bound on perplexity.
+    """
+    from coala.compare.every_layer import loaded, of_layer
+
+    method = context.method
+    features = loaded(context, "train")
+    if method.all_layers:
+        features = of_layer(context, context.features_result()["n_layers"], "mean", "train")
+    bias = (features.chosen.mean(0, dtype=np.float64) - features.rejected.mean(0, dtype=np.float64)).astype(np.float32)
+    read = context.costs(context.features_folder().name)["features"]
+    # A mean takes no product; the features are what it is of.
+    own = {"seconds": read["measured"]["seconds"], "joules": None}
+    costs.parts["lessons"] = {"replies": 0, "states": read["flops"], "measured": own}
+    costs.parts["fit"] = {"flops": 0, "measured": {"seconds": 0.0, "peak_bytes": {}, "joules": None}}
+    with costs.of("search") as about:
+        multiple, trials = _multiple(context, bias)
+        about["flops"] = sum(trial.pop("flops") for trial in trials)
+    _save(context, bias=np.float32(multiple) * bias)
+    return {
+        "multiple": multiple,
+        "norm": float(np.linalg.norm(bias)),
+        "path": trials,
+        **_policy(context, costs, OutputChange(bias=bias, strength=multiple)),
+    }
+
+
+def _multiple(context: CellContext, bias: Float32) -> tuple[float, list[dict[str, Any]]]:
+    pairs = list({conversation_text(pair.prompt): pair for pair in context.part("validation")}.values())[:TUNED_ON]
+    name = f"{'.'.join(context.cell.place)}.{context.method.of}.s{context.cell.seed}"
+    head = load_head(context.out / "cells" / name / "head")
+    trials = [
+        {"multiple": multiple, **_tried(context, pairs, OutputChange(bias=bias, strength=multiple), head)}
+        for multiple in (0.0, *MULTIPLES)
+    ]
+    most = context.method.perplexity * trials[0]["perplexity"]
+    within = [trial for trial in trials[1:] if trial["perplexity"] <= most]
+    if not within:
+        raise CoalaError(
+            f"{context.cell.id}: even the mean difference itself takes replies beyond {context.method.perplexity:g} "
+            "times the start's perplexity. Fix: raise the method's perplexity."
+        )
+    return float(max(within, key=lambda trial: float(trial["score"]))["multiple"]), trials
+
+
+def _tried(context: CellContext, pairs: list[Pair], change: OutputChange, head: Any) -> dict[str, Any]:
+    """Mean score by the head, and perplexity under the start, of replies to the prompts of ``pairs``."""
+    from coala.alignment.judges import HeadScorer
+    from coala.baselines import TrainSettings, log_likelihoods
+    from coala.decoding import Guidance, generate
+    from coala.values import prompt_id
+
+    settings, base = context.evaluation, context.backbone
+    with change.within(base):
+        replies: list[Generation] = generate(
+            [pair.prompt for pair in pairs],
+            base,
+            None,
+            Guidance(mode="none"),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=context.cell.seed or 0,
+            prompt_ids=[prompt_id(pair.prompt) for pair in pairs],
+        )
+    scorer = HeadScorer(head, base)
+    texts = [Pair(pair.prompt, reply.text, reply.text, "") for pair, reply in zip(pairs, replies, strict=True)]
+    found = log_likelihoods(base, texts, TrainSettings(max_length=context.model.max_tokens))
+    written = [
+        reply_flops(base.shape, len(base.render(pair.prompt).tokens), reply.n_tokens, None)
+        for pair, reply in zip(pairs, replies, strict=True)
+    ]
+    return {
+        "flops": sum(written),
+        "score": float(np.mean([scorer(pair.prompt, reply) for pair, reply in zip(pairs, replies, strict=True)])),
+        "perplexity": float(np.exp(-found.chosen.sum() / found.chosen_tokens.sum())),
+    }
+
+
+# --- what they have in common ----------------------------------------------------------------------------------------
+
+
+def _output(context: CellContext) -> Float32:
+    """The output layer, over the temperature that is sampled at."""
+    from coala.distil.matrix import output_matrix
+
+    found: Float32 = output_matrix(context.backbone) / np.float32(context.evaluation.temperature or 1.0)
+    return found
+
+
+def _save(context: CellContext, **arrays: Float32) -> None:
+    write_atomic(context.folder / "change.safetensors", save(arrays))
+
+
+def _policy(context: CellContext, costs: Costs, change: OutputChange) -> dict[str, Any]:
+    """What the policy prefers and writes; its reward is log pi(reply) - log pi_0(reply), as DPO's."""
+    test, base = context.part("test"), context.backbone
+    writer = Writer(change=change)
+    with costs.of("evaluation"):
+        theirs = _start_likelihoods(context, test)
+        with change.within(base):
+            ours = _likelihoods(context, base, test)
+    return {
+        "reward": "log-likelihood above the start's",
+        **measured_margins(ours.ratio - theirs.ratio, test),
+        **policy_of(ours, theirs, test),
+        **replies_of(context, costs, writer),
+        "along": along(context, costs, writer, context.method.strengths) if prompts_of(context) else [],
+    }
+
+
+def _likelihoods(context: CellContext, model: LanguageModel, pairs: list[Pair]) -> PairLikelihoods:
+    from coala.baselines import TrainSettings, log_likelihoods
+
+    settings = TrainSettings(max_length=context.model.max_tokens, ends_with_eos=context.model.ends_with_eos)
+    return log_likelihoods(model, pairs, settings, batch_tokens=context.model.batch_tokens)
+
+
+def _start_likelihoods(context: CellContext, pairs: list[Pair]) -> PairLikelihoods:
+    """Those of the test pairs under the start, which its own cell has where it is a row."""
+    from coala.baselines import PairLikelihoods
+
+    base = f"{'.'.join(context.cell.place)}.base"
+    if context.dataset.base and "likelihoods" in (found := context.result(base)):
+        return PairLikelihoods(**{name: np.array(values) for name, values in found["likelihoods"].items()})
+    return _likelihoods(context, context.backbone, pairs)
+
+
+# --- FLOPs of a fit, by formula --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OutputWork:
+    """FLOPs of fits to n states of width d, 2 per multiply-add of matrix products.
+
+    A step of the solver over nuclei of K tokens is one product with the named rows of W forth and one back, one with
+    the change forth and one back, 4 n (K d + d e), and two solves in the metric of the factors, 8 (d^2 e + d e^2). Over
+    the whole vocabulary a round is counted by its products with W alone, 6 n V d. A step of Adam is 4 n (K d + d^2).
+
+    ``tokens`` is the sum over states of what Adam's step has logits of, ``named`` of what the solver's has, 0 over the
+    whole vocabulary.
+    """
+
+    rows: int
+    tokens: int
+    named: int
+    width: int
+
+    @classmethod
+    def of(cls, states: DistilStates, output: Float32, support: str) -> OutputWork:
+        from coala.convex.output_data import WIDTHS
+
+        rows = counted_rows(states, "nucleus" if support == "nucleus" else "vocabulary")
+        if support == "vocabulary":
+            return cls(len(rows), len(rows) * len(output), 0, states.width)
+        most = states.tokens.shape[1]
+        # What one token is the whole nucleus of takes no product.
+        rows = rows[np.asarray(states.size)[rows] > 1]
+        size = np.asarray(states.size)[rows]
+        # Supports are laid out in a few widths.
+        widths = np.array([*(width for width in WIDTHS if width < most), most])
+        laid = int(widths[np.searchsorted(widths, size)].sum())
+        return cls(len(rows), len(rows) * most, laid, states.width)
+
+    def of_step(self, inputs: int) -> int:
+        """One step of the solver with changes (d, ``inputs``)."""
+        d, e = self.width, inputs
+        if not self.named:
+            return 6 * self.tokens * d
+        return 4 * (self.named * d + self.rows * d * e) + 16 * (d * d * e + d * e * e)
+
+    def of_look(self) -> int:
+        """The losses of all states at a change and at none."""
+        return 4 * (self.named or self.tokens) * self.width + 2 * self.rows * self.width**2
+
+    def of_adam(self) -> int:
+        """One pass over the states."""
+        return 4 * (self.tokens * self.width + self.rows * self.width**2)
+
+    def of_fit(self, path: list[dict[str, Any]], facts: dict[str, Any], rank: int) -> dict[str, int]:
+        """``flops`` of the fit itself and ``search_flops`` of every ridge and rank that was tried."""
+        from coala.convex.output_fit import FOLDS, RANKS
+
+        def inner(rank: int) -> int:
+            return min(max(rank, RANKS[-1]), self.width)
+
+        search = sum(
+            (1 - 1 / FOLDS) * row["steps"] * self.of_step(self.width if row["rank"] is None else inner(row["rank"]))
+            + self.of_look()
+            for row in path
+        )
+        final = facts["steps"] * self.of_step(self.width)
+        if rank:
+            final += facts.get("steps_within_rank", 0) * self.of_step(inner(rank))
+        return {"flops": round(final), "search_flops": round(search)}
