@@ -108,6 +108,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "live": (
+        {
+            *("store", "statistics", "recipe", "pages", "backbone", "convex", "features", "decoding", "alignment"),
+            *("survey", "serve", "web", "export", "distil"),
+        },
+        {"fastapi", "pydantic"},
+    ),
     "distil": (
         {"store", "recipe", "backbone", "convex", "decoding", "alignment"},
         {"torch"},
@@ -134,6 +141,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "compare",
                 "web",
                 "endpoint",
+                "live",
             ),
         },
         {"typer"},

@@ -256,6 +256,9 @@ def choose_ridge(rows: Float[np.ndarray, "n p"], group: Shaped[np.ndarray, "n"],
     fold = grouped_folds(group, FOLDS, seed)
     if fold is None:
         return DEFAULT_RIDGE * unit
+    if len(rows) < rows.shape[1]:
+        # The optimum of any of them lies in the span of all: their coordinates in it say the same.
+        rows = np.asarray(np.linalg.qr(rows.T)[1]).T
     programs: list[SequentialProgram | None] = [None] * (int(fold.max()) + 1)
     losses: list[float] = []
     for relative in RIDGES:
