@@ -217,6 +217,9 @@ def one_rater(
     name, wrong, turning = RATERS[rater]
     taste = TASTES[name]
     better, wanted = (np.array([np.sign(taste(a) - taste(b)) for a, b in some.texts]) for some in (pool, held_out))
+    if not better.any() or not wanted.any():
+        print(f"{rater:<20} orders no pair of these")
+        return {"attained": None}
     some = np.flatnonzero(better)[np.random.default_rng(0).permutation(int((better != 0).sum()))[:3000]]
     signed = pool.rows[some] * better[some][:, None]
     attained = accuracy(solved(signed, choose_ridge(signed, pool.prompt[some])).weights, held_out.rows, wanted)

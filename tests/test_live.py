@@ -19,7 +19,7 @@ from coala.backbone import load_backbone
 from coala.convex.prepare import Standardisation
 from coala.convex.sequential import solved
 from coala.live.figures import accuracy_figure, figures, waiting_for
-from coala.live.finish import begin, write_pairs
+from coala.live.finish import begin, recipe_in, write_pairs
 from coala.live.journal import Journal, JournalError, LivePrompt, line, read_journal
 from coala.live.learner import EARLY_RIDGE, Learner, chosen_at, coordinates
 from coala.live.pool import Pool, choose, reply_event, set_aside
@@ -484,18 +484,21 @@ def test_pairs_of_a_session_are_pairs_with_provenance(session: Session, tmp_path
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    begin(tmp_path / "new", {"name": "m"}, 8, 0)
+    new = tmp_path / "new"
+    recipe = recipe_in(new, {"name": "m"}, 8, 0)
+    assert not new.exists()
+    begin(new, recipe)
     with pytest.raises(CoalaError, match="not begun by `coala live`"):
-        begin(tmp_path / "new", {"name": "m"}, 8, 0)  # a run without clicks
-    (tmp_path / "new" / FOLDER).mkdir()
-    (tmp_path / "new" / FOLDER / JOURNAL).touch()
-    assert begin(tmp_path / "new", {"name": "m"}, 8, 0) == begin(tmp_path / "new", {"name": "m"}, 9, 1)
+        recipe_in(new, {"name": "m"}, 8, 0)  # a run without clicks
+    (new / FOLDER).mkdir()
+    (new / FOLDER / JOURNAL).touch()
+    assert recipe_in(new, {"name": "m"}, 9, 1) == recipe  # the run keeps what it was begun with
     with pytest.raises(CoalaError, match=r"model.name: m -> other"):
-        begin(tmp_path / "new", {"name": "other"}, 8, 0)
+        recipe_in(new, {"name": "other"}, 8, 0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(CoalaError, match="is not a run folder"):
-        begin(tmp_path / "full", {"name": "m"}, 8, 0)
+        recipe_in(tmp_path / "full", {"name": "m"}, 8, 0)
 
 
 def test_a_prompt_of_several_turns_and_one_typed_in_come_first(tmp_path: Path) -> None:

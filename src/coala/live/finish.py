@@ -26,8 +26,8 @@ PAIRS, HELD_OUT = "pairs.jsonl", "pairs-held-out.jsonl"
 LEAST = 2  # pairs to fit, and held out, without which there is no run
 
 
-def begin(out: Path, model: Mapping[str, Any], max_new_tokens: int, seed: int) -> Recipe:
-    """The recipe of the run in ``out``, which is begun there, or was.
+def recipe_in(out: Path, model: Mapping[str, Any], max_new_tokens: int, seed: int) -> Recipe:
+    """The recipe of the run that is in ``out`` or may be begun there; nothing is written.
 
     Raises :class:`CoalaError` for a folder that is something else, or a session of other settings of the model.
     """
@@ -50,8 +50,13 @@ def begin(out: Path, model: Mapping[str, Any], max_new_tokens: int, seed: int) -
         if kept.model != wanted.model:
             run.start({**kept.plain(), "model": wanted.plain()["model"]})  # raises, and names what differs
         return kept
-    run.start(wanted.plain())
+    run.require_free()
     return wanted
+
+
+def begin(out: Path, recipe: Recipe) -> None:
+    """Begin the run in ``out``, if it is not there yet."""
+    RunFolder(Path(out).resolve()).start(recipe.plain())
 
 
 def write_pairs(out: Path, journal: Journal) -> tuple[int, int]:

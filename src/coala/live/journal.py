@@ -101,6 +101,7 @@ class Journal:
     answered: dict[str, Answered] = field(default_factory=dict)  # in the order of clicks
     clicks: set[str] = field(default_factory=set)
     undone: int = 0
+    reopened: list[str] = field(default_factory=list)
     n_answers: int = 0
 
     def apply(self, event: Mapping[str, Any]) -> bool:
@@ -142,6 +143,7 @@ class Journal:
             if found is None or found.click != event["click"]:
                 return False
             del self.answered[event["id"]]
+            self.reopened.append(event["id"])
             self.undone += 1
         else:
             raise ValueError("no such kind")
@@ -180,8 +182,9 @@ class Journal:
     # --- what follows from it ----------------------------------------------------------------------------------------
 
     def open_question(self, rater: str) -> Asked | None:
-        """The question that this rater was asked last and has not answered."""
-        return next((q for q in reversed(self.asked.values()) if q.rater == rater and q.id not in self.answered), None)
+        """The question that this rater took an answer back to last, else was asked last, and has not answered."""
+        order = [*(self.asked[name] for name in reversed(self.reopened)), *reversed(self.asked.values())]
+        return next((one for one in order if one.rater == rater and one.id not in self.answered), None)
 
     def last_answer(self, rater: str) -> Answered | None:
         """What this rater said last and has not taken back."""

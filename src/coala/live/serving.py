@@ -11,7 +11,7 @@ from coala.alignment.context import open_backbone
 from coala.callbacks import OnNote, quiet
 from coala.live.app import create_app
 from coala.live.figures import figures
-from coala.live.finish import Jobs, begin
+from coala.live.finish import Jobs, begin, recipe_in
 from coala.live.session import OWNER, Session
 from coala.live.settings import LiveSettings
 from coala.live.writer import Backbone, Threads
@@ -60,8 +60,9 @@ def serve(
     local = host in LOOPBACK
     # Before the model is loaded, which takes long: a port that is taken should be told at once.
     with listen(host, port) as listening:
-        recipe = begin(out, model, settings.max_new_tokens, settings.seed)
+        recipe = recipe_in(out, model, settings.max_new_tokens, settings.seed)
         used = open_model(recipe, settings)
+        begin(out, recipe)
         for text in used.backbone.reads(used.spec):
             on_note(text)
         with Session(out, settings, identity_of(used)) as session:
