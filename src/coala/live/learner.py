@@ -7,7 +7,7 @@ taken back leaves nothing behind. Arrays in, arrays out; knows nothing of texts,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -78,8 +78,13 @@ class Learner:
 
     def teach(self, key: str, at: int, row: Float, group: str) -> Optimality:
         """One pair more, the ``at``-th click; refitted."""
-        self._taught[key] = _Taught(at, row, group)
-        self.program.add(key, row)
+        return self.teach_all([(key, at, row, group)])
+
+    def teach_all(self, pairs: Iterable[tuple[str, int, Float, str]]) -> Optimality:
+        """Pairs more, each as :meth:`teach` takes it; refitted once."""
+        for key, at, row, group in pairs:
+            self._taught[key] = _Taught(at, row, group)
+            self.program.add(key, row)
         return self.program.refit()
 
     def forget(self, key: str) -> Optimality:

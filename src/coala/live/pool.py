@@ -23,7 +23,7 @@ Float32 = NDArray[np.float32]
 SHARE_ACTIVE: Mapping[Selection, float] = {"active": 0.9, "mixed": 0.5, "random": 0.0}
 CONSIDERED = 400  # pairs whose worth is computed for a question
 TO_COME = 200  # pairs of the pool that stand for those to come
-GAIN: Gain = "determinant"
+GAIN: Gain = "variance"
 
 
 @dataclass(frozen=True)

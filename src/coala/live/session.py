@@ -237,7 +237,7 @@ class Session:
         """Fit what has its features and is not held out."""
         if self.learner is None:
             return
-        left = []
+        left, taught = [], []
         for answer in self._waiting:
             asked = self.journal.asked[answer.id]
             both = None if asked.held_out else self.journal.preferred(answer)
@@ -247,8 +247,10 @@ class Session:
             if found[0] is None or found[1] is None:
                 left.append(answer)
             else:
-                self.learner.teach(answer.id, answer.order, self.learner.row(found[0], found[1]), asked.prompt)
+                taught.append((answer.id, answer.order, self.learner.row(found[0], found[1]), asked.prompt))
         self._waiting = left
+        if taught:
+            self.learner.teach_all(taught)
 
     # --- for those who do what takes long ----------------------------------------------------------------------------
 
@@ -262,16 +264,17 @@ class Session:
             ready = {aside: len(self.pool.ready(prompts, asked, aside=aside)) for aside in (False, True)}
             most = {False: self.settings.ahead, True: max(1, round(self.settings.ahead * self.settings.held_out))}
             written = {prompt.id: self.pool.written.get(prompt.id, 0) for prompt in prompts}
+            first = {name for name in self._typed if written[name] < 2}
             wanting = [
                 prompt
                 for prompt in prompts
-                if written[prompt.id] < (2 if prompt.id in self._typed else self.settings.replies)
-                and (prompt.id in self._typed or ready[prompt.aside] < most[prompt.aside])
+                if prompt.id in first
+                or (written[prompt.id] < self.settings.replies and ready[prompt.aside] < most[prompt.aside])
             ]
             if not wanting:
                 return None
             # What was typed in first, then prompts with the fewest replies, the oldest of them first.
-            wanting.sort(key=lambda prompt: (prompt.id not in self._typed, written[prompt.id]))
+            wanting.sort(key=lambda prompt: (prompt.id not in first, written[prompt.id]))
             several = self.settings.batch // 2 if ready[False] > 1 else 1
             drawn = []
             for prompt in wanting[:several]:

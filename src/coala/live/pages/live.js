@@ -104,7 +104,7 @@ async function refresh() {
 async function send(path, body) {
   if (busy) return false;
   busy = true;
-  localStorage.setItem(kept, JSON.stringify([path, body]));
+  sessionStorage.setItem(kept, JSON.stringify([path, body]));
   try {
     for (;;) {
       try {
@@ -125,7 +125,7 @@ async function send(path, body) {
       }
     }
   } finally {
-    localStorage.removeItem(kept);
+    sessionStorage.removeItem(kept);
     busy = false;
   }
 }
@@ -180,6 +180,6 @@ document.addEventListener("keydown", (event) => {
   if (verdict && $("edit").hidden) click(verdict);
 });
 
-const unsent = localStorage.getItem(kept);
+const unsent = sessionStorage.getItem(kept);
 if (unsent) send(...JSON.parse(unsent)).then((done) => done || refresh());
 else refresh();
