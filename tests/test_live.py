@@ -501,6 +501,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         recipe_in(tmp_path / "full", {"name": "m"}, 8, 0)
 
 
+@pytest.mark.parametrize("wrong", [{"held_out": 0.0}, {"held_out": 1.0}, {"temperature": 0.0}])
+def test_settings_that_would_measure_or_compare_nothing_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(CoalaError, match="expected"):
+        LiveSettings(**wrong)  # type: ignore[arg-type]
+
+
 def test_a_prompt_of_several_turns_and_one_typed_in_come_first(tmp_path: Path) -> None:
     with Session(tmp_path, SETTINGS, IDENTITY) as session:
         session.add_prompts(PROMPTS)

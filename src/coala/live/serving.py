@@ -78,7 +78,12 @@ def serve(
                 )
             threads, jobs = Threads(session, used), Jobs(out)
             app = create_app(
-                session, threads, jobs, title="Which is better?", local=local or known is not None, site=known
+                session,
+                threads,
+                jobs,
+                title=f"{Path(recipe.model.name).name}: one click at a time",
+                local=local or known is not None,
+                site=known,
             )
             threads.start()
             try:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from coala.messages import CoalaError
 from coala.settings import Seed, Setting
 
 Selection = Literal["active", "mixed", "random"]
@@ -35,3 +36,14 @@ class LiveSettings:
     ahead: Annotated[int, Ge(1), Setting("Pairs that are to be ready; beyond that no replies are drawn.")] = 100
     batch: Annotated[int, Ge(2), Setting("Replies drawn at a time, once some are there.")] = 8
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise CoalaError(
+                f"found --held-out {self.held_out:g}, expected a share between 0 and 1, fix: leave it out for a fifth"
+            )
+        if not self.temperature > 0:
+            raise CoalaError(
+                f"found --temperature {self.temperature:g}, at which all replies to a prompt are the same, expected "
+                "more than 0, fix: leave it out"
+            )
