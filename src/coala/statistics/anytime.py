@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from coala.statistics.intervals import vector
 from coala.values import CoalaError, Estimate
 
-# The mixture: as much weight for each of these. Near 0.03 are deviations of some 10,000 values, near 8 those of a few.
-BETS = np.geomspace(0.03, 8.0, 48)
+# The mixture: as much weight for each of these. Near 0.15 are deviations of some 2,000 values, near 4 those of a few.
+BETS = np.geomspace(0.15, 4.0, 32)
 BISECTIONS = 50
 
 
