@@ -26,6 +26,7 @@ SMALL = {
     "guidance": "stories --model {stories} --prompts 2 --references 2 --only block",
     "influence": "--data {data} --pairs 200 --width 8 --most 60 --refits 5",
     "layers": "--data {data} --pairs 20 --models stories260K-hf --out {tmp}/layers.md",
+    "live": "--pairs 40 --width 12 --runs 5 --most 12 --replies 3 --tokens 6 --clicks 15 --seeds 2",
     "methods": "--part constructed --seeds 1 --rewards prompt --methods linear",
     "phase1": "--part gated --size small --seeds 1",
     "phase1_cone": "--quick --seeds 0",

@@ -112,6 +112,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "live": (
+        {
+            *("store", "statistics", "recipe", "pages", "backbone", "convex", "features", "decoding", "alignment"),
+            *("survey", "serve", "web", "export", "distil"),
+        },
+        {"fastapi", "pydantic"},
+    ),
     "distil": (
         {
             *("store", "statistics", "pages", "costs", "recipe", "backbone", "convex", "decoding"),
@@ -142,6 +149,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "compare",
                 "web",
                 "endpoint",
+                "live",
             ),
         },
         {"typer"},

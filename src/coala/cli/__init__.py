@@ -28,6 +28,7 @@ from coala.cli import (
     forget,
     generate,
     influence,
+    live,
     plan,
     report,
     serve,
@@ -102,6 +103,7 @@ app.command("align")(align.align)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("live")(live.live)
 app.command("report")(report.report)
 app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)

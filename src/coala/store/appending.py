@@ -39,6 +39,22 @@ def contents(file: int) -> bytes:
     return b"".join(parts)
 
 
+def append(file: int, raw: bytes) -> None:
+    """Append ``raw`` and return when it is on the disk; all of it or, with a StoreError, nothing."""
+    size = os.fstat(file).st_size
+    left = raw
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+        os.fsync(file)
+    except OSError as trouble:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, size)  # half a line would spoil the next
+        raise StoreError(
+            f"The journal could not be written ({trouble.strerror}). Free some space; go on then."
+        ) from None
+
+
 class Appender:
     """Appends lines and returns when they are on the disk; lines that wait for the disk at one time share its turn."""
 
@@ -59,11 +75,9 @@ class Appender:
             batch, self._waiting = self._waiting, []
             error: Exception | None = None
             try:
-                await asyncio.to_thread(self._write, b"".join(line for line, _ in batch))
-            except OSError as trouble:
-                error = StoreError(
-                    f"The journal could not be written ({trouble.strerror}). Free some space; go on then."
-                )
+                await asyncio.to_thread(append, self._file, b"".join(line for line, _ in batch))
+            except StoreError as trouble:
+                error = trouble
             for _, done in batch:
                 if done.cancelled():
                     continue
@@ -71,8 +85,3 @@ class Appender:
                     done.set_result(None)
                 else:
                     done.set_exception(error)
-
-    def _write(self, raw: bytes) -> None:
-        while raw:
-            raw = raw[os.write(self._file, raw) :]
-        os.fsync(self._file)

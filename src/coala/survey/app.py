@@ -85,7 +85,7 @@ def create_app(
     def no_page(status: int, *paragraphs: str) -> Response:
         return message("That did not work", *paragraphs, status=status)
 
-    app.add_middleware(_Gate, names=names_of(site) if local else None, site=site, refuse=no_page)
+    app.add_middleware(Gate, names=names_of(site) if local else None, site=site, refuse=no_page)
 
     def taking_part(token: str) -> Rater:
         rater = records.rater(token)
@@ -291,24 +291,32 @@ def create_app(
     return app
 
 
-class _Gate:
+class Gate:
     """Refuses what must not reach ``app``, and adds the security headers to every response, those of errors among them.
 
-    ``names``, unless ``None``, are those that the server answers to. Forms are taken from the survey's own pages alone,
-    whole within a time and a size; links may be anywhere.
+    ``names``, unless ``None``, are those that the server answers to. Forms are taken from the server's own pages alone,
+    whole within a time and of ``largest`` bytes at most; links may be anywhere.
     """
 
     def __init__(
-        self, app: ASGIApp, *, names: Collection[str] | None, site: str | None, refuse: Callable[..., Response]
+        self,
+        app: ASGIApp,
+        *,
+        names: Collection[str] | None,
+        site: str | None,
+        refuse: Callable[..., Response],
+        headers: Mapping[str, str] = HEADERS,
+        largest: int = LARGEST_BODY,
     ) -> None:
         self._app, self._names, self._site, self._refuse = app, names, site, refuse
+        self._headers, self._largest = headers, largest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        sending = headed(send, HEADERS)
+        sending = headed(send, self._headers)
         found = await self._passed(scope, receive)
         if isinstance(found, Response):
             await found(scope, receive, sending)
@@ -329,7 +337,7 @@ class _Gate:
         if foreign(headers, self._site):
             return self._refuse(HTTPStatus.FORBIDDEN, "Open the survey by its own address and answer there.")
         try:
-            body = await whole_body(headers, receive, most=LARGEST_BODY, seconds=BODY_TIME)
+            body = await whole_body(headers, receive, most=self._largest, seconds=BODY_TIME)
         except TooLarge:
             return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "That is more than this form can hold.")
         except TooSlow:

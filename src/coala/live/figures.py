@@ -1,0 +1,112 @@
+"""What can be said of a session, in sentences: what is measured with its interval, what is proved, what is guessed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from coala.convex.questions import UNSETTLED, Outlook
+from coala.live.session import Session
+from coala.pages.words import Interval
+from coala.pages.words import seconds as in_words
+from coala.statistics.anytime import running_mean
+from coala.values import Estimate
+
+ENOUGH = 10  # clicks to learn from before anything is said of those to come
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the page: what it is of, what is found, and how that is known."""
+
+    name: str
+    value: str
+    how: str
+
+
+def figures(session: Session) -> list[Figure]:
+    """The lines of a session as it stands."""
+    with session.lock:
+        journal, learner = session.journal, session.learner
+        verdicts = Counter(answer.verdict for answer in journal.answered.values())
+        outcomes = journal.outcomes()
+        n_fitted = 0 if learner is None else len(learner)
+        gap, ridge_of = (0.0, 0) if learner is None else (learner.optimality.relative_gap, learner.ridge_of)
+        ahead, undone = session.outlook, journal.undone
+    n_held_out = len(outcomes)
+    apart = [f"{verdicts['same']} the same", f"{verdicts['skip']} skipped", f"{undone} taken back"]
+    lines = [
+        Figure(
+            "Clicks",
+            f"{sum(verdicts.values())}",
+            f"{n_fitted} to learn from, {n_held_out} held out; {', '.join(apart)}",
+        ),
+        accuracy_figure(running_mean(outcomes)),
+    ]
+    if n_fitted:
+        chosen = f"its ridge is chosen on the first {ridge_of}" if ridge_of else "its ridge is the default as yet"
+        proved = (
+            f"no other linear head fits these clicks better by more than {gap:.0e} of the objective (proved); {chosen}"
+        )
+        lines.append(Figure("Fit", "optimal", proved))
+    if n_fitted >= ENOUGH and ahead is not None:
+        lines.append(outlook_figure(ahead))
+    return lines
+
+
+def accuracy_figure(found: Estimate) -> Figure:
+    """Held-out accuracy, and whether it is better than chance."""
+    if not found.n:
+        return Figure("Held-out accuracy", "unknown", "no held-out pair has been answered yet")
+    if found.low > 0.5:
+        said = "better than chance"
+    elif found.high < 0.5:
+        said = "worse than chance"
+    else:
+        said = "not shown to be better than chance"
+    how = (
+        f"{said}; n = {found.n} pairs never fitted, each by the head of its time. "
+        "The interval is 95 %, however often you look."
+    )
+    return Figure("Held-out accuracy", Interval(found).percent(), how)
+
+
+def outlook_figure(ahead: Outlook) -> Figure:
+    """What more clicks are likely to change."""
+    share = f"about {100 * ahead.now:.0f} % of pairs may still turn"
+    needed = ahead.needed()
+    if needed == 0:
+        value = "more clicks are likely to change little"
+    elif needed is None:
+        value = f"more than {ahead.answers[-1]:,} clicks to settle the order"
+    else:
+        value = f"about {needed:,} more clicks to settle the order"
+    how = (
+        f"{share}; settled is {100 * UNSETTLED:.0f} %. A guess, if raters do not contradict themselves and the model's "
+        "states can express what they like"
+    )
+    return Figure("What more would change", value, how)
+
+
+def waiting_for(session: Session, trouble: str, wait: tuple[float, float | None] | None) -> str:
+    """Why there is no question now, in a sentence."""
+    if trouble:
+        return f"No reply is drawn at the moment: {trouble} Clicks are safe; it is tried again."
+    if wait is not None:
+        so_far, left = wait
+        if left is None:
+            return f"Replies are being written, for {in_words(so_far)} so far; how long they take is not known yet."
+        if left < 0:
+            return f"Replies are being written; it takes longer than before ({in_words(so_far)} so far)."
+        return f"Replies are being written: about {in_words(max(1.0, left))} more, at the pace so far."
+    with session.lock:
+        prompts = list(session.journal.prompts.values())
+        drawing = bool(prompts) and session.work() is not None
+        written = sum(session.pool.written.values())
+    if not prompts:
+        return "There is no prompt yet. Type one below."
+    if drawing:
+        return "Replies are about to be written."
+    if written and not session.pool.replies:
+        return "All replies of the model are empty. Other prompts may help."
+    return "Every pair of these prompts has been answered. Type another prompt, or finish."
