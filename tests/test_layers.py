@@ -13,8 +13,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 # What everybody may import: values, and the small modules that know nothing but words.
 GROUND = {"values", "policies", "documents", "messages", "settings", "permission", "processes", "callbacks"}
 
-# Doors from a value to its own file, inside a method: the value knows the way, not what is behind it.
-DOORS = {("values", "store"), ("policies", "store")}
+# Doors from a value to its own file or row, inside a method: the value knows the way, not what is behind it.
+DOORS = {("values", "store"), ("values", "data"), ("policies", "store")}
 
 # module or package -> what else it may import from coala, and which heavy libraries it may import at module level
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
