@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,14 @@ import typer
 from coala.cli.flags import Given, Of, with_settings
 from coala.cli.options import RecipeFile, SetOption, TrustCode, Workers
 from coala.cli.terminal import write
+from coala.cli.tracking import Track, tracked
 from coala.messages import CoalaError
 from coala.settings import EvaluationSettings, GuidanceSettings, HeadSettings, ModelSettings, PairSettings
 
 if TYPE_CHECKING:
     from coala.recipe import Recipe
     from coala.store import RunFolder
+    from coala.trackers import TrackerName
 
 
 @with_settings
@@ -40,6 +43,7 @@ def align(
     ] = None,
     n_workers: Workers = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
+    track: Track = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
@@ -61,7 +65,7 @@ def align(
     given = {"pairs": pairs or None, **which, "model": own}
     given |= {"head": head, "guidance": guidance, "evaluation": evaluation}
     settings = load_recipe(recipe, given, *map(set_option, set_ or []))
-    run_and_show(settings, out, restart, cache=cache, n_workers=n_workers)
+    run_and_show(settings, out, restart, cache=cache, n_workers=n_workers, track=track)
 
 
 def run_and_show(
@@ -71,6 +75,7 @@ def run_and_show(
     samples: int = 0,
     cache: Path | None = None,
     n_workers: int = 1,
+    track: TrackerName | None = None,
     then: Callable[[RunFolder], Mapping[str, Any]] | None = None,
 ) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON.
@@ -88,8 +93,9 @@ def run_and_show(
         _plan_first(settings, n_workers)
     if restart:
         run.restart()
-    with progress() as shown, insistent(shown) as show:
+    with tracked(track, out, asdict(settings)) as told, progress() as shown, insistent(told.following(shown)) as show:
         content = align_recipe(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
+        told.summarise(content["summary"])
     table(summary_rows(content))
     for note in evidence_notes(run.path, load_head(run.path / "head"), guidance_of(settings)):
         say(f"note: {note}")
