@@ -64,8 +64,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "plan": ({"store", "costs", "recipe", "data", "backbone", "convex", "features", "decoding", "alignment"}, set()),
     "report": ({"store", "pages"}, set()),
     "export": (
-        {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "alignment"},
-        {"torch", "transformers", "lm_eval"},
+        {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "report", "alignment"},
+        {"torch", "transformers", "lm_eval", "yaml"},
     ),
     "inspection": ({"store", "recipe", "decoding", "alignment"}, {"inspect_ai"}),
     "web": (set(), {"fastapi", "uvicorn"}),
