@@ -33,7 +33,7 @@ _SETTINGS = ("mode", "strength", "budget", "candidates")
 _ENDED: dict[str, StopReason] = {"stop": "stop", "length": "max_tokens"}
 
 
-class GuidedModel(ModelAPI):
+class GuidedModel(ModelAPI):  # type: ignore[misc]
     """The guided model of a finished run; ``model_name`` is its folder.
 
     Model arguments (``-M NAME=VALUE``): ``mode``, ``strength``, ``budget`` and ``candidates`` in place of the run's
@@ -137,7 +137,7 @@ def _turn(message: ChatMessage) -> Turn:
     return Turn(message.role, said)
 
 
-@modelapi(name="coala")
+@modelapi(name="coala")  # type: ignore[untyped-decorator]
 def coala() -> type[ModelAPI]:
     """The provider under its name; Inspect finds it by the entry point of this package."""
     return GuidedModel
