@@ -76,7 +76,7 @@ check: .venv/dev  ## lint, format, types, layers
 	touch $@
 
 docs: .venv/docs  ## build the documentation's pages into site/, offline; a dead link is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Every Python that is there, in turn.
 wheel: .venv/core  ## build the wheel and try it in an empty environment of each Python from 3.11 to 3.13
