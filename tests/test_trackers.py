@@ -97,6 +97,64 @@ def test_a_package_that_is_not_there_is_named_before_anything_is_done(
         pytest.fail("the run began")
 
 
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(*words: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "coala", *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.nightly
+def test_align_tells_its_settings_its_stages_and_its_summary(tmp_path: Path) -> None:
+    from tests.menagerie import tiny_backbone
+    from tests.test_align import pair_rows, write_rows
+
+    model = tiny_backbone("llama", tmp_path / "model")
+    source = write_rows(tmp_path / "pairs.jsonl", pair_rows(60, 20))
+    words = ("--prompts", 2, "--max-new-tokens", 4, "--track", "jsonl")
+    command("align", source, "--model", model, "--out", tmp_path / "run", *words)
+    first, *steps, last = lines_of(tmp_path / "run.tracking.jsonl")
+    assert first["settings"]["evaluation"]["prompts"] == 2
+    assert {"percent/features-train", "percent/head"} <= {name for line in steps for name in line}
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert last == {"summary": numbers_of(report["summary"]), "finished": True}
+    assert last["summary"]
+
+
+@pytest.mark.nightly
+def test_compare_tells_each_cell_as_its_file_has_it(tmp_path: Path) -> None:
+    from tests.menagerie import tiny_backbone
+    from tests.test_align import pair_rows, write_rows
+
+    tiny_backbone("llama", tmp_path / "model")
+    write_rows(tmp_path / "pairs.jsonl", pair_rows(60, 20))
+    study = {
+        "title": "tiny",
+        "models": {"tiny": {"path": str(tmp_path / "model"), "max_tokens": 64}},
+        "datasets": {"d": {"pairs": [str(tmp_path / "pairs.jsonl")]}},
+        "methods": [{"name": "linear", "kind": "coala", "head": {"method": "linear"}, "guidance": None}],
+        "seeds": [0],
+        "evaluation": {"prompts": 2, "max_new_tokens": 4, "kl_prompts": 2},
+        "device": "cpu",
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    command("compare", tmp_path / "study.yaml", "--out", tmp_path / "out", "--track", "jsonl")
+    told = {name: value for line in lines_of(tmp_path / "out.tracking.jsonl") for name, value in line.items()}
+    cells = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("cells/*/cell.json")}
+    assert cells
+    for name, cell in cells.items():
+        assert cell["status"] == "done"
+        expected = numbers_of({name: cell["result"]})
+        assert {key: told[key] for key in expected} == expected
+
+
 # --- the trackers' own libraries, in processes of their own: they keep threads, and settings of the environment ----
 
 
