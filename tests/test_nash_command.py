@@ -111,7 +111,7 @@ def whole(place: Path) -> tuple[Path, str, dict[str, Any], list[str]]:
 def test_a_tracker_is_told_every_step_as_the_log_has_it(whole: Any) -> None:
     out = whole[0]
     lines = list(load_lines(out.with_name("run.tracking.jsonl")))
-    steps = [line for line in lines if "gap" in line or "loss" in line]
+    steps = [line for line in lines if "achieved" in line]
     logged = [load_json(path) for path in sorted(out.glob("**/log.json"))]
     assert len(steps) == len(logged) == 4
     for told, log in zip(steps, logged, strict=True):

@@ -124,8 +124,9 @@ def test_align_tells_its_settings_its_stages_and_its_summary(tmp_path: Path) -> 
     assert first["settings"]["evaluation"]["prompts"] == 2
     assert {"percent/features-train", "percent/head"} <= {name for line in steps for name in line}
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert last == {"summary": numbers_of(report["summary"]), "finished": True}
-    assert last["summary"]
+    expected = numbers_of(report["summary"]) | numbers_of({"perplexity": report["perplexity"]})
+    assert last == {"summary": expected, "finished": True}
+    assert {"accuracy_eval/value", "accuracy_eval/low", "perplexity/guided/value"} <= set(expected)
 
 
 @pytest.mark.nightly

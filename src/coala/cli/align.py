@@ -95,7 +95,7 @@ def run_and_show(
         run.restart()
     with tracked(track, out, asdict(settings)) as told, progress() as shown, insistent(told.following(shown)) as show:
         content = align_recipe(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
-        told.summarise(content["summary"])
+        told.summarise(_outcome(content))
     table(summary_rows(content))
     for note in evidence_notes(run.path, load_head(run.path / "head"), guidance_of(settings)):
         say(f"note: {note}")
@@ -105,6 +105,12 @@ def run_and_show(
     more = then(run) if then else {}
     write(f"\nreport: {run.path / 'report.html'}")
     emit({"run": run.path, "report": run.path / "report.html", **content["summary"], **more})
+
+
+def _outcome(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tracker is told at the end: the summary, win rates by judge, perplexities."""
+    rates = {row["judge"]: row["estimate"] for row in content.get("win_rates", [])}
+    return {**content["summary"], "win rate": rates, "perplexity": content.get("perplexity", {})}
 
 
 def _plan_first(settings: Recipe, n_workers: int) -> None:
