@@ -12,6 +12,7 @@ run = coala.align(
     model=str(assets / "film-lm"),
     out="runs/example",
     model_settings={"template": "chat"},
+    head={"method": "linear"},  # the quickest; without it, gates compete with the linear head
     evaluation={"prompts": 0},  # no replies for the report: it is quicker
 )
 print(run.head.certificate.statement)

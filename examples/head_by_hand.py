@@ -13,8 +13,8 @@ spec = backbone.spec(layer=-1, pooling="mean")
 seen, unseen = (coala.extract_features(some, backbone, spec) for some in (train, held_out))
 print(f"features: {len(seen)} and {len(unseen)} pairs of {seen.width} numbers")
 
-for method in ("linear", "learnt"):
-    head = coala.fit_head(seen, method=method).head
-    scores = (head.score(side, unseen.prompt) for side in (unseen.chosen, unseen.rejected))
-    accuracy = coala.ranking_accuracy(*scores, unseen.group)
-    print(f"{method}: {head.n_neurons} gates, certified gap {head.certificate.relative_gap:.1e}, accuracy {accuracy}")
+head = coala.fit_head(seen, method="linear").head  # without `method`, gates compete with the linear head
+print(head.certificate)
+
+scores = (head.score(side) for side in (unseen.chosen, unseen.rejected))
+print("held-out ranking accuracy:", coala.ranking_accuracy(*scores, unseen.group))

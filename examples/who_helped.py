@@ -9,7 +9,7 @@ out = Path("runs/example")
 if not (out / "head").is_dir():
     assets = files("coala") / "assets"
     pairs = list(coala.read_pairs(str(assets / "film_pairs.jsonl.gz")))[:160]
-    settings = {"model_settings": {"template": "chat"}, "evaluation": {"prompts": 0}}
+    settings = {"model_settings": {"template": "chat"}, "head": {"method": "linear"}, "evaluation": {"prompts": 0}}
     coala.align(pairs, model=str(assets / "film-lm"), out=out, **settings)
 
 found = coala.pair_influence(out, metric="loss", top=3)
