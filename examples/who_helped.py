@@ -13,7 +13,8 @@ if not (out / "head").is_dir():
     coala.align(pairs, model=str(assets / "film-lm"), out=out, **settings)
 
 found = coala.pair_influence(out, metric="loss", top=3)
-for side in ("raises", "lowers"):
-    print(f"without it, the held-out loss {side.removesuffix('s')}s most:")
-    for one in found[side]["listed"]:
-        print("   ", one)
+print(f"{found['title']}: {found['value']:.4f}")
+for way, listed in found["lists"].items():
+    print(f"leaving one of these pairs out {way} it most; no other pair does more than {listed['outside']:.4f}:")
+    for row in listed["rows"]:
+        print(f"    {row['name']}: {row['effect']:+.4f}  {row['chosen'][:60]!r}")
