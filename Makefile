@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Tests start many processes; each reads what the first one has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-chat test test-nightly test-all test-shuffled coverage check bench clean help
+.PHONY: demo demo-chat test test-nightly test-all test-shuffled test-extras coverage check docs wheel bench clean help
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -52,6 +52,16 @@ test-all: .venv/dev  ## run every test
 test-shuffled: .venv/dev  ## run the tests in a random order, which is printed (again: make test-shuffled ORDER=1234)
 	$(PYTEST) -m "not nightly" -p randomly $(if $(ORDER),--randomly-seed=$(ORDER))
 
+# These packages ask for other versions than constraints.txt has, so they get an environment of their own.
+.venv-extras/done: pyproject.toml
+	test -x .venv-extras/bin/python || $(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/python -m pip install --quiet --editable '.[baselines,inspect,mlflow,trackio,wandb]' hypothesis httpx pytest
+	.venv-extras/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' && .venv-extras/bin/python -m pip install --quiet every-eval-ever || true
+	touch $@
+
+test-extras: .venv-extras/done  ## try what talks to other programs (trackers, Inspect AI, TRL) with those programs
+	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -q -p no:cacheprovider -o addopts= tests/test_trackers.py tests/test_inspection.py tests/test_data_trl.py tests/test_share_evaluations.py
+
 coverage: .venv/dev  ## run the tests and tell which lines of src they do not reach, those of processes they start included
 	$(PYTEST) -m "not nightly" --cov --cov-report=term-missing:skip-covered
 
@@ -61,8 +71,24 @@ check: .venv/dev  ## lint, format, types, layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
+.venv/docs: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs  ## build the documentation's pages into site/, offline; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Every Python that is there, in turn.
+wheel: .venv/core  ## build the wheel and try it in an empty environment of each Python from 3.11 to 3.13
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	for python in python3.11 python3.12 python3.13; do \
+	  $$python -c '' 2>/dev/null || { echo "$$python: not here, not tried"; continue; }; \
+	  rm -rf build/empty && $$python -m venv build/empty && build/empty/bin/pip install --quiet dist/coala_align-*.whl && \
+	  (cd build && empty/bin/coala demo --help >/dev/null) && echo "$$python: the wheel works" || exit 1; \
+	done
+
 bench: .venv/dev  ## time the parts; each prints a table and one JSON line
 	for part in benchmarks/*.py; do $(BIN)/python $$part || exit 1; done
 
 clean:  ## delete the environment and all caches
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-extras site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -272,6 +272,7 @@ def test_card_and_manifest(models: dict[str, LanguageModel], tmp_path: Path) -> 
     for said in (str(accuracy), str(certificate), "The optimum is near.", "trust_remote_code", head.spec.weights):
         assert said in text
     assert "1 pairs, SHA-256" in text
+    assert "hf upload OWNER/NAME FOLDER ." in text
     # Neither rows nor folders of this machine leave it.
     for path in made.folder.iterdir():
         if path.suffix != ".safetensors":

@@ -13,8 +13,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "coala"
 # What everybody may import: values, and the small modules that know nothing but words.
 GROUND = {"values", "policies", "documents", "messages", "settings", "permission", "processes", "callbacks"}
 
-# Doors from a value to its own file, inside a method: the value knows the way, not what is behind it.
-DOORS = {("values", "store"), ("policies", "store")}
+# Doors from a value to its own file or row, inside a method: the value knows the way, not what is behind it.
+DOORS = {("values", "store"), ("values", "data"), ("policies", "store")}
 
 # module or package -> what else it may import from coala, and which heavy libraries it may import at module level
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "callbacks": (set(), set()),
     "store": (set(), set()),
     "statistics": (set(), set()),
+    "trackers": ({"store"}, set()),
     "__main__": ({"cli"}, set()),
     "costs": (set(), set()),
     "recipe": (set(), {"pydantic", "yaml"}),
@@ -66,9 +67,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "report": ({"store", "pages"}, set()),
     "export": (
-        {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "alignment"},
-        {"torch", "transformers", "lm_eval"},
+        {"store", "statistics", "costs", "backbone", "decoding", "evaluation", "report", "alignment"},
+        {"torch", "transformers", "lm_eval", "yaml"},
     ),
+    "inspection": ({"store", "recipe", "decoding", "alignment"}, {"inspect_ai"}),
     "web": (set(), {"fastapi", "uvicorn"}),
     "survey": ({"store", "pages", "statistics", "web"}, {"fastapi", "uvicorn"}),
     "serve": (
@@ -150,6 +152,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "web",
                 "endpoint",
                 "live",
+                "trackers",
             ),
         },
         {"typer"},
@@ -170,6 +173,10 @@ HEAVY = {
     "fastapi",
     "uvicorn",
     "aiohttp",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "inspect_ai",
     "prometheus_client",
     "yarl",
 }

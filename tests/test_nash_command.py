@@ -21,6 +21,7 @@ from coala.comal.named_oracles import oracle_of
 from coala.comal.oracles import ask
 from coala.store import load_json, load_lines
 from coala.store.verdict_cache import VerdictCache
+from coala.trackers import numbers_of
 from coala.values import CoalaError, Generation, Turn, user
 
 pytest.importorskip("trl", reason="needs the extra `baselines`")
@@ -103,8 +104,19 @@ def whole(place: Path) -> tuple[Path, str, dict[str, Any], list[str]]:
     """An uninterrupted run, what it printed, and what the judge was asked."""
     out = place / "whole" / "run"
     (place / "judge.log").unlink(missing_ok=True)
-    printed, found = run(*arguments(place, out))
+    printed, found = run(*arguments(place, out), "--track", "jsonl")
     return out, printed, found, (place / "judge.log").read_text().splitlines()
+
+
+def test_a_tracker_is_told_every_step_as_the_log_has_it(whole: Any) -> None:
+    out = whole[0]
+    lines = list(load_lines(out.with_name("run.tracking.jsonl")))
+    steps = [line for line in lines if "achieved" in line]
+    logged = [load_json(path) for path in sorted(out.glob("**/log.json"))]
+    assert len(steps) == len(logged) == 4
+    for told, log in zip(steps, logged, strict=True):
+        assert {name: told[name] for name in numbers_of(log)} == numbers_of(log)
+    assert lines[-1]["finished"] is True
 
 
 def test_training_leaves_a_model_and_a_report(place: Path, whole: Any) -> None:

@@ -61,6 +61,28 @@ class Pair:
         if type(self.prompt) is not tuple or not all(type(turn) is Turn for turn in self.prompt):
             object.__setattr__(self, "prompt", turns(self.prompt, "the prompt of a pair"))
 
+    @classmethod
+    def from_trl(cls, row: Mapping[str, Any]) -> Pair:
+        """The pair of a row in TRL format: ``prompt`` (or what both sides share), ``chosen``, ``rejected``.
+
+        Texts or messages with role and content, as ``datasets.Dataset`` gives them. ``group`` and ``rater`` are read
+        where they are there. CoalaError for a row that is no pair, and for ``tools`` or ``chat_template_kwargs``.
+        """
+        from coala.data import pair_from_trl
+
+        return pair_from_trl(row)
+
+    def to_trl(self, *, conversational: bool = True, implicit_prompt: bool = False) -> dict[str, Any]:
+        """A row of TRL's preference format, with ``group`` beside it; :meth:`from_trl` gives the same pair back.
+
+        ``conversational``: messages, for models with a chat template; else texts, for a prompt of one user turn.
+        ``implicit_prompt``: the prompt is what both sides begin with, as reward trainers take it. CoalaError where the
+        row would not read back as this pair.
+        """
+        from coala.data import pair_to_trl
+
+        return pair_to_trl(self, conversational=conversational, implicit_prompt=implicit_prompt)
+
 
 @dataclass(frozen=True)
 class FeatureSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,14 @@ import typer
 from coala.cli.flags import Given, Of, with_settings
 from coala.cli.options import RecipeFile, SetOption, TrustCode, Workers
 from coala.cli.terminal import write
+from coala.cli.tracking import Track, tracked
 from coala.messages import CoalaError
 from coala.settings import EvaluationSettings, GuidanceSettings, HeadSettings, ModelSettings, PairSettings
 
 if TYPE_CHECKING:
     from coala.recipe import Recipe
     from coala.store import RunFolder
+    from coala.trackers import TrackerName
 
 
 @with_settings
@@ -43,6 +46,7 @@ def align(
         bool, typer.Option("--distil", help="Distil the guidance at the end, and put the policy on the page.")
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
+    track: Track = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
@@ -67,7 +71,7 @@ def align(
     given |= {"head": head, "guidance": guidance, "evaluation": evaluation}
     settings = load_recipe(recipe, given, *map(set_option, set_ or []))
     then = _distilled if distil else None
-    run_and_show(settings, out, restart, cache=cache, n_workers=n_workers, then=then)
+    run_and_show(settings, out, restart, cache=cache, n_workers=n_workers, track=track, then=then)
 
 
 def run_and_show(
@@ -77,6 +81,7 @@ def run_and_show(
     samples: int = 0,
     cache: Path | None = None,
     n_workers: int = 1,
+    track: TrackerName | None = None,
     then: Callable[[RunFolder], Mapping[str, Any]] | None = None,
 ) -> None:
     """Carry out a recipe, print the summary table and, on the last line, the summary as JSON.
@@ -94,8 +99,9 @@ def run_and_show(
         _plan_first(settings, n_workers)
     if restart:
         run.restart()
-    with progress() as shown, insistent(shown) as show:
+    with tracked(track, out, asdict(settings)) as told, progress() as shown, insistent(told.following(shown)) as show:
         content = align_recipe(settings, run, on_progress=show, on_note=say, cache=cache, n_workers=n_workers)
+        told.summarise(_outcome(content))
     table(summary_rows(content))
     head = head_for(run.path / "head", settings.guidance.rater)
     for note in evidence_notes(run.path, head, guidance_of(settings)):
@@ -119,6 +125,12 @@ def _distilled(run: RunFolder) -> dict[str, Any]:
         write("")
         table(rows, list(HEADS))
     return {"distilled": content["distilled"]}
+
+
+def _outcome(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tracker is told at the end: the summary, win rates by judge, perplexities."""
+    rates = {row["judge"]: row["estimate"] for row in content.get("win_rates", [])}
+    return {**content["summary"], "win rate": rates, "perplexity": content.get("perplexity", {})}
 
 
 def _plan_first(settings: Recipe, n_workers: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ import typer
 from coala.cli.flags import with_settings
 from coala.cli.options import Download, TrustCode
 from coala.cli.terminal import write
+from coala.cli.tracking import Track, tracked
 from coala.comal.named_oracles import ORACLES
 from coala.comal.settings import COMALSettings
 from coala.settings import Device, Template
@@ -79,6 +80,7 @@ def train(
         bool, typer.Option("--keep-policies", help="Keep every step's weights, not only the references'.")
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
+    track: Track = None,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
@@ -90,7 +92,8 @@ def train(
     from coala.comal.report import policy_sentence, update_rows
     from coala.comal.runs import ModelOptions, train_run
 
-    with progress() as show:
+    about = {**asdict(settings), "model": model, "oracle": oracle, "dtype": dtype, "lora_rank": lora.lora_rank}
+    with tracked(track, out, about) as told, progress() as show:
         summary = train_run(
             model,
             prompts,
@@ -101,9 +104,11 @@ def train(
             cache=cache,
             keep_policies=keep_policies,
             restart=restart,
-            on_progress=show,
+            on_progress=told.following(show),
             on_note=say,
+            on_step=told.log,
         )
+        told.summarise(summary)
     head, rows = update_rows(summary)
     table(rows, head)
     for note in summary["notes"][len(settings.notes()) :]:

@@ -9,10 +9,13 @@ import typer
 
 from coala.cli.options import bytes_of
 from coala.cli.terminal import write
+from coala.cli.tracking import Track, tracked
 from coala.messages import CoalaError
 
 if TYPE_CHECKING:
     from coala.compare import Study
+    from coala.compare.matrix import Cell
+    from coala.trackers import TrackerName
 
 
 def compare(
@@ -34,6 +37,7 @@ def compare(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report of the cells there are.")
     ] = False,
+    track: Track = None,
 ) -> None:
     """Compare COALA with SFT, DPO, ORPO, SimPO and reward models: the same pairs, tokens and measures, costs counted.
 
@@ -49,8 +53,8 @@ def compare(
 
     `coala compare laptop --set seeds=[0] --out runs/quick`
     """
-    from coala.cli.output import emit, progress, table
-    from coala.compare import load_study, run, summary_rows, write_report
+    from coala.cli.output import emit, table
+    from coala.compare import load_study, summary_rows, write_report
     from coala.costs.measured import machine
     from coala.recipe import set_option
 
@@ -62,22 +66,37 @@ def compare(
     if report_only:
         _require_comparison(folder)
     else:
-        with progress() as show:
-            run(
-                study,
-                folder,
-                on_cell=lambda done, total, cell, note: show("cells", done, total, f"{done} of {total}  {note}"),
-                on_work=lambda cell, stage, *rest: show(f"{cell.id}: {stage}", *rest),
-                on_pairs=show,
-                retry=retry,
-                memory=bytes_of(memory),
-            )
+        _carry_out(study, folder, retry, bytes_of(memory), track)
     command = " ".join([f"coala compare {recipe}", *(f"--set {option}" for option in set_ or [])])
     content = write_report(study, folder, command=command, machine=machine())
     head, *rows = summary_rows(content)
     table(rows, head)
     write(f"\nreport: {folder / 'report.html'}")
     emit({"out": folder, "report": folder / "report.html", **content["counts"]})
+
+
+def _carry_out(study: Study, folder: Path, retry: bool, memory: int | None, track: TrackerName | None) -> None:
+    """Bring every cell up to date; what each found is told to the tracker, if there is one."""
+    from coala.cli.output import progress
+    from coala.compare import run
+    from coala.compare.cell import read
+
+    with tracked(track, folder, study.model_dump(mode="json")) as told, progress() as show:
+
+        def on_cell(done: int, total: int, cell: Cell, note: str) -> None:
+            show("cells", done, total, f"{done} of {total}  {note}")
+            if note != cell.id and (record := read(folder / "cells" / cell.id)) is not None:
+                told.log({cell.id: {"done": record["status"] == "done", **record.get("result", {})}})
+
+        run(
+            study,
+            folder,
+            on_cell=on_cell,
+            on_work=lambda cell, stage, *rest: show(f"{cell.id}: {stage}", *rest),
+            on_pairs=show,
+            retry=retry,
+            memory=memory,
+        )
 
 
 def _require_comparison(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from coala.cli import alpaca, arena, judge, mtbench, policy, reward_benchmarks
+from coala.cli import alpaca, arena, judge, mtbench, policy, reward_benchmarks, share
 
 app = typer.Typer(
     no_args_is_help=True, help="Have replies judged; compute benchmark figures, end to end or from files."
@@ -33,3 +33,6 @@ app.command("judgebench", epilog="Example: `coala eval judgebench scores.jsonl.g
     reward_benchmarks.judgebench
 )
 app.command("policy", epilog="Example: `coala eval policy runs/demo --mode shift --limit 200`")(policy.policy)
+app.command(
+    "share", epilog="Example: `coala eval share runs/demo --model me/film-guided --organisation me --out shared`"
+)(share.share)

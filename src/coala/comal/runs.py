@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,11 +53,13 @@ def train_run(
     restart: bool = False,
     on_progress: OnProgress,
     on_note: OnNote,
+    on_step: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` (a folder, a hub name, or a run) towards the Nash policy of ``oracle``; what its report holds.
 
     ``prompts`` may be None for a COALA run, which has its own. The policy is OUT/model, the report OUT/report.html.
-    Called again it resumes; verdicts are cached in ``cache``, beside OUT unless given.
+    Called again it resumes; verdicts are cached in ``cache``, beside OUT unless given. ``on_step`` hears the numbers of
+    each step that is done, as ``log.json`` has them.
     """
     from coala.comal.llm import load_policy, require_training
     from coala.comal.loop import run_comal
@@ -106,6 +108,7 @@ def train_run(
             run.path,
             keeper=keeper,
             on_work=lambda done, total, note: on_progress("comal", done, total, note),
+            on_step=None if on_step is None else lambda step: on_step(step.log),
             about=about,
             keep_policies=keep_policies,
         )

@@ -23,6 +23,7 @@ from coala.data.doctor import check
 from coala.data.files import Source, source_digest
 from coala.data.findings import DataError, Finding, Findings
 from coala.data.formats import READERS, Located, Reader, read
+from coala.data.formats.trl import pair_from_trl, pair_to_trl
 from coala.data.splits import split
 from coala.values import Pair, Role
 
@@ -34,6 +35,8 @@ __all__ = [
     "Reader",
     "alternate",
     "check",
+    "pair_from_trl",
+    "pair_to_trl",
     "position_cues",
     "read_conversations",
     "read_pairs",

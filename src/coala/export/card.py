@@ -95,6 +95,7 @@ def card(head: ConvexHead, spec: FeatureSpec, form: str, facts: RunFacts | None,
         "",
         "P(first is preferred) = sigmoid((score of the first - score of the second) / temperature).",
         "",
+        *uploading(),
         "## Limits",
         "",
         "- A score compares replies to one prompt; scores of different prompts are not on one scale.",
@@ -105,6 +106,11 @@ def card(head: ConvexHead, spec: FeatureSpec, form: str, facts: RunFacts | None,
         "",
     ]
     return "\n".join(lines)
+
+
+def uploading() -> list[str]:
+    """How a folder is published by its owner, for every card; nothing here uploads."""
+    return ["## Publishing", "", "```sh", "hf upload OWNER/NAME FOLDER .", "```", ""]
 
 
 def rows_of(rows: list[tuple[str, str]]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coala.export.card import rows_of
+from coala.export.card import rows_of, uploading
 from coala.export.folder import MANIFEST, public_spec
 from coala.policies import DistilledAdapter, DistilledPolicy
 from coala.store import file_digest, load_json, save_json, write_atomic
@@ -137,6 +137,7 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
         "",
         *_serving(form, facts.sampling),
         "",
+        *uploading(),
         "## Limits",
         "",
         "- It prefers what the head behind the teacher preferred, on the data that head was fitted to, and no more: "
@@ -175,6 +176,7 @@ def merged_card(base: str, adapter: Path, rank: int, checked: str) -> str:
         "",
         *_folder(""),
         "",
+        *uploading(),
         "## Limits",
         "",
         f"- {checked}",

@@ -7,6 +7,7 @@ The only package that writes files. It knows the values and nothing of how they 
     RUN/pairs-train.jsonl, ...      one file or folder per value
 """
 
+from coala.store.appending import append_line
 from coala.store.features import FeatureStore, link_features, load_features, save_features, scratch, write_rows
 from coala.store.files import (
     MisfitError,
@@ -58,6 +59,7 @@ __all__ = [
     "Replacement",
     "RunFolder",
     "StoreError",
+    "append_line",
     "claim",
     "differences",
     "digest",

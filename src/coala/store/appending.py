@@ -8,8 +8,9 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from coala.store.files import StoreError
+from coala.store.files import StoreError, to_json
 
 
 @contextlib.contextmanager
@@ -28,6 +29,12 @@ def appending(path: Path) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+
+
+def append_line(path: Path, value: Any) -> None:
+    """One line of JSON more at the end of a file, which is made if there is none."""
+    with appending(path) as file:
+        os.write(file, f"{to_json(value)}\n".encode())
 
 
 def contents(file: int) -> bytes:

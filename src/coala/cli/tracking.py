@@ -1,0 +1,44 @@
+"""`--track`: tell a tracker of experiments what a command does; what a tracker is given is in :mod:`coala.trackers`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coala.trackers import TrackerName
+
+if TYPE_CHECKING:
+    from coala.trackers import Tracking
+
+Track = Annotated[
+    TrackerName | None,
+    typer.Option(
+        "--track",
+        help="Tell a tracker too: jsonl (no extra), trackio, wandb (offline unless WANDB_MODE=online) or mlflow (files "
+        "unless MLFLOW_TRACKING_URI is set).",
+    ),
+]
+_ASKED_ONLINE = {"wandb": ("WANDB_MODE", "online"), "mlflow": ("MLFLOW_TRACKING_URI", None)}
+
+
+@contextmanager
+def tracked(name: TrackerName | None, run: Path, settings: Mapping[str, Any]) -> Iterator[Tracking]:
+    """A command's run in ``run``, told to the tracker ``name``; what its environment allows decides where it goes."""
+    from coala.cli.output import say
+    from coala.trackers import tracking
+
+    # Reports of errors and of use, which the libraries would send by themselves.
+    for variable in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):
+        os.environ.setdefault(variable, "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # it refuses plain files unless told
+    variable, wanted = _ASKED_ONLINE.get(str(name), ("", None))
+    given = os.environ.get(variable)
+    online = given == wanted if wanted else bool(given)
+    with tracking(name, run, settings, online=online, on_note=say) as found:
+        yield found
