@@ -639,7 +639,7 @@ def test_policy_accuracy_of_guidance_and_of_a_trained_model(run: Path, tmp_path:
     assert "policy accuracy without top-k and top-p" in table
     (record,) = [one for one in kept(run) if one["kind"] == "policy"]
     assert record["figures"][0]["estimate"] == result["accuracy"]
-    with pytest.raises(CoalaError, match=r"likelihood not known in mode block\. Fix: add --mode shift"):
+    with pytest.raises(CoalaError, match=r"likelihood not known in mode block\. Fix: --mode shift or distilled"):
         called(app, "policy", run)
     # A model that is its own base has no log-ratio: every pair is a tie.
     same, _, remarks = called(app, "policy", run, "--trained", _model(run))

@@ -155,7 +155,7 @@ def test_long_values_are_cut_and_control_characters_shown() -> None:
         ({"strength": 1}, "unknown setting strength; did you mean guidance.strength?"),
         ({"model": {"name": "m", "dtype": "bf17"}}, "model.dtype (--dtype): found 'bf17', expected one of auto,"),
         ({"guidance": {"mode": "blok"}}, "guidance.mode (--mode): found 'blok', expected one of token, block, prefix, "
-                                         "shift, best_of, beam, none; did you mean block?"),
+                                         "shift, best_of, beam, distilled, none; did you mean block?"),
         ({"head": {"reference_scale": 1.0}, "model": {"name": "m", "prefixes": 2}}, "leave one of them out"),
     ],
 )  # fmt: skip

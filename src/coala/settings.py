@@ -80,6 +80,7 @@ Win = Literal["hard", "mean"]
 Teacher = Literal["guided", "weighted", "shift"]
 Support = Literal["nucleus", "vocabulary"]
 Vehicle = Literal["output", "adapter"]
+TrackerName = Literal["jsonl", "mlflow", "trackio", "wandb"]
 
 # Settings that more than one command takes.
 Template = Annotated[Literal["auto", "chat", "dialogue", "continuation"], Setting("How conversations are rendered.")]

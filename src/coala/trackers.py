@@ -14,13 +14,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.messages import CoalaError
+from coala.settings import TrackerName
 from coala.store import append_line, plain
 
-TrackerName = Literal["jsonl", "mlflow", "trackio", "wandb"]
 PROJECT = "coala"
 _SEPARATOR = "/"
 

@@ -18,8 +18,8 @@ from coala.settings import EvaluationSettings, GuidanceSettings, HeadSettings, M
 
 if TYPE_CHECKING:
     from coala.recipe import Recipe
+    from coala.settings import TrackerName
     from coala.store import RunFolder
-    from coala.trackers import TrackerName
 
 
 @with_settings

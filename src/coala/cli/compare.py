@@ -15,7 +15,7 @@ from coala.messages import CoalaError
 if TYPE_CHECKING:
     from coala.compare import Study
     from coala.compare.matrix import Cell
-    from coala.trackers import TrackerName
+    from coala.settings import TrackerName
 
 
 def compare(

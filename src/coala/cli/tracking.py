@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coala.trackers import TrackerName
+from coala.settings import TrackerName
 
 if TYPE_CHECKING:
     from coala.trackers import Tracking

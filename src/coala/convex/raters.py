@@ -103,7 +103,6 @@ class RaterProgram:
         return Bounds(self._value(u, z), lower)
 
 
-@dataclass(frozen=True)
 class TouchedProgram(HeldProgram):
     """A held program whose penalties are one ridge on all weights, in stretched coordinates."""
 
