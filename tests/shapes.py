@@ -70,13 +70,14 @@ def checked(target: Any) -> Any:
 
 
 def annotations(function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function states of its arrays; what only a function around it can resolve stays out."""
+    """What a function states of its arrays; what only a function around it, or a base class, can resolve stays out."""
     found = {}
     for name, text in function.__annotations__.items():
         try:
             hint = eval(text, function.__globals__) if isinstance(text, str) else text
         except NameError:
-            if "<locals>" not in function.__qualname__:
+            # A dataclass's own methods name what the module of its base class imports, and are checked there.
+            if "<locals>" not in function.__qualname__ and function.__code__.co_filename != "<string>":
                 raise
         else:
             found |= {name: hint} if _of_arrays(hint) else {}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar, Shaped
 
-from coala.convex.held import Design, HeldProgram  # noqa: F401 - annotations that the base class hands down name it
+from coala.convex.held import HeldProgram
 from coala.convex.newton import GatedNewton
 from coala.convex.pairwise import WIDTHS
 from coala.convex.program import Bounds, gated_product, gated_product_adjoint, group_norms
