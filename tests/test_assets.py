@@ -150,6 +150,8 @@ def test_the_demo_aligns_what_is_bundled(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_the_demo_and_its_claim(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     done = subprocess.run(
         [sys.executable, "-m", "coala", "demo", "--out", str(tmp_path / "run")],
         capture_output=True,
@@ -168,3 +170,9 @@ def test_the_demo_and_its_claim(tmp_path: Path) -> None:
     assert labeller["judge"] == "film-labeller"
     assert set(content["perplexity"]) == {"unguided", "guided"}
     assert done.stdout.count("unguided") >= 3
+    # The last step: a checkpoint that plain transformers loads, whose replies win as well.
+    rows = {row["name"]: row for row in content["distilled"]["rows"]}
+    assert rows["distilled"]["wins"]["low"] > 0.6
+    assert rows["distilled"]["forwards"] == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-served")
+    assert not model.config.tie_word_embeddings

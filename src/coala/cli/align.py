@@ -70,7 +70,7 @@ def align(
     given = {"pairs": pairs or None, **which, "model": own}
     given |= {"head": head, "guidance": guidance, "evaluation": evaluation}
     settings = load_recipe(recipe, given, *map(set_option, set_ or []))
-    then = _distilled if distil else None
+    then = distil_and_show if distil else None
     run_and_show(settings, out, restart, cache=cache, n_workers=n_workers, track=track, then=then)
 
 
@@ -114,13 +114,14 @@ def run_and_show(
     emit({"run": run.path, "report": run.path / "report.html", **content["summary"], **more})
 
 
-def _distilled(run: RunFolder) -> dict[str, Any]:
+def distil_and_show(run: RunFolder, **settings: Any) -> dict[str, Any]:
     """Distil the finished run, show its policy beside its other replies; what was measured, for the summary."""
     from coala.cli.output import progress, say, table
+    from coala.distil.settings import DistilSettings
     from coala.distil.side_by_side import HEADS, distil_into_report, table_rows
 
     with progress() as show:
-        content = distil_into_report(run.path, on_progress=show, on_note=say)
+        content = distil_into_report(run.path, DistilSettings(**settings), on_progress=show, on_note=say)
     if rows := table_rows(content):
         write("")
         table(rows, list(HEADS))

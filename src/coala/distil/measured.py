@@ -5,6 +5,7 @@ FOLDER/measured.json beside the policy, with the digest of the weights that were
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from coala.recipe import recipe_of
 from coala.statistics.intervals import mean_estimate
 from coala.statistics.scores import perplexity
 from coala.store import RunFolder, file_digest, load_pairs, save_json
-from coala.values import CoalaError, Estimate, conversation_text, prompt_id
+from coala.values import CoalaError, Estimate, Generation, conversation_text, prompt_id
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one reply to each of ``n`` held-out prompts, against as many independent unguided ones.
+    """Of one reply to each of ``n`` held-out prompts, against as many unguided ones.
 
     ``wins`` by the run's judge, None where it names none. ``divergence`` is the exact KL(policy || base) of a reply in
     nats, over the whole vocabulary at temperature 1. Perplexities are the base model's.
@@ -116,8 +117,21 @@ def measure(
             on_failure=lambda prompt, error: on_note(f"no verdict on prompt {prompt}: {error}"),
         )
         wins = win_rate(found.judgements, of=ours[0].method)
+    on_progress("measure", 3, 3)
+    return keep_measured(file, ours, plain, judge, wins, sampling)
+
+
+def keep_measured(
+    file: Path,
+    ours: Sequence[Generation],
+    plain: Sequence[Generation],
+    judge: str,
+    wins: Estimate | None,
+    sampling: dict[str, float],
+) -> Measured:
+    """What replies of the policy in ``file`` are beside unguided ones to the same prompts, written beside it."""
     measured = Measured(
-        len(prompts),
+        len(ours),
         judge,
         wins,
         mean_estimate([one.divergence or 0.0 for one in ours]),
@@ -127,5 +141,4 @@ def measure(
         file_digest(file),
     )
     save_json(file.parent / "measured.json", {**asdict(measured), "perplexity_ratio": measured.perplexity_ratio})
-    on_progress("measure", 3, 3)
     return measured

@@ -16,6 +16,7 @@ from coala.alignment.stages import rows_at_once
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.costs import Stopwatch, peak_memory
 from coala.decoding import Guidance, generate
+from coala.distil.measured import keep_measured
 from coala.distil.settings import DistilSettings
 from coala.distil.stage import NothingToDistil, distil
 from coala.evaluation import judge_many, win_rate
@@ -85,15 +86,19 @@ def _work(
         return [TABLE]
     with run.held():
         sides = {name: load_generations(run.path / f"generations-{name}.jsonl") for name in ("unguided", "guided")}
-        replies, guidance = _replies(run, recipe, sides["unguided"], on_progress, trust_remote_code)
+        replies, guidance, temperature = _replies(run, recipe, sides["unguided"], on_progress, trust_remote_code)
+        sampling = {"temperature": temperature, "top_k": guidance.top_k, "top_p": guidance.top_p}
         sides["distilled"] = replies
         rows = _rows(run, recipe, sides, {"guided": guidance}, on_progress, on_note)
         judge = None if recipe.evaluation.judge is None else judge_name(recipe.evaluation.judge)[0]
+        wins = next(row["wins"] for row in rows if row["name"] == "distilled")
+        file = run.path / DISTILLED / "policy.safetensors"
+        keep_measured(file, replies, sides["unguided"], judge or "", wins, sampling)
         facts = None if policy.certificate is None else policy.certificate.statement
         save_json(
             run.path / TABLE,
             {
-                "policy": file_digest(run.path / DISTILLED / "policy.safetensors"),
+                "policy": file_digest(file),
                 "judge": judge,
                 "rows": rows,
                 "summary": policy.summary_rows(),
@@ -101,7 +106,7 @@ def _work(
                 "guidance": str(guidance),
             },
         )
-    return [f"{DISTILLED}/policy.safetensors", f"{DISTILLED}/policy.json", REPLIES, TABLE]
+    return [*(f"{DISTILLED}/{name}" for name in ("policy.safetensors", "policy.json", "measured.json")), REPLIES, TABLE]
 
 
 def _inputs(run: RunFolder, recipe: Recipe, settings: DistilSettings) -> dict[str, Any]:
@@ -122,8 +127,10 @@ def _prompts(run: RunFolder) -> dict[str, tuple[Turn, ...]]:
 
 def _replies(
     run: RunFolder, recipe: Recipe, plain: Sequence[Generation], on_progress: OnProgress, trust_remote_code: bool
-) -> tuple[list[Generation], Guidance]:
-    """The policy's reply to each prompt that was answered unguided, with the same noise; and what guided the run's."""
+) -> tuple[list[Generation], Guidance, float]:
+    """The policy's reply to each prompt that was answered unguided, with the same noise; what guided the run's, and the
+    temperature of all.
+    """
     from coala.alignment.talking import settled
 
     backbone, head, guidance = load_parts(run.path, trust_remote_code=trust_remote_code)
@@ -147,7 +154,7 @@ def _replies(
         with_base=True,
     )
     save_generations(run.path / REPLIES, replies, prompts)
-    return replies, guidance.at(temperature)
+    return replies, guidance.at(temperature), temperature
 
 
 def _rows(

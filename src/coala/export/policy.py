@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from coala.callbacks import OnNote, quiet
 from coala.decoding.adapted import load_adapted, step_log_probs
-from coala.export.folder import public_spec
+from coala.export.folder import MANIFEST, public_spec
 from coala.export.merged import merge_into
 from coala.export.network import ExportError, tokenizer_of
 from coala.export.policy_card import Form, Policy, PolicyFacts, checked, describe, policy_facts
@@ -21,7 +22,8 @@ from coala.export.reading_back import PROBES, ExportedPolicy, compare, next_log_
 from coala.export.writing import check_free, older_names, settle, written_whole
 from coala.policies import DistilledAdapter, DistilledPolicy
 from coala.settings import Vehicle
-from coala.store import PEFT, load_json, save_json, write_atomic
+from coala.store import DISTILLED, PEFT, RunFolder, digest, load_json, run_policy, save_json, write_atomic
+from coala.values import CoalaError
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -210,6 +212,25 @@ def export_policy(
     if form == "merged":
         raise _unfit(form, "output")
     return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out, facts)
+
+
+def export_beside(run: RunFolder, form: Form, *, on_note: OnNote = quiet) -> Path | None:
+    """Write the distilled policy of ``run`` to RUN-served, unless the folder is there and is of this very policy.
+
+    None, and a note, where the run has no policy, or another one is there.
+    """
+    if not (run.path / DISTILLED / "policy.json").exists():
+        return None
+    policy, out = run_policy(run), run.path.with_name(f"{run.path.name}-served")
+    if out.exists():
+        try:
+            same = load_json(out / MANIFEST)["policy"] == digest(policy.change)
+        except (CoalaError, KeyError, TypeError):
+            same = False
+        if not same:
+            on_note(f"{out} is there and is not of this policy, so that nothing was written; delete it and run again")
+        return out if same else None
+    return export_policy(policy, run.path, form, out).path
 
 
 def _name_of(model: Any, layer: Any) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from coala.export.card import rows_of, uploading
 from coala.export.folder import MANIFEST, public_spec
 from coala.policies import DistilledAdapter, DistilledPolicy
-from coala.store import file_digest, load_json, save_json, write_atomic
+from coala.store import digest, file_digest, load_json, save_json, write_atomic
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -342,5 +342,7 @@ def describe(
     own = ("program", "support", "ridge", "rank", "certificate", "rate", "epoch")
     files = {p.name: file_digest(p) for p in sorted(work.iterdir()) if p.is_file()}
     about = {name: getattr(policy, name) for name in own if hasattr(policy, name)}
+    if isinstance(policy, DistilledPolicy):
+        about["policy"] = digest(policy.change)
     save_json(work / MANIFEST, {"form": f"distilled {form}", **about, "weights": backbone.weights, "files": files})
     write_atomic(work / "README.md", policy_card(policy, backbone, form, facts or PolicyFacts(), checked))
