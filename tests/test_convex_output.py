@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from coala.convex.program import in_double
 from coala.costs import output_fit_bytes
 from coala.policies import DistilledPolicy, DistilStates
 from coala.store import write_rows
-from coala.values import CoalaError, FeatureSpec
+from coala.values import CoalaError, Estimate, FeatureSpec
 
 from . import reference
 
@@ -233,6 +233,35 @@ def test_a_fit_chooses_on_held_out_prompts_and_states_its_gap(tmp_path: Path) ->
     (tmp_path / "policy.safetensors").write_bytes(b"other")
     with pytest.raises(CoalaError, match="Distil again"):
         DistilledPolicy.load(tmp_path)
+
+
+def test_a_change_is_taken_as_often_as_held_out_prompts_ask_and_its_objective_is_its_own() -> None:
+    states, output = instance()
+    once = fit_output(states, output, tolerance=1e-4)
+    asked: list[tuple[float, np.ndarray]] = []
+
+    def lead_of(times: float, change: np.ndarray, groups: np.ndarray) -> Estimate:
+        asked.append((float(np.linalg.norm(change)), groups))
+        value = asked[-1][0] / asked[0][0] - times
+        return Estimate(value, value, value, len(groups), "size")
+
+    for times, strength in ((0.9, 1.0), (1.2, 1.25)):
+        asked.clear()
+        found = fit_output(states, output, tolerance=1e-4, lead=partial(lead_of, times))
+        assert found.strength == found.certificate.facts["strength"] == strength
+        assert np.allclose(found.change, strength * once.change, rtol=1e-6)
+        assert all(0 < len(groups) < len(np.unique(states.group)) for _, groups in asked)
+        data = OutputData(states, output)
+        value = certify(data.program(found.ridge), jnp.asarray(found.change, jnp.float32))[0]
+        assert found.certificate.objective == pytest.approx(value, rel=1e-5)
+        assert found.certificate.lower_bound == pytest.approx(once.certificate.lower_bound, rel=1e-6)
+        assert (f"taken {strength:g} times" in found.certificate.statement) == (strength != 1)
+    # Nothing has it: the largest whose held-out loss is below that of no change.
+    asked.clear()
+    found = fit_output(states, output, tolerance=1e-4, lead=partial(lead_of, 1e9))
+    rows = [row for row in found.path if "lead" in row]
+    assert found.strength == rows[-1]["strength"]
+    assert all(row["held_out"] < 0 for row in rows)
 
 
 def test_a_cut_change_is_held_to_the_bound_of_the_full_one() -> None:

@@ -341,6 +341,7 @@ class OutputWork:
             (1 - 1 / FOLDS) * row["steps"] * self.of_step(self.width if row["rank"] is None else inner(row["rank"]))
             + self.of_look()
             for row in path
+            if "steps" in row
         )
         final = facts["steps"] * self.of_step(self.width)
         if rank:

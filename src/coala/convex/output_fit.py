@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from coala.convex.output_data import OutputData
 from coala.convex.output_solver import OutputLBFGS
@@ -21,22 +21,26 @@ from coala.convex.validation import grouped_folds, rising_twice
 from coala.policies import DistilStates
 from coala.settings import Support
 from coala.statistics.intervals import clustered
-from coala.values import Certificate, CoalaError
+from coala.values import Certificate, CoalaError, Estimate
 
 # Ridges that are tried, as shares of the trace of the losses' Hessian at no change.
 RIDGES = tuple(10.0 ** (-k / 2) for k in range(5, 14))
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+STRENGTHS = (1.0, 1.25, 1.5, 1.75, 2.0)
 PATH_TOLERANCE = 1e-2
 FOLDS = 5  # one of them is held out
 
 Progress = Callable[[str, int, "int | None", dict[str, Any]], None]
+# What a change (d, d) lacks (below 0) or has beyond what is asked of it, on the prompts of these groups, held out.
+Lead = Callable[[Float[np.ndarray, "d d"], Int[np.ndarray, "k"]], Estimate]
 
 
 @dataclass(frozen=True)
 class OutputFit:
     """A = ``left`` ``right``, (d, r) and (r, d), or ``left`` alone; what was proved of it and how it was chosen.
 
-    ``path`` has a row for every ridge and rank that was tried, with its loss on held-out prompts.
+    ``path`` has a row for every ridge, rank and strength that was tried, with its loss on held-out prompts. A is
+    ``strength`` times the change that was fitted.
     """
 
     left: Float[np.ndarray, "d r"]
@@ -44,6 +48,7 @@ class OutputFit:
     ridge: float
     certificate: Certificate
     path: list[dict[str, Any]] = field(default_factory=list)
+    strength: float = 1.0
 
     @property
     def change(self) -> Float[np.ndarray, "d d"]:
@@ -59,6 +64,7 @@ def fit_output(
     rank: int | Literal["auto", "full"] = "auto",
     tolerance: float = 1e-3,
     seed: int = 0,
+    lead: Lead | None = None,
     progress: Progress = lambda *_: None,
 ) -> OutputFit:
     """Fit the change of the output layer W (V, d) that makes the targets of ``states`` likeliest.
@@ -68,6 +74,10 @@ def fit_output(
     cut from the full one by its singular values, and its left factor fitted anew. The fit itself is to all prompts, to
     a certified gap of ``tolerance`` times what it gains. Over the ``vocabulary`` nothing is fitted anew after a cut.
 
+    A ridge shrinks what it lets through. With a ``lead`` the change is then taken as many times, of :data:`STRENGTHS`,
+    as it takes to have what is asked of it on the held-out prompts, while its loss there is below that of no change;
+    the certificate's objective is that of the change so taken.
+
     Raises:
         CoalaError: for widths that do not match, or states that leave nothing to fit.
     """
@@ -75,7 +85,8 @@ def fit_output(
     if isinstance(rank, int) and not 1 <= rank <= states.width:
         raise CoalaError(f"Found a rank of {rank}; expected 1 to {states.width}, 'auto' or 'full'.")
     folds = grouped_folds(states.group, FOLDS, seed)
-    chooses = folds is not None and (ridge is None or rank == "auto")
+    chooses = folds is not None and (ridge is None or rank == "auto" or lead is not None)
+    strength = 1.0
     path: list[dict[str, Any]] = []
     chosen_rank = None if rank in ("auto", "full") else int(rank)
     if chooses:
@@ -85,7 +96,12 @@ def fit_output(
         ridges = [unit * relative for relative in RIDGES] if ridge is None else [ridge]
         ridge, kept = _choose_ridge(data, out, ridges, path, progress)
         if rank == "auto":
-            chosen_rank = _choose_rank(data, out, ridge, kept, path, progress)
+            chosen_rank, kept = _choose_rank(data, out, ridge, kept, path, progress)
+        elif chosen_rank is not None:
+            factors = _cut(data, kept, chosen_rank, ridge, PATH_TOLERANCE, ~out)
+            kept = factors[0] @ factors[1]
+        if lead is not None:
+            strength = _choose_strength(data, out, kept, lead, path, progress)
     elif ridge is None:
         # A single prompt: nothing can be held out, and the second strongest ridge is as good a guess as any.
         ridge = trace_of(data) * RIDGES[1]
@@ -96,9 +112,13 @@ def fit_output(
     own: Solution | None = None
     if chosen_rank is not None:
         left, right, own = _cut(data, solution.value, chosen_rank, ridge, tolerance)
-        objective = certify(program, jnp.asarray(left @ right))[0]
-    certificate = _certificate(data, solution, own, objective, ridge, tolerance, seed, bool(chooses))
-    return OutputFit(np.asarray(left, np.float32), right, ridge, certificate, path)
+    left = np.asarray(strength * left, np.float32)
+    if chosen_rank is not None or strength != 1:
+        objective = certify(program, jnp.asarray(left if right is None else left @ right))[0]
+    taken = "" if chosen_rank is None else ", cut to its rank"
+    taken += "" if strength == 1 else f", taken {strength:g} times"
+    certificate = _certificate(data, solution, own, objective, taken, ridge, strength, tolerance, seed, bool(chooses))
+    return OutputFit(left, right, ridge, certificate, path, strength)
 
 
 def trace_of(data: OutputData) -> float:
@@ -125,18 +145,50 @@ def _choose_ridge(
     trail: list[tuple[float, float, np.ndarray]] = []
     start = None
     for number, ridge in enumerate(ridges):
-        program, solver = data.problem(ridge, ~out)
-        found = solve(program, solver, tolerance=PATH_TOLERANCE, exact=False, start=start)
-        start = jnp.asarray(found.value)
-        loss, error, _ = _held_out(data, out, found.value)
-        trail.append((loss, ridge, found.value))
-        row = {"ridge": ridge, "rank": None, "fitted": found.objective, "held_out": loss, "se": error}
-        path.append({**row, "steps": found.steps, "gap": found.gap})
+        loss, start = _at_ridge(data, out, ridge, start, path)
+        trail.append((loss, ridge, start))
         progress("ridge", number + 1, len(ridges), path[-1])
         if rising_twice([entry[0] for entry in trail]):
             break
     best = min(trail, key=lambda entry: entry[0])
     return best[1], best[2]
+
+
+def _at_ridge(
+    data: OutputData, out: Bool[np.ndarray, "n"], ridge: float, start: np.ndarray | None, path: list[dict[str, Any]]
+) -> tuple[float, np.ndarray]:
+    """Held-out loss and change of the fit to all other prompts, begun at ``start``."""
+    program, solver = data.problem(ridge, ~out)
+    begin = None if start is None else jnp.asarray(start)
+    found = solve(program, solver, tolerance=PATH_TOLERANCE, exact=False, start=begin)
+    loss, error, _ = _held_out(data, out, found.value)
+    row = {"ridge": ridge, "rank": None, "fitted": found.objective, "held_out": loss, "se": error}
+    path.append({**row, "steps": found.steps, "gap": found.gap})
+    return loss, found.value
+
+
+def _choose_strength(
+    data: OutputData,
+    out: Bool[np.ndarray, "n"],
+    change: Float[np.ndarray, "d d"],
+    lead: Lead,
+    path: list[dict[str, Any]],
+    progress: Progress,
+) -> float:
+    """The first of :data:`STRENGTHS` at which ``change`` has the lead; where none has it, the one that lacks least."""
+    groups = np.unique(data.states.group[out & data.counted])
+    found: list[tuple[float, float]] = []
+    for number, strength in enumerate(STRENGTHS):
+        loss, error, _ = _held_out(data, out, strength * change)
+        if found and loss >= 0:
+            break
+        ahead = lead(np.asarray(strength * change, np.float32), groups)
+        path.append({"strength": strength, "held_out": loss, "se": error, "lead": ahead})
+        progress("strength", number + 1, len(STRENGTHS), path[-1])
+        found.append((ahead.value, strength))
+        if ahead.value >= 0:
+            break
+    return max(found)[1]
 
 
 def _choose_rank(
@@ -146,25 +198,25 @@ def _choose_rank(
     change: np.ndarray,
     path: list[dict[str, Any]],
     progress: Progress,
-) -> int | None:
-    """The smallest rank whose held-out loss is within a standard error of the lowest; None for a change uncut."""
+) -> tuple[int | None, np.ndarray]:
+    """The smallest rank whose held-out loss is within a standard error of the lowest, and its change; None: uncut."""
     ranks = [rank for rank in RANKS if rank < len(change)]
-    tried: list[tuple[int | None, np.ndarray]] = []
+    tried: list[tuple[int | None, np.ndarray, np.ndarray]] = []
     for number, rank in enumerate(ranks):
         left, right, found = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
         loss, error, terms = _held_out(data, out, left @ right)
-        tried.append((rank, terms))
+        tried.append((rank, terms, left @ right))
         steps = {} if found is None else {"steps": found.steps, "inputs": found.value.shape[1]}
         path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error, **steps})
         progress("rank", number + 1, len(ranks), path[-1])
-    tried.append((None, _held_out(data, out, change)[2]))
+    tried.append((None, _held_out(data, out, change)[2], change))
     lowest = min(tried, key=lambda entry: entry[1].mean())[1]
     group = data.states.group[out & data.counted]
-    for candidate, terms in tried:
+    for candidate, terms, cut in tried:
         mean, error, _ = clustered(terms - lowest, group)
         if mean <= error or mean <= 0:
-            return candidate
-    return None
+            return candidate, cut
+    return None, change
 
 
 def _cut(
@@ -196,7 +248,9 @@ def _certificate(
     solution: Solution,
     own: Solution | None,
     objective: float,
+    taken: str,
     ridge: float,
+    strength: float,
     tolerance: float,
     seed: int,
     chosen: bool,
@@ -204,10 +258,9 @@ def _certificate(
     lower, gain = solution.objective - solution.gap, -objective
     share = (objective - lower) / gain if gain > 0 else float("inf")
     over = "the nucleus of each step" if data.support == "nucleus" else "the whole vocabulary"
-    uncut = own is None and objective == solution.objective
     statement = (
         f"No change of the output layer gains more than {-lower:.6g} nats a step on this objective, of which this one "
-        f"has {gain:.6g}" + ("" if uncut else ", cut to its rank") + f": proved by duality over {over}, in double "
+        f"has {gain:.6g}" + taken + f": proved by duality over {over}, in double "
         "precision, for the states and the matrix as they are stored. It does not say that the teacher "
         "prefers the right texts."
     )
@@ -220,6 +273,7 @@ def _certificate(
         "steps": solution.steps,
         "certificates": solution.certificates,
         "ridge": ridge,
+        "strength": strength,
         "support": data.support,
         "chosen_on_held_out_prompts": chosen,
         "n_states": len(states),

@@ -27,8 +27,8 @@ from coala.costs import Shape, peak_memory, states_flops, teacher_flops
 from coala.decoding.adapted import step_log_probs
 from coala.distil.accounts import dpo_flops
 from coala.distil.settings import AdapterSettings, DistilSettings
-from coala.distil.stage import answered_lessons, check_evidence, teacher_of
-from coala.distil.states import Lesson
+from coala.distil.stage import check_evidence, teacher_of, teacher_replies
+from coala.distil.states import Lesson, guided_lessons
 from coala.policies import DistilledAdapter
 from coala.recipe import Recipe, recipe_of
 from coala.statistics.intervals import clustered
@@ -67,7 +67,8 @@ def distil_adapter(
         backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
         guidance = teacher_of(recipe, settings)
         check_evidence(head, guidance)
-        lessons = answered_lessons(recipe, run, backbone, head, guidance, settings, on_progress)
+        prompts, replies = teacher_replies(recipe, run, backbone, head, guidance, settings, on_progress)
+        lessons = guided_lessons(backbone, prompts, replies, recipe.evaluation.max_new_tokens)
         plan = {
             "lessons": digest([asdict(lesson) for lesson in lessons]),
             "weights": backbone.weights,

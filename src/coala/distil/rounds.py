@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from coala.decoding import generate
-from coala.distil.stage import Work, project, taught_states
-from coala.policies import DistilledPolicy, DistilStates
+from coala.distil.stage import Taught, Work, project, taught_states
+from coala.policies import DistilledPolicy
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity
 from coala.store import digest, load_json, load_pairs, save_json
@@ -42,10 +42,10 @@ def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
     before, rows = _own_replies(work, prompts, work.folder / "round-0", None), []
     best: tuple[DistilledPolicy, dict[str, Any]] | None = None
     for number in range(1, settings.rounds + 1):
-        states = taught_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
-        policy, tried = _projected(work, states, work.folder / f"round-{number}")
+        taught = taught_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
+        policy, tried = _projected(work, taught, work.folder / f"round-{number}")
         own = _own_replies(work, prompts, work.folder / f"round-{number}", policy)
-        figures = _figures(number, policy, own, before) | {"n_replies": int(states.group.max()) + 1, **tried}
+        figures = _figures(number, policy, own, before) | {"n_replies": int(taught.states.group.max()) + 1, **tried}
         rows.append(figures)
         save_json(work.folder / f"round-{number}" / "path.json", figures)
         work.on_note(_told(figures))
@@ -80,16 +80,17 @@ def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
     return some
 
 
-def _projected(work: Work, states: DistilStates, folder: Path) -> tuple[DistilledPolicy, dict[str, Any]]:
+def _projected(work: Work, taught: Taught, folder: Path) -> tuple[DistilledPolicy, dict[str, Any]]:
     """The round's policy, which is fitted unless ``folder`` has it of these states and settings."""
-    settings = [getattr(work.settings, name) for name in ("support", "ridge", "rank", "tolerance", "seed")]
+    states, names = taught.states, ("support", "ridge", "match_teacher", "rank", "tolerance", "seed")
+    settings = [getattr(work.settings, name) for name in names]
     # A column tells states apart that differ at all; the whole may not fit in memory.
     parts = (states.states[:, :1], states.tokens, states.size, states.target, states.weight, states.group)
     decides = digest(settings, work.temperature, *map(np.asarray, parts))
     record = folder / "fit.json"
     if record.exists() and (kept := load_json(record))["of"] == decides:
         return DistilledPolicy.load(folder), {name: kept[name] for name in ("path", "flops")}
-    policy, tried = project(work, states)
+    policy, tried = project(work, taught)
     policy.save(folder)
     save_json(record, {"of": decides, **tried})
     return policy, tried

@@ -38,6 +38,9 @@ class DistilSettings:
         Support, Setting("What steps are normalised over; vocabulary sharpens the model besides, and takes longer.")
     ] = "nucleus"
     ridge: Annotated[Annotated[float, Gt(0)] | None, Setting("Weight of half the squared change.")] = None
+    match_teacher: Annotated[
+        bool, Setting("Take the change as often as its own replies need to score as the teacher's do (`guided`).")
+    ] = True
     rank: Annotated[
         Annotated[int, Ge(1)] | Literal["auto", "full"], Setting("Rank of the change; full is cut to none.")
     ] = "auto"

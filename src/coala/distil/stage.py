@@ -19,9 +19,10 @@ from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
 from coala.distil.accounts import output_flops
 from coala.distil.matrix import output_matrix
+from coala.distil.own_score import OwnScore
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
-from coala.distil.states import Lesson, guided_lessons, teacher_states, weighted_lessons
+from coala.distil.states import guided_lessons, teacher_states, weighted_lessons
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, recipe_of
 from coala.store import DISTILLED, RunFolder, digest, load_features, load_pairs, save_json
@@ -29,7 +30,7 @@ from coala.values import CoalaError, FeatureSet, Pair, Turn, conversation_text, 
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
-    from coala.values import ConvexHead, Float32
+    from coala.values import ConvexHead, Float32, Generation
 
 ROWS = 60  # of the model that the teacher's replies take together, candidates included
 
@@ -65,9 +66,9 @@ def distil(
 
             policy, about = in_rounds(work)
         else:
-            states = taught_states(work)
-            policy, tried = project(work, states)
-            about = {"n_replies": len(np.unique(states.group)), **tried}
+            taught = taught_states(work)
+            policy, tried = project(work, taught)
+            about = {"n_replies": len(np.unique(taught.states.group)), **tried}
         policy.save(run.path / DISTILLED)
         common = {
             "temperature": work.temperature,
@@ -103,14 +104,25 @@ class Work:
         return self.recipe.evaluation.temperature or 1.0
 
 
-def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None) -> DistilStates:
-    """The states of the teacher's replies; of a later round the head guides the policy of the round ``before``."""
+@dataclass(frozen=True)
+class Taught:
+    """The states of the teacher's replies; by group those that it wrote itself, ``replies`` to ``prompts``."""
+
+    states: DistilStates
+    prompts: Sequence[tuple[Turn, ...]] = ()
+    replies: Sequence[Generation] = ()
+
+
+def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None) -> Taught:
+    """What the teacher teaches; in a later round the head guides the policy of the round ``before``."""
     settings, run, guidance = work.settings, work.run, work.guidance
     told: dict[str, Any] = {
         "temperature": work.temperature,
         "on_reply": lambda n, total: work.on_progress("states", n, total, f"{n} of {total} replies"),
         "on_note": work.on_note,
     }
+    prompts: Sequence[tuple[Turn, ...]] = ()
+    replies: Sequence[Generation] = ()
     if settings.teacher == "shift":
         states = _shifted(work.recipe, run, work.backbone, work.head, guidance, settings, told)
     else:
@@ -119,11 +131,12 @@ def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: in
             backbone, guidance = backbone.with_policy(before), replace(guidance, over="distilled")
             told["change"] = before.change
         settings = settings if seed is None else replace(settings, seed=seed)
-        lessons = (
-            answered_lessons(work.recipe, run, backbone, work.head, guidance, settings, work.on_progress)
-            if settings.teacher == "guided"
-            else weighted_lessons(*_pairs(run), work.head, settings.beta)
-        )
+        if settings.teacher == "guided":
+            of = work.recipe, run, backbone, work.head, guidance, settings, work.on_progress
+            prompts, replies = teacher_replies(*of)
+            lessons = guided_lessons(backbone, prompts, replies, work.recipe.evaluation.max_new_tokens)
+        else:
+            lessons = weighted_lessons(*_pairs(run), work.head, settings.beta)
         named = digest([asdict(lesson) for lesson in lessons], *([] if before is None else [before.change]))
         states = teacher_states(
             work.backbone, work.output, lessons, work.folder / f"states-{named[:12]}", guidance, **told
@@ -131,14 +144,15 @@ def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: in
     if outside := int((~states.in_nucleus).sum()):
         where = "left out" if settings.support == "nucleus" else "kept"
         work.on_note(f"{outside} of {len(states)} tokens lie outside their step's nucleus: {where}")
-    return states
+    return Taught(states, prompts, replies)
 
 
-def project(work: Work, states: DistilStates) -> tuple[DistilledPolicy, dict[str, Any]]:
+def project(work: Work, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]]:
     """The convex program: the policy whose steps come nearest to ``states``; what was tried and the FLOPs it took."""
     from coala.convex import fit_output
 
-    settings = work.settings
+    settings, states = work.settings, taught.states
+    own = OwnScore(work, taught) if settings.match_teacher and taught.replies else None
     # Sampled at a temperature, the policy is the softmax of logits over it.
     found = fit_output(
         states,
@@ -148,11 +162,14 @@ def project(work: Work, states: DistilStates) -> tuple[DistilledPolicy, dict[str
         rank=settings.rank,
         tolerance=settings.tolerance,
         seed=settings.seed,
+        lead=own,
         progress=lambda what, n, total, row: work.on_progress(f"distil {what}", n, total, _told(row)),
     )
     made = settings.teacher, settings.support, found.ridge, found.certificate
-    taught = None if settings.teacher == "weighted" else work.guidance
-    flops = output_flops(work.run, work.backbone, work.head, taught, states, found)
+    guidance = None if settings.teacher == "weighted" else work.guidance
+    flops = output_flops(work.run, work.backbone, work.head, guidance, states, found)
+    if own is not None:
+        flops["choice"] = own.flops
     return DistilledPolicy(found.left, found.right, work.backbone.spec(), *made), {"path": found.path, "flops": flops}
 
 
@@ -195,7 +212,7 @@ def _shifted(
     return shift_states(backbone, head, prompts, folder, guidance, max_new_tokens=longest, seed=settings.seed, **told)
 
 
-def answered_lessons(
+def teacher_replies(
     recipe: Recipe,
     run: RunFolder,
     backbone: LanguageModel,
@@ -203,7 +220,8 @@ def answered_lessons(
     guidance: Guidance,
     settings: DistilSettings,
     on_progress: OnProgress,
-) -> list[Lesson]:
+) -> tuple[Sequence[tuple[Turn, ...]], list[Generation]]:
+    """The teacher's reply to each of the first training prompts, and the prompts."""
     prompts = _prompts(run)[: settings.prompts]
     longest, temperature = recipe.evaluation.max_new_tokens, recipe.evaluation.temperature
     ids = [prompt_id(prompt) for prompt in prompts]
@@ -223,7 +241,7 @@ def answered_lessons(
         kept=run.path / DISTILLED / f"replies-{named}.jsonl",
         on_reply=lambda n, total: on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
-    return guided_lessons(backbone, prompts, replies, longest)
+    return prompts, replies
 
 
 def _pairs(run: RunFolder) -> tuple[list[Pair], FeatureSet]:
@@ -236,4 +254,7 @@ def _prompts(run: RunFolder) -> Sequence[tuple[Turn, ...]]:
 
 
 def _told(row: dict[str, Any]) -> str:
+    if "lead" in row:
+        lead = row["lead"]
+        return f"strength {row['strength']:g}: head score {lead.value:+.3g} against the teacher's, n = {lead.n}"
     return f"held-out change {row['held_out']:+.4f} nats a token" if "held_out" in row else ""
