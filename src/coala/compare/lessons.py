@@ -23,6 +23,7 @@ from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, 
 
 if TYPE_CHECKING:
     from coala.decoding import Guidance
+    from coala.distil.own_score import OwnScore
     from coala.distil.states import Lesson
     from coala.values import ConvexHead
 
@@ -180,6 +181,25 @@ def states_of(context: CellContext) -> DistilStates:
     # Replies lie in the order of their prompts.
     n = int(np.searchsorted(np.asarray(found.group), context.method.distil_settings.prompts))
     return replace(found, **{field.name: getattr(found, field.name)[:n] for field in fields(found)})
+
+
+def own_score(context: CellContext) -> OwnScore:
+    """What a change's own replies to the teacher's prompts score beside the teacher's, by the head that taught."""
+    from coala.decoding import Guidance
+    from coala.distil.own_score import OwnScore
+
+    taught = context.method
+    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: context.method.distil_settings.prompts]
+    return OwnScore(
+        context.backbone,
+        _head(context, taught),
+        training_prompts(context)[: len(replies)],
+        replies,
+        Guidance(**asdict(teacher_guidance(context.study, taught))),
+        max_new_tokens=context.evaluation.max_new_tokens,
+        temperature=context.evaluation.temperature,
+        seed=context.cell.seed or 0,
+    )
 
 
 def guided_pairs(context: CellContext, part: str) -> list[Pair]:

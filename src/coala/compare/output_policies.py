@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from coala.compare.cell_context import CellContext, Costs, compiling, keep_compiled, measured_margins
-from coala.compare.lessons import states_of, teaching
+from coala.compare.lessons import own_score, states_of, teaching
 from coala.compare.output_change import OutputChange, counted_rows, fit_bias, fit_by_adam, mean_loss
 from coala.compare.reply_plan import reply_flops
 from coala.compare.writing import Writer, along, policy_of, prompts_of, replies_of
@@ -45,6 +45,8 @@ def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
             "use `coala distil` for more."
         )
     states, output = states_of(context), _output(context)
+    auto = settings.strength == "auto"
+    own = own_score(context) if auto and context.method.lessons == "guided" else None
     keep_compiled(context)
     costs.parts["lessons"] = teaching(context)
     with costs.of("fit") as about, compiling() as seconds:
@@ -56,11 +58,14 @@ def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
             rank=settings.rank,
             tolerance=settings.tolerance,
             seed=context.cell.seed or 0,
+            strength=1.0 if settings.strength == "auto" else settings.strength,
+            lead=own,
             progress=lambda what, done, total, row: context.show(f"distil {what}", done, total),
         )
         facts = dict(found.certificate.facts)
         work = OutputWork.of(states, output, settings.support)
         about |= work.of_fit(found.path, facts, 0 if found.right is None else len(found.right))
+        about["search_flops"] += 0 if own is None else own.flops
         about["measured"] = {"compiling": sum(seconds)}
     policy = DistilledPolicy(
         found.left,
@@ -75,6 +80,7 @@ def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     return {
         "ridge": found.ridge,
         "rank": policy.rank,
+        "strength": found.strength,
         "relative_gap": facts["relative_gap_of_full_change"],
         "gain": -found.certificate.objective,
         "path": found.path,

@@ -64,6 +64,7 @@ def fit_output(
     rank: int | Literal["auto", "full"] = "auto",
     tolerance: float = 1e-3,
     seed: int = 0,
+    strength: float = 1.0,
     lead: Lead | None = None,
     progress: Progress = lambda *_: None,
 ) -> OutputFit:
@@ -74,9 +75,9 @@ def fit_output(
     cut from the full one by its singular values, and its left factor fitted anew. The fit itself is to all prompts, to
     a certified gap of ``tolerance`` times what it gains. Over the ``vocabulary`` nothing is fitted anew after a cut.
 
-    A ridge shrinks what it lets through. With a ``lead`` the change is then taken as many times, of :data:`STRENGTHS`,
-    as it takes to have what is asked of it on the held-out prompts, while its loss there is below that of no change;
-    the certificate's objective is that of the change so taken.
+    A ridge shrinks what it lets through. The change is taken ``strength`` times; with a ``lead`` as many times, of
+    :data:`STRENGTHS`, as it takes to have what is asked of it on the held-out prompts, while its loss there is below
+    that of no change; the certificate's objective is that of the change so taken.
 
     Raises:
         CoalaError: for widths that do not match, or states that leave nothing to fit.
@@ -86,7 +87,6 @@ def fit_output(
         raise CoalaError(f"Found a rank of {rank}; expected 1 to {states.width}, 'auto' or 'full'.")
     folds = grouped_folds(states.group, FOLDS, seed)
     chooses = folds is not None and (ridge is None or rank == "auto" or lead is not None)
-    strength = 1.0
     path: list[dict[str, Any]] = []
     chosen_rank = None if rank in ("auto", "full") else int(rank)
     if chooses:

@@ -1,24 +1,26 @@
 """How high a policy's own replies score beside its teacher's: what likelihood of the teacher's replies does not tell.
 
-A policy that makes its teacher's replies likeliest may write replies that score less, since it meets states of its
-own. Both are scored by the head that taught, on training prompts that the change was not fitted to.
+A policy that makes its teacher's replies likeliest may write replies that score less: a ridge shrinks it, and it meets
+states of its own. Both are scored by the head that taught, on training prompts that the change was not fitted to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coala.costs import decoding_flops
-from coala.decoding import generate
+from coala.decoding import Guidance, generate
 from coala.policies import DistilledPolicy
 from coala.statistics.intervals import paired_difference
-from coala.values import Estimate, Float32, prompt_id
+from coala.values import Estimate, Float32, Generation, Turn, prompt_id
 
 if TYPE_CHECKING:
-    from coala.distil.stage import Taught, Work
+    from coala.backbone import LanguageModel
+    from coala.values import ConvexHead
 
 ROWS = 32  # replies that are written together
 
@@ -26,30 +28,43 @@ ROWS = 32  # replies that are written together
 class OwnScore:
     """Asked of a change: the head score of the policy's own replies less the teacher's, paired over prompts.
 
-    ``flops`` are those of all replies so far, by formula.
+    The policy writes at most ``max_new_tokens`` at ``temperature``, restricted as ``guidance`` is. ``replies`` are the
+    teacher's to ``prompts``, by group. ``flops`` are those of all replies so far, by formula.
     """
 
-    def __init__(self, work: Work, taught: Taught) -> None:
-        self._work, self._taught = work, taught
+    def __init__(
+        self,
+        backbone: LanguageModel,
+        head: ConvexHead,
+        prompts: Sequence[tuple[Turn, ...]],
+        replies: Sequence[Generation],
+        guidance: Guidance,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self._backbone, self._head, self._prompts, self._replies = backbone, head, prompts, replies
+        self._guidance = guidance.changed(mode="distilled")
+        self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self.flops = 0
 
     def __call__(self, change: Float32, groups: NDArray[np.int64]) -> Estimate:
         """``change`` (d, d); ``groups`` (k,) are numbers of prompts."""
-        work, taught, settings = self._work, self._taught, self._work.settings
-        policy = DistilledPolicy(change, None, work.backbone.spec(), settings.teacher, settings.support, 1.0, None)
-        prompts = [taught.prompts[number] for number in groups]
+        policy = DistilledPolicy(change, None, self._backbone.spec(), "guided", "nucleus", 1.0, None)
+        prompts = [self._prompts[number] for number in groups]
         replies = generate(
             prompts,
-            work.backbone.with_policy(policy),
-            work.head,
-            work.guidance.changed(mode="distilled"),
-            max_new_tokens=work.recipe.evaluation.max_new_tokens,
-            temperature=work.recipe.evaluation.temperature,
-            seed=settings.seed,
+            self._backbone.with_policy(policy),
+            self._head,
+            self._guidance,
+            max_new_tokens=self._max_new_tokens,
+            temperature=self._temperature,
+            seed=self._seed,
             prompt_ids=[prompt_id(prompt) for prompt in prompts],
             batch_size=ROWS,
         )
         for prompt, reply in zip(prompts, replies, strict=True):
-            length = len(work.backbone.render(prompt).tokens)
-            self.flops += decoding_flops(work.backbone.shape, length, reply.n_tokens)
-        return paired_difference([one.score for one in replies], [taught.replies[number].score for number in groups])
+            length = len(self._backbone.render(prompt).tokens)
+            self.flops += decoding_flops(self._backbone.shape, length, reply.n_tokens)
+        return paired_difference([one.score for one in replies], [self._replies[number].score for number in groups])

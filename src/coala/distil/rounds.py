@@ -82,7 +82,7 @@ def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
 
 def _projected(work: Work, taught: Taught, folder: Path) -> tuple[DistilledPolicy, dict[str, Any]]:
     """The round's policy, which is fitted unless ``folder`` has it of these states and settings."""
-    states, names = taught.states, ("support", "ridge", "match_teacher", "rank", "tolerance", "seed")
+    states, names = taught.states, ("support", "ridge", "strength", "rank", "tolerance", "seed")
     settings = [getattr(work.settings, name) for name in names]
     # A column tells states apart that differ at all; the whole may not fit in memory.
     parts = (states.states[:, :1], states.tokens, states.size, states.target, states.weight, states.group)

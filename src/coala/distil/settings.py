@@ -38,9 +38,10 @@ class DistilSettings:
         Support, Setting("What steps are normalised over; vocabulary sharpens the model besides, and takes longer.")
     ] = "nucleus"
     ridge: Annotated[Annotated[float, Gt(0)] | None, Setting("Weight of half the squared change.")] = None
-    match_teacher: Annotated[
-        bool, Setting("Take the change as often as its own replies need to score as the teacher's do (`guided`).")
-    ] = True
+    strength: Annotated[
+        Annotated[float, Gt(0)] | Literal["auto"],
+        Setting("Times the change is taken; auto: until its own replies score as the teacher's do (`guided`), else 1."),
+    ] = "auto"
     rank: Annotated[
         Annotated[int, Ge(1)] | Literal["auto", "full"], Setting("Rank of the change; full is cut to none.")
     ] = "auto"
@@ -72,7 +73,7 @@ class AdapterSettings:
 
 
 # What decides one vehicle and says nothing to the other.
-_OF_OUTPUT = ("beta", "support", "ridge", "rank", "tolerance")
+_OF_OUTPUT = ("beta", "support", "ridge", "rank", "strength", "tolerance")
 
 
 def check_vehicle(into: Vehicle, settings: DistilSettings, adapter: AdapterSettings) -> None:

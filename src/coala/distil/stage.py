@@ -103,6 +103,20 @@ class Work:
         """That of the policy: greedy text has none of its own."""
         return self.recipe.evaluation.temperature or 1.0
 
+    def own_score(self, taught: Taught) -> OwnScore:
+        """What a change's own replies to the teacher's prompts score beside the teacher's."""
+        evaluation = self.recipe.evaluation
+        return OwnScore(
+            self.backbone,
+            self.head,
+            taught.prompts,
+            taught.replies,
+            self.guidance,
+            max_new_tokens=evaluation.max_new_tokens,
+            temperature=evaluation.temperature,
+            seed=self.settings.seed,
+        )
+
 
 @dataclass(frozen=True)
 class Taught:
@@ -152,7 +166,7 @@ def project(work: Work, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]
     from coala.convex import fit_output
 
     settings, states = work.settings, taught.states
-    own = OwnScore(work, taught) if settings.match_teacher and taught.replies else None
+    own = work.own_score(taught) if settings.strength == "auto" and taught.replies else None
     # Sampled at a temperature, the policy is the softmax of logits over it.
     found = fit_output(
         states,
@@ -162,6 +176,7 @@ def project(work: Work, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]
         rank=settings.rank,
         tolerance=settings.tolerance,
         seed=settings.seed,
+        strength=1.0 if settings.strength == "auto" else settings.strength,
         lead=own,
         progress=lambda what, n, total, row: work.on_progress(f"distil {what}", n, total, _told(row)),
     )
