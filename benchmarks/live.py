@@ -111,7 +111,7 @@ def times(n: int, width: int) -> dict[str, Any]:
         program.remove(key)
         program.refit()
         back.append(process_time() - began)
-    kept = np.array([key for key in range(n) if key in program])
+    kept = np.array([key for key in range(n) if key in program], int)
     afresh = solved(rows[kept], ridge)
     apart = float(np.linalg.norm(program.weights - afresh.weights))
     radius = program.optimality.radius + afresh.optimality.radius

@@ -340,7 +340,7 @@ def test_every_kind_of_policy_is_done_and_reported(tmp_path: Path) -> None:
         models={"m": {"path": str(tmp_path / "model"), "max_tokens": 64}},
         datasets={
             "d": {"pairs": [str(tmp_path / "pairs.jsonl")], "judge": "rule:shorter"},
-            "e": {"pairs": [str(tmp_path / "pairs.jsonl")], "judge": "head:coala", "max_new_tokens": 4},
+            "e": {"pairs": [str(tmp_path / "pairs.jsonl")], "judge": "head:coala", "max_new_tokens": 8},
         },
         settings={"full": {"source": "trl", "adapter": False, "rates": [1e-3, 1e-2], "change": change}},
         split={"test": 0.3, "validation": 0.3},
