@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from coala.backbone import LanguageModel, load_backbone
+from coala.backbone import LanguageModel, OutputChange, load_backbone
 from coala.compare import cells, load_study, plan_study, plan_total, run, write_report
 from coala.compare.cell import carry_out
 from coala.compare.data import labelled
 from coala.compare.figures import wins_by_kl
 from coala.compare.loading import study_of
 from coala.compare.matrix import Cell, spec_of, teacher_of
-from coala.compare.output_change import OutputChange, fit_bias, fit_by_adam, mean_loss
+from coala.compare.output_change import fit_bias, fit_by_adam, mean_loss
 from coala.compare.processes import Processes
 from coala.compare.study import Study
 from coala.compare.survival import Sample, between, retention, survival
@@ -189,36 +189,37 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_backbone(tiny_backbone("llama", tmp_path_factory.mktemp("llama")), device="cpu")
 
 
-def test_within_a_change_a_model_writes_what_its_policy_writes_and_after_it_what_it_wrote(
+def test_a_model_with_a_change_writes_what_its_policy_writes_and_without_it_what_it_wrote(
     backbone: LanguageModel,
 ) -> None:
     policy = policy_of(backbone, 0.2)
-    change = OutputChange(policy.left, policy.right)
+    change = OutputChange.of(policy.left, policy.right)
 
-    def texts(within: OutputChange | None, model: LanguageModel = backbone) -> list[str]:
-        with Writer(change=within).at_work(model):
-            return [one.text for one in generate(PROMPTS, model, None, Guidance.unguided(), **SETTINGS)]
+    def texts(change: OutputChange | None, model: LanguageModel = backbone) -> list[str]:
+        own = Writer(change=change).of(model)
+        return [one.text for one in generate(PROMPTS, own, None, Guidance.unguided(), **SETTINGS)]
 
     plain = texts(None)
     for strength in (0.5, 1.0):
         theirs = generate_distilled(PROMPTS, backbone, policy, strength=strength, **SETTINGS)
-        assert texts(change.at(strength)) == [one.text for one in theirs] != plain
+        assert texts(change.times(strength)) == [one.text for one in theirs] != plain
     # A mean difference, or any constant, is unguided at strength 0.
-    bias = OutputChange(bias=np.random.default_rng(0).standard_normal(backbone.width).astype(np.float32))
-    assert texts(bias.at(0)) == texts(None) == plain
+    constant = np.random.default_rng(0).standard_normal(backbone.width).astype(np.float32)
+    bias = OutputChange.of(bias=constant)
+    assert texts(bias.times(0)) == texts(None) == plain
     assert texts(bias) != plain
     # A constant in front of the layer is one behind it: W b, the bias that this layer lacks.
     other = with_layer(Path(backbone.name), output_matrix(backbone))
     import torch
 
     layer = other.transformer.get_output_embeddings()
-    layer.bias = torch.nn.Parameter(torch.from_numpy(output_matrix(backbone) @ bias.bias), requires_grad=False)
+    layer.bias = torch.nn.Parameter(torch.from_numpy(output_matrix(backbone) @ constant), requires_grad=False)
     assert texts(bias) == texts(None, other)
 
 
 def test_the_divergence_of_a_reply_is_the_one_its_decoder_accounts_for(backbone: LanguageModel) -> None:
     policy = policy_of(backbone, 0.2)
-    writer = Writer(change=OutputChange(policy.left, policy.right))
+    writer = Writer(change=OutputChange.of(policy.left, policy.right))
     context: Any = SimpleNamespace(backbone=backbone, evaluation=SimpleNamespace(max_new_tokens=3))
     replies = generate_distilled([PROMPTS[0]] * 30, backbone, policy, max_new_tokens=3, seed=0)
     # Of those whose text is read as the tokens that it was written in.

@@ -5,7 +5,7 @@ The only package that calls a model, a tokenizer, a chat template or a KV cache.
 
 from coala.backbone.load import load_backbone
 from coala.backbone.model import LanguageModel
-from coala.backbone.network import BackboneError
+from coala.backbone.network import BackboneError, OutputChange
 from coala.backbone.outline import Outline, outline
 from coala.backbone.pooling import POOLINGS, Pooling, RunningState
 from coala.backbone.prefix import Prefix
@@ -17,6 +17,7 @@ __all__ = [
     "BackboneError",
     "LanguageModel",
     "Outline",
+    "OutputChange",
     "Pooling",
     "Prefix",
     "Reading",

@@ -47,6 +47,7 @@ class LanguageModel:
         self.generates = generates
         self._notes = tuple(notes)
         self._policy: Callable[[], DistilledPolicy] | None = None
+        self._own: OutputChange | None = None  # of the model itself, whatever is decoded
 
     @cached_property
     def template(self) -> str:
@@ -158,11 +159,17 @@ class LanguageModel:
         Strength 0 is the base model. Whatever its name, its features are the base model's: only logits differ. Raises
         :class:`BackboneError` for a model without a policy and :class:`SpecMismatch` for a policy of other weights.
         """
-        change = self._change.times(strength) if strength else None
+        change = self._change.times(strength) if strength else self._own
         if change is self._network.change:
             return self
         found = copy(self)
         found._network = self._network.changed(change)
+        return found
+
+    def with_output(self, change: OutputChange) -> LanguageModel:
+        """The same model with ``change`` before its output layer, as if its weights were those: a model in itself."""
+        found = copy(self)
+        found._network, found._own = self._network.changed(change), change
         return found
 
     @cached_property
@@ -186,12 +193,7 @@ class LanguageModel:
 
     @cached_property
     def _change(self) -> OutputChange:
-        policy = self.policy
-        left, right = (
-            None if part is None else torch.tensor(part, device=self.device) for part in (policy.left, policy.right)
-        )
-        assert left is not None
-        return OutputChange(left, right)
+        return OutputChange.of(self.policy.left, self.policy.right, device=self.device)
 
     # --- text and tokens -----------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coala.backbone.attention import overheard
 from coala.backbone.shape import shape_of
 from coala.costs import Shape
-from coala.values import CoalaError
+from coala.values import CoalaError, Float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -38,23 +38,39 @@ class Scored(int):
 
 @dataclass(frozen=True, eq=False)
 class OutputChange:
-    """A change of final states h before the output layer, h + strength left (right h), float32.
+    """A change of final states h before the output layer, h + strength (left (right h) + bias), float32.
 
-    ``left`` (d, r) and ``right`` (r, d), or ``left`` (d, d) alone.
+    ``left`` (d, r) and ``right`` (r, d), or ``left`` (d, d) alone; ``bias`` (d,).
     """
 
-    left: Tensor
-    right: Tensor | None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    bias: Tensor | None = None
     strength: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        left: Float32 | None = None,
+        right: Float32 | None = None,
+        bias: Float32 | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> OutputChange:
+        """Of arrays, copied: what a solver hands out cannot be written to, which torch does not take."""
+        made = [None if part is None else torch.tensor(part, device=device) for part in (left, right, bias)]
+        return cls(made[0], made[1], made[2])
 
     def times(self, strength: float) -> OutputChange:
         return self if strength == self.strength else replace(self, strength=strength)
 
     def __call__(self, final: Tensor) -> Tensor:
         """Changed states (B, d) float32 of ``final`` (B, d)."""
-        states = final.float()
-        inner = states if self.right is None else states @ self.right.T
-        return torch.add(states, inner @ self.left.T, alpha=self.strength)
+        states = found = final.float()
+        if self.left is not None:
+            inner = states if self.right is None else states @ self.right.T
+            found = torch.add(found, inner @ self.left.T, alpha=self.strength)
+        return found if self.bias is None else torch.add(found, self.bias, alpha=self.strength)
 
 
 class _Reached(Exception):

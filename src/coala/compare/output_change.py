@@ -1,4 +1,4 @@
-"""The frozen model with another output layer: W (h + A h + b) in place of W h, and the ways to such A and b.
+"""Ways to a change of the output layer, W (h + A h + b) in place of W h, other than the distilled policy's.
 
 ``fit_by_adam`` is what LM-Steer does (arXiv:2305.12798): A by Adam to the likelihood of replies. ``fit_bias`` is the
 best constant b, by the convex program of :mod:`coala.convex.output_layer` with inputs 1 in place of states.
@@ -6,9 +6,8 @@ best constant b, by the convex program of :mod:`coala.convex.output_layer` with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,54 +19,9 @@ from coala.values import CoalaError, Float32
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coala.backbone import LanguageModel
     from coala.settings import Support
 
 BATCH = 256  # states of a step of Adam
-
-
-@dataclass(frozen=True, eq=False)
-class OutputChange:
-    """``strength`` times A h + b, added to final states h: A = ``left`` ``right`` (d, r) and (r, d), ``bias`` (d,)."""
-
-    left: Float32 | None = None
-    right: Float32 | None = None
-    bias: Float32 | None = None
-    strength: float = 1.0
-
-    def at(self, strength: float) -> OutputChange:
-        """``strength`` times this change."""
-        return replace(self, strength=strength * self.strength)
-
-    def moved(self, final: Tensor) -> Tensor:
-        """Final states (..., d) with the change added."""
-        import torch
-
-        def there(part: Float32) -> Tensor:
-            # Copied: what a solver hands out cannot be written to, which torch does not take.
-            return torch.as_tensor(np.array(part)).to(final)
-
-        added = torch.zeros_like(final)
-        if self.left is not None:
-            inner = final if self.right is None else final @ there(self.right).T
-            added = added + inner @ there(self.left).T
-        if self.bias is not None:
-            added = added + there(self.bias)
-        return final + self.strength * added
-
-    @contextmanager
-    def within(self, backbone: LanguageModel) -> Iterator[None]:
-        """While it lasts, the output layer of ``backbone`` reads the moved states: the model is the policy."""
-        layer = backbone.transformer.get_output_embeddings()
-
-        def before(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self.moved(given[0]), *given[1:])
-
-        handle = layer.register_forward_pre_hook(before)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 # --- Adam ------------------------------------------------------------------------------------------------------------

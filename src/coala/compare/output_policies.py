@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from coala.compare.cell_context import CellContext, Costs, compiling, keep_compiled, measured_margins
 from coala.compare.lessons import own_score, states_of, teaching
-from coala.compare.output_change import OutputChange, counted_rows, fit_bias, fit_by_adam, mean_loss
+from coala.compare.output_change import counted_rows, fit_bias, fit_by_adam, mean_loss
 from coala.compare.reply_plan import reply_flops
 from coala.compare.writing import Writer, along, policy_of, prompts_of, replies_of
 from coala.store import load_head, write_atomic
@@ -39,7 +39,7 @@ def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     from coala.policies import DistilledPolicy
 
     settings = context.method.distil_settings
-    if getattr(settings, "rounds", 1) != 1:
+    if settings.rounds != 1:
         raise CoalaError(
             f"{context.cell.id}: found {settings.rounds} rounds, of which a study carries out one; expected 1. Fix: "
             "use `coala distil` for more."
@@ -84,7 +84,7 @@ def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         "relative_gap": facts["relative_gap_of_full_change"],
         "gain": -found.certificate.objective,
         "path": found.path,
-        **_policy(context, costs, OutputChange(found.left, found.right)),
+        **_policy(context, costs, left=found.left, right=found.right),
     }
 
 
@@ -130,7 +130,7 @@ def lm_steer_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         "rate": best["rate"],
         "epochs": best["epochs"],
         "path": trials,
-        **_policy(context, costs, OutputChange(change)),
+        **_policy(context, costs, left=change),
     }
 
 
@@ -151,7 +151,7 @@ def bias_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         "ridge": found.ridge,
         "relative_gap": found.relative_gap,
         "path": found.path,
-        **_policy(context, costs, OutputChange(bias=found.bias)),
+        **_policy(context, costs, bias=found.bias),
     }
 
 
@@ -176,12 +176,13 @@ def mean_difference_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     with costs.of("search") as about:
         multiple, trials = _multiple(context, bias)
         about["flops"] = sum(trial.pop("flops") for trial in trials)
-    _save(context, bias=np.float32(multiple) * bias)
+    bias = np.float32(multiple) * bias
+    _save(context, bias=bias)
     return {
         "multiple": multiple,
-        "norm": float(np.linalg.norm(bias)),
+        "norm": float(np.linalg.norm(bias)) / multiple,
         "path": trials,
-        **_policy(context, costs, OutputChange(bias=bias, strength=multiple)),
+        **_policy(context, costs, bias=bias),
     }
 
 
@@ -190,7 +191,7 @@ def _multiple(context: CellContext, bias: Float32) -> tuple[float, list[dict[str
     name = f"{'.'.join(context.cell.place)}.{context.method.of}.s{context.cell.seed}"
     head = load_head(context.out / "cells" / name / "head")
     trials = [
-        {"multiple": multiple, **_tried(context, pairs, OutputChange(bias=bias, strength=multiple), head)}
+        {"multiple": multiple, **_tried(context, pairs, np.float32(multiple) * bias, head)}
         for multiple in (0.0, *MULTIPLES)
     ]
     most = context.method.perplexity * trials[0]["perplexity"]
@@ -203,25 +204,25 @@ def _multiple(context: CellContext, bias: Float32) -> tuple[float, list[dict[str
     return float(max(within, key=lambda trial: float(trial["score"]))["multiple"]), trials
 
 
-def _tried(context: CellContext, pairs: list[Pair], change: OutputChange, head: Any) -> dict[str, Any]:
-    """Mean score by the head, and perplexity under the start, of replies to the prompts of ``pairs``."""
+def _tried(context: CellContext, pairs: list[Pair], bias: Float32, head: Any) -> dict[str, Any]:
+    """Mean score by the head, and perplexity under the start, of replies with ``bias`` to the prompts of ``pairs``."""
     from coala.alignment.judges import HeadScorer
+    from coala.backbone import OutputChange
     from coala.baselines import TrainSettings, log_likelihoods
     from coala.decoding import Guidance, generate
     from coala.values import prompt_id
 
     settings, base = context.evaluation, context.backbone
-    with change.within(base):
-        replies: list[Generation] = generate(
-            [pair.prompt for pair in pairs],
-            base,
-            None,
-            Guidance(mode="none"),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=context.cell.seed or 0,
-            prompt_ids=[prompt_id(pair.prompt) for pair in pairs],
-        )
+    replies: list[Generation] = generate(
+        [pair.prompt for pair in pairs],
+        base.with_output(OutputChange.of(bias=bias, device=base.device)),
+        None,
+        Guidance(mode="none"),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=context.cell.seed or 0,
+        prompt_ids=[prompt_id(pair.prompt) for pair in pairs],
+    )
     scorer = HeadScorer(head, base)
     texts = [Pair(pair.prompt, reply.text, reply.text, "") for pair, reply in zip(pairs, replies, strict=True)]
     found = log_likelihoods(base, texts, TrainSettings(max_length=context.model.max_tokens))
@@ -251,14 +252,18 @@ def _save(context: CellContext, **arrays: Float32) -> None:
     write_atomic(context.folder / "change.safetensors", save(arrays))
 
 
-def _policy(context: CellContext, costs: Costs, change: OutputChange) -> dict[str, Any]:
-    """What the policy prefers and writes; its reward is log pi(reply) - log pi_0(reply), as DPO's."""
+def _policy(context: CellContext, costs: Costs, **parts: Float32 | None) -> dict[str, Any]:
+    """What the policy prefers and writes; its reward is log pi(reply) - log pi_0(reply), as DPO's.
+
+    ``parts``: ``left``, ``right`` and ``bias`` of its change.
+    """
+    from coala.backbone import OutputChange
+
     test, base = context.part("test"), context.backbone
-    writer = Writer(change=change)
+    writer = Writer(change=OutputChange.of(**parts, device=base.device))
     with costs.of("evaluation"):
         theirs = _start_likelihoods(context, test)
-        with change.within(base):
-            ours = _likelihoods(context, base, test)
+        ours = _likelihoods(context, writer.of(base), test)
     return {
         "reward": "log-likelihood above the start's",
         **measured_margins(ours.ratio - theirs.ratio, test),

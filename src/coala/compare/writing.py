@@ -6,7 +6,6 @@ CELL/generations.jsonl  the replies
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,12 @@ import numpy as np
 
 from coala.compare.cell_context import CellContext, Costs
 from coala.compare.judging import judged
-from coala.compare.output_change import OutputChange
 from coala.compare.study import Study
 from coala.store import save_generations
 from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, prompt_id, user
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
+    from coala.backbone import LanguageModel, OutputChange
     from coala.baselines import PairLikelihoods
     from coala.decoding import Guidance
     from coala.values import ConvexHead
@@ -36,7 +34,7 @@ def as_it_is(prompt: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Who writes: a model (None: the start), guided by a head, asked otherwise, or with another output layer."""
+    """Who writes: a model (None: the start), guided by a head, asked otherwise, or with its output layer changed."""
 
     model: LanguageModel | None = None
     head: ConvexHead | None = None
@@ -44,9 +42,10 @@ class Writer:
     asked: Asked = as_it_is
     change: OutputChange | None = None
 
-    def at_work(self, start: LanguageModel) -> AbstractContextManager[None]:
-        """While it lasts, the start has the changed output layer, if there is one."""
-        return nullcontext() if self.change is None else self.change.within(start)
+    def of(self, start: LanguageModel) -> LanguageModel:
+        """The model that writes, where ``start`` is the start."""
+        own = self.model or start
+        return own if self.change is None else own.with_output(self.change)
 
     @property
     def forwards(self) -> float:
@@ -161,7 +160,7 @@ def along(context: CellContext, costs: Costs, writer: Writer, strengths: Sequenc
     assert writer.change is not None
     found, pairs = [], prompts_of(context)
     for strength in strengths if pairs else ():
-        own = Writer(change=writer.change.at(strength))
+        own = Writer(change=writer.change.times(strength))
         with costs.of(f"strength {strength:g}"):
             replies = _written(context, own, pairs, context.cell.seed or 0, f"replies at strength {strength:g}")
         scores = judged(context, pairs, replies, contests=False).get("judge_scores")
@@ -190,16 +189,15 @@ def _generate(
 ) -> list[Generation]:
     from coala.decoding import Guidance, generate
 
-    with writer.at_work(base):
-        return generate(
-            [writer.asked(prompt) for prompt in prompts],
-            writer.model or base,
-            writer.head,
-            writer.guidance or Guidance(mode="none"),
-            prompt_ids=[prompt_id(prompt) for prompt in prompts],
-            batch_size=16,
-            **settings,
-        )
+    return generate(
+        [writer.asked(prompt) for prompt in prompts],
+        writer.of(base),
+        writer.head,
+        writer.guidance or Guidance(mode="none"),
+        prompt_ids=[prompt_id(prompt) for prompt in prompts],
+        batch_size=16,
+        **settings,
+    )
 
 
 def _measured(
@@ -267,6 +265,8 @@ def divergence_along(context: CellContext, writer: Writer, pair: Pair, reply: Ge
     """
     import torch
 
+    from coala.decoding import divergence
+
     base = context.backbone
     ended = not base.stop_texts and reply.n_tokens < context.evaluation.max_new_tokens
 
@@ -278,18 +278,15 @@ def divergence_along(context: CellContext, writer: Writer, pair: Pair, reply: Ge
     if not len(plain):
         return 0.0
     theirs = torch.log_softmax(base.logits(plain), -1)
-    if writer.change is not None:
-        logits = base.logits(writer.change.moved(plain.float()))
-    else:
-        model = writer.model or base
-        logits = model.logits(states(model, writer.asked(pair.prompt)))
+    model = writer.of(base)
+    # A change of the output layer leaves the states as they are.
+    logits = model.logits(plain if writer.change is not None else states(model, writer.asked(pair.prompt)))
     if len(logits) != len(theirs):
         raise CoalaError(
             f"A reply is {len(logits)} tokens as it was asked for and {len(theirs)} to the plain prompt, so that its "
             "steps cannot be compared. Fix: raise max_tokens, which cuts one of them."
         )
-    p, q = torch.log_softmax(logits, -1).double(), theirs.double()
-    return float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())
+    return float(divergence(torch.log_softmax(logits, -1), theirs).sum())
 
 
 def _capability(context: CellContext, costs: Costs, writer: Writer, seed: int) -> dict[str, Any]:

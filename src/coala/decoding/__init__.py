@@ -1,6 +1,6 @@
 """Guided decoding (torch): replies from a frozen model, steered by a head; knows nothing of how the head was fitted."""
 
-from coala.decoding.distilled import policy_likelihood
+from coala.decoding.distilled import divergence, policy_likelihood
 from coala.decoding.engine import Engine, Job
 from coala.decoding.generation import generate, generate_distilled
 from coala.decoding.guidance import RULES, Guidance, reweight
@@ -23,6 +23,7 @@ __all__ = [
     "Rendered",
     "Request",
     "TextLikelihood",
+    "divergence",
     "generate",
     "generate_distilled",
     "guide",
