@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -438,3 +438,8 @@ def prompt_id(prompt: Sequence[Turn]) -> str:
 def conversation_text(turns: Sequence[Turn]) -> str:
     """A conversation as one readable text, for reports and error messages; never fed to a model."""
     return turns[0].text if len(turns) == 1 else "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
+
+
+def one_per_prompt(pairs: Iterable[Pair]) -> list[Pair]:
+    """One pair of each prompt, its last, in the order of the prompts."""
+    return list({conversation_text(pair.prompt): pair for pair in pairs}.values())

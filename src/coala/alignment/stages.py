@@ -44,7 +44,7 @@ from coala.store import (
     save_judgements,
     save_pairs,
 )
-from coala.values import Pair, conversation_text, prompt_id
+from coala.values import Pair, conversation_text, one_per_prompt, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -247,7 +247,7 @@ def _replies(context: StageContext) -> None:
 
     settings = context.recipe.evaluation
     pairs = load_pairs(context.path("pairs-eval.jsonl"))
-    chosen = list({conversation_text(pair.prompt): pair for pair in pairs}.values())[: settings.prompts]
+    chosen = one_per_prompt(pairs)[: settings.prompts]
     for method in ("unguided", "guided"):
         stage = f"replies-{method}"
         inputs = {

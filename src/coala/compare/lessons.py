@@ -19,7 +19,7 @@ from coala.compare.reply_plan import reply_flops
 from coala.compare.study import StudyMethod
 from coala.policies import DistilStates
 from coala.store import load_generations, load_head, load_json
-from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, prompt_id
+from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, one_per_prompt, prompt_id
 
 if TYPE_CHECKING:
     from coala.decoding import Guidance
@@ -76,7 +76,7 @@ def teacher_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
 
 def training_prompts(context: CellContext) -> list[tuple[Turn, ...]]:
     """The prompts of the training pairs, each once, in their order."""
-    return list({conversation_text(pair.prompt): pair.prompt for pair in context.part("train")}.values())
+    return [pair.prompt for pair in one_per_prompt(context.part("train"))]
 
 
 def _lessons(

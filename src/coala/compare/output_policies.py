@@ -20,7 +20,7 @@ from coala.compare.output_change import counted_rows, fit_bias, fit_by_adam, mea
 from coala.compare.reply_plan import reply_flops
 from coala.compare.writing import Writer, along, policy_of, prompts_of, replies_of
 from coala.store import load_head, write_atomic
-from coala.values import CoalaError, Float32, Pair, conversation_text
+from coala.values import CoalaError, Float32, Pair, one_per_prompt
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -187,7 +187,7 @@ def mean_difference_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
 
 
 def _multiple(context: CellContext, bias: Float32) -> tuple[float, list[dict[str, Any]]]:
-    pairs = list({conversation_text(pair.prompt): pair for pair in context.part("validation")}.values())[:TUNED_ON]
+    pairs = one_per_prompt(context.part("validation"))[:TUNED_ON]
     name = f"{'.'.join(context.cell.place)}.{context.method.of}.s{context.cell.seed}"
     head = load_head(context.out / "cells" / name / "head")
     trials = [

@@ -10,7 +10,7 @@ import numpy as np
 from coala.compare.cell_context import CellContext, Costs, measured_margins
 from coala.compare.writing import Asked, Writer, drift_of, guided_policy, policy_of, replies_of
 from coala.store import load_head
-from coala.values import CoalaError, Pair, Turn, conversation_text
+from coala.values import CoalaError, Pair, Turn, one_per_prompt
 
 
 def guided_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def asked_by(context: CellContext) -> Asked:
 
 def examples(pairs: list[Pair], number: int, seed: int) -> list[Pair]:
     """``number`` training pairs of different prompts, drawn with ``seed``; more with it begin with the same ones."""
-    distinct = list({conversation_text(pair.prompt): pair for pair in pairs}.values())
+    distinct = one_per_prompt(pairs)
     if number > len(distinct):
         raise CoalaError(
             f"Found {len(distinct)} prompts among the training pairs, expected {number}, one for each example. "

@@ -16,7 +16,7 @@ from coala.compare.cell_context import CellContext, Costs
 from coala.compare.judging import judged
 from coala.compare.study import Study
 from coala.store import save_generations
-from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, prompt_id, user
+from coala.values import CoalaError, Generation, Pair, Turn, one_per_prompt, prompt_id, user
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel, OutputChange
@@ -59,7 +59,7 @@ class Writer:
 
 def answered(study: Study, dataset: str, test: Sequence[Pair]) -> list[Pair]:
     """The held-out pairs whose prompts are answered, each prompt once."""
-    distinct = list({conversation_text(pair.prompt): pair for pair in test}.values())
+    distinct = one_per_prompt(test)
     own = study.datasets[dataset].prompts
     return distinct[: study.evaluation.prompts if own is None else own]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from coala.costs import Solve, decoding_flops, output_fit_flops, states_flops, sweep_flops, teacher_flops
 from coala.store import RunFolder, load_pairs
-from coala.values import Turn, conversation_text
+from coala.values import Turn, one_per_prompt
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -85,4 +85,4 @@ def pair_lengths(run: RunFolder, backbone: LanguageModel) -> tuple[list[int], li
 def run_prompts(run: RunFolder) -> Sequence[tuple[Turn, ...]]:
     """The distinct prompts of the run's training pairs, in their order."""
     pairs = load_pairs(run.path / "pairs-train.jsonl")
-    return list({conversation_text(pair.prompt): pair.prompt for pair in pairs}.values())
+    return [pair.prompt for pair in one_per_prompt(pairs)]

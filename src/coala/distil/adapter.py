@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coala.alignment import load_parts
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.costs import Shape, peak_memory, states_flops, teacher_flops
 from coala.decoding.adapted import step_log_probs
 from coala.distil.accounts import dpo_flops
 from coala.distil.settings import AdapterSettings, DistilSettings
-from coala.distil.stage import check_evidence, teacher_of, teacher_replies
-from coala.distil.states import Lesson, guided_lessons
+from coala.distil.stage import Work, teacher_replies
+from coala.distil.states import Lesson
 from coala.policies import DistilledAdapter
 from coala.recipe import Recipe, recipe_of
 from coala.statistics.intervals import clustered
@@ -64,11 +63,10 @@ def distil_adapter(
     recipe = recipe_of(run.settings, run.path / "run.json")
     _check(recipe, settings, adapter)
     with run.held():
-        backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
-        guidance = teacher_of(recipe, settings)
-        check_evidence(head, guidance)
-        prompts, replies = teacher_replies(recipe, run, backbone, head, guidance, settings, on_progress)
-        lessons = guided_lessons(backbone, prompts, replies, recipe.evaluation.max_new_tokens)
+        work = Work.of(run, settings, on_progress, on_note, trust_remote_code=trust_remote_code, download=download)
+        work.check_evidence()
+        backbone, guidance, sampled_at = work.backbone, work.guidance, work.sampled_at
+        lessons = teacher_replies(work).lessons
         plan = {
             "lessons": digest([asdict(lesson) for lesson in lessons]),
             "weights": backbone.weights,
@@ -89,7 +87,7 @@ def distil_adapter(
         flops["dpo_sweep"] = dpo_flops(run, backbone)
         job = _Job.of(recipe, backbone, adapter, settings.seed, folder, plan, trust_remote_code, on_progress)
         # Training loads the model anew: two of them need not lie in memory.
-        del backbone, head
+        del backbone, work
         gc.collect()
         runs: dict[float, Trained] = {}
         trials: list[dict[str, Any]] = []
@@ -99,9 +97,9 @@ def distil_adapter(
         best = min(trials, key=lambda row: (row["held_out"], row["rate"], row["epoch"]))
         if best["held_out"] >= 0:
             on_note("No rate lowers the loss on held-out replies: the adapter is worse than none there.")
-        if (temperature := recipe.evaluation.temperature) != 1:
+        if sampled_at != 1:
             on_note(
-                f"The replies were sampled at temperature {temperature:g}; the adapter learns them as they are: at 1."
+                f"The replies were sampled at temperature {sampled_at:g}; the adapter learns them as they are: at 1."
             )
         kept = runs[best["rate"]]
         facts = {

@@ -5,7 +5,7 @@ FOLDER/measured.json beside the policy, with the digest of the weights that were
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,17 @@ from typing import Any
 from coala.alignment import load_parts
 from coala.alignment.judges import judge_name, open_judge
 from coala.alignment.stages import rows_at_once
+from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate, generate_distilled
 from coala.decoding.adapted import generate_adapted, load_adapted
-from coala.distil.settings import DistilSettings
-from coala.distil.stage import teacher_of
 from coala.evaluation import judge_many, win_rate
 from coala.policies import DistilledAdapter, DistilledPolicy
 from coala.recipe import recipe_of
 from coala.statistics.intervals import mean_estimate
 from coala.statistics.scores import perplexity
 from coala.store import RunFolder, file_digest, load_pairs, save_json
-from coala.values import CoalaError, Estimate, Generation, conversation_text, prompt_id
+from coala.values import CoalaError, Estimate, Generation, Turn, one_per_prompt, prompt_id
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,17 @@ def measure(
     """
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
-    settings, guidance = recipe.evaluation, teacher_of(recipe, DistilSettings())
-    pairs = load_pairs(run.path / "pairs-eval.jsonl")
-    prompts = list({conversation_text(pair.prompt): pair.prompt for pair in pairs}.values())[: settings.prompts]
-    if not prompts:
+    settings = recipe.evaluation
+    pairs = one_per_prompt(load_pairs(run.path / "pairs-eval.jsonl"))[: settings.prompts]
+    if not pairs:
         raise CoalaError("Found no held-out prompt to answer. Fix: align with --prompts 50 and pairs held out.")
-    backbone, _, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
-    sampling = {"temperature": settings.temperature, "top_k": guidance.top_k, "top_p": guidance.top_p}
+    prompts = [pair.prompt for pair in pairs]
+    backbone, _, guidance = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
+    guidance, temperature = settled(run.path, backbone, guidance, {})
+    sampling = {"temperature": temperature, "top_k": guidance.top_k, "top_p": guidance.top_p}
     common: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
+        "temperature": temperature,
         "prompt_ids": [prompt_id(prompt) for prompt in prompts],
         "batch_size": rows_at_once(backbone),
     }
@@ -105,34 +105,47 @@ def measure(
         ours = generate_adapted(prompts, model, seed=recipe.seed, **restricted, **common)
         file = policy.folder / "adapter_model.safetensors"
     on_progress("measure", 2, 3, "verdicts")
-    judge, wins = "", None
-    if settings.judge is not None:
-        judge = judge_name(settings.judge)[0]
-        by_id = dict(zip(common["prompt_ids"], prompts, strict=True))
-        found = judge_many(
-            ours,
-            plain,
-            open_judge(settings.judge),
-            prompts=by_id,
-            on_failure=lambda prompt, error: on_note(f"no verdict on prompt {prompt}: {error}"),
-        )
-        wins = win_rate(found.judgements, of=ours[0].method)
+    by_id = dict(zip(common["prompt_ids"], prompts, strict=True))
+    wins = wins_of(ours, plain, settings.judge, by_id, on_note=on_note)
     on_progress("measure", 3, 3)
-    return keep_measured(file, ours, plain, judge, wins, sampling)
+    return keep_measured(file, ours, plain, settings.judge, wins, sampling)
+
+
+def wins_of(
+    ours: Sequence[Generation],
+    plain: Sequence[Generation],
+    judge: str | None,
+    prompts: Mapping[str, tuple[Turn, ...]],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_note: OnNote = quiet,
+) -> Estimate | None:
+    """Win rate of replies against unguided ones by the run's ``judge``; None where it names none."""
+    if judge is None:
+        return None
+    found = judge_many(
+        ours,
+        plain,
+        open_judge(judge),
+        prompts=prompts,
+        on_progress=on_progress,
+        on_failure=lambda prompt, error: on_note(f"no verdict on prompt {prompt}: {error}"),
+    )
+    return win_rate(found.judgements, of=ours[0].method)
 
 
 def keep_measured(
     file: Path,
     ours: Sequence[Generation],
     plain: Sequence[Generation],
-    judge: str,
+    judge: str | None,
     wins: Estimate | None,
     sampling: dict[str, float],
 ) -> Measured:
     """What replies of the policy in ``file`` are beside unguided ones to the same prompts, written beside it."""
     measured = Measured(
         len(ours),
-        judge,
+        "" if judge is None else judge_name(judge)[0],
         wins,
         mean_estimate([one.divergence or 0.0 for one in ours]),
         perplexity([one.log_prob for one in ours], [one.n_tokens for one in ours]),

@@ -17,7 +17,7 @@ import numpy as np
 
 from coala.decoding import generate
 from coala.distil.stage import Taught, Work, project, taught_states
-from coala.policies import DistilledPolicy
+from coala.policies import DistilledPolicy, DistilStates
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity
 from coala.store import digest, load_json, load_pairs, save_json
@@ -42,10 +42,10 @@ def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
     before, rows = _own_replies(work, prompts, work.folder / "round-0", None), []
     best: tuple[DistilledPolicy, dict[str, Any]] | None = None
     for number in range(1, settings.rounds + 1):
-        taught = taught_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
-        policy, tried = _projected(work, taught, work.folder / f"round-{number}")
+        states, taught = taught_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
+        policy, tried = _projected(work, states, taught, work.folder / f"round-{number}")
         own = _own_replies(work, prompts, work.folder / f"round-{number}", policy)
-        figures = _figures(number, policy, own, before) | {"n_replies": int(taught.states.group.max()) + 1, **tried}
+        figures = _figures(number, policy, own, before) | {"n_replies": int(states.group.max()) + 1, **tried}
         rows.append(figures)
         save_json(work.folder / f"round-{number}" / "path.json", figures)
         work.on_note(_told(figures))
@@ -80,9 +80,11 @@ def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
     return some
 
 
-def _projected(work: Work, taught: Taught, folder: Path) -> tuple[DistilledPolicy, dict[str, Any]]:
+def _projected(
+    work: Work, states: DistilStates, taught: Taught, folder: Path
+) -> tuple[DistilledPolicy, dict[str, Any]]:
     """The round's policy, which is fitted unless ``folder`` has it of these states and settings."""
-    states, names = taught.states, ("support", "ridge", "strength", "rank", "tolerance", "seed")
+    names = ("support", "ridge", "strength", "rank", "tolerance", "seed")
     settings = [getattr(work.settings, name) for name in names]
     # A column tells states apart that differ at all; the whole may not fit in memory.
     parts = (states.states[:, :1], states.tokens, states.size, states.target, states.weight, states.group)
@@ -90,7 +92,7 @@ def _projected(work: Work, taught: Taught, folder: Path) -> tuple[DistilledPolic
     record = folder / "fit.json"
     if record.exists() and (kept := load_json(record))["of"] == decides:
         return DistilledPolicy.load(folder), {name: kept[name] for name in ("path", "flops")}
-    policy, tried = project(work, taught)
+    policy, tried = project(work, states, taught)
     policy.save(folder)
     save_json(record, {"of": decides, **tried})
     return policy, tried
@@ -100,19 +102,19 @@ def _own_replies(
     work: Work, prompts: list[tuple[Turn, ...]], folder: Path, policy: DistilledPolicy | None
 ) -> list[Generation]:
     """A reply of the policy itself to each prompt, beside the base model; without one, the base model's."""
-    evaluation, sampling = work.recipe.evaluation, work.guidance
+    sampling = work.guidance
     ids = [prompt_id(prompt) for prompt in prompts]
     guidance = sampling.plain if policy is None else sampling.changed(mode="distilled")
     head = (work.head.linear, work.head.gates, work.head.weights)
-    decides = [ids, str(guidance), sampling.top_k, sampling.top_p, evaluation.max_new_tokens, evaluation.temperature]
+    decides = [ids, str(guidance), sampling.top_k, sampling.top_p, work.longest, work.sampled_at]
     named = digest(*decides, work.settings.seed, *head, *([] if policy is None else [policy.change]))[:12]
     return generate(
         prompts,
         work.backbone if policy is None else work.backbone.with_policy(policy),
         work.head,
         guidance,
-        max_new_tokens=evaluation.max_new_tokens,
-        temperature=evaluation.temperature,
+        max_new_tokens=work.longest,
+        temperature=work.sampled_at,
         seed=work.settings.seed,
         prompt_ids=ids,
         batch_size=ROWS,

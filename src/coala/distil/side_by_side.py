@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from coala.alignment import load_parts, make_report
-from coala.alignment.judges import judge_name, judge_stamp, open_judge
+from coala.alignment.judges import judge_name, judge_stamp
 from coala.alignment.stages import rows_at_once
+from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.costs import Stopwatch, peak_memory
 from coala.decoding import Guidance, generate
-from coala.distil.measured import keep_measured
+from coala.distil.measured import keep_measured, wins_of
 from coala.distil.settings import DistilSettings
 from coala.distil.stage import NothingToDistil, distil
-from coala.evaluation import judge_many, win_rate
 from coala.recipe import Recipe, recipe_of
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity_ratio
@@ -34,7 +35,7 @@ from coala.store import (
     save_generations,
     save_json,
 )
-from coala.values import Estimate, Generation, Turn, prompt_id
+from coala.values import Generation, Turn, prompt_id
 
 STAGE = "distil"
 REPLIES = "generations-distilled.jsonl"
@@ -93,7 +94,7 @@ def _work(
         judge = None if recipe.evaluation.judge is None else judge_name(recipe.evaluation.judge)[0]
         wins = next(row["wins"] for row in rows if row["name"] == "distilled")
         file = run.path / DISTILLED / "policy.safetensors"
-        keep_measured(file, replies, sides["unguided"], judge or "", wins, sampling)
+        keep_measured(file, replies, sides["unguided"], recipe.evaluation.judge, wins, sampling)
         facts = None if policy.certificate is None else policy.certificate.statement
         save_json(
             run.path / TABLE,
@@ -131,8 +132,6 @@ def _replies(
     """The policy's reply to each prompt that was answered unguided, with the same noise; what guided the run's, and the
     temperature of all.
     """
-    from coala.alignment.talking import settled
-
     backbone, head, guidance = load_parts(run.path, trust_remote_code=trust_remote_code)
     # Top-k, top-p and temperature are those of the run's own replies, which the model may have suggested.
     guidance, temperature = settled(run.path, backbone, guidance, {})
@@ -166,21 +165,12 @@ def _rows(
     on_note: OnNote,
 ) -> list[dict[str, Any]]:
     """A row for each side: what a table of them holds, against unguided replies to the same prompts."""
-    plain = sides["unguided"]
-    judge = None if recipe.evaluation.judge is None else open_judge(recipe.evaluation.judge)
+    plain, prompts = sides["unguided"], _prompts(run)
     rows = []
     for name, some in sides.items():
-        wins: Estimate | None = None
-        if judge is not None and name != "unguided":
-            found = judge_many(
-                some,
-                plain,
-                judge,
-                prompts=_prompts(run),
-                on_progress=lambda done, total, name=name: on_progress(f"judge, {name}", done, total),  # type: ignore[misc]
-                on_failure=lambda prompt, error: on_note(f"no verdict on prompt {prompt}: {error}"),
-            )
-            wins = win_rate(found.judgements)
+        told = partial(on_progress, f"judge, {name}")
+        judge = None if name == "unguided" else recipe.evaluation.judge
+        wins = wins_of(some, plain, judge, prompts, on_progress=told, on_note=on_note)
         nats = [reply.divergence for reply in some]
         known = name == "unguided" or all(value is not None for value in nats)
         ours, base = (([r.log_prob for r in one], [r.n_tokens for r in one]) for one in (some, plain))

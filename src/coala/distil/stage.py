@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coala.alignment import load_parts
+from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
 from coala.distil.accounts import output_flops
@@ -22,11 +24,11 @@ from coala.distil.matrix import output_matrix
 from coala.distil.own_score import OwnScore
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
-from coala.distil.states import guided_lessons, teacher_states, weighted_lessons
+from coala.distil.states import Lesson, guided_lessons, teacher_states, weighted_lessons
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, recipe_of
 from coala.store import DISTILLED, RunFolder, digest, load_features, load_pairs, save_json
-from coala.values import CoalaError, FeatureSet, Pair, Turn, conversation_text, prompt_id
+from coala.values import CoalaError, FeatureSet, Pair, Turn, one_per_prompt, prompt_id
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -50,31 +52,28 @@ def distil(
     model whose logits are not a matrix times its final state, and for a run that another process is at work in.
     """
     run = RunFolder.open(path)
-    recipe = recipe_of(run.settings, run.path / "run.json")
     with run.held():
-        backbone, head, _ = load_parts(run.path, trust_remote_code=trust_remote_code, download=download)
-        guidance = teacher_of(recipe, settings)
+        work = Work.of(run, settings, on_progress, on_note, trust_remote_code=trust_remote_code, download=download)
         if settings.teacher != "weighted":
-            check_evidence(head, guidance)
-        if head.evidence == 0:
+            work.check_evidence()
+        if work.head.evidence == 0:
             on_note(
                 "the head is at chance on held-out pairs: what is distilled of it is no preference that they vouch for"
             )
-        work = Work(run, recipe, settings, backbone, head, guidance, output_matrix(backbone), on_progress, on_note)
         if settings.rounds > 1:
             from coala.distil.rounds import in_rounds
 
             policy, about = in_rounds(work)
         else:
-            taught = taught_states(work)
-            policy, tried = project(work, taught)
-            about = {"n_replies": len(np.unique(taught.states.group)), **tried}
+            states, taught = taught_states(work)
+            policy, tried = project(work, states, taught)
+            about = {"n_replies": len(np.unique(states.group)), **tried}
         policy.save(run.path / DISTILLED)
         common = {
             "temperature": work.temperature,
-            "sampling": {"top_k": guidance.top_k, "top_p": guidance.top_p},
+            "sampling": {"top_k": work.guidance.top_k, "top_p": work.guidance.top_p},
             "settings": settings,
-            "guidance": str(guidance),
+            "guidance": str(work.guidance),
         }
         save_json(run.path / DISTILLED / "path.json", {**common, **about})
     return policy
@@ -82,7 +81,10 @@ def distil(
 
 @dataclass(frozen=True)
 class Work:
-    """What every step of a distillation is given: the run, its parts, who teaches, W (V, d), and who hears of it."""
+    """What every step of a distillation is given: the run, its parts, who teaches and how it samples, who hears of it.
+
+    Temperature, top-k and top-p are those of the run's own replies, which the model may have suggested.
+    """
 
     run: RunFolder
     recipe: Recipe
@@ -90,9 +92,48 @@ class Work:
     backbone: LanguageModel
     head: ConvexHead
     guidance: Guidance
-    output: Float32
+    sampled_at: float
     on_progress: OnProgress
     on_note: OnNote
+
+    @classmethod
+    def of(
+        cls, run: RunFolder, settings: DistilSettings, on_progress: OnProgress, on_note: OnNote, **permitted: bool
+    ) -> Work:
+        """Of a finished run; ``permitted`` is of :func:`load_parts`."""
+        recipe = recipe_of(run.settings, run.path / "run.json")
+        backbone, head, _ = load_parts(run.path, rater=None, **permitted)
+        teacher = Guidance(
+            "shift" if settings.teacher == "shift" else "block",
+            rule=recipe.guidance.rule,
+            candidates=settings.candidates,
+            block_tokens=settings.block_tokens,
+        )
+        guidance, temperature = settled(run.path, backbone, teacher, {}, on_note)
+        return cls(run, recipe, settings, backbone, head, guidance, temperature, on_progress, on_note)
+
+    @cached_property
+    def output(self) -> Float32:
+        """W (V, d); refuses a model whose logits are not W times its final state."""
+        return output_matrix(self.backbone)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a reply at most."""
+        return self.recipe.evaluation.max_new_tokens
+
+    @property
+    def prompts(self) -> list[tuple[Turn, ...]]:
+        """The training prompts that are answered, each once."""
+        pairs = one_per_prompt(load_pairs(self.run.path / "pairs-train.jsonl"))
+        return [pair.prompt for pair in pairs][: self.settings.prompts]
+
+    def check_evidence(self) -> None:
+        if self.guidance.weighs and self.head.evidence == 0:
+            raise NothingToDistil(
+                "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
+                "with evidence. Fix: give `coala align` more pairs, or another --rule."
+            )
 
     @property
     def folder(self) -> Path:
@@ -101,71 +142,63 @@ class Work:
     @property
     def temperature(self) -> float:
         """That of the policy: greedy text has none of its own."""
-        return self.recipe.evaluation.temperature or 1.0
+        return self.sampled_at or 1.0
 
     def own_score(self, taught: Taught) -> OwnScore:
         """What a change's own replies to the teacher's prompts score beside the teacher's."""
-        evaluation = self.recipe.evaluation
         return OwnScore(
             self.backbone,
             self.head,
             taught.prompts,
             taught.replies,
             self.guidance,
-            max_new_tokens=evaluation.max_new_tokens,
-            temperature=evaluation.temperature,
+            max_new_tokens=self.longest,
+            temperature=self.sampled_at,
             seed=self.settings.seed,
         )
 
 
 @dataclass(frozen=True)
 class Taught:
-    """The states of the teacher's replies; by group those that it wrote itself, ``replies`` to ``prompts``."""
+    """What there is to learn; of a teacher that wrote it, by group, its ``replies`` to ``prompts``."""
 
-    states: DistilStates
+    lessons: Sequence[Lesson] = ()
     prompts: Sequence[tuple[Turn, ...]] = ()
     replies: Sequence[Generation] = ()
 
 
-def taught_states(work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None) -> Taught:
-    """What the teacher teaches; in a later round the head guides the policy of the round ``before``."""
-    settings, run, guidance = work.settings, work.run, work.guidance
+def taught_states(
+    work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None
+) -> tuple[DistilStates, Taught]:
+    """The states of what the teacher teaches; in a later round the head guides the policy of the round ``before``."""
     told: dict[str, Any] = {
         "temperature": work.temperature,
         "on_reply": lambda n, total: work.on_progress("states", n, total, f"{n} of {total} replies"),
         "on_note": work.on_note,
     }
-    prompts: Sequence[tuple[Turn, ...]] = ()
-    replies: Sequence[Generation] = ()
-    if settings.teacher == "shift":
-        states = _shifted(work.recipe, run, work.backbone, work.head, guidance, settings, told)
+    taught = Taught()
+    if work.settings.teacher == "shift":
+        states = _shifted(work, told)
     else:
-        backbone = work.backbone
-        if before is not None:
-            backbone, guidance = backbone.with_policy(before), replace(guidance, over="distilled")
-            told["change"] = before.change
-        settings = settings if seed is None else replace(settings, seed=seed)
-        if settings.teacher == "guided":
-            of = work.recipe, run, backbone, work.head, guidance, settings, work.on_progress
-            prompts, replies = teacher_replies(*of)
-            lessons = guided_lessons(backbone, prompts, replies, work.recipe.evaluation.max_new_tokens)
+        if work.settings.teacher == "guided":
+            taught = teacher_replies(work, before, seed=seed)
         else:
-            lessons = weighted_lessons(*_pairs(run), work.head, settings.beta)
-        named = digest([asdict(lesson) for lesson in lessons], *([] if before is None else [before.change]))
-        states = teacher_states(
-            work.backbone, work.output, lessons, work.folder / f"states-{named[:12]}", guidance, **told
-        )
+            taught = Taught(weighted_lessons(*_pairs(work.run), work.head, work.settings.beta))
+        change: dict[str, Any] = {} if before is None else {"change": before.change}
+        named = digest([asdict(lesson) for lesson in taught.lessons], *change.values())[:12]
+        folder = work.folder / f"states-{named}"
+        states = teacher_states(work.backbone, work.output, taught.lessons, folder, work.guidance, **told, **change)
     if outside := int((~states.in_nucleus).sum()):
-        where = "left out" if settings.support == "nucleus" else "kept"
+        where = "left out" if work.settings.support == "nucleus" else "kept"
         work.on_note(f"{outside} of {len(states)} tokens lie outside their step's nucleus: {where}")
-    return Taught(states, prompts, replies)
+    return states, taught
 
 
-def project(work: Work, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]]:
+def project(work: Work, states: DistilStates, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]]:
     """The convex program: the policy whose steps come nearest to ``states``; what was tried and the FLOPs it took."""
     from coala.convex import fit_output
 
-    settings, states = work.settings, taught.states
+    settings = work.settings
     own = work.own_score(taught) if settings.strength == "auto" and taught.replies else None
     # Sampled at a temperature, the policy is the softmax of logits over it.
     found = fit_output(
@@ -192,80 +225,42 @@ class NothingToDistil(CoalaError):
     """A head that held-out pairs do not tell from chance guides nothing."""
 
 
-def teacher_of(recipe: Recipe, settings: DistilSettings) -> Guidance:
-    chosen = recipe.guidance
-    return Guidance(
-        "shift" if settings.teacher == "shift" else "block",
-        rule=chosen.rule,
-        candidates=settings.candidates,
-        block_tokens=settings.block_tokens,
-        top_k=chosen.top_k,
-        top_p=chosen.top_p,
+def _shifted(work: Work, told: dict[str, Any]) -> DistilStates:
+    prompts, guidance, seed = work.prompts, work.guidance, work.settings.seed
+    decides = [[prompt_id(prompt) for prompt in prompts], asdict(guidance), work.longest, work.temperature, seed]
+    folder = work.folder / f"states-{digest(*decides)[:12]}"
+    return shift_states(
+        work.backbone, work.head, prompts, folder, guidance, max_new_tokens=work.longest, seed=seed, **told
     )
 
 
-def check_evidence(head: ConvexHead, guidance: Guidance) -> None:
-    if guidance.weighs and head.evidence == 0:
-        raise NothingToDistil(
-            "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
-            "with evidence. Fix: give `coala align` more pairs, or another --rule."
-        )
-
-
-def _shifted(
-    recipe: Recipe,
-    run: RunFolder,
-    backbone: LanguageModel,
-    head: ConvexHead,
-    guidance: Guidance,
-    settings: DistilSettings,
-    told: dict[str, Any],
-) -> DistilStates:
-    prompts, longest = _prompts(run)[: settings.prompts], recipe.evaluation.max_new_tokens
-    named = digest([prompt_id(prompt) for prompt in prompts], asdict(guidance), longest, settings.seed)[:12]
-    folder = run.path / DISTILLED / f"states-{named}"
-    return shift_states(backbone, head, prompts, folder, guidance, max_new_tokens=longest, seed=settings.seed, **told)
-
-
-def teacher_replies(
-    recipe: Recipe,
-    run: RunFolder,
-    backbone: LanguageModel,
-    head: ConvexHead,
-    guidance: Guidance,
-    settings: DistilSettings,
-    on_progress: OnProgress,
-) -> tuple[Sequence[tuple[Turn, ...]], list[Generation]]:
-    """The teacher's reply to each of the first training prompts, and the prompts."""
-    prompts = _prompts(run)[: settings.prompts]
-    longest, temperature = recipe.evaluation.max_new_tokens, recipe.evaluation.temperature
+def teacher_replies(work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None) -> Taught:
+    """The teacher's reply to each training prompt; of a later round, by the head over the policy ``before``."""
+    backbone, guidance, head = work.backbone, work.guidance, work.head
+    if before is not None:
+        backbone, guidance = backbone.with_policy(before), replace(guidance, over="distilled")
+    prompts, seed = work.prompts, work.settings.seed if seed is None else seed
     ids = [prompt_id(prompt) for prompt in prompts]
-    over = [backbone.policy.change] if guidance.change else []
-    decides = [ids, asdict(guidance), longest, temperature, settings.seed, head.linear, head.gates, head.weights]
-    named = digest(*decides, head.evidence, *over)[:12]
+    decides = [ids, asdict(guidance), work.longest, work.sampled_at, seed, head.linear, head.gates, head.weights]
+    named = digest(*decides, head.evidence, *([] if before is None else [before.change]))[:12]
     replies = generate(
         prompts,
         backbone,
         head,
         guidance,
-        max_new_tokens=longest,
-        temperature=temperature,
-        seed=settings.seed,
+        max_new_tokens=work.longest,
+        temperature=work.sampled_at,
+        seed=seed,
         prompt_ids=ids,
         batch_size=max(1, ROWS // guidance.rows),
-        kept=run.path / DISTILLED / f"replies-{named}.jsonl",
-        on_reply=lambda n, total: on_progress("guided replies", n, total, f"{n} of {total} replies"),
+        kept=work.folder / f"replies-{named}.jsonl",
+        on_reply=lambda n, total: work.on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
-    return prompts, replies
+    return Taught(guided_lessons(backbone, prompts, replies, work.longest), prompts, replies)
 
 
 def _pairs(run: RunFolder) -> tuple[list[Pair], FeatureSet]:
     return load_pairs(run.path / "pairs-train.jsonl"), load_features(run.path / "features" / "train")
-
-
-def _prompts(run: RunFolder) -> Sequence[tuple[Turn, ...]]:
-    pairs = load_pairs(run.path / "pairs-train.jsonl")
-    return list({conversation_text(pair.prompt): pair.prompt for pair in pairs}.values())
 
 
 def _told(row: dict[str, Any]) -> str:

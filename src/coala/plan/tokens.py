@@ -17,7 +17,7 @@ import numpy as np
 from coala.costs import Load
 from coala.recipe import Recipe
 from coala.settings import ModelSettings
-from coala.values import CoalaError, FeatureSpec, Pair, Turn, conversation_text, user
+from coala.values import CoalaError, FeatureSpec, Pair, Turn, one_per_prompt, user
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel, Outline, RenderedRow
@@ -139,7 +139,7 @@ def count(
         for part, pairs in parts.items()
     }
     n = sum(map(len, parts.values()))
-    held_out = list({conversation_text(pair.prompt): pair for pair in parts["eval"]}.values())
+    held_out = one_per_prompt(parts["eval"])
     answered = held_out[: recipe.evaluation.prompts]
     most = max(outline.context - recipe.evaluation.max_new_tokens, outline.context // 2)
     prompts = [len(reader.render(pair.prompt, max_tokens=most).tokens) for pair in answered]
