@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -313,18 +312,6 @@ def test_a_wrong_file_of_prompts_is_refused_before_any_model_is_loaded(tmp_path:
     assert isinstance(result.exception, CoalaError)
     assert any(word in str(result.exception) for word in said.split("|"))
     assert not (tmp_path / "o").exists()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium on the path (Debian: apt-get install chromium)")
-    with play.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 def answered(page: Any, n: int) -> None:

@@ -352,12 +352,12 @@ def _strongest(whole: Part, parts: Sequence[Part]) -> str:
     sure = [two for two, p in zip(tried, level, strict=True) if p < 0.05]
     many = f"{len(tried)} rules{' and subsets' if parts else ''}"
     if not sure:
-        return f"Of {many} none is above chance once their number is minded (Holm, 5 %)."
+        return f"Of {many} none is above chance, corrected for their number (Holm, 5 %)."
     part, one = max(sure, key=lambda two: two[1].accuracy.value - two[0].chance)
     where = f" in {part.name}" if part is not whole else ""
     return (
-        f"Of {many} {len(sure)} are above chance, their number minded (Holm, 5 %); furthest {one.name!r}{where}: "
-        f"{_percent(one.accuracy)} of {part.n:,} right, chance {100 * part.chance:.1f} %."
+        f"Of {many} {len(sure)} are above chance, corrected for their number (Holm, 5 %); furthest "
+        f"{one.name!r}{where}: {_percent(one.accuracy)} of {part.n:,} right, chance {100 * part.chance:.1f} %."
     )
 
 

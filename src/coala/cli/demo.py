@@ -27,7 +27,7 @@ def demo(
 ) -> None:
     """Align the bundled film-review model to positive reviews, and write a model you can serve: offline, on a CPU.
 
-    Takes about two minutes. The last step distils the guidance into an ordinary checkpoint, OUT-served.
+    Takes about four minutes on two cores. The last step distils the guidance into an ordinary checkpoint, OUT-served.
 
     The judge that compares replies shares no word and no training film with the scorer that labelled the pairs.
     `coala demo chat` aligns a real chat model.

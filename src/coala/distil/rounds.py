@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from coala.decoding import generate
+from coala.distil.own_score import ROWS
 from coala.distil.stage import Taught, Work, project, taught_states
 from coala.policies import DistilledPolicy, DistilStates
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity
 from coala.store import digest, load_json, load_pairs, save_json
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id
-
-ROWS = 32  # replies that are written together
 
 
 def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
