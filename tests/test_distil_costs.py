@@ -25,7 +25,7 @@ from coala.decoding import Guidance, generate
 from coala.distil.accounts import fit_flops
 from coala.distil.matrix import output_matrix
 from coala.distil.states import Lesson, teacher_states
-from coala.values import ConvexHead, user
+from coala.values import ConvexHead, Estimate, user
 
 from .menagerie import tiny_backbone
 from .test_convex_output import instance
@@ -77,12 +77,16 @@ def test_a_solve_is_a_sum_and_a_sweep_a_multiple(backbone: LanguageModel) -> Non
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("rank", ["auto", 2])
-def test_the_solver(rank: Any) -> None:
+@pytest.mark.parametrize("led", [False, True])
+def test_the_solver(rank: Any, led: bool) -> None:
     from coala.convex.output_fit import fit_output
+
+    def never(change: Any, groups: Any) -> Estimate:
+        return Estimate(-1.0, -2.0, 0.0, len(groups), method="none")
 
     states, output = instance()
     with jax_products() as products:
-        found = fit_output(states, output, rank=rank)
+        found = fit_output(states, output, rank=rank, lead=never if led else None)
     formula = fit_flops(found, states.width)
     assert products.flops == formula
 

@@ -94,12 +94,11 @@ def fit_output(
         out = folds == 0
         unit = trace_of(data) if ridge is None else 1.0
         ridges = [unit * relative for relative in RIDGES] if ridge is None else [ridge]
-        ridge, kept = _choose_ridge(data, out, ridges, path, progress)
+        ridge, terms, kept = _choose_ridge(data, out, ridges, path, progress)
         if rank == "auto":
-            chosen_rank, kept = _choose_rank(data, out, ridge, kept, path, progress)
-        elif chosen_rank is not None:
-            factors = _cut(data, kept, chosen_rank, ridge, PATH_TOLERANCE, ~out)
-            kept = factors[0] @ factors[1]
+            chosen_rank, kept = _choose_rank(data, out, ridge, terms, kept, path, progress)
+        elif chosen_rank is not None and lead is not None:
+            kept = _at_rank(data, out, chosen_rank, ridge, kept, path)[2]
         if lead is not None:
             strength = _choose_strength(data, out, kept, lead, path, progress)
     elif ridge is None:
@@ -140,31 +139,30 @@ def _held_out(data: OutputData, out: Bool[np.ndarray, "n"], change: np.ndarray) 
 
 def _choose_ridge(
     data: OutputData, out: Bool[np.ndarray, "n"], ridges: list[float], path: list[dict[str, Any]], progress: Progress
-) -> tuple[float, np.ndarray]:
-    """The ridge with the lowest held-out loss, down from the largest, and its change."""
-    trail: list[tuple[float, float, np.ndarray]] = []
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The ridge with the lowest held-out loss, down from the largest, the terms of that loss, and its change."""
+    trail: list[tuple[float, np.ndarray, np.ndarray]] = []
     start = None
     for number, ridge in enumerate(ridges):
-        loss, start = _at_ridge(data, out, ridge, start, path)
-        trail.append((loss, ridge, start))
+        terms, start = _at_ridge(data, out, ridge, start, path)
+        trail.append((ridge, terms, start))
         progress("ridge", number + 1, len(ridges), path[-1])
-        if rising_twice([entry[0] for entry in trail]):
+        if rising_twice([row["held_out"] for row in path]):
             break
-    best = min(trail, key=lambda entry: entry[0])
-    return best[1], best[2]
+    return min(trail, key=lambda entry: entry[1].mean())
 
 
 def _at_ridge(
     data: OutputData, out: Bool[np.ndarray, "n"], ridge: float, start: np.ndarray | None, path: list[dict[str, Any]]
-) -> tuple[float, np.ndarray]:
-    """Held-out loss and change of the fit to all other prompts, begun at ``start``."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out losses by weight and change of the fit to all other prompts, begun at ``start``."""
     program, solver = data.problem(ridge, ~out)
     begin = None if start is None else jnp.asarray(start)
     found = solve(program, solver, tolerance=PATH_TOLERANCE, exact=False, start=begin)
-    loss, error, _ = _held_out(data, out, found.value)
+    loss, error, terms = _held_out(data, out, found.value)
     row = {"ridge": ridge, "rank": None, "fitted": found.objective, "held_out": loss, "se": error}
     path.append({**row, "steps": found.steps, "gap": found.gap})
-    return loss, found.value
+    return terms, found.value
 
 
 def _choose_strength(
@@ -180,10 +178,11 @@ def _choose_strength(
     found: list[tuple[float, float]] = []
     for number, strength in enumerate(STRENGTHS):
         loss, error, _ = _held_out(data, out, strength * change)
+        path.append({"strength": strength, "held_out": loss, "se": error})
         if found and loss >= 0:
             break
         ahead = lead(np.asarray(strength * change, np.float32), groups)
-        path.append({"strength": strength, "held_out": loss, "se": error, "lead": ahead})
+        path[-1]["lead"] = ahead
         progress("strength", number + 1, len(STRENGTHS), path[-1])
         found.append((ahead.value, strength))
         if ahead.value >= 0:
@@ -195,21 +194,21 @@ def _choose_rank(
     data: OutputData,
     out: Bool[np.ndarray, "n"],
     ridge: float,
+    uncut: np.ndarray,
     change: np.ndarray,
     path: list[dict[str, Any]],
     progress: Progress,
 ) -> tuple[int | None, np.ndarray]:
-    """The smallest rank whose held-out loss is within a standard error of the lowest, and its change; None: uncut."""
+    """The smallest rank whose held-out loss is within a standard error of the lowest, and its change; None: uncut.
+
+    ``uncut`` are the held-out losses of ``change`` as it is.
+    """
     ranks = [rank for rank in RANKS if rank < len(change)]
     tried: list[tuple[int | None, np.ndarray, np.ndarray]] = []
     for number, rank in enumerate(ranks):
-        left, right, found = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
-        loss, error, terms = _held_out(data, out, left @ right)
-        tried.append((rank, terms, left @ right))
-        steps = {} if found is None else {"steps": found.steps, "inputs": found.value.shape[1]}
-        path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error, **steps})
+        tried.append(_at_rank(data, out, rank, ridge, change, path))
         progress("rank", number + 1, len(ranks), path[-1])
-    tried.append((None, _held_out(data, out, change)[2], change))
+    tried.append((None, uncut, change))
     lowest = min(tried, key=lambda entry: entry[1].mean())[1]
     group = data.states.group[out & data.counted]
     for candidate, terms, cut in tried:
@@ -217,6 +216,22 @@ def _choose_rank(
         if mean <= error or mean <= 0:
             return candidate, cut
     return None, change
+
+
+def _at_rank(
+    data: OutputData,
+    out: Bool[np.ndarray, "n"],
+    rank: int,
+    ridge: float,
+    change: np.ndarray,
+    path: list[dict[str, Any]],
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """The rank, its held-out losses by weight, and ``change`` cut to it by all other prompts."""
+    left, right, found = _cut(data, change, rank, ridge, PATH_TOLERANCE, ~out)
+    loss, error, terms = _held_out(data, out, left @ right)
+    steps = {} if found is None else {"steps": found.steps, "inputs": found.value.shape[1]}
+    path.append({"ridge": ridge, "rank": rank, "held_out": loss, "se": error, **steps})
+    return rank, terms, left @ right
 
 
 def _cut(

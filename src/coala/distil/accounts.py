@@ -60,8 +60,9 @@ def fit_flops(found: OutputFit, width: int) -> int:
     solves = [Solve(width, 0)]  # the unit of the ridge
     solves += [Solve(row.get("inputs", width), row["steps"], held_out=1) for row in found.path if "steps" in row]
     cut = "steps_within_rank" in facts
-    chose = any(row.get("rank") is not None for row in found.path)  # beside every rank, the change uncut
-    solves += [Solve(width, facts["steps"], certificates=facts["certificates"] + cut, held_out=int(chose))]
+    held_out = sum("strength" in row for row in found.path)
+    again = int(cut or found.strength != 1)  # the objective of the change as it is taken
+    solves += [Solve(width, facts["steps"], certificates=facts["certificates"] + again, held_out=held_out)]
     if cut:
         solves += [Solve(facts["inputs_within_rank"], facts["steps_within_rank"], facts["certificates_within_rank"])]
     return output_fit_flops(facts["n_rows"], facts["n_support"], width, solves)
