@@ -37,14 +37,16 @@ demo-chat: .venv/chat  ## give SmolLM2-135M-Instruct a house style from a few hu
 # One file goes to one process, the longest files first: what a file's tests share is made once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Most of what XLA compiles here runs a few times on a few rows; the nightly tests, test-all and users run it optimised.
+# Most of what XLA compiles here runs a few times on a few rows; the nightly tests of convex/, test-all and users run it
+# optimised.
 test test-shuffled: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
 test: .venv/dev  ## run the tests, two at a time: about five minutes on two cores
 	$(PYTEST) -m "not nightly"
 
 test-nightly: .venv/dev  ## run the tests that take minutes, of what a faster one guards too
-	$(PYTEST) -m nightly
+	$(PYTEST) -m nightly tests/test_convex_*.py
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m nightly --ignore-glob='tests/test_convex_*'
 
 test-all: .venv/dev  ## run every test
 	$(PYTEST)

@@ -295,6 +295,8 @@ def constructed_part(args: argparse.Namespace) -> dict[str, Any]:
             + "---|" * (len(methods) + 2)
         )
         for n, most in sizes.items():
+            if n > args.most:
+                continue
             seeds = min(args.seeds, most)
             rows: dict[str, list[dict[str, float]]] = {m: [] for m in methods}
             truths = []
@@ -323,6 +325,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rewards", nargs="+", help="of the constructed part, those whose name has one of these words")
+    parser.add_argument("--most", type=int, default=20000, help="of the constructed part, pairs at most")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     args = parser.parse_args()
     if args.part == "real" and not (args.features / f"{SETS[0]}-{MODELS[0]}").exists():

@@ -27,7 +27,7 @@ SMALL = {
     "influence": "--data {data} --pairs 200 --width 8 --most 60 --refits 5",
     "layers": "--data {data} --pairs 20 --models stories260K-hf --out {tmp}/layers.md",
     "live": "--pairs 40 --width 12 --runs 5 --most 12 --replies 3 --tokens 6 --clicks 15 --seeds 2",
-    "methods": "--part constructed --seeds 1 --rewards prompt --methods linear",
+    "methods": "--part constructed --seeds 1 --rewards prompt --most 250 --out {tmp}/methods",
     "phase1": "--part gated --size small --seeds 1",
     "phase1_cone": "--quick --seeds 0",
     "phase1_network": "--quick --seeds 1",

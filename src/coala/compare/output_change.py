@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coala.costs import Solve, output_fit_flops
 from coala.policies import DistilStates
 from coala.values import CoalaError, Float32
 
@@ -125,13 +126,13 @@ def _cross_entropy(
 
 @dataclass(frozen=True)
 class BiasFit:
-    """The best constant ``bias`` (d,), its ridge, what was tried, and the certified gap as a share of its gain."""
+    """The best constant ``bias`` (d,), its ridge, what was tried, the certified gap as a share of its gain; FLOPs."""
 
     bias: Float32
     ridge: float
     relative_gap: float
     path: list[dict[str, Any]]
-    steps: int
+    flops: int
 
 
 def fit_bias(
@@ -168,4 +169,8 @@ def fit_bias(
     chosen = min(path, key=lambda row: row["held_out"])["ridge"] if path else ridge or trace * RIDGES[1]
     solution = solve(data.program(chosen, inputs=ones), OutputLBFGS(), tolerance=tolerance)
     bias = np.asarray(solution.value[:, 0], np.float32)
-    return BiasFit(bias, chosen, solution.relative_gap, path, solution.steps)
+    padded = data.padded
+    solves = [Solve(1, 0), *(Solve(1, row["steps"], certificates=1) for row in path)]
+    solves += [Solve(1, solution.steps, certificates=solution.certificates)]
+    flops = output_fit_flops(padded["n_rows"], padded["n_support"], states.width, solves)
+    return BiasFit(bias, chosen, solution.relative_gap, path, flops)

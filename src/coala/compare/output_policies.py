@@ -8,7 +8,6 @@ CELL/change.safetensors   of the others
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from coala.compare.lessons import own_score, states_of, teaching
 from coala.compare.output_change import counted_rows, fit_bias, fit_by_adam, mean_loss
 from coala.compare.reply_plan import reply_flops
 from coala.compare.writing import Writer, along, policy_of, prompts_of, replies_of
+from coala.costs import adam_fit_flops
 from coala.store import load_head, write_atomic
 from coala.values import CoalaError, Float32, Pair, one_per_prompt
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from coala.backbone import LanguageModel
     from coala.baselines import PairLikelihoods
     from coala.policies import DistilStates
+    from coala.settings import Support
     from coala.values import Generation
 
 # Multiples of a mean difference that are tried, and on how many held-out prompts of the training pairs.
@@ -36,6 +37,7 @@ TUNED_ON = 16
 def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
     """Guidance as a change of the output layer, by one convex program; ridge and rank as the settings say."""
     from coala.convex.output_fit import fit_output
+    from coala.distil.accounts import fit_flops
     from coala.policies import DistilledPolicy
 
     settings = context.method.distil_settings
@@ -62,10 +64,8 @@ def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
             lead=own,
             progress=lambda what, done, total, row: context.show(f"distil {what}", done, total),
         )
-        facts = dict(found.certificate.facts)
-        work = OutputWork.of(states, output, settings.support)
-        about |= work.of_fit(found.path, facts, 0 if found.right is None else len(found.right))
-        about["search_flops"] += 0 if own is None else own.flops
+        search, fit = fit_flops(found, states.width, len(output))
+        about |= {"flops": fit, "search_flops": search + (0 if own is None else own.flops)}
         about["measured"] = {"compiling": sum(seconds)}
     policy = DistilledPolicy(
         found.left,
@@ -81,7 +81,7 @@ def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         "ridge": found.ridge,
         "rank": policy.rank,
         "strength": found.strength,
-        "relative_gap": facts["relative_gap_of_full_change"],
+        "relative_gap": found.certificate.facts["relative_gap_of_full_change"],
         "gain": -found.certificate.objective,
         "path": found.path,
         **_policy(context, costs, left=found.left, right=found.right),
@@ -114,8 +114,7 @@ def lm_steer_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
                 fit_by_adam(kept, output, support=support, rate=rate, epochs=method.epochs, seed=seed, on_epoch=look)
             except CoalaError:
                 continue  # it diverged: what it told before counts
-        work = OutputWork.of(states, output, support)
-        about["flops"] = round(work.of_adam() * method.epochs * len(method.rates) * (1 - 1 / FOLDS))
+        about["flops"] = _adam_flops(kept, output, support, method.epochs * len(method.rates))
     sound = [trial for trial in trials if np.isfinite(trial["held_out"])]
     if not sound:
         raise CoalaError(f"{context.cell.id}: Adam diverged at every rate of {method.rates}. Fix: lower rates.")
@@ -124,7 +123,7 @@ def lm_steer_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         change = fit_by_adam(
             states, output, support=support, rate=best["rate"], epochs=best["epochs"], seed=seed
         ).astype(np.float32)
-        about["flops"] = work.of_adam() * best["epochs"]
+        about["flops"] = _adam_flops(states, output, support, best["epochs"])
     _save(context, change=change)
     return {
         "rate": best["rate"],
@@ -143,8 +142,7 @@ def bias_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
         found = fit_bias(
             states, output, ridge=settings.ridge, tolerance=settings.tolerance, seed=context.cell.seed or 0
         )
-        work = OutputWork.of(states, output, "nucleus")
-        about["flops"] = found.steps * work.of_step(1) + sum(row["steps"] for row in found.path) * work.of_step(1)
+        about["flops"] = found.flops
         about["measured"] = {"compiling": sum(seconds)}
     _save(context, bias=found.bias)
     return {
@@ -248,6 +246,13 @@ def _output(context: CellContext) -> Float32:
     return found
 
 
+def _adam_flops(states: DistilStates, output: Float32, support: Support, epochs: int) -> int:
+    n = len(counted_rows(states, support))
+    return adam_fit_flops(
+        n, n * (states.tokens.shape[1] if support == "nucleus" else len(output)), states.width, epochs
+    )
+
+
 def _save(context: CellContext, **arrays: Float32) -> None:
     write_atomic(context.folder / "change.safetensors", save(arrays))
 
@@ -288,73 +293,3 @@ def _start_likelihoods(context: CellContext, pairs: list[Pair]) -> PairLikelihoo
     if context.dataset.base and "likelihoods" in (found := context.result(base)):
         return PairLikelihoods(**{name: np.array(values) for name, values in found["likelihoods"].items()})
     return _likelihoods(context, context.backbone, pairs)
-
-
-# --- FLOPs of a fit, by formula --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OutputWork:
-    """FLOPs of fits to n states of width d, 2 per multiply-add of matrix products.
-
-    A step of the solver over nuclei of K tokens is one product with the named rows of W forth and one back, one with
-    the change forth and one back, 4 n (K d + d e), and two solves in the metric of the factors, 8 (d^2 e + d e^2). Over
-    the whole vocabulary a round is counted by its products with W alone, 6 n V d. A step of Adam is 4 n (K d + d^2).
-
-    ``tokens`` is the sum over states of what Adam's step has logits of, ``named`` of what the solver's has, 0 over the
-    whole vocabulary.
-    """
-
-    rows: int
-    tokens: int
-    named: int
-    width: int
-
-    @classmethod
-    def of(cls, states: DistilStates, output: Float32, support: str) -> OutputWork:
-        from coala.convex.output_data import WIDTHS
-
-        rows = counted_rows(states, "nucleus" if support == "nucleus" else "vocabulary")
-        if support == "vocabulary":
-            return cls(len(rows), len(rows) * len(output), 0, states.width)
-        most = states.tokens.shape[1]
-        # What one token is the whole nucleus of takes no product.
-        rows = rows[np.asarray(states.size)[rows] > 1]
-        size = np.asarray(states.size)[rows]
-        # Supports are laid out in a few widths.
-        widths = np.array([*(width for width in WIDTHS if width < most), most])
-        laid = int(widths[np.searchsorted(widths, size)].sum())
-        return cls(len(rows), len(rows) * most, laid, states.width)
-
-    def of_step(self, inputs: int) -> int:
-        """One step of the solver with changes (d, ``inputs``)."""
-        d, e = self.width, inputs
-        if not self.named:
-            return 6 * self.tokens * d
-        return 4 * (self.named * d + self.rows * d * e) + 16 * (d * d * e + d * e * e)
-
-    def of_look(self) -> int:
-        """The losses of all states at a change and at none."""
-        return 4 * (self.named or self.tokens) * self.width + 2 * self.rows * self.width**2
-
-    def of_adam(self) -> int:
-        """One pass over the states."""
-        return 4 * (self.tokens * self.width + self.rows * self.width**2)
-
-    def of_fit(self, path: list[dict[str, Any]], facts: dict[str, Any], rank: int) -> dict[str, int]:
-        """``flops`` of the fit itself and ``search_flops`` of every ridge and rank that was tried."""
-        from coala.convex.output_fit import FOLDS, RANKS
-
-        def inner(rank: int) -> int:
-            return min(max(rank, RANKS[-1]), self.width)
-
-        search = sum(
-            (1 - 1 / FOLDS) * row["steps"] * self.of_step(self.width if row["rank"] is None else inner(row["rank"]))
-            + self.of_look()
-            for row in path
-            if "steps" in row
-        )
-        final = facts["steps"] * self.of_step(self.width)
-        if rank:
-            final += facts.get("steps_within_rank", 0) * self.of_step(inner(rank))
-        return {"flops": round(final), "search_flops": round(search)}

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from coala.compare.matrix import Cell, teacher_guidance, teacher_method
 from coala.compare.reply_plan import likelihoods, reply_flops, writing
 from coala.compare.study import Study, StudyMethod
-from coala.costs import body_flops, full_flops, head_flops
+from coala.costs import (
+    Solve,
+    adam_fit_flops,
+    body_flops,
+    full_flops,
+    head_flops,
+    output_fit_flops,
+    vocabulary_fit_flops,
+)
 
 if TYPE_CHECKING:
     from coala.costs import Shape
@@ -92,26 +100,28 @@ def _states(study: Study, method: StudyMethod, counts: Counts) -> int:
 
 
 def _fit(study: Study, method: StudyMethod, shape: Shape, counts: Counts) -> int:
-    from coala.compare.output_policies import MULTIPLES, TUNED_ON, OutputWork
+    from coala.compare.output_policies import MULTIPLES, TUNED_ON
     from coala.convex.output_fit import RANKS, RIDGES
+    from coala.distil.states import N_TOKENS
 
     new = study.evaluation.max_new_tokens
     if method.kind == "mean-difference":
         some = counts.prompts[:TUNED_ON]
         replies = sum(reply_flops(shape, tokens, new, None) + full_flops(shape, [tokens + new]) for tokens in some)
         return (1 + len(MULTIPLES)) * replies
-    n, whole = _states(study, method, counts), method.distil_settings.support == "vocabulary"
-    named = NUCLEUS if not whole else 0
-    work = OutputWork(n, n * (shape.vocabulary if whole else 64), n * named, shape.width)
+    n, whole, width = _states(study, method, counts), method.distil_settings.support == "vocabulary", shape.width
     if method.kind == "lm-steer":
         looks = head_flops(shape, [n]) if whole else 0
-        return method.epochs * len(method.rates) * (work.of_adam() + looks)
-    if method.kind == "bias":
-        return (len(RIDGES) + 1) * STEPS * work.of_step(1)
+        tokens = n * (shape.vocabulary if whole else N_TOKENS)
+        return len(method.rates) * (adam_fit_flops(n, tokens, width, method.epochs) + method.epochs * looks)
     ridges = 1 if method.distil_settings.ridge is not None else len(RIDGES)
-    ranks = len(RANKS) if method.distil_settings.rank == "auto" else 0
-    inner = min(RANKS[-1], shape.width)
-    return STEPS * ((ridges + 1) * work.of_step(shape.width) + (0 if whole else ranks * work.of_step(inner)))
+    if whole:
+        return vocabulary_fit_flops(n, shape.vocabulary, width, STEPS * (ridges + 1))
+    if method.kind == "bias":
+        return output_fit_flops(n, n * NUCLEUS, width, [Solve(1, STEPS, certificates=1)] * (ridges + 1))
+    ranks = [rank for rank in RANKS if rank < width] if method.distil_settings.rank == "auto" else []
+    solves = [Solve(width, STEPS, held_out=1)] * (ridges + 1) + [Solve(min(RANKS[-1], width), STEPS, 1)] * len(ranks)
+    return output_fit_flops(n, n * NUCLEUS, width, solves)
 
 
 def _found(flops: int, counts: Counts) -> dict[str, Any]:

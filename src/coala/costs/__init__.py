@@ -2,6 +2,7 @@
 
 from coala.costs.distilling import (
     Solve,
+    adam_fit_flops,
     adapter_bytes,
     imitation_flops,
     output_fit_bytes,
@@ -10,6 +11,7 @@ from coala.costs.distilling import (
     sweep_flops,
     teacher_flops,
     usual_solves,
+    vocabulary_fit_flops,
 )
 from coala.costs.flops import (
     CostedMethod,
@@ -41,6 +43,7 @@ __all__ = [
     "Shape",
     "Solve",
     "Stopwatch",
+    "adam_fit_flops",
     "adapter_bytes",
     "ask_driver",
     "body_flops",
@@ -66,5 +69,6 @@ __all__ = [
     "token_flops",
     "training_flops",
     "usual_solves",
+    "vocabulary_fit_flops",
     "work_over_bound",
 ]

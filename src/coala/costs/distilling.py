@@ -10,7 +10,7 @@ With N states of width d in the program (padded to whole chunks), S tokens in al
     held-out losses  2 N d^2 + 4 S d
 
 Eigenvalues of two (d, d) matrices a solve and the singular values of the change, about 30 d^3 in all, are left out:
-they are no products. Over the whole vocabulary nothing is counted.
+they are no products. Over the whole vocabulary a step is counted by its products with W alone.
 """
 
 from __future__ import annotations
@@ -59,6 +59,16 @@ def output_fit_flops(states: int, support: int, width: int, solves: Sequence[Sol
         total += start + one.steps * step + one.certificates * (4 * n * d * e + 6 * s * d)
         total += one.held_out * (2 * n * d * d + 4 * s * d)
     return total
+
+
+def vocabulary_fit_flops(states: int, vocabulary: int, width: int, steps: int) -> int:
+    """All ``steps`` of solves over the whole vocabulary: forth, back and the curvature along a step."""
+    return 6 * states * vocabulary * width * steps
+
+
+def adam_fit_flops(states: int, tokens: int, width: int, epochs: int) -> int:
+    """Adam on a change (d, d), with logits of ``tokens`` in all: forth and back through it and through their rows."""
+    return 4 * epochs * (tokens * width + states * width**2)
 
 
 def usual_solves(width: int) -> list[Solve]:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coala.costs import Solve, decoding_flops, output_fit_flops, states_flops, sweep_flops, teacher_flops
+from coala.costs import (
+    Solve,
+    decoding_flops,
+    output_fit_flops,
+    states_flops,
+    sweep_flops,
+    teacher_flops,
+    vocabulary_fit_flops,
+)
 from coala.store import RunFolder, load_pairs
 from coala.values import Turn, one_per_prompt
 
@@ -31,8 +39,8 @@ def output_flops(
 ) -> dict[str, int]:
     """FLOPs of the teacher's replies, of their states and of the solver; without ``guidance`` replies were there.
 
-    A prompt has one reply, or, where none was written, those of its pairs. Of the solver over the whole vocabulary
-    nothing is counted. ``dpo_sweep`` is :func:`dpo_flops`, for comparison.
+    A prompt has one reply, or, where none was written, those of its pairs. ``dpo_sweep`` is :func:`dpo_flops`, for
+    comparison.
     """
     prompts, shape = run_prompts(run), backbone.shape
     groups, steps = np.unique(states.group, return_counts=True)
@@ -49,23 +57,30 @@ def output_flops(
     chosen, rejected = pair_lengths(run, backbone)
     rows = [*chosen, *rejected] if guidance is None else [a + int(b) - 1 for a, b in zip(lengths, steps, strict=True)]
     flops["states"] = states_flops(shape, rows, steps)
-    if found.certificate.facts["support"] == "nucleus":
-        flops["solver"] = fit_flops(found, states.width)
+    flops["solver"] = sum(fit_flops(found, states.width, backbone.shape.vocabulary))
     return {**flops, "dpo_sweep": dpo_flops(run, backbone)}
 
 
-def fit_flops(found: OutputFit, width: int) -> int:
-    """FLOPs of the products of a fit over nuclei, by the steps that it took."""
+def fit_flops(found: OutputFit, width: int, vocabulary: int) -> tuple[int, int]:
+    """FLOPs of the products of a fit by the steps that it took: of all that was tried before, and of the last fit."""
     facts = found.certificate.facts
-    solves = [Solve(width, 0)]  # the unit of the ridge
-    solves += [Solve(row.get("inputs", width), row["steps"], held_out=1) for row in found.path if "steps" in row]
+    tried = [row for row in found.path if "steps" in row]
+    if facts["support"] == "vocabulary":
+        n = facts["n_counted"]
+        return (
+            vocabulary_fit_flops(n, vocabulary, width, sum(row["steps"] for row in tried)),
+            vocabulary_fit_flops(n, vocabulary, width, facts["steps"]),
+        )
+    before = [Solve(width, 0)]  # the unit of the ridge
+    before += [Solve(row.get("inputs", width), row["steps"], held_out=1) for row in tried]
     cut = "steps_within_rank" in facts
-    held_out = sum("strength" in row for row in found.path)
     again = int(cut or found.strength != 1)  # the objective of the change as it is taken
-    solves += [Solve(width, facts["steps"], certificates=facts["certificates"] + again, held_out=held_out)]
+    strengths = sum("strength" in row for row in found.path)
+    last = [Solve(width, facts["steps"], certificates=facts["certificates"] + again, held_out=strengths)]
     if cut:
-        solves += [Solve(facts["inputs_within_rank"], facts["steps_within_rank"], facts["certificates_within_rank"])]
-    return output_fit_flops(facts["n_rows"], facts["n_support"], width, solves)
+        last += [Solve(facts["inputs_within_rank"], facts["steps_within_rank"], facts["certificates_within_rank"])]
+    search, fit = (output_fit_flops(facts["n_rows"], facts["n_support"], width, some) for some in (before, last))
+    return search, fit
 
 
 def dpo_flops(run: RunFolder, backbone: LanguageModel) -> int:
