@@ -300,7 +300,7 @@ class TestCommands:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
-        assert "finished work is kept" in said
+        assert "finished work is saved" in said
         assert "Traceback" not in said
         assert (tmp_path / "run/pairs-train.jsonl").exists()
 

@@ -94,7 +94,7 @@ def test_scores_after_every_token(served_run: Path, parts: Any) -> None:
     ("line", "said"),
     [
         ("/help", COMMANDS),
-        ("/dance", "/dance: is no command; /help lists them."),
+        ("/dance", "/dance: unknown command; /help lists them."),
         ("/", "/: is no command"),
         ("/strength", "could not convert ''"),
         ("/strength much", "could not convert 'much'"),
@@ -168,7 +168,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_written(
         patched.setattr(sys, "stdout", Interrupting())
         assert chat.answer("hello")
     assert chat.interrupted
-    assert "stopped; what was written stays" in capsys.readouterr().err
+    assert "stopped; the text so far is kept" in capsys.readouterr().err
     kept = chat.turns[-1]
     assert kept.role == "assistant"
     assert kept.text
@@ -191,7 +191,7 @@ def test_a_conversation_that_is_too_long_is_refused_or_cut(served_run: Path, par
     long = "a film " * backbone.max_tokens
     _, err = talk(served_run, long)
     assert "context_length: the prompt has" in err
-    assert "/new forgets the conversation" in err
+    assert "Start over with /new" in err
     _, err = talk(served_run, long, options=("--cut",))
     assert "tokens are cut" in err
 

@@ -694,6 +694,6 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
-    assert "finished work is kept" in said
+    assert "finished work is saved" in said
     journal = read_journal((tmp_path / "talk.jsonl.journal").read_bytes())
     assert 0 < len(rows(out)) == len(journal.kept) < 400

@@ -466,7 +466,7 @@ def test_mtbench_end_to_end(run: Path, tmp_path: Path, server: JudgeServer) -> N
     # The grades by themselves are the same.
     saved, _, _ = called(app, "mtbench", result["out"])
     assert saved["scores"]["mine"]["overall"] == result["scores"]["mine"]["overall"]
-    with pytest.raises(CoalaError, match="Give either a file of judgements"):
+    with pytest.raises(CoalaError, match="pass a file of judgements"):
         called(app, "mtbench", "--questions", questions)
 
 

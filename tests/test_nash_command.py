@@ -404,7 +404,7 @@ def test_oracles_by_their_names(place: Path, tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("coin", "there is no oracle 'coin'; expected one of rule, words"),
-        ("rule", "needs something behind the colon"),
+        ("rule", "needs a value after the colon"),
         ("rule:tallest", "There is no rule 'tallest'"),
         ("majority:rule:longer+coin", "there is no oracle 'coin'"),
         ("python:judge.py", r"expected FILE.py:NAME"),

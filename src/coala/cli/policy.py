@@ -15,16 +15,20 @@ from coala.settings import GuidanceSettings
 
 @with_settings
 def policy(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder of `coala align`.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Finished run folder of `coala align`.")],
     *,
     pairs: Annotated[
-        Path | None, typer.Option(help="Pairs in any format that is read (default: those that the run holds out).")
+        Path | None, typer.Option(help="File of pairs, in any known format (default: the run's held-out pairs).")
     ] = None,
     trained: Annotated[
         Path | None,
-        typer.Option(help="Measure this model, trained from the run's, or an adapter of it, instead of the guidance."),
+        typer.Option(
+            help="Model or adapter trained from the run's model, to measure instead of the guidance (default: none)."
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many pairs, spread evenly: each costs forwards.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Maximum number of pairs, evenly spaced; each costs forward passes.")
+    ] = 100,
     guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "budget"))],
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 ORACLES = """
 \b
-Oracles, by what --oracle is given:
-  rule:NAME[:TEXT]      longer, shorter, varied, json, contains:TEXT, regex:PATTERN; who has more of it wins
-  words:FILE.json       word weights (as of `coala demo`): Bradley-Terry
+Values of --oracle:
+  rule:NAME[:TEXT]      longer, shorter, varied, json, contains:TEXT, regex:PATTERN; the higher value wins
+  words:FILE.json       word weights (as in `coala demo`): Bradley-Terry
   scores:FILE.py:NAME   your function NAME(example, answer), a number: Bradley-Terry
-  python:FILE.py:NAME   your function NAME(example, a, b), P(a beats b) or None; or an object like an oracle
-  majority:A+B+C        who wins by more of several oracles; may go in cycles
-  reward:FOLDER         a reward model (a sequence classifier of one label): Bradley-Terry
-  judge:MODEL[:NAME]    a language model that is shown both answers, in both orders (NAME: judge instructions)
-  table:FILE.json       a known game, in the form of `coala comal game`
+  python:FILE.py:NAME   your function NAME(example, a, b), P(a beats b) or None; or an oracle object
+  majority:A+B+C        majority vote of several oracles; may be cyclic
+  reward:FOLDER         a reward model (a sequence classifier with one label): Bradley-Terry
+  judge:MODEL[:NAME]    a language model that sees both answers, in both orders (NAME: judge instructions)
+  table:FILE.json       a known game, in the format of `coala comal game`
   head[:RUN]            an antisymmetric head on pairs of hidden states, fitted to the pairs of a COALA run
   convex-head[:RUN]     the run's own head: Bradley-Terry
 
-A Bradley-Terry oracle scores answers one by one and has no cycles: its Nash policy is the answer of the best score.
-python: and scores: run the code in FILE.
+A Bradley-Terry oracle scores answers one by one and has no cycles: its Nash policy is the answer with the best score.
+python: and scores: execute the code in FILE.
 """
 LOADED = ("reward", "judge", "head", "convex-head")  # need a model in memory
 
@@ -76,9 +76,9 @@ def oracle_of(spec: str, run: Path | None = None, *, device: str = "auto") -> Na
         "convex-head": lambda: _head(rest, run, pairwise=False),
     }
     if kind not in makers:
-        raise CoalaError(f"--oracle {spec!r}: there is no oracle {kind!r}; expected one of {', '.join(makers)}.")
+        raise CoalaError(f"--oracle {spec!r}: found oracle {kind!r}; expected one of {', '.join(makers)}.")
     if not rest and kind not in ("head", "convex-head"):
-        raise CoalaError(f"--oracle {spec!r}: {kind} needs something behind the colon; see --help.")
+        raise CoalaError(f"--oracle {spec!r}: {kind} needs a value after the colon; see --help.")
     return makers[kind]()
 
 
