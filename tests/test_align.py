@@ -817,7 +817,7 @@ def test_replies_resume_with_the_portion_that_was_lost(
         ),
         (Estimate(0.9, 0.8, 0.95, 50, "share"), "90.0 % [80.0, 95.0], n = 50: better than chance"),
         (Estimate(0.1, 0.05, 0.2, 50, "share"), "10.0 % [5.0, 20.0], n = 50: worse than chance"),
-        (Estimate(float("nan"), 0.0, 1.0, 0, "no pairs"), "unknown: there is nothing to tell it from (no pairs)"),
+        (Estimate(float("nan"), 0.0, 1.0, 0, "no pairs"), "unknown: there is nothing to compare it with (no pairs)"),
     ],
 )
 def test_the_table_says_what_an_interval_leaves_open(finished: RunFolder, accuracy: Estimate, said: str) -> None:

@@ -390,7 +390,7 @@ def _retyped(kind: int) -> Callable[[bytes], bytes]:
 
 
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "truncated": (lambda b: b[:-9], "breaks off: .* that its header tells of. Fix: download it again"),
+    "truncated": (lambda b: b[:-9], "breaks off: .* that its header declares. Fix: download it again"),
     "in its header": (lambda b: b[:700], "breaks off in its header"),
     "empty": (lambda _: b"", "is empty; expected GGUF"),
     "magic alone": (lambda _: b"GGUF", "breaks off in its header"),

@@ -358,7 +358,7 @@ def test_a_plan_of_real_pairs_counts_what_training_reads(tmp_path: Path) -> None
 
 def test_files_that_are_not_there_are_named_with_the_way_to_name_others(tmp_path: Path) -> None:
     given_study = study(datasets={"d": {"pairs": [str(tmp_path / "gone.jsonl")]}})
-    with pytest.raises(CoalaError, match=r"gone.jsonl is not there. Name its files with --set 'datasets.d.pairs="):
+    with pytest.raises(CoalaError, match=r"gone.jsonl is missing. Fix: name its files with --set 'datasets.d.pairs="):
         prepare(given_study, tmp_path / "out")
 
 

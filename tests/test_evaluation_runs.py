@@ -283,7 +283,7 @@ def test_alpaca_end_to_end_with_a_rule(run: Path, prompts: Path, orders: tuple[s
     assert result["raw"]["average_length"] == int(np.mean(lengths))
     # Length is all that this judge looks at, so nothing can be said of equal lengths.
     assert result["length_controlled"]["win_rate"]["value"] is None
-    assert "length alone tells who won" in remarks
+    assert "length alone decides who won" in remarks
     assert "own rows alone" in remarks
     assert "mine" in table
     # Judged again from the annotations it is the same.

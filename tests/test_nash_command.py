@@ -299,7 +299,7 @@ def test_a_matrix_over_checkpoints(place: Path, whole: Any) -> None:
     assert more["percent"][1][4] == 50
     assert np.array(more["percent"])[:4, :4] == pytest.approx(percent)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    with pytest.raises(CoalaError, match=r"run@7: there is no such policy; expected start, 1 to 2"):
+    with pytest.raises(CoalaError, match=r"run@7: found no such policy; expected start, 1 to 2"):
         run("matrix", f"{run_folder}@7", run_folder, *common)
     with pytest.raises(CoalaError, match="Found 1 entrant; expected two"):
         run("matrix", run_folder, *common)

@@ -113,7 +113,9 @@ class ModelSettings:
 
     __pydantic_config__ = _STRICT
 
-    name: Annotated[str, Setting("Local model folder, GGUF file or hub name.", flag="--model", letter="-m")]
+    name: Annotated[
+        str, Setting("Model: a local folder, GGUF file or hub name (no default).", flag="--model", letter="-m")
+    ]
     revision: Annotated[str | None, Setting("Commit of a hub model (default: the latest).", flag=None)] = None
     template: Template = "auto"
     layer: Annotated[
@@ -241,7 +243,8 @@ class EvaluationSettings:
         ),
     ] = None
     labeller: Annotated[
-        str | None, Setting("Scorer that made the labels, written like a judge; reported next to it.", flag=None)
+        str | None,
+        Setting("Scorer that made the labels, written like a judge; reported next to it (default: none).", flag=None),
     ] = None
 
 

@@ -44,7 +44,7 @@ class SolverFlags:
     ] = "comal"
     inner: Annotated[
         Literal["exact", "md", "inpo", "sppo", "dro", "rebel"],
-        typer.Option(help="comal: solver of the inner game: Newton (`exact`) or inner steps on a loss."),
+        typer.Option(help="Solver of the inner game, for comal: Newton (`exact`) or inner steps on a loss."),
     ] = "exact"
     eta: Annotated[float | None, typer.Option(help="Step size (default: 0.3).")] = None
     beta: Annotated[
@@ -56,7 +56,7 @@ class SolverFlags:
         typer.Option(min=1, help="Number of updates (default: 200 for comal, else 5000).", show_default=False),
     ] = None
     inner_steps: Annotated[
-        int | None, typer.Option(min=1, help="comal: inner updates per outer update (default: 25).")
+        int | None, typer.Option(min=1, help="Number of inner updates per outer update, for comal (default: 25).")
     ] = None
     pairs_per_step: Annotated[
         int | None, typer.Option(min=1, help="Pairs sampled per step (default: exact expectations).")

@@ -160,8 +160,8 @@ def synthesize(
 ) -> None:
     """Generate conversations between a student and a tutor through any OpenAI-compatible endpoint.
 
-    Every finished conversation is written down at once in OUT.journal: after a kill the same command goes on where it
-    was. OUT is written when the run is finished or the budget spent (exit code 3).
+    Every finished conversation is saved at once in OUT.journal, so rerun the same command to resume.
+    OUT is written when the run is finished or the budget spent (exit code 3).
     """
     from coala.cli.output import emit, progress, say
     from coala.data.synthesis_file import synthesize_file

@@ -41,7 +41,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write; must be new or empty (default: none).")] = None,
     drop_constant: Annotated[
         bool,
-        typer.Option("--drop-constant", help="linear-head: drop the head's constant, which shifts all scores."),
+        typer.Option("--drop-constant", help="Drop the constant of a linear-head, which shifts all scores."),
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check an exported folder's files against its coala.json instead.")

@@ -31,7 +31,7 @@ def fit(
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="With --by: file of the pairs behind the features, as `coala align` writes it (default: none)."
+            help="With --by: file of the pairs the features are from, as `coala align` writes it (default: none)."
         ),
     ] = None,
 ) -> None:

@@ -35,7 +35,7 @@ def live(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     site: Annotated[
         str | None,
-        typer.Option(help="Public address behind a proxy, such as https://live.example (default: host and port)."),
+        typer.Option(help="Public address of a proxy in front, such as https://live.example (default: host and port)."),
     ] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:

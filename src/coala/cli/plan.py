@@ -22,7 +22,7 @@ def plan(
     *,
     model: Annotated[Given, Of(ModelSettings)],
     config: Annotated[
-        Path | None, typer.Option(help="config.json with the model's sizes (default: the model's).")
+        Path | None, typer.Option(help="File config.json with the model's sizes (default: the model's own).")
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Number of pairs to plan for (default: the pairs given).")] = None,
     tokens_per_prompt: Annotated[int | None, typer.Option(help="Tokens per prompt (default: counted).")] = None,

@@ -35,9 +35,10 @@ def policy(
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Share of pairs whose log-ratio to the base the policy ranks right, without a judge; in the run's report too.
+    """Measure the share of pairs the policy ranks right by its log-ratio to the base, without a judge.
 
-    Guidance has likelihoods in mode shift alone, and so has its distilled policy; the other modes are told so.
+    Only mode shift and a distilled policy have likelihoods; other modes are an error. The result is added to the
+    report.
     """
     from coala.leaderboards.policy import run_policy
     from coala.store import RunFolder

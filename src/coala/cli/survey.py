@@ -111,7 +111,9 @@ def serve(
     ] = False,
     site: Annotated[
         str | None,
-        typer.Option(help="Public address behind a proxy, such as https://survey.example (default: host and port)."),
+        typer.Option(
+            help="Public address of a proxy in front, such as https://survey.example (default: host and port)."
+        ),
     ] = None,
 ) -> None:
     """Serve the survey until Ctrl-C. Restart it at any time: answers are saved in SURVEY/answers.sqlite.

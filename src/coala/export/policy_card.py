@@ -140,8 +140,8 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
         *uploading(),
         "## Limits",
         "",
-        "- It prefers what the head behind the teacher preferred, on the data that head was fitted to, and no more: "
-        "measure it on yours before use.",
+        "- It prefers what the teacher's head preferred on the data the head was fitted to, and no more: measure it "
+        "on yours before use.",
         "- No row of that data is in these files.",
         f"- {checked}",
         "- Licence: that of the base model and of the data apply. Name it above before publishing.",
@@ -208,7 +208,7 @@ def _vehicle(policy: Policy) -> list[tuple[str, str]]:
     if isinstance(policy, DistilledPolicy):
         support = {
             "nucleus": "`nucleus`: each step normalised over the tokens that top-k and top-p left of the base model",
-            "vocabulary": "`vocabulary`: each step normalised over all tokens, which sharpens the model besides",
+            "vocabulary": "`vocabulary`: each step normalised over all tokens, which also sharpens the model",
         }
         return [
             ("program", "likelihood of the teacher over the changes A of the output layer, with a ridge; convex"),
@@ -285,7 +285,7 @@ def _cost(policy: Policy, flops: Mapping[str, int]) -> str:
 
 def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
     settings = ", ".join(f"{name}={value:g}" for name, value in sampling.items())
-    told = f"Sample at {settings}, where it was fitted; another temperature is another policy."
+    told = f"Sample at {settings}, as fitted; another temperature gives another policy."
     if form == "gguf":
         flags = (
             f"--temp {sampling['temperature']:g} --top-k {sampling['top_k']:g} --top-p {sampling['top_p']:g} --min-p 0"
@@ -293,7 +293,7 @@ def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
         return [
             "```sh",
             f"llama-server -m FILE.gguf {flags}                # llama.cpp",
-            "ollama create NAME -f FILE.Modelfile && ollama run NAME   # Ollama: the Modelfile beside the file",
+            "ollama create NAME -f FILE.Modelfile && ollama run NAME   # Ollama: the Modelfile next to the file",
             "```",
             "",
             told,

@@ -181,7 +181,7 @@ def _chosen_anew(run: Opened, remaining: FeatureSet) -> _Refit:
     result = fitted()
     control = result.head if not result.head.n_neurons else fitted(linear=True).head
     facts: dict[str, Any] = {
-        "how": "fitted anew on what remains: ridge, gates and temperature too are of a fit that never saw the rest",
+        "how": "refitted from scratch on the remaining pairs: ridge, gates and temperature included",
         "gap_before": None,
         "gap_after": None if result.head.certificate is None else result.head.certificate.relative_gap,
         "distance": None,

@@ -77,7 +77,7 @@ def spoken(content: Mapping[str, Any]) -> list[str]:
         even = "" if wins.above(0.5) or wins.below(0.5) else ", which includes 50 %"
         said = f"{start} is preferred to unguided replies in {wins.percent()}{even}"
     else:
-        way = "above" if gain.above(0) else "below" if gain.below(0) else "not told from"
+        way = "above" if gain.above(0) else "below" if gain.below(0) else "not distinguishable from"
         said = f"{start} has a head score {way} that of unguided replies by {gain.plain()}"
     cost = f", at {nats.plain()} nats a reply" if nats else ""
     return [f"{said}, n = {(wins or gain).n}{cost}."]

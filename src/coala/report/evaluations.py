@@ -121,7 +121,7 @@ def saved_evaluations(run: RunFolder) -> list[dict[str, Any]]:
     for path in sorted((run.path / FOLDER).glob("*.json")):
         row = load_json(path)
         if not isinstance(row, dict) or not isinstance(row.get("figures"), list):
-            raise StoreError(f"{path}: is no evaluation. Delete it, or evaluate again.")
+            raise StoreError(f"{path}: is not an evaluation. Fix: delete it, or evaluate again.")
         found.append({**row, "changed": [one["path"] for one in row.get("files", []) if _differs(run, one)]})
     return sorted(found, key=lambda row: str(row.get("created")))
 
@@ -167,7 +167,7 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
         *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
         *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
     ]
-    heads = ("Measure", "Value (95 % interval unless told otherwise)", "How")
+    heads = ("Measure", "Value (95 % interval unless stated otherwise)", "How")
     return [
         element("h3", title),
         aside("Stale: made with the head of before pairs were forgotten. Evaluate again.")

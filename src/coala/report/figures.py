@@ -79,7 +79,7 @@ def gap_bar(certificate: Mapping[str, Any]) -> Drawing | None:
 
     asked_for = "" if asked is None else f", of {number(asked)} asked for"
     title = f"Objective {objective:.8g} and lower bound {bound:.8g}: a gap of {gap:.2g} of the objective{asked_for}."
-    caption = "The optimal value of the head's convex program lies between the two marks."
+    caption = "The optimal value of the head's convex program is between the two marks."
     return drawing("bounds", title, caption, draw, size=(5.4, 2.1))
 
 
@@ -144,7 +144,7 @@ def histograms(scores: Mapping[str, Any]) -> Drawing | None:
         f"Histograms of held-out scores: {len(chosen)} chosen replies with median {number(float(np.median(chosen)))}, "
         f"{len(rejected)} rejected with median {number(float(np.median(rejected)))}."
     )
-    caption = "Overlap is no fault by itself: prompts differ in level, and only the two replies to one prompt compete."
+    caption = "Overlap alone is not a problem: prompts differ in level, and only the two replies to one prompt compete."
     return drawing("scores", title, caption, draw)
 
 

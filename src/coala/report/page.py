@@ -65,7 +65,7 @@ def render(content: Mapping[str, Any]) -> str:
         section("What it cost", *_costs(_rows(content.get("costs")), summary), name="costs"),
         section("Reproduce", *_again(content), name="again"),
         facts=[str(fact) for fact in line if fact],
-        footer="All values of this page are in report.json beside it.",
+        footer="All values on this page are in report.json next to it.",
     )
 
 
@@ -165,7 +165,7 @@ def _fit(content: Mapping[str, Any], summary: Mapping[str, Any], curves: Mapping
     )
     told = (
         "A linear head on each layer, held-out pairs of a sample. Chosen is the lowest within one standard error of "
-        "the best, or the last where the sample cannot tell."
+        "the best, or the last if the sample cannot decide."
     )
     columns = {"Layer": "layer", "Share of a forward pass": "cost", "CV NLL": "nll", "Above the best": "excess"}
     columns |= {"Std. error": "excess_error", "CV accuracy": "accuracy"}

@@ -38,10 +38,10 @@ def rater_words(record: Mapping[str, Any]) -> list[str]:
     undecided = [row for row in rows if row["verdict"] == "undecided"]
     less = [row for row in undecided if "less" in row["why"]]
     if less:
-        told.append(f"Agree less than the rest, whether random or reversed is not told: {_listed(less)}.")
+        told.append(f"Agree less than the rest, at random or in reverse: {_listed(less)}.")
     undecided = [row for row in undecided if row not in less]
     if undecided and not record["at_chance"]:
-        told.append(f"Undecided, too few choices or too little agreement to tell: {_listed(undecided)}.")
+        told.append(f"Undecided, with too few choices or too little agreement: {_listed(undecided)}.")
     if record["at_chance"]:
         told.append("The head of the others is not distinguishable from chance, so nothing is said of anybody.")
     if record["unnamed"]:
@@ -103,7 +103,7 @@ def rater_parts(record: Mapping[str, Any]) -> list[Part]:
 
 
 def _within(record: Mapping[str, Any]) -> str:
-    return "names exchanged within prompts" if record["exchanged_within"] else "names exchanged among all prompts"
+    return "names shuffled within prompts" if record["exchanged_within"] else "names shuffled over all prompts"
 
 
 def _sentence(row: Mapping[str, Any], by: str) -> str:

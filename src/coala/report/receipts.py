@@ -46,7 +46,7 @@ def saved_receipts(run: RunFolder) -> list[dict[str, Any]]:
     for path in sorted((run.path / FOLDER).glob("*.json")):
         row = load_json(path)
         if not isinstance(row, dict) or row.get("kind") not in KINDS:
-            raise StoreError(f"{path}: is no receipt. Delete it, and run what makes it again.")
+            raise StoreError(f"{path}: is not a receipt. Fix: delete it and rerun its command.")
         found.append({**row, "stale": row["kind"] != "forget" and row.get("head") != now})
     found.sort(key=lambda row: str(row.get("created")))
     last = max((k for k, row in enumerate(found) if row["kind"] == "influence" and not row["stale"]), default=None)
@@ -84,8 +84,8 @@ def spoken(row: Mapping[str, Any]) -> list[str]:
         if not largest:
             return ["Poisoning: the bound is vacuous from the first flipped pair on; nothing is proved against it."]
         return [
-            f"Poisoning: no {_pairs(largest)} flipped by whoever knows all of this can take held-out accuracy to 50 % "
-            "or below: proved."
+            f"Poisoning: no {_pairs(largest)} flipped with full knowledge of all this can take held-out accuracy to "
+            "50 % or below: proved."
         ]
     return [
         f"{_pairs(int(row.get('removed') or 0)).capitalize()} were forgotten on {str(row.get('created'))[:10]}; see "
@@ -195,7 +195,7 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
         )
         for one in row.get("contradicted") or []
     ]
-    caption = "Contradicted most by all others: look for exchanged replies here first"
+    caption = "Most contradicted by all other pairs: check these first for swapped replies"
     heads = ("Pair", "Margin by the others", "Chosen", "Prompt (its end)")
     parts.append(titled(caption, Table(caption, heads, against, kind="words")))
     bounds, twins = _mapping(row.get("bounds")), _mapping(row.get("copies"))
@@ -269,7 +269,7 @@ def _forgotten(row: Mapping[str, Any]) -> list[Part]:
                 ("Weights moved by", number(row.get("distance"))),
                 ("Proved to move at most by", "no bound (gates)" if bound is None else number(bound)),
                 ("Held-out margins moved by at most", number(row.get("margins_moved"))),
-                *([("Gates chosen anew would give", anew)] if anew else []),
+                *([("Gates chosen again would give", anew)] if anew else []),
             ],
         ),
         Table("Digests (SHA-256, first 16 digits)", ("File", "Before", "After"), rows, left=(1, 2)),

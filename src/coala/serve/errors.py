@@ -47,7 +47,7 @@ def failure() -> Refusal:
     """What a client learns of a failure of ours; the log has the rest."""
     return Refusal(
         HTTPStatus.INTERNAL_SERVER_ERROR,
-        "The server failed at this request; its log says why. It goes on with others.",
+        "The server failed on this request; its log says why. Other requests continue.",
         code="internal_error",
     )
 

@@ -77,12 +77,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def write_error(path: Path, error: OSError) -> StoreError:
     hint = {
-        errno.ENOSPC: "The disk is full: free some space and run the same command again; finished work is kept.",
+        errno.ENOSPC: "The disk is full: free some space and rerun the same command; finished work is saved.",
         errno.EACCES: "You may not write there: choose another folder with --out.",
         errno.EROFS: "That file system is read-only: choose another folder with --out.",
         errno.ENOTDIR: "A part of that path is a file, not a folder: choose another folder with --out.",
         errno.EEXIST: "A file has the name of a folder that is needed: choose another folder with --out.",
-    }.get(error.errno or 0, "Run the same command again once that is mended; finished work is kept.")
+    }.get(error.errno or 0, "Fix that and rerun the same command; finished work is saved.")
     return StoreError(f"{path}: could not be written ({error.strerror}). {hint}")
 
 
@@ -172,7 +172,7 @@ def load_object(path: Path, *fields: str) -> dict[str, Any]:
     found = load_json(path)
     if not (isinstance(found, dict) and set(fields) <= set(found)):
         told = f" with {', '.join(fields)}" if fields else ""
-        raise MisfitError(f"{path}: is not a JSON object{told}. Delete it, and run what makes it again.")
+        raise MisfitError(f"{path}: is not a JSON object{told}. Fix: delete it and rerun its command.")
     return found
 
 
@@ -185,7 +185,7 @@ def read_as(what: str, path: Path) -> Iterator[None]:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise MisfitError(
-            f"{path}: is not {what} ({type(error).__name__}: {error}). Delete it, and run what makes it again."
+            f"{path}: is not {what} ({type(error).__name__}: {error}). Fix: delete it and rerun its command."
         ) from None
 
 
@@ -207,7 +207,7 @@ def load_arrays(path: Path, *, mmap: bool = False) -> dict[str, NDArray[Any]]:
             raise DocumentError(f"a safetensors file of {', '.join(strange)}; expected F32 or F64")
     except (DocumentError, SafetensorError, KeyError) as error:
         # KeyError: a number format that NumPy does not have.
-        raise StoreError(f"{path}: is {error}. Delete it, and run what makes it again.") from None
+        raise StoreError(f"{path}: is {error}. Fix: delete it and rerun its command.") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
     return {

@@ -171,7 +171,7 @@ def create_app(
             return _to(f"/s/{token}")
         last = f"/s/{token}/{len(rater.pages)}"
         words = f"All {len(rater.pages)} answers are kept. You can close this page."
-        return message("Thank you", words, link=last, link_text="Look at the last page again")
+        return message("Thank you", words, link=last, link_text="Show the last page again")
 
     @app.get("/s/{token}/withdraw")
     def leave(token: str) -> Response:
@@ -238,7 +238,7 @@ def create_app(
         begun = [rater for rater in raters if rater.began and not rater.withdrawn]
         rows = [
             ("Questions", len(survey.questions)),
-            ("Invited who have not begun", sum(not r.began and not r.withdrawn for r in raters)),
+            ("Invited who have not started", sum(not r.began and not r.withdrawn for r in raters)),
             ("Taking part", len(begun)),
             ("Finished", sum(r.next_page is None for r in begun)),
             ("Withdrawn", sum(r.withdrawn for r in raters)),

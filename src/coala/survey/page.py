@@ -52,7 +52,7 @@ def results_page(results: Results) -> str:
             f"{len(results.questions)} questions",
             f"{max(part.n_votes for part in results.parts):,} votes counted",
         ],
-        footer="All values of this page, and more digits, are in results.json beside it.",
+        footer="All values on this page, with more digits, are in results.json next to it.",
         tab=f"{results.title} \N{EN DASH} results",
     )
 
