@@ -742,7 +742,7 @@ def test_a_folder_that_is_no_run_is_refused_first(model: Path, tmp_path: Path, m
     (tmp_path / "precious").write_text("data")
     monkeypatch.chdir(tmp_path)
     for out in (Path(), tmp_path, tmp_path / "precious", tmp_path / "precious" / "run"):
-        with pytest.raises(StoreError, match=r"Fix: give another --out|choose another folder with --out"):
+        with pytest.raises(StoreError, match=r"Fix: use another --out|Fix: give another --out|choose another folder with --out"):
             align_recipe(recipe(tmp_path / "nowhere.jsonl", model), RunFolder(out))
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
@@ -835,6 +835,6 @@ def test_few_held_out_pairs_are_said_to_tell_little(pairs: Path, model: Path, co
     lines = power_of(some, recipe(pairs, model, evaluation={"prompts": 50}))
     assert "held-out pairs" in lines[0]
     assert "--eval-fraction is 0.25" in lines[0]
-    assert "are held out: all are answered" in lines[1]
+    assert "held out: all of these are answered" in lines[1]
     many = [replace(some[0], group=str(i), prompt=user(str(i))) for i in range(2000)]
     assert power_of(many, recipe(pairs, model)) == []

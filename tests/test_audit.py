@@ -249,7 +249,7 @@ def test_what_is_balanced_says_nothing_any_more(cue: str) -> None:
 
 
 def test_pairs_that_are_nothing_but_the_cue_cannot_be_balanced() -> None:
-    with pytest.raises(DataError, match="0 of 200 pairs are left once surface is taken out"):
+    with pytest.raises(DataError, match="0 of 200 pairs remain after balancing surface"):
         balance(talk(200, " ?"), "surface", seed=0)
     with pytest.raises(DataError, match="'lenght', expected one of length, markdown"):
         balance(talk(20), "lenght", seed=0)

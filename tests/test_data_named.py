@@ -353,7 +353,7 @@ def test_splits_are_chosen_or_named(tmp_path: Path, inner: str) -> None:
 def test_text_beside_the_rows_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"system": "You are a pirate of the seas.", "data": TEXTS}))
-    assert "text beside the rows of data that is not read: system" in said(check(path))
+    assert "text next to the rows of data that is not read: system" in said(check(path))
 
 
 @pytest.mark.parametrize(

@@ -631,7 +631,7 @@ def test_the_command_writes_stops_goes_on_and_refuses(tmp_path: Path, monkeypatc
         other = runner.invoke(
             app, ["data", "synthesize", str(written(tmp_path, replace(recipe, seed=5))), "--out", str(out)]
         )
-        assert "begun with another recipe (seed was 0, now 5)" in str(other.exception)
+        assert "use another recipe (seed was 0, now 5)" in str(other.exception)
         keyed = replace(recipe, tutor=replace(recipe.tutor, key="NO_SUCH_KEY"))
         monkeypatch.delenv("NO_SUCH_KEY", raising=False)
         unset = runner.invoke(app, ["data", "synthesize", str(written(tmp_path, keyed)), "--out", str(out)])

@@ -488,7 +488,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     recipe = recipe_in(new, {"name": "m"}, 8, 0)
     assert not new.exists()
     begin(new, recipe)
-    with pytest.raises(CoalaError, match="not begun by `coala live`"):
+    with pytest.raises(CoalaError, match="not started by `coala live`"):
         recipe_in(new, {"name": "m"}, 8, 0)  # a run without clicks
     (new / FOLDER).mkdir()
     (new / FOLDER / JOURNAL).touch()

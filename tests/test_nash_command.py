@@ -413,10 +413,10 @@ def test_oracles_by_their_names(place: Path, tmp_path: Path) -> None:
         ("words:nowhere.json", "could not be read"),
         ("table:nowhere.json", "could not be read"),
         ("reward:nowhere", "there is no such folder"),
-        ("reward:{place}/model", "is no reward model; score.weight would be random"),
+        ("reward:{place}/model", "is not a reward model; score.weight would be random"),
         ("judge:nowhere/at/all", "no such folder"),
-        ("head", "The oracle head is that of a COALA run"),
-        ("head:{place}/model", "The oracle head is that of a COALA run"),
+        ("head", "The oracle head needs a COALA run"),
+        ("head:{place}/model", "The oracle head needs a COALA run"),
     ],
 )
 def test_oracles_that_cannot_be(place: Path, spec: str, message: str) -> None:

@@ -442,7 +442,7 @@ def test_command_reads_prompts_of_a_runs_pairs(tmp_path: Path) -> None:
     # Beside the generations they are found without being named.
     assert run("build", *files, "--out", tmp_path / "t", "--per-category", 0)["digest"] == survey.digest
     (tmp_path / "pairs-eval.jsonl").unlink()
-    with pytest.raises(CoalaError, match=r"no pairs-eval\.jsonl beside the generations"):
+    with pytest.raises(CoalaError, match=r"no pairs-eval\.jsonl next to the generations"):
         run("build", *files, "--out", tmp_path / "u")
     assert [q.prompt for q in survey.questions] == [f"prompt {i}" for i in range(4)]
     assert survey.questions[2].answers == ("guided 2", "unguided 2")

@@ -50,7 +50,7 @@ def _ranking(summary: Mapping[str, Any]) -> list[str]:
             sentences.append(f"{start}: worse than chance. Check that chosen and rejected are not swapped.")
         else:
             sentences.append(
-                f"{start}. The interval includes 50 %: this data does not show it to be better than chance."
+                f"{start}. The interval includes 50 %: no better than chance on this data."
             )
     if accuracy and train and accuracy.below(train.value):
         sentences.append(
