@@ -539,13 +539,13 @@ def test_a_layer_that_cannot_be_chosen_is_the_last_and_the_head_is_fitted_on_pre
     # 45 pairs; test_depth.py has enough to choose by.
     choice = json.loads((run.path / "layer.json").read_text())
     assert content["layers"] == choice["scores"] == []
-    assert "too few to tell layers apart" in choice["why"]
+    assert "too few to compare layers" in choice["why"]
     for part in ("train", "eval"):
         assert load_features(run.path / "features" / part).spec.layer == choice["n_layers"] == choice["layer"]
     train = load_features(run.path / "features" / "train")
     assert len(train) == 3 * content["summary"]["n_train"] == 3 * len(load_pairs(run.path / "pairs-train.jsonl"))
     assert load_head(run.path / "head").spec.layer == choice["layer"]
-    assert "too few to tell layers apart" in (run.path / "report.html").read_text()
+    assert "too few to compare layers" in (run.path / "report.html").read_text()
 
 
 def test_features_are_reused_across_runs(pairs: Path, model: Path, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_the_command(tmp_path: Path) -> None:
     save_features(tmp_path / "f", FeatureSet(good, np.zeros_like(good), [f"g{k}" for k in range(200)], spec))
     beside = runner.invoke(app, ["audit", str(path), "--deals", "1", "--features", str(tmp_path / "f")])
     assert json.loads(beside.stdout.splitlines()[-1])["cues"]["features"]["value"] > 0.95
-    assert "go together" in str(runner.invoke(app, command).exception)
+    assert "expected both or neither" in str(runner.invoke(app, command).exception)
 
 
 # --- real sets ---------------------------------------------------------------------------------------------------

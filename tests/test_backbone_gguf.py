@@ -240,7 +240,7 @@ def test_tied_heads_and_the_scaling_of_llama_3(tmp_path: Path) -> None:
     def others(writer: Any) -> None:
         writer.add_tensor("rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32))
 
-    with pytest.raises(BackboneError, match=r"scales its rotary positions \(rope_freqs.weight\).*Fix: give the orig"):
+    with pytest.raises(BackboneError, match=r"scales its rotary positions \(rope_freqs.weight\).*Fix: use the orig"):
         load_backbone(write_gguf(folder, tmp_path / "other.gguf", change=others), device="cpu")
 
 
@@ -364,8 +364,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"tokenizer of the kind 'bert'; expected one.*Fix: use the original",
     ),
     "no tokenizer": ({"tokenizer__ggml__model": None}, r"has no tokenizer; expected one.*Fix: use the original"),
-    "pre": ({"tokenizer__ggml__pre": "chatglm-bpe"}, r"splits texts the way 'chatglm-bpe'.*; expected.*Fix: give the"),
-    "scaling": ({"llama__rope__scaling__type": "yarn"}, r"rotary positions \(yarn\).*; expected none.*Fix: give the"),
+    "pre": ({"tokenizer__ggml__pre": "chatglm-bpe"}, r"splits texts the way 'chatglm-bpe'.*; expected.*Fix: use the"),
+    "scaling": ({"llama__rope__scaling__type": "yarn"}, r"rotary positions \(yarn\).*; expected none.*Fix: use the"),
 }
 
 
@@ -394,7 +394,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "in its header": (lambda b: b[:700], "is truncated in its header"),
     "empty": (lambda _: b"", "is empty; expected GGUF"),
     "magic alone": (lambda _: b"GGUF", "is truncated in its header"),
-    "text": (lambda _: b"hello", "no GGUF file, whatever its name; expected GGUF"),
+    "text": (lambda _: b"hello", "not a GGUF file, despite its name; expected GGUF"),
     "pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     "version": (lambda b: b[:4] + struct.pack("<I", 9) + b[8:], "version 9; expected 2 or 3"),
     "tensors": (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "tells of 1,152,921,504,606,846,976 tensors"),
@@ -466,7 +466,7 @@ def test_files_whose_header_still_reads_are_used_or_refused(file: Path, tmp_path
 
 
 def test_options_that_do_not_go_with_gguf(file: Path) -> None:
-    with pytest.raises(BackboneError, match=r"is GGUF.*found device='offload'. Fix: leave that out"):
+    with pytest.raises(BackboneError, match=r"is GGUF.*found device='offload'. Fix: remove that"):
         load_backbone(file, device="offload")
     with pytest.raises(BackboneError, match="is a file, which has no revisions"):
         load_backbone(file, revision="main")

@@ -95,7 +95,7 @@ def test_scores_after_every_token(served_run: Path, parts: Any) -> None:
     [
         ("/help", COMMANDS),
         ("/dance", "/dance: unknown command; /help lists them."),
-        ("/", "/: is no command"),
+        ("/", "/: unknown command"),
         ("/strength", "could not convert ''"),
         ("/strength much", "could not convert 'much'"),
         ("/strength nan", "Guidance strength is nan"),
@@ -104,9 +104,9 @@ def test_scores_after_every_token(served_run: Path, parts: Any) -> None:
         ("/seed \u00b2", "expected a whole number"),
         ("/guide perhaps", "expected on or off"),
         ("/score", "there is no reply yet"),
-        ("/new now", "is no command"),
+        ("/new now", "unknown command"),
         ("/retry", "there is no reply yet"),
-        ("/retry now", "is no command"),
+        ("/retry now", "unknown command"),
         ("/temperature -1", "temperature is -1.0"),
         ("/temperature inf", "temperature is inf"),
         ("/temperature warm", "could not convert 'warm'"),
@@ -193,7 +193,7 @@ def test_a_conversation_that_is_too_long_is_refused_or_cut(served_run: Path, par
     assert "context_length: the prompt has" in err
     assert "Start over with /new" in err
     _, err = talk(served_run, long, options=("--cut",))
-    assert "tokens are cut" in err
+    assert "tokens are truncated" in err
 
 
 @pytest.mark.slow

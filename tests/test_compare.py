@@ -465,7 +465,7 @@ def told_place(low: float, high: float) -> dict[str, Any]:
 def test_what_is_said_of_ranking_is_what_the_interval_allows(low: float, high: float, end: str) -> None:
     (told,) = of_ranking(told_place(low, high))
     assert told.startswith("d, m: coala ranks 60.0 % of 90 held-out pairs right, the best baseline, dpo (full), 70.0 %")
-    assert "The best of 2 is picked on these very pairs" in told
+    assert "The best of 2 is chosen on these same pairs" in told
     assert told.endswith(end)
 
 

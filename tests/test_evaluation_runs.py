@@ -572,7 +572,7 @@ def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
         in (tmp_path / "report.html").read_text()
     )
     (tmp_path / "evaluations" / "odd.json").write_text("[]")
-    with pytest.raises(StoreError, match="is no evaluation"):
+    with pytest.raises(StoreError, match="is not an evaluation"):
         write_report(run, {})
 
 

@@ -75,7 +75,7 @@ def test_a_prompt_that_does_not_fit_is_refused_or_cut_aloud(parts: Any, system: 
     with pytest.raises(CoalaError, match=rf"context_length: the prompt has .* holds {context:,}, .* Shorten it\."):
         room(long, 6, **options)
     assert room(long, 6, cut=True, mend="") == 6
-    assert "tokens are cut" in said[-1]
+    assert "tokens are truncated" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_head_at_chance_is_told_in_one_line(parts: Any, tmp_path: Path) -> Non
     assert evidence_notes(good.path, silent, old) == []
     assert "replies stay unguided" in evidence_notes(good.path, silent, calibrated)[0]
     assert "never calibrated" in evidence_notes(good.path, unknown, calibrated)[0]
-    assert "its temperature (3)" in evidence_notes(good.path, replace(unknown, temperature=3.0), calibrated)[0]
+    assert "a temperature (3)" in evidence_notes(good.path, replace(unknown, temperature=3.0), calibrated)[0]
     assert evidence_notes(tmp_path / "nowhere", head, calibrated) == []
 
 

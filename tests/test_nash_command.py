@@ -135,7 +135,7 @@ def test_training_leaves_a_model_and_a_report(place: Path, whole: Any) -> None:
     assert set(Counter(asked).values()) == {1}
     page = (out / "report.html").read_text()
     assert "By update of the reference" in page
-    assert "No policy accuracy: the start is no COALA run" in page
+    assert "No policy accuracy: the start is not a COALA run" in page
     assert "eta tau 0.333" in page
     steps = load_json(out / "report.json")["steps"]
     assert [(row["outer"], row["inner"]) for row in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -370,7 +370,7 @@ def test_prompts_come_in_many_forms(tmp_path: Path) -> None:
         with pytest.raises(CoalaError, match=message):
             examples_of(rows)
     lines.write_text("\n")
-    with pytest.raises(CoalaError, match="holds no prompt"):
+    with pytest.raises(CoalaError, match="found no prompt"):
         examples_of(lines)
     with pytest.raises(CoalaError, match="could not be read"):
         examples_of(tmp_path / "none.txt")
@@ -403,10 +403,10 @@ def test_oracles_by_their_names(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("coin", "there is no oracle 'coin'; expected one of rule, words"),
+        ("coin", "found oracle 'coin'; expected one of rule, words"),
         ("rule", "needs a value after the colon"),
         ("rule:tallest", "There is no rule 'tallest'"),
-        ("majority:rule:longer+coin", "there is no oracle 'coin'"),
+        ("majority:rule:longer+coin", "found oracle 'coin'"),
         ("python:judge.py", r"expected FILE.py:NAME"),
         ("python:nowhere.py:prefer", "there is no such file"),
         ("python:{place}/judge.py:NUMBER", "has no function 'NUMBER'; it has .*prefer"),
@@ -431,7 +431,7 @@ def test_a_function_that_fails_says_so(place: Path) -> None:
 
 
 def test_a_run_needs_prompts_and_a_model(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(CoalaError, match="Prompts are missing"):
+    with pytest.raises(CoalaError, match="Found no prompts"):
         run("train", place / "model", "--oracle", "rule:longer", "--out", tmp_path / "run")
     with pytest.raises(CoalaError, match="no such folder"):
         run("train", "nowhere/at/all", place / "prompts.txt", "--oracle", "rule:longer", "--out", tmp_path / "run")
