@@ -709,7 +709,7 @@ def test_a_run_of_before_a_setting_existed_goes_on(copied: RunFolder, pairs: Pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: there is no such file. Expected head:RUN"),
+        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: found no such file. Expected head:RUN"),
         ({"evaluation": {"judge": "head:nosuch"}}, "nosuch: is not a run folder"),
         ({"evaluation": {"judge": "rule:longest"}}, "There is no rule 'longest'"),
         ({"evaluation": {"judge": "rule:regex:("}}, "is not a regular expression"),
@@ -742,7 +742,9 @@ def test_a_folder_that_is_no_run_is_refused_first(model: Path, tmp_path: Path, m
     (tmp_path / "precious").write_text("data")
     monkeypatch.chdir(tmp_path)
     for out in (Path(), tmp_path, tmp_path / "precious", tmp_path / "precious" / "run"):
-        with pytest.raises(StoreError, match=r"Fix: use another --out|Fix: give another --out|choose another folder with --out"):
+        with pytest.raises(
+            StoreError, match=r"Fix: use another --out|Fix: give another --out|choose another folder with --out"
+        ):
             align_recipe(recipe(tmp_path / "nowhere.jsonl", model), RunFolder(out))
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 

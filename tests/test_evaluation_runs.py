@@ -557,7 +557,7 @@ def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
     ]
     for text in [*shown, "version of coala", "The interval includes 50\u00a0%: this shows no difference."]:
         assert text in page, text
-    assert "Made on other files" not in page
+    assert "Made on files that have changed" not in page
     # A second one comes onto the page that is there; the same one again replaces itself.
     other = evaluation(files, title="another judge", judge={"name": "n"})
     assert add_evaluation(run, other) != record
@@ -568,7 +568,7 @@ def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
     (tmp_path / "generations-guided.jsonl").write_text("z")
     write_report(run, {"title": "a run"})
     assert (
-        "Made on other files than are in the run now: generations-guided.jsonl"
+        "Made on files that have changed in the run since: generations-guided.jsonl"
         in (tmp_path / "report.html").read_text()
     )
     (tmp_path / "evaluations" / "odd.json").write_text("[]")
@@ -706,7 +706,7 @@ def test_align_and_report_show_what_was_evaluated(tmp_path: Path) -> None:
     align_recipe(settings, RunFolder(run))
     page = (run / "report.html").read_text()
     assert title in page
-    assert "Made on other files" not in page
+    assert "Made on files that have changed" not in page
     kept = json.loads((run / "report.json").read_text())["evaluations"]
     assert kept[0]["figures"][0]["estimate"] == found["win_rate"]
 

@@ -115,7 +115,9 @@ def test_few_pairs_mean_the_last_layer_at_no_cost(backbone: LanguageModel) -> No
     found = choose_layer(some_pairs(150, 150), backbone, backbone.spec())
     assert found.layer == found.n_layers == backbone.n_layers
     assert (found.pairs, found.share) == (0, 0.0)
-    said = r"--layer auto: layer 2 of 2, the last: 10 % of the tokens are 1\d pairs in 1\d groups, too few to compare .*"
+    said = (
+        r"--layer auto: layer 2 of 2, the last: 10 % of the tokens are 1\d pairs in 1\d groups, too few to compare .*"
+    )
     assert re.fullmatch(
         said.replace(" 2 ", f" {found.n_layers} ").replace("of 2,", f"of {found.n_layers},"), str(found)
     )

@@ -106,7 +106,7 @@ def test_a_click_is_on_the_disk_before_it_is_answered_and_counts_once(session: S
         session.answer("owner", question.id, "c1", "first")
         kept = read_journal((session.path / JOURNAL).read_bytes())
         assert [(one.id, one.click) for one in kept.answered.values()] == [(question.id, "c1")]
-    with pytest.raises(Conflict, match="answered already"):
+    with pytest.raises(Conflict, match="already answered"):
         session.answer("owner", question.id, "c2", "second")
     with pytest.raises(Conflict, match="not yours"):
         session.answer("rater-1", question.id, "c3", "second")

@@ -408,7 +408,7 @@ def test_oracles_by_their_names(place: Path, tmp_path: Path) -> None:
         ("rule:tallest", "There is no rule 'tallest'"),
         ("majority:rule:longer+coin", "found oracle 'coin'"),
         ("python:judge.py", r"expected FILE.py:NAME"),
-        ("python:nowhere.py:prefer", "there is no such file"),
+        ("python:nowhere.py:prefer", "found no such file"),
         ("python:{place}/judge.py:NUMBER", "has no function 'NUMBER'; it has .*prefer"),
         ("words:nowhere.json", "could not be read"),
         ("table:nowhere.json", "could not be read"),
@@ -465,7 +465,7 @@ def test_a_wrong_oracle_is_refused_before_anything_is_generated_or_deleted(place
     assert not (tmp_path / "matrix").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{}")
-    with pytest.raises(CoalaError, match="no oracle 'coin'"):
+    with pytest.raises(CoalaError, match="found oracle 'coin'"):
         run("train", model, prompts, "--oracle", "coin", "--restart", "--out", tmp_path / "run")
     assert (tmp_path / "run/run.json").exists()
 

@@ -185,7 +185,9 @@ def test_remarks_name_drift_short_steps_and_a_judge_of_positions() -> None:
     said = " ".join(
         map(str, remarks({"drift": -9, "mass": 0.5, "achieved": 0.01, "judge_disagreement": 0.4, "finished": 0.2}))
     )
-    assert all(word in said for word in ("-9.0 nats and kept 50 %", "1 % of the target margin", "position", "max_new_tokens"))
+    assert all(
+        word in said for word in ("-9.0 nats and kept 50 %", "1 % of the target margin", "position", "max_new_tokens")
+    )
 
 
 def test_what_was_reached_is_measured_against_what_was_asked() -> None:

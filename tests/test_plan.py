@@ -129,7 +129,7 @@ def test_weights_are_not_needed_to_count(tmp_path: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     bare = make_plan(settings, probe_seconds=5)
     assert bare == replace(whole, probe=bare.probe, room=bare.room)
-    assert bare.probe == "not measured: no weights of this model are here"
+    assert bare.probe == "not measured: the model's weights are not available locally"
     assert whole.counted == "by the model's tokenizer"
     # Encoders see what follows, so that nothing is shared.
     assert (whole.tokens["computed"] < whole.tokens["pair_by_pair"]) == (name != "bert")

@@ -195,7 +195,7 @@ def test_forgetting_leaves_nothing_of_the_pairs(run: Path) -> None:
     assert not (run / "generations-guided.jsonl").exists()
     assert not list((run / "receipts").glob("influence-*"))
     assert any("an arena" in line for line in receipt["stale_files"])
-    assert "Stale: made with the head of before" in (run / "report.html").read_text()
+    assert "Stale: made with the head before" in (run / "report.html").read_text()
     # Every stage is done on what remains: nothing is read or fitted again.
     folder = RunFolder.open(run)
     for stage in ("pairs", "features-train", "features-eval", "head"):

@@ -267,7 +267,7 @@ def read_journal(raw: bytes, source: str = "journal") -> Journal:
             journal.apply(event)
         except JournalError as error:
             raise JournalError(
-                f"{source}:{number}: holds {error}. Fix: delete that line, or put a backup back."
+                f"{source}:{number}: holds {error}. Fix: delete that line, or restore a backup."
             ) from None
     return journal
 

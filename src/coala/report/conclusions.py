@@ -49,13 +49,11 @@ def _ranking(summary: Mapping[str, Any]) -> list[str]:
         elif accuracy.below(0.5):
             sentences.append(f"{start}: worse than chance. Check that chosen and rejected are not swapped.")
         else:
-            sentences.append(
-                f"{start}. The interval includes 50 %: no better than chance on this data."
-            )
+            sentences.append(f"{start}. The interval includes 50 %: no better than chance on this data.")
     if accuracy and train and accuracy.below(train.value):
         sentences.append(
             f"It ranks {100 * train.value:.1f} % of its own training pairs right, more than the held-out interval "
-            "reaches: a part of what it learnt does not carry over to new pairs."
+            "reaches: part of what it learnt does not generalise to new pairs."
         )
     return sentences
 
@@ -65,7 +63,7 @@ def _evidence(head: Mapping[str, Any], guidance: Mapping[str, Any]) -> list[str]
         return []
     start = "Cross-validation on the training pairs cannot distinguish the head from chance"
     if guidance.get("rule") == "calibrated":
-        return [f"{start}, so its guidance leaves the text as it is."]
+        return [f"{start}, so its guidance leaves the text unchanged."]
     return [f"{start}; by rule {guidance.get('rule', 'unknown')} it still guides at full strength."]
 
 
@@ -73,7 +71,7 @@ def _linear(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[str]:
     gain, linear = Interval(summary.get("gain_over_linear")), Interval(summary.get("linear_accuracy_eval"))
     if head.get("n_neurons") == 0:
         if ((head.get("certificate") or {}).get("facts") or {}).get("method") == "linear":
-            return ["The head is linear, as was asked for: whether neurons would help was not tried."]
+            return ["The head is linear, as requested: whether neurons would help was not tried."]
         return ["The head is linear: validation kept no neuron, so gates do not help on this data."]
     if gain:
         start = f"Against a linear head on the same pairs the difference in accuracy is {gain.percent(points=True)}"
@@ -96,9 +94,9 @@ def _calibration(found: Mapping[str, Any], summary: Mapping[str, Any]) -> list[s
     start = f"On average it gives {100 * confidence:.1f} % to the reply it prefers, and it is right in "
     start += f"{100 * accuracy.value:.1f} % of cases"
     if accuracy.below(confidence):
-        return [f"{start}: its probabilities are too sure, as they stand."]
+        return [f"{start}: its probabilities are overconfident."]
     if accuracy.above(confidence):
-        return [f"{start}: its probabilities are too timid."]
+        return [f"{start}: its probabilities are underconfident."]
     if error and chance is not None and error.above(2 * chance):
         return [f"{start}, but its probabilities are off by {100 * error.value:.1f} points: see the reliability curve."]
     return [f"{start}: its probabilities are consistent with the held-out pairs."]
@@ -116,7 +114,7 @@ def _lengths(rows: list[Any]) -> list[str]:
 def _path(rows: list[Any], head: Mapping[str, Any]) -> list[str]:
     facts = (head.get("certificate") or {}).get("facts") or {}
     if (facts.get("cv") or {}).get("signal_found") is False:
-        return ["Validation found no signal: on held-out pairs no head was better than a coin."]
+        return ["Validation found no signal: on held-out pairs no head was better than chance."]
     if facts.get("separable"):
         return ["The head ranks every training pair right, so only the regularisation keeps its scores finite."]
     if head.get("n_neurons") == 0:
@@ -149,8 +147,9 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[st
     share = f"{100 * gap:.2g} %" if gap > 1e-12 else "rounding error"
     if tolerance is not None and gap > tolerance:
         return [
-            f"The solver stopped at a certified gap of {share} of the objective, above the {number(tolerance)} asked "
-            "for: the head may not be optimal. Allow more steps."
+            f"The solver stopped at a certified gap of {share} of the objective, above the {number(tolerance)} "
+            f"requested: the head may not "
+            "be optimal. Allow more steps."
         ]
     return [f"The fit is proved optimal to within {share} of its objective, for its own convex program."]
 

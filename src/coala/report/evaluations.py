@@ -170,16 +170,14 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
     heads = ("Measure", "Value (95 % interval unless stated otherwise)", "How")
     return [
         element("h3", title),
-        aside("Stale: made with the head of before pairs were forgotten. Evaluate again.")
-        if row.get("stale")
-        else None,
-        aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
+        aside("Stale: made with the head before pairs were forgotten. Evaluate again.") if row.get("stale") else None,
+        aside(f"Made on files that have changed in the run since: {changed}. Evaluate again.") if changed else None,
         Table(title, heads, measures, kind="measures"),
         _contrasted(title, row.get("contrasts") or []),
         facts(f"Counts of {title}", counts),
         listing(map(str, row.get("remarks") or [])),
         details("Samples of what was judged", *samples),
-        details("Judge, files and digests", facts(f"What {title} rests on", rests_on)),
+        details("Judge, files and digests", facts(f"Sources of {title}", rests_on)),
         code_block(str(row.get("command") or "")),
         aside(str(row.get("created") or "")),
     ]

@@ -29,8 +29,9 @@ def rater_words(record: Mapping[str, Any]) -> list[str]:
     own = [row for row in rows if row["deviates"]]
     if own:
         told.append(
-            f"Deviating from the shared head, with one of their own (`guidance.rater`): {_listed(own)}. Were they all "
-            "alike, anybody would with a probability of at most 5 %."
+            f"Deviating from the shared head, with one of their own (`guidance.rater`): {_listed(own)}. If all "
+            f"were alike, the chance that "
+            "any deviates is at most 5 %."
         )
     told += [_gain(row, by) for row in own if row.get("own_head")][:NAMED]
     if not own:
@@ -43,9 +44,9 @@ def rater_words(record: Mapping[str, Any]) -> list[str]:
     if undecided and not record["at_chance"]:
         told.append(f"Undecided, with too few choices or too little agreement: {_listed(undecided)}.")
     if record["at_chance"]:
-        told.append("The head of the others is not distinguishable from chance, so nothing is said of anybody.")
+        told.append("The head of the others is not distinguishable from chance, so raters cannot be compared.")
     if record["unnamed"]:
-        told.append(f"{record['unnamed']:,} pairs name no {by} and count among the others.")
+        told.append(f"{record['unnamed']:,} pairs name no {by} and are counted with the others.")
     return told
 
 
@@ -82,8 +83,9 @@ def rater_parts(record: Mapping[str, Any]) -> list[Part]:
         Table(f"{by.capitalize()}s", rater_head(record), rater_rows(record), left=(6,)),
         aside(f"{more:,} more are in the run's receipts/raters-by-{by}.json.") if more > 0 else None,
         aside(
-            "Slope: of a head that neither this one nor the prompt had a part in; 1 agrees as the rest, 0 is random, "
-            "below 0 is reversed. The interval is each one's own, verdicts are by a wider one that holds for all. "
+            "Slope: with a head fitted without this one and without the "
+            "prompt; 1 agrees like the rest, 0 is random, below 0 is reversed. The interval is each one's own, "
+            "verdicts are by a wider one that holds for all. "
             "Reversed is relative: to what most choices agree on."
         ),
         details(

@@ -164,7 +164,7 @@ class GuidanceSettings(_Strict):
     block_tokens: Count | None = None
     rule: Rule | None = None
     budget: Annotated[Number, Field(ge=0, le=LARGEST)] | None = Field(
-        None, description="of mode shift: nats a reply may spend"
+        None, description="mode shift: maximum divergence of a reply, in nats"
     )
     width: Count | None = None
     over: Over | None = Field(None, description="what the head guides: the model, or its distilled policy")

@@ -80,8 +80,8 @@ def write_error(path: Path, error: OSError) -> StoreError:
         errno.ENOSPC: "The disk is full: free some space and rerun the same command; finished work is saved.",
         errno.EACCES: "You may not write there: choose another folder with --out.",
         errno.EROFS: "That file system is read-only: choose another folder with --out.",
-        errno.ENOTDIR: "A part of that path is a file, not a folder: choose another folder with --out.",
-        errno.EEXIST: "A file has the name of a folder that is needed: choose another folder with --out.",
+        errno.ENOTDIR: "Part of that path is a file, not a folder: choose another folder with --out.",
+        errno.EEXIST: "A file has the name of a required folder: choose another folder with --out.",
     }.get(error.errno or 0, "Fix that and rerun the same command; finished work is saved.")
     return StoreError(f"{path}: could not be written ({error.strerror}). {hint}")
 
@@ -160,11 +160,11 @@ def load_json(path: Path) -> Any:
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path}: there is no such file. Check the path of the run folder.") from None
+        raise StoreError(f"{path}: found no such file. Fix: check the path of the run folder.") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, DocumentError) as error:
-        raise StoreError(f"{path}: is {error}. Delete it and run the command that makes it again.") from None
+        raise StoreError(f"{path}: is {error}. Fix: delete it and rerun its command.") from None
 
 
 def load_object(path: Path, *fields: str) -> dict[str, Any]:
@@ -227,20 +227,20 @@ def load_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path}: there is no such file. Run the stage that makes it first.") from None
+        raise StoreError(f"{path}: found no such file. Fix: first run the stage that writes it.") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line:
             try:
                 yield parse_json(line)
             except DocumentError as error:
-                raise StoreError(f"{path}:{number}: is {error}. Delete the file and run again.") from None
+                raise StoreError(f"{path}:{number}: is {error}. Fix: delete the file and rerun.") from None
 
 
 @contextlib.contextmanager
 def working_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill beside ``folder``, which must be free, and to be renamed to it; gone if it is not."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StoreError(f"{folder}: exists and is not empty. Give another --out, or delete it.")
+        raise StoreError(f"{folder}: exists and is not empty. Fix: use another --out, or delete it.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))

@@ -98,7 +98,7 @@ class Records:
         except sqlite3.Error as error:
             raise CoalaError(
                 f"{path}: cannot be used as the survey's answers ({error}). "
-                "Check that it may be written there; if it is damaged, put a backup back."
+                "Fix: check that the file is writable; if it is damaged, restore a backup."
             ) from None
         if found != survey.digest:
             raise CoalaError(
