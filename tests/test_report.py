@@ -472,7 +472,8 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
         ),
         (
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.92}},
-            "gives 92.0 % to the reply it prefers, and it is right in 70.0 % of cases: its probabilities are overconfident",
+            "gives 92.0 % to the reply it prefers, and it is right in 70.0 % of cases: "
+            "its probabilities are overconfident",
         ),
         (
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.55}},
