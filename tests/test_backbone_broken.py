@@ -39,8 +39,8 @@ WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _: b"", "is empty"),
     "short": (lambda _: b"\x01\x02", "not a safetensors file"),
     "header": (lambda b: b[:100], "is truncated in its header"),
-    "tensors": (lambda b: b[:-7], "breaks off"),
-    "more": (lambda b: b + b"x", "goes on"),
+    "tensors": (lambda b: b[:-7], "is truncated"),
+    "more": (lambda b: b + b"x", "is too long"),
     "pickle": (lambda _: b"PK\x03\x04" + b"0" * 99, "a pickle"),
     "gguf": (lambda _: b"GGUF" + b"\0" * 99, "is GGUF"),
     "long": (lambda _: (1 << 62).to_bytes(8, "little") + b"{}", "is truncated in its header"),
@@ -51,7 +51,7 @@ WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda _: _file({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}, 4),
         "damaged header at 'a'",
     ),
-    "type": (lambda _: _file({"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}, 4), "not known"),
+    "type": (lambda _: _file({"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}, 4), "unknown number type"),
 }
 
 

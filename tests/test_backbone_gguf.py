@@ -349,7 +349,7 @@ def test_comal_trains_from_it_and_trl_is_refused(file: Path, tmp_path: Path) -> 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
         {"architecture": "rwkv7"},
-        r"architecture 'rwkv7'; expected one that transformers reads.*Fix: give",
+        r"architecture 'rwkv7'; expected one that transformers reads.*Fix: use",
     ),
     "bert": ({"architecture": "bert"}, r"architecture 'bert'; expected.*Fix: use the original"),
     "encoder-decoder": ({"architecture": "t5"}, r"architecture 't5'; expected.*Fix: use the original"),
@@ -397,11 +397,11 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "text": (lambda _: b"hello", "not a GGUF file, despite its name; expected GGUF"),
     "pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     "version": (lambda b: b[:4] + struct.pack("<I", 9) + b[8:], "version 9; expected 2 or 3"),
-    "tensors": (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "tells of 1,152,921,504,606,846,976 tensors"),
+    "tensors": (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "declares 1,152,921,504,606,846,976 tensors"),
     "keys": (lambda b: b[:16] + struct.pack("<Q", 1 << 60) + b[24:], "keys; expected fewer"),
     "no quantisation": (_retyped(26), "quantised as I32; expected a type.*Fix: update gguf"),
     "unknown": (_retyped(900), "in the number type 900; expected one.*Fix: update gguf"),
-    "larger": (_retyped(28), "breaks off|lies over"),
+    "larger": (_retyped(28), "is truncated|overlaps"),
 }
 
 

@@ -439,7 +439,7 @@ def test_refused_and_silent_endpoints_are_explained() -> None:
         SynthesisError, match=r"no usable answer after 3 requests \(last: .*\)\. Finished conversations"
     ):
         hold(recipe_for("http://127.0.0.1:9/v1", 3, limits={"retries": 2}))
-    with pytest.raises(CoalaError, match="is no address"):
+    with pytest.raises(CoalaError, match="is not an address"):
         hold(recipe_for("http:///v1", 1))
 
 

@@ -311,7 +311,7 @@ def test_a_gguf_file_has_its_card_and_modelfile_beside_it(tmp_path: Path) -> Non
     card = (tmp_path / "changed.md").read_text()
     assert "ollama create" in card
     assert "--top-k 40 --top-p 0.8" in card
-    assert not {row[0] for row in found.summary_rows()} ^ {"gguf", "read back", "beside it"}
+    assert not {row[0] for row in found.summary_rows()} ^ {"gguf", "read back", "next to it"}
 
 
 @pytest.mark.nightly

@@ -440,7 +440,7 @@ def test_degenerate_outputs(world: World, penalty: Any) -> None:
         found = controlled(world, rows, penalty=penalty)
         assert 0 <= found.win_rate.low <= found.win_rate.value <= found.win_rate.high <= 100
         assert any("calibration rows" in remark for remark in found.remarks)  # 40 rows are few
-    assert any("all the same" in remark for remark in controlled(world, equal, penalty=penalty).remarks)
+    assert any("differences are equal" in remark for remark in controlled(world, equal, penalty=penalty).remarks)
     assert win_rate(empty).remarks == ("40 outputs of the model are empty",)
     even = win_rate(ties)
     assert (even.win_rate.value, even.n_draws, even.discrete) == (50, 40, 50)

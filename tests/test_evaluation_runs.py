@@ -228,7 +228,7 @@ def test_runs_that_cannot_answer_say_so(tmp_path: Path, prompts: Path) -> None:
 
 def test_nothing_judged_is_an_error_and_no_evaluation(run: Path, prompts: Path, tmp_path: Path) -> None:
     dead = ["--base-url", "http://127.0.0.1:9/v1", "--model", "m", "--attempts", 1, "--concurrency", 1]
-    with pytest.raises(CoalaError, match="The replies are kept"):
+    with pytest.raises(CoalaError, match="The replies are saved"):
         called(app, "alpaca", "--run", run, "--prompts", prompts, *dead)
     assert not (run / "evaluations").exists()
     bare = write_lines(tmp_path / "bare.jsonl", [{"instruction": "a"}])

@@ -108,7 +108,7 @@ def test_a_click_is_on_the_disk_before_it_is_answered_and_counts_once(session: S
         assert [(one.id, one.click) for one in kept.answered.values()] == [(question.id, "c1")]
     with pytest.raises(Conflict, match="already answered"):
         session.answer("owner", question.id, "c2", "second")
-    with pytest.raises(Conflict, match="not yours"):
+    with pytest.raises(Conflict, match="assigned to another rater"):
         session.answer("rater-1", question.id, "c3", "second")
     other = session.question("rater-1")
     following = session.question("owner")

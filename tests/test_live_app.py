@@ -117,7 +117,7 @@ def test_from_the_first_page_to_a_pair_and_back(client: TestClient, session: Ses
         ("/answer", {"question": "q1", "click": "c", "verdict": "edited"}, 400, "side"),
         ("/answer", {"question": "q1", "click": "c", "verdict": "first", "text": "x"}, 400, "side"),
         ("/answer", {"question": "../q", "click": "c", "verdict": "first"}, 400, "question"),
-        ("/answer", {"question": "q99", "click": "c", "verdict": "first"}, 409, "not yours"),
+        ("/answer", {"question": "q99", "click": "c", "verdict": "first"}, 409, "assigned to another rater"),
         ("/answer", {"click": "c", "verdict": "first"}, 400, "question is missing"),
         ("/undo", {"question": "q99", "click": "c"}, 409, "not yours"),
         ("/prompt", {"text": " "}, 400, "not empty"),
