@@ -172,7 +172,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a small model of stories")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; the same command goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; rerun the same command to resume")
     parser.add_argument("--lean", type=float, default=0.4, help="0: plain majority; 1: rock, paper, scissors")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=32, help="openings trained on")

@@ -1,4 +1,4 @@
-"""Pairs in, a certified head, and guided replies beside unguided ones: the whole line on a part of the bundled data."""
+"""Pairs in, a certified head, and guided next to unguided replies: the whole line on a part of the bundled data."""
 
 from importlib.resources import files
 

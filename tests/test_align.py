@@ -300,7 +300,7 @@ class TestCommands:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
-        assert "finished work is kept" in said
+        assert "finished work is saved" in said
         assert "Traceback" not in said
         assert (tmp_path / "run/pairs-train.jsonl").exists()
 
@@ -539,13 +539,13 @@ def test_a_layer_that_cannot_be_chosen_is_the_last_and_the_head_is_fitted_on_pre
     # 45 pairs; test_depth.py has enough to choose by.
     choice = json.loads((run.path / "layer.json").read_text())
     assert content["layers"] == choice["scores"] == []
-    assert "too few to tell layers apart" in choice["why"]
+    assert "too few to compare layers" in choice["why"]
     for part in ("train", "eval"):
         assert load_features(run.path / "features" / part).spec.layer == choice["n_layers"] == choice["layer"]
     train = load_features(run.path / "features" / "train")
     assert len(train) == 3 * content["summary"]["n_train"] == 3 * len(load_pairs(run.path / "pairs-train.jsonl"))
     assert load_head(run.path / "head").spec.layer == choice["layer"]
-    assert "too few to tell layers apart" in (run.path / "report.html").read_text()
+    assert "too few to compare layers" in (run.path / "report.html").read_text()
 
 
 def test_features_are_reused_across_runs(pairs: Path, model: Path, tmp_path: Path) -> None:
@@ -709,7 +709,7 @@ def test_a_run_of_before_a_setting_existed_goes_on(copied: RunFolder, pairs: Pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: there is no such file. Expected head:RUN"),
+        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: found no such file. Expected head:RUN"),
         ({"evaluation": {"judge": "head:nosuch"}}, "nosuch: is not a run folder"),
         ({"evaluation": {"judge": "rule:longest"}}, "There is no rule 'longest'"),
         ({"evaluation": {"judge": "rule:regex:("}}, "is not a regular expression"),
@@ -742,7 +742,9 @@ def test_a_folder_that_is_no_run_is_refused_first(model: Path, tmp_path: Path, m
     (tmp_path / "precious").write_text("data")
     monkeypatch.chdir(tmp_path)
     for out in (Path(), tmp_path, tmp_path / "precious", tmp_path / "precious" / "run"):
-        with pytest.raises(StoreError, match=r"Fix: give another --out|choose another folder with --out"):
+        with pytest.raises(
+            StoreError, match=r"Fix: use another --out|Fix: give another --out|choose another folder with --out"
+        ):
             align_recipe(recipe(tmp_path / "nowhere.jsonl", model), RunFolder(out))
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
@@ -817,7 +819,7 @@ def test_replies_resume_with_the_portion_that_was_lost(
         ),
         (Estimate(0.9, 0.8, 0.95, 50, "share"), "90.0 % [80.0, 95.0], n = 50: better than chance"),
         (Estimate(0.1, 0.05, 0.2, 50, "share"), "10.0 % [5.0, 20.0], n = 50: worse than chance"),
-        (Estimate(float("nan"), 0.0, 1.0, 0, "no pairs"), "unknown: there is nothing to tell it from (no pairs)"),
+        (Estimate(float("nan"), 0.0, 1.0, 0, "no pairs"), "unknown: there is nothing to compare it with (no pairs)"),
     ],
 )
 def test_the_table_says_what_an_interval_leaves_open(finished: RunFolder, accuracy: Estimate, said: str) -> None:
@@ -835,6 +837,6 @@ def test_few_held_out_pairs_are_said_to_tell_little(pairs: Path, model: Path, co
     lines = power_of(some, recipe(pairs, model, evaluation={"prompts": 50}))
     assert "held-out pairs" in lines[0]
     assert "--eval-fraction is 0.25" in lines[0]
-    assert "are held out: all are answered" in lines[1]
+    assert "held out: all of these are answered" in lines[1]
     many = [replace(some[0], group=str(i), prompt=user(str(i))) for i in range(2000)]
     assert power_of(many, recipe(pairs, model)) == []

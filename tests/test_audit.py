@@ -249,7 +249,7 @@ def test_what_is_balanced_says_nothing_any_more(cue: str) -> None:
 
 
 def test_pairs_that_are_nothing_but_the_cue_cannot_be_balanced() -> None:
-    with pytest.raises(DataError, match="0 of 200 pairs are left once surface is taken out"):
+    with pytest.raises(DataError, match="0 of 200 pairs remain after balancing surface"):
         balance(talk(200, " ?"), "surface", seed=0)
     with pytest.raises(DataError, match="'lenght', expected one of length, markdown"):
         balance(talk(20), "lenght", seed=0)
@@ -310,7 +310,7 @@ def test_the_command(tmp_path: Path) -> None:
     save_features(tmp_path / "f", FeatureSet(good, np.zeros_like(good), [f"g{k}" for k in range(200)], spec))
     beside = runner.invoke(app, ["audit", str(path), "--deals", "1", "--features", str(tmp_path / "f")])
     assert json.loads(beside.stdout.splitlines()[-1])["cues"]["features"]["value"] > 0.95
-    assert "go together" in str(runner.invoke(app, command).exception)
+    assert "expected both or neither" in str(runner.invoke(app, command).exception)
 
 
 # --- real sets ---------------------------------------------------------------------------------------------------

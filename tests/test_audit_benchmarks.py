@@ -222,7 +222,7 @@ def test_games_of_mtbench_are_items_with_what_was_shown_first(tmp_path: Path) ->
     assert found.remarks == (
         "1 ties are left out",
         "1 games have no verdict and are left out",
-        "1 games are left out, as the answers are not at hand",
+        "1 games are skipped because their answers are missing",
     )
     with pytest.raises(CoalaError, match="add --questions FILE and --answers FILE"):
         read_set(files[0])

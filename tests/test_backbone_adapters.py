@@ -147,9 +147,9 @@ def test_adapters_that_do_not_fit_are_refused(folder: Callable[[str], Path], tmp
 
     unnamed = changed("unnamed", base_model_name_or_path=None)
     # Another architecture, other shapes, other weights of the same shape.
-    with pytest.raises(BackboneError, match=r"does not fit .*Give the model it was trained on"):
+    with pytest.raises(BackboneError, match=r"does not fit .*Fix: pass the model it was trained on"):
         load_backbone(folder("gpt2"), adapter=unnamed)
-    with pytest.raises(BackboneError, match=r"does not fit .*Give the model it was trained on"):
+    with pytest.raises(BackboneError, match=r"does not fit .*Fix: pass the model it was trained on"):
         load_backbone(base, adapter=changed("ranked", r=5))
     twin = tiny_backbone("llama", tmp_path / "twin", seed=1)
     with pytest.raises(BackboneError, match=rf"was trained on {base}, but the model is {twin}, with other weights"):

@@ -37,13 +37,13 @@ WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer"),
     "page": (lambda _: b"<!DOCTYPE html>\n<html><body>404</body></html>", "web page"),
     "empty": (lambda _: b"", "is empty"),
-    "short": (lambda _: b"\x01\x02", "no safetensors file"),
-    "header": (lambda b: b[:100], "breaks off in its header"),
-    "tensors": (lambda b: b[:-7], "breaks off"),
-    "more": (lambda b: b + b"x", "goes on"),
+    "short": (lambda _: b"\x01\x02", "not a safetensors file"),
+    "header": (lambda b: b[:100], "is truncated in its header"),
+    "tensors": (lambda b: b[:-7], "is truncated"),
+    "more": (lambda b: b + b"x", "is too long"),
     "pickle": (lambda _: b"PK\x03\x04" + b"0" * 99, "a pickle"),
     "gguf": (lambda _: b"GGUF" + b"\0" * 99, "is GGUF"),
-    "long": (lambda _: (1 << 62).to_bytes(8, "little") + b"{}", "breaks off in its header"),
+    "long": (lambda _: (1 << 62).to_bytes(8, "little") + b"{}", "is truncated in its header"),
     "no JSON": (lambda _: (2).to_bytes(8, "little") + b"{x", "damaged header"),
     "list": (lambda _: (2).to_bytes(8, "little") + b"[]", "damaged header"),
     "nothing": (lambda _: (2).to_bytes(8, "little") + b"{}", "holds no tensors"),
@@ -51,7 +51,7 @@ WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda _: _file({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}, 4),
         "damaged header at 'a'",
     ),
-    "type": (lambda _: _file({"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}, 4), "not known"),
+    "type": (lambda _: _file({"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}, 4), "unknown number type"),
 }
 
 

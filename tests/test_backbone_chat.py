@@ -188,7 +188,7 @@ def test_a_template_that_is_none_is_told_for_what_it_is(tokenizer: Any, template
 def test_the_clock_is_held_and_chance_refused(tokenizer: Any) -> None:
     prompt, _ = rendered(tokenizer, "{{ strftime_now('%d %b %Y %H:%M:%S') }}" + CHATML, ("user", "hi"))
     assert prompt.startswith(CLOCK.strftime("%d %b %Y %H:%M:%S"))
-    assert "every day" in ChatTemplate(tokenizer).notes[0]
+    assert "current time" in ChatTemplate(tokenizer).notes[0]
     tokenizer.chat_template = "{{ ['a', 'b'] | random }}" + CHATML
     assert "at random" in Renderer(tokenizer, "chat", stop_tokens=frozenset()).refusal(turns(("user", "hi")), "x")
 

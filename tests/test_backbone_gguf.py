@@ -240,7 +240,7 @@ def test_tied_heads_and_the_scaling_of_llama_3(tmp_path: Path) -> None:
     def others(writer: Any) -> None:
         writer.add_tensor("rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32))
 
-    with pytest.raises(BackboneError, match=r"scales its rotary positions \(rope_freqs.weight\).*Fix: give the orig"):
+    with pytest.raises(BackboneError, match=r"scales its rotary positions \(rope_freqs.weight\).*Fix: use the orig"):
         load_backbone(write_gguf(folder, tmp_path / "other.gguf", change=others), device="cpu")
 
 
@@ -349,23 +349,23 @@ def test_comal_trains_from_it_and_trl_is_refused(file: Path, tmp_path: Path) -> 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
         {"architecture": "rwkv7"},
-        r"architecture 'rwkv7'; expected one that transformers reads.*Fix: give",
+        r"architecture 'rwkv7'; expected one that transformers reads.*Fix: use",
     ),
-    "bert": ({"architecture": "bert"}, r"architecture 'bert'; expected.*Fix: give the original"),
-    "encoder-decoder": ({"architecture": "t5"}, r"architecture 't5'; expected.*Fix: give the original"),
-    "embeddings": ({"llama__pooling_type": 3}, r"embeds texts.*; expected a language model.*Fix: give the original"),
+    "bert": ({"architecture": "bert"}, r"architecture 'bert'; expected.*Fix: use the original"),
+    "encoder-decoder": ({"architecture": "t5"}, r"architecture 't5'; expected.*Fix: use the original"),
+    "embeddings": ({"llama__pooling_type": 3}, r"embeds texts.*; expected a language model.*Fix: use the original"),
     "not causal": ({"llama__attention__causal": False}, r"embeds texts.*; expected a language model"),
-    "projector": ({"type": "mmproj"}, r"multimodal projector.*; expected a language model. Fix: give the language"),
-    "clip": ({"architecture": "clip"}, r"multimodal projector.*; expected a language model. Fix: give the language"),
-    "adapter": ({"type": "adapter"}, r"of the type 'adapter'; expected a model. Fix: give the model's own file"),
+    "projector": ({"type": "mmproj"}, r"multimodal projector.*; expected a language model. Fix: pass the language"),
+    "clip": ({"architecture": "clip"}, r"multimodal projector.*; expected a language model. Fix: pass the language"),
+    "adapter": ({"type": "adapter"}, r"of the type 'adapter'; expected a model. Fix: pass the model's own file"),
     "split": ({"split__count": 3}, r"one of 3 files.*; expected one whole file. Fix: join them: llama-gguf-split"),
     "words": (
         {"tokenizer__ggml__model": "bert"},
-        r"tokenizer of the kind 'bert'; expected one.*Fix: give the original",
+        r"tokenizer of the kind 'bert'; expected one.*Fix: use the original",
     ),
-    "no tokenizer": ({"tokenizer__ggml__model": None}, r"has no tokenizer; expected one.*Fix: give the original"),
-    "pre": ({"tokenizer__ggml__pre": "chatglm-bpe"}, r"splits texts the way 'chatglm-bpe'.*; expected.*Fix: give the"),
-    "scaling": ({"llama__rope__scaling__type": "yarn"}, r"rotary positions \(yarn\).*; expected none.*Fix: give the"),
+    "no tokenizer": ({"tokenizer__ggml__model": None}, r"has no tokenizer; expected one.*Fix: use the original"),
+    "pre": ({"tokenizer__ggml__pre": "chatglm-bpe"}, r"splits texts the way 'chatglm-bpe'.*; expected.*Fix: use the"),
+    "scaling": ({"llama__rope__scaling__type": "yarn"}, r"rotary positions \(yarn\).*; expected none.*Fix: use the"),
 }
 
 
@@ -390,18 +390,18 @@ def _retyped(kind: int) -> Callable[[bytes], bytes]:
 
 
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "truncated": (lambda b: b[:-9], "breaks off: .* that its header tells of. Fix: download it again"),
-    "in its header": (lambda b: b[:700], "breaks off in its header"),
+    "truncated": (lambda b: b[:-9], "is truncated: .* that its header declares. Fix: download it again"),
+    "in its header": (lambda b: b[:700], "is truncated in its header"),
     "empty": (lambda _: b"", "is empty; expected GGUF"),
-    "magic alone": (lambda _: b"GGUF", "breaks off in its header"),
-    "text": (lambda _: b"hello", "no GGUF file, whatever its name; expected GGUF"),
+    "magic alone": (lambda _: b"GGUF", "is truncated in its header"),
+    "text": (lambda _: b"hello", "not a GGUF file, despite its name; expected GGUF"),
     "pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     "version": (lambda b: b[:4] + struct.pack("<I", 9) + b[8:], "version 9; expected 2 or 3"),
-    "tensors": (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "tells of 1,152,921,504,606,846,976 tensors"),
+    "tensors": (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "declares 1,152,921,504,606,846,976 tensors"),
     "keys": (lambda b: b[:16] + struct.pack("<Q", 1 << 60) + b[24:], "keys; expected fewer"),
     "no quantisation": (_retyped(26), "quantised as I32; expected a type.*Fix: update gguf"),
-    "unknown": (_retyped(900), "in the type of numbers 900; expected one.*Fix: update gguf"),
-    "larger": (_retyped(28), "breaks off|lies over"),
+    "unknown": (_retyped(900), "in the number type 900; expected one.*Fix: update gguf"),
+    "larger": (_retyped(28), "is truncated|overlaps"),
 }
 
 
@@ -466,7 +466,7 @@ def test_files_whose_header_still_reads_are_used_or_refused(file: Path, tmp_path
 
 
 def test_options_that_do_not_go_with_gguf(file: Path) -> None:
-    with pytest.raises(BackboneError, match=r"is GGUF.*found device='offload'. Fix: leave that out"):
+    with pytest.raises(BackboneError, match=r"is GGUF.*found device='offload'. Fix: remove that"):
         load_backbone(file, device="offload")
     with pytest.raises(BackboneError, match="is a file, which has no revisions"):
         load_backbone(file, revision="main")

@@ -94,8 +94,8 @@ def test_scores_after_every_token(served_run: Path, parts: Any) -> None:
     ("line", "said"),
     [
         ("/help", COMMANDS),
-        ("/dance", "/dance: is no command; /help lists them."),
-        ("/", "/: is no command"),
+        ("/dance", "/dance: unknown command; /help lists them."),
+        ("/", "/: unknown command"),
         ("/strength", "could not convert ''"),
         ("/strength much", "could not convert 'much'"),
         ("/strength nan", "Guidance strength is nan"),
@@ -104,9 +104,9 @@ def test_scores_after_every_token(served_run: Path, parts: Any) -> None:
         ("/seed \u00b2", "expected a whole number"),
         ("/guide perhaps", "expected on or off"),
         ("/score", "there is no reply yet"),
-        ("/new now", "is no command"),
+        ("/new now", "unknown command"),
         ("/retry", "there is no reply yet"),
-        ("/retry now", "is no command"),
+        ("/retry now", "unknown command"),
         ("/temperature -1", "temperature is -1.0"),
         ("/temperature inf", "temperature is inf"),
         ("/temperature warm", "could not convert 'warm'"),
@@ -168,7 +168,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_written(
         patched.setattr(sys, "stdout", Interrupting())
         assert chat.answer("hello")
     assert chat.interrupted
-    assert "stopped; what was written stays" in capsys.readouterr().err
+    assert "stopped; the text so far is kept" in capsys.readouterr().err
     kept = chat.turns[-1]
     assert kept.role == "assistant"
     assert kept.text
@@ -191,9 +191,9 @@ def test_a_conversation_that_is_too_long_is_refused_or_cut(served_run: Path, par
     long = "a film " * backbone.max_tokens
     _, err = talk(served_run, long)
     assert "context_length: the prompt has" in err
-    assert "/new forgets the conversation" in err
+    assert "Start over with /new" in err
     _, err = talk(served_run, long, options=("--cut",))
-    assert "tokens are cut" in err
+    assert "tokens are truncated" in err
 
 
 @pytest.mark.slow

@@ -358,7 +358,7 @@ def test_a_plan_of_real_pairs_counts_what_training_reads(tmp_path: Path) -> None
 
 def test_files_that_are_not_there_are_named_with_the_way_to_name_others(tmp_path: Path) -> None:
     given_study = study(datasets={"d": {"pairs": [str(tmp_path / "gone.jsonl")]}})
-    with pytest.raises(CoalaError, match=r"gone.jsonl is not there. Name its files with --set 'datasets.d.pairs="):
+    with pytest.raises(CoalaError, match=r"gone.jsonl is missing. Fix: name its files with --set 'datasets.d.pairs="):
         prepare(given_study, tmp_path / "out")
 
 
@@ -465,7 +465,7 @@ def told_place(low: float, high: float) -> dict[str, Any]:
 def test_what_is_said_of_ranking_is_what_the_interval_allows(low: float, high: float, end: str) -> None:
     (told,) = of_ranking(told_place(low, high))
     assert told.startswith("d, m: coala ranks 60.0 % of 90 held-out pairs right, the best baseline, dpo (full), 70.0 %")
-    assert "The best of 2 is picked on these very pairs" in told
+    assert "The best of 2 is chosen on these same pairs" in told
     assert told.endswith(end)
 
 

@@ -122,7 +122,7 @@ def test_policies_that_cannot_be_carried_out_are_explained(method: dict[str, Any
     ("change", "said"),
     [
         ({"datasets": {"d": {"pairs": ["p"], "judge": "head:dpo"}}}, "judged by dpo"),
-        ({"datasets": {"d": {"joins": ["e"], "labeller": "rule:shorter"}, "e": {"pairs": ["p"]}}}, "no pairs of files"),
+        ({"datasets": {"d": {"joins": ["e"], "labeller": "rule:shorter"}, "e": {"pairs": ["p"]}}}, "no files of pairs"),
         ({"methods": [METHODS[3], METHODS[0]]}, "named before coala"),
     ],
 )

@@ -281,7 +281,7 @@ def test_a_cut_change_is_held_to_the_bound_of_the_full_one() -> None:
     [
         ("weight", np.full(N, -1.0), "weight below 0"),
         ("size", np.zeros(N, np.int32), "nuclei"),
-        ("target", np.ones((N, K), np.float32), "no distribution"),
+        ("target", np.ones((N, K), np.float32), "not a distribution"),
         ("tokens", np.zeros((N, K + 1), np.int32), "expected"),
     ],
 )

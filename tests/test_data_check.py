@@ -69,7 +69,7 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "cut.jsonl.gz",
         gzip.compress(GOOD.encode() * 99)[:-12],
-        ": found a gzip stream that breaks off, expected a whole file. Fix: fetch or copy the file again.",
+        ": found a truncated gzip stream, expected a whole file. Fix: fetch or copy the file again.",
     ),
     (
         "crc.jsonl.gz",
@@ -85,12 +85,12 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "open.json",
         f"[{GOOD},{GOOD}",
-        ": found JSON that breaks off before its end, expected a closed list. Fix: fetch or write the file ag",
+        ": found truncated JSON, expected a closed list. Fix: fetch or write the file ag",
     ),
     (
         "half.json",
         f'[{GOOD}, {{"prompt": "a',
-        ": found JSON that breaks off before its end, expected a closed list. Fix: fetch or write the file ag",
+        ": found truncated JSON, expected a closed list. Fix: fetch or write the file ag",
     ),
     (
         "bad.json",
@@ -152,7 +152,7 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "half.jsonl",
         GOOD + GOOD[:20],
-        ":2: found a line that breaks off in the middle, expected a whole JSON object. Fix: complete or delet",
+        ":2: found a truncated line, expected a whole JSON object. Fix: complete or delet",
     ),
     (
         "json.jsonl",
@@ -197,7 +197,7 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "digits.jsonl",
         GOOD + '{"prompt": ' + "9" * 5000 + "}\n",
-        ":2: found an integer of thousands of digits, expected ordinary numbers. Fix: mend or delete the row.",
+        ":2: found an integer of thousands of digits, expected ordinary numbers. Fix: correct or delete the row.",
     ),
     (
         "key.jsonl",
@@ -352,22 +352,22 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "shp.jsonl",
         '{"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}\n',
-        ":1: labels: found the number 2, expected one of 1, 0. Fix: mend the label or delete the row.",
+        ":1: labels: found the number 2, expected one of 1, 0. Fix: correct the label or delete the row.",
     ),
     (
         "llmbar.jsonl",
         '{"input": "h", "output_1": "a", "output_2": "b", "label": NaN}\n',
-        ":1: label: found NaN, expected one of 1, 2. Fix: mend the label or delete the row.",
+        ":1: label: found NaN, expected one of 1, 2. Fix: correct the label or delete the row.",
     ),
     (
         "imdb.jsonl",
         '{"text": "t", "label": -1}\n',
-        ":1: label: found the number -1, expected one of 1, pos, positive, 0, neg, negative. Fix: mend the la",
+        ":1: label: found the number -1, expected one of 1, pos, positive, 0, neg, negative. Fix: correct the la",
     ),
     (
         "uf.jsonl",
         '{"instruction": "i", "completions": [{"response": "a"}]}\n',
-        ":1: completions[0].overall_score: found null, expected a finite number. Fix: mend the score or delet",
+        ":1: completions[0].overall_score: found null, expected a finite number. Fix: correct the score or delet",
     ),
     (
         "uf2.jsonl",
@@ -377,7 +377,7 @@ HOSTILE: list[tuple[str, str | bytes, str]] = [
     (
         "steer.jsonl",
         '{"prompt": "p", "response": "r", "helpfulness": NaN}\n',
-        ":1: helpfulness: found NaN, expected a finite number. Fix: mend the score or delete the row.",
+        ":1: helpfulness: found NaN, expected a finite number. Fix: correct the score or delete the row.",
     ),
     (
         "bench.jsonl",
@@ -417,7 +417,7 @@ def test_one_bad_row_hides_no_other(tmp_path: Path) -> None:
         found.raise_for_errors()
     assert str(raised.value).count("\n") == 3
     assert str(raised.value).endswith(
-        "3 bad rows, 2 sound pairs. Mend the bad rows, or leave them out with --skip-bad."
+        "3 bad rows, 2 sound pairs. Fix: correct the bad rows, or skip them with --skip-bad."
     )
     assert raised.value.findings == found.errors
 

@@ -353,7 +353,7 @@ def test_splits_are_chosen_or_named(tmp_path: Path, inner: str) -> None:
 def test_text_beside_the_rows_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"system": "You are a pirate of the seas.", "data": TEXTS}))
-    assert "text beside the rows of data that is not read: system" in said(check(path))
+    assert "text next to the rows of data that is not read: system" in said(check(path))
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_deep_nesting_is_a_sentence(tmp_path: Path, depth: int, text: str) -> No
 def test_few_pairs_and_power(looked: Any) -> None:
     assert any(one.found == "2 pairs" for one in looked(row(0), row(1)).warnings)
     found = looked(*(row(k) for k in range(50)))
-    assert "a tenth held out of 50 pairs is 5; it takes about 194 to tell" in said(found)
+    assert "a tenth held out of 50 pairs is 5; it takes about 194 to distinguish" in said(found)
     assert pairs_needed(0.6) == 194
     assert pairs_needed(0.9) < pairs_needed(0.6) < pairs_needed(0.55)
 

@@ -118,7 +118,7 @@ def document(**changes: Any) -> dict[str, Any]:
         ({"mods": ["x"]}, "unknown setting mods; did you mean moods?"),
         ({"student": {"system": "I am {moods}"}}, "student: system holds {moods}; expected one of {field}, {mood}"),
         ({"student": {"system": "a {mood:>99}"}}, "student: system holds {mood:>99}"),
-        ({"student": {"system": "a } b"}}, "student: system is no template"),
+        ({"student": {"system": "a } b"}}, "student: system is not a template"),
         ({"tutor": {"system": "x", "base_url": "localhost"}}, "tutor: base_url must begin with http:// or https://"),
         ({"tutor": {"system": "x", "options": {"seed": 1}}}, "tutor: options.seed is set by the recipe itself"),
         ({"tutor": {}}, "tutor.system is missing"),
@@ -248,11 +248,11 @@ def test_any_bytes_are_a_journal_or_one_error(raw: bytes) -> None:
 
 def test_damage_in_the_middle_and_foreign_files_are_refused() -> None:
     begun, ended = line("begun", version=1, identity={}), line("ended")
-    with pytest.raises(SynthesisError, match=r"j:2: is no line of a journal \(.*\) although sound lines follow"):
+    with pytest.raises(SynthesisError, match=r"j:2: is not a line of a journal \(.*\) although valid lines follow"):
         read_journal(begun + b"oops\n" + ended, "j")
-    with pytest.raises(SynthesisError, match="is no journal of conversations"):
+    with pytest.raises(SynthesisError, match="is not a journal of conversations"):
         read_journal(b"dear diary\n", "j")
-    with pytest.raises(SynthesisError, match="is no journal of conversations"):
+    with pytest.raises(SynthesisError, match="is not a journal of conversations"):
         read_journal(b"dear diary", "j")
     kept = line("kept", index=0, digest="00", usage={}, conversation={})
     with pytest.raises(SynthesisError, match=r"j:3: .*conversation 0 was finished before"):

@@ -63,5 +63,5 @@ def test_a_fraction_that_leaves_a_side_empty(fraction: float) -> None:
 
 @pytest.mark.parametrize(("names", "found"), [([], "0 pairs in 0 groups"), (["a"] * 3, "3 pairs in 1 group,")])
 def test_one_group_cannot_be_split(names: list[str], found: str) -> None:
-    with pytest.raises(DataError, match=f"{found}.*evaluation file of its own"):
+    with pytest.raises(DataError, match=f"{found}.*separate evaluation file"):
         split(pairs_of(names), seed=0)

@@ -439,7 +439,7 @@ def test_refused_and_silent_endpoints_are_explained() -> None:
         SynthesisError, match=r"no usable answer after 3 requests \(last: .*\)\. Finished conversations"
     ):
         hold(recipe_for("http://127.0.0.1:9/v1", 3, limits={"retries": 2}))
-    with pytest.raises(CoalaError, match="is no address"):
+    with pytest.raises(CoalaError, match="is not an address"):
         hold(recipe_for("http:///v1", 1))
 
 
@@ -631,7 +631,7 @@ def test_the_command_writes_stops_goes_on_and_refuses(tmp_path: Path, monkeypatc
         other = runner.invoke(
             app, ["data", "synthesize", str(written(tmp_path, replace(recipe, seed=5))), "--out", str(out)]
         )
-        assert "begun with another recipe (seed was 0, now 5)" in str(other.exception)
+        assert "use another recipe (seed was 0, now 5)" in str(other.exception)
         keyed = replace(recipe, tutor=replace(recipe.tutor, key="NO_SUCH_KEY"))
         monkeypatch.delenv("NO_SUCH_KEY", raising=False)
         unset = runner.invoke(app, ["data", "synthesize", str(written(tmp_path, keyed)), "--out", str(out)])
@@ -694,6 +694,6 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
-    assert "finished work is kept" in said
+    assert "finished work is saved" in said
     journal = read_journal((tmp_path / "talk.jsonl.journal").read_bytes())
     assert 0 < len(rows(out)) == len(journal.kept) < 400

@@ -311,7 +311,7 @@ def test_mistakes_are_named(endless: LanguageModel, models: dict[str, Model]) ->
     with pytest.raises(CoalaError, match="batch_size is 0"):
         run(batch_size=0)
     for mode in ("block", "best_of"):
-        with pytest.raises(CoalaError, match=f"'{mode}' .* temperature 0 makes all the same"):
+        with pytest.raises(CoalaError, match=f"'{mode}' .* are identical at temperature 0"):
             run(make_head(endless), Guidance(mode), temperature=0.0)
     with pytest.raises(CoalaError, match="3 prompts need as many texts"):
         log_likelihood(PROMPTS, ["a"], endless)

@@ -76,7 +76,7 @@ def test_an_adapter_off_is_the_base_and_on_is_the_merged_model(
     with adapter_off(adapted) as off:
         assert torch.equal(last(off), last(plain))
     assert torch.allclose(last(adapted), last(merged), atol=of_network(1.0))
-    with pytest.raises(CoalaError, match="no adapter beside its weights"), adapter_off(plain):
+    with pytest.raises(CoalaError, match="no separate adapter"), adapter_off(plain):
         pass
 
 

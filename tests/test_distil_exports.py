@@ -232,10 +232,10 @@ def test_a_card_says_what_is_proved_and_what_is_not(made: tuple[Path, Path, Dist
         CERTIFICATE.statement,
         "It does not say that replies are better",
         "0.700 [0.600, 0.800], n = 40, by rule length",
-        "| KL(policy, base) a reply, nats | 5.500 [5.400, 5.600], n = 40 |",
+        "| KL(policy, base) per reply, nats | 5.500 [5.400, 5.600], n = 40 |",
         "| 1.15 |",
         "0.4 of four learning rates of DPO",
-        "`guided`: replies that a preference head guided, block by block (block, 10 x 5 tokens); 300 replies",
+        "`guided`: replies guided by a preference head, block by block (block, 10 x 5 tokens); 300 replies",
         "| rank | 3 of",
         "not stated in the model's files",
         "vllm serve",
@@ -245,7 +245,7 @@ def test_a_card_says_what_is_proved_and_what_is_not(made: tuple[Path, Path, Dist
     assert str(tmp_path) not in card
     bare = policy_card(adapter, model, "merged", PolicyFacts(), "Read back.")
     assert "None: the training is not convex" in bare
-    assert "Not measured by the run. `coala distil RUN --measure` does" in bare
+    assert "Not measured by the run. `coala distil RUN --measure` measures it" in bare
     assert "0.001, the best of 0.001 on 1 replies held out" in bare
     # An opened card names the licence of the base in its front matter.
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\nlicense: none of this\n")
@@ -311,7 +311,7 @@ def test_a_gguf_file_has_its_card_and_modelfile_beside_it(tmp_path: Path) -> Non
     card = (tmp_path / "changed.md").read_text()
     assert "ollama create" in card
     assert "--top-k 40 --top-p 0.8" in card
-    assert not {row[0] for row in found.summary_rows()} ^ {"gguf", "read back", "beside it"}
+    assert not {row[0] for row in found.summary_rows()} ^ {"gguf", "read back", "next to it"}
 
 
 @pytest.mark.nightly

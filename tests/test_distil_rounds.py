@@ -90,8 +90,9 @@ def test_the_page_tells_what_was_distilled_or_why_nothing_was() -> None:
     for words in ("Wins against unguided (words)", "80.0 %", "not known", "5.5", "No change gains more.", "4 of 192"):
         assert words in page
     assert spoken(content) == [
-        "The distilled policy, at one forward a token, is preferred to unguided replies in 80.0 % (70.0 to 90.0 %), "
-        "n = 40, at 5.5 (5.4 to 5.6) nats a reply."
+        "The distilled policy, at one forward pass per token, is preferred to unguided replies in 80.0 % (70.0 "
+        "to 90.0 %), "
+        "n = 40, at 5.5 (5.4 to 5.6) nats per reply."
     ]
     nothing = {"nothing": "Found a head that is no better than chance."}
     assert spoken(nothing) == ["Nothing was distilled. Found a head that is no better than chance."]

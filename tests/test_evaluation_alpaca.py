@@ -236,7 +236,7 @@ def test_own_rows_alone_are_read_at_equal_lengths() -> None:
 def test_what_length_alone_decides_is_not_told(verdicts: list[float], lengths: list[int], known: bool) -> None:
     found = length_controlled(made(verdicts, lengths, [5] * len(lengths)), None, None, draws=0)
     assert math.isfinite(found.win_rate.value) == known
-    assert known or any("length alone tells who won" in remark for remark in found.remarks)
+    assert known or any("length alone decides who won" in remark for remark in found.remarks)
     # With a handful of rows hardly a draw can tell, and then the interval says nothing.
     drawn = length_controlled(made(verdicts, lengths, [5] * len(lengths)), None, None, draws=100).win_rate
     assert (drawn.low, drawn.high) == (0, 100) or lengths[0] == lengths[-1] == 5
@@ -440,7 +440,7 @@ def test_degenerate_outputs(world: World, penalty: Any) -> None:
         found = controlled(world, rows, penalty=penalty)
         assert 0 <= found.win_rate.low <= found.win_rate.value <= found.win_rate.high <= 100
         assert any("calibration rows" in remark for remark in found.remarks)  # 40 rows are few
-    assert any("all the same" in remark for remark in controlled(world, equal, penalty=penalty).remarks)
+    assert any("differences are equal" in remark for remark in controlled(world, equal, penalty=penalty).remarks)
     assert win_rate(empty).remarks == ("40 outputs of the model are empty",)
     even = win_rate(ties)
     assert (even.win_rate.value, even.n_draws, even.discrete) == (50, 40, 50)

@@ -379,7 +379,7 @@ def test_style_control_refuses_what_does_not_fit() -> None:
     a, b = ours.astype(float), theirs.astype(float)
     with pytest.raises(CoalaError, match=r"expected \(20, 4\)"):
         style_controlled(battles, a[:5], b, "b")
-    with pytest.raises(CoalaError, match="is no count"):
+    with pytest.raises(CoalaError, match="is not a count"):
         style_controlled(battles, -a, b, "b")
     with pytest.raises(CoalaError, match="no style column 'colour'"):
         style_controlled(battles, a, b, "b", columns=("colour",))

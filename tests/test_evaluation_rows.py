@@ -261,7 +261,7 @@ def test_damaged_gzip(tmp_path: Path, raw: bytes, cut: int) -> None:
     [
         ("a.jsonl", b"", "a.jsonl: found no rows, expected at least one"),
         ("a.jsonl", b"\n \n", "no rows"),
-        ("a.jsonl", b'{"a": 1}\n{', r"a.jsonl:2: found a line that breaks off"),
+        ("a.jsonl", b'{"a": 1}\n{', r"a.jsonl:2: found a truncated line"),
         ("a.jsonl", b'{"a": 1}\nx\n', r"a.jsonl:2: found invalid JSON at column 1"),
         ("a.jsonl", b'{"a": 1, "a": 2}', r"a.jsonl:1: a: found two fields of this name"),
         ("a.jsonl", b'{"a": 1}\n3', r"a.jsonl:2: found 3, expected an object"),
@@ -269,7 +269,7 @@ def test_damaged_gzip(tmp_path: Path, raw: bytes, cut: int) -> None:
         ("a.jsonl", b"[" * 200000, "nested too deep|breaks off"),
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "an integer of thousands of digits"),
         ("a.jsonl", b'{"a": "\xff"}', "byte 0xff at position 8, which is not UTF-8"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08", "gzip stream that breaks off"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "truncated gzip stream"),
         ("a.csv", b"x,y\n1\n", r"a.csv:1: found 1 fields under 2 columns"),
         ("a.csv", b"x,x\n1,2\n", "two columns of this name"),
         ("a.csv", b"x,y\n", "no rows"),

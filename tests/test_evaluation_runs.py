@@ -228,7 +228,7 @@ def test_runs_that_cannot_answer_say_so(tmp_path: Path, prompts: Path) -> None:
 
 def test_nothing_judged_is_an_error_and_no_evaluation(run: Path, prompts: Path, tmp_path: Path) -> None:
     dead = ["--base-url", "http://127.0.0.1:9/v1", "--model", "m", "--attempts", 1, "--concurrency", 1]
-    with pytest.raises(CoalaError, match="The replies are kept"):
+    with pytest.raises(CoalaError, match="The replies are saved"):
         called(app, "alpaca", "--run", run, "--prompts", prompts, *dead)
     assert not (run / "evaluations").exists()
     bare = write_lines(tmp_path / "bare.jsonl", [{"instruction": "a"}])
@@ -283,7 +283,7 @@ def test_alpaca_end_to_end_with_a_rule(run: Path, prompts: Path, orders: tuple[s
     assert result["raw"]["average_length"] == int(np.mean(lengths))
     # Length is all that this judge looks at, so nothing can be said of equal lengths.
     assert result["length_controlled"]["win_rate"]["value"] is None
-    assert "length alone tells who won" in remarks
+    assert "length alone decides who won" in remarks
     assert "own rows alone" in remarks
     assert "mine" in table
     # Judged again from the annotations it is the same.
@@ -466,7 +466,7 @@ def test_mtbench_end_to_end(run: Path, tmp_path: Path, server: JudgeServer) -> N
     # The grades by themselves are the same.
     saved, _, _ = called(app, "mtbench", result["out"])
     assert saved["scores"]["mine"]["overall"] == result["scores"]["mine"]["overall"]
-    with pytest.raises(CoalaError, match="Give either a file of judgements"):
+    with pytest.raises(CoalaError, match="pass a file of judgements"):
         called(app, "mtbench", "--questions", questions)
 
 
@@ -557,7 +557,7 @@ def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
     ]
     for text in [*shown, "version of coala", "The interval includes 50\u00a0%: this shows no difference."]:
         assert text in page, text
-    assert "Made on other files" not in page
+    assert "Made on files that have changed" not in page
     # A second one comes onto the page that is there; the same one again replaces itself.
     other = evaluation(files, title="another judge", judge={"name": "n"})
     assert add_evaluation(run, other) != record
@@ -568,11 +568,11 @@ def test_the_page_shows_all_of_an_evaluation(tmp_path: Path) -> None:
     (tmp_path / "generations-guided.jsonl").write_text("z")
     write_report(run, {"title": "a run"})
     assert (
-        "Made on other files than are in the run now: generations-guided.jsonl"
+        "Made on files that have changed in the run since: generations-guided.jsonl"
         in (tmp_path / "report.html").read_text()
     )
     (tmp_path / "evaluations" / "odd.json").write_text("[]")
-    with pytest.raises(StoreError, match="is no evaluation"):
+    with pytest.raises(StoreError, match="is not an evaluation"):
         write_report(run, {})
 
 
@@ -706,7 +706,7 @@ def test_align_and_report_show_what_was_evaluated(tmp_path: Path) -> None:
     align_recipe(settings, RunFolder(run))
     page = (run / "report.html").read_text()
     assert title in page
-    assert "Made on other files" not in page
+    assert "Made on files that have changed" not in page
     kept = json.loads((run / "report.json").read_text())["evaluations"]
     assert kept[0]["figures"][0]["estimate"] == found["win_rate"]
 

@@ -70,12 +70,12 @@ def test_a_prompt_that_does_not_fit_is_refused_or_cut_aloud(parts: Any, system: 
     assert not said
     left = room(user("hello"), context, **options)
     assert left == context - len(backbone.render("hello").tokens)
-    assert f"leaves the reply {left:,} of the {context:,} asked for" in said[-1]
+    assert f"leaves {left:,} of the {context:,} requested tokens" in said[-1]
     long = user("a film " * context)
     with pytest.raises(CoalaError, match=rf"context_length: the prompt has .* holds {context:,}, .* Shorten it\."):
         room(long, 6, **options)
     assert room(long, 6, cut=True, mend="") == 6
-    assert "tokens are cut" in said[-1]
+    assert "tokens are truncated" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_head_at_chance_is_told_in_one_line(parts: Any, tmp_path: Path) -> Non
     (told,) = evidence_notes(chance.path, silent, calibrated)
     assert told == f"{start} Cross-validation finds no evidence either, so replies stay unguided."
     (told,) = evidence_notes(chance.path, head, old)
-    assert told.startswith(f"{start} By rule min-max it steers at full strength all the same")
+    assert told.startswith(f"{start} By rule min-max it still steers at full strength")
     assert evidence_notes(chance.path, head, Guidance("none")) == [start]
     assert "worse than chance on held-out pairs: accuracy 20.0 %" in evidence_notes(swapped.path, head, calibrated)[0]
     assert "n = 1" in evidence_notes(few.path, head, calibrated)[0]
@@ -164,7 +164,7 @@ def test_a_head_at_chance_is_told_in_one_line(parts: Any, tmp_path: Path) -> Non
     assert evidence_notes(good.path, silent, old) == []
     assert "replies stay unguided" in evidence_notes(good.path, silent, calibrated)[0]
     assert "never calibrated" in evidence_notes(good.path, unknown, calibrated)[0]
-    assert "its temperature (3)" in evidence_notes(good.path, replace(unknown, temperature=3.0), calibrated)[0]
+    assert "a temperature (3)" in evidence_notes(good.path, replace(unknown, temperature=3.0), calibrated)[0]
     assert evidence_notes(tmp_path / "nowhere", head, calibrated) == []
 
 

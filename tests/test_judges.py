@@ -611,7 +611,7 @@ def test_a_local_model_judges_by_the_labels() -> None:
     assert extreme.preference == pytest.approx(0)
     with pytest.raises(CoalaError, match="mode weighted"):
         LanguageModelJudge("lm", read_instructions("pairwise"), log_probs)
-    with pytest.raises(JudgeStopped, match="has to see the prompts"):
+    with pytest.raises(JudgeStopped, match="needs the prompts"):
         chosen.compare((), reply("p", "good"), reply("p", "bad"))
 
 

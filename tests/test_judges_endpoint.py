@@ -366,7 +366,7 @@ def test_nobody_there() -> None:
 
 
 def test_settings_that_cannot_be_meant() -> None:
-    with pytest.raises(CoalaError, match="needs a key"):
+    with pytest.raises(CoalaError, match="no key"):
         OpenAIEndpoint(None, "")
     with pytest.raises(CoalaError, match="names no model"):
         OpenAIJudge(read_instructions("pairwise"), base_url="http://127.0.0.1:9/v1")
@@ -667,7 +667,7 @@ def test_a_prompt_that_is_not_known_stops_before_a_call(serve: Serve) -> None:
     server = serve(honest)
     ours, theirs, _ = sides(2)
     found = judge_many(ours, theirs, make(server))
-    assert "has to see the prompts" in found.stopped
+    assert "needs the prompts" in found.stopped
     assert server.requests == []
     with pytest.raises(JudgeStopped, match="grades single answers"):
         make(server, "grade").verdict(user("q"), ours[0], theirs[0])

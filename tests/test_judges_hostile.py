@@ -116,9 +116,9 @@ def test_answers_without_an_end_are_left(
     [
         ({"body": b"<html>hello</html>", "headers": {"Content-Type": "text/html"}}, "it is 'text/html'; expected"),
         ({"body": b"data: {}\n\n", "headers": {"Content-Type": "text/event-stream"}}, "it is 'text/event-stream'"),
-        ({"body": b"[" * 200_000}, "no chat completion"),
-        ({"body": b'{"choices": ' + b'{"a":' * 100_000}, "no chat completion"),
-        ({"body": b"9" * 100_000}, "no chat completion"),
+        ({"body": b"[" * 200_000}, "not a chat completion"),
+        ({"body": b'{"choices": ' + b'{"a":' * 100_000}, "not a chat completion"),
+        ({"body": b"9" * 100_000}, "not a chat completion"),
     ],
     ids=["html", "events", "deep list", "deep object", "long number"],
 )

@@ -107,7 +107,7 @@ def test_the_sample_never_takes_more_than_its_share(
     assert found.share == pytest.approx(max(tokens, default=0) / whole)
     if not tokens:
         assert (found.layer, found.scores, found.pairs) == (2, (), 0)
-        assert "too few to tell layers apart" in str(found)
+        assert "too few to compare layers" in str(found)
     assert found == choose_layer(pairs, backbone, backbone.spec(), layers=[1, 2], share=share)
 
 
@@ -115,7 +115,9 @@ def test_few_pairs_mean_the_last_layer_at_no_cost(backbone: LanguageModel) -> No
     found = choose_layer(some_pairs(150, 150), backbone, backbone.spec())
     assert found.layer == found.n_layers == backbone.n_layers
     assert (found.pairs, found.share) == (0, 0.0)
-    said = r"--layer auto: layer 2 of 2, the last: 10 % of the tokens are 1\d pairs in 1\d groups, too few to tell .*"
+    said = (
+        r"--layer auto: layer 2 of 2, the last: 10 % of the tokens are 1\d pairs in 1\d groups, too few to compare .*"
+    )
     assert re.fullmatch(
         said.replace(" 2 ", f" {found.n_layers} ").replace("of 2,", f"of {found.n_layers},"), str(found)
     )

@@ -106,9 +106,9 @@ def test_a_click_is_on_the_disk_before_it_is_answered_and_counts_once(session: S
         session.answer("owner", question.id, "c1", "first")
         kept = read_journal((session.path / JOURNAL).read_bytes())
         assert [(one.id, one.click) for one in kept.answered.values()] == [(question.id, "c1")]
-    with pytest.raises(Conflict, match="answered already"):
+    with pytest.raises(Conflict, match="already answered"):
         session.answer("owner", question.id, "c2", "second")
-    with pytest.raises(Conflict, match="not yours"):
+    with pytest.raises(Conflict, match="assigned to another rater"):
         session.answer("rater-1", question.id, "c3", "second")
     other = session.question("rater-1")
     following = session.question("owner")
@@ -488,7 +488,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     recipe = recipe_in(new, {"name": "m"}, 8, 0)
     assert not new.exists()
     begin(new, recipe)
-    with pytest.raises(CoalaError, match="not begun by `coala live`"):
+    with pytest.raises(CoalaError, match="not started by `coala live`"):
         recipe_in(new, {"name": "m"}, 8, 0)  # a run without clicks
     (new / FOLDER).mkdir()
     (new / FOLDER / JOURNAL).touch()

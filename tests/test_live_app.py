@@ -117,13 +117,13 @@ def test_from_the_first_page_to_a_pair_and_back(client: TestClient, session: Ses
         ("/answer", {"question": "q1", "click": "c", "verdict": "edited"}, 400, "side"),
         ("/answer", {"question": "q1", "click": "c", "verdict": "first", "text": "x"}, 400, "side"),
         ("/answer", {"question": "../q", "click": "c", "verdict": "first"}, 400, "question"),
-        ("/answer", {"question": "q99", "click": "c", "verdict": "first"}, 409, "not yours"),
+        ("/answer", {"question": "q99", "click": "c", "verdict": "first"}, 409, "assigned to another rater"),
         ("/answer", {"click": "c", "verdict": "first"}, 400, "question is missing"),
         ("/undo", {"question": "q99", "click": "c"}, 409, "not yours"),
         ("/prompt", {"text": " "}, 400, "not empty"),
         ("/job", {"name": "sell"}, 400, "name"),
         ("/job", {"name": "distil"}, 409, "no finished run"),
-        ("/nothing", {}, 404, "nothing at this address"),
+        ("/nothing", {}, 404, "page does not exist"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(
@@ -357,7 +357,7 @@ def test_the_page_by_keyboard_by_touch_in_two_tabs_and_without_a_server(browser:
     phone.get_by_role("button", name="Reply 1 is better").tap()
     answered(phone, 5)
     page.keyboard.press("2")
-    page.get_by_role("alert").filter(has_text="answered already").wait_for()
+    page.get_by_role("alert").filter(has_text="already answered").wait_for()
     # The server is killed: the click waits in the page, and is kept once it is there again.
     phone.get_by_role("heading", name="Which reply is better?").wait_for()
     live.end(signal.SIGKILL)

@@ -135,7 +135,7 @@ def test_training_leaves_a_model_and_a_report(place: Path, whole: Any) -> None:
     assert set(Counter(asked).values()) == {1}
     page = (out / "report.html").read_text()
     assert "By update of the reference" in page
-    assert "No policy accuracy: the start is no COALA run" in page
+    assert "No policy accuracy: the start is not a COALA run" in page
     assert "eta tau 0.333" in page
     steps = load_json(out / "report.json")["steps"]
     assert [(row["outer"], row["inner"]) for row in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -299,7 +299,7 @@ def test_a_matrix_over_checkpoints(place: Path, whole: Any) -> None:
     assert more["percent"][1][4] == 50
     assert np.array(more["percent"])[:4, :4] == pytest.approx(percent)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    with pytest.raises(CoalaError, match=r"run@7: there is no such policy; expected start, 1 to 2"):
+    with pytest.raises(CoalaError, match=r"run@7: found no such policy; expected start, 1 to 2"):
         run("matrix", f"{run_folder}@7", run_folder, *common)
     with pytest.raises(CoalaError, match="Found 1 entrant; expected two"):
         run("matrix", run_folder, *common)
@@ -370,7 +370,7 @@ def test_prompts_come_in_many_forms(tmp_path: Path) -> None:
         with pytest.raises(CoalaError, match=message):
             examples_of(rows)
     lines.write_text("\n")
-    with pytest.raises(CoalaError, match="holds no prompt"):
+    with pytest.raises(CoalaError, match="found no prompt"):
         examples_of(lines)
     with pytest.raises(CoalaError, match="could not be read"):
         examples_of(tmp_path / "none.txt")
@@ -403,20 +403,20 @@ def test_oracles_by_their_names(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("coin", "there is no oracle 'coin'; expected one of rule, words"),
-        ("rule", "needs something behind the colon"),
+        ("coin", "found oracle 'coin'; expected one of rule, words"),
+        ("rule", "needs a value after the colon"),
         ("rule:tallest", "There is no rule 'tallest'"),
-        ("majority:rule:longer+coin", "there is no oracle 'coin'"),
+        ("majority:rule:longer+coin", "found oracle 'coin'"),
         ("python:judge.py", r"expected FILE.py:NAME"),
-        ("python:nowhere.py:prefer", "there is no such file"),
+        ("python:nowhere.py:prefer", "found no such file"),
         ("python:{place}/judge.py:NUMBER", "has no function 'NUMBER'; it has .*prefer"),
         ("words:nowhere.json", "could not be read"),
         ("table:nowhere.json", "could not be read"),
         ("reward:nowhere", "there is no such folder"),
-        ("reward:{place}/model", "is no reward model; score.weight would be random"),
+        ("reward:{place}/model", "is not a reward model; score.weight would be random"),
         ("judge:nowhere/at/all", "no such folder"),
-        ("head", "The oracle head is that of a COALA run"),
-        ("head:{place}/model", "The oracle head is that of a COALA run"),
+        ("head", "The oracle head needs a COALA run"),
+        ("head:{place}/model", "The oracle head needs a COALA run"),
     ],
 )
 def test_oracles_that_cannot_be(place: Path, spec: str, message: str) -> None:
@@ -431,7 +431,7 @@ def test_a_function_that_fails_says_so(place: Path) -> None:
 
 
 def test_a_run_needs_prompts_and_a_model(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(CoalaError, match="Prompts are missing"):
+    with pytest.raises(CoalaError, match="Found no prompts"):
         run("train", place / "model", "--oracle", "rule:longer", "--out", tmp_path / "run")
     with pytest.raises(CoalaError, match="no such folder"):
         run("train", "nowhere/at/all", place / "prompts.txt", "--oracle", "rule:longer", "--out", tmp_path / "run")
@@ -465,7 +465,7 @@ def test_a_wrong_oracle_is_refused_before_anything_is_generated_or_deleted(place
     assert not (tmp_path / "matrix").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{}")
-    with pytest.raises(CoalaError, match="no oracle 'coin'"):
+    with pytest.raises(CoalaError, match="found oracle 'coin'"):
         run("train", model, prompts, "--oracle", "coin", "--restart", "--out", tmp_path / "run")
     assert (tmp_path / "run/run.json").exists()
 

@@ -81,7 +81,7 @@ def test_eta_and_tau_may_be_given_either_way() -> None:
 
 def test_settings_say_what_will_not_work() -> None:
     assert [str(note) for note in COMALSettings(eta=2, ref_weight=1 / 3).notes()] == []
-    words = ("top_p", "another game", "not nearly solved", "early stopping")
+    words = ("top_p", "another game", "far from solved", "early stopping")
     notes = " ".join(
         map(str, COMALSettings(top_p=0.9, pair_selection="best_worst", target="hard", inner_steps=1).notes())
     )
@@ -185,7 +185,9 @@ def test_remarks_name_drift_short_steps_and_a_judge_of_positions() -> None:
     said = " ".join(
         map(str, remarks({"drift": -9, "mass": 0.5, "achieved": 0.01, "judge_disagreement": 0.4, "finished": 0.2}))
     )
-    assert all(word in said for word in ("-9.0 nats and kept 50 %", "1 % of the margin", "positions", "max_new_tokens"))
+    assert all(
+        word in said for word in ("-9.0 nats and kept 50 %", "1 % of the target margin", "position", "max_new_tokens")
+    )
 
 
 def test_what_was_reached_is_measured_against_what_was_asked() -> None:
@@ -420,7 +422,7 @@ def test_a_killed_run_goes_on_to_the_same_pairs_and_weights(
 def test_a_run_of_other_settings_or_without_verdicts_is_refused(trained_start: Any, tmp_path: Path) -> None:
     policy = copy_of(trained_start)
     silent = from_callable(lambda *_: None, "silent")
-    with pytest.raises(CoalaError, match=r"No pair is left to train on: .* 'silent' has no verdict"):
+    with pytest.raises(CoalaError, match=r"Found no pair to train on: .* 'silent' has no verdict"):
         run_comal(policy, EXAMPLES, silent, QUICK, tmp_path / "run")
     with pytest.raises(CoalaError, match="oracle: silent -> table"):
         run_comal(policy, EXAMPLES, from_table(GAME), QUICK, tmp_path / "run")

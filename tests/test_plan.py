@@ -129,7 +129,7 @@ def test_weights_are_not_needed_to_count(tmp_path: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     bare = make_plan(settings, probe_seconds=5)
     assert bare == replace(whole, probe=bare.probe, room=bare.room)
-    assert bare.probe == "not measured: no weights of this model are here"
+    assert bare.probe == "not measured: the model's weights are not available locally"
     assert whole.counted == "by the model's tokenizer"
     # Encoders see what follows, so that nothing is shared.
     assert (whole.tokens["computed"] < whole.tokens["pair_by_pair"]) == (name != "bert")
@@ -218,7 +218,7 @@ def test_llama_fits_a_card_of_24_gib_in_bfloat16(tmp_path: Path) -> None:
     # n rows of d float32 numbers: 4 n d of the design, chosen and rejected.
     assert fits.disk_bytes["features"] == 2 * 65_606 * 4096 * 4
     wide = plan(24, dtype="float32")
-    with pytest.raises(PlanError, match=r"Device memory: up to .*weights 29\.9 GiB.*24\.0 GiB are there"):
+    with pytest.raises(PlanError, match=r"Device memory: up to .*weights 29\.9 GiB.*24\.0 GiB available"):
         wide.require()
     assert {"--dtype bfloat16", "--quantise 4bit"} <= set(wide.mends)
     # Weights that are spread fill the card, and leave no room for passes of this size.
@@ -295,7 +295,7 @@ def test_host_memory_and_disk_are_refused_too(tmp_path: Path) -> None:
         return make_plan(settings, config=config, rows=1_000_000, guess=Guess(50, 50), probe_seconds=0, **room)
 
     assert not plan(memory=128 * GIB).shortages
-    with pytest.raises(PlanError, match=r"Disk: up to .* for the run .* and 20\.0 GiB are there"):
+    with pytest.raises(PlanError, match=r"Disk: up to .* for the run .*, 20\.0 GiB available"):
         plan(memory=128 * GIB, disk=20 * GIB).require()
     # What is kept of a prefix is kept of four: taking one is the only way.
     assert plan(memory=128 * GIB, disk=20 * GIB).mends == ("--prefixes 1",)

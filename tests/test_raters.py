@@ -322,7 +322,7 @@ def test_sources_are_compared_shown_and_kept_beside_the_head(run: Path) -> None:
 def test_a_run_is_compared_with_the_head_it_has(run: Path, tmp_path: Path) -> None:
     for more in (["--out", str(tmp_path / "head")], ["--method", "linear"], ["--seed", "3"]):
         result = CliRunner().invoke(app, ["fit", str(run), "--by", "source", *more])
-        assert "its head is there" in str(result.exception) + result.output
+        assert "its head exists" in str(result.exception) + result.output
 
 
 def test_a_head_of_a_rater_is_told(run: Path) -> None:

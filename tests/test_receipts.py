@@ -195,7 +195,7 @@ def test_forgetting_leaves_nothing_of_the_pairs(run: Path) -> None:
     assert not (run / "generations-guided.jsonl").exists()
     assert not list((run / "receipts").glob("influence-*"))
     assert any("an arena" in line for line in receipt["stale_files"])
-    assert "Stale: made with the head of before" in (run / "report.html").read_text()
+    assert "Stale: made with the head before" in (run / "report.html").read_text()
     # Every stage is done on what remains: nothing is read or fitted again.
     folder = RunFolder.open(run)
     for stage in ("pairs", "features-train", "features-eval", "head"):
@@ -380,7 +380,7 @@ def test_a_head_with_gates_keeps_them_and_says_so(run: Path) -> None:
     np.testing.assert_array_equal(new.gates, head.gates)
     assert receipt["bound"] is None
     assert receipt["beside"]["log_odds_apart"] >= 0  # what gates chosen anew would give
-    assert "Gates chosen anew would give" in (run / "report.html").read_text()
+    assert "Gates chosen again would give" in (run / "report.html").read_text()
     assert any("gates were" in text for text in receipt["not_claimed"])
     assert receipt["gap_after"] <= 1e-8
     linear = np.asarray(load_json(run / "head/fit.json")["linear"])

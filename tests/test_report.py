@@ -412,7 +412,7 @@ def test_empty_and_null_values_are_borne() -> None:
         "samples": [{"prompt": "p"}],
     }
     words = Page(page_of(content)).words
-    assert "nothing was found amiss" in words
+    assert "no problems were found" in words
     assert "(empty reply)" in words
     assert not re.search(r"\bnan\b|\binf\b", words)
     unknown = {"policy": {"unknown": "likelihood not known in mode block"}}
@@ -443,9 +443,9 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
         ({"summary": {"accuracy_eval": estimate(0.3, 0.2, 0.4)}}, "worse than chance"),
         (
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8), "accuracy_train": estimate(0.95, 0.9, 0.97)}},
-            "does not carry over",
+            "does not generalise",
         ),
-        ({"summary": {"gain_over_linear": estimate(0.004, -0.02, 0.03)}}, "not better than a linear one"),
+        ({"summary": {"gain_over_linear": estimate(0.004, -0.02, 0.03)}}, "not shown to be better than a linear one"),
         ({"summary": {"gain_over_linear": estimate(0.05, 0.02, 0.08)}}, "the neurons help"),
         ({"summary": {"gain_over_linear": estimate(-0.05, -0.08, -0.02)}}, "prefer it"),
         (
@@ -453,7 +453,7 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
             "not better than a linear one",
         ),
         ({"head": {"n_neurons": 0, "certificate": {"relative_gap": 1e-5}}}, "linear: validation kept no neuron"),
-        ({"head": {"n_neurons": 0, "certificate": {"facts": {"method": "linear"}}}}, "linear, as was asked for"),
+        ({"head": {"n_neurons": 0, "certificate": {"facts": {"method": "linear"}}}}, "linear, as requested"),
         (
             {"head": {"n_neurons": 3, "certificate": {"relative_gap": 1e-5, "tolerance": 1e-4}}},
             "proved optimal to within 0.001 %",
@@ -472,11 +472,12 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
         ),
         (
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.92}},
-            "gives 92.0 % to the reply it prefers, and it is right in 70.0 % of cases: its probabilities are too sure",
+            "gives 92.0 % to the reply it prefers, and it is right in 70.0 % of cases: "
+            "its probabilities are overconfident",
         ),
         (
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.55}},
-            "too timid",
+            "underconfident",
         ),
         (
             {
@@ -487,18 +488,18 @@ def estimate(value: float, low: float, high: float, n: int = 100) -> Estimate:
         ),
         (
             {"summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)}, "reliability": {"confidence": 0.75}},
-            "probabilities hold on held-out pairs",
+            "probabilities are consistent with the held-out pairs",
         ),
-        ({"data_findings": [{"severity": "error", "text": "x"}]}, "1 error: mend the data"),
+        ({"data_findings": [{"severity": "error", "text": "x"}]}, "1 error: fix the data"),
         ({"by_length": [{"low": -90, "high": -10, "accuracy": estimate(0.3, 0.2, 0.4)}]}, "the shorter one"),
         (
             {"head": {"n_neurons": 0, "certificate": {"facts": {"cv": {"signal_found": False}}}}},
             "found no signal: on held-out",
         ),
-        ({"head": {"least_slope": 0.0}, "settings": {"guidance": {"rule": "calibrated"}}}, "leaves the text as it is"),
+        ({"head": {"least_slope": 0.0}, "settings": {"guidance": {"rule": "calibrated"}}}, "leaves the text unchanged"),
         (
             {"head": {"least_slope": 0.0}, "settings": {"guidance": {"rule": "min-max"}}},
-            "at full strength all the same",
+            "still guides at full strength",
         ),
         ({"head": {"n_neurons": 3, "certificate": {"facts": {"separable": True}}}}, "keeps its scores finite"),
         ({"path": [{"beta_rel": b, "cv_nll": 0.7 - b / 10, "n_neurons": 0} for b in (0.1, 0.6)]}, "no signal"),

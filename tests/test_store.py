@@ -310,5 +310,5 @@ def test_a_folder_that_holds_no_features_is_told(tmp_path: Path, content: str | 
     with pytest.raises(StoreError, match=r"features\.json"):
         load_features(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="there is no such file"):
+    with pytest.raises(StoreError, match="found no such file"):
         load_features(tmp_path / "file")

@@ -295,7 +295,7 @@ def test_answers_of_another_survey_or_a_damaged_file_are_refused(tmp_path: Path,
         Records(tmp_path, made_up(n=3))
     for path in tmp_path.glob("answers.sqlite*"):
         path.write_bytes(b"not a database at all" * 300)
-    with pytest.raises(CoalaError, match="if it is damaged, put a backup back"):
+    with pytest.raises(CoalaError, match="if it is damaged, restore a backup"):
         Records(tmp_path, made_up(n=2, repeats=1, checks=1))
 
 
@@ -338,7 +338,7 @@ def test_answers_that_a_damaged_log_loses_are_missed(
         assert again.n_answers == 3
         again.close()
         return
-    with pytest.raises(CoalaError, match=r"answers are missing.*Put a backup back"):
+    with pytest.raises(CoalaError, match=r"answers are missing.*restore a backup"):
         Records(there, survey)
     (there / COUNT).unlink()  # as it says
     if damage != "gone":
@@ -442,7 +442,7 @@ def test_command_reads_prompts_of_a_runs_pairs(tmp_path: Path) -> None:
     # Beside the generations they are found without being named.
     assert run("build", *files, "--out", tmp_path / "t", "--per-category", 0)["digest"] == survey.digest
     (tmp_path / "pairs-eval.jsonl").unlink()
-    with pytest.raises(CoalaError, match=r"no pairs-eval\.jsonl beside the generations"):
+    with pytest.raises(CoalaError, match=r"no pairs-eval\.jsonl next to the generations"):
         run("build", *files, "--out", tmp_path / "u")
     assert [q.prompt for q in survey.questions] == [f"prompt {i}" for i in range(4)]
     assert survey.questions[2].answers == ("guided 2", "unguided 2")

@@ -318,7 +318,7 @@ def test_failures_of_ours_are_a_page_and_never_a_trace(
     records.close()
     answers.append(client.post(f"{path}/1", data={"choice": "A"}))
     assert answers[-1].status_code == 503
-    assert "could not be kept" in answers[-1].text
+    assert "could not be saved" in answers[-1].text
     for answer in answers:
         if answer.status_code >= 500:
             assert "Traceback" not in answer.text

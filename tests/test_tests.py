@@ -2,7 +2,7 @@
 
 A machine that is busy, slow or of another make must not fail a test. Time is moved by the tests (`waiting.Clock`,
 `serving.Here.skip`), what takes long is waited for with `waiting.wait_for`, and `waiting.linger` is for what plays a
-slow server or disk. Everything that has to do with real time is in tests/waiting.py, which alone is not looked at.
+slow server or disk. Everything that has to do with real time is in tests/waiting.py, which alone is ignored.
 """
 
 from __future__ import annotations

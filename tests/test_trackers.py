@@ -70,7 +70,7 @@ def test_a_tracker_that_fails_at_its_start_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (note,) = told("jsonl", tmp_path / "file" / "mine")
     assert note.startswith("jsonl failed (")
-    assert note.endswith("; the run goes on without it")
+    assert note.endswith("; the run continues without it")
 
 
 def test_a_tracker_that_fails_later_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_a_tracker_that_fails_later_is_told_of_once(tmp_path: Path, monkeypatch:
             super().log(numbers, step)
 
     monkeypatch.setitem(trackers._TRACKERS, "jsonl", Full)  # type: ignore[arg-type]
-    assert told("jsonl", tmp_path / "mine") == ["jsonl failed (no space left); the run goes on without it"]
+    assert told("jsonl", tmp_path / "mine") == ["jsonl failed (no space left); the run continues without it"]
     assert len((tmp_path / "mine.tracking.jsonl").read_text().splitlines()) == 4
 
 

@@ -98,11 +98,11 @@ def test_all_failed_is_no_number_and_the_words_are_shown(folder: Path, start: St
 def test_ties_alone_and_constant_grades_are_told(folder: Path, start: Start) -> None:
     result, _, _ = judged(folder, start(lambda body: say("[[C]]")))
     assert result["win_rate"]["value"] == 0.5
-    assert result["remarks"] == ["every one of the 8 verdicts is a tie: this judge tells no two replies apart"]
+    assert result["remarks"] == ["every one of the 8 verdicts is a tie: this judge does not distinguish replies"]
     common = ["--base-url", start(lambda body: say("[[5]]")), "--model", "m", "--out", folder / "g.jsonl"]
     result, _, _ = called(app, "grade", folder / "q.jsonl", folder / "a.jsonl", *common)
     assert result["scores"]["x"]["overall"]["value"] == 5
-    assert result["remarks"] == ["x: every one of the 4 ratings is 5: this judge tells no two apart"]
+    assert result["remarks"] == ["x: every one of the 4 ratings is 5: this judge does not distinguish replies"]
 
 
 def test_another_out_judges_nothing_again(folder: Path, start: Start) -> None:

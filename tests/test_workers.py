@@ -321,7 +321,7 @@ def test_an_alignment_shared_interrupted_and_killed_gives_the_same_bytes(folder:
         wait_for(lambda pids=helpers: not any(alive(pid) for pid in pids))
         assert process.returncode == (130 if end == signal.SIGINT else -9)
         if end == signal.SIGINT:
-            assert "finished work is kept" in said
+            assert "finished work is saved" in said
             assert "Traceback" not in said
         assert not (shared / "features/train/features.json").exists(), "it was over before it could be ended"
     done = subprocess.run(shared_command, check=True, stderr=subprocess.PIPE, **options)

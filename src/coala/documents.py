@@ -73,7 +73,7 @@ def tensors_header(path: Path) -> tuple[dict[str, Any], int]:
         file.seek(0)
         size = int.from_bytes(file.read(8), "little")
         if whole < 8 or size > whole - 8:
-            raise DocumentError("not a safetensors file, or one that breaks off in its header")
+            raise DocumentError("not a safetensors file, or truncated in its header")
         if size > MOST_HEADER:
             raise DocumentError(f"a safetensors file with a header of {size:,} bytes; at most {MOST_HEADER:,} are read")
         header = parse_json(file.read(size))
@@ -96,7 +96,7 @@ def _check_tensor(name: str, about: Any, room: int) -> None:
     if not plain:
         raise DocumentError(f"a safetensors file whose header does not describe {name!r} as a tensor")
     if not begin <= end <= room:
-        raise DocumentError(f"a safetensors file that breaks off in {name!r}")
+        raise DocumentError(f"a safetensors file truncated in {name!r}")
     # Bits, for some formats pack two values in a byte.
     digits = "".join(c for c in kind.partition("_")[0] if c.isdigit())
     bits = {"BOOL": 8}.get(kind, int(digits) if digits else 0)

@@ -44,14 +44,14 @@ class DistilStates:
             )
         wide = (n, self.tokens.shape[1])
         if shapes != {"tokens": wide, "target": wide, "size": (n,), "weight": (n,), "group": (n,)}:
-            raise CoalaError(f"Found {shapes} beside {n} states; expected (n, K) or (n,). Fix: collect them again.")
+            raise CoalaError(f"Found {shapes} for {n} states; expected (n, K) or (n,). Fix: collect them again.")
         if n and not (self.size.min() >= 1 and self.size.max() <= wide[1]):
             raise CoalaError(f"Found nuclei of {self.size.min()} to {self.size.max()} tokens; expected 1 to {wide[1]}.")
         if not (np.isfinite(self.weight).all() and (self.weight >= 0).all()):
             raise CoalaError("Found a weight below 0 or not finite; expected at least 0, or the program is not convex.")
         if not (np.abs(self.target.sum(1, dtype=np.float64) - 1) <= 1e-4).all() or (self.target < 0).any():
             raise CoalaError(
-                "Found a target that is no distribution; expected sums of 1. Fix: collect the states again."
+                "Found a target that is not a distribution; expected sums of 1. Fix: collect the states again."
             )
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class DistilledPolicy:
                 continue
             object.__setattr__(self, name, np.ascontiguousarray(part, dtype=np.float32))
             if part.ndim != 2 or not np.isfinite(part).all():
-                raise CoalaError(f"The policy's {name} factor is no finite matrix: distil again.")
+                raise CoalaError(f"The policy's {name} factor is not a finite matrix. Fix: distil again.")
         for name, kind in (("program", Teacher), ("support", Support)):
             if getattr(self, name) not in get_args(kind):
                 raise CoalaError(

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 @dataclass(frozen=True)
 class Setting:
-    """What people are told of a setting, in one line with its unit.
+    """The help line of a setting: what it sets, its unit, and its default where the type does not show it.
 
     ``flag`` is the setting's own on a command line, where it is not ``--`` and its name; None for one that only a
     recipe or ``--set`` gives.
@@ -83,20 +83,25 @@ Vehicle = Literal["output", "adapter"]
 TrackerName = Literal["jsonl", "mlflow", "trackio", "wandb"]
 
 # Settings that more than one command takes.
-Template = Annotated[Literal["auto", "chat", "dialogue", "continuation"], Setting("How conversations are rendered.")]
+Template = Annotated[
+    Literal["auto", "chat", "dialogue", "continuation"],
+    Setting("How conversations become text: the model's chat template, a plain dialogue or a continuation."),
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     Spellings(_DTYPES),
-    Setting("Number format of the weights; bf16, fp16, half and fp32 are understood."),
+    Setting("Number format of the weights; bf16, fp16, half and fp32 also work."),
 ]
 Quantise = Annotated[
     Literal["8bit", "4bit"],
-    Setting("Fewer bits a weight: 8bit on a CPU by torch's own kernel, all else by bitsandbytes."),
+    Setting("Bits per weight: 8bit uses torch's kernel on a CPU, the rest bitsandbytes (default: not quantised)."),
 ]
-Device = Annotated[str, Setting("auto, cpu, cuda, or offload (keep what does not fit in CPU memory or on disk).")]
-Seed = Annotated[int, Ge(0), Setting("Fixes split, fit and sampling.")]
-Format = Annotated[str, Setting("Format of the pairs; auto recognises it (see `coala data formats`).")]
-SkipBad = Annotated[bool, Setting("Leave out rows with errors, and say so, instead of stopping.")]
+Device = Annotated[
+    str, Setting("Where the model runs: auto, cpu, cuda, or offload (what does not fit goes to CPU memory or disk).")
+]
+Seed = Annotated[int, Ge(0), Setting("Random seed of the split, the fit and sampling.")]
+Format = Annotated[str, Setting("Format of the pairs; auto detects it (see `coala data formats`).")]
+SkipBad = Annotated[bool, Setting("Skip rows with errors and list them, instead of stopping.")]
 
 # A section that is given as a mapping names no other settings, and is checked again where it is given as a value.
 _STRICT = {"extra": "forbid", "revalidate_instances": "always"}
@@ -108,35 +113,40 @@ class ModelSettings:
 
     __pydantic_config__ = _STRICT
 
-    name: Annotated[str, Setting("Local model folder, GGUF file or hub name.", flag="--model", letter="-m")]
-    revision: Annotated[str | None, Setting("Commit of a hub model.", flag=None)] = None
+    name: Annotated[
+        str, Setting("Model: a local folder, GGUF file or hub name (no default).", flag="--model", letter="-m")
+    ]
+    revision: Annotated[str | None, Setting("Commit of a hub model (default: the latest).", flag=None)] = None
     template: Template = "auto"
     layer: Annotated[
         Annotated[int, Ge(-1)] | Literal["auto"],
-        Setting("Hidden state to read; -1 is the last, auto the lowest layer within one standard error of the best."),
+        Setting(
+            "Layer whose hidden states are read; -1 is the last, auto the lowest within one standard error of the best."
+        ),
     ] = -1
     pooling: Annotated[
         Literal["mean", "mean_all", "last", "attn"],
-        Setting("How states become one vector; mean is over the reply."),
+        Setting("How token states become one vector; mean averages over the reply, mean_all over the prompt too."),
     ] = "mean"
-    ends_with_eos: Annotated[bool, Setting("Put the end-of-sequence token behind each reply.", flag=None)] = False
+    ends_with_eos: Annotated[bool, Setting("Append the end-of-sequence token to each reply.", flag=None)] = False
     max_tokens: Annotated[
-        Annotated[int, Ge(2)] | None, Setting("Longest prompt plus reply, in tokens (default: the model's context).")
+        Annotated[int, Ge(2)] | None,
+        Setting("Maximum length of prompt plus reply, in tokens (default: the model's context)."),
     ] = None
-    prefixes: Annotated[int, Ge(1), Setting("Fit on this many prefixes of every reply; 1 is the whole.")] = 1
-    batch_tokens: Annotated[int, Ge(1), Setting("Tokens per forward pass.")] = 4096
+    prefixes: Annotated[int, Ge(1), Setting("Prefixes of each reply to fit on; 1 uses the whole reply only.")] = 1
+    batch_tokens: Annotated[int, Ge(1), Setting("Batch size of a forward pass, in tokens.")] = 4096
     device: Device = "auto"
-    adapter: Annotated[str | None, Setting("LoRA adapter of the model: a folder or hub name.")] = None
+    adapter: Annotated[str | None, Setting("LoRA adapter of the model: a folder or hub name (default: none).")] = None
     quantise: Quantise | None = None
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
     prompt_features: Annotated[
         bool | None,
-        Setting("Encode prompts by themselves too, for gates on them; on where head.gate_on asks for it.", flag=None),
+        Setting("Also encode prompts alone, for gates on them (default: on if head.gate_on needs it).", flag=None),
     ] = None
     log_ratios: Annotated[
         bool | None,
-        Setting("Also log p(chosen) - log p(rejected); on where head.reference_scale needs it.", flag=None),
+        Setting("Also store log p(chosen) - log p(rejected) (default: on if head.reference_scale is set).", flag=None),
     ] = None
 
 
@@ -149,62 +159,68 @@ class HeadSettings:
     method: Annotated[
         Method,
         Setting(
-            "How the head is fitted: `learnt` gates (one convex program), `direct` (the same, sampled gates), `linear` "
-            "(none) or `two-phase` (the papers')."
+            "Gates of the head: `learnt` (one convex program), `direct` (the same, sampled gates), `linear` (none) or "
+            "`two-phase` (the papers' method)."
         ),
     ] = "learnt"
     gate_on: Annotated[
         GateOn | None,
-        Setting("What gates look at; auto: both compete (`coala align` then encodes prompts too)."),
+        Setting("Input of the gates; auto keeps the better of both (default: reply, or auto if prompts are encoded)."),
     ] = None
     reference_scale: Annotated[
-        float | None, Setting("CVX-DPO: ask for a margin of this times the model's log ratio (computes those too).")
+        float | None, Setting("CVX-DPO: scale of the model's log ratio in the target margin (default: no reference).")
     ] = None
     loss: Annotated[
-        Literal["pairwise", "pointwise"], Setting("Two-phase: Phase II loss; pointwise is Eq. 9.", flag=None)
+        Literal["pairwise", "pointwise"], Setting("Two-phase: loss of Phase II; pointwise is Eq. 9.", flag=None)
     ] = "pairwise"
     phase_one: Annotated[
         PhaseOne,
-        Setting("Two-phase: Phase I by Newton's method (`gated`), ADMM (`cronos`) or as a ReLU `network`.", flag=None),
+        Setting("Two-phase: solver of Phase I: Newton (`gated`), ADMM (`cronos`) or a ReLU `network`.", flag=None),
     ] = "gated"
-    paper: Annotated[bool, Setting("Two-phase with the published settings, nothing searched.")] = False
+    paper: Annotated[bool, Setting("Two-phase with the published settings, without a search.")] = False
     n_patterns: Annotated[
         Annotated[int, Ge(1)] | None,
-        Setting("Gates at most (learnt) or sampled (default: the method's own).", flag=None),
+        Setting("Number of gates: a maximum (learnt) or the number sampled (default: the method's own).", flag=None),
     ] = None
-    tolerance: Annotated[float, Gt(0), Lt(1), Setting("Certified relative gap.", flag=None)] = 1e-4
+    tolerance: Annotated[float, Gt(0), Lt(1), Setting("Relative duality gap at which the fit stops.", flag=None)] = 1e-4
 
 
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """How the head guides decoding; what each does is told at :class:`coala.decoding.Guidance`."""
+    """How the head guides decoding; :class:`coala.decoding.Guidance` explains each setting."""
 
     __pydantic_config__ = _STRICT
 
     mode: Annotated[Mode, Setting("How the head guides decoding.")] = "block"
     strength: Annotated[
-        Annotated[float, Ge(0)] | None, Setting("Guidance strength; 0 is unguided (default: the mode and rule's own).")
+        Annotated[float, Ge(0)] | None, Setting("Guidance strength; 0 is unguided (default: set by the mode and rule).")
     ] = None
     every: Annotated[
-        Annotated[int, Ge(1)] | None, Setting("Guide every N tokens (default: 1, in prefix mode 5).", flag=None)
+        Annotated[int, Ge(1)] | None, Setting("Guide every N tokens (default: 1; 5 in mode prefix).", flag=None)
     ] = None
     candidates: Annotated[int, Ge(1), Setting("Candidates per guided step.", flag=None)] = 5
-    top_k: Annotated[int, Ge(0), Setting("So many likeliest tokens; 0 is all.", flag=None)] = 50
+    top_k: Annotated[int, Ge(0), Setting("Sample from the K most likely tokens; 0 is all.", flag=None)] = 50
     top_p: Annotated[
-        float, Gt(0), Le(1), Setting("Likeliest tokens that add up to this probability; 1 is all.", flag=None)
+        float,
+        Gt(0),
+        Le(1),
+        Setting("Sample from the most likely tokens with this total probability; 1 is all.", flag=None),
     ] = 0.9
-    block_tokens: Annotated[int, Ge(1), Setting("Of mode block: tokens of a block.", flag=None)] = 5
-    rule: Annotated[Rule, Setting("How scores count; calibrated: by their evidence.", flag=None)] = "calibrated"
+    block_tokens: Annotated[int, Ge(1), Setting("Mode block: tokens per block.", flag=None)] = 5
+    rule: Annotated[Rule, Setting("How scores are scaled; calibrated weighs them by their evidence.", flag=None)] = (
+        "calibrated"
+    )
     budget: Annotated[
-        Annotated[float, Ge(0)] | None, Setting("Of mode shift: nats a reply may spend on guidance.", flag=None)
+        Annotated[float, Ge(0)] | None,
+        Setting("Mode shift: maximum divergence of a reply, in nats (default: no limit).", flag=None),
     ] = None
-    width: Annotated[int, Ge(1), Setting("Of mode beam: hypotheses kept.", flag=None)] = 4
+    width: Annotated[int, Ge(1), Setting("Mode beam: number of hypotheses.", flag=None)] = 4
     over: Annotated[
-        Over, Setting("What the head guides: the model, or its distilled policy (`coala distil`).", flag=None)
+        Over, Setting("Which model the head guides: the run's, or its distilled policy (`coala distil`).", flag=None)
     ] = "model"
     rater: Annotated[
         str | None,
-        Setting("Guide by the head of this rater, made by `coala fit RUN --by rater`.", flag=None),
+        Setting("Rater whose head guides; see `coala fit RUN --by rater` (default: the shared head).", flag=None),
     ] = None
 
 
@@ -214,17 +230,21 @@ class EvaluationSettings:
 
     __pydantic_config__ = _STRICT
 
-    prompts: Annotated[int, Ge(0), Setting("Held-out prompts to answer for the report, guided and unguided.")] = 50
-    max_new_tokens: Annotated[int, Ge(1), Setting("Longest reply, in tokens.")] = 48
+    prompts: Annotated[
+        int, Ge(0), Setting("Number of held-out prompts to answer for the report, guided and unguided.")
+    ] = 50
+    max_new_tokens: Annotated[int, Ge(1), Setting("Maximum length of a reply, in tokens.")] = 48
     temperature: Annotated[float, Ge(0), Setting("Sampling temperature; 0 is greedy.", flag=None)] = 1.0
     judge: Annotated[
         str | None,
         Setting(
-            "Compares guided with unguided replies: head:RUN, rule:NAME[:ARGUMENT], words:FILE or a file of words."
+            "Judge of guided against unguided replies: head:RUN, rule:NAME[:ARGUMENT], words:FILE or a file of words "
+            "(default: none)."
         ),
     ] = None
     labeller: Annotated[
-        str | None, Setting("The scorer that made the labels, in the judge's form; shown beside it.", flag=None)
+        str | None,
+        Setting("Scorer that made the labels, written like a judge; reported next to it (default: none).", flag=None),
     ] = None
 
 
@@ -234,12 +254,13 @@ class PairSettings:
 
     pairs: tuple[str, ...]
     eval_pairs: Annotated[
-        tuple[str, ...], Setting("Held-out pairs (default: whole groups of PAIRS are held out).", flag="--eval")
+        tuple[str, ...],
+        Setting("File(s) of held-out pairs (default: whole groups of PAIRS are held out).", flag="--eval"),
     ] = ()
     format: Format = "auto"
-    role: Annotated[str, Setting("Whose replies are compared.", flag=None)] = "assistant"
+    role: Annotated[str, Setting("Speaker whose replies are compared.", flag=None)] = "assistant"
     skip_bad: SkipBad = False
-    eval_fraction: Annotated[float, Gt(0), Lt(1), Setting("Share of groups held out.")] = 0.1
+    eval_fraction: Annotated[float, Gt(0), Lt(1), Setting("Fraction of the groups to hold out.")] = 0.1
     seed: Seed = 0
 
 
@@ -285,8 +306,8 @@ def flags() -> dict[str, str]:
 
 
 _ABOUT = (
-    "Each is a key of a YAML recipe (`--recipe FILE`) and can be given by `--set SECTION.NAME=VALUE`; some have a flag "
-    "of their own on `coala align` and `coala plan`. `pairs` and `model.name` must be given."
+    "Each is a key of a YAML recipe (`--recipe FILE`) and can be set with `--set SECTION.NAME=VALUE`; some have a flag "
+    "of their own on `coala align` and `coala plan`. `pairs` and `model.name` are required."
 )
 
 

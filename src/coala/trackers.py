@@ -130,7 +130,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def _lost(name: str, error: Exception) -> str:
     told = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"{name} failed ({told}); the run goes on without it"
+    return f"{name} failed ({told}); the run continues without it"
 
 
 # --- the trackers ------------------------------------------------------------------------------------------------

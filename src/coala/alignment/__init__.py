@@ -99,7 +99,7 @@ def align(
             save_pairs(kept, files)
         elif load_pairs(kept) != files:
             raise CoalaError(
-                f"{kept}: found other pairs, of an earlier run. Fix: give another out, or delete that file."
+                f"{kept}: found other pairs, from an earlier run. Fix: use another out, or delete that file."
             )
         files = [kept]
     elif not all(isinstance(file, str | Path) for file in files):

@@ -32,7 +32,7 @@ from coala.values import CoalaError, Generation, Turn, conversation_text, prompt
 FOLDER = "replies"
 UNGUIDED = "unguided"
 PORTION = 16  # rows decoded together, and kept together
-_MEND = "mend or delete the row"
+_MEND = "correct or delete the row"
 OnReply = Callable[[int, int], None]
 
 
@@ -77,7 +77,7 @@ def read_prompts(path: Path | str) -> list[PromptRow]:
     """
     rows = read_rows(path)
     if not rows:
-        raise CoalaError(f"{path}: found no prompt; expected one at least. Is this the file that was meant?")
+        raise CoalaError(f"{path}: found no prompt; expected at least one. Fix: check that this is the right file.")
     if all(row.get("chosen") is not None and row.get("prompt_id") is None for row in rows):
         found = {prompt_id(pair.prompt): pair.prompt for pair in read_pairs(path)}
         return [PromptRow(name, name, prompt) for name, prompt in found.items()]
@@ -113,7 +113,7 @@ def read_reference(path: Path | str, asked: Sequence[PromptRow]) -> list[Generat
     if lacking:
         raise CoalaError(
             f"{path}: has no reply to {len(lacking)} of {len(asked)} prompts (the first is {shown(lacking[0].text)}). "
-            "Give replies to the same prompts."
+            "Fix: pass replies to the same prompts."
         )
     used: Counter[str] = Counter()
     replies = []
@@ -136,7 +136,7 @@ def answer(
     from coala.decoding import generate
 
     if not (run.path / "head" / "head.json").is_file():
-        raise StoreError(f"{run.path}: has no fitted head yet. Finish it with `coala align`, and try again.")
+        raise StoreError(f"{run.path}: has no fitted head yet. Fix: finish it with `coala align`.")
     recipe = recipe_of(run.settings, run.path / "run.json")
     settings = recipe.evaluation
     length = settings.max_new_tokens if manner.max_new_tokens is None else manner.max_new_tokens
@@ -153,10 +153,10 @@ def answer(
     path = run.path / FOLDER / f"{key}.jsonl"
     with claim(path.with_suffix(".lock")) as mine:
         if not mine:
-            raise StoreError(f"{path}: another process is making these replies. Wait for it, or stop it.")
+            raise StoreError(f"{path}: another process is generating these replies. Fix: wait for it, or stop it.")
         kept = load_generations(path) if path.exists() else []
         if [reply.prompt_id for reply in kept] != [one.id for one in asked[: len(kept)]]:
-            raise StoreError(f"{path}: holds replies to other prompts. Delete it, and run again.")
+            raise StoreError(f"{path}: holds replies to other prompts. Fix: delete it and rerun.")
         if len(kept) < len(asked):
             backbone, fitted, _ = load_parts(run.path)
             rule = rule.at(temperature) if manner.guided else rule.plain

@@ -54,7 +54,7 @@ def style_evaluation(run: RunFolder, command: str = "") -> Evaluation:
         judge={"rules": dict(ABOUT)},
         facts={f"replies cut at {most} tokens": f"unguided {cut[0]} of {len(sides[0])}, guided {cut[1]}"},
         remarks=(
-            "The pairs were labelled by these very rules: what they count says whether guidance reached its goal, not "
+            "The pairs were labelled by these same rules, so they show whether guidance reached its goal, not "
             "whether the replies are better. The next table judges by other means.",
         ),
         samples=_samples(run, sides),
@@ -154,7 +154,7 @@ def _replies(run: RunFolder) -> tuple[list[Generation], list[Generation]]:
     """The run's unguided and guided replies to the same prompts."""
     files = _files(run)
     if not all(path.is_file() for path in files.values()):
-        raise StoreError(f"{run.path}: has no guided and unguided replies yet. Finish it with `coala align`.")
+        raise StoreError(f"{run.path}: has no guided and unguided replies yet. Fix: finish it with `coala align`.")
     before, after = (load_generations(path) for path in files.values())
     return before, after
 

@@ -46,8 +46,8 @@ def _check_distilled(recipe: Recipe, run: RunFolder, restart: bool) -> None:
     if "distilled" in (asked.mode, asked.over) and not there:
         name = "mode" if asked.mode == "distilled" else "over"
         raise CoalaError(
-            f"guidance.{name} is distilled: found no distilled policy in {run.path}, expected one. Fix: align without "
-            f"that setting first, then coala distil {run.path}"
+            f"guidance.{name} is distilled: found no distilled policy in {run.path}, expected one. Fix: first align "
+            f"without that setting, then run coala distil {run.path}"
         )
 
 
@@ -69,17 +69,17 @@ def check_model(recipe: Recipe) -> None:
     if settings.layer != "auto" and not -1 <= settings.layer <= found.n_layers:
         raise CoalaError(
             f"--layer is {settings.layer}; {settings.name} has hidden states 0 (the embedding) to {found.n_layers} "
-            "(the last). Fix: give one of these, -1 for the last, or auto."
+            "(the last). Fix: choose one of these, -1 for the last, or auto."
         )
     if settings.max_tokens is not None and settings.max_tokens > found.context:
         raise CoalaError(
             f"--max-tokens is {settings.max_tokens:,}; the context of {settings.name} has {found.context:,} tokens. "
-            "Fix: give at most that, or leave it out."
+            "Fix: use at most that, or remove it."
         )
     if recipe.evaluation.prompts and recipe.evaluation.max_new_tokens >= found.context:
         raise CoalaError(
             f"--max-new-tokens is {recipe.evaluation.max_new_tokens:,}; the context of {settings.name} has "
-            f"{found.context:,} tokens for prompt and reply. Fix: give fewer."
+            f"{found.context:,} tokens for prompt and reply. Fix: use fewer."
         )
     if found.encoder and recipe.evaluation.prompts:
         raise CoalaError(
@@ -87,4 +87,4 @@ def check_model(recipe: Recipe) -> None:
             "Fix: add --prompts 0."
         )
     if found.encoder and recipe.log_ratios:
-        raise CoalaError(f"{settings.name} is an encoder: it gives no log ratios. Fix: leave --reference-scale out.")
+        raise CoalaError(f"{settings.name} is an encoder: it has no log ratios. Fix: remove --reference-scale.")

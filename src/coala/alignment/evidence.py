@@ -38,17 +38,17 @@ def _notes(run: Path | str, head: ConvexHead, guidance: Guidance) -> list[str]:
         return []
     if silent:
         return [
-            "Cross-validation on the training pairs cannot tell the head from chance, so replies stay unguided. "
-            "More pairs would give it evidence."
+            "Cross-validation on the training pairs cannot distinguish the head from chance, so replies stay "
+            "unguided. More pairs may change that."
         ]
     if head.least_slope is None:
         facts = head.certificate.facts.get("calibration", {}) if head.certificate is not None else {}
         if facts.get("held_out") or head.temperature != 1:
             return [
-                f"This head tells its temperature ({head.temperature:.3g}) but not how sure it is, so guidance takes "
-                "the temperature at its word. Fit the head again to have it weighed."
+                f"This head has a temperature ({head.temperature:.3g}) but no measure of its certainty, so "
+                "guidance uses the temperature unweighted. Fix: fit the head again."
             ]
-        return ["This head was never calibrated on held-out pairs: guidance takes its scores for log-odds as they are."]
+        return ["This head was never calibrated on held-out pairs: guidance uses its scores as log-odds."]
     return []
 
 
@@ -69,23 +69,23 @@ def _told(accuracy: Estimate) -> str:
     value, low, high = (100 * end for end in (accuracy.value, accuracy.low, accuracy.high))
     found = f"accuracy {value:.1f} % "
     if not (math.isfinite(low) and math.isfinite(high)):
-        return f"The head cannot be told from chance: {found}of n = {accuracy.n}, too few pairs for an interval."
+        return (
+            f"The head is not distinguishable from chance: {found}of n = {accuracy.n}, too few pairs for an interval."
+        )
     found += f"[{low:.1f}, {high:.1f}], n = {accuracy.n}"
     if high < 50:
-        return (
-            f"The head is worse than chance on held-out pairs: {found}. Check that chosen and rejected are not swapped."
-        )
+        return f"The head is worse than chance on held-out pairs: {found}. Fix: check for swapped chosen and rejected."
     return f"The head is not distinguishable from chance on held-out pairs: {found}, includes 50 %."
 
 
 def _chance(accuracy: Estimate, head: ConvexHead, guidance: Guidance) -> str:
     if not guidance.weighs:
         return (
-            f"{_told(accuracy)} By rule {guidance.rule} it steers at full strength all the same; "
-            "rule calibrated follows the evidence."
+            f"{_told(accuracy)} By rule {guidance.rule} it still steers at full strength; rule calibrated follows the "
+            "evidence."
         )
     if head.evidence == 0:
         return f"{_told(accuracy)} Cross-validation finds no evidence either, so replies stay unguided."
     if head.least_slope is None:
-        return f"{_told(accuracy)} Guidance takes its temperature ({head.temperature:.3g}) at its word."
+        return f"{_told(accuracy)} Guidance uses its temperature ({head.temperature:.3g}) unweighted."
     return f"{_told(accuracy)} Guidance follows the evidence of cross-validation on the training pairs."

@@ -120,7 +120,7 @@ def choose_layer(
     if read is None or len(sample) < FEWEST_PAIRS or groups < FEWEST_GROUPS:
         why = (
             f"the last: {100 * share:g} % of the tokens are {_n(len(sample), 'pair')} in {_n(groups, 'group')}, too "
-            f"few to tell layers apart ({FEWEST_PAIRS} in {FEWEST_GROUPS} are needed)"
+            f"few to compare layers ({FEWEST_PAIRS} in {FEWEST_GROUPS} are needed)"
         )
         return LayerChoice(last, n_layers, why, (), 0, 0.0)
     specs = [backbone.spec(layer, spec.pooling, spec.ends_with_eos, spec.max_tokens) for layer in layers]
@@ -156,7 +156,7 @@ def _judged(
     ]
     as_good = [score for score in scores if score.excess <= score.excess_error]
     if math.log(2) - best.loss <= ABOVE_COIN * best.error:
-        return max(layers), "the last: no layer is clearly better than a coin", scores
+        return max(layers), "the last: no layer is clearly better than chance", scores
     if len(as_good) == len(scores):
         return max(layers), "the last: all layers are within one standard error of the best", scores
     chosen = next(score.layer for score in as_good if score.nll < math.log(2))

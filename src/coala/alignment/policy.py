@@ -73,7 +73,7 @@ def policy_accuracy(
 
     some = spread(pairs, limit)
     if not some:
-        raise CoalaError("Found no pairs, expected at least one. Fix: give pairs that were not trained on.")
+        raise CoalaError("Found no pairs, expected at least one. Fix: pass pairs that were not trained on.")
     prompts = [pair.prompt for pair in some] * 2
     texts = [pair.chosen for pair in some] + [pair.rejected for pair in some]
     groups, n = [pair.group for pair in some], len(some)

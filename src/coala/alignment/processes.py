@@ -56,9 +56,9 @@ def _in_a_process(
         code = child.join()
     if code:
         raise CoalaError(
-            f"The stage {stage!r} ended with exit code {code}"
-            f"{' (killed, perhaps for lack of memory)' if code == -9 else ''}. "
-            "Finished work is kept; rerun the same command to resume."
+            f"The stage {stage!r} ended with exit code "
+            f"{code}{' (killed, perhaps out of memory)' if code == -9 else ''}. Finished work is saved; rerun the "
+            "same command to resume."
         )
 
 

@@ -49,13 +49,13 @@ def make_report(run: RunFolder) -> dict[str, Any]:
     margins = head.margins(held_out)
     preferences = head.preference(held_out.chosen, held_out.rejected, held_out.prompt)
     reliable = scores.reliability(preferences, held_out.group, seed=recipe.seed)
-    with read_as("what a fit tells of itself", run.path / "head/fit.json"):
+    with read_as("what a fit reports", run.path / "head/fit.json"):
         linear = np.asarray(fitted["linear"], np.float32)
         curves, path = _curves(fitted["history"]), fitted["path"]
     linear_margins = (held_out.chosen - held_out.rejected) @ linear[:-1]
     facts = {stage: run.facts(stage) for stage in _recorded(run)}
     if "pairs" not in facts:
-        raise StoreError(f"{run.path}: does not say what its stages did: stages/pairs.json is gone. Align again.")
+        raise StoreError(f"{run.path}: stages/pairs.json is missing, so its stages are unknown. Fix: align again.")
     lengths = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
     accuracy = scores.accuracy_of_margins
     seconds = sum(fact["seconds"] for fact in facts.values())
@@ -116,7 +116,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
         }
         if [g.prompt_id for g in texts["unguided"]] != [g.prompt_id for g in texts["guided"]]:
             raise StoreError(
-                f"{run.path}: its files of generations answer different prompts. Delete them, align again."
+                f"{run.path}: its files of generations answer different prompts. Fix: delete them and align again."
             )
         prompts = {prompt_id(pair.prompt): conversation_text(pair.prompt) for pair in pairs}
         content["samples"] = [
@@ -144,7 +144,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
 
 ROLES = {
     "judge": "The judge named in the settings",
-    "labeller": "The scorer that labelled the training pairs: tells whether guidance reached its goal, not more",
+    "labeller": "The scorer that labelled the training pairs: shows only whether guidance reached its goal",
 }
 
 
@@ -244,7 +244,7 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
 def _percent(estimate: Estimate) -> str:
     """``46.7 % [24.8, 69.9], n = 15``, or that nothing is known and why."""
     if not estimate.n or not math.isfinite(estimate.value):
-        return "unknown: there is nothing to tell it from" + (f" ({estimate.method})" if estimate.method else "")
+        return "unknown: there is nothing to compare it with" + (f" ({estimate.method})" if estimate.method else "")
     value, low, high = (100 * end for end in (estimate.value, estimate.low, estimate.high))
     groups = ", all of one group" if "one group" in estimate.method else ""
     return f"{value:.1f} % [{low:.1f}, {high:.1f}], n = {estimate.n}{groups}"

@@ -92,7 +92,7 @@ def _pairs(context: StageContext) -> None:
             train, evaluation = split(findings[0].pairs, recipe.eval_fraction, seed=recipe.seed)
         if gone := context.run.forgotten:
             train, evaluation = ([one for one in some if pair_digest(one) not in gone] for some in (train, evaluation))
-            context.note(f"{len(gone)} pairs that this run was made to forget are not read again")
+            context.note(f"{len(gone)} forgotten pairs of this run are skipped")
         for line in power_of(evaluation, recipe):
             context.note(line)
         save_pairs(context.path("pairs-train.jsonl"), train)
@@ -393,12 +393,10 @@ def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
         more = "" if recipe.eval_pairs else f" (--eval-fraction is {recipe.eval_fraction:g})"
         few = f"{len(held_out)} held-out pair{'' if len(held_out) == 1 else 's'} in {groups} group"
         few += "" if groups == 1 else "s"
-        lines.append(f"{few} tell accuracy within about {min(width, 50):.0f} points only: hold out more{more}")
+        lines.append(f"{few} estimate accuracy only to within about {min(width, 50):.0f} points: hold out more{more}")
     prompts = len({conversation_text(pair.prompt) for pair in held_out})
     if recipe.evaluation.prompts > prompts:
-        lines.append(
-            f"{recipe.evaluation.prompts} prompts are to be answered; {prompts} are held out: all are answered"
-        )
+        lines.append(f"{recipe.evaluation.prompts} prompts requested, {prompts} held out: all of these are answered")
     return lines
 
 

@@ -54,7 +54,9 @@ class Talker:
 
     def note_mode(self) -> None:
         if self.guidance != self.chosen:
-            self.on_note(f"note: at temperature 0 all samples are the same: mode token instead of {self.chosen.mode}.")
+            self.on_note(
+                f"note: at temperature 0 all samples are identical: using mode token instead of {self.chosen.mode}."
+            )
 
     def room(self, prompt: Sequence[Turn], max_new_tokens: int, *, cut: bool, mend: str) -> int:
         """How many tokens a reply may have behind ``prompt``, nothing of which is lost without a word.
@@ -71,16 +73,19 @@ class Talker:
             kept = max(context - max_new_tokens, context // 2)
             if n_tokens > kept:
                 self.on_note(
-                    f"note: the first {n_tokens - kept:,} of the prompt's {n_tokens:,} tokens are cut; {context:,} fit."
+                    f"note: the first {n_tokens - kept:,} of the prompt's {n_tokens:,} tokens are truncated; "
+                    f"{context:,} fit."
                 )
             return max_new_tokens
         if left < 1:
             raise CoalaError(
-                f"context_length: the prompt has {n_tokens:,} tokens; the model's context holds {context:,}, the reply "
-                f"among them. {mend}"
+                f"context_length: the prompt has {n_tokens:,} tokens; the model's context holds {context:,}, "
+                f"including the "
+                f"reply. {mend}"
             )
         self.on_note(
-            f"note: the context of {context:,} tokens leaves the reply {left:,} of the {max_new_tokens:,} asked for."
+            f"note: the context of {context:,} tokens leaves {left:,} of the {max_new_tokens:,} requested "
+            f"tokens for the reply."
         )
         return left
 

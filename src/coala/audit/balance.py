@@ -45,9 +45,9 @@ def balance(pairs: Sequence[Pair], cue: str, *, seed: int) -> Balanced:
     for turn in range(ROUNDS + 1):
         data = Comparisons(tuple(items[k] for k in left))
         if len({item.group for item in data.items}) < classify.FOLDS:
-            found = f"{len(left)} of {len(pairs)} pairs are left once {cue} is taken out"
-            mend = "these pairs say little beyond that cue: collect others"
-            raise DataError([Finding("balance", None, "", found, "pairs of five groups at least", mend)])
+            found = f"{len(left)} of {len(pairs)} pairs remain after balancing {cue}"
+            mend = "these pairs carry little beyond that cue: collect others"
+            raise DataError([Finding("balance", None, "", found, "pairs from at least five groups", mend)])
         x, scaled = data.columns(cue)
         margins = data.out_of_fold(x, seed + turn, scaled=scaled)
         rate = share_estimate(classify.told(margins), data.groups, "grouped cross-validation, a tie one half")

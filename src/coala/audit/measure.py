@@ -316,10 +316,11 @@ def _verdicts(
     ]
     if rate.low >= chance + 0.8 * (1 - chance):
         said.append(
-            "What a head learns from these pairs cannot be told from that cue, whatever the pairs were meant for."
+            "What a head learns from these pairs cannot be distinguished from that cue, whatever the pairs were "
+            "meant for."
         )
     elif rate.low >= chance + 0.1:
-        said.append("A head or a judge has to be measured against that figure, not against chance.")
+        said.append("Compare a head or a judge with that figure, not with chance.")
     elif rate.low > chance:
         said.append("Cues say a little; most of the preference is not in them.")
     else:
@@ -330,7 +331,7 @@ def _verdicts(
     else:
         said.append(f"The true context is worth {_points(context)}: what cues see does not depend on it.")
     if gain is not None:
-        more = "see more than" if gain.low > 0 else "see less than" if gain.high < 0 else "are not told apart from"
+        more = "see more than" if gain.low > 0 else "see less than" if gain.high < 0 else "do not differ clearly from"
         said.append(f"The model's features {more} the best cue: {_points(gain)}.")
     return [*said, *(f"{one.name}: {_percent(one.accuracy)}; {_left(one)}." for one in systems)]
 

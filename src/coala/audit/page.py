@@ -55,7 +55,7 @@ def render(audit: Audit, title: str) -> str:
         if audit.parts
         else None,
         section(
-            "Systems beside the cues",
+            "Systems compared with the cues",
             aside(
                 "Right: by the system's score alone, a tie its share of right ones (leaderboards count it as wrong); "
                 "the same where the model of all cues is right, and wrong, out of fold. At even cues: weighed so that "
@@ -63,7 +63,7 @@ def render(audit: Audit, title: str) -> str:
                 "chance. With the cues: a logistic model of cues and score, out of fold; beyond them: the share of the "
                 "score's information, in nats, that the cues do not hold."
             ),
-            Table("Systems beside the cues", SYSTEM_HEAD, _narrow(system_rows(audit))),
+            Table("Systems compared with the cues", SYSTEM_HEAD, _narrow(system_rows(audit))),
         )
         if audit.systems
         else None,

@@ -94,7 +94,7 @@ def read_set(
     else:
         return _chosen(_of_pairs(names, format, by, scores, skip_bad), subset)
     if by is not None:
-        raise CoalaError(f"Found --by {by} with {kind}, which has subsets of its own. Fix: leave it out.")
+        raise CoalaError(f"Found --by {by} with {kind}, which has its own subsets. Fix: remove --by.")
     held = _scores(kind, scores, found) if scores else None
     made = PreferenceSet(found.items, (), held, found.remarks)
     return _chosen(_of_nine(made) if kind == "rmbench" else made, subset)
@@ -139,7 +139,7 @@ def _of_pairs(
     if not (skip_bad and findings.pairs):
         findings.raise_for_errors()
     elif findings.errors:
-        remarks.append(f"{len(findings.errors)} findings left out, the first: {findings.errors[0]}")
+        remarks.append(f"{len(findings.errors)} rows skipped with errors; the first: {findings.errors[0]}")
     subsets = _subsets(names, format, by) if by is not None else [""] * len(findings.pairs)
     pairs = zip(findings.pairs, subsets, strict=True)
     items = tuple(item_of(pair, place, subset) for place, (pair, subset) in enumerate(pairs))
@@ -206,7 +206,7 @@ def _chosen(made: PreferenceSet, subsets: Sequence[str]) -> PreferenceSet:
     for name in subsets:
         if name not in known:
             there = f"one of {listed(known, 40)}" if known else "none: these rows have no subsets"
-            mend = "name one of these" if known else "leave --subset out, or say --by COLUMN"
+            mend = "name one of these" if known else "remove --subset, or pass --by COLUMN"
             raise CoalaError(f"Found the subset {name!r}, expected {there}. Fix: {mend}.")
     inside = [item.subset in subsets for item in made.items]
     replies = np.repeat(inside, [len(item.replies) for item in made.items])

@@ -179,7 +179,7 @@ def _beyond(alone: Float, cues: Float, joint: Float, groups: Sequence[str]) -> E
     """(loss of cues - of both) / (log 2 - loss of the score) from losses (n,); void where the score tells nothing."""
     name = "share of the score's information that is beyond the cues"
     if not mean_estimate(math.log(2) - alone, groups).low > 0:
-        return void(name, len(alone), "by its loss the score is not told from chance")
+        return void(name, len(alone), "by its loss the score is not distinguishable from chance")
 
     def ratio(rows: NDArray[np.intp]) -> float:
         worth = math.log(2) - float(alone[rows].mean())

@@ -65,7 +65,7 @@ def find_adapter(adapter: str, *, download: bool = True) -> Adapter:
             "them where you trust them: PeftModel.from_pretrained(model, ...).save_pretrained(...)."
         )
     if missing:
-        hint = " It is a whole model: give it as the model." if (folder / "config.json").is_file() else ""
+        hint = " It is a whole model: pass it as the model." if (folder / "config.json").is_file() else ""
         raise BackboneError(
             f"{folder}: is not an adapter; missing {', '.join(missing)}. An adapter has {NEEDED}.{hint}"
         )
@@ -93,8 +93,8 @@ def check_base(adapter: Adapter, name: str, commit: str, weights: str) -> None:
         other = bool(commit) and base.count("/") == 1 and not folder.is_absolute() and base.lower() != name.lower()
     if other:
         raise BackboneError(
-            f"{adapter.name}: was trained on {base}, but the model is {name}, with other weights. "
-            f"Give {base} as the model, or an adapter of {name}."
+            f"{adapter.name}: was trained on {base}, but the model is {name}, with other weights. Fix: pass {base} as "
+            f"the model, or an adapter of {name}."
         )
 
 
@@ -107,7 +107,9 @@ def apply(model: Any, adapter: Adapter, name: str, *, merge: bool) -> Any:
     from peft import PeftConfig, PeftModel
 
     kind = adapter.settings.get("peft_type", "?")
-    fits = f"Give the model it was trained on ({adapter.settings.get('base_model_name_or_path') or 'it names none'})"
+    fits = (
+        f"Fix: pass the model it was trained on ({adapter.settings.get('base_model_name_or_path') or 'it names none'})"
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked below
@@ -115,7 +117,7 @@ def apply(model: Any, adapter: Adapter, name: str, *, merge: bool) -> Any:
             if config.is_prompt_learning or config.is_adaption_prompt:
                 raise BackboneError(
                     f"{adapter.name}: is of kind {kind}, which puts states before the text; expected an adapter of "
-                    "weights such as LORA. Train one of those."
+                    "weights such as LORA. Fix: train one of those."
                 )
             config.inference_mode = True
             wrapped = PeftModel(model, config)
@@ -130,7 +132,7 @@ def apply(model: Any, adapter: Adapter, name: str, *, merge: bool) -> Any:
         raise BackboneError(f"{adapter.name}: {len(astray)} tensor(s) do not fit {name} ({shown}). {fits}.")
     _refuse_tied(wrapped, adapter, name)
     if merge and not hasattr(wrapped.base_model, "merge_and_unload"):
-        raise BackboneError(f"{adapter.name}: adapters of kind {kind} cannot be added to weights. Train a LORA.")
+        raise BackboneError(f"{adapter.name}: adapters of kind {kind} cannot be added to weights. Fix: train a LORA.")
     adapted: Any = wrapped.merge_and_unload() if merge else wrapped.get_base_model()
     return adapted.eval()
 
@@ -144,6 +146,6 @@ def _refuse_tied(wrapped: Any, adapter: Adapter, name: str) -> None:
         id(m) in ends for m in model.modules() if hasattr(m, "base_layer") or hasattr(m, "modules_to_save")
     ):
         raise BackboneError(
-            f"{adapter.name}: changes the embedding or the head of {name}, which are one matrix. "
-            "Merge it where it was trained, untie the two, and save the whole model."
+            f"{adapter.name}: changes the embedding or the head of {name}, which are one matrix. Fix: merge it, untie "
+            "the two matrices and save the whole model."
         )

@@ -57,7 +57,7 @@ class ChatTemplate:
             ) from error
         self._environment = environment
         if self.clock:
-            self.notes.append(f"The chat template asks for the time; it is told {CLOCK:%Y-%m-%d} on every day.")
+            self.notes.append(f"The chat template uses the current time; it always gets {CLOCK:%Y-%m-%d} instead.")
         self._examine()
 
     @property
@@ -138,9 +138,9 @@ class ChatTemplate:
                     return  # every row will be refused, with the template's own words
                 raise BackboneError(
                     f"The chat template leaves out what the user says: {self.render(asked, header=True)[:80]!r} is "
-                    f"made of {ASKED!r}. Fix: mend the template, or use template 'dialogue'."
+                    f"made of {ASKED!r}. Fix: correct the template, or use template 'dialogue'."
                 )
-            self.notes.append("The chat template reads contents as lists of parts, and is given such.")
+            self.notes.append("The chat template expects contents as lists of parts, and gets them.")
         try:
             whole, bare, led = (
                 self.render([*asked, reply], header=False),
@@ -151,8 +151,8 @@ class ChatTemplate:
             return
         if REPLIED not in whole:
             raise BackboneError(
-                f"The chat template leaves out what the assistant says: {whole[:80]!r}. Fix: mend the template, or use "
-                "template 'dialogue'."
+                f"The chat template leaves out what the assistant says: {whole[:80]!r}. Fix: correct the template, or "
+                "use template 'dialogue'."
             )
         self._find_header(whole, bare, led)
         self._look_further(bare)
@@ -173,31 +173,31 @@ class ChatTemplate:
         if not whole.startswith(bare):
             if led == bare or thought:
                 raise BackboneError(
-                    "The chat template writes a question otherwise when an answer follows "
-                    f"({bare[-60:]!r}, {whole[:at][-60:]!r}), and marks no place for a reply. Fix: mend the "
-                    "template, or use template 'dialogue'."
+                    f"The chat template renders a question differently when an answer follows ({bare[-60:]!r}, "
+                    f"{whole[:at][-60:]!r}), and does not mark where a reply starts. Fix: correct the template, or "
+                    "use template 'dialogue'."
                 )
             self.notes.append(
                 f"The chat template's prompt for a reply, {own!r}, is not how it writes an answered question; replies "
-                "are read behind that prompt."
+                "are read after that prompt."
             )
             return
         written = whole[len(bare) : at]
         if _SHUT.search(own) and not _SHUT.search(written):
             self.notes.append(
-                f"Replies are read behind {own!r}, an empty thought, which the chat template leaves out of past turns."
+                f"Replies are read after {own!r}, an empty thought, which the chat template omits from past turns."
             )
             return
         self.header = written
         if thought:
             self.notes.append(
                 f"The chat template opens a thought before a reply ({own!r}). Replies are read and written without "
-                f"one, behind {written!r}."
+                f"one, after {written!r}."
             )
         elif own:
             self.notes.append(
                 f"The chat template's prompt for a reply, {own!r}, is not what it writes before one; replies are read "
-                f"behind {written!r}."
+                f"after {written!r}."
             )
         else:
             self.notes.append(
@@ -210,9 +210,7 @@ class ChatTemplate:
         before = bare.partition(ASKED)[0]
         own = re.search(r"system\W+(.+)", before, re.S | re.I)
         if own and len(re.findall(r"\w+", own[1])) > 3:
-            self.notes.append(
-                f"The chat template puts a system prompt of its own in front: {' '.join(before.split())!r}."
-            )
+            self.notes.append(f"The chat template adds its own system prompt: {' '.join(before.split())!r}.")
         turns = [
             Turn("user", ASKED),
             Turn("assistant", f"<think>{ANSWERED}</think>{REPLIED}"),
@@ -224,9 +222,9 @@ class ChatTemplate:
         except RefusedChat:
             return
         if not all(word in plain for word in (ASKED, ANSWERED, ASKED_AGAIN)):
-            self.notes.append("The chat template leaves out past turns; rows that have some are refused.")
+            self.notes.append("The chat template omits past turns; rows that have some are rejected.")
         elif ANSWERED not in text:
-            self.notes.append("The chat template takes thoughts (<think>) out of past turns.")
+            self.notes.append("The chat template removes thoughts (<think>) from past turns.")
 
 
 def continues(turns: Sequence[Turn]) -> bool:
@@ -255,8 +253,8 @@ def _source(tokenizer: Any) -> str:
         stored = stored["default"]
     if not isinstance(stored, str):
         raise BackboneError(
-            f"The chat template is {type(stored).__name__}; expected a text. Fix: mend tokenizer_config.json, or use "
-            "template 'dialogue'."
+            f"The chat template is {type(stored).__name__}; expected a text. Fix: correct tokenizer_config.json, or "
+            "use template 'dialogue'."
         )
     if len(stored) > LONGEST_SOURCE:
         raise BackboneError(

@@ -103,7 +103,7 @@ def shards(index: Path) -> list[Path]:
     """The files that an index names, whether they are there or not."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        found = type(places).__name__ if not isinstance(places, dict) else "names that are no file names"
+        found = type(places).__name__ if not isinstance(places, dict) else "names that are not file names"
         raise BackboneError(
             f"{index}: weight_map holds {found if places else 'nothing'}; expected file names by tensor. {AGAIN}"
         )
@@ -111,8 +111,8 @@ def shards(index: Path) -> list[Path]:
     for name in sorted(set(places.values())):
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise BackboneError(
-                f"{index}: names {name!r}; expected a .safetensors file of its own folder. Do not load this model "
-                "unless you know who made it."
+                f"{index}: names {name!r}; expected a .safetensors file of its own folder. Fix: do not load this "
+                "model unless you trust its author."
             )
         shard = index.parent / name
         if shard.is_symlink() and not _own(shard):
@@ -144,15 +144,15 @@ def stored(path: Path) -> list[Stored]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise _broken(path, f"breaks off in its header, or is no safetensors file ({size:,} bytes)")
+            raise _broken(path, f"is truncated in its header, or not a safetensors file ({size:,} bytes)")
         if length > LONGEST_HEADER:
             raise _broken(path, f"has a header of {length:,} bytes; expected at most {LONGEST_HEADER:,}")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError):
-            raise _broken(path, "has a damaged header, or is no safetensors file") from None
+            raise _broken(path, "has a damaged header, or is not a safetensors file") from None
     if not isinstance(header, dict):
-        raise _broken(path, "has a damaged header, or is no safetensors file")
+        raise _broken(path, "has a damaged header, or is not a safetensors file")
     header.pop("__metadata__", None)
     begin = 8 + length
     found = [_tensor(path, name, about, begin) for name, about in header.items()]
@@ -161,11 +161,11 @@ def stored(path: Path) -> list[Stored]:
     end = begin
     for tensor in sorted(found, key=lambda t: (t.first, t.last)):
         if tensor.first != end:
-            raise _broken(path, f"has a damaged header: {tensor.name!r} does not follow what stands before it")
+            raise _broken(path, f"has a damaged header: {tensor.name!r} does not follow the tensor before it")
         end = tensor.last
     if end != size:
-        verb = "breaks off" if size < end else "goes on"
-        raise _broken(path, f"{verb}: {size:,} bytes, of {end:,} that its header tells of")
+        verb = "is truncated" if size < end else "is too long"
+        raise _broken(path, f"{verb}: found {size:,} bytes, expected {end:,} as its header declares")
     return found
 
 
@@ -177,7 +177,7 @@ def _tensor(path: Path, name: str, about: Any, begin: int) -> Stored:
     if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise damaged
     if dtype not in _BITS:
-        raise _broken(path, f"holds {name[:80]!r} as {dtype[:20]}, a type of numbers that is not known")
+        raise _broken(path, f"holds {name[:80]!r} as {dtype[:20]}, an unknown number type")
     if 8 * (offsets[1] - offsets[0]) != _BITS[dtype] * math.prod(shape):
         raise damaged
     return Stored(name, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])

@@ -78,8 +78,8 @@ def check_states(network: Network) -> None:
         return
     if network.encoder:
         raise BackboneError(
-            f"{name} mixes the padding behind a row into its states, so that they change with the other rows of a "
-            "batch. Use an encoder whose attention leaves padding out."
+            f"{name} mixes the padding after a row into its states, so that they depend on the other rows of a batch. "
+            "Use an encoder whose attention leaves padding out."
         )
     raise BackboneError(
         f"{name} was taken for a decoder, but its tokens see later ones. If it is an encoder, its config.json should "

@@ -43,8 +43,8 @@ def check_gguf(path: Path) -> Header:
     kind = about.get("general.type", "model")
     if kind == "mmproj" or header.architecture == "clip":
         raise BackboneError(
-            f"{path}: is a multimodal projector (mmproj), which turns pictures into states; expected a language model. "
-            "Fix: give the language model's own file, which lies beside it."
+            f"{path}: is a multimodal projector (mmproj), which turns pictures into states; expected a language "
+            "model. Fix: pass the language model's own file, which is next to it."
         )
     parts = about.get("split.count", 1)
     if parts != 1:
@@ -54,7 +54,7 @@ def check_gguf(path: Path) -> Header:
         )
     if kind != "model" or not header.tensors:
         what = "a vocabulary without weights" if kind == "model" else f"of the type {str(kind)[:20]!r}"
-        raise BackboneError(f"{path}: is {what}; expected a model. Fix: give the model's own file.")
+        raise BackboneError(f"{path}: is {what}; expected a model. Fix: pass the model's own file.")
     _check_architecture(path, header)
     _check_types(path, header)
     _check_tokenizer(path, header)
@@ -96,7 +96,7 @@ def _check_types(path: Path, header: Header) -> None:
         except (NotImplementedError, ValueError):
             raise BackboneError(
                 f"{path}: holds weights quantised as {kind}; expected a type that the package gguf dequantises (F32, "
-                f"F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ...). Fix: update gguf, or give another quantisation of it."
+                "F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ...). Fix: update gguf, or use another quantisation of it."
             ) from None
 
 
@@ -112,8 +112,8 @@ def _check_tokenizer(path: Path, header: Header) -> None:
         )
     if kind == "gpt2" and split is not None and split not in {*GGUF_PRE_TOKENIZER_SPLITS, *_LIKE_GPT2}:
         raise BackboneError(
-            f"{path}: splits texts the way {str(split)[:30]!r}, which transformers would not do as the model learnt "
-            f"it; expected a way that it knows from GGUF (llama-bpe, qwen2, tekken, gpt-2, ...). {ORIGINAL}"
+            f"{path}: splits texts the way {str(split)[:30]!r}, which transformers does differently; expected one it "
+            f"supports in GGUF (llama-bpe, qwen2, tekken, gpt-2, ...). {ORIGINAL}"
         )
 
 
@@ -124,8 +124,8 @@ def _check_rope(path: Path, header: Header) -> None:
     if scaled or (factors and _llama3(path, header) is None):
         how = str(header.of("rope.scaling.type") or factors[0].name)[:40]
         raise BackboneError(
-            f"{path}: scales its rotary positions ({how}), which transformers passes over in GGUF; expected none, "
-            f"or that of Llama 3. {ORIGINAL}"
+            f"{path}: scales its rotary positions ({how}), which transformers ignores in GGUF; expected none, or that "
+            f"of Llama 3. {ORIGINAL}"
         )
 
 

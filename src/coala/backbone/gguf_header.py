@@ -21,7 +21,7 @@ MOST_ENTRIES, MOST_IN_ALL, MOST_TENSORS, MOST_KEYS = 1 << 20, 1 << 22, 1 << 16, 
 _KEPT = 1 << 12
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-ORIGINAL = "Fix: give the original model (a folder or its hub name) in place of the GGUF file."
+ORIGINAL = "Fix: use the original model (a folder or its hub name) instead of the GGUF file."
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 @lru_cache(maxsize=4)
 def _read_header(path: Path, _stamp: tuple[int, ...]) -> Header:
     if kind_of(path) != "GGUF":
-        raise _broken(path, f"is {kind_of(path) or 'no GGUF file, whatever its name'}; expected GGUF")
+        raise _broken(path, f"is {kind_of(path) or 'not a GGUF file, despite its name'}; expected GGUF")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return _Walk(path, content).header()
 
@@ -120,7 +120,7 @@ class _Walk:
         if version not in (2, 3):
             raise _broken(self.path, f"is GGUF of version {version}; expected 2 or 3, little-endian")
         if n_tensors > MOST_TENSORS or n_keys > MOST_KEYS:
-            raise _broken(self.path, f"tells of {n_tensors:,} tensors and {n_keys:,} keys; expected fewer")
+            raise _broken(self.path, f"declares {n_tensors:,} tensors and {n_keys:,} keys; expected fewer")
         metadata: dict[str, Any] = {}
         for _ in range(n_keys):
             key = self._text(1 << 10)
@@ -129,14 +129,14 @@ class _Walk:
             metadata[key] = self._value(self._numbers("I")[0])
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise self._damaged("its alignment is no power of two")
+            raise self._damaged("its alignment is not a power of two")
         entries = [self._tensor() for _ in range(n_tensors)]
         begin = -(-self.at // alignment) * alignment
         tensors = tuple(self._placed(begin, alignment, *entry) for entry in entries)
         end = begin
         for tensor in sorted(tensors, key=lambda t: (t.first, t.last)):
             if tensor.first < end:
-                raise self._damaged(f"{tensor.name[:60]!r} lies over what stands before it")
+                raise self._damaged(f"{tensor.name[:60]!r} overlaps the tensor before it")
             end = tensor.last
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise self._damaged("two tensors have one name")
@@ -151,7 +151,7 @@ class _Walk:
 
     def _skip(self, length: int) -> None:
         if length > len(self.content) - self.at:
-            raise _broken(self.path, f"breaks off in its header ({len(self.content):,} bytes)")
+            raise _broken(self.path, f"is truncated in its header ({len(self.content):,} bytes)")
         self.at += length
 
     def _text(self, longest: int) -> str:
@@ -161,7 +161,7 @@ class _Walk:
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
-            raise self._damaged("a text is no UTF-8") from None
+            raise self._damaged("a text is not UTF-8") from None
 
     def _value(self, kind: int) -> Any:
         if kind in _NUMBERS:
@@ -202,8 +202,8 @@ class _Walk:
         known = {int(member): member for member in GGMLQuantizationType}
         if kind not in known:
             raise BackboneError(
-                f"{self.path}: holds {name[:60]!r} in the type of numbers {kind}; expected one that the package gguf "
-                f"knows. Fix: update gguf and transformers, or {ORIGINAL.removeprefix('Fix: ')}"
+                f"{self.path}: holds {name[:60]!r} in the number type {kind}; expected one that the package gguf "
+                f"supports. Fix: update gguf and transformers, or {ORIGINAL.removeprefix('Fix: ')}"
             )
         block, size = GGML_QUANT_SIZES[known[kind]]
         numbers = math.prod(shape)
@@ -211,7 +211,7 @@ class _Walk:
             raise self._damaged(f"{name[:60]!r} has shape {shape} at {offset:,} in {known[kind].name}")
         last = begin + offset + numbers // block * size
         if last > len(self.content):
-            raise _broken(self.path, f"breaks off: {len(self.content):,} bytes, of {last:,} that its header tells of")
+            raise _broken(self.path, f"is truncated: {len(self.content):,} bytes, of {last:,} that its header declares")
         return GGUFTensor(name, known[kind].name, shape, begin + offset, last)
 
     def _damaged(self, what: str) -> BackboneError:

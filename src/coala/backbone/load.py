@@ -113,9 +113,7 @@ def load_backbone(
         numbers = str(placement.dtype).removeprefix("torch.")
         notes = (f"The weights are GGUF, {read_header(folder).quantisation}, dequantised to {numbers}.",)
     if placement.packs:
-        notes += (
-            "The weights are rounded to 8 bits, a scale a row; their products are made by torch's kernel (fbgemm).",
-        )
+        notes += ("The weights are rounded to 8 bits with one scale per row; torch's kernel (fbgemm) multiplies them.",)
     return LanguageModel(
         network, renderer, name=name, revision=commit, weights=weights, generates=generates, notes=notes
     )
@@ -126,8 +124,8 @@ def _check_gguf_options(name: str, placement: Placement) -> None:
     found = f"quantise={placement.quantise!r}" if foreign else "device='offload'"
     if foreign or placement.device is None:
         raise BackboneError(
-            f"{name}: is GGUF, whose weights are dequantised onto one device; found {found}. Fix: leave that out, with "
-            "dtype='bfloat16' for half the memory, or give the original model."
+            f"{name}: is GGUF, whose weights are dequantised onto one device; found {found}. Fix: remove that "
+            "(dtype='bfloat16' halves the memory), or use the original model."
         )
 
 
@@ -190,7 +188,7 @@ def _told(name: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise BackboneError(
-            f"{name}: there is not enough memory to load it. Use a smaller dtype, --quantise or --device offload."
+            f"{name}: not enough memory to load it. Fix: use a smaller dtype, --quantise or --device offload."
         ) from error
     except Exception as error:
         raise BackboneError(f"{name}: cannot be used ({brief(error)}). Fix: download it again.") from error
@@ -266,8 +264,8 @@ def _check_size(kind: Any, config: Any, folder: Path, name: str, trust_remote_co
     # Packed weights hold up to 16 numbers in one.
     if described > 32 * held:
         raise BackboneError(
-            f"{name}: config.json describes a model of {described:,} weights, and the checkpoint holds {held:,}. They "
-            "do not belong together. Fix: download both again."
+            f"{name}: config.json describes a model of {described:,} weights, and the checkpoint holds {held:,}. "
+            "These do not match. Fix: download both again."
         )
 
 
@@ -332,8 +330,8 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     except BaseException as error:  # the tokenizers' library panics past Exception
         what = next((f"{file} is {what}" for file in _TOKENIZER_FILES if (what := kind_of(folder / file))), "")
         raise BackboneError(
-            f"{name}: its tokenizer cannot be loaded ({what or brief(error)}). Save it beside the weights "
-            "with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            f"{name}: its tokenizer cannot be loaded ({what or brief(error)}). Fix: save it next to the weights with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         ) from error
 
 
@@ -356,7 +354,7 @@ def stop_tokens(stored: Any, tokenizer: Any) -> frozenset[int]:
         for token in several:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise BackboneError(
-                    f"The stop token is {token!r}; expected the number of a token. Fix: mend eos_token_id in "
+                    f"The stop token is {token!r}; expected a token id. Fix: correct eos_token_id in "
                     "generation_config.json or config.json."
                 )
             found.add(token)

@@ -108,8 +108,8 @@ class Network:
         self.width = int(outputs.last_hidden_state.shape[-1])
         if self.context < 2:
             raise BackboneError(
-                f"{type(self.body).__name__} has a context of {self.context} tokens; expected at least 2. Fix: mend "
-                "max_position_embeddings in its config.json."
+                f"{type(self.body).__name__} has a context of {self.context} tokens; expected at least 2. Fix: "
+                "correct max_position_embeddings in its config.json."
             )
 
     def _find_layers(self) -> nn.ModuleList:

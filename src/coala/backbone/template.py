@@ -80,8 +80,8 @@ class Renderer:
             if template == kind:
                 if kind == "chat" and not has_chat:
                     raise BackboneError(
-                        "Template 'chat' was asked for, but the tokenizer has no chat template. "
-                        "Use template 'dialogue' or 'continuation', or put a chat_template.jinja beside the weights."
+                        "Found template 'chat', but the tokenizer has no chat template. Fix: use template 'dialogue' "
+                        "or 'continuation', or add a chat_template.jinja next to the weights."
                     )
                 return kind  # type: ignore[no-any-return]
         raise BackboneError(f"Template {template!r}; expected auto, {', '.join(get_args(Template))}.")
@@ -270,7 +270,9 @@ class Renderer:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return [int(token)]
-        raise BackboneError("The prompt has no tokens and the tokenizer no opening token. Give a prompt with text.")
+        raise BackboneError(
+            "The prompt has no tokens and the tokenizer no opening token. Fix: give a prompt with text."
+        )
 
     def _end(self, suffix: str) -> int:
         """The stop token that closes a reply: the template's own, else the tokenizer's."""
@@ -281,7 +283,7 @@ class Renderer:
             return int(self.tokenizer.eos_token_id)
         if self.stop_tokens:
             return min(self.stop_tokens)
-        raise BackboneError("ends_with_eos needs a stop token, and this tokenizer has none. Leave it off.")
+        raise BackboneError("ends_with_eos needs a stop token, and this tokenizer has none. Fix: turn it off.")
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a reply's tokens, special tokens left out."""

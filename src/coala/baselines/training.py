@@ -172,7 +172,7 @@ def load_trained(folder: str | Path) -> Trained:
     if not (run.path / "run.json").is_file() or "baseline" not in run.settings:
         raise StoreError(f"{folder}: is not the folder of a baseline. Make one with coala.baselines.train.")
     if not (run.path / "stages" / f"{STAGE}.json").is_file():
-        raise StoreError(f"{folder}: this baseline is not finished. Run its training again: it goes on where it was.")
+        raise StoreError(f"{folder}: this baseline is not finished. Rerun its training to resume.")
     about, facts = run.settings, run.facts(STAGE)
     lora = about["settings"].pop("lora")
     settings = TrainSettings(**about["settings"], lora=None if lora is None else Lora(**lora))

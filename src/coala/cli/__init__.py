@@ -75,7 +75,7 @@ def _asked(value: bool) -> None:
 
 def _takes_json(
     json: Annotated[
-        bool, typer.Option("--json", callback=_asked, help="End with a line of JSON on a terminal too, as in a pipe.")
+        bool, typer.Option("--json", callback=_asked, help="Print a last line of JSON on a terminal too.")
     ] = False,
 ) -> None:
     """Nothing but its option, which typer makes of it in whatever way it makes options."""
@@ -97,7 +97,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Start with `coala demo`, then `coala align PAIRS --model MODEL --out RUN`. "
-    "Results go to stdout, progress to stderr; piped, or with --json, the last line is JSON.",
+    "Results go to stdout, progress to stderr. In a pipe, or with --json, the last line is JSON.",
 )
 app.command("align")(align.align)
 app.command("generate")(generate.generate)
@@ -133,7 +133,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Align a frozen language model with preference pairs by convex optimisation, with a certificate."""
@@ -148,7 +148,7 @@ def main() -> None:
     except SystemExit as end:
         # typer turns Ctrl-C into this code and says nothing.
         if end.code == INTERRUPTED:
-            write("interrupted: finished work is kept; rerun the same command to resume.", err=True)
+            write("interrupted; finished work is saved. Rerun the same command to resume.", err=True)
         raise
     except BrokenPipeError:
         # The reader of our output has gone (`coala ... | head`): not an error of ours.

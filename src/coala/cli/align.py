@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 @with_settings
 def align(
     pairs: Annotated[
-        list[str] | None, typer.Argument(metavar="PAIRS...", help="Training pairs: file(s) or a hub dataset.")
+        list[str] | None, typer.Argument(metavar="PAIRS...", help="File(s) of training pairs, or a hub dataset.")
     ] = None,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a run found there is resumed.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing run is resumed.")] = Path(
         "runs/run"
     ),
     recipe: RecipeFile = None,
@@ -39,20 +39,20 @@ def align(
     evaluation: Annotated[Given, Of(EvaluationSettings)],
     set_: SetOption = None,
     cache: Annotated[
-        Path | None, typer.Option(envvar="COALA_CACHE", help="Folder of features shared by runs: reused, added to.")
+        Path | None, typer.Option(envvar="COALA_CACHE", help="Feature cache shared between runs (default: none).")
     ] = None,
     n_workers: Workers = 1,
     distil: Annotated[
-        bool, typer.Option("--distil", help="Distil the guidance at the end, and put the policy on the page.")
+        bool, typer.Option("--distil", help="Distil the guidance at the end and report on the policy.")
     ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete everything in RUN and start over.")] = False,
     track: Track = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Read and check pairs, extract features, fit the convex head, evaluate and report: all of it, resumable.
+    """Check pairs, extract features, fit the convex head, evaluate and report, in one resumable command.
 
-    Rerun the same command to resume after an interruption: finished work is kept. With another head, guidance, judge or
-    length of replies, what does not depend on them is kept and the rest redone.
+    Rerun the same command to resume after an interruption. After a change of head, guidance, judge or reply length,
+    only the steps that depend on it are redone.
 
     Examples:
 

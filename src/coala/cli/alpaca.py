@@ -15,36 +15,42 @@ from coala.leaderboards.contest import one_source
 from coala.leaderboards.record import run_of
 from coala.settings import DifficultyBy, Stopping
 
-Seed = Annotated[int, typer.Option(min=0, help="Seed of replies, of the bootstrap and of cross-validation's folds.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed of replies, bootstrap and folds.")]
 
 
 @with_settings
 def alpaca(
     annotations: Annotated[
-        Path | None, typer.Argument(help="Annotations of one model: JSON Lines or one list, plain or .gz.")
+        Path | None, typer.Argument(help="File of one model's annotations: JSON Lines or one list, plain or .gz.")
     ] = None,
     *,
     calibration: Annotated[
-        Path | None, typer.Option(help="The authors' df_gamed.csv, or a stand-in; needed for length control.")
+        Path | None, typer.Option(help="The authors' df_gamed.csv or a substitute, for length control (default: none).")
     ] = None,
     difficulty: Annotated[
-        Path | None, typer.Option(help="Difficulty of every instruction; needed for length control.")
+        Path | None,
+        typer.Option(help="File of the difficulty of every instruction, for length control (default: none)."),
     ] = None,
     difficulty_by: Annotated[
         DifficultyBy,
-        typer.Option(help="`position` as the published figures, even where rows are missing; or `instruction`."),
+        typer.Option(help="Key of the difficulties: `position`, as in the published figures, or `instruction`."),
     ] = "position",
     penalty: Annotated[
-        str, typer.Option(help="C of the L1 fit: a number, `cv` (chosen by five folds) or `none` (maximum likelihood).")
+        str, typer.Option(help="Penalty C of the L1 fit: a number, `cv` (five folds) or `none` (maximum likelihood).")
     ] = "cv",
     stopping: Annotated[
         Stopping,
-        typer.Option(help="`optimum`, or `liblinear`: where the published fits stopped, to reproduce them."),
+        typer.Option(
+            help="Where the fit stops: at the `optimum`, or where `liblinear` stopped for the published figures."
+        ),
     ] = "optimum",
     outputs: Annotated[
-        Path | None, typer.Option(help="The model's whole output file, for the average length that is published.")
+        Path | None,
+        typer.Option(help="The model's full output file, for the published average length (default: none)."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the length-controlled interval.")] = 200,
+    draws: Annotated[
+        int, typer.Option(min=0, help="Number of bootstrap draws for the length-controlled interval.")
+    ] = 200,
     seed: Seed = 0,
     replies: ReplyFlags,
     prompts: Prompts = None,
@@ -55,9 +61,9 @@ def alpaca(
 ) -> None:
     """AlpacaEval 2: win rate, its counts and lengths, and the length-controlled win rate.
 
-    From annotations, or end to end: with --run and --prompts the run answers, a judge (`weighted` if none is named)
-    compares with the reference, and the same command goes on after a kill: no reply is made and no verdict bought
-    twice. Without both files of length control the run's own rows alone decide it.
+    From annotations, or end to end: with --run and --prompts the run answers and a judge (default: `weighted`) compares
+    with the reference. Rerun the same command to resume: saved replies and verdicts are reused. Without both files of
+    length control, only the run's own rows are used for it.
 
     `coala eval alpaca --run RUN --prompts alpaca_eval.json --model gpt-4-1106-preview`
     """

@@ -15,7 +15,7 @@ from coala.leaderboards.contest import one_source
 from coala.leaderboards.record import run_of
 from coala.settings import Board, VerdictRule
 
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap, and of replies.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed of bootstrap and replies.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ArenaFlags(JudgeFlags):
 
     model: Annotated[
         str | None,
-        typer.Option(help="The judged model, where rows do not name it; with --prompts the one that judges."),
+        typer.Option(help="The judged model if rows do not name it; with --prompts, the judge (default: none)."),
     ] = None
 
 
@@ -32,32 +32,39 @@ class ArenaFlags(JudgeFlags):
 def arena(
     judgements: Annotated[
         Path | None,
-        typer.Argument(help="Judgements of two games each, or battles (model, question, winner); JSON Lines or CSV."),
+        typer.Argument(
+            help="File of judgements with two games each, or battles (model, question, winner): JSON Lines or CSV."
+        ),
     ] = None,
     *,
-    baseline: Annotated[str, typer.Option(help="The model that all others are compared with.")] = "gpt-4-0314",
-    board: Annotated[Board, typer.Option(help="Published interval: v0.1 95 %, v2.0 90 %, both over rows.")] = "v0.1",
+    baseline: Annotated[str, typer.Option(help="Model that all others are compared with.")] = "gpt-4-0314",
+    board: Annotated[
+        Board, typer.Option(help="Version of the published interval: v0.1 has 95 %, v2.0 90 %, both over rows.")
+    ] = "v0.1",
     rule: Annotated[
-        VerdictRule, typer.Option(help="Of several verdicts: the `last`, or none unless `unanimous`.")
+        VerdictRule, typer.Option(help="Verdict to use if there are several: the `last`, or none unless `unanimous`.")
     ] = "last",
     style: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=ANSWERS", help="Answers of a model, the baseline's too, to hold style fixed; repeat."
+            metavar="NAME=ANSWERS",
+            help="Answers of a model (also the baseline's), to control for style. Repeatable (default: none).",
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap, and of replies.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Number of bootstrap draws.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of bootstrap and replies.")] = 0,
     replies: ReplyFlags,
     prompts: Prompts = None,
     reference: Reference = None,
-    by: Annotated[str, typer.Option("--judge", help="arena, or a folder with a judge.yaml of mode arena.")] = "arena",
+    by: Annotated[
+        str, typer.Option("--judge", help="Judge: arena, or a folder with a judge.yaml of mode arena.")
+    ] = "arena",
     judge: ArenaFlags,
 ) -> None:
-    """Arena-Hard: win rate against the baseline with the interval that counts questions, beside the published one.
+    """Arena-Hard: win rate against the baseline, with an interval over questions next to the published one.
 
-    From judgements, or end to end: with --run, --prompts and --reference the run answers and a judge of mode arena says
-    how much better. The same command goes on after a kill.
+    From judgements, or end to end: with --run, --prompts and --reference the run answers and a judge of mode arena
+    grades the difference. Rerun the same command to resume.
 
     `coala eval arena --run RUN --prompts question.jsonl --reference gpt-4-0314.jsonl --model gpt-4`
     """

@@ -22,18 +22,24 @@ Files = list[str] | None
 
 @dataclass(frozen=True, kw_only=True)
 class SetFlags:
-    """What is audited, and which systems' scores stand beside the cues."""
+    """What is audited, and which systems' scores are compared with the cues."""
 
     bench: Annotated[
-        AuditSet, typer.Option(help="What SOURCE is: pairs, or a benchmark's published file; auto looks at it.")
+        AuditSet, typer.Option(help="Kind of SOURCE: pairs, or a benchmark's published file; auto detects it.")
     ] = "auto"
     format: Format = "auto"
-    by: Annotated[str | None, typer.Option(help="Column of pairs that says their subset.")] = None
-    subset: Annotated[Files, typer.Option(help="Look at this subset alone; repeat for several.")] = None
-    questions: Annotated[Files, typer.Option(help="Questions of judgements (mtbench, arena, vicuna).")] = None
-    answers: Annotated[Files, typer.Option(help="Answers that were judged; repeat for several files.")] = None
+    by: Annotated[str | None, typer.Option(help="Column that names each pair's subset (default: no subsets).")] = None
+    subset: Annotated[Files, typer.Option(help="Subset to audit. Repeatable (default: all).")] = None
+    questions: Annotated[
+        Files, typer.Option(help="File of the judged questions (mtbench, arena, vicuna). Repeatable (default: none).")
+    ] = None
+    answers: Annotated[Files, typer.Option(help="File of the judged answers. Repeatable (default: none).")] = None
     scores: Annotated[
-        Files, typer.Option(help="Systems' scores of the same replies, as `coala eval rmbench` and its like take them.")
+        Files,
+        typer.Option(
+            help="File of systems' scores of the same replies, as `coala eval rmbench` reads it. Repeatable "
+            "(default: none)."
+        ),
     ] = None
     skip_bad: SkipBad = False
 
@@ -48,31 +54,45 @@ class SetFlags:
 def audit(
     source: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Pairs, or a benchmark with its replies: jsonl, json, csv, ..."),
+        typer.Argument(
+            metavar="SOURCE...", help="File(s) of pairs, or a benchmark with its replies: jsonl, json, csv, ..."
+        ),
     ],
     *,
     held: SetFlags,
     model: Annotated[
-        str | None, typer.Option(help="Add the likelihood of each reply under this model as a cue; reads every reply.")
+        str | None,
+        typer.Option(
+            help="Model whose likelihood of each reply is added as a cue; encodes every reply (default: none)."
+        ),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(help="Folder of features of exactly these pairs, judged beside the cues.")
+        Path | None,
+        typer.Option(help="Folder of features of exactly these pairs, to compare with the cues (default: none)."),
     ] = None,
-    against: Annotated[Files, typer.Option(help="The other side of the split: look for leaks.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Page to write (HTML, needs nothing else).")] = None,
+    against: Annotated[
+        Files, typer.Option(help="File(s) of the other split, to search for leaks (default: none).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write, in one file (default: none).")] = None,
     balance: Annotated[
-        str | None, typer.Option(help="Cue to take out of pairs, e.g. `length` or `surface`; needs --balanced.")
+        str | None,
+        typer.Option(
+            help="Cue to balance out of the pairs, e.g. `length` or `surface`; needs --balanced (default: none)."
+        ),
     ] = None,
-    balanced: Annotated[Path | None, typer.Option(help="File to write what is left to.")] = None,
-    deals: Annotated[int | None, typer.Option(min=1, help="Deals of the folds; 3, above 2,000 comparisons 1.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of folds, shuffles and thinning.")] = 0,
+    balanced: Annotated[Path | None, typer.Option(help="File to write the balanced pairs to (default: none).")] = None,
+    deals: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of random fold assignments (default: 3; 1 above 2,000 comparisons)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of folds, shuffles and thinning.")] = 0,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """How far length, markdown, lists, place, first words and other signs alone pick the right reply.
+    """Measure how often surface cues alone (length, markdown, lists, position, first words) pick the right reply.
 
-    Rules and cross-validated classifiers, over all and by subset, beside chance; with --scores what systems add to
-    them. `--balance CUE` writes a part of the pairs on which that cue says nothing. Conversations: `--format
-    conversations` audits their alternating pairs.
+    Rules and cross-validated classifiers are compared with chance, overall and by subset; --scores adds what systems
+    contribute beyond them. `--balance CUE` writes a subset of the pairs in which that cue carries no information.
+    `--format conversations` audits the alternating pairs of conversations.
 
     Examples: `coala audit pairs.jsonl --against test.jsonl`, `coala audit judgebench.jsonl --scores scores.jsonl`
     """
@@ -82,7 +102,7 @@ def audit(
     from coala.store import write_atomic
 
     if (balance is None) != (balanced is None):
-        raise CoalaError("--balance CUE and --balanced FILE go together: the cue to take out, and where to write.")
+        raise CoalaError("Found only one of --balance CUE and --balanced FILE, expected both or neither.")
     found = held.read(source)
     options: dict[str, Any] = {"model": model, "features": _differences(features), "deals": deals, "seed": seed}
     other = None if against is None else replace(held, by=None, subset=None, scores=None).read(against)

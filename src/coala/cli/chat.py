@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from coala.alignment.talking import Talker
     from coala.values import Turn
 
-COMMANDS = """/system TEXT    what the model is told first; without TEXT nothing
-/guide on|off   guided or plain replies
-/strength X     how strongly the head guides
-/temperature X  how freely tokens are drawn; 0 is greedy
-/retry          another reply to the last message
-/compare        on or off: the plain reply beside the guided one, which the conversation goes on with
-/score          the head's score of the last reply, and of it as it stood after every token
-/seed N         fix the next reply
+COMMANDS = """/system TEXT    set the system prompt; without TEXT remove it
+/guide on|off   guided or unguided replies
+/strength X     guidance strength
+/temperature X  sampling temperature; 0 is greedy
+/retry          regenerate the last reply
+/compare        on or off: also show the unguided reply; the conversation continues with the guided one
+/score          the head's score of the last reply, in full and after every token
+/seed N         set the random seed of the next reply
 /new            forget the conversation
-/help           this list
-/quit           leave (or Ctrl-D, or Ctrl-C twice)
+/help           show this list
+/quit           exit (also Ctrl-D, or Ctrl-C twice)
 
-Ctrl-C stops a reply; what was written of it stays."""
+Ctrl-C stops a reply; the text so far is kept."""
 # From low to high, in the 256 colours of terminals; ink that can be read on each.
 HEAT = ((124, 231), (173, 16), (223, 16), (255, 16), (153, 16), (74, 16), (25, 231))
 
@@ -43,17 +43,19 @@ HEAT = ((124, 231), (173, 16), (223, 16), (255, 16), (153, 16), (74, 16), (25, 2
 def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
     *,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt (default: none).")] = None,
     guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rule", "rater"))],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a reply, in tokens.")] = 200,
     temperature: OwnTemperature = None,
     sampling: Annotated[Given, Of(GuidanceSettings, ("top_p", "top_k"))],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
     trust_remote_code: TrustCode = False,
     download: Download = False,
-    cut: Annotated[bool, typer.Option("--cut", help="Cut the beginning of conversations that are too long.")] = False,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Truncate conversations that are too long, from the start.")
+    ] = False,
 ) -> None:
-    """Talk to the run's model, guided by its head; replies appear as they are made.
+    """Chat with the run's model, guided by its head; replies are streamed.
 
     Example: `coala chat runs/demo`   (then /help)
     """
@@ -62,7 +64,7 @@ def chat(
 
     talker = open_talker(run, {"temperature": temperature, **sampling}, guidance, say)
     talk = _Talk(talker, max_new_tokens, seed, guided=talker.chosen.mode != "none", system=system, cut=cut)
-    say("Type a message; /help lists commands, Ctrl-D ends.")
+    say("Type a message. /help lists the commands, Ctrl-D exits.")
     while (line := talk.read()) is not None:
         if line.startswith("/"):
             talk.obey(line)
@@ -100,7 +102,7 @@ class _Talk:
                     return None
                 self.interrupted = True
                 write()
-                say("Ctrl-C again ends, and so does Ctrl-D.")
+                say("Press Ctrl-C again, or Ctrl-D, to exit.")
                 continue
             self.interrupted = False
             return None if line in ("/quit", "/exit") else line
@@ -131,7 +133,7 @@ class _Talk:
             elif command in alone and not value:
                 alone[command]()
             else:
-                say(f"{line}: is no command; /help lists them.")
+                say(f"{line}: unknown command; /help lists them.")
         except CoalaError as error:
             say(f"{line}: {error}")
 
@@ -150,7 +152,7 @@ class _Talk:
         if self.guided:
             say(f"strength is {guidance.strength:g}: {guidance}")
         else:
-            say(f"strength is {guidance.strength:g}; replies stay plain until /guide on")
+            say(f"strength is {guidance.strength:g}; replies are unguided until /guide on")
 
     def _warm(self, value: str) -> None:
         from coala.cli.output import say
@@ -201,7 +203,7 @@ class _Talk:
             self.interrupted = True
             write()
             reply = "".join(pieces)
-            say("stopped; what was written stays." if reply else "stopped; the message is forgotten.")
+            say("stopped; the text so far is kept." if reply else "stopped; the message was dropped.")
             if not reply:
                 return False
         except CoalaError as error:
@@ -221,7 +223,7 @@ class _Talk:
             write(piece, end="")
 
         talker, prompt = self.talker, conversation(self.system, *asked)
-        mend = "/new forgets the conversation; --cut loses its beginning."
+        mend = "Start over with /new, or restart with --cut to truncate it."
         length = [talker.room(prompt, self.max_new_tokens, cut=self.cut, mend=mend)]
         if self.compare:
             unguided = talker.reply([prompt], talker.unguided, length, seed=self.seed)[0].text

@@ -26,7 +26,7 @@ FILE holds one game, or one per prompt:
   {"prompts": {"first": {"P": [...], "labels": [...], "start": [...], "weight": 0.7}, "second": {...}}}
 
 P[i][j] is the probability that answer i beats answer j, so P[i][j] + P[j][i] = 1. labels, start (uniform) and weight
-(equal) may be left out.
+(equal) are optional.
 
 \b
 Examples: `coala comal game game.json --out game.html`
@@ -40,42 +40,46 @@ class SolverFlags:
 
     method: Annotated[
         Literal["comal", "mwu", "ipo", "dpo", "sppo", "inpo", "mirror_prox", "omwu"],
-        typer.Option(help="Which method runs."),
+        typer.Option(help="Algorithm to run."),
     ] = "comal"
     inner: Annotated[
         Literal["exact", "md", "inpo", "sppo", "dro", "rebel"],
-        typer.Option(help="comal: Newton (`exact`) or a loss with inner steps."),
+        typer.Option(help="Solver of the inner game, for comal: Newton (`exact`) or inner steps on a loss."),
     ] = "exact"
-    eta: Annotated[float | None, typer.Option(help="Step size, not its inverse (default: 0.3).")] = None
-    beta: Annotated[float | None, typer.Option(help="Instead of --eta: its inverse, as in preference losses.")] = None
+    eta: Annotated[float | None, typer.Option(help="Step size (default: 0.3).")] = None
+    beta: Annotated[
+        float | None, typer.Option(help="1 / eta, as in preference losses; instead of --eta (default: 1/0.3).")
+    ] = None
     tau: Annotated[float, typer.Option(help="Strength of the regularisation (comal, inpo).")] = 0.1
     outer: Annotated[
         int | None,
         typer.Option(min=1, help="Number of updates (default: 200 for comal, else 5000).", show_default=False),
     ] = None
     inner_steps: Annotated[
-        int | None, typer.Option(min=1, help="comal: inner updates per outer update (default: 25).")
+        int | None, typer.Option(min=1, help="Number of inner updates per outer update, for comal (default: 25).")
     ] = None
     pairs_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Draw so many pairs per step (default: exact expectations).")
+        int | None, typer.Option(min=1, help="Pairs sampled per step (default: exact expectations).")
     ] = None
     oracle: Annotated[
         Literal["labels", "probabilities"] | None,
-        typer.Option(help="What the judge of a drawn pair tells (default: labels)."),
+        typer.Option(help="Output of the judge for a sampled pair (default: labels)."),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawn pairs.")] = 0
-    tol: Annotated[float | None, typer.Option(help="Stop at this duality gap.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampled pairs.")] = 0
+    tol: Annotated[float | None, typer.Option(help="Duality gap at which to stop (default: never).")] = None
 
 
 @app.command(epilog=GAME_FILE)
 @with_settings
 def game(
-    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="The game; its form is described below.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="File of the game, in the format below.")],
     *,
     settings: SolverFlags,
-    out: Annotated[Path | None, typer.Option(help="Page to write (.html), or the figure of the path (.svg).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Page (.html) or figure of the path (.svg) to write (default: none).")
+    ] = None,
 ) -> None:
-    """Solve a game: print its Nash policy, the path of the method and the duality gap."""
+    """Solve a game: print its Nash policy, the iterates of the method and the duality gap."""
     from coala.cli.output import emit, progress, say, table
     from coala.nash import load_game, solve
     from coala.nash.page import game_page
@@ -107,8 +111,8 @@ def game(
 @app.command(epilog="Example: `coala comal paper --out comal.html`")
 def paper(
     out: Annotated[Path, typer.Option(help="Page to write (.html).")],
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs drawn per proximal step in the sampled runs.")] = 10_000,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each sampled method.")] = 5,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs sampled per proximal step in the sampled runs.")] = 10_000,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each sampled method.")] = 5,
 ) -> None:
     """Run the paper's synthetic experiment (its Figures 1 and 2), noiseless and sampled, and write one page."""
     from coala.cli.output import emit, progress, table

@@ -16,11 +16,11 @@ from coala.settings import Device, Template, Win
 EPILOG = (
     """
 \b
-Entrants, each with a name before it if you like (NAME=...):
+Entrants, each optionally named (NAME=...):
   FOLDER or hub name    a model
   RUN                   of `coala comal train`: the last policy; RUN@start, RUN@2 (after update 2), RUN@all
-  RUN                   of `coala align`: guided by its head as the run says; RUN@unguided
-  FILE.jsonl            answers that are there already (generations of these prompts)
+  RUN                   of `coala align`: guided as in the run's recipe; RUN@unguided
+  FILE.jsonl            existing answers (generations for these prompts)
 """
     + ORACLES
     + """
@@ -33,27 +33,33 @@ Example:
 
 @with_settings
 def matrix(
-    entrants: Annotated[list[str], typer.Argument(metavar="ENTRANTS...", help="Two or more; see below.")],
+    entrants: Annotated[list[str], typer.Argument(metavar="ENTRANTS...", help="Two or more entrants; see below.")],
     *,
-    prompts: Annotated[Path, typer.Option("--prompts", "-p", help="Prompts (.txt, .jsonl, ...) or pairs.")],
-    oracle: Annotated[str, typer.Option(help="What prefers one answer to another; see below.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; answers are kept, so that entrants can be added.")],
-    samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of entrants that are not guided by a run.")] = 1.0,
+    prompts: Annotated[Path, typer.Option("--prompts", "-p", help="File of prompts (.txt, .jsonl, ...) or pairs.")],
+    oracle: Annotated[str, typer.Option(help="Judge of which answer is better; see below.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Output folder; answers are saved, so entrants can be added later.")
+    ],
+    samples: Annotated[int, typer.Option(min=1, help="Number of answers per prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling threshold of entrants that are not guided (1: off).")
+    ] = 1.0,
     template: Template = "auto",
-    mode: Annotated[Win, typer.Option(help="Who is preferred, or the mean probability.")] = "hard",
+    mode: Annotated[
+        Win, typer.Option(help="What counts as a win: hard, which answer is preferred, or mean, the mean probability.")
+    ] = "hard",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the answers.")] = 0,
     cache: Annotated[
-        Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to OUT).")
+        Path | None, typer.Option(help="Verdict cache; runs can share it (default: verdicts.sqlite next to OUT).")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what OUT holds and start over.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete everything in OUT and start over.")] = False,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Win rates of every entrant against every other, with intervals over prompts, and the mixture that none beats.
+    """Compute win rates between all entrants, with intervals over prompts, and the unbeaten mixture.
 
     M + M^T = 100; both orders of a pair are judged and averaged. Writes OUT/matrix.json and OUT/matrix.html.
     """
@@ -82,6 +88,6 @@ def matrix(
         table(cells, head)
         write()
     if rates.failures:
-        say(f"{rates.failures} pairs have no verdict and were left out.")
+        say(f"{rates.failures} pairs have no verdict and were excluded.")
     write(f"page: {out / 'matrix.html'}")
     emit(result)

@@ -28,7 +28,7 @@ Examples:
   `coala comal train ./my-model prompts.jsonl --oracle judge:./judge-model --out runs/comal`
   `coala comal train runs/demo --oracle head --lora-rank 16 --out runs/comal`   model, prompts and pairs of a run
 
-By the same command: iterative IPO is --ref-weight 0, iterative DPO --ref-weight 0 --loss dpo, INPO --outer 1.
+Other methods: iterative IPO is --ref-weight 0, iterative DPO --ref-weight 0 --loss dpo, INPO --outer 1.
 """
 )
 
@@ -37,10 +37,10 @@ By the same command: iterative IPO is --ref-weight 0, iterative DPO --ref-weight
 class LoRAFlags:
     """The adapter that is trained instead of all weights."""
 
-    lora_rank: Annotated[int, typer.Option(min=0, help="Train an adapter of this rank; 0: all weights.")] = 0
-    lora_alpha: Annotated[int | None, typer.Option(min=1, help="LoRA alpha (default: 2 x rank).")] = None
+    lora_rank: Annotated[int, typer.Option(min=0, help="Rank of the LoRA adapter to train; 0 trains all weights.")] = 0
+    lora_alpha: Annotated[int | None, typer.Option(min=1, help="LoRA scaling, alpha (default: 2 x rank).")] = None
     lora_targets: Annotated[
-        str | None, typer.Option(help="Modules the adapter changes, separated by commas (default: peft's choice).")
+        str | None, typer.Option(help="Modules the adapter changes, comma-separated (default: peft's choice).")
     ] = None
 
     def adapter(self) -> LowRank | None:
@@ -60,33 +60,35 @@ def train(
     ],
     prompts: Annotated[
         Path | None,
-        typer.Argument(metavar="PROMPTS", help="Prompts (.txt, .jsonl, ...) or pairs; a COALA run has its own."),
+        typer.Argument(
+            metavar="PROMPTS", help="File of prompts (.txt, .jsonl, ...) or pairs (default: those of a COALA run)."
+        ),
     ] = None,
     *,
-    oracle: Annotated[str, typer.Option(help="What prefers one answer to another; see below.")],
+    oracle: Annotated[str, typer.Option(help="Judge of which answer is better; see below.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; rerun the same command to resume.")],
     settings: COMALSettings,
     lora: LoRAFlags,
-    revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub model (default: the latest).")] = None,
     template: Template = "auto",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the weights.")
     ] = "float32",
     device: Device = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to RUN).")
+        Path | None, typer.Option(help="Verdict cache; runs can share it (default: verdicts.sqlite next to RUN).")
     ] = None,
     keep_policies: Annotated[
-        bool, typer.Option("--keep-policies", help="Keep every step's weights, not only the references'.")
+        bool, typer.Option("--keep-policies", help="Save the weights of every step, not only of the references.")
     ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what RUN holds and start over.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete everything in RUN and start over.")] = False,
     track: Track = None,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Train towards the Nash policy: sample, judge, score and train, step by step, resumable at any moment.
+    """Train towards the Nash policy: sample, judge, score, train; resumable at any point.
 
-    The trained model is RUN/model, the report RUN/report.html; verdicts are cached, so none is paid for twice.
+    The trained model is RUN/model, the report RUN/report.html; verdicts are cached, so none is paid twice.
     """
     from coala.cli.output import emit, progress, say, table
     from coala.comal.report import policy_sentence, update_rows

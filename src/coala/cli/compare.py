@@ -19,31 +19,35 @@ if TYPE_CHECKING:
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A study's YAML file, or a bundled study's name.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="YAML file of a study, or the name of a bundled study.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the comparison, continued if begun; runs/RECIPE.")
+        Path | None,
+        typer.Option("--out", "-o", help="Output folder; an existing comparison is resumed (default: runs/RECIPE)."),
     ] = None,
-    data: Annotated[Path, typer.Option(help="Folder that data: paths of the recipe lie in.")] = Path("../shared/data"),
+    data: Annotated[Path, typer.Option(help="Folder of the recipe's data: paths.")] = Path("../shared/data"),
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the study.")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Override a setting of the study. Repeatable."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan every cell (memory, FLOPs, time); no weights are needed.")
+        bool, typer.Option("--dry-run", help="Only plan every cell (memory, FLOPs, time); needs no weights.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Retry failed cells.")] = False,
     memory: Annotated[
-        str | None, typer.Option(help="End and report a cell whose process takes more, such as 8GiB.")
+        str | None, typer.Option(help="Memory limit of a cell's process, such as 8GiB (default: none).")
     ] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Write the report of the cells there are.")
+        bool, typer.Option("--report-only", help="Only write the report of the finished cells.")
     ] = False,
     track: Track = None,
 ) -> None:
-    """Compare COALA with SFT, DPO, ORPO, SimPO and reward models: the same pairs, tokens and measures, costs counted.
+    """Compare COALA with SFT, DPO, ORPO, SimPO and reward models on the same pairs, tokens and metrics, with costs.
 
-    Every cell (method, setting, model, dataset, seed) runs in a process of its own. Run the same command again after
-    an interruption: cells that are done are skipped, training goes on from its checkpoint. A cell that fails, or runs
-    out of memory, is reported with its plan.
+    Every cell (method, setting, model, dataset, seed) runs in its own process. Rerun the same command to resume:
+    finished cells are skipped and training continues from its checkpoint. A cell that fails or runs out of memory is
+    reported with its plan.
 
     Examples:
 
@@ -103,9 +107,7 @@ def _require_comparison(folder: Path) -> None:
     from coala.compare.cell import PLAN
 
     if not (folder / PLAN).is_file():
-        raise CoalaError(
-            f"{folder}: is not the folder of a comparison. Name one with --out, or leave out --report-only."
-        )
+        raise CoalaError(f"{folder}: is not a comparison folder. Fix: name one with --out, or remove --report-only.")
 
 
 def _show_plan(study: Study) -> None:

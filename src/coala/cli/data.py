@@ -17,11 +17,13 @@ from coala.settings import Format, SkipBad
 if TYPE_CHECKING:
     from coala.values import Pair
 
-app = typer.Typer(no_args_is_help=True, help="Look at, check, convert and make preference pairs.")
+app = typer.Typer(no_args_is_help=True, help="Show, check, convert and create preference pairs.")
 
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="PAIRS...", help="jsonl, json, csv, tsv or parquet, plain or .gz; or a hub dataset"),
+    typer.Argument(
+        metavar="PAIRS...", help="File(s): jsonl, json, csv, tsv or parquet, plain or .gz; or a hub dataset."
+    ),
 ]
 
 
@@ -31,13 +33,15 @@ def check(
     pairs: Sources,
     format: Format = "auto",
     against: Annotated[
-        list[str] | None, typer.Option(help="Test file(s) that must share no prompt with PAIRS.")
+        list[str] | None, typer.Option(help="Test file(s) that must share no prompt with PAIRS (default: none).")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model whose context the pairs have to fit.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest prompt plus reply; the model's context.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model whose context the pairs must fit (default: none).")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Maximum length of prompt plus reply, in tokens (default: the model's context).")
+    ] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Read every row and list what is wrong: FILE:ROW: FIELD: found X, expected Y. Fix: Z. Exit code 2 on errors."""
+    """Check every row and list the errors: FILE:ROW: FIELD: found X, expected Y. Fix: Z. Exit code 2 on errors."""
     from coala.cli.output import emit, say
     from coala.data import check as check_pairs
     from coala.data.findings import few
@@ -72,7 +76,7 @@ def convert(
     format: Format = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
-    """Write pairs of any known format in one plain form. What is not read is named."""
+    """Convert pairs from any known format. Ignored fields are listed."""
     from coala.cli.output import emit
     from coala.store import save_pairs
 
@@ -84,15 +88,17 @@ def convert(
 @app.command(epilog="Example: `coala data alternate dialogues.jsonl --out pairs.jsonl`")
 def alternate(
     conversations: Sources,
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    role: Annotated[Literal["assistant", "user"], typer.Option(help="Whose replies are compared.")] = "assistant",
+    out: Annotated[Path, typer.Option(help="File of pairs to write.")],
+    role: Annotated[
+        Literal["assistant", "user"], typer.Option(help="Speaker whose replies are compared.")
+    ] = "assistant",
     context: Annotated[
-        str, typer.Option(help="The prompt: `all` that came before, the `first` utterance only, or the last N turns.")
+        str, typer.Option(help="Turns in the prompt: `all` before the reply, the `first` only, or the last N.")
     ] = "all",
 ) -> None:
-    """Pairs from conversations: the reply that follows is chosen, the same speaker's next reply is rejected.
+    """Make pairs from conversations: the next reply is chosen, the same speaker's following reply is rejected.
 
-    Prints how well position cues alone (length, question marks) tell the two apart: what is learnt may be position.
+    Prints how well cues of position alone (length, question marks) separate the two: a head may only learn position.
     """
     from coala.cli.output import emit, say
     from coala.data import position_cues, read_pairs
@@ -104,7 +110,7 @@ def alternate(
     save_pairs(out, pairs)
     cues = position_cues(pairs)
     for cue, accuracy in cues.items():
-        say(f"{cue} alone tells chosen from rejected: {accuracy}")
+        say(f"{cue} alone separates chosen from rejected: {accuracy}")
     emit({"pairs": len(pairs), "conversations": len({p.group for p in pairs}), "cues": cues, "out": out}, alone=True)
 
 
@@ -117,7 +123,7 @@ def _sound(names: list[str], format: str, skip_bad: bool) -> list[Pair]:
     if not (skip_bad and findings.pairs):
         findings.raise_for_errors()
     elif findings.errors:
-        say(f"{len(findings.errors)} findings left out, the first: {findings.errors[0]}")
+        say(f"{len(findings.errors)} rows skipped with errors; the first: {findings.errors[0]}")
     for warning in findings.warnings:
         say(str(warning))
     return list(findings.pairs)
@@ -125,26 +131,37 @@ def _sound(names: list[str], format: str, skip_bad: bool) -> list[Pair]:
 
 @app.command(epilog="Example: `coala data synthesize src/coala/recipes/edufeedback.yaml --out conversations.jsonl`")
 def synthesize(
-    recipe: Annotated[Path, typer.Argument(help="YAML: two agents, fields, moods, lengths, limits.")],
-    out: Annotated[Path, typer.Option(help="File to write: one conversation per line, in the order drawn.")],
-    conversations: Annotated[int | None, typer.Option(min=1, help="How many (default: the recipe's number).")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Spend no more tokens than this, over all runs.")] = None,
-    dollars: Annotated[float | None, typer.Option(min=0, help="Spend no more dollars, at the recipe's prices.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Conversations held at a time.")] = None,
-    requests_per_minute: Annotated[float | None, typer.Option(min=0, help="Requests sent per minute at most.")] = None,
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the two agents, fields, moods, lengths and limits.")],
+    out: Annotated[Path, typer.Option(help="File to write: one conversation per line, in sampling order.")],
+    conversations: Annotated[
+        int | None, typer.Option(min=1, help="Number of conversations (default: the recipe's).")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Budget in tokens, over all runs (default: the recipe's).")
+    ] = None,
+    dollars: Annotated[
+        float | None, typer.Option(min=0, help="Budget in dollars, at the recipe's prices (default: the recipe's).")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Number of concurrent conversations (default: the recipe's).")
+    ] = None,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(min=0, help="Maximum number of requests per minute (default: the recipe's).")
+    ] = None,
     send_key: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Send this environment variable as the recipe asks, although it is not named as a key or goes out "
-            "unencrypted; repeat.",
+            help="Environment variable the recipe may send although its name is not that of a key, or the "
+            "connection is "
+            "unencrypted. Repeatable (default: none).",
         ),
     ] = None,
 ) -> None:
-    """Let a student and a tutor talk through any OpenAI-compatible endpoint, and keep what they say.
+    """Generate conversations between a student and a tutor through any OpenAI-compatible endpoint.
 
-    Every finished conversation is written down at once in OUT.journal: after a kill the same command goes on where it
-    was. OUT is written when the run is finished or the budget spent (exit code 3).
+    Every finished conversation is saved at once in OUT.journal, so rerun the same command to resume.
+    OUT is written when the run is finished or the budget spent (exit code 3).
     """
     from coala.cli.output import emit, progress, say
     from coala.data.synthesis_file import synthesize_file
@@ -174,10 +191,10 @@ def synthesize(
 def show(
     pairs: Sources,
     format: Format = "auto",
-    n: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 3,
-    width: Annotated[int, typer.Option(min=40, help="Columns.")] = 100,
+    n: Annotated[int, typer.Option(min=1, help="Number of pairs to show.")] = 3,
+    width: Annotated[int, typer.Option(min=40, help="Width of the output, in columns.")] = 100,
 ) -> None:
-    """Print a few pairs, chosen and rejected side by side."""
+    """Print a few pairs, with chosen and rejected side by side."""
     from itertools import islice
 
     from coala.cli.output import emit, side_by_side

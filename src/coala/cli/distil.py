@@ -22,34 +22,40 @@ def distil(
         Vehicle,
         typer.Option(
             "--into",
-            help="output: a change of the output layer, one convex program; adapter: LoRA of all layers, SFT.",
+            help="What is changed: the output layer (one convex program) or a LoRA adapter of all layers (SFT).",
         ),
     ] = "output",
     adapter: Annotated[AdapterSettings, every(AdapterSettings)],
     measure: Annotated[
-        bool, typer.Option("--measure", help="Sample it on the run's held-out prompts: wins, divergence, perplexity.")
+        bool,
+        typer.Option(
+            "--measure", help="Also sample the policy on the run's held-out prompts: wins, divergence, perplexity."
+        ),
     ] = False,
     to: Annotated[
         Literal["checkpoint", "gguf", "lora", "gguf-lora", "merged"] | None,
         typer.Option(
             "--to",
-            help="Write it for others: a Hugging Face folder (of an adapter: merged), GGUF, LoRA, LoRA in GGUF.",
+            help="Format to export: a Hugging Face folder (an adapter: merged), GGUF, LoRA, or LoRA in GGUF "
+            "(default: none).",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where --to writes; it must not exist.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File or folder --to writes; must not exist (default: none).")
+    ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="gguf: the file to change (default: the one the model was loaded from).")
+        Path | None, typer.Option(help="GGUF file to change, for gguf (default: the one the model was loaded from).")
     ] = None,
     precision: Annotated[
-        Literal["f16", "q8_0"], typer.Option(help="gguf: numbers of the output layer; q8_0 takes half the room.")
+        Literal["f16", "q8_0"], typer.Option(help="Number format of the output layer in GGUF; q8_0 is half the size.")
     ] = "f16",
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Distil a run's guidance into its model: plain speed, any program.
+    """Distil a run's guidance into its model's weights, for full speed in any program.
 
-    Into the output layer by one convex program with a certificate, or into a LoRA adapter of all layers by SFT on the
-    same replies. Writes RUN/distilled or RUN/distilled-adapter. Nothing is uploaded.
+    Changes the output layer by one convex program with a certificate, or trains a LoRA adapter of all layers by SFT on
+    the same replies. Writes RUN/distilled or RUN/distilled-adapter. Nothing is uploaded.
 
     Examples:
 

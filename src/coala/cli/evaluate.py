@@ -6,9 +6,7 @@ import typer
 
 from coala.cli import alpaca, arena, judge, mtbench, policy, reward_benchmarks, share
 
-app = typer.Typer(
-    no_args_is_help=True, help="Have replies judged; compute benchmark figures, end to end or from files."
-)
+app = typer.Typer(no_args_is_help=True, help="Judge replies and compute benchmark results, end to end or from files.")
 app.command("judge")(judge.judge)
 app.command("grade")(judge.grade)
 app.command(

@@ -27,20 +27,21 @@ def export(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="A run folder made by `coala align`; with --verify, an exported one; merged: an adapter.",
+            help="Run folder of `coala align`; with --verify, an exported folder; with --to merged, an adapter.",
         ),
     ],
     to: Annotated[
         Literal["reward-model", "linear-head", "merged"],
         typer.Option(
             "--to",
-            help="`reward-model` holds any head; `linear-head` needs no remote code; `merged`: an adapter's base.",
+            help="Kind of export: `reward-model` (any head), `linear-head` (no remote code) or `merged` "
+            "(adapter and base).",
         ),
     ] = "reward-model",
-    out: Annotated[Path | None, typer.Option(help="The folder to write; it must not exist or be empty.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must be new or empty (default: none).")] = None,
     drop_constant: Annotated[
         bool,
-        typer.Option("--drop-constant", help="linear-head: leave out the head's constant, which shifts all scores."),
+        typer.Option("--drop-constant", help="Drop the constant of a linear-head, which shifts all scores."),
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check an exported folder's files against its coala.json instead.")
@@ -48,10 +49,10 @@ def export(
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Write a run's model and head as one Hugging Face folder, ready to be loaded or published.
+    """Export a run's model and head as one Hugging Face folder, ready to load or publish.
 
-    A reward-model folder is loaded with `trust_remote_code=True`: it brings two short files of code, for no stock class
-    holds gates or means. Nothing is uploaded.
+    A reward-model folder loads with `trust_remote_code=True`: it contains two short files of code, because no stock
+    class has gates or means. Nothing is uploaded.
 
     Examples:
 
@@ -69,12 +70,12 @@ def export(
         emit({"folder": run, "form": manifest["form"], "files": len(manifest["files"]), "verified": True})
         return
     if out is None:
-        raise CoalaError("Where should the folder be written? Give --out FOLDER.")
+        raise CoalaError("Found no --out, expected a folder to write. Fix: pass --out FOLDER.")
     if to == "merged":
         merged(run, out, trust_remote_code, download)
         return
     if drop_constant and to != "linear-head":
-        raise CoalaError("--drop-constant belongs to --to linear-head; a reward-model folder keeps the constant.")
+        raise CoalaError("--drop-constant needs --to linear-head; a reward-model folder keeps the constant.")
     backbone, head = fitted(run)
     facts = facts_of(run, head)
     if to == "linear-head":
@@ -103,26 +104,33 @@ def merged(adapter: Path, out: Path, trust_remote_code: bool, download: bool) ->
 )
 @with_settings
 def lm_eval(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
-    tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas; `lm-eval ls tasks` lists them.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Finished run folder.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, comma-separated; `lm-eval ls tasks` lists them.")],
     *,
-    include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks (default: none).")] = None,
     guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength"))],
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, to try.")] = None,
-    gen_kwargs: Annotated[
-        str | None, typer.Option(help="Sampling, such as `do_sample=true,temperature=0.8` (default: the task's own).")
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Number of examples before each question (default: the task's).")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Render prompts by the tokenizer's chat template.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where to write the harness's results as JSON.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of questions per task, for a quick test (default: all).")
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option(help="Sampling parameters, such as `do_sample=true,temperature=0.8` (default: the task's)."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Render prompts with the tokenizer's chat template.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size, in questions.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write the harness's results to, as JSON (default: none).")
+    ] = None,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Tasks of EleutherAI's lm-evaluation-harness with guided texts (needs the extra `lm-eval`).
+    """Run tasks of EleutherAI's lm-evaluation-harness on guided text (needs the extra `lm-eval`).
 
-    Likelihoods are the base model's; where a task asks for them, guidance changes nothing.
+    Likelihoods are the base model's, so guidance does not affect tasks that use them.
     """
     from coala.leaderboards.lm_eval import run_lm_eval
 

@@ -15,19 +15,23 @@ from coala.settings import Format, ModelSettings, WorkerEngine
 
 @with_settings
 def extract(
-    pairs: Annotated[list[str], typer.Argument(metavar="PAIRS...", help="Pairs: file(s) or a hub dataset.")],
+    pairs: Annotated[list[str], typer.Argument(metavar="PAIRS...", help="File(s) of pairs, or a hub dataset.")],
     *,
     model: Annotated[ModelSettings, every(ModelSettings)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features; resumed if begun.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features; an existing one is resumed.")],
     format: Format = "auto",
-    n_workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the work.")] = 1,
+    n_workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Number of processes that extract in parallel.")
+    ] = 1,
     engine: Annotated[
-        WorkerEngine, typer.Option(help="Where workers run: processes of this machine, or Ray tasks.")
+        WorkerEngine, typer.Option(help="Where workers run: in local processes, or as Ray tasks.")
     ] = "processes",
-    ray_address: Annotated[str | None, typer.Option(help="Ray cluster; without it one is started here.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster (default: a local one is started).")
+    ] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Encode chosen and rejected replies with the frozen model; written as they come, so that a killed run resumes.
+    """Encode chosen and rejected replies with the frozen model. Features are saved as they come; a rerun resumes.
 
     Example: `coala extract pairs.jsonl --model ./my-model --out features`
     """

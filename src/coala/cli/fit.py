@@ -16,25 +16,28 @@ By = Literal["rater", "source", "group"]
 
 @with_settings
 def fit(
-    features: Annotated[Path, typer.Argument(help="Folder written by `coala extract`, RUN/features/train, or a RUN.")],
+    features: Annotated[Path, typer.Argument(help="Folder of `coala extract`, RUN/features/train, or a RUN.")],
     *,
-    out: Annotated[Path | None, typer.Option(help="Folder for the head; of a RUN it stays where it is.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the head (default: for a RUN, its own).")] = None,
     settings: Annotated[HeadSettings, every(HeadSettings)],
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the fit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the fit.")] = 0,
     eval_features: Annotated[
-        Path | None, typer.Option("--eval", help="Features to measure ranking accuracy on.")
+        Path | None, typer.Option("--eval", help="Folder of features to measure ranking accuracy on (default: none).")
     ] = None,
     by: Annotated[
         By | None,
-        typer.Option(help="Say who agrees with the others, and keep a head for each who deviates."),
+        typer.Option(help="Compare raters, sources or groups, and save a head for each that deviates (default: none)."),
     ] = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="With --by: pairs the features are of, as `coala align` writes them.")
+        Path | None,
+        typer.Option(
+            help="With --by: file of the pairs the features are from, as `coala align` writes it (default: none)."
+        ),
     ] = None,
 ) -> None:
-    """Fit the convex head on extracted features and print its certificate; with --by, compare those who chose.
+    """Fit the convex head on extracted features and print its certificate; with --by, compare the raters.
 
-    Of a RUN, whose head is there, --by alone is done.
+    For a RUN, whose head exists, only --by is done.
 
     Examples: `coala fit RUN/features/train --eval RUN/features/eval --out head`
 
@@ -45,7 +48,7 @@ def fit(
     of_run = by is not None and (features / "run.json").is_file()
     if of_run and (out, eval_features, pairs, seed, settings) != (None, None, None, 0, HeadSettings()):
         raise CoalaError(
-            f"found more than --by for {features}, expected it alone: its head is there, fix: leave the rest out"
+            f"found other options for {features}, expected only --by: its head exists, fix: remove the other options"
         )
     found: dict[str, Any] = {}
     if not of_run:
@@ -66,10 +69,11 @@ def _given(out: Path | None, features: Path) -> Path:
         return out
     if (features / "run.json").is_file():
         raise CoalaError(
-            f"{features}: found a run, which has its head, expected features, fix: give {features}/features/train and "
+            f"{features}: found a run, which already has a head, expected features, fix: pass "
+            f"{features}/features/train and "
             "--out, or --by rater to compare its raters"
         )
-    raise CoalaError("found no --out, expected a folder for the head, fix: give one")
+    raise CoalaError("found no --out, expected a folder for the head, fix: pass --out FOLDER")
 
 
 def _figures(found: dict[str, Any]) -> list[list[str]]:

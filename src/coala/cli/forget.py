@@ -11,24 +11,24 @@ import typer
 def forget(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
     *,
-    group: Annotated[list[str] | None, typer.Option(help="All pairs of this group. Repeatable.")] = None,
-    rater: Annotated[list[str] | None, typer.Option(help="All pairs of this rater. Repeatable.")] = None,
+    group: Annotated[list[str] | None, typer.Option(help="Group whose pairs to forget. Repeatable.")] = None,
+    rater: Annotated[list[str] | None, typer.Option(help="Rater whose pairs to forget. Repeatable.")] = None,
     pairs: Annotated[
-        list[Path] | None, typer.Option(help="The pairs of this file, in any known format. Repeatable.")
+        list[Path] | None, typer.Option(help="File of pairs to forget, in any known format. Repeatable.")
     ] = None,
     line: Annotated[
-        list[int] | None, typer.Option(help="This line of RUN/pairs-train.jsonl, as it is now. Repeatable.")
+        list[int] | None, typer.Option(help="Line of the current RUN/pairs-train.jsonl to forget. Repeatable.")
     ] = None,
     anew: Annotated[
-        bool, typer.Option("--anew", help="Choose ridge, gates and all else again, as a fit that never saw the pairs.")
+        bool, typer.Option("--anew", help="Fit from scratch: choose ridge, gates and everything else again.")
     ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="The cache of features that the run was made with: its copies go too.")
+        Path | None, typer.Option(help="Feature cache of the run, whose copies are deleted too (default: none).")
     ] = None,
 ) -> None:
-    """Take pairs out of a run: refit its head exactly without them, destroy their features, write a receipt.
+    """Remove pairs from a run: refit its head exactly without them, delete their features, write a receipt.
 
-    What the old head wrote is deleted or marked stale; the model itself is untouched.
+    Output of the old head is deleted or marked stale; the model itself does not change.
 
     Example: `coala forget runs/demo --group 4211`
     """

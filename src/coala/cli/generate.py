@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; none: one per stdin line.")
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="Prompts to answer (default: one per line of stdin)."),
     ] = None,
     *,
-    system: Annotated[str | None, typer.Option(help="System prompt, before every prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt for every prompt (default: none).")] = None,
     guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rule", "candidates", "rater"))],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a reply, in tokens.")] = 100,
     temperature: OwnTemperature = None,
     sampling: Annotated[Given, Of(GuidanceSettings, ("top_p", "top_k"))],
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    cut: Annotated[bool, typer.Option("--cut", help="Cut the beginning of prompts that are too long.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the unguided reply beside the guided one.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply. Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
+    cut: Annotated[bool, typer.Option("--cut", help="Truncate prompts that are too long, from the start.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the unguided reply.")] = False,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
@@ -53,10 +54,10 @@ def generate(
 
     texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts or not all(text.strip() for text in texts):
-        raise CoalaError('There is no prompt, or an empty one. Give it in quotes: coala generate RUN "prompt".')
+        raise CoalaError('Found no prompt, or an empty one. Fix: pass it in quotes: coala generate RUN "prompt".')
     talker = open_talker(run, {"temperature": temperature, **sampling}, guidance, say)
     asked = [conversation(system, Turn("user", text)) for text in texts]
-    mend = "Shorten it, or say --cut to lose its beginning."
+    mend = "Fix: shorten it, or pass --cut to truncate it from the start."
     lengths = [talker.room(prompt, max_new_tokens, cut=cut, mend=mend) for prompt in asked]
     rules = {"unguided": talker.unguided, "guided": talker.guidance} if compare else {"guided": talker.guidance}
     # One reply streams as it is made; several are printed whole, in order.

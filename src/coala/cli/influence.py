@@ -14,25 +14,38 @@ def influence(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
     *,
     metric: Annotated[
-        Literal["loss", "accuracy"], typer.Option(help="Measure the effect on this, of the held-out pairs.")
+        Literal["loss", "accuracy"], typer.Option(help="Held-out metric on which effects are measured.")
     ] = "loss",
-    reply: Annotated[str | None, typer.Option(help="Measure it on the score of this reply; give --prompt too.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt that --reply answers.")] = None,
-    pair: Annotated[
-        int | None, typer.Option(min=1, help="Measure it on the margin of this line of RUN/pairs-eval.jsonl.")
+    reply: Annotated[
+        str | None,
+        typer.Option(help="Reply on whose score effects are measured instead; needs --prompt (default: none)."),
     ] = None,
-    by: Annotated[Literal["pair", "group", "rater"], typer.Option(help="What is left out, one at a time.")] = "pair",
-    top: Annotated[int, typer.Option(min=1, max=100, help="How many to list of each sign, refitted exactly.")] = 10,
+    prompt: Annotated[str | None, typer.Option(help="Prompt of --reply (default: none).")] = None,
+    pair: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Line of RUN/pairs-eval.jsonl on whose margin effects are measured instead (default: none)."
+        ),
+    ] = None,
+    by: Annotated[
+        Literal["pair", "group", "rater"], typer.Option(help="Unit that is left out, one at a time.")
+    ] = "pair",
+    top: Annotated[
+        int, typer.Option(min=1, max=100, help="Number of entries to list for each sign, refitted exactly.")
+    ] = 10,
     attack: Annotated[
-        int, typer.Option(min=0, help="Search greedily for so many flips that lower the held-out accuracy.")
+        int,
+        typer.Option(min=0, help="Number of label flips to search for, greedily, that lower the held-out accuracy."),
     ] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write a JSON line for every pair, group or rater.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, one JSON line per pair, group or rater (default: none).")
+    ] = None,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """The pairs that helped and harmed the head most, proved complete, and a bound on what poisoned pairs could do.
+    """List the pairs that helped and harmed the head most (provably complete), and bound what poisoned pairs can do.
 
-    Gates, ridge, sparsity, coordinates and temperature are held as they are. Adds to the run's report.
+    Gates, ridge, sparsity, coordinates and temperature stay fixed. The result is added to the run's report.
 
     Example: `coala influence runs/demo`
     """
@@ -60,14 +73,15 @@ def _show(found: dict[str, Any]) -> None:
         table([[row["name"], effect_words(found, row["effect"]), _short(row["chosen"])] for row in rows])
     against = [str(one["line"]) for one in found["contradicted"]]
     write(
-        f"\nContradicted most by all others, look for exchanged replies here first: line {', '.join(against) or 'none'}"
+        f"\nMost contradicted by all other pairs; check these first for swapped replies: line "
+        f"{', '.join(against) or 'none'}"
     )
     twins = found["copies"]
     write(
         f"\n{twins['pairs']} pairs share their features with another ({twins['sets']} sets); {twins['contrary']} "
-        "have a contrary twin"
+        "have a twin with the opposite label"
     )
-    write("\nPoisoned pairs, held-out pairs ranked right now: " + f"{100 * found['poison']['accuracy']:.1f} %")
+    write("\nPoisoned pairs; held-out accuracy now: " + f"{100 * found['poison']['accuracy']:.1f} %")
     table(poison_rows(found["poison"]), POISON_HEAD)
     write("\n".join(poison_words(found["poison"])))
 

@@ -16,29 +16,36 @@ from coala.leaderboards.record import run_of
 @with_settings
 def judge(
     ours: Annotated[
-        Path, typer.Argument(metavar="GENERATIONS_A", help="Replies: a generations-*.jsonl of a run, or a run folder.")
+        Path,
+        typer.Argument(metavar="GENERATIONS_A", help="File of replies (a run's generations-*.jsonl), or a run folder."),
     ],
     reference: Annotated[
         Path | None,
-        typer.Argument(metavar="[GENERATIONS_B]", help="Replies to the same prompts; a run folder's unguided ones."),
+        typer.Argument(
+            metavar="[GENERATIONS_B]",
+            help="File of replies to the same prompts (default: a run folder's unguided ones).",
+        ),
     ] = None,
     *,
     by: By = None,
     endpoint: JudgeFlags,
     pairs: Annotated[
-        Path | None, typer.Option(help="Pairs with the prompts (default: pairs-eval.jsonl next to the replies).")
+        Path | None,
+        typer.Option(help="File of pairs with the prompts (default: pairs-eval.jsonl next to the replies)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Output file (default: judgements-JUDGE.jsonl next to A).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File of judgements to write (default: judgements-JUDGE.jsonl next to A).")
+    ] = None,
     one_order: Annotated[
-        bool, typer.Option("--one-order", help="Ask with A first only; biased, at half cost.")
+        bool, typer.Option("--one-order", help="Judge with A first only: half the cost, but biased by position.")
     ] = False,
     into: RunOption = None,
 ) -> None:
-    """Judge A's replies against B's in both orders, or a run's guided ones against its unguided ones.
+    """Judge A's replies against B's in both orders, or a run's guided against its unguided replies.
 
-    Tells win rate, position bias, inconsistency and cost.
+    Reports win rate, position bias, inconsistency and cost.
 
-    Rerun the same command to resume; cached verdicts are not paid for twice. Exit code 1: judged in part.
+    Rerun the same command to resume; cached verdicts are reused. Exit code 1: only partly judged.
 
     `coala eval judge RUN/generations-guided.jsonl RUN/generations-unguided.jsonl --model gpt-4o`
     """
@@ -64,18 +71,22 @@ def judge(
 
 @with_settings
 def grade(
-    questions: Annotated[Path, typer.Argument(help="Questions: question_id, category, turns; JSON Lines, also .gz.")],
-    answers: Annotated[Path, typer.Argument(help="Answers: question_id, model_id, choices with turns.")],
+    questions: Annotated[
+        Path, typer.Argument(help="File of questions (question_id, category, turns): JSON Lines, plain or .gz.")
+    ],
+    answers: Annotated[Path, typer.Argument(help="File of answers (question_id, model_id, choices with turns).")],
     *,
-    out: Annotated[Path, typer.Option(help="Where the graded rows go.")],
-    references: Annotated[Path | None, typer.Option(help="Reference answers, in the form of answers.")] = None,
+    out: Annotated[Path, typer.Option(help="File to write the graded rows to.")],
+    references: Annotated[
+        Path | None, typer.Option(help="File of reference answers, in the same format as the answers (default: none).")
+    ] = None,
     by: Annotated[
-        str, typer.Option("--judge", help="grade, a folder with judge.yaml, or a .jsonl of prompt templates.")
+        str, typer.Option("--judge", help="Judge: grade, a folder with judge.yaml, or a .jsonl of prompt templates.")
     ] = "grade",
     endpoint: JudgeFlags,
     into: RunOption = None,
 ) -> None:
-    """Grade answers from 1 to 10, turn by turn, the way MT-Bench does; `coala eval mtbench` reads what is written.
+    """Grade answers from 1 to 10, turn by turn, as in MT-Bench; `coala eval mtbench` reads the result.
 
     `coala eval grade question.jsonl answers.jsonl --references gpt-4.jsonl --model gpt-4 --out graded.jsonl`
     """

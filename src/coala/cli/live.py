@@ -19,24 +19,30 @@ MODEL = ("name", "template", "layer", "pooling", "max_tokens", "device", "adapte
 @with_settings
 def live(
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a session found there goes on.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing session is resumed.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts: rows of prompt or instruction, or pairs; more can be typed in.")
+        Path | None,
+        typer.Option(
+            help="File of prompts (rows of prompt or instruction) or pairs; more can be typed in (default: none)."
+        ),
     ] = None,
     model: Annotated[Given, Of(ModelSettings, MODEL)],
     settings: Annotated[LiveSettings, every(LiveSettings)],
-    raters: Annotated[int, typer.Option(min=0, help="Personal links for so many others, which are printed.")] = 0,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback can be reached.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    raters: Annotated[int, typer.Option(min=0, help="Number of personal links to print for other raters.")] = 0,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other machines can reach any but loopback.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     site: Annotated[
-        str | None, typer.Option(help="Address by which raters reach it through a proxy, such as https://live.example.")
+        str | None,
+        typer.Option(help="Public address of a proxy in front, such as https://live.example (default: host and port)."),
     ] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Compare two replies at a time in a browser; the head is refitted, exactly, after every click. Ctrl-C ends it.
+    """Compare replies two at a time in a browser; the head is refitted exactly after every click. Ctrl-C stops it.
 
-    Every click is on the disk before the page goes on, and the same command continues the session. Accuracy is
-    measured on clicks that are never fitted. The button Finish makes an ordinary run of it, which all commands take.
+    Every click is saved before the page continues; rerun the same command to resume. Accuracy is measured on clicks
+    that are never fitted. The button Finish turns the session into an ordinary run.
 
     Examples:
 

@@ -16,25 +16,27 @@ from coala.leaderboards.record import run_of
 @with_settings
 def mtbench(
     judgements: Annotated[
-        Path | None, typer.Argument(help="Single-answer or pairwise judgements: JSON Lines, plain or .gz.")
+        Path | None, typer.Argument(help="File of single-answer or pairwise judgements: JSON Lines, plain or .gz.")
     ] = None,
     *,
     questions: Annotated[
         Path | None,
-        typer.Option(help="Question file: categories, where judgements name none; with --run what it answers."),
+        typer.Option(help="File of questions: their categories, and with --run what it answers (default: none)."),
     ] = None,
     replies: ReplyFlags,
-    references: Annotated[Path | None, typer.Option(help="Reference answers, for the judge of --run.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the replies.")] = 0,
+    references: Annotated[
+        Path | None, typer.Option(help="File of reference answers for the judge, with --run (default: none).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the replies.")] = 0,
     by: Annotated[
-        str, typer.Option("--judge", help="grade, a folder with judge.yaml, or a .jsonl of prompt templates.")
+        str, typer.Option("--judge", help="Judge: grade, a folder with judge.yaml, or a .jsonl of prompt templates.")
     ] = "grade",
     judge: JudgeFlags,
 ) -> None:
-    """MT-Bench: mean ratings overall, by turn and by category; or wins, losses and ties of two models.
+    """MT-Bench: mean ratings overall, by turn and by category; or wins, losses and ties between two models.
 
-    From judgements, or end to end: with --run and --questions the run answers both turns and a judge grades them. The
-    same command goes on after a kill.
+    From judgements, or end to end: with --run and --questions the run answers both turns and a judge grades them. Rerun
+    the same command to resume.
 
     `coala eval mtbench --run RUN --questions question.jsonl --references gpt-4.jsonl --model gpt-4`
     """
@@ -47,7 +49,9 @@ def mtbench(
         found = count_mtbench(judgements, questions, command=command_line())
     elif run is None or questions is None:
         raise CoalaError(
-            "Give either a file of judgements, or --run RUN and --questions FILE: a run answers and a judge grades."
+            "Found neither judgements nor a run with questions, expected one. Fix: pass a file of judgements, "
+            "or --run RUN "
+            "and --questions FILE."
         )
     else:
         with progress() as show:

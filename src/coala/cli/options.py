@@ -36,7 +36,7 @@ def bytes_of(text: str | None) -> int | None:
 
 @contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
-    """Around imports: says which extra to install where one is missing."""
+    """Around imports: says which extra to install if one is missing."""
     try:
         yield
     except ImportError as error:
@@ -61,14 +61,12 @@ def _allow_download(context: typer.Context, wanted: bool) -> bool:
 TrustCode = Annotated[
     bool,
     typer.Option(
-        CODE_FLAG, callback=_allow_code, help="Run Python code that comes with the model. Read that code first."
+        CODE_FLAG, callback=_allow_code, help="Allow Python code that comes with the model. Read that code first."
     ),
 ]
 Download = Annotated[
     bool,
-    typer.Option(
-        DOWNLOAD_FLAG, callback=_allow_download, help="Fetch a hub model that the run names and that is not cached."
-    ),
+    typer.Option(DOWNLOAD_FLAG, callback=_allow_download, help="Download the run's hub model if it is not cached."),
 ]
 
 # --- judges, and runs that answer for a leaderboard
@@ -77,73 +75,96 @@ By = Annotated[
     str | None,
     typer.Option(
         "--judge",
-        help="pairwise (default), weighted, arena or grade; a folder with judge.yaml; a .jsonl of prompt "
-        "templates; head:RUN, rule:NAME[:ARGUMENT], words:FILE or replay:JUDGEMENTS.",
+        help="Judge: pairwise, weighted, arena or grade; a folder with judge.yaml; a .jsonl of prompt "
+        "templates; head:RUN, rule:NAME[:ARGUMENT], words:FILE or replay:JUDGEMENTS (default: pairwise; weighted with "
+        "--local and for AlpacaEval).",
     ),
 ]
 Local = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Judge with this model, loaded here, by the log-probabilities of the verdicts."),
+    typer.Option(
+        metavar="MODEL",
+        help="Model to load as the judge, by the log-probabilities of its verdicts (default: an endpoint).",
+    ),
 ]
-OneOrder = Annotated[bool, typer.Option("--one-order", help="Ask about each prompt in one order only, at half cost.")]
-Model = Annotated[str | None, typer.Option(help="Judge model, as the endpoint names it.")]
+OneOrder = Annotated[bool, typer.Option("--one-order", help="Judge each prompt in one order only, at half the cost.")]
+Model = Annotated[str | None, typer.Option(help="Judge model, as the endpoint names it (default: none).")]
 BaseUrl = Annotated[
     str | None,
     typer.Option(envvar="OPENAI_BASE_URL", help="Base URL of an OpenAI-compatible endpoint (default: OpenAI)."),
 ]
-KeyEnv = Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")]
+KeyEnv = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's API key.")]
 Cache = Annotated[
     Path | None,
-    typer.Option(help="Verdict cache, which runs may share (default: verdicts.sqlite next to the replies)."),
+    typer.Option(help="Verdict cache; runs can share it (default: verdicts.sqlite next to the replies)."),
 ]
-Concurrency = Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests.")]
-MaxCalls = Annotated[int | None, typer.Option(min=0, help="Stop after so many requests.")]
-MaxTokens = Annotated[int | None, typer.Option(min=0, help="Stop once so many tokens have been used.")]
-Attempts = Annotated[int, typer.Option(min=1, help="Attempts per verdict when the endpoint fails.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for one request.")]
-AskAgain = Annotated[bool, typer.Option("--ask-again", help="Ask again for cached answers that could not be parsed.")]
+Concurrency = Annotated[int, typer.Option(min=1, max=256, help="Number of concurrent requests.")]
+MaxCalls = Annotated[int | None, typer.Option(min=0, help="Maximum number of requests (default: no limit).")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=0, help="Token budget; the judge stops once it is used up (default: no limit).")
+]
+Attempts = Annotated[int, typer.Option(min=1, help="Maximum number of attempts per verdict, including retries.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Timeout of a request, in seconds.")]
+AskAgain = Annotated[bool, typer.Option("--ask-again", help="Retry verdicts whose cached answer could not be parsed.")]
 Sampling = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=VALUE", help="Override the judge's sampling; NAME without a value is not sent. Repeatable."
+        metavar="NAME=VALUE",
+        help="Override a sampling parameter of the judge; NAME without a value is not sent. Repeatable.",
     ),
 ]
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="RUN", help="Run whose report this belongs to; the one the files lie in if any."),
+    typer.Option(
+        "--run",
+        metavar="RUN",
+        help="Run whose report the result is added to (default: the run that contains the files).",
+    ),
 ]
 Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help="The benchmark's prompts, for --run to answer; else a file is read.")
+    Path | None, typer.Option("--prompts", help="File of the benchmark's prompts, for --run to answer (default: none).")
 ]
 Reference = Annotated[
     str | None,
     typer.Option(
-        help="Replies of the baseline to the same prompts: a file, or `unguided` for the run's own model without its "
-        "head (default: the outputs in the file of prompts)."
+        help="Baseline's replies to the same prompts: a file, or `unguided` for the run's own model without its "
+        "head (default: the outputs in the prompt file)."
     ),
 ]
-RunName = Annotated[str | None, typer.Option(help="The run's name in results (default: its folder's).")]
-Unguided = Annotated[bool, typer.Option("--unguided", help="Answer without the head: the base model by itself.")]
+RunName = Annotated[str | None, typer.Option(help="Name of the run in the results (default: its folder's).")]
+Unguided = Annotated[bool, typer.Option("--unguided", help="Answer with the base model, without the head.")]
 GuidedBy = Annotated[
-    Mode | None, typer.Option("--mode", help="How the head guides, or distilled (default: as in the run's recipe).")
+    Mode | None, typer.Option("--mode", help="How the head guides, or distilled (default: the recipe's).")
 ]
-Strength = Annotated[float | None, typer.Option("--strength", min=0.0, help="Guidance strength.")]
-GuidedOver = Annotated[Over | None, typer.Option("--over", help="Guide the model, or its distilled policy.")]
+Strength = Annotated[
+    float | None, typer.Option("--strength", min=0.0, help="Guidance strength (default: the recipe's).")
+]
+GuidedOver = Annotated[
+    Over | None,
+    typer.Option(
+        "--over", help="Which model the head guides: the run's, or its distilled policy (default: the recipe's)."
+    ),
+]
 MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest reply, in tokens (default: as in the run's recipe).")
+    int | None, typer.Option(min=1, help="Maximum length of a reply, in tokens (default: the recipe's).")
 ]
-Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="Sampling temperature (default: as in the run's recipe).")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts only.")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help="Sampling temperature (default: the recipe's).")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Number of prompts to use, from the first (default: all).")]
 OwnTemperature = Annotated[
     float | None,
-    typer.Option("--temperature", min=0.0, help="0 is greedy (default: the recipe's, else the model's own)."),
+    typer.Option(
+        "--temperature", min=0.0, help="Sampling temperature; 0 is greedy (default: the recipe's, else the model's)."
+    ),
 ]
-RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of the settings; flags win.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of the recipe.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of settings; flags override it (default: none).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting of the recipe. Repeatable.")
+]
 Workers = Annotated[
-    int, typer.Option("--workers", min=1, help="Processes that share the extraction, each with the model.")
+    int,
+    typer.Option(
+        "--workers", min=1, help="Number of processes that extract in parallel, each with its own copy of the model."
+    ),
 ]
 
 
@@ -209,7 +230,7 @@ class ReplyFlags:
 
 
 def _headers() -> dict[str, str]:
-    """What OpenAI's own client would send besides, as its variables in the environment say."""
+    """The headers OpenAI's own client would add, from its environment variables."""
     lines = [line.partition(":") for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")]
     named = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
     accounts = {name: os.environ[variable] for name, variable in named.items() if os.environ.get(variable)}

@@ -210,7 +210,7 @@ def tell_failures() -> Any:
         if n <= 5:
             say(f"failed: {name}: {error}")
         elif n == 6:
-            say("failed: more; they are counted below")
+            say("failed: more; counted below")
 
     return tell
 

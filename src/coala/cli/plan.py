@@ -17,20 +17,28 @@ from coala.settings import EvaluationSettings, GuidanceSettings, HeadSettings, M
 @with_settings
 def plan(
     pairs: Annotated[
-        list[str] | None, typer.Argument(metavar="PAIRS...", help="Training pairs: file(s) or a hub dataset.")
+        list[str] | None, typer.Argument(metavar="PAIRS...", help="File(s) of training pairs, or a hub dataset.")
     ] = None,
     *,
     model: Annotated[Given, Of(ModelSettings)],
-    config: Annotated[Path | None, typer.Option(help="A config.json to take the model's sizes from.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Plan for so many pairs like those given.")] = None,
-    tokens_per_prompt: Annotated[int | None, typer.Option(help="Tokens of every prompt, instead of counting.")] = None,
-    tokens_per_reply: Annotated[int | None, typer.Option(help="Tokens of every reply, instead of counting.")] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option(help="Plan for a GPU with this much, such as 24GiB; default: what is free here.")
+    config: Annotated[
+        Path | None, typer.Option(help="File config.json with the model's sizes (default: the model's own).")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory there will be; default: what is free here.")] = None,
-    disk: Annotated[str | None, typer.Option(help="Disk there will be; default: what is free here.")] = None,
-    probe: Annotated[float, typer.Option(min=0, help="Seconds to encode rows for, to tell the time; 0: none.")] = 5.0,
+    rows: Annotated[int | None, typer.Option(help="Number of pairs to plan for (default: the pairs given).")] = None,
+    tokens_per_prompt: Annotated[int | None, typer.Option(help="Tokens per prompt (default: counted).")] = None,
+    tokens_per_reply: Annotated[int | None, typer.Option(help="Tokens per reply (default: counted).")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="GPU memory to plan for, such as 24GiB (default: what is free here).")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to plan for, such as 64GiB (default: what is free here).")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="Disk space to plan for, such as 100GiB (default: what is free here).")
+    ] = None,
+    probe: Annotated[
+        float, typer.Option(min=0, help="Time to spend encoding rows for the estimate, in seconds; 0 skips it.")
+    ] = 5.0,
     recipe: RecipeFile = None,
     which: Annotated[Given, Of(PairSettings)],
     head: Annotated[Given, Of(HeadSettings)],
@@ -40,10 +48,10 @@ def plan(
     set_: SetOption = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Tokens, FLOPs, memory, disk and time of `coala align`, told before anything is done; refuses what cannot fit.
+    """Estimate tokens, FLOPs, memory, disk and time of `coala align` before it runs; fails if it cannot fit.
 
-    Without weights a model is planned from its config.json. Where something is short, the flags that make it fit are
-    named, and the exit code is 2. No weights are fetched; those that are here are loaded to tell the time.
+    A model without weights is planned from its config.json. If memory or disk is too small, the flags that make it fit
+    are listed and the exit code is 2. No weights are downloaded; local ones are loaded to estimate the time.
 
     Examples:
 
@@ -60,7 +68,7 @@ def plan(
     from coala.recipe import load_recipe, set_option
 
     if (tokens_per_prompt is None) != (tokens_per_reply is None):
-        raise CoalaError("One of --tokens-per-prompt and --tokens-per-reply was given; expected both or neither.")
+        raise CoalaError("Found only one of --tokens-per-prompt and --tokens-per-reply, expected both or neither.")
     guess = None
     if tokens_per_prompt is not None and tokens_per_reply is not None:
         guess = Guess(tokens_per_prompt, tokens_per_reply)

@@ -15,25 +15,30 @@ from coala.settings import GuidanceSettings
 
 @with_settings
 def policy(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder of `coala align`.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Finished run folder of `coala align`.")],
     *,
     pairs: Annotated[
-        Path | None, typer.Option(help="Pairs in any format that is read (default: those that the run holds out).")
+        Path | None, typer.Option(help="File of pairs, in any known format (default: the run's held-out pairs).")
     ] = None,
     trained: Annotated[
         Path | None,
-        typer.Option(help="Measure this model, trained from the run's, or an adapter of it, instead of the guidance."),
+        typer.Option(
+            help="Model or adapter trained from the run's model, to measure instead of the guidance (default: none)."
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many pairs, spread evenly: each costs forwards.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Maximum number of pairs, evenly spaced; each costs forward passes.")
+    ] = 100,
     guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "budget"))],
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Share of pairs whose log-ratio to the base the policy ranks right, without a judge; in the run's report too.
+    """Measure the share of pairs the policy ranks right by its log-ratio to the base, without a judge.
 
-    Guidance has likelihoods in mode shift alone, and so has its distilled policy; the other modes are told so.
+    Only mode shift and a distilled policy have likelihoods; other modes are an error. The result is added to the
+    report.
     """
     from coala.leaderboards.policy import run_policy
     from coala.store import RunFolder

@@ -9,7 +9,7 @@ import typer
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")]) -> None:
-    """Write RUN/report.html and RUN/report.json again, with every evaluation the run holds, and print the summary.
+    """Rewrite RUN/report.html and RUN/report.json with all evaluations of the run, and print the summary.
 
     Example: `coala report runs/demo`
     """
@@ -20,7 +20,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
     opened = RunFolder.open(run)
     if not (opened.path / "head" / "fit.json").is_file():
-        raise StoreError(f"{run}: has no fitted head yet, so there is nothing to report. Finish it with `coala align`.")
+        raise StoreError(
+            f"{run}: has no fitted head yet, so there is nothing to report. Fix: finish it with `coala align`."
+        )
     content = make_report(opened)
     table(summary_rows(content))
     kept = saved_evaluations(opened)

@@ -15,13 +15,16 @@ from coala.settings import RewardRule, SubsetWeights
 
 Scores = Annotated[
     Path | None,
-    typer.Argument(help="Saved scores of right and wrong replies, a row per item: JSON Lines or CSV, plain or .gz."),
+    typer.Argument(
+        help="File of saved scores of right and wrong replies, one row per item: JSON Lines or CSV, plain or .gz."
+    ),
 ]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Batch size of a forward pass, in tokens.")]
 Out = Annotated[
-    Path | None, typer.Option(help="Folder for results.json (upstream's form), scores.json and ranking.json.")
+    Path | None,
+    typer.Option(help="Folder for results.json (upstream's format), scores.json and ranking.json (default: none)."),
 ]
-Name = Annotated[str | None, typer.Option(help="The model's name in the results (default: the run folder's).")]
+Name = Annotated[str | None, typer.Option(help="Name of the model in the results (default: the run folder's).")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +34,19 @@ class ScorerFlags:
     replies: Annotated[
         list[Path] | None,
         typer.Option(
-            "--replies", metavar="FILE", help="The benchmark's prompts and replies as published; repeat for several."
+            "--replies", metavar="FILE", help="File of the benchmark's prompts and replies as published. Repeatable."
         ),
     ] = None
     run: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="The run whose head scores --replies, or whose report saved scores belong to."
+            metavar="RUN",
+            help="Run whose head scores --replies, or whose report saved scores are added to (default: none).",
         ),
     ] = None
     rule: Annotated[
-        RewardRule | None, typer.Option(help="Score replies by length, or by RM-Bench's style, instead of a head.")
+        RewardRule | None,
+        typer.Option(help="Rule that scores replies instead of a head: length, or RM-Bench's style (default: none)."),
     ] = None
     out: Out = None
     name: Name = None
@@ -56,7 +61,7 @@ def rewardbench(
     *,
     weights: Annotated[
         SubsetWeights,
-        typer.Option(help="What subsets weigh: their `published` example counts, or the file's `rows`."),
+        typer.Option(help="Weights of the subsets: their `published` example counts, or the file's `rows`."),
     ] = "published",
     scorer: ScorerFlags,
 ) -> None:
@@ -98,9 +103,12 @@ def judgebench(scores: Scores = None, *, scorer: ScorerFlags) -> None:
 
 def by_head(
     file: Annotated[
-        Path, typer.Argument(help="Rows with prompt, chosen, rejected and subset: JSON Lines or CSV, plain or .gz.")
+        Path,
+        typer.Argument(help="File of rows with prompt, chosen, rejected and subset: JSON Lines or CSV, plain or .gz."),
     ],
-    run: Annotated[Path, typer.Option(help="The run whose head scores the replies, and whose report tells of it.")],
+    run: Annotated[
+        Path, typer.Option(help="Run whose head scores the replies, and whose report the result is added to.")
+    ],
     out: Out = None,
     name: Name = None,
     batch_tokens: BatchTokens = 4096,

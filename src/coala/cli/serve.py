@@ -22,27 +22,33 @@ SHORTEST_KEY = 16
 def serve(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `coala align`.")],
     *,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback can be reached.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    name: Annotated[str | None, typer.Option(help="The model's name; the folder's.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt of conversations that bring none.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other machines can reach any but loopback.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model (default: the folder's).")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt of conversations without one (default: none).")
+    ] = None,
     guidance: Annotated[Given, Of(GuidanceSettings, ("mode", "strength", "over", "rater"))],
     limits: Limits,
-    api_key_env: Annotated[str, typer.Option(help="Variable of the environment that holds the key.")] = KEY,
-    no_key: Annotated[bool, typer.Option("--no-key", help="Serve others than loopback without a key.")] = False,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = KEY,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Serve addresses other than loopback without a key.")
+    ] = False,
     trust_remote_code: TrustCode = False,
     download: Download = False,
 ) -> None:
-    """Serve the run's guided model: an OpenAI-compatible server, and a playground at its first page. Ctrl-C ends it.
+    """Serve the run's guided model: an OpenAI-compatible API and a playground in the browser. Ctrl-C stops it.
 
-    Replies to all who ask are written side by side by one model. `/v1/chat/completions` and `/v1/completions` also take
-    `guidance` and `best_of`; `/v1/score` and `/v1/rerank` ask the head; `/metrics` is for Prometheus.
+    Concurrent requests are batched on one model. `/v1/chat/completions` and `/v1/completions` also accept `guidance`
+    and `best_of`; `/v1/score` and `/v1/rerank` return the head's scores; `/metrics` is for Prometheus.
 
     Examples:
 
     `coala serve runs/demo`   (then open http://127.0.0.1:8000)
 
-    `coala serve runs/demo --mode distilled`   (after `coala distil runs/demo`: plain speed)
+    `coala serve runs/demo --mode distilled`   (after `coala distil runs/demo`: full speed)
 
     `COALA_API_KEY=... coala serve runs/demo --host 0.0.0.0 --port 9000`
     """
@@ -70,7 +76,7 @@ def serve(
             say(f"note: {note}")
         say(f"playground: {site}/   for the openai client: base_url={site}/v1, model {served.name}")
         if not local:
-            say("note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it.")
+            say("note: other machines can reach this address, unencrypted; put a proxy with TLS in front of it.")
         settle()
         times = {"head_time": limits.head_time, "read_time": limits.read_time, "grace": limits.grace}
         server(app, **times).run(sockets=[listening])
@@ -87,7 +93,8 @@ def _key(host: str, api_key_env: str, *, anyone: bool) -> str | None:
         )
     if key is None and not anyone:
         raise CoalaError(
-            f"{host} can be reached by others and there is no key. Set {api_key_env}, or say --no-key if everyone who "
-            "can reach it may use it."
+            f"{host} is reachable from other machines and there is no key. Fix: set {api_key_env}, or pass "
+            f"--no-key if everyone "
+            "who can reach it may use it."
         )
     return key

@@ -11,20 +11,18 @@ from coala.messages import CoalaError
 
 
 def share(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with evaluations.")],
-    model: Annotated[str, typer.Option(help="The guided model's name on the Hub, owner/name.")],
-    organisation: Annotated[str, typer.Option(help="Who evaluated it.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with evaluations.")],
+    model: Annotated[str, typer.Option(help="Name of the guided model on the Hub, owner/name.")],
+    organisation: Annotated[str, typer.Option(help="Organisation that ran the evaluations.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     dataset: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KIND=OWNER/NAME[:TASK]", help="The data set on the Hub that a kind of evaluation stands for."
-        ),
+        typer.Option(metavar="KIND=OWNER/NAME[:TASK]", help="Hub dataset of a kind of evaluation. Repeatable."),
     ] = None,
 ) -> None:
-    """Write a run's evaluations as the Hub's .eval_results/*.yaml and as Every Eval Ever's JSON. Nothing is uploaded.
+    """Write a run's evaluations as the Hub's .eval_results/*.yaml and Every Eval Ever's JSON. Nothing is uploaded.
 
-    The Hub's form takes the first number of an evaluation of a data set that is there; the other takes every number,
+    The Hub's format holds the first number of each evaluation whose dataset is on the Hub; the other holds every number
     with its interval.
     """
     from coala.cli.output import emit, say, table

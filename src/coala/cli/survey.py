@@ -11,9 +11,9 @@ import typer
 from coala.cli.options import RunOption, needs_extra
 from coala.messages import CoalaError
 
-Folder = Annotated[Path, typer.Argument(metavar="SURVEY", help="A folder made by `coala survey build`.")]
+Folder = Annotated[Path, typer.Argument(metavar="SURVEY", help="Survey folder of `coala survey build`.")]
 
-app = typer.Typer(no_args_is_help=True, help="Ask people which reply is best, without telling whose it is.")
+app = typer.Typer(no_args_is_help=True, help="Ask people which reply is best, in a blind survey.")
 
 ADMIN = "COALA_SURVEY_ADMIN_TOKEN"
 SHORTEST_TOKEN = 16
@@ -27,38 +27,50 @@ GRACE = 5.0  # seconds in which pages at hand are finished
 def build(
     generations: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]GENERATIONS...", help="One file per method; no rater sees a NAME."),
+        typer.Argument(metavar="[NAME=]GENERATIONS...", help="One file per method; raters never see a NAME."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the survey.")],
+    out: Annotated[Path, typer.Option(help="Survey folder to write.")],
     prompts: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[CATEGORY=]FILE",
-            help="Texts of the prompts: rows of prompt_id, prompt and perhaps category, or a run's pairs; if not "
-            "given the pairs-eval.jsonl beside the generations. Repeat.",
+            help="File of prompts: rows of prompt_id, prompt and optionally category, or a run's pairs. Repeatable "
+            "(default: pairs-eval.jsonl next to the generations).",
         ),
     ] = None,
-    per_category: Annotated[int, typer.Option(min=0, help="Questions per category; 0 for all.")] = 25,
+    per_category: Annotated[int, typer.Option(min=0, help="Number of questions per category; 0 is all.")] = 25,
     ask: Annotated[
-        list[str] | None, typer.Option(metavar="[CATEGORY=]TEXT", help="The sentence above the answers. Repeat.")
+        list[str] | None, typer.Option(metavar="[CATEGORY=]TEXT", help="Sentence above the answers. Repeatable.")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Title of the first page.")] = None,
-    consent: Annotated[Path | None, typer.Option(help="Text file: what raters agree to.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the first page (default: a general one).")] = None,
+    consent: Annotated[
+        Path | None, typer.Option(help="Text file that raters agree to (default: a general one).")
+    ] = None,
     field: Annotated[
-        list[str] | None, typer.Option(help="Something to ask about the rater, such as a name; nothing by default.")
+        list[str] | None,
+        typer.Option(help="Personal detail to ask raters for, such as a name. Repeatable (default: none)."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=0, help="Questions per category that each rater sees twice.")] = 0,
-    checks: Annotated[int, typer.Option(min=0, help="Attention checks to make.")] = 0,
+    repeats: Annotated[
+        int, typer.Option(min=0, help="Number of questions per category that each rater sees twice.")
+    ] = 0,
+    checks: Annotated[int, typer.Option(min=0, help="Number of attention checks to generate.")] = 0,
     check_file: Annotated[
-        Path | None, typer.Option(help="Attention checks of your own: rows of prompt, answers, right (from 0).")
+        Path | None,
+        typer.Option(
+            help="File of your own attention checks: rows of prompt, answers, right (from 0) (default: none)."
+        ),
     ] = None,
-    max_failed_checks: Annotated[int, typer.Option(min=0, help="Who fails more is left out.")] = 0,
-    min_seconds: Annotated[float, typer.Option(min=0, help="Whose median per question is less is left out.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the questions and all orders.")] = 0,
+    max_failed_checks: Annotated[
+        int, typer.Option(min=0, help="Maximum number of failed checks before a rater is excluded.")
+    ] = 0,
+    min_seconds: Annotated[
+        float, typer.Option(min=0, help="Minimum median time per question, in seconds; faster raters are excluded.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the questions and their order.")] = 0,
 ) -> None:
-    """Make a survey of replies to the same prompts. The rules for leaving raters out are fixed here, before any answer.
+    """Build a survey of replies to the same prompts. The rules for excluding raters are fixed here, before any answer.
 
-    The same arguments make the same survey. Each rater sees answers in an order of their own, balanced over raters.
+    The same arguments give the same survey. Each rater sees the answers in a different order, balanced over raters.
     """
     from coala.cli.output import emit, say
     from coala.leaderboards.survey import build_survey, survey_summary
@@ -87,19 +99,26 @@ def build(
 @app.command(epilog=f"Example: `{ADMIN}=... coala survey serve survey --port 8000`")
 def serve(
     survey: Folder,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback can be reached.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other machines can reach any but loopback.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     invited_only: Annotated[
-        bool, typer.Option("--invited-only", help="Only who has a personal link (made on the organiser's page).")
+        bool,
+        typer.Option(
+            "--invited-only", help="Admit only raters with a personal link (created on the organiser's page)."
+        ),
     ] = False,
     site: Annotated[
         str | None,
-        typer.Option(help="Address by which people reach it through a proxy, such as https://survey.example."),
+        typer.Option(
+            help="Public address of a proxy in front, such as https://survey.example (default: host and port)."
+        ),
     ] = None,
 ) -> None:
-    """Serve the survey until Ctrl-C; start it again at any time, answers are kept in SURVEY/answers.sqlite.
+    """Serve the survey until Ctrl-C. Restart it at any time: answers are saved in SURVEY/answers.sqlite.
 
-    The organiser's page is /admin; its password is the environment's COALA_SURVEY_ADMIN_TOKEN, or is made and printed.
+    The organiser's page is /admin. Its password is COALA_SURVEY_ADMIN_TOKEN in the environment, else it is generated.
     """
     from coala.cli.output import say
     from coala.survey import Records, load_survey
@@ -120,9 +139,9 @@ def serve(
         say(f"survey: {known or here}/   organiser: {known or here}/admin")
         if token is None:
             token = new_token()
-            say(f"password of the organiser's page, shown this once (any user name): {token}")
+            say(f"password of the organiser's page, shown only once (any user name): {token}")
         if not local:
-            say("note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it.")
+            say("note: other machines can reach this address, unencrypted; put a proxy with TLS in front of it.")
         safe = local or known is not None
         app = create_app(loaded, records, admin_token=token, invited_only=invited_only, local=safe, site=known)
         try:
@@ -135,23 +154,31 @@ def _token() -> str | None:
     """The organiser's password, if the environment holds one."""
     token = os.environ.get(ADMIN)
     if token is not None and len(token) < SHORTEST_TOKEN:
-        raise CoalaError(f"{ADMIN} has {len(token)} characters; expected at least {SHORTEST_TOKEN}, hard to guess.")
+        raise CoalaError(
+            f"{ADMIN} has {len(token)} characters; expected at least {SHORTEST_TOKEN} that are hard to guess."
+        )
     return token
 
 
 @app.command(epilog="Example: `coala survey results survey --of coala`")
 def results(
     survey: Folder,
-    of: Annotated[str | None, typer.Option(help="Method compared with the others question by question.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.html and results.json; SURVEY.")] = None,
-    save_votes: Annotated[
-        Path | None, typer.Option(help="File for the counted votes, one JSON row each, without personal data.")
+    of: Annotated[
+        str | None,
+        typer.Option(help="Method to compare with each of the others, question by question (default: all pairs)."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstraps.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.html and results.json (default: SURVEY).")
+    ] = None,
+    save_votes: Annotated[
+        Path | None,
+        typer.Option(help="File of the counted votes, one JSON row each, without personal data (default: none)."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Number of bootstrap draws.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap.")] = 0,
     into: RunOption = None,
 ) -> None:
-    """Win rates, differences, agreement and the quality of the votes: tables, a page, one JSON line."""
+    """Report win rates, differences, agreement and vote quality, as tables and a page."""
     from coala.cli.output import command_line, conclude
     from coala.leaderboards.record import run_of
     from coala.leaderboards.survey import count_survey

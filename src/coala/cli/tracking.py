@@ -1,4 +1,4 @@
-"""`--track`: tell a tracker of experiments what a command does; what a tracker is given is in :mod:`coala.trackers`."""
+"""`--track`: report a command to an experiment tracker; :mod:`coala.trackers` says what it sends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ Track = Annotated[
     TrackerName | None,
     typer.Option(
         "--track",
-        help="Tell a tracker too: jsonl (no extra), trackio, wandb (offline unless WANDB_MODE=online) or mlflow (files "
-        "unless MLFLOW_TRACKING_URI is set).",
+        help="Experiment tracker to log to: jsonl (no extra), trackio, wandb (offline unless WANDB_MODE=online) "
+        "or mlflow "
+        "(local files unless MLFLOW_TRACKING_URI is set). Default: none.",
     ),
 ]
 _ASKED_ONLINE = {"wandb": ("WANDB_MODE", "online"), "mlflow": ("MLFLOW_TRACKING_URI", None)}
@@ -28,7 +29,7 @@ _ASKED_ONLINE = {"wandb": ("WANDB_MODE", "online"), "mlflow": ("MLFLOW_TRACKING_
 
 @contextmanager
 def tracked(name: TrackerName | None, run: Path, settings: Mapping[str, Any]) -> Iterator[Tracking]:
-    """A command's run in ``run``, told to the tracker ``name``; what its environment allows decides where it goes."""
+    """A command's run in ``run``, logged to the tracker ``name``; the environment decides where that is."""
     from coala.cli.output import say
     from coala.trackers import tracking
 

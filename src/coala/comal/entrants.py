@@ -145,17 +145,17 @@ def _checkpoints(run: Path, part: str, name: str, device: str) -> Iterator[Entra
     outer, inner = settings["settings"]["outer_steps"], settings["settings"]["inner_steps"]
     about = settings.get("about")
     if about is None:
-        raise CoalaError(f"{run}: does not say what model it trains (it was not made by `coala comal train`).")
+        raise CoalaError(f"{run}: does not name the model it trains, so it is not a run of `coala comal train`.")
     places = {"start": "start", **{str(t): f"outer-{t:02d}/inner-{inner:02d}/policy" for t in range(1, outer + 1)}}
     if part not in ("", "all") and part not in places:
-        raise CoalaError(f"{run}@{part}: there is no such policy; expected start, 1 to {outer}, or all.")
+        raise CoalaError(f"{run}@{part}: found no such policy; expected start, 1 to {outer}, or all.")
     wanted = list(places) if part == "all" else [part or str(outer)]
     for which in wanted:
         place = places[which]
         stage = "start" if which == "start" else place.removesuffix("/policy").replace("/", "-") + "-train"
         record = run / "stages" / f"{stage}.json"
         if not record.exists() or not (run / place).is_dir():
-            raise CoalaError(f"{run}: has no policy {which!r} yet: run its command again, which goes on where it was.")
+            raise CoalaError(f"{run}: has no policy {which!r} yet. Fix: rerun its command to resume it.")
         identity = {"policy": load_json(record)["outputs"][place], "model": settings["policy"]}
         when = "the start" if which == "start" else f"after update {which}"
         label = f"{name}-{which}" if part == "all" else name
@@ -198,7 +198,7 @@ def _guided(run: Path, part: str, name: str) -> Entrant:
     if part not in ("", "unguided", "distilled"):
         raise CoalaError(f"{run}@{part}: expected {run} (guided), {run}@distilled or {run}@unguided.")
     if not (run / "head").is_dir():
-        raise CoalaError(f"{run}: has no head yet: run `coala align` again, which goes on where it was.")
+        raise CoalaError(f"{run}: has no head yet. Fix: rerun `coala align` to resume it.")
     guidance = guidance_of(recipe_of(RunFolder.open(run).settings, run / "run.json"))
     if part:
         guidance = guidance.plain if part == "unguided" else guidance.changed(mode=part)
@@ -236,7 +236,7 @@ def _answered(file: Path, name: str) -> Entrant:
     from coala.store import file_digest
 
     if not file.is_file():
-        raise CoalaError(f"{file}: there is no such file. Check the path.")
+        raise CoalaError(f"{file}: found no such file. Fix: check the path.")
 
     return Entrant(name, {"file": file_digest(file)}, f"answers of {file}", None, file)
 
@@ -249,7 +249,7 @@ def texts_of(replies: Sequence[Generation], examples: Sequence[Example], samples
     short = [example for example in examples if len(by_prompt.get(prompt_id(prompt_of(example)), ())) < samples]
     if short:
         raise CoalaError(
-            f"{name}: {len(short)} of {len(examples)} prompts have fewer than {samples} answer(s). Give the prompts "
-            "that the answers were made for, or fewer --samples."
+            f"{name}: {len(short)} of {len(examples)} prompts have fewer than {samples} answer(s). Fix: pass the "
+            "prompts of these answers, or fewer --samples."
         )
     return [text for example in examples for text in by_prompt[prompt_id(prompt_of(example))][:samples]]

@@ -29,7 +29,7 @@ def rank_held_out(
     """
     source = None if start.run is None else start.run / "pairs-eval.jsonl"
     if source is None or not source.is_file():
-        save_json(run.path / FILE, {"unknown": "the start is no COALA run, which would hold pairs out"})
+        save_json(run.path / FILE, {"unknown": "the start is not a COALA run, so no pairs are held out"})
         return
     record = run.record("model")
     made = {"model": None if record is None else record["outputs"], "pairs": file_digest(source), "limit": LIMIT}

@@ -44,7 +44,7 @@ def start_of(model: str) -> Start:
     if kind == "comal":
         return Start(str(whole_model(path)))
     if kind == "baseline":
-        raise CoalaError(f"{path}: is the folder of a baseline. Give the model in it: {path / 'model'}.")
+        raise CoalaError(f"{path}: is the folder of a baseline. Fix: pass the model in it: {path / 'model'}.")
     if kind == "coala":
         from coala.recipe import recipe_of
         from coala.store import RunFolder
@@ -67,9 +67,9 @@ def whole_model(run: Path) -> Path:
 
     model = run / "model"
     if (model / "adapter_config.json").is_file():
-        raise CoalaError(f"{model}: is an adapter. Merge it into its model, save that whole and start from it.")
+        raise CoalaError(f"{model}: is an adapter. Fix: merge it into its model, save the result and start from that.")
     if not (model / "config.json").is_file():
-        raise CoalaError(f"{run}: has no model yet: run its command again, which goes on where it was.")
+        raise CoalaError(f"{run}: has no model yet. Fix: rerun its command to resume it.")
     return model
 
 
@@ -93,13 +93,15 @@ def examples_of(path: Path) -> list[Example]:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise CoalaError(f"{path}: could not be read ({error}). Give a text file of one prompt per line.") from None
+            raise CoalaError(
+                f"{path}: could not be read ({error}). Fix: pass a text file with one prompt per line."
+            ) from None
         found: list[Example] = [{"prompt": user(line)} for line in lines if line.strip()]
     else:
         found = _rows(path)
     distinct = list({repr(sorted(example.items(), key=lambda item: item[0])): example for example in found}.values())
     if not distinct:
-        raise CoalaError(f'{path}: holds no prompt. Give one per line (.txt), or rows with a "prompt".')
+        raise CoalaError(f'{path}: found no prompt. Fix: give one per line (.txt), or rows with a "prompt".')
     return distinct
 
 

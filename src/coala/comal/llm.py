@@ -124,7 +124,7 @@ class LanguagePolicy:
         stops = _stop_tokens(model, tokenizer)
         if not stops:
             raise CoalaError(
-                f"{name}: has no stop token, so its answers would never end. Set the tokenizer's eos_token."
+                f"{name}: has no stop token, so its answers would never end. Fix: set the tokenizer's eos_token."
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

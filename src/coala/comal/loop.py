@@ -118,7 +118,7 @@ def run_comal(
     judge has no verdict on any pair of a step.
     """
     if not examples:
-        raise CoalaError("There are no prompts; COMAL needs at least one.")
+        raise CoalaError("Found no prompts; COMAL needs at least one.")
     run = RunFolder(folder)
     prompts = [policy.prompt_tokens(prompt_of(example)) for example in examples]
     with run.held():
@@ -310,8 +310,9 @@ class _Loop:
         rows = [row for i in chosen for row in targets(chosen[i], P, drawn, settings, seed + i)]
         if not rows:
             raise CoalaError(
-                f"No pair is left to train on: of {len(pairs)} pairs the judge {self.oracle.name!r} has no verdict on "
-                f"{failures}, and the others are of identical answers. Draw more candidates or mend the judge."
+                f"Found no pair to train on: of {len(pairs)} pairs the judge {self.oracle.name!r} has no verdict on "
+                f"{failures}, and the others have identical answers. Fix: sample more candidates, or correct the "
+                "judge."
             )
         save_lines(self.run.path / files["judgements"], judged)
         save_lines(self.run.path / files["pairs"], rows)

@@ -138,19 +138,17 @@ def remarks(log: Mapping[str, Any]) -> list[Note]:
         text = f"sampled answers changed by {log['drift']:.1f} nats "
         if log["mass"] < MASS:
             text += f"and kept {100 * log['mass']:.0f} % of their mass "
-        mend = "in one step: pair losses do not hold it. Lower eta or the learning rate, or set anchor_nll."
+        mend = "in one step, which pair losses do not prevent. Lower eta or the learning rate, or set anchor_nll."
         found.append(Note("warning", text + mend))
     if log["achieved"] < 0.1:
-        text = (
-            f"{100 * log['achieved']:.0f} % of the margin asked for was reached: the effective eta is that much lower."
-        )
+        text = f"{100 * log['achieved']:.0f} % of the target margin was reached: the effective eta is that much lower."
         found.append(Note("information", text))
     if log["judge_disagreement"] > 0.2:
-        text = f"the judge's two orders disagree by {log['judge_disagreement']:.2f} on average: it looks at positions."
+        text = (
+            f"the judge's two orders disagree by {log['judge_disagreement']:.2f} on average: it is biased by position."
+        )
         found.append(Note("warning", text))
     if log["finished"] < 0.5:
-        text = (
-            f"only {100 * log['finished']:.0f} % of the answers ended before max_new_tokens: they are judged cut off."
-        )
+        text = f"only {100 * log['finished']:.0f} % of the answers ended before max_new_tokens; the rest are truncated."
         found.append(Note("warning", text))
     return found

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 ORACLES = """
 \b
-Oracles, by what --oracle is given:
-  rule:NAME[:TEXT]      longer, shorter, varied, json, contains:TEXT, regex:PATTERN; who has more of it wins
-  words:FILE.json       word weights (as of `coala demo`): Bradley-Terry
+Values of --oracle:
+  rule:NAME[:TEXT]      longer, shorter, varied, json, contains:TEXT, regex:PATTERN; the higher value wins
+  words:FILE.json       word weights (as in `coala demo`): Bradley-Terry
   scores:FILE.py:NAME   your function NAME(example, answer), a number: Bradley-Terry
-  python:FILE.py:NAME   your function NAME(example, a, b), P(a beats b) or None; or an object like an oracle
-  majority:A+B+C        who wins by more of several oracles; may go in cycles
-  reward:FOLDER         a reward model (a sequence classifier of one label): Bradley-Terry
-  judge:MODEL[:NAME]    a language model that is shown both answers, in both orders (NAME: judge instructions)
-  table:FILE.json       a known game, in the form of `coala comal game`
+  python:FILE.py:NAME   your function NAME(example, a, b), P(a beats b) or None; or an oracle object
+  majority:A+B+C        majority vote of several oracles; may be cyclic
+  reward:FOLDER         a reward model (a sequence classifier with one label): Bradley-Terry
+  judge:MODEL[:NAME]    a language model that sees both answers, in both orders (NAME: judge instructions)
+  table:FILE.json       a known game, in the format of `coala comal game`
   head[:RUN]            an antisymmetric head on pairs of hidden states, fitted to the pairs of a COALA run
   convex-head[:RUN]     the run's own head: Bradley-Terry
 
-A Bradley-Terry oracle scores answers one by one and has no cycles: its Nash policy is the answer of the best score.
-python: and scores: run the code in FILE.
+A Bradley-Terry oracle scores answers one by one and has no cycles: its Nash policy is the answer with the best score.
+python: and scores: execute the code in FILE.
 """
 LOADED = ("reward", "judge", "head", "convex-head")  # need a model in memory
 
@@ -76,9 +76,9 @@ def oracle_of(spec: str, run: Path | None = None, *, device: str = "auto") -> Na
         "convex-head": lambda: _head(rest, run, pairwise=False),
     }
     if kind not in makers:
-        raise CoalaError(f"--oracle {spec!r}: there is no oracle {kind!r}; expected one of {', '.join(makers)}.")
+        raise CoalaError(f"--oracle {spec!r}: found oracle {kind!r}; expected one of {', '.join(makers)}.")
     if not rest and kind not in ("head", "convex-head"):
-        raise CoalaError(f"--oracle {spec!r}: {kind} needs something behind the colon; see --help.")
+        raise CoalaError(f"--oracle {spec!r}: {kind} needs a value after the colon; see --help.")
     return makers[kind]()
 
 
@@ -130,8 +130,8 @@ def _called(function: Callable[..., Any], name: str, *given: Any) -> Any:
         return function(*given)
     except Exception as error:
         raise CoalaError(
-            f"{name} raised {type(error).__name__}: {error}. Mend it, or let it return None where it has no verdict. A "
-            "changed file is another oracle: give --restart or another --out; verdicts of the old one are not used."
+            f"{name} raised {type(error).__name__}: {error}. Fix: correct it, or return None if it has no verdict. A "
+            "changed file is a new oracle: use --restart or another --out; verdicts of the old one are not used."
         ) from error
 
 
@@ -147,7 +147,7 @@ def _attribute(target: str) -> tuple[Any, str]:
     if not file or path.suffix != ".py" or not attribute:
         raise CoalaError(f"{target!r}: expected FILE.py:NAME, a Python file and a function in it.")
     if not path.is_file():
-        raise CoalaError(f"{path}: there is no such file. Check the path.")
+        raise CoalaError(f"{path}: found no such file. Fix: check the path.")
     spec = spec_from_file_location(f"coala_oracle_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -156,7 +156,9 @@ def _attribute(target: str) -> tuple[Any, str]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise CoalaError(f"{path}: could not be run ({type(error).__name__}: {error}). Mend it.") from error
+        raise CoalaError(
+            f"{path}: could not be run ({type(error).__name__}: {error}). Fix: correct the file."
+        ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
         known = ", ".join(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
@@ -214,8 +216,8 @@ def _reward(folder: str, device: str) -> Named:
         raise CoalaError(f"{folder}: cannot be loaded as a reward model ({brief(error)}).") from error
     if info["missing_keys"]:
         raise CoalaError(
-            f"{folder}: is no reward model; {', '.join(sorted(info['missing_keys'])[:3])} would be random. Give a "
-            "sequence classifier of one label, or --oracle head for a COALA run."
+            f"{folder}: is not a reward model; {', '.join(sorted(info['missing_keys'])[:3])} would be random. Fix: "
+            "pass a sequence classifier with one label, or --oracle head for a COALA run."
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -249,8 +251,8 @@ def _head(rest: str, run: Path | None, *, pairwise: bool) -> Named:
     path = Path(rest).expanduser() if rest else run
     if path is None or kind_of_run(path) != "coala":
         raise CoalaError(
-            f"The oracle head is that of a COALA run, and {rest or 'the model given'} is none. Give the run as MODEL, "
-            "or name it: --oracle head:RUN (made by `coala align`)."
+            f"The oracle head needs a COALA run, and {rest or 'the model given'} is not one. Fix: pass the run as "
+            "MODEL, or name it: --oracle head:RUN (made by `coala align`)."
         )
     backbone, head, _ = load_parts(path)
     held_out = load_features(path / "features/eval")

@@ -72,7 +72,7 @@ def train_run(
     if prompts is None:
         if start.run is None:
             raise CoalaError(
-                "Prompts are missing. Give a file of prompts after the model; only a COALA run brings its own."
+                "Found no prompts. Fix: pass a file of prompts after the model; only a COALA run has its own."
             )
         prompts = start.run / "pairs-train.jsonl"
     examples = examples_of(prompts)

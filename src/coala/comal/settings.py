@@ -39,40 +39,48 @@ class COMALSettings:
     """
 
     eta: Annotated[float | None, Setting("Step size (default: 500, as published).")] = None
-    beta: Annotated[float | None, Setting("1 / eta, instead of --eta.")] = None
+    beta: Annotated[float | None, Setting("1 / eta, instead of --eta (default: 1/500).")] = None
     ref_weight: Annotated[float | None, Setting("Weight of the reference, eta x tau (default: 1/3).")] = None
-    tau: Annotated[float | None, Setting("Strength of the regularisation, instead of --ref-weight.")] = None
-    outer_steps: Annotated[int, Ge(1), Setting("Updates of the reference.", flag="--outer")] = 3
-    inner_steps: Annotated[int, Ge(1), Setting("Inner steps per update, K.", letter="-k")] = 6
-    inner_loss: Annotated[StepLoss, Setting("Inner loss.", flag="--loss")] = "inpo"
-    num_candidates: Annotated[int, Ge(2), Setting("Answers drawn per prompt and step.", flag="--candidates")] = 5
+    tau: Annotated[
+        float | None, Setting("Strength of the regularisation, instead of --ref-weight (default: from --ref-weight).")
+    ] = None
+    outer_steps: Annotated[int, Ge(1), Setting("Number of updates of the reference.", flag="--outer")] = 3
+    inner_steps: Annotated[int, Ge(1), Setting("Number of inner steps per update, K.", letter="-k")] = 6
+    inner_loss: Annotated[StepLoss, Setting("Loss of the inner steps.", flag="--loss")] = "inpo"
+    num_candidates: Annotated[
+        int, Ge(2), Setting("Number of answers sampled per prompt and step.", flag="--candidates")
+    ] = 5
     pair_selection: Annotated[Selection, Setting("Which pairs of candidates are trained on.", flag="--pairs")] = (
         "random"
     )
     target: Annotated[
-        Target, Setting("What the loss aims at: the oracle's probability, a draw from it, or its winner.")
+        Target, Setting("Target of the loss: the oracle's probability, a sample from it, or its winner.")
     ] = "soft"
-    temperature: Annotated[float, Setting("Sampling temperature; anything but 1 changes the game that is solved.")] = (
+    temperature: Annotated[
+        float, Setting("Sampling temperature; a value other than 1 changes the game being solved.")
+    ] = 1.0
+    top_p: Annotated[float, Setting("Nucleus sampling threshold (1: off); a value other than 1 changes the game.")] = (
         1.0
     )
-    top_p: Annotated[float, Setting("Nucleus sampling threshold (1 = off); as --temperature.")] = 1.0
-    max_new_tokens: Annotated[int, Ge(1), Setting("Longest answer, in tokens.")] = 256
-    prompts_per_step: Annotated[Annotated[int, Ge(1)] | None, Setting("Prompts per step, in turn (default: all).")] = (
-        None
-    )
-    length_normalize: Annotated[bool, Setting("Margins per token.")] = False
-    anchor_nll: Annotated[float, Ge(0), Setting("Weight of a likelihood term against drift; see docs/nash.md.")] = 0.0
-    learning_rate: Annotated[float, Setting("AdamW learning rate (optimiser state is reset every step).")] = 5e-7
-    epochs: Annotated[float, Setting("Epochs over each step's pairs.")] = 3.0
-    batch_size: Annotated[int, Ge(1), Setting("Pairs per forward pass.")] = 8
-    accumulation: Annotated[int, Ge(1), Setting("Forward passes per update.")] = 1
+    max_new_tokens: Annotated[int, Ge(1), Setting("Maximum length of an answer, in tokens.")] = 256
+    prompts_per_step: Annotated[
+        Annotated[int, Ge(1)] | None, Setting("Number of prompts per step, in rotation (default: all).")
+    ] = None
+    length_normalize: Annotated[bool, Setting("Divide margins by the answer's length in tokens.")] = False
+    anchor_nll: Annotated[
+        float, Ge(0), Setting("Weight of the likelihood term that prevents drift; see docs/nash.md.")
+    ] = 0.0
+    learning_rate: Annotated[float, Setting("Learning rate of AdamW, whose state is reset every step.")] = 5e-7
+    epochs: Annotated[float, Setting("Number of epochs over each step's pairs.")] = 3.0
+    batch_size: Annotated[int, Ge(1), Setting("Batch size of a forward pass, in pairs.")] = 8
+    accumulation: Annotated[int, Ge(1), Setting("Number of forward passes per update.")] = 1
     schedule: Annotated[str, Setting("Learning rate schedule: linear, constant, cosine, ...")] = "linear"
     warmup: float = 0.0
     weight_decay: float = 0.0
     clip: float = 1.0
     bf16: Annotated[bool, Setting("Compute in bfloat16 (autocast).")] = False
     gradient_checkpointing: Annotated[bool, Setting("Recompute activations to save memory.")] = False
-    seed: Annotated[int, Ge(0), Setting("Seed of all draws.")] = 0
+    seed: Annotated[int, Ge(0), Setting("Random seed of sampling and training.")] = 0
 
     def __post_init__(self) -> None:
         eta = _one("eta", self.eta, "beta", self.beta, lambda beta: 1 / beta, 500.0)
@@ -85,7 +93,7 @@ class COMALSettings:
             if getattr(self, name) < 1:
                 raise CoalaError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.num_candidates < 2:
-            raise CoalaError(f"num_candidates is {self.num_candidates}; expected 2 at least, a pair.")
+            raise CoalaError(f"num_candidates is {self.num_candidates}; expected at least 2.")
         if self.prompts_per_step is not None and self.prompts_per_step < 1:
             raise CoalaError(f"prompts_per_step is {self.prompts_per_step}; expected at least 1, or None for all.")
         for name, known in (
@@ -96,9 +104,11 @@ class COMALSettings:
             if getattr(self, name) not in known:
                 raise CoalaError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
         if self.inner_loss in TO_WIN_RATES and self.target != "soft":
-            raise CoalaError(f"Loss {self.inner_loss!r} is fitted to win rates; targets {self.target!r} are inpo's.")
+            raise CoalaError(
+                f"Loss {self.inner_loss!r} is fitted to win rates; expected target 'soft', found {self.target!r}."
+            )
         if self.inner_loss == "dro" and self.pair_selection != "all":
-            raise CoalaError("Loss 'dro' runs over all answers to a prompt: give pair_selection='all'.")
+            raise CoalaError("Loss 'dro' uses all answers to a prompt: set pair_selection='all'.")
         if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.learning_rate >= 0 and self.epochs > 0):
             raise CoalaError(
                 f"temperature {self.temperature}, top_p {self.top_p}, learning_rate {self.learning_rate}, epochs "
@@ -112,20 +122,20 @@ class COMALSettings:
         eta, weight = self.step, self.weight
         found = []
         if self.temperature != 1 or self.top_p != 1:
-            text = f"answers drawn at temperature {self.temperature:g}, top_p {self.top_p:g} are not those of mu_k"
-            found.append(Note("warning", f"{text}: the game that is solved is another. Take 1 and 1."))
+            text = f"answers drawn at temperature {self.temperature:g}, top_p {self.top_p:g} are not samples of mu_k"
+            found.append(Note("warning", f"{text}: a different game is solved. Set both to 1."))
         if self.pair_selection == "best_worst" or self.target == "hard":
             text = "best-against-worst pairs or hard labels: the fixed point is the Nash policy of another game"
-            found.append(Note("warning", f"{text}. Take pair_selection='random' and target='soft'."))
+            found.append(Note("warning", f"{text}. Use pair_selection='random' and target='soft'."))
         if 0 < weight * self.inner_steps < 0.5 and self.outer_steps > 1:
-            text = f"inner_steps * eta * tau is {weight * self.inner_steps:.2g}: the inner game is not nearly solved "
+            text = f"inner_steps * eta * tau is {weight * self.inner_steps:.2g}: the inner game is far from solved "
             found.append(Note("warning", text + "before the reference moves. Raise inner_steps or ref_weight."))
         if weight == 0:
             name = "iterative DPO" if self.inner_loss == "dpo" else "iterative IPO"
             text = f"ref_weight 0 is {name}, which moves away from an interior Nash policy."
             found.append(Note("information", text))
         if eta > 10:
-            text = f"eta {eta:g}: a step that reached its target would jump between single answers; what holds it back "
+            text = f"eta {eta:g}: a step that reached its target would jump between single answers; what prevents that "
             found.append(Note("information", text + "is early stopping. Compare the achieved margin with the target."))
         return found
 
@@ -146,9 +156,7 @@ def _one(
     name: str, value: float | None, other: str, given: float | None, of: Callable[[float], float], default: float
 ) -> float:
     if value is not None and given is not None and not math.isclose(value, of(given), rel_tol=1e-9):
-        raise CoalaError(
-            f"{name} is {value:g} but {other} is {given:g}, which makes it {of(given):g}: give one of them."
-        )
+        raise CoalaError(f"{name} is {value:g} but {other} is {given:g}, which implies {of(given):g}: set only one.")
     if given is not None and other == "beta" and given <= 0:
         raise CoalaError(f"beta is {given:g}; expected a positive number.")
     found = value if value is not None else of(given) if given is not None else default

@@ -26,9 +26,9 @@ def of_ranking(place: Mapping[str, Any]) -> list[str]:
     points = _points(found)
     told = (
         f"{_where(place)}: {ours['label']} ranks {100 * ours['accuracy']['value']:.1f} % of {ours['accuracy']['n']} "
-        f"held-out pairs right, the best baseline, {best['label']}, {100 * best['accuracy']['value']:.1f} %: {points}, "
-        f"paired, p = {entry['p_holm']:.2g} after Holm. The best of {len(baselines)} is picked on these very pairs, "
-        "which flatters it. "
+        f"held-out pairs right, the best baseline, {best['label']}, {100 * best['accuracy']['value']:.1f} %: "
+        f"{points}, paired, p = {entry['p_holm']:.2g} after Holm. The best of {len(baselines)} is chosen on these "
+        "same pairs, which flatters it. "
     )
     if found["high"] < 0:
         heads = [row for row in rows if row["coala"]]
@@ -92,7 +92,7 @@ def of_survival(place: Mapping[str, Any]) -> list[str]:
         teachers = ", ".join(dict.fromkeys(one["teacher"] for one in found if one["retention"] is not None))
         told.append(f"{_where(place)}: of the gain of {teachers} over one half is kept by {', '.join(kept)}.")
     reasons = dict.fromkeys(one["why"] for one in found if one["teacher"] and one["retention"] is None)
-    told += [f"{_where(place)}: nothing is told of what is kept: {why}." for why in reasons]
+    told += [f"{_where(place)}: how much is kept is unknown: {why}." for why in reasons]
     for measure, words in (("kl", "KL"), ("perplexity", "perplexity")):
         at = [(one["of"], met) for one in found for met in one["at"] if met["measure"] == measure and met["difference"]]
         for dpo in dict.fromkeys(met["dpo"] for _, met in at):

@@ -62,8 +62,8 @@ def _prepare(study: Study, name: str, folder: Path, tell: OnStage) -> str:
     ]
     if gone:
         raise CoalaError(
-            f"Dataset {name!r}: {gone[0]} is not there. Name its files with --set 'datasets.{name}.pairs=[FILE]', or "
-            "the folder that data: paths lie in with --data."
+            f"Dataset {name!r}: {gone[0]} is missing. Fix: name its files with --set 'datasets.{name}.pairs=[FILE]', "
+            "or the folder of data: paths with --data."
         )
     wanted = {
         "sources": [source_digest(source) for source in (*dataset.pairs, *dataset.test)],
@@ -145,7 +145,9 @@ def labelled(pairs: Sequence[Pair], labeller: str) -> list[Pair]:
         if ahead:
             found.append(pair if ahead > 0 else replace(pair, chosen=pair.rejected, rejected=pair.chosen))
     if not found:
-        raise CoalaError(f"The labeller {labeller} tells no two replies apart. Fix: another labeller, or other pairs.")
+        raise CoalaError(
+            f"The labeller {labeller} scores all replies alike. Fix: use another labeller, or other pairs."
+        )
     return found
 
 

@@ -32,9 +32,7 @@ def load_study(name: str | Path, data: Path | None = None, overrides: list[dict[
     if not path.is_file():
         inside = STUDIES / f"{path.name.removesuffix('.yaml')}.yaml"
         if not inside.is_file():
-            raise RecipeError(
-                f"{name}: there is no such file, nor a bundled study; bundled are {', '.join(bundled())}."
-            )
+            raise RecipeError(f"{name}: found no such file or bundled study; bundled are {', '.join(bundled())}.")
         path = inside
     document = _extended(_mapping(path), path)
     for above in overrides or []:

@@ -46,7 +46,7 @@ def render(content: Mapping[str, Any]) -> str:
         ),
         section("How it was made", paragraphs(*_how(content)), code_block(content["command"]), name="how"),
         facts=facts,
-        footer="All numbers are in report.json beside this page.",
+        footer="All numbers are in report.json next to this page.",
     )
 
 

@@ -63,7 +63,7 @@ def run(
     """
     out = Path(out)
     if out.exists() and any(p.name != ".lock" for p in out.iterdir()) and not (out / PLAN).is_file():
-        raise CoalaError(f"{out}: exists and is not the folder of a comparison. Give another --out.")
+        raise CoalaError(f"{out}: exists and is not a comparison folder. Fix: use another --out.")
     for model in study.models.values():
         if model.path.startswith(WHEEL):
             find(model.path, None)  # told now, and not by each cell
@@ -87,8 +87,8 @@ def _refuse_other(out: Path, everything: list[Cell], stamps: dict[str, str]) -> 
         found = read(out / "cells" / cell.id)
         if found is not None and found["inputs"] != stamps[cell.id]:
             raise CoalaError(
-                f"{out}: the cell {cell.id} was made with other settings or pairs than the study has now. Give another "
-                f"--out, or delete {out / 'cells' / cell.id} to make it anew."
+                f"{out}: the cell {cell.id} was made with other settings or pairs than the study has now. Fix: use "
+                f"another --out, or delete {out / 'cells' / cell.id} to rerun it."
             )
 
 
@@ -116,9 +116,9 @@ def _bring(
     code, over = processes.carry_out(cell, memory, partial(on_work, cell))
     found = read(folder)
     if over:
-        _fail(study, cell, out, stamp, f"its process took more than the {memory or 0:,} bytes it was given")
+        _fail(study, cell, out, stamp, f"its process used more than the {memory or 0:,} bytes it may use")
     elif found is None:
-        killed = " (killed, perhaps for lack of memory)" if code == -9 else ""
+        killed = " (killed, perhaps out of memory)" if code == -9 else ""
         _fail(study, cell, out, stamp, f"its process ended with exit code {code}{killed}")
     elif found["status"] == "failed" and "plan" not in found:
         _fail(study, cell, out, stamp, found["error"], memory=bool(found.get("memory")))

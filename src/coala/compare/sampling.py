@@ -29,8 +29,8 @@ def sampled_pairs(study: Study, name: str, folder: Path, tell: OnStage = unheard
     gone = [path for path in read if not Path(path).is_file()]
     if gone:
         raise CoalaError(
-            f"Dataset {name!r}: {gone[0]} is not there; expected what its pairs are sampled from. Fix: name the folder "
-            "that data: paths lie in with --data."
+            f"Dataset {name!r}: {gone[0]} is missing; expected the file its pairs are sampled from. Fix: name the "
+            "folder of data: paths with --data."
         )
     wanted = digest(
         dataset.sampled.model_dump(), study.models[model].model_dump(), study.split.seed, study.evaluation.temperature
@@ -43,7 +43,7 @@ def sampled_pairs(study: Study, name: str, folder: Path, tell: OnStage = unheard
         for stage in child.told():
             tell(*stage)
         if child.join() != 0:
-            raise CoalaError(f"Dataset {name!r}: the process that samples its pairs ended early. Fix: run it again.")
+            raise CoalaError(f"Dataset {name!r}: the process that samples its pairs stopped early. Fix: rerun it.")
     save_json(about, {"of": wanted, "pairs": file_digest(target)})
     return target
 
@@ -105,5 +105,5 @@ def make_pairs(
         if len(written) > 1 and labeller.score(written[-1]) > labeller.score(written[0]):
             pairs.append(Pair(prompt, written[-1], written[0], f"prompt-{place:05d}"))
     if not pairs:
-        raise CoalaError("the scorer tells no two replies apart. Fix: more prompts, or another labeller.")
+        raise CoalaError("the scorer scores all replies alike. Fix: use more prompts, or another labeller.")
     return pairs

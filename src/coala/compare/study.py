@@ -50,15 +50,17 @@ class _Strict(BaseModel):
 class StudyModel(_Strict):
     """A base model, and what decides the tokens that every method sees."""
 
-    path: str = Field(description="folder, GGUF file, hub name, assets:NAME of what the package bundles, or wheel:NAME")
+    path: str = Field(description="folder, GGUF file, hub name, assets:NAME for a bundled model, or wheel:NAME")
     revision: str | None = None
     template: Template = "auto"
     max_tokens: int | None = Field(
-        None, ge=2, description="prompt plus reply, for every method; default: the model's context"
+        None,
+        ge=2,
+        description="maximum length of prompt plus reply, in tokens, for every method; default: the model's context",
     )
     ends_with_eos: bool = True
     dtype: Dtype = "auto"
-    batch_tokens: int = Field(4096, ge=1, description="tokens of a forward pass that trains nothing")
+    batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass, outside training")
     config: dict[str, Any] | None = Field(None, description="config.json, to plan without the model")
 
 
@@ -79,8 +81,10 @@ class Benchmark(_Strict):
     """Replies to rank that no pair is learnt from; a sample of its prompts, cut to the model's ``max_tokens``."""
 
     path: str
-    prompts: int | None = Field(None, ge=2, description="at most so many, drawn evenly from its subsets; default: all")
-    scores: str | None = Field(None, description="saved scores of other reward models, shown beside ours")
+    prompts: int | None = Field(
+        None, ge=2, description="maximum number of items, sampled evenly from its subsets; default: all"
+    )
+    scores: str | None = Field(None, description="saved scores of other reward models, shown next to ours")
 
 
 class Dataset(_Strict):
@@ -90,25 +94,28 @@ class Dataset(_Strict):
     joins: tuple[str, ...] = Field((), description="other datasets, whose pairs and features are put together")
     sampled: Sampled | None = None
     benchmarks: dict[Annotated[str, Field(pattern="^(rewardbench2?|rmbench|judgebench|llmbar)$")], Benchmark] = Field(
-        {}, description="ranked by the heads that are fitted on these pairs"
+        {}, description="ranked by the heads fitted on these pairs"
     )
     system: str | None = Field(None, description="a system prompt that asks for what the pairs prefer; kind prompt")
-    prompts: int | None = Field(None, ge=0, description="held-out prompts answered; default: evaluation.prompts")
-    max_new_tokens: int | None = Field(None, ge=1, description="of a reply; default: evaluation.max_new_tokens")
-    base: bool = Field(True, description="whether the model nothing was done to is a row, by its likelihoods")
+    prompts: int | None = Field(
+        None, ge=0, description="number of held-out prompts answered; default: evaluation.prompts"
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="maximum length of a reply, in tokens; default: evaluation.max_new_tokens"
+    )
+    base: bool = Field(True, description="whether the untrained model is a row, by its likelihoods")
     test: tuple[str, ...] = ()
     labeller: str | None = Field(
         None,
-        description="says which reply of a pair is the better one, in place of the file: rule:NAME or a word-judge "
-        "file; pairs that it finds alike are left out",
+        description="relabels the pairs of the file: rule:NAME or a word-judge file; pairs it scores alike are skipped",
     )
     format: str = "auto"
     skip_bad: bool = False
-    models: tuple[str, ...] = Field((), description="names of models; all if none")
+    models: tuple[str, ...] = Field((), description="names of models; default: all")
     inits: tuple[Init, ...] = ("base",)
-    train_pairs: int | None = Field(None, ge=4, description="at most so many training pairs")
+    train_pairs: int | None = Field(None, ge=4, description="maximum number of training pairs")
     test_pairs: int | None = Field(None, ge=2)
-    per_group: int | None = Field(None, ge=1, description="at most so many training pairs of one group")
+    per_group: int | None = Field(None, ge=1, description="maximum number of training pairs per group")
     judge: str | None = Field(
         None,
         description="a word-judge file, rule:NAME or head:METHOD, a head of this study, for win rates against the "
@@ -117,7 +124,7 @@ class Dataset(_Strict):
     rows: int | None = Field(None, ge=2, description="pairs there will be, to plan without them")
     tokens_per_prompt: int | None = Field(None, ge=1)
     tokens_per_reply: int | None = Field(None, ge=1)
-    source: str = Field("", description="where the pairs come from, for people")
+    source: str = Field("", description="source of the pairs, for readers")
 
 
 class StudySetting(_Strict):
@@ -154,24 +161,26 @@ class StudyMethod(_Strict):
         "(mean-difference); of sft, lm-steer and bias: whose guided replies are learned from in place of chosen ones",
     )
     distil: dict[str, Any] = Field(
-        {}, description="of kinds that learn from a teacher: fields of coala.distil.settings.DistilSettings"
+        {}, description="kinds that learn from a teacher: fields of coala.distil.settings.DistilSettings"
     )
     strengths: tuple[float, ...] = Field(
-        (0.5, 1.5), description="of kinds that change the output layer: strengths measured beside the policy's own"
+        (0.5, 1.5), description="kinds that change the output layer: further strengths to measure"
     )
-    epochs: int = Field(5, ge=1, description="of kind lm-steer: passes over the replies at most")
+    epochs: int = Field(5, ge=1, description="kind lm-steer: maximum number of epochs over the replies")
     perplexity: float = Field(
-        1.3, gt=1, description="of kind mean-difference: the most that replies may have, times the start's"
+        1.3, gt=1, description="kind mean-difference: maximum perplexity of replies, as a multiple of the start's"
     )
-    system: bool = Field(False, description="of kind prompt: the dataset's system prompt")
-    examples: int = Field(0, ge=0, description="of kind prompt: chosen replies shown, drawn from the training pairs")
+    system: bool = Field(False, description="kind prompt: use the dataset's system prompt")
+    examples: int = Field(
+        0, ge=0, description="kind prompt: number of chosen replies shown, sampled from the training pairs"
+    )
     prefixes: int = Field(1, ge=1)
     head: HeadSettings = HeadSettings()
     reference: Literal["none", "margin", "paper"] = Field(
         "none", description="CVX-DPO: the reference's margin in the loss; paper: its pointwise loss and scale too"
     )
     guidance: GuidanceSettings | None = GuidanceSettings()
-    rates: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1), description="of kinds adamw and lm-steer")
+    rates: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1), description="for kinds adamw and lm-steer")
     inits: tuple[Init, ...] = ("base", "sft")
     models: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
@@ -233,22 +242,22 @@ class Split(_Strict):
 
 
 class StudyEvaluation(_Strict):
-    prompts: int = Field(50, ge=0, description="held-out prompts answered by every method that writes")
+    prompts: int = Field(50, ge=0, description="number of held-out prompts every writing method answers")
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, ge=0)
-    questions: int = Field(0, ge=0, le=100, description="bundled questions answered by every method that writes")
+    questions: int = Field(0, ge=0, le=100, description="number of bundled questions every writing method answers")
     question_tokens: int = Field(32, ge=1)
     policy_pairs: int = Field(
-        20, ge=0, description="pairs at most for the policy accuracy of guided decoding; 0 leaves it out"
+        20, ge=0, description="maximum number of pairs for the policy accuracy of guided decoding; 0 skips it"
     )
-    kl_prompts: int = Field(20, ge=0, description="prompts for the divergence from the base; 0 leaves it out")
+    kl_prompts: int = Field(20, ge=0, description="number of prompts for the divergence from the base; 0 skips it")
     kl: Literal["samples", "replies"] = Field(
         "samples",
         description="of trained and prompted models: over fresh replies to kl_prompts, or over the judged ones",
     )
     curve_points: int = Field(10, ge=0, description="evaluations of held-out margins along a training run")
     curve_pairs: int = Field(48, ge=1)
-    layer_sample: int = Field(200, ge=4, description="pairs at most to choose a layer on")
+    layer_sample: int = Field(200, ge=4, description="maximum number of pairs to choose a layer on")
 
 
 class Machine(_Strict):
@@ -276,7 +285,7 @@ class Study(_Strict):
     machine: Machine = Machine()
     device: Literal["auto", "cpu"] = "auto"
     beta: float = Field(0.1, gt=0, description="CVX-DPO's scale of the reference")
-    init_setting: str | None = Field(None, description="setting of the SFT that inits are; default: the first")
+    init_setting: str | None = Field(None, description="SFT setting that inits use; default: the first")
     count_flops: bool = Field(True, description="count the FLOPs of one epoch and of one fit by counters")
     ranks: bool = Field(True, description="report rankings; a study of costs alone may have too few test pairs for it")
     keep_models: bool = False
@@ -314,7 +323,7 @@ class Study(_Strict):
             if sum(given) > 1:
                 raise ValueError(f"dataset {name} has more than one of pairs, joins and sampled; expected one")
             if dataset.labeller and not dataset.pairs:
-                raise ValueError(f"dataset {name} has a labeller and no pairs of files, which it would label anew")
+                raise ValueError(f"dataset {name} has a labeller but no files of pairs for it to relabel")
             if dataset.joins and any(self.datasets[part].joins for part in dataset.joins):
                 raise ValueError(f"dataset {name} joins a joined one; expected datasets with pairs of their own")
             if dataset.joins and tuple(dataset.inits) != ("base",):

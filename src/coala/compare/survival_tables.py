@@ -23,7 +23,7 @@ def kept(place: Mapping[str, Any]) -> Table | None:
     ]
     return Table(
         "How much of the teacher's gain is kept",
-        ("policy", "chosen on held-out prompts", "teacher", "kept, % [95 %]", "why not told"),
+        ("policy", "chosen on held-out prompts", "teacher", "kept, % [95 %]", "why unknown"),
         rows,
         "(wins of the policy - 1/2) / (wins of its teacher - 1/2), both against the start on the same prompts; "
         "bootstrap over prompts.",
@@ -42,7 +42,7 @@ def met(place: Mapping[str, Any]) -> Table | None:
         return None
     return Table(
         "At what DPO spends",
-        ("policy", "at", "wins, % [95 %]", "minus DPO, points [95 %]", "why not told"),
+        ("policy", "at", "wins, % [95 %]", "minus DPO, points [95 %]", "why unknown"),
         [
             (
                 name,
@@ -53,8 +53,9 @@ def met(place: Mapping[str, Any]) -> Table | None:
             )
             for name, at in found
         ],
-        "Linear between the strengths that were measured, the start at strength 0 among them; nothing is told beyond. "
-        "Perplexity is under the start, as a multiple of its own. Bootstrap over prompts, the same of both.",
+        "Linear between the strengths that were measured, the start at strength 0 among them; nothing is "
+        "extrapolated. Perplexity is under the start, as a multiple of its own. Bootstrap over prompts, the same of "
+        "both.",
     )
 
 
@@ -98,5 +99,5 @@ def spent(place: Mapping[str, Any]) -> Table | None:
             for one in found
         ],
         "Two per multiply-add of matrix products. Of DPO: the run and its training at all rates that were tried. The "
-        "head that teaches is not among them: its features and fit are told with the others.",
+        "teacher's head is not among them: its features and fit are listed with the others.",
     )

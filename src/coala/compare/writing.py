@@ -283,8 +283,8 @@ def divergence_along(context: CellContext, writer: Writer, pair: Pair, reply: Ge
     logits = model.logits(plain if writer.change is not None else states(model, writer.asked(pair.prompt)))
     if len(logits) != len(theirs):
         raise CoalaError(
-            f"A reply is {len(logits)} tokens as it was asked for and {len(theirs)} to the plain prompt, so that its "
-            "steps cannot be compared. Fix: raise max_tokens, which cuts one of them."
+            f"A reply has {len(logits)} tokens after the prompt used and {len(theirs)} after the plain prompt, so its "
+            "steps cannot be compared. Fix: raise max_tokens, which truncates one of them."
         )
     return float(divergence(torch.log_softmax(logits, -1), theirs).sum())
 

@@ -69,9 +69,7 @@ class Agent:
                     if place is not None
                 }
             except ValueError as error:
-                raise ValueError(
-                    f"{name} is no template ({error}); write braces that are meant as text twice"
-                ) from None
+                raise ValueError(f"{name} is not a template ({error}); double literal braces") from None
             if unknown := sorted(asked - set(PLACEHOLDERS)):
                 known = ", ".join(f"{{{place}}}" for place in PLACEHOLDERS)
                 raise ValueError(f"{name} holds {{{unknown[0]}}}; expected one of {known}")
@@ -286,7 +284,7 @@ def read_recipe(text: str, source: str = "recipe", conversations: int | None = N
     try:
         document = parse_yaml(text)
     except DocumentError as error:
-        raise SynthesisError(f"{source}: is {error}. Mend it there.") from None
+        raise SynthesisError(f"{source}: is {error}. Fix it there.") from None
     return parse_recipe(document, source, conversations, **limits)
 
 

@@ -150,7 +150,7 @@ def _from_parts(name: str, value: dict[str, Any], parts: dict[str, Any], part: s
         remarks.append(Finding(name, None, "", found, "", f"name them to read them: {others}", severity))  # type: ignore[arg-type]
     beside = [k for k, v in value.items() if k not in parts and _says(v)]
     if beside:
-        found = f"text beside the rows of {key} that is not read: {listed(beside)}"
+        found = f"text next to the rows of {key} that is not read: {listed(beside)}"
         mend = "write into every row what it needs of it, or drop it"
         remarks.append(Finding(name, None, "", found, "rows alone", mend, "warning"))
     rows, more = _rows(name, parts[key], deeper, key, depth + 1)

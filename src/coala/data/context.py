@@ -74,7 +74,7 @@ def _continued(made: list[Turn], more: str, key: str) -> list[Turn]:
     if any(turn.text.rstrip().endswith(said) or (longish and said in turn.text) for turn in made):
         return made
     if not made or made[-1].role != "user":
-        found = "text that belongs behind a question, but the prompt does not end with one"
+        found = "text that belongs after a question, but the prompt does not end with one"
         raise Fault(key, found, "a prompt that ends with the user", "write it into the prompt, or drop the column")
     return [*made[:-1], Turn("user", f"{made[-1].text}\n\n{more}")]
 

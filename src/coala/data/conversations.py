@@ -45,7 +45,7 @@ def alternate(
     Raises :class:`~coala.values.CoalaError` for any other role or context.
     """
     if context not in ("all", "first") and (not isinstance(context, int) or context < 1):
-        raise CoalaError(f"The context {context!r} is none; expected 'all', 'first' or a number of turns from 1 up.")
+        raise CoalaError(f"The context {context!r} is unknown; expected 'all', 'first' or a number of turns from 1.")
     if role not in ("assistant", "user"):
         raise CoalaError(f"Replies of role {role!r} cannot be compared; expected 'assistant' or 'user'.")
     said = merged(conversation, "\n")

@@ -352,7 +352,7 @@ def _direction(located: Sequence[Located], counts: dict[str, int | float]) -> It
         yield _whole(
             located[0].file,
             "chosen",
-            f"the worse-looking reply in {_percent(doubt)} that cheap signs can tell apart ({parts})",
+            f"the worse-looking reply in {_percent(doubt)} of the pairs that surface cues can judge ({parts})",
             "the better reply",
             "read a few with `coala data show` (this is a suspicion only), and swap the columns if they are reversed",
             "warning",

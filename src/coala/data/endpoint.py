@@ -74,7 +74,7 @@ class Endpoint:
             there = printable(self.client.struck(failed.headers.get("location", "another address")))[:120]
             return (
                 f"redirects to {there} (status {failed.status}); redirects are not followed, since the key would go "
-                "there. Fix: write that address as base_url, if you trust it. Finished conversations are kept."
+                "there. Fix: write that address as base_url, if you trust it. Finished conversations are saved."
             )
         if failed.kind == "rejected" or failed.is_out_of_quota:
             mend = {
@@ -82,10 +82,10 @@ class Endpoint:
                 403: "Check that the key may use this model.",
                 404: "Check base_url (it usually ends in /v1) and model.",
                 429: "The account has no credit left.",
-            }.get(failed.status, "Mend the recipe or the endpoint.")
+            }.get(failed.status, "Fix the recipe or the endpoint.")
             return (
                 f"refused a request to {agent.model} with status {failed.status}: {said}. {mend} Finished "
-                "conversations are kept."
+                "conversations are saved."
             )
         trouble = f"status {failed.status}: {said}" if failed.status else printable(str(failed))
         if failed.kind == "malformed":

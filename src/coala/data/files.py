@@ -84,7 +84,7 @@ def records(name: str) -> RecordsRead:
             empty = empty and isinstance(event, Finding) and event.severity != "error"
             yield replace(event, file=name) if part else event
     except EOFError:
-        yield _whole(name, "a gzip stream that breaks off", "a whole file", "fetch or copy the file again")
+        yield _whole(name, "a truncated gzip stream", "a whole file", "fetch or copy the file again")
     except (gzip.BadGzipFile, zlib.error) as error:
         yield _whole(name, f"damaged gzip data ({error})", "a sound file", "fetch or copy the file again")
     except Fault as fault:

@@ -102,8 +102,8 @@ class Findings:
         if not rows or not self.pairs:
             return ""
         return (
-            f"{len(rows)} bad row{'s' * (len(rows) > 1)}, {self.n_pairs} sound pair{'s' * (self.n_pairs > 1)}. "
-            "Mend the bad rows, or leave them out with --skip-bad."
+            f"{len(rows)} bad row{'s' * (len(rows) > 1)}, {self.n_pairs} sound pair{'s' * (self.n_pairs > 1)}. Fix: "
+            "correct the bad rows, or skip them with --skip-bad."
         )
 
 

@@ -81,8 +81,8 @@ def read_journal(raw: bytes, source: str = "journal") -> Journal:
         else:
             if torn:
                 raise SynthesisError(
-                    f"{source}:{torn[0]}: is no line of a journal ({printable(torn[1])}) although sound lines follow. "
-                    "Delete that line, or give another --out to start over."
+                    f"{source}:{torn[0]}: is not a line of a journal ({printable(torn[1])}) although valid lines "
+                    "follow. Fix: delete that line, or use another --out to start over."
                 )
             try:
                 _apply(journal, event, start, end - start)
@@ -98,7 +98,8 @@ def read_journal(raw: bytes, source: str = "journal") -> Journal:
     # A first write may be torn, or lie on the disk as NULs; any other beginning is a file of someone else's.
     if torn and not journal.size and raw.strip(b"\0") and (b"\n" in raw or raw[: len(begun)] != begun[: len(raw)]):
         raise SynthesisError(
-            f"{source}: is no journal of conversations (its first line: {printable(torn[1])}). Give another --out."
+            f"{source}: is not a journal of conversations (its first line: {printable(torn[1])}). Fix: use another "
+            "--out."
         )
     return journal
 

@@ -67,7 +67,7 @@ def parse(text: str, start: int = 0) -> tuple[Any, int]:
     except RecursionError:
         raise Fault("", "JSON nested too deep", "a flat object of fields", "keep the fields of a pair only") from None
     except ValueError:
-        raise Fault("", "an integer of thousands of digits", "ordinary numbers", "mend or delete the row") from None
+        raise Fault("", "an integer of thousands of digits", "ordinary numbers", "correct or delete the row") from None
 
 
 def values(text: str) -> Iterator[Any]:
@@ -182,10 +182,10 @@ def _of_line(raw: bytes, number: int) -> Iterator[tuple[int, Any]]:
                     yield from ((number, one) for one in several)
                     return
             if (not raw.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1) or "Unterminated" in error.msg:
-                found = "a line that breaks off in the middle"
+                found = "a truncated line"
                 raise Fault("", found, "a whole JSON object", "complete or delete the line") from None
             found = f"invalid JSON at column {error.colno} ({error.msg})"
-            raise Fault("", found, "one JSON object per line", "mend or delete the line") from None
+            raise Fault("", found, "one JSON object per line", "correct or delete the line") from None
     except Fault as fault:
         yield number, fault
 
@@ -220,9 +220,9 @@ def document(name: str, raw: bytes, part: str = "") -> RecordsRead:
     except json.JSONDecodeError as error:
         if _breaks_off(error, text):
             mend = "fetch or write the file again"
-            raise Fault("", "JSON that breaks off before its end", "a closed list", mend) from None
+            raise Fault("", "truncated JSON", "a closed list", mend) from None
         where = f"invalid JSON at line {error.lineno} column {error.colno} ({error.msg})"
-        raise Fault("", where, "a list of objects", "mend the file there") from None
+        raise Fault("", where, "a list of objects", "correct the file there") from None
     if len(found) == 1:
         yield from contents(name, found[0], part)
         return

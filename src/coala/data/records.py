@@ -80,7 +80,7 @@ def whole(stream: BinaryIO) -> bytes:
         pieces.append(piece)
         size += len(piece)
         if size > MAX_WHOLE_BYTES:
-            found = f"more than {MAX_WHOLE_BYTES >> 20} MiB in a file that has to be read in one piece"
+            found = f"more than {MAX_WHOLE_BYTES >> 20} MiB in a file that must be read in one piece"
             raise Fault("", found, "a smaller file", "write it as .jsonl, which is read line by line, or split it")
     return b"".join(pieces)
 
@@ -88,4 +88,4 @@ def whole(stream: BinaryIO) -> bytes:
 def require_few_values(raw: bytes, most: int, separators: bytes) -> None:
     """Refuse bytes that would become more than ``most`` values, counted by what separates them."""
     if len(raw) > most and sum(raw.count(bytes([one])) for one in separators) > most:
-        raise Fault("", f"more than {most:,} values", "fewer", "split the file, and leave out what is no text")
+        raise Fault("", f"more than {most:,} values", "fewer", "split the file, and remove what is not text")

@@ -108,12 +108,12 @@ def power(located: Sequence[Located], held_out: Sequence[Located] | None = None)
     needed = pairs_needed()
     if located and len(located) < FEWEST:
         found = f"{len(located)} pair{'s' * (len(located) > 1)}"
-        mend = f"give more: {needed} held-out pairs tell an accuracy of 60 % from one of 50 %"
+        mend = f"give more: {needed} held-out pairs distinguish an accuracy of 60 % from 50 %"
         yield Finding(located[0].file, None, "", found, "hundreds to learn from", mend, severity="warning")
         return
     n = len(held_out) if held_out is not None else len(located) // 10
     if n < needed and (held_out is None or held_out):
         what = f"{n} held-out pairs" if held_out is not None else f"a tenth held out of {len(located)} pairs is {n}"
-        said = f"{what}; it takes about {needed} to tell an accuracy of 60 % from one of 50 % (at 5 %, power 80 %)"
+        said = f"{what}; it takes about {needed} to distinguish an accuracy of 60 % from 50 % (at 5 %, power 80 %)"
         file = held_out[0].file if held_out else located[0].file
         yield Finding(file, None, "", said, "", "", severity="note")

@@ -23,7 +23,7 @@ def split(pairs: Iterable[Pair], eval_fraction: float = 0.1, *, seed: int) -> tu
     sizes = Counter(pair.group for pair in pairs)
     if len(sizes) < 2:
         found = f"{len(pairs)} pairs in {len(sizes)} group" + ("" if len(sizes) == 1 else "s")
-        mend = "give more pairs, a group column that tells them apart, or an evaluation file of its own"
+        mend = "use more pairs, a finer group column, or a separate evaluation file"
         raise DataError([_whole(found, "at least two groups, as a group is never cut in two", mend)])
     order = sorted(sizes, key=lambda group: (_rank(seed, group), group))
     wanted, taken = eval_fraction * len(pairs), 0

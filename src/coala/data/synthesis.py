@@ -91,8 +91,8 @@ def _same_recipe(recipe: SynthesisRecipe, journal: Journal) -> None:
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     sides = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in differing[:3])
     raise SynthesisError(
-        f"The conversations there were begun with another recipe ({sides}{'; ...' if len(differing) > 3 else ''}). "
-        "Give another --out, or the old recipe."
+        f"The conversations there use another recipe ({sides}{'; ...' if len(differing) > 3 else ''}). Give another "
+        "--out, or the old recipe."
     )
 
 

@@ -207,7 +207,7 @@ def label(row: Row, field: str, meanings: Mapping[str, Any]) -> Any:
         name = str(name)
     if isinstance(name, str) and name.strip().lower() in meanings:
         return meanings[name.strip().lower()]
-    raise Fault(field, describe(value), f"one of {', '.join(meanings)}", "mend the label or delete the row")
+    raise Fault(field, describe(value), f"one of {', '.join(meanings)}", "correct the label or delete the row")
 
 
 def number(value: Any, field: str) -> float:
@@ -221,7 +221,7 @@ def number(value: Any, field: str) -> float:
             return found
     except (ValueError, OverflowError):
         pass
-    raise Fault(field, describe(value), "a finite number", "mend the score or delete the row")
+    raise Fault(field, describe(value), "a finite number", "correct the score or delete the row")
 
 
 def digest(said: str) -> str:

@@ -61,7 +61,7 @@ def adapter_off(model: LanguageModel) -> Iterator[LanguageModel]:
 
     layers = [layer for layer in model.transformer.modules() if isinstance(layer, BaseTunerLayer)]
     if not layers:
-        raise CoalaError(f"{model.name} has no adapter beside its weights. Fix: load it with merge=False.")
+        raise CoalaError(f"{model.name} has no separate adapter. Fix: load it with merge=False.")
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -84,8 +84,8 @@ def effective(guidance: Guidance, head: ConvexHead | None, temperature: float) -
         return guidance.plain
     if guidance.mode in RANKING and temperature == 0:
         raise CoalaError(
-            f"Mode {guidance.mode!r} chooses among samples, which temperature 0 makes all the same. "
-            "Give a temperature above 0, or mode 'token' or 'beam'."
+            f"Mode {guidance.mode!r} chooses among samples, which are identical at temperature 0. Fix: use a "
+            "temperature above 0, or mode 'token' or 'beam'."
         )
     return guidance
 

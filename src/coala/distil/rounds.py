@@ -71,8 +71,8 @@ def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
     some = [*prompts[shown:], *prompts[:shown]][: work.settings.held_out]
     if len(some) < 2:
         raise CoalaError(
-            f"Found {len(some)} held-out prompts that are not trained on; expected at least 2 to tell what a round "
-            "gained. Fix: hold out more (--eval-fraction), or --rounds 1."
+            f"Found {len(some)} held-out prompts that are not trained on; expected at least 2 to measure the gain of "
+            "a round. Fix: hold out more (--eval-fraction), or --rounds 1."
         )
     if shared := max(0, len(some) - max(0, len(prompts) - shown)):
         work.on_note(f"{shared} of the {len(some)} prompts that choose the round are answered in the report too")
@@ -147,5 +147,5 @@ def _told(figures: dict[str, Any]) -> str:
 
 def _ended(number: int) -> str:
     if number == 1:
-        return "round 1 is kept, but its gain is not told from none: there is no second round"
-    return f"round {number} gained nothing that can be told: round {number - 1} is kept"
+        return "round 1 is kept, but shows no clear gain: there is no second round"
+    return f"round {number} shows no clear gain: round {number - 1} is kept"

@@ -28,28 +28,51 @@ class DistilSettings:
     """
 
     teacher: Annotated[
-        Teacher, Setting("guided: the head's replies; weighted: the pairs' by score; shift: exact distributions.")
+        Teacher,
+        Setting(
+            "What the policy learns from: replies the head guides, the pairs' own replies weighted by score, or "
+            "the exact "
+            "distributions of mode shift."
+        ),
     ] = "guided"
-    prompts: Annotated[int, Ge(2), Setting("Training prompts that are answered, for `guided` and `shift`.")] = 300
-    candidates: Annotated[int, Ge(2), Setting("Blocks (`guided`) or tokens (`shift`) that the head looks at.")] = 10
-    block_tokens: Annotated[int, Ge(1), Setting("Tokens of a block, for `guided`.")] = 5
-    beta: Annotated[float, Gt(0), Setting("Standard deviations of score per factor e of weight, for `weighted`.")] = 1.0
+    prompts: Annotated[int, Ge(2), Setting("Number of training prompts to answer, for `guided` and `shift`.")] = 300
+    candidates: Annotated[
+        int, Ge(2), Setting("Number of blocks (`guided`) or tokens (`shift`) the head scores per step.")
+    ] = 10
+    block_tokens: Annotated[int, Ge(1), Setting("Tokens per block, for `guided`.")] = 5
+    beta: Annotated[
+        float,
+        Gt(0),
+        Setting("Temperature of the weights exp(score / beta), in standard deviations of the score, for `weighted`."),
+    ] = 1.0
     support: Annotated[
-        Support, Setting("What steps are normalised over; vocabulary sharpens the model besides, and takes longer.")
+        Support, Setting("Tokens each step is normalised over; vocabulary also sharpens the model and is slower.")
     ] = "nucleus"
-    ridge: Annotated[Annotated[float, Gt(0)] | None, Setting("Weight of half the squared change.")] = None
+    ridge: Annotated[
+        Annotated[float, Gt(0)] | None,
+        Setting("Weight of the penalty on half the squared change (default: chosen on held-out prompts)."),
+    ] = None
     strength: Annotated[
         Annotated[float, Gt(0)] | Literal["auto"],
-        Setting("Times the change is taken; auto: until its own replies score as the teacher's do (`guided`), else 1."),
+        Setting(
+            "Factor on the change; auto: raised until its own replies score like the teacher's (`guided`), else 1."
+        ),
     ] = "auto"
     rank: Annotated[
-        Annotated[int, Ge(1)] | Literal["auto", "full"], Setting("Rank of the change; full is cut to none.")
+        Annotated[int, Ge(1)] | Literal["auto", "full"],
+        Setting("Rank of the change; full leaves it as fitted, auto chooses on held-out prompts."),
     ] = "auto"
-    tolerance: Annotated[float, Gt(0), Lt(1), Setting("Certified gap, as a share of what the change gains.")] = 1e-3
+    tolerance: Annotated[
+        float, Gt(0), Lt(1), Setting("Certified gap at which the fit stops, as a fraction of the gain.")
+    ] = 1e-3
     rounds: Annotated[
-        int, Ge(1), Setting("Rounds at most; in each the head guides the policy of the round before, and teaches anew.")
+        int,
+        Ge(1),
+        Setting("Maximum number of rounds; in each the head guides the previous round's policy and distils it again."),
     ] = 1
-    held_out: Annotated[int, Ge(2), Setting("Held-out prompts at most that tell what each round gained.")] = 100
+    held_out: Annotated[
+        int, Ge(2), Setting("Maximum number of held-out prompts that measure the gain of each round.")
+    ] = 100
     seed: Seed = 0
 
 
@@ -62,11 +85,13 @@ class AdapterSettings:
 
     rates: Annotated[
         tuple[float, ...],
-        Setting("Learning rate of an adapter to try; may be repeated (default: 3e-4, 1e-3, 2e-3).", flag="--rate"),
+        Setting("Learning rate of the adapter to try. Repeatable (default: 3e-4, 1e-3, 2e-3).", flag="--rate"),
     ] = RATES
-    epochs: Annotated[int, Ge(1), Setting("Epochs of an adapter at most; the best on held-out prompts is kept.")] = 3
-    adapter_rank: Annotated[int, Ge(1), Setting("Rank of an adapter's two factors at each matrix.")] = 16
-    batch: Annotated[int, Ge(1), Setting("Replies of a training step of an adapter.")] = 8
+    epochs: Annotated[
+        int, Ge(1), Setting("Maximum number of epochs of the adapter; the best on held-out prompts is kept.")
+    ] = 3
+    adapter_rank: Annotated[int, Ge(1), Setting("Rank of the adapter at each matrix.")] = 16
+    batch: Annotated[int, Ge(1), Setting("Batch size of the adapter's training, in replies.")] = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rates", tuple(self.rates))
@@ -84,4 +109,4 @@ def check_vehicle(into: Vehicle, settings: DistilSettings, adapter: AdapterSetti
     if given:
         flags = ", ".join("--rate" if name == "rates" else "--" + name.replace("_", "-") for name in given)
         other = "output" if into == "adapter" else "adapter"
-        raise CoalaError(f"Found {flags} with --into {into}; expected it with --into {other} alone. Fix: leave it out.")
+        raise CoalaError(f"Found {flags} with --into {into}; expected it only with --into {other}. Fix: remove it.")

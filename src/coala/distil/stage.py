@@ -58,7 +58,7 @@ def distil(
             work.check_evidence()
         if work.head.evidence == 0:
             on_note(
-                "the head is at chance on held-out pairs: what is distilled of it is no preference that they vouch for"
+                "the head is at chance on held-out pairs: there is no evidence for the preference that is distilled"
             )
         if settings.rounds > 1:
             from coala.distil.rounds import in_rounds
@@ -190,7 +190,7 @@ def taught_states(
         states = teacher_states(work.backbone, work.output, taught.lessons, folder, work.guidance, **told, **change)
     if outside := int((~states.in_nucleus).sum()):
         where = "left out" if work.settings.support == "nucleus" else "kept"
-        work.on_note(f"{outside} of {len(states)} tokens lie outside their step's nucleus: {where}")
+        work.on_note(f"{outside} of {len(states)} tokens are outside their step's nucleus: {where}")
     return states, taught
 
 

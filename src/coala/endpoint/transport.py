@@ -67,7 +67,7 @@ class Server:
         except ValueError:
             host = None
         if not host:
-            raise CoalaError(f"base_url {base_url!r} is no address. Write e.g. http://127.0.0.1:8000/v1.")
+            raise CoalaError(f"base_url {base_url!r} is not an address. Fix: write e.g. http://127.0.0.1:8000/v1.")
         sent = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if key:
             sent["Authorization"] = f"Bearer {key}"

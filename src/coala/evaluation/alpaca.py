@@ -210,7 +210,7 @@ def _preference(row: FileRow) -> float:
     if row.get("preference") is not None:
         value = row.value("preference", low=0, high=2)
         if 0 < value < 1:
-            raise row.fault("preference", f"{value:g}", "a number from 1 to 2, or 0 for a tie", "mend the row")
+            raise row.fault("preference", f"{value:g}", "a number from 1 to 2, or 0 for a tie", "correct the row")
         return TIE if value == 0 else value
     if "top_logprobs" not in row.fields:
         if "preference" not in row.fields:
@@ -248,7 +248,7 @@ def _logprobs(row: FileRow, top: Any) -> list[tuple[str, float]]:
         parts = [entry.get("token"), entry.get("logprob")] if isinstance(entry, dict) else entry
         value = as_number(parts[1]) if isinstance(parts, list) and len(parts) == 2 else None
         if value is None or not isinstance(parts[0], str):
-            raise row.fault("top_logprobs", shown(entry), "a list of [token, log-probability]", "mend the row")
+            raise row.fault("top_logprobs", shown(entry), "a list of [token, log-probability]", "correct the row")
         pairs.append((parts[0], value))
     return pairs
 

@@ -60,7 +60,7 @@ class Battles:
                 f"{shown(str(self.first[same[0]]))}); expected two models. Leave such rows out."
             )
         if len(self) and not ((self.outcome >= 0) & (self.outcome <= 1)).all():
-            raise CoalaError("A battle's outcome is not in [0, 1]; expected 1, 1/2 or 0. Mend the battles.")
+            raise CoalaError("A battle's outcome is not in [0, 1]; expected 1, 1/2 or 0. Fix: correct the battles.")
 
     def __len__(self) -> int:
         return len(self.outcome)
@@ -341,7 +341,7 @@ def _battle(row: FileRow, model: str | None, baseline: str | None) -> tuple[tupl
         pair = models_of(row, model, baseline)
         meaning = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
     if winner not in meaning:
-        raise row.fault("winner", shown(winner), f"one of {', '.join(meaning)}", "mend or delete the row")
+        raise row.fault("winner", shown(winner), f"one of {', '.join(meaning)}", "correct or delete the row")
     return pair, meaning[winner]
 
 
@@ -349,7 +349,7 @@ def games_of(row: FileRow, rule: VerdictRule) -> tuple[list[str | None], int, in
     """The verdicts of a row's games, and how many differ from what is stored, think aloud, and give several."""
     games = row.fields["games"]
     if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(isinstance(game, dict) for game in games):
-        raise row.fault("games", shown(games), "a list of two games", "mend or delete the row")
+        raise row.fault("games", shown(games), "a list of two games", "correct or delete the row")
     verdicts: list[str | None] = []
     differing = thinking = several = 0
     for game in games:
@@ -358,7 +358,7 @@ def games_of(row: FileRow, rule: VerdictRule) -> tuple[list[str | None], int, in
             text = text.get("answer")
         if not isinstance(stored, str | None) or not isinstance(text, str | None):
             bad = text if isinstance(stored, str | None) else stored
-            raise row.fault("games", shown(bad), "texts under judgment and score", "mend or delete the row")
+            raise row.fault("games", shown(bad), "texts under judgment and score", "correct or delete the row")
         verdict = None if stored is None else _normal(stored.upper())
         if text is not None:
             said = verdicts_in(text)

@@ -178,9 +178,11 @@ def _checked(battles: Battles, baseline: str, first: Float, second: Float, colum
                 f"{', '.join(COLUMNS)} for every battle."
             )
         if not (np.isfinite(style).all() and (style >= 0).all()):
-            raise CoalaError(f"The styles of the {name} side hold a value that is no count; expected numbers from 0.")
+            raise CoalaError(
+                f"The styles of the {name} side contain a value that is not a count; expected numbers from 0."
+            )
     if not len(battles) or baseline not in battles.models:
-        raise CoalaError(f"No battle has the baseline {shown(baseline)}. Name a model that is there.")
+        raise CoalaError(f"No battle has the baseline {shown(baseline)}. Fix: name a model in the file.")
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise CoalaError(f"There is no style column {shown(unknown[0])}; expected some of {', '.join(COLUMNS)}.")
 
@@ -197,7 +199,7 @@ def _style(row: FileRow) -> Float:
     if isinstance(reply, dict):
         reply = reply.get("answer")
     if not isinstance(reply, str):
-        raise row.fault("messages", shown(said), "a list that ends in the reply", "mend or delete the row")
+        raise row.fault("messages", shown(said), "a list that ends in the reply", "correct or delete the row")
     return style_of(reply)
 
 
@@ -205,5 +207,5 @@ def _count(row: FileRow, name: str, value: Any) -> float:
     parts = list(value.values()) if isinstance(value, Mapping) else [value]
     numbers = [as_number(part) for part in parts]
     if any(number is None or not 0 <= number <= 1e9 for number in numbers):
-        raise row.fault(name, shown(value), "a count, or an object of counts", "mend or delete the row")
+        raise row.fault(name, shown(value), "a count, or an object of counts", "correct or delete the row")
     return sum(number for number in numbers if number is not None)

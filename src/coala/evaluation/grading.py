@@ -63,7 +63,7 @@ def read_questions(path: Path | str) -> list[BenchmarkQuestion]:
     for row in read_rows(path):
         name, turns = row.label("question_id"), _texts(row, row.get("turns"))
         if not 1 <= len(turns) <= 2:
-            raise row.fault("turns", f"{len(turns)} turns", "1 or 2", "mend or delete the row")
+            raise row.fault("turns", f"{len(turns)} turns", "1 or 2", "correct or delete the row")
         if name in found:
             raise row.fault("question_id", f"{shown(name)} again", "each question once", "delete one of them")
         found[name] = BenchmarkQuestion(
@@ -162,11 +162,11 @@ def _row(one: Answered, turn: int, by: ChatJudge, value: tuple[float, str] | Exc
 def _choice(row: FileRow) -> tuple[str, ...]:
     choices = row.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise row.fault("choices", shown(choices), "a list of objects with turns", "mend or delete the row")
+        raise row.fault("choices", shown(choices), "a list of objects with turns", "correct or delete the row")
     return _texts(row, choices[0].get("turns"))
 
 
 def _texts(row: FileRow, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise row.fault("turns", shown(value), "a list of texts", "mend or delete the row")
+        raise row.fault("turns", shown(value), "a list of texts", "correct or delete the row")
     return tuple(value)

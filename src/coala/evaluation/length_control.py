@@ -186,8 +186,8 @@ def length_controlled(
     others = np.column_stack([np.tanh(calibration.length_difference), calibration.difficulty, calibration.bias])
     if alone and not _told_apart(own[:, 0], annotations.preference[known] - 1):
         remarks.append(
-            "the win rate at equal lengths cannot be told: replies are all longer or all shorter than the baseline's, "
-            "or length alone tells who won"
+            "the win rate at equal lengths is unknown: replies are all longer or all shorter than the baseline's, or "
+            "length alone decides who won"
         )
         unknown = Estimate(math.nan, 0.0, 100.0, len(own), "length-controlled, own rows alone; not identified")
         undefined = np.full(len(hard), math.nan)
@@ -211,7 +211,7 @@ def length_controlled(
         remarks.append(f"{annotations.repeated} rows repeat an instruction: all are kept")
     if n < FEW_ROWS and not alone:
         remarks.append(
-            f"{n} rows beside {len(others)} calibration rows, which decide the length and difficulty weights"
+            f"{n} rows with {len(others)} calibration rows, which determine the length and difficulty weights"
         )
 
     def drawn(picked: NDArray[np.intp]) -> float:
@@ -232,7 +232,7 @@ def length_controlled(
         else:
             low, high = 0.0, 100.0
         about = f"percentile bootstrap 95 % over instructions ({draws} draws, seed {seed})"
-        about += f", {draws - len(whole)} of which cannot tell" if len(whole) < draws else ""
+        about += f", {draws - len(whole)} of which are undefined" if len(whole) < draws else ""
     fitted = "maximum likelihood" if c is None else f"L1 at C = {c:.6g}"
     fitted += " as liblinear stops" if stopping == "liblinear" else ""
     estimate = Estimate(
@@ -332,5 +332,5 @@ def _squashed_difference(annotations: Annotations, remarks: list[str]) -> Float:
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
     if spread > 0:
         return np.asarray(np.tanh(difference / spread))
-    remarks.append("the length differences are all the same, so the length weight is the calibration rows' alone")
+    remarks.append("all length differences are equal, so the length weight comes from the calibration rows alone")
     return np.sign(difference)

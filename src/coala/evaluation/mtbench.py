@@ -181,7 +181,7 @@ def read_matches(path: Path | str) -> tuple[list[Match], tuple[str, ...]]:
                 name = row.text(f"g{game}_winner")
                 if name not in _OUTCOMES:
                     expected = ", ".join(_OUTCOMES)
-                    raise row.fault(f"g{game}_winner", shown(name), f"one of {expected}", "mend or delete the row")
+                    raise row.fault(f"g{game}_winner", shown(name), f"one of {expected}", "correct or delete the row")
                 stored = _OUTCOMES[name]
             if stored is None or row.get(f"g{game}_judgment") is not None:
                 text = row.text(f"g{game}_judgment", f"g{game}_winner")
@@ -229,7 +229,9 @@ def scores(ratings: Sequence[Rating]) -> dict[str, TurnScores]:
         valid = [row for row in rows if row.score != ERROR]
         remarks = _repeats([(row.question, row.turn, row.judge) for row in rows])
         if len(valid) > 1 and len({row.score for row in valid}) == 1:
-            remarks += (f"every one of the {len(valid)} ratings is {valid[0].score:g}: this judge tells no two apart",)
+            remarks += (
+                f"every one of the {len(valid)} ratings is {valid[0].score:g}: this judge does not distinguish replies",
+            )
         judges = {row.judge for row in rows}
         if len({row.question for row in rows if row.category}) not in (0, len({row.question for row in rows})):
             remarks += ("some questions have no category",)
@@ -323,7 +325,7 @@ def _number(rating: str) -> float:
 def _turn(row: FileRow) -> int:
     turn = row.value("turn", low=1, high=99)
     if turn != int(turn):
-        raise row.fault("turn", f"{turn:g}", "a whole number", "mend the row")
+        raise row.fault("turn", f"{turn:g}", "a whole number", "correct the row")
     return int(turn)
 
 

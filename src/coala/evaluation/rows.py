@@ -55,7 +55,7 @@ class FileRow:
         """A text, which may be empty."""
         name, value = self._asked(names, "a text")
         if not isinstance(value, str):
-            raise self.fault(name, shown(value), "a text", "mend or delete the row")
+            raise self.fault(name, shown(value), "a text", "correct or delete the row")
         return value
 
     def label(self, *names: str) -> str:
@@ -64,7 +64,7 @@ class FileRow:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
             return str(value)
         if not isinstance(value, str) or not value.strip():
-            raise self.fault(name, shown(value), "a name or number", "mend or delete the row")
+            raise self.fault(name, shown(value), "a name or number", "correct or delete the row")
         return value
 
     def value(self, *names: str, low: float = -math.inf, high: float = math.inf) -> float:
@@ -75,7 +75,7 @@ class FileRow:
         name, value = self._asked(names, expected)
         number = as_number(value)
         if number is None or not low <= number <= high:
-            raise self.fault(name, shown(value), expected, "mend or delete the row")
+            raise self.fault(name, shown(value), expected, "correct or delete the row")
         return number
 
     def flag(self, *names: str) -> bool:
@@ -84,7 +84,7 @@ class FileRow:
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if not isinstance(value, bool):
-            raise self.fault(name, shown(value), "true or false", "mend or delete the row")
+            raise self.fault(name, shown(value), "true or false", "correct or delete the row")
         return value
 
 
@@ -100,7 +100,7 @@ def read_rows(path: Path | str) -> list[FileRow]:
             if found.severity != "note":  # a part that is left out is no small matter here
                 raise DataError([found])
         elif not isinstance(found.value, dict):
-            expected = "expected an object of fields. Fix: mend or delete it."
+            expected = "expected an object of fields. Fix: correct or delete it."
             raise CoalaError(f"{shown_path(name)}:{found.row}: found {shown(found.value)}, {expected}")
         else:
             # An empty cell of a table is no value; an empty text of JSON is one.

@@ -108,7 +108,7 @@ def remarks_on(judgements: Sequence[Judgement]) -> tuple[str, ...]:
     if why := place_alone(straight, swapped):
         return (f"{why}; the win rate says nothing",)
     if not _leaning(known).any():
-        return (f"every one of the {len(known)} verdicts is a tie: this judge tells no two replies apart",)
+        return (f"every one of the {len(known)} verdicts is a tie: this judge does not distinguish replies",)
     if not both:
         sides = {(judgement.first, judgement.second) for judgement in judgements}
         if len(sides) == 1:

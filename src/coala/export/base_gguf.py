@@ -78,7 +78,7 @@ def _check_logits(source: Path, header: Header, backbone: LanguageModel) -> None
     if header.architecture in SCALED_BY_NAME:
         raise ExportError(
             f"{source}: found the architecture {header.architecture}, whose logits llama.cpp scales itself, expected "
-            "one that its header tells whole, fix: --to checkpoint"
+            "one fully described by its header, fix: --to checkpoint"
         )
     config = backbone.transformer.config.get_text_config()
     keys = {name: header.of(name) for name in ("final_logit_softcapping", "logit_scale")}

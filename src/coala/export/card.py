@@ -69,8 +69,8 @@ def card(head: ConvexHead, spec: FeatureSpec, form: str, facts: RunFacts | None,
         "",
         f"# Preference head on {spec.backbone}",
         "",
-        "Scores a reply to a prompt; higher is preferred. The language model is left as it was; the head was "
-        "fitted to preference pairs by convex optimisation with COALA.",
+        "Scores a reply to a prompt; higher is preferred. The language model is unchanged; the head was fitted to "
+        "preference pairs by convex optimisation with COALA.",
         "",
         *rows_of(rows),
         "",
@@ -119,8 +119,9 @@ def rows_of(rows: list[tuple[str, str]]) -> list[str]:
 
 
 _REWARD_MODEL = [
-    "The folder brings two short Python files (`modeling_coala.py`, `tokenization_coala.py`), for no stock class holds "
-    "such a head. Loading runs them: read them, then allow it with `trust_remote_code=True`. Weights are safetensors.",
+    "The folder contains two short Python files (`modeling_coala.py`, `tokenization_coala.py`), because no stock "
+    "class has such a head. Loading runs them: read them, then allow it with `trust_remote_code=True`. Weights are "
+    "safetensors.",
     "",
     "```python",
     "from transformers import pipeline",
@@ -148,7 +149,7 @@ def _linear(spec: FeatureSpec) -> list[str]:
     special = ", add_special_tokens=False" if chat else ""
     return [
         "A stock sequence classifier with one linear layer `score`; no code is needed. The score is read at the last "
-        "token, so the text has to end where the reply ends" + (", with its stop token." if ending else "."),
+        "token, so the text must end where the reply ends" + (", with its stop token." if ending else "."),
         "",
         "```python",
         "from transformers import AutoTokenizer, pipeline",

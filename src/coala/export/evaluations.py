@@ -63,7 +63,7 @@ def share_evaluations(
         left += [f"{told}: {one['name']} has no value" for one in _figures(row) if not _has_value(one["estimate"])]
         name = _slug(told)
         if row["changed"] or row.get("stale"):
-            left.append(f"{told}: its files have changed since; evaluate again")
+            left.append(f"{told}: its files have changed since then; evaluate again")
             continue
         if not any(_has_value(one["estimate"]) for one in _figures(row)):
             continue
@@ -73,7 +73,7 @@ def share_evaluations(
         ever.append(target)
         entries = hub_entries(row, named.get(row["kind"]))
         if not entries:
-            left.append(f"{told}: not in .eval_results, which takes results on a data set of the Hub (datasets=)")
+            left.append(f"{told}: not in .eval_results, which only takes results on a Hub dataset (datasets=)")
             continue
         page = out / ".eval_results" / f"{name}.yaml"
         write_atomic(page, yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))

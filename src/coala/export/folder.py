@@ -220,7 +220,7 @@ def _tried(head: ConvexHead, backbone: LanguageModel, load: Callable[[], Any]) -
         if ids is not None and list(ids) != list(row):
             raise ExportError(
                 f"{backbone.name}: the tokenizer read back from the folder makes other tokens than the one the head "
-                f"was fitted with ({len(ids)} against {len(row)}). Save the model's tokenizer anew and fit again."
+                f"was fitted with ({len(ids)} against {len(row)}). Fix: save the model's tokenizer again and refit."
             )
     found = np.asarray(score(prompts, replies, rows), dtype=np.float64)
     difference = float(np.abs(found - own).max() / (1 + np.abs(own).max()))
@@ -287,7 +287,7 @@ def _read_back(kind: Any, work: Path, backbone: LanguageModel) -> Any:
     astray = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if astray:
         raise ExportError(
-            f"{backbone.name}: {len(astray)} weight(s) were not found again in the folder ({astray[0]}, ...). "
-            "This kind of model cannot be exported."
+            f"{backbone.name}: {len(astray)} weight(s) are missing from the folder ({astray[0]}, ...). This kind of "
+            "model cannot be exported."
         )
     return model.eval().requires_grad_(False).to(backbone.device)

@@ -45,7 +45,7 @@ def merge_into(
     """
     found = find_adapter(str(adapter), download=download)
     if found.has_tokenizer:
-        raise ExportError(f"{found.name}: brings a tokenizer of its own; expected its base's. Fix: merge it with peft.")
+        raise ExportError(f"{found.name}: has its own tokenizer; expected its base's. Fix: merge it with peft.")
     name = base or str(found.settings.get("base_model_name_or_path") or "")
     place = find(name, revision, download=download)[0]
     if is_gguf(place):

@@ -163,9 +163,7 @@ def planned(
     if form is not None and form not in FORMS[into]:
         raise _unfit(form, into)
     if (base is not None and form not in ("gguf", "gguf-lora")) or (precision != "f16" and form != "gguf"):
-        raise ExportError(
-            "Found --base or --precision beside a form that has none, expected --to gguf, fix: leave them out."
-        )
+        raise ExportError("Found --base or --precision with another format, expected --to gguf, fix: remove them.")
     if out is not None:
         check_free(out, run)
         if form == "gguf":
@@ -180,7 +178,7 @@ def _unfit(form: Form, into: Vehicle) -> ExportError:
         "--to merged, then its convert_hf_to_gguf.py; or --into output, which changes a single one",
         "gguf-lora": "an adapter changes tensors that llama.cpp names and orders for each architecture. Fix: --to "
         "lora, then its convert_lora_to_gguf.py",
-        "checkpoint": "an adapter has to be merged first. Fix: --to merged",
+        "checkpoint": "an adapter must be merged first. Fix: use --to merged",
         "merged": "a change of the output layer has nothing to merge. Fix: --to checkpoint",
     }
     told = f"Found --to {form} of --into {into}; expected {' or '.join(FORMS[into])}, for"

@@ -22,7 +22,7 @@ Form = Literal["checkpoint", "gguf", "lora", "gguf-lora", "merged"]
 Policy = DistilledPolicy | DistilledAdapter
 UNKNOWN = "not stated in the model's files: look it up before publishing"
 _WAYS = {
-    "guided": "replies that a preference head guided, block by block",
+    "guided": "replies guided by a preference head, block by block",
     "weighted": "the training pairs' own replies, weighted by the head's score",
     "shift": "the distributions of a decoder that a preference head shifted, token by token",
 }
@@ -90,7 +90,7 @@ def licence_of(name: str, revision: str = "") -> str:
 def checked(probes: int, difference: float) -> str:
     """How an export was compared with its policy."""
     if not probes:
-        return "tensors were compared, log-probabilities not, for transformers did not load the file"
+        return "tensors were compared, log-probabilities not, because transformers did not load the file"
     return (
         f"read back by transformers, its log-probabilities were the policy's up to {difference:.1e} nats after "
         f"{probes} prompts; another dtype, device or engine changes last digits"
@@ -140,8 +140,8 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
         *uploading(),
         "## Limits",
         "",
-        "- It prefers what the head behind the teacher preferred, on the data that head was fitted to, and no more: "
-        "measure it on yours before use.",
+        "- It prefers what the teacher's head preferred on the data the head was fitted to, and no more: measure it "
+        "on yours before use.",
         "- No row of that data is in these files.",
         f"- {checked}",
         "- Licence: that of the base model and of the data apply. Name it above before publishing.",
@@ -189,8 +189,9 @@ def merged_card(base: str, adapter: Path, rank: int, checked: str) -> str:
 def _what(policy: Policy) -> str:
     if isinstance(policy, DistilledPolicy):
         return (
-            "The output layer of a frozen language model, changed by one convex program: logits are W (h + A h) in "
-            "place of W h. Every other weight is the base model's. One forward a token, no head, no code."
+            "The output layer of a frozen language model, changed by one convex program: logits are W (h + A h) "
+            "instead of W h. Every other weight is the base "
+            "model's. One forward pass per token, no head, no code."
         )
     return (
         "A language model with a LoRA adapter of its layers, trained by supervised fine-tuning (TRL) on replies that "
@@ -208,7 +209,7 @@ def _vehicle(policy: Policy) -> list[tuple[str, str]]:
     if isinstance(policy, DistilledPolicy):
         support = {
             "nucleus": "`nucleus`: each step normalised over the tokens that top-k and top-p left of the base model",
-            "vocabulary": "`vocabulary`: each step normalised over all tokens, which sharpens the model besides",
+            "vocabulary": "`vocabulary`: each step normalised over all tokens, which also sharpens the model",
         }
         return [
             ("program", "likelihood of the teacher over the changes A of the output layer, with a ridge; convex"),
@@ -224,29 +225,29 @@ def _vehicle(policy: Policy) -> list[tuple[str, str]]:
         ("epoch", f"{policy.epoch} of {policy.facts['epochs']}, the best there"),
         (
             "held-out loss",
-            f"{row['held_out']:+.4f} nats a token (standard error {row['se']:.4f}) from the base model's",
+            f"{row['held_out']:+.4f} nats per token (standard error {row['se']:.4f}) from the base model's",
         ),
     ]
 
 
 def _certificate(policy: Policy) -> list[str]:
     if isinstance(policy, DistilledAdapter):
-        return ["None: the training is not convex, and nothing says how near it came to the best adapter."]
+        return ["None: the training is not convex, so its distance to the best adapter is unknown."]
     if policy.certificate is None:
         return ["None was saved with the policy, or it was scaled since."]
     found = policy.certificate
     return [
-        f"{found.statement} The gap is {found.gap:.3g} nats a token.",
+        f"{found.statement} The gap is {found.gap:.3g} nats per token.",
         "",
         "It does not say that replies are better, nor that they win: only that no other change of the output layer "
-        "lowers this objective, on these replies of the teacher, by more than the gap. What replies are worth is for "
-        "the measurements below and for yours.",
+        "lowers this objective, on these replies of the teacher, by more than the gap. For the quality of replies see "
+        "the measurements below and your own.",
     ]
 
 
 def _measured(facts: PolicyFacts) -> list[str]:
     if facts.measured is None:
-        return ["Not measured by the run. `coala distil RUN --measure` does, on its held-out prompts."]
+        return ["Not measured by the run. `coala distil RUN --measure` measures it on held-out prompts."]
     found = facts.measured
     wins = "not known: the run names no judge"
     if found["wins"] is not None:
@@ -256,7 +257,7 @@ def _measured(facts: PolicyFacts) -> list[str]:
         *rows_of(
             [
                 ("wins against unguided replies", wins),
-                ("KL(policy, base) a reply, nats", _told(found["divergence"])),
+                ("KL(policy, base) per reply, nats", _told(found["divergence"])),
                 ("perplexity under the base model, over unguided replies'", f"{ratio:.2f}"),
             ]
         ),
@@ -285,7 +286,7 @@ def _cost(policy: Policy, flops: Mapping[str, int]) -> str:
 
 def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
     settings = ", ".join(f"{name}={value:g}" for name, value in sampling.items())
-    told = f"Sample at {settings}, where it was fitted; another temperature is another policy."
+    told = f"Sample at {settings}, as fitted; another temperature gives another policy."
     if form == "gguf":
         flags = (
             f"--temp {sampling['temperature']:g} --top-k {sampling['top_k']:g} --top-p {sampling['top_p']:g} --min-p 0"
@@ -293,7 +294,7 @@ def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
         return [
             "```sh",
             f"llama-server -m FILE.gguf {flags}                # llama.cpp",
-            "ollama create NAME -f FILE.Modelfile && ollama run NAME   # Ollama: the Modelfile beside the file",
+            "ollama create NAME -f FILE.Modelfile && ollama run NAME   # Ollama: the Modelfile next to the file",
             "```",
             "",
             told,

@@ -39,7 +39,7 @@ class ExportedPolicy:
 
         rows = [[self.form, f"{self.path}, {self.n_bytes / 1e6:.1f} MB"]]
         rows += [["read back", checked(self.probes, self.difference)]]
-        return rows + ([["beside it", ", ".join(path.name for path in self.beside)]] if self.beside else [])
+        return rows + ([["next to it", ", ".join(path.name for path in self.beside)]] if self.beside else [])
 
 
 def plain_model(folder: Path | str, dtype: torch.dtype, adapter: Path | None = None, **options: Any) -> Any:

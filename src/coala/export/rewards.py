@@ -86,7 +86,7 @@ class RewardFunction:
         self.__name__ = "coala_reward"  # trainers log the reward under it
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Rewards of ``completions``; other columns of the data set are not looked at."""
+        """Rewards of ``completions``; other columns of the data set are ignored."""
         if len(prompts) != len(completions):
             raise CoalaError(f"{len(prompts)} prompts and {len(completions)} completions; expected one each.")
         asked, replies = [], []

@@ -90,7 +90,7 @@ def hold(
             on_failure=on_failure,
         )
         if found.stopped and all(judgement.preference is None for judgement in found.judgements):
-            raise CoalaError(f"{found.stopped} The replies are kept; run the same command again to go on.")
+            raise CoalaError(f"{found.stopped} The replies are saved; rerun the same command to resume.")
         fought = None
         if isinstance(chosen.judge, ChatJudge) and chosen.judge.instructions.mode == "arena":
             fought = battles(ours, theirs, chosen.judge, {one.id: one.prompt for one in asked})

@@ -146,6 +146,6 @@ def _prompts(
     if needed and lacking:
         raise CoalaError(
             f"{len(lacking)} of {len(mine)} replies are to prompts that {path} does not hold (the first is "
-            f"{lacking[0]!r}), and this judge has to see them. Give the run's pairs with --pairs."
+            f"{lacking[0]!r}), and this judge needs them. Fix: pass the run's pairs with --pairs."
         )
     return found

@@ -277,8 +277,8 @@ def _beside(files: Sequence[Path]) -> list[str]:
     there = list(dict.fromkeys(str(path) for path in files if path.exists()))
     if not there:
         raise CoalaError(
-            f"There is no pairs-eval.jsonl beside the generations ({files[0].parent}). Give the texts of the prompts "
-            "with --prompts."
+            f"Found no pairs-eval.jsonl next to the generations ({files[0].parent}). Fix: pass the prompts with "
+            "--prompts."
         )
     return there
 
@@ -296,9 +296,9 @@ def _read_checks(file: Path) -> list[Check]:
     for row in read_rows(file):
         answers, right = row.get("answers"), row.get("right")
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise row.fault("answers", "something else", "a list of texts", "mend or delete the row")
+            raise row.fault("answers", "something else", "a list of texts", "correct or delete the row")
         if isinstance(right, bool) or not isinstance(right, int):
-            raise row.fault("right", "something else", "the number of an answer, from 0", "mend or delete the row")
+            raise row.fault("right", "something else", "the number of an answer, from 0", "correct or delete the row")
         found.append(Check(clean(row.text("prompt")), tuple(map(clean, answers)), right))
     return found
 

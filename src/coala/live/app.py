@@ -110,7 +110,7 @@ def create_app(
     def rater(token: str) -> str:
         name = session.name_of(token)
         if name is None:
-            raise Refusal(HTTPStatus.NOT_FOUND, "This link is not known. Check that it was copied whole.")
+            raise Refusal(HTTPStatus.NOT_FOUND, "This link is unknown. Check that it was copied completely.")
         return name
 
     def owner(token: str) -> None:
@@ -209,23 +209,23 @@ def create_app(
     @app.exception_handler(CoalaError)
     def unfit(_: Request, error: CoalaError) -> Response:
         full = isinstance(error, StoreError)
-        said = f"Not kept: {error} Everything before it is safe." if full else str(error)
+        said = f"Not saved: {error} Everything before it is safe." if full else str(error)
         status = HTTPStatus.INSUFFICIENT_STORAGE if full else HTTPStatus.CONFLICT
         return Refusal(status, said, code="conflict" if isinstance(error, Conflict) else None).response()
 
     @app.exception_handler(RequestValidationError)
     def unreadable(_: Request, __: RequestValidationError) -> Response:
-        return Refusal(HTTPStatus.NOT_FOUND, "There is nothing at this address.").response()
+        return Refusal(HTTPStatus.NOT_FOUND, "This page does not exist.").response()
 
     @app.exception_handler(AnyHTTPException)
     def other(_: Request, error: AnyHTTPException) -> Response:
-        known = {404: "There is nothing at this address.", 405: "This address takes another method."}
+        known = {404: "This page does not exist.", 405: "This address takes another method."}
         return Refusal(error.status_code, known.get(error.status_code, str(error.detail))).response()
 
     @app.exception_handler(Exception)
     def broken(_: Request, error: Exception) -> Response:
         log.exception("a request failed", exc_info=error)
-        answer = Refusal(500, "Something went wrong on our side; clicks that were kept are safe. Try again.").response()
+        answer = Refusal(500, "Something went wrong on our side; saved clicks are safe. Try again.").response()
         answer.headers.update(HEADERS)  # made outside of the layer that adds them
         return answer
 

@@ -44,7 +44,7 @@ def figures(session: Session) -> list[Figure]:
         accuracy_figure(running_mean(outcomes)),
     ]
     if n_fitted:
-        chosen = f"its ridge is chosen on the first {ridge_of}" if ridge_of else "its ridge is the default as yet"
+        chosen = f"its ridge is chosen on the first {ridge_of}" if ridge_of else "its ridge is still the default"
         proved = (
             f"no other linear head fits these clicks better by more than {gap:.0e} of the objective (proved); {chosen}"
         )
@@ -65,15 +65,15 @@ def accuracy_figure(found: Estimate) -> Figure:
     else:
         said = "not shown to be better than chance"
     how = (
-        f"{said}; n = {found.n} pairs never fitted, each by the head of its time. "
-        "The interval is 95 %, however often you look."
+        f"{said}; n = {found.n} pairs never fitted, each scored by the head at that time. "
+        "The interval is 95 %, however often you check."
     )
     return Figure("Held-out accuracy", Interval(found).percent(), how)
 
 
 def outlook_figure(ahead: Outlook) -> Figure:
     """What more clicks are likely to change."""
-    share = f"about {100 * ahead.now:.0f} % of pairs may still turn"
+    share = f"about {100 * ahead.now:.0f} % of pairs may still flip"
     needed = ahead.needed()
     if needed == 0:
         value = "more clicks are likely to change little"
@@ -82,16 +82,16 @@ def outlook_figure(ahead: Outlook) -> Figure:
     else:
         value = f"about {needed:,} more clicks to settle the order"
     how = (
-        f"{share}; settled is {100 * UNSETTLED:.0f} %. A guess, if raters do not contradict themselves and the model's "
-        "states can express what they like"
+        f"{share}; settled is {100 * UNSETTLED:.0f} %. A guess, assuming consistent raters whose "
+        "preferences the model's states can express"
     )
-    return Figure("What more would change", value, how)
+    return Figure("What more clicks would change", value, how)
 
 
 def waiting_for(session: Session, trouble: str, wait: tuple[float, float | None] | None) -> str:
     """Why there is no question now, in a sentence."""
     if trouble:
-        return f"No reply is drawn at the moment: {trouble} Clicks are safe; it is tried again."
+        return f"No reply is being sampled: {trouble} Clicks are safe; retrying."
     if wait is not None:
         so_far, left = wait
         if left is None:

@@ -45,7 +45,7 @@ def recipe_in(out: Path, model: Mapping[str, Any], max_new_tokens: int, seed: in
     recorded = folder / "run.json"
     if recorded.exists():
         if not (folder / FOLDER / JOURNAL).exists():
-            raise CoalaError(f"{out}: found a run that was not begun by `coala live`. Fix: give another --out.")
+            raise CoalaError(f"{out}: found a run that was not started by `coala live`. Fix: use another --out.")
         kept = recipe_of(load_object(recorded), recorded)
         if kept.model != wanted.model:
             run.start({**kept.plain(), "model": wanted.plain()["model"]})  # raises, and names what differs
@@ -83,7 +83,7 @@ def write_pairs(out: Path, journal: Journal) -> tuple[int, int]:
     if found[False] < LEAST or found[True] < LEAST:
         raise CoalaError(
             f"found {found[False]} pairs to learn from and {found[True]} held out, expected at least {LEAST} of each, "
-            "fix: go on clicking, with prompts enough that some are set aside"
+            "fix: click more, with enough prompts that some are held out"
         )
     return found[False], found[True]
 

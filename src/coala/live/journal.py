@@ -246,7 +246,7 @@ def events_of(raw: bytes, source: str) -> tuple[list[tuple[int, dict[str, Any]]]
         if isinstance(event, dict):
             if torn:
                 raise JournalError(
-                    f"{source}:{torn}: is no line of a session although sound lines follow. Fix: delete that line."
+                    f"{source}:{torn}: is not a line of a session although valid lines follow. Fix: delete that line."
                 )
             found.append((number, event))
             size = end
@@ -261,13 +261,13 @@ def read_journal(raw: bytes, source: str = "journal") -> Journal:
     journal = Journal()
     events, journal.size = events_of(raw, source)
     if raw.strip(b"\0") and not events and b"\n" in raw:
-        raise JournalError(f"{source}: is no journal of clicks. Fix: give another --out.")
+        raise JournalError(f"{source}: is not a journal of clicks. Fix: use another --out.")
     for number, event in events:
         try:
             journal.apply(event)
         except JournalError as error:
             raise JournalError(
-                f"{source}:{number}: holds {error}. Fix: delete that line, or put a backup back."
+                f"{source}:{number}: holds {error}. Fix: delete that line, or restore a backup."
             ) from None
     return journal
 

@@ -27,7 +27,8 @@ def open_model(recipe: Recipe, settings: LiveSettings) -> Backbone:
     model = recipe.model
     if model.layer == "auto":
         raise CoalaError(
-            "found --layer auto, which pairs choose, expected a number, fix: leave it out, and choose it when finishing"
+            "found --layer auto, which pairs choose, expected a number, fix: remove it, and choose the layer "
+            "when finishing"
         )
     backbone = open_backbone(recipe)
     backbone.require_head("Replies")
@@ -74,7 +75,7 @@ def serve(
                 on_note(f"link of {name}: {here}/r/{session.rater(name, new_token)}")
             if not local:
                 on_note(
-                    "note: this address can be reached by others, unencrypted; put a proxy with TLS in front of it."
+                    "note: other machines can reach this address, unencrypted; put a proxy with TLS in front of it."
                 )
             threads, jobs = Threads(session, used), Jobs(out)
             app = create_app(

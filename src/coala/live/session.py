@@ -207,11 +207,11 @@ class Session:
         with self.lock:
             asked = self.journal.asked.get(question)
             if asked is None or asked.rater != rater:
-                raise Conflict("This pair is not yours to answer; the page shows the one that is.")
+                raise Conflict("This pair is assigned to another rater; the page shows yours.")
             if click in self.journal.clicks:
                 return
             if question in self.journal.answered:
-                raise Conflict("This pair was answered already, perhaps in another tab. Undo takes that back.")
+                raise Conflict("This pair was already answered, perhaps in another tab. Undo reverts that.")
             found = Answered(question, click, verdict, self._clock(), tags_of(tags), side, _sound(text))
             self._keep(answered_event(found))
             self._waiting.append(self.journal.answered[question])
@@ -223,7 +223,7 @@ class Session:
         with self.lock:
             asked = self.journal.asked.get(question)
             if asked is None or asked.rater != rater:
-                raise Conflict("This pair is not yours to take back.")
+                raise Conflict("This pair is not yours to undo.")
             answer = self.journal.answered.get(question)
             if answer is None or answer.click != click:
                 return
@@ -333,7 +333,7 @@ class Session:
         if len(known) < len(self.journal.scaled):
             raise CoalaError(
                 f"{self.path / REPLIES}: lacks replies by which features are scaled; it was changed or cut. "
-                "Fix: put a backup back, or give another --out."
+                "Fix: restore a backup, or use another --out."
             )
         self.learner = Learner(coordinates(np.stack(known)), self.settings.seed)
 

@@ -21,29 +21,30 @@ class LiveSettings:
     ``policy`` current: every second reply is guided by the head of the time, once there is one.
     """
 
-    ask: Annotated[Selection, Setting("Which pairs are asked about: those that tell most, drawn, or half of each.")] = (
+    ask: Annotated[Selection, Setting("Which pairs are asked: the most informative, random ones, or half of each.")] = (
         "random"
     )
     policy: Annotated[
-        Policy, Setting("Who writes the replies: the model by itself, or every second one guided by the head so far.")
+        Policy, Setting("What writes the replies: the model alone, or every second one guided by the current head.")
     ] = "unguided"
-    replies: Annotated[int, Ge(2), Setting("Replies drawn for each prompt.")] = 4
+    replies: Annotated[int, Ge(2), Setting("Number of replies sampled per prompt.")] = 4
     max_new_tokens: Annotated[int, Ge(1), Setting("Longest reply, in tokens.")] = 100
     temperature: Annotated[float, Gt(0), Setting("Sampling temperature of the replies.")] = 1.0
     held_out: Annotated[
-        float, Gt(0), Lt(1), Setting("Share of prompts, and of questions, that are held out to measure.")
+        float, Gt(0), Lt(1), Setting("Fraction of prompts, and of questions, held out to measure accuracy.")
     ] = 0.2
-    ahead: Annotated[int, Ge(1), Setting("Pairs that are to be ready; beyond that no replies are drawn.")] = 100
-    batch: Annotated[int, Ge(2), Setting("Replies drawn at a time, once some are there.")] = 8
+    ahead: Annotated[int, Ge(1), Setting("Number of pairs to prepare in advance; sampling pauses beyond that.")] = 100
+    batch: Annotated[int, Ge(2), Setting("Batch size of sampling, in replies, once a first pair is ready.")] = 8
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise CoalaError(
-                f"found --held-out {self.held_out:g}, expected a share between 0 and 1, fix: leave it out for a fifth"
+                f"found --held-out {self.held_out:g}, expected a fraction between 0 and 1, fix: remove it "
+                f"(default: 0.2)"
             )
         if not self.temperature > 0:
             raise CoalaError(
                 f"found --temperature {self.temperature:g}, at which all replies to a prompt are the same, expected "
-                "more than 0, fix: leave it out"
+                "more than 0, fix: remove it (default: 1)"
             )

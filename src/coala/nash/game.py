@@ -186,7 +186,7 @@ class PreferenceGame:
         if not isinstance(policy, Mapping) or set(policy) != set(self.prompts):
             found = sorted(map(str, policy)) if isinstance(policy, Mapping) else type(policy).__name__
             raise CoalaError(
-                f"The {what} has to map each of the prompts {list(self.prompts)} to an array; found {found}."
+                f"The {what} must map each of the prompts {list(self.prompts)} to an array; found {found}."
             )
         return [
             _distribution(policy[prompt], names, f"{what} of prompt {prompt!r}")
@@ -248,7 +248,7 @@ def read_game(content: Any) -> tuple[PreferenceGame, Policy]:
         _known(content, {"prompts"}, "the file")
         entries = content["prompts"]
         if not isinstance(entries, Mapping) or not entries:
-            raise CoalaError('"prompts" has to be an object from prompt to {"P": ...}; see `coala comal game --help`.')
+            raise CoalaError('"prompts" must be an object from prompt to {"P": ...}; see `coala comal game --help`.')
         for prompt, entry in entries.items():
             _known(entry, {"P", "labels", "start", "weight"}, f"prompt {prompt!r}")
         weighed = [prompt for prompt, entry in entries.items() if "weight" in entry]

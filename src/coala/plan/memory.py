@@ -47,8 +47,8 @@ class Shortage:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size(number)}" for name, number in sorted(self.parts.items(), key=lambda p: -p[1]))
         return (
-            f"{self.place}: up to {size(self.needed)} are needed for {self.stage} ({parts}), and "
-            f"{size(self.there)} are there."
+            f"{self.place}: up to {size(self.needed)} are needed for {self.stage} ({parts}), {size(self.there)} "
+            f"available."
         )
 
 

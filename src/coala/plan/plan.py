@@ -131,15 +131,15 @@ def make_plan(
         "host": available_bytes() if memory is None else memory,
         "disk": shutil.disk_usage(Path()).free if disk is None else disk,
     }
-    seconds, probe, replies = None, "not asked for", None
+    seconds, probe, replies = None, "not requested", None
     if probe_seconds > 0:
         short = [s for s in Needs(recipe, outline, counts, on_gpu, room, n_workers).shortages() if s.certain]
         reason = (
-            "no weights of this model are here"
+            "the model's weights are not available locally"
             if not weights or config is not None
             else "it would not fit"
             if short
-            else "there is no GPU here"
+            else "no GPU is available"
             if on_gpu and not here
             else "tokens were not counted by its tokenizer"
             if guess is not None or not recipe.pairs

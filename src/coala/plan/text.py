@@ -48,14 +48,14 @@ def table_rows(plan: RunPlan) -> list[tuple[str, str]]:
         ("pairs", f"{plan.pairs:,} ({plan.train:,} to train on), {plan.rows:,} distinct rows"),
         ("tokens", f"{plan.tokens['computed']:,} computed; longest row {plan.longest_row:,}"),
         ("  counted", plan.counted),
-        ("  distinct", f"{plan.tokens['distinct']:,}, the least that could be"),
+        ("  distinct", f"{plan.tokens['distinct']:,}, the minimum possible"),
         ("  pair by pair", f"{plan.tokens['pair_by_pair']:,} in a loop without sharing"),
         ("FLOPs", operations(sum(plan.flops[name] for name in DONE if name in plan.flops))),
     ]
     over = work_over_bound(plan.flops["extraction"], plan.flops["least"])
     told = {
         "extraction": f" ({over:.2f} of the lower bound; {operations(plan.flops['pair_by_pair'])} pair by pair)",
-        "fit": " at most, by the usual steps of a solve",
+        "fit": " at most, for the usual number of solver steps",
         "replies": " at most",
     }
     rows += [(f"  {name}", operations(plan.flops[name]) + told.get(name, "")) for name in DONE if name in plan.flops]
@@ -64,7 +64,7 @@ def table_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("time", "without loading the model, the fit and judging"))
         rows.append(("  extraction", interval(plan.seconds) + by_one))
         if plan.reply_seconds is not None:
-            rows.append(("  replies", f"up to about {_lasting(plan.reply_seconds)}, if all run to their full length"))
+            rows.append(("  replies", f"up to about {_lasting(plan.reply_seconds)}, if all reach their full length"))
         rows.append(("  probe", plan.probe))
     else:
         rows.append(("time", plan.probe))

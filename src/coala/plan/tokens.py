@@ -165,7 +165,7 @@ def _parts(recipe: Recipe, guess: Guess | None, rows: int | None) -> dict[str, l
     if not recipe.pairs:
         if rows is None or guess is None:
             raise CoalaError(
-                "There are no pairs to count. Name a file of pairs, or say how many there are and how long: "
+                "Found no pairs to count. Fix: name a file of pairs, or give their number and length: "
                 "`--rows N --tokens-per-prompt N --tokens-per-reply N`."
             )
         pairs = [Pair(user(f"prompt {i}"), f"first {i}", f"second {i}", str(i)) for i in range(min(rows, STAND_INS))]
@@ -264,7 +264,7 @@ def _reader(
         how = f"as given: {guess.prompt} tokens a prompt, {guess.reply} a reply"
         return _Guessed(shares, outline.context, guess), how
     if tokenizer is None:
-        how = f"about: characters / {CHARACTERS_PER_TOKEN}, for there is no tokenizer here"
+        how = f"about: characters / {CHARACTERS_PER_TOKEN}, because no tokenizer is available"
         return _Guessed(shares, outline.context, None), how
     from coala.backbone.load import load_tokenizer
     from coala.backbone.silence import quiet

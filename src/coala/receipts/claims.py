@@ -18,11 +18,11 @@ WRITTEN = (
     *("features/train/shards", "features/eval/shards"),
 )
 NOT_CLAIMED = (
-    "The model itself is untouched: what it was trained on before is not known here.",
+    "The model itself is unchanged: its earlier training data is unknown.",
     "The file the pairs were read from is the user's: delete the pairs there too. This run does not read them again.",
-    "The disk may keep the bytes of deleted files until it writes over them; backups and snapshots keep theirs.",
-    "Copies of the old head, exports and servers that loaded it elsewhere are not known here: replace them.",
-    "Verdicts that were bought are kept by digests of what was judged, with the judge's answers as they came.",
+    "The disk may keep the bytes of deleted files until it overwrites them; backups and snapshots keep theirs.",
+    "Copies of the old head, exports and servers that loaded it elsewhere are unknown here: replace them.",
+    "Cached verdicts are kept, by digests of what was judged and with the judge's raw answers.",
 )
 
 
@@ -76,6 +76,6 @@ def shared(run: Path, entries: Sequence[Path]) -> list[str]:
         if others > 0:
             told.append(
                 f"The old features/{part} have {others} more name{'s' if others > 1 else ''} on this disk, in a cache "
-                "or in other runs that share them: give --cache, and forget the pairs in those runs too."
+                "or in other runs that share them: pass --cache, and forget the pairs in those runs too."
             )
     return told

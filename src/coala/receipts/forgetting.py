@@ -104,8 +104,8 @@ def _selected(
     for line in lines:
         if not 1 <= line <= len(run.train.pairs):
             raise CoalaError(
-                f"found line {line}, expected one of pairs-train.jsonl, 1 to {len(run.train.pairs)}, fix: give one of "
-                "these"
+                f"found line {line}, expected one of pairs-train.jsonl, 1 to {len(run.train.pairs)}, fix: choose one "
+                "of these"
             )
         gone["train"][line - 1] = True
     if not any(some.any() for some in gone.values()):
@@ -139,7 +139,7 @@ def _refitted(run: Opened, gone: NDArray[np.bool_], anew: bool) -> _Refit:
         linear = forget(remaining, alone, reference_scale=scale, seed=run.recipe.seed).head
     fitted = {"path": [found.row], "history": found.history, "linear": linear.linear}
     facts = {
-        "how": "refitted exactly on what remains; the ridge and the gates are those chosen before",
+        "how": "refitted exactly on the remaining pairs; ridge and gates are those chosen before",
         "gap_before": found.gap_before,
         "gap_after": found.gap_after,
         "distance": found.distance,
@@ -181,7 +181,7 @@ def _chosen_anew(run: Opened, remaining: FeatureSet) -> _Refit:
     result = fitted()
     control = result.head if not result.head.n_neurons else fitted(linear=True).head
     facts: dict[str, Any] = {
-        "how": "fitted anew on what remains: ridge, gates and temperature too are of a fit that never saw the rest",
+        "how": "refitted from scratch on the remaining pairs: ridge, gates and temperature included",
         "gap_before": None,
         "gap_after": None if result.head.certificate is None else result.head.certificate.relative_gap,
         "distance": None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 By = Literal["pair", "group", "rater"]
 Metric = Literal["loss", "accuracy"]
 POISONED = (1, 2, 5, 10, 20, 50)
-HELD = "gates, ridge, sparsity, coordinates and temperature are held as they are"
+HELD = "gates, ridge, sparsity, coordinates and temperature stay fixed"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _measured(
 
     held = optimum.program
     if reply is not None and pair is not None:
-        raise CoalaError("found both a reply and a pair, expected one of them, fix: leave one out")
+        raise CoalaError("found both a reply and a pair, expected one of them, fix: remove one")
     if reply is not None:
         if prompt is None:
             raise CoalaError("found a reply without its prompt, expected both, fix: give --prompt")
@@ -133,7 +133,7 @@ def _measured(
     if pair is not None:
         if not 1 <= pair <= len(rows):
             raise CoalaError(
-                f"found pair {pair}, expected a line of pairs-eval.jsonl, 1 to {len(rows)}, fix: give one of these"
+                f"found pair {pair}, expected a line of pairs-eval.jsonl, 1 to {len(rows)}, fix: choose one of these"
             )
         row = rows[pair - 1]
         title = f"margin of held-out pair {pair}"
@@ -178,7 +178,7 @@ def _units(run: Opened, by: By) -> list[_Unit]:
         if not members:
             raise CoalaError(f"{run.run.path}: found no pair that names its rater, expected some, fix: use --by group")
     if len(members) < 2:
-        raise CoalaError(f"{run.run.path}: found one {by} only, without which no pair is left, fix: use --by pair")
+        raise CoalaError(f"{run.run.path}: found one {by} only, without which no pair remains, fix: use --by pair")
     return [_Unit(name, np.array(rows), rows) for name, rows in sorted(members.items())]
 
 
@@ -261,7 +261,7 @@ def _poison(run: Opened, optimum: Optimum, attack: int) -> dict[str, Any]:
                 "found a head with gates, expected a linear one, for which attacks are searched, fix: --attack 0"
             )
         if not 0 < attack < len(optimum):
-            raise CoalaError(f"found --attack {attack}, expected less than the {len(optimum)} pairs, fix: give fewer")
+            raise CoalaError(f"found --attack {attack}, expected less than the {len(optimum)} pairs, fix: use fewer")
         batch = max(1, attack // 50)
         _, accuracies = poisoning.attack(attack, batch=batch, temperature=run.head.temperature)
         found["attack"] = {"k": attack, "batch": batch, "accuracy": accuracies}

@@ -147,7 +147,7 @@ def _tell(record: Mapping[str, Any], note: OnNote) -> None:
             "among the others"
         )
     if record["at_chance"]:
-        note("the head of the others is not distinguishable from chance: nobody can be told from anybody")
+        note("the head of the others is not distinguishable from chance, so raters cannot be compared")
 
 
 # --- the computation -----------------------------------------------------------------------------------------------

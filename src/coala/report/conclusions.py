@@ -36,7 +36,7 @@ def conclusions(content: Mapping[str, Any]) -> list[str]:
 
 def _data(findings: list[Any]) -> list[str]:
     errors = sum(isinstance(f, Mapping) and f.get("severity") == "error" for f in findings)
-    return [f"The data has {_count(errors, 'error')}: mend the data before trusting any number here."] if errors else []
+    return [f"The data has {_count(errors, 'error')}: fix the data before trusting any number here."] if errors else []
 
 
 def _ranking(summary: Mapping[str, Any]) -> list[str]:
@@ -47,15 +47,13 @@ def _ranking(summary: Mapping[str, Any]) -> list[str]:
         if accuracy.above(0.5):
             sentences.append(f"{start}: better than chance.")
         elif accuracy.below(0.5):
-            sentences.append(f"{start}: worse than chance. Check that chosen and rejected are not exchanged.")
+            sentences.append(f"{start}: worse than chance. Check that chosen and rejected are not swapped.")
         else:
-            sentences.append(
-                f"{start}. The interval includes 50 %: no better than chance, as far as this data can tell."
-            )
+            sentences.append(f"{start}. The interval includes 50 %: no better than chance on this data.")
     if accuracy and train and accuracy.below(train.value):
         sentences.append(
             f"It ranks {100 * train.value:.1f} % of its own training pairs right, more than the held-out interval "
-            "reaches: a part of what it learnt does not carry over to new pairs."
+            "reaches: part of what it learnt does not generalise to new pairs."
         )
     return sentences
 
@@ -63,25 +61,25 @@ def _ranking(summary: Mapping[str, Any]) -> list[str]:
 def _evidence(head: Mapping[str, Any], guidance: Mapping[str, Any]) -> list[str]:
     if head.get("least_slope") != 0:
         return []
-    start = "Cross-validation on the training pairs cannot tell the head from chance"
+    start = "Cross-validation on the training pairs cannot distinguish the head from chance"
     if guidance.get("rule") == "calibrated":
-        return [f"{start}, so its guidance leaves the text as it is."]
-    return [f"{start}; by rule {guidance.get('rule', 'unknown')} it guides at full strength all the same."]
+        return [f"{start}, so its guidance leaves the text unchanged."]
+    return [f"{start}; by rule {guidance.get('rule', 'unknown')} it still guides at full strength."]
 
 
 def _linear(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[str]:
     gain, linear = Interval(summary.get("gain_over_linear")), Interval(summary.get("linear_accuracy_eval"))
     if head.get("n_neurons") == 0:
         if ((head.get("certificate") or {}).get("facts") or {}).get("method") == "linear":
-            return ["The head is linear, as was asked for: whether neurons would help was not tried."]
-        return ["The head is linear: validation kept no neuron, so the gates bring nothing on this data."]
+            return ["The head is linear, as requested: whether neurons would help was not tried."]
+        return ["The head is linear: validation kept no neuron, so gates do not help on this data."]
     if gain:
         start = f"Against a linear head on the same pairs the difference in accuracy is {gain.percent(points=True)}"
         if gain.above(0):
             return [f"{start}: the neurons help."]
         if gain.below(0):
             return [f"{start}: the linear head is better, prefer it."]
-        return [f"{start}. The interval includes 0: the head is not better than a linear one, as far as one can tell."]
+        return [f"{start}. The interval includes 0: the head is not shown to be better than a linear one."]
     accuracy = Interval(summary.get("accuracy_eval"))
     if linear and accuracy and accuracy.value <= linear.value:
         return [f"The head is not better than a linear one, which ranks {linear.percent()} right."]
@@ -96,12 +94,12 @@ def _calibration(found: Mapping[str, Any], summary: Mapping[str, Any]) -> list[s
     start = f"On average it gives {100 * confidence:.1f} % to the reply it prefers, and it is right in "
     start += f"{100 * accuracy.value:.1f} % of cases"
     if accuracy.below(confidence):
-        return [f"{start}: its probabilities are too sure, as they stand."]
+        return [f"{start}: its probabilities are overconfident."]
     if accuracy.above(confidence):
-        return [f"{start}: its probabilities are too timid."]
+        return [f"{start}: its probabilities are underconfident."]
     if error and chance is not None and error.above(2 * chance):
         return [f"{start}, but its probabilities are off by {100 * error.value:.1f} points: see the reliability curve."]
-    return [f"{start}: its probabilities hold on held-out pairs, as far as one can tell."]
+    return [f"{start}: its probabilities are consistent with the held-out pairs."]
 
 
 def _lengths(rows: list[Any]) -> list[str]:
@@ -116,7 +114,7 @@ def _lengths(rows: list[Any]) -> list[str]:
 def _path(rows: list[Any], head: Mapping[str, Any]) -> list[str]:
     facts = (head.get("certificate") or {}).get("facts") or {}
     if (facts.get("cv") or {}).get("signal_found") is False:
-        return ["Validation found no signal: on held-out pairs no head was better than a coin."]
+        return ["Validation found no signal: on held-out pairs no head was better than chance."]
     if facts.get("separable"):
         return ["The head ranks every training pair right, so only the regularisation keeps its scores finite."]
     if head.get("n_neurons") == 0:
@@ -149,8 +147,9 @@ def _certificate(summary: Mapping[str, Any], head: Mapping[str, Any]) -> list[st
     share = f"{100 * gap:.2g} %" if gap > 1e-12 else "rounding error"
     if tolerance is not None and gap > tolerance:
         return [
-            f"The solver stopped at a certified gap of {share} of the objective, above the {number(tolerance)} asked "
-            "for: the head may not be optimal. Allow more steps."
+            f"The solver stopped at a certified gap of {share} of the objective, above the {number(tolerance)} "
+            f"requested: the head may not "
+            "be optimal. Allow more steps."
         ]
     return [f"The fit is proved optimal to within {share} of its objective, for its own convex program."]
 

@@ -23,9 +23,9 @@ def shown(content: Mapping[str, Any]) -> list[Part]:
     heads = [
         "Replies",
         *([f"Wins against unguided ({judge})"] if judge else []),
-        "Head score, more than unguided",
-        "Perplexity, times unguided",
-        "KL a reply, nats",
+        "Head score, difference to unguided",
+        "Perplexity, relative to unguided",
+        "KL per reply, nats",
         "Forwards a token",
     ]
     rows = [_row(row, judged=bool(judge)) for row in content.get("rows") or []]
@@ -72,12 +72,12 @@ def spoken(content: Mapping[str, Any]) -> list[str]:
     if ours is None or content.get("stale"):
         return []
     wins, gain, nats = (Interval(ours.get(name)) for name in ("wins", "gain", "divergence"))
-    start = "The distilled policy, at one forward a token,"
+    start = "The distilled policy, at one forward pass per token,"
     if wins:
         even = "" if wins.above(0.5) or wins.below(0.5) else ", which includes 50 %"
         said = f"{start} is preferred to unguided replies in {wins.percent()}{even}"
     else:
-        way = "above" if gain.above(0) else "below" if gain.below(0) else "not told from"
+        way = "above" if gain.above(0) else "below" if gain.below(0) else "not distinguishable from"
         said = f"{start} has a head score {way} that of unguided replies by {gain.plain()}"
-    cost = f", at {nats.plain()} nats a reply" if nats else ""
+    cost = f", at {nats.plain()} nats per reply" if nats else ""
     return [f"{said}, n = {(wins or gain).n}{cost}."]

@@ -121,7 +121,7 @@ def saved_evaluations(run: RunFolder) -> list[dict[str, Any]]:
     for path in sorted((run.path / FOLDER).glob("*.json")):
         row = load_json(path)
         if not isinstance(row, dict) or not isinstance(row.get("figures"), list):
-            raise StoreError(f"{path}: is no evaluation. Delete it, or evaluate again.")
+            raise StoreError(f"{path}: is not an evaluation. Fix: delete it, or evaluate again.")
         found.append({**row, "changed": [one["path"] for one in row.get("files", []) if _differs(run, one)]})
     return sorted(found, key=lambda row: str(row.get("created")))
 
@@ -167,19 +167,17 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
         *((f"file: {one.get('role')}", f"{one.get('path')}, SHA-256 {one.get('sha256')}") for one in row["files"]),
         *((f"version of {name}", str(value)) for name, value in (row.get("versions") or {}).items()),
     ]
-    heads = ("Measure", "Value (95 % interval unless told otherwise)", "How")
+    heads = ("Measure", "Value (95 % interval unless stated otherwise)", "How")
     return [
         element("h3", title),
-        aside("Stale: made with the head of before pairs were forgotten. Evaluate again.")
-        if row.get("stale")
-        else None,
-        aside(f"Made on other files than are in the run now: {changed}. Evaluate again.") if changed else None,
+        aside("Stale: made with the head before pairs were forgotten. Evaluate again.") if row.get("stale") else None,
+        aside(f"Made on files that have changed in the run since: {changed}. Evaluate again.") if changed else None,
         Table(title, heads, measures, kind="measures"),
         _contrasted(title, row.get("contrasts") or []),
         facts(f"Counts of {title}", counts),
         listing(map(str, row.get("remarks") or [])),
         details("Samples of what was judged", *samples),
-        details("Judge, files and digests", facts(f"What {title} rests on", rests_on)),
+        details("Judge, files and digests", facts(f"Sources of {title}", rests_on)),
         code_block(str(row.get("command") or "")),
         aside(str(row.get("created") or "")),
     ]

@@ -36,8 +36,9 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     watched = "eval" if len(series["eval"][0]) else "train"
     caption = (
         "Mean of score(chosen) minus score(rejected), in units of its standard deviation. "
-        f"{_steadiness('held-out' if watched == 'eval' else 'training', series[watched][1])} Where held-out pairs part "
-        "from training pairs, the head learns its training set by heart."
+        f"{_steadiness('held-out' if watched == 'eval' else 'training', series[watched][1])} Where held-out and "
+        f"training pairs diverge, "
+        "the head memorises its training set."
     )
     return drawing("margin", f"Reward margin by solver step: {ends}.", caption, draw)
 
@@ -79,7 +80,7 @@ def gap_bar(certificate: Mapping[str, Any]) -> Drawing | None:
 
     asked_for = "" if asked is None else f", of {number(asked)} asked for"
     title = f"Objective {objective:.8g} and lower bound {bound:.8g}: a gap of {gap:.2g} of the objective{asked_for}."
-    caption = "The optimal value of the head's convex program lies between the two marks."
+    caption = "The optimal value of the head's convex program is between the two marks."
     return drawing("bounds", title, caption, draw, size=(5.4, 2.1))
 
 
@@ -102,8 +103,8 @@ def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
 
     title = f"Duality gap by solver step, from {number(gaps[0])} to {number(gaps[-1])}."
     caption = (
-        "How far from the optimum the head can be at most, as a share of the objective. It jumps up where gates enter: "
-        "the program is then a larger one."
+        "Upper bound on the distance to the optimum, as a fraction "
+        "of the objective. It jumps when gates are added: the program is then a larger one."
     )
     return drawing("gap", title, caption, draw)
 
@@ -144,7 +145,7 @@ def histograms(scores: Mapping[str, Any]) -> Drawing | None:
         f"Histograms of held-out scores: {len(chosen)} chosen replies with median {number(float(np.median(chosen)))}, "
         f"{len(rejected)} rejected with median {number(float(np.median(rejected)))}."
     )
-    caption = "Overlap is no fault by itself: prompts differ in level, and only the two replies to one prompt compete."
+    caption = "Overlap alone is not a problem: prompts differ in level, and only the two replies to one prompt compete."
     return drawing("scores", title, caption, draw)
 
 
@@ -166,13 +167,13 @@ def reliability_curve(found: Mapping[str, Any]) -> Drawing | None:
         ends = [[100 * (o.value - o.low) for _, o in bins], [100 * (o.high - o.value) for _, o in bins]]
         axes.errorbar(x, y, ends, fmt="o", color=BLUE, ms=5, capsize=3, elinewidth=1.3, label="held-out pairs")
         axes.set(xlim=(48, 102), ylim=(min(38, min(o.low for _, o in bins) * 100 - 2), 102))
-        axes.set(xlabel="probability given to the reply it prefers, %", ylabel="ranked right, %")
+        axes.set(xlabel="probability of the preferred reply, %", ylabel="ranked right, %")
         axes.legend(loc="lower right")
 
     parts = "; ".join(f"at {100 * predicted:.0f} %: {o.percent()}, n={o.n}" for predicted, o in bins)
     caption = (
         "Reliability: of the pairs to which the head gives 80 %, 80 % should be ranked right. Above the dotted line it "
-        "is too timid, below it too sure. Bars are 95 % intervals."
+        "is underconfident, below it overconfident. Bars are 95 % intervals."
     )
     return drawing("reliability", f"Pairs ranked right by predicted probability. {parts}.", caption, draw)
 
@@ -255,7 +256,7 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         f"relative sparsity {number(float(best['beta_rel']))}"
         + (f"; the linear head has {number(linear)}." if linear is not None else ".")
     )
-    caption = "Negative log-likelihood per pair on held-out folds; log 2 = 0.693 is a coin. Bars are standard errors."
+    caption = "Negative log-likelihood per pair on held-out folds; log 2 = 0.693 is chance. Bars are standard errors."
     return drawing("path", title, caption, draw)
 
 
@@ -281,7 +282,7 @@ def ridge_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     title = (
         f"Cross-validated NLL of the linear head by ridge, lowest {number(best[1])} at a ridge of {number(best[0])}."
     )
-    return drawing("ridge", title, "The linear head alone: where the ridge of every head here was chosen.", draw)
+    return drawing("ridge", title, "The linear head alone, on which the ridge of every head here was chosen.", draw)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Any, Any]:

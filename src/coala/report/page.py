@@ -62,10 +62,10 @@ def render(content: Mapping[str, Any]) -> str:
         section("Evaluations", *evaluations, name="evaluations"),
         section("Receipts", *receipts, name="receipts"),
         section("Data", *_data(content), name="data"),
-        section("What it cost", *_costs(_rows(content.get("costs")), summary), name="costs"),
+        section("Costs", *_costs(_rows(content.get("costs")), summary), name="costs"),
         section("Reproduce", *_again(content), name="again"),
         facts=[str(fact) for fact in line if fact],
-        footer="All values of this page are in report.json beside it.",
+        footer="All values on this page are in report.json next to it.",
     )
 
 
@@ -165,7 +165,7 @@ def _fit(content: Mapping[str, Any], summary: Mapping[str, Any], curves: Mapping
     )
     told = (
         "A linear head on each layer, held-out pairs of a sample. Chosen is the lowest within one standard error of "
-        "the best, or the last where the sample cannot tell."
+        "the best, or the last if the sample cannot decide."
     )
     columns = {"Layer": "layer", "Share of a forward pass": "cost", "CV NLL": "nll", "Above the best": "excess"}
     columns |= {"Std. error": "excess_error", "CV accuracy": "accuracy"}
@@ -177,9 +177,7 @@ def _fit(content: Mapping[str, Any], summary: Mapping[str, Any], curves: Mapping
     return [
         drawn or missing("No solver history was saved for this run."),
         paragraphs(str(summary["layer"])) if summary.get("layer") else None,
-        details("The layer that is read, and what the others would have been worth", paragraphs(told), by_layer)
-        if by_layer
-        else None,
+        details("The layer used, and how the others compare", paragraphs(told), by_layer) if by_layer else None,
         details("Regularisation path, as a table", by_setting),
     ]
 
@@ -251,7 +249,7 @@ def _data(content: Mapping[str, Any]) -> list[Part]:
     checked = content.get("data_findings") is not None
     return [
         Table("Findings in the data", ("Severity", "Finding"), rows, kind="words")
-        or (paragraphs("The data was checked; nothing was found amiss.") if checked else None)
+        or (paragraphs("The data was checked; no problems were found.") if checked else None)
         or missing("No findings on the data were saved."),
         titled("As the model reads it", listing(map(str, content.get("reads") or []))),
     ]
@@ -309,7 +307,7 @@ def _measured(summary: Mapping[str, Any], found: Mapping[str, Any]) -> list[tupl
         ("accuracy_train", "Training pairs ranked right", "percent"),
         ("linear_accuracy_eval", "Held-out pairs ranked right by a linear head", "percent"),
         ("gain_over_linear", "Gain over the linear head", "points"),
-        ("nll_eval", "Held-out NLL per pair (a coin: 0.693)", "plain"),
+        ("nll_eval", "Held-out NLL per pair (chance: 0.693)", "plain"),
     ):
         estimate = Interval(summary.get(key))
         if estimate:
@@ -338,7 +336,7 @@ def _solved(certificate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Optimal value", f"at least {_fine(bound)} (dual), at most {_fine(objective)} (primal)"
     if gap is not None:
         asked = certificate.get("tolerance")
-        yield "Relative gap", number(gap) if asked is None else f"{number(gap)}, of {number(asked)} asked for"
+        yield "Relative gap", number(gap) if asked is None else f"{number(gap)}, {number(asked)} requested"
     first = _mapping(_mapping(certificate.get("facts")).get("phase_one")).get("relative_gap")
     if first is not None:
         yield "Relative gap of Phase I", number(first)
@@ -371,17 +369,17 @@ def _claims(summary: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, st
         proved += f" The objective is {objective}; nothing below {bound} can be reached."
     if tolerance is not None and gap is not None:
         met = "met" if gap <= tolerance else "not met"
-        proved += f" The tolerance asked for, {number(tolerance)}, was {met}."
+        proved += f" The requested tolerance, {number(tolerance)}, was {met}."
     estimated = _search(_mapping(_mapping(certificate.get("facts")).get("gates_estimate")))
     measured = (
-        "Accuracies, win rates and perplexities are measured on samples, each with a 95 % interval; none of them is "
-        "a part of the proof."
+        "Accuracies, win rates and perplexities are measured on samples, each with a 95 % interval; none "
+        "of them is part of the proof."
     )
     return {
         "proved": proved.strip() or "Nothing: no optimality gap was certified for this head.",
         "estimated": f"{estimated} {measured}".strip(),
-        "unclaimed": "That other gates, another layer or a larger network could not do better, and that text guided by "
-        "an optimal head is better text. The proof is about the fit alone.",
+        "unclaimed": "That no other gates, layer or larger network could do "
+        "better, or that text guided by an optimal head is better text. The proof is about the fit alone.",
     }
 
 

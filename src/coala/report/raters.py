@@ -29,8 +29,9 @@ def rater_words(record: Mapping[str, Any]) -> list[str]:
     own = [row for row in rows if row["deviates"]]
     if own:
         told.append(
-            f"Deviating from the shared head, with one of their own (`guidance.rater`): {_listed(own)}. Were they all "
-            "alike, anybody would with a probability of at most 5 %."
+            f"Deviating from the shared head, with one of their own (`guidance.rater`): {_listed(own)}. If all "
+            f"were alike, the chance that "
+            "any deviates is at most 5 %."
         )
     told += [_gain(row, by) for row in own if row.get("own_head")][:NAMED]
     if not own:
@@ -38,14 +39,14 @@ def rater_words(record: Mapping[str, Any]) -> list[str]:
     undecided = [row for row in rows if row["verdict"] == "undecided"]
     less = [row for row in undecided if "less" in row["why"]]
     if less:
-        told.append(f"Agree less than the rest, whether random or reversed is not told: {_listed(less)}.")
+        told.append(f"Agree less than the rest, at random or in reverse: {_listed(less)}.")
     undecided = [row for row in undecided if row not in less]
     if undecided and not record["at_chance"]:
-        told.append(f"Undecided, too few choices or too little agreement to tell: {_listed(undecided)}.")
+        told.append(f"Undecided, with too few choices or too little agreement: {_listed(undecided)}.")
     if record["at_chance"]:
-        told.append("The head of the others is not distinguishable from chance, so nothing is said of anybody.")
+        told.append("The head of the others is not distinguishable from chance, so raters cannot be compared.")
     if record["unnamed"]:
-        told.append(f"{record['unnamed']:,} pairs name no {by} and count among the others.")
+        told.append(f"{record['unnamed']:,} pairs name no {by} and are counted with the others.")
     return told
 
 
@@ -82,8 +83,9 @@ def rater_parts(record: Mapping[str, Any]) -> list[Part]:
         Table(f"{by.capitalize()}s", rater_head(record), rater_rows(record), left=(6,)),
         aside(f"{more:,} more are in the run's receipts/raters-by-{by}.json.") if more > 0 else None,
         aside(
-            "Slope: of a head that neither this one nor the prompt had a part in; 1 agrees as the rest, 0 is random, "
-            "below 0 is reversed. The interval is each one's own, verdicts are by a wider one that holds for all. "
+            "Slope: with a head fitted without this one and without the "
+            "prompt; 1 agrees like the rest, 0 is random, below 0 is reversed. The interval is each one's own, "
+            "verdicts are by a wider one that holds for all. "
             "Reversed is relative: to what most choices agree on."
         ),
         details(
@@ -103,7 +105,7 @@ def rater_parts(record: Mapping[str, Any]) -> list[Part]:
 
 
 def _within(record: Mapping[str, Any]) -> str:
-    return "names exchanged within prompts" if record["exchanged_within"] else "names exchanged among all prompts"
+    return "names shuffled within prompts" if record["exchanged_within"] else "names shuffled over all prompts"
 
 
 def _sentence(row: Mapping[str, Any], by: str) -> str:

@@ -46,7 +46,7 @@ def saved_receipts(run: RunFolder) -> list[dict[str, Any]]:
     for path in sorted((run.path / FOLDER).glob("*.json")):
         row = load_json(path)
         if not isinstance(row, dict) or row.get("kind") not in KINDS:
-            raise StoreError(f"{path}: is no receipt. Delete it, and run what makes it again.")
+            raise StoreError(f"{path}: is not a receipt. Fix: delete it and rerun its command.")
         found.append({**row, "stale": row["kind"] != "forget" and row.get("head") != now})
     found.sort(key=lambda row: str(row.get("created")))
     last = max((k for k, row in enumerate(found) if row["kind"] == "influence" and not row["stale"]), default=None)
@@ -82,10 +82,10 @@ def spoken(row: Mapping[str, Any]) -> list[str]:
         if largest is None:
             return []
         if not largest:
-            return ["Poisoning: the bound is vacuous from the first flipped pair on; nothing is proved against it."]
+            return ["Poisoning: the bound is vacuous even for one flipped pair; nothing is proved."]
         return [
-            f"Poisoning: no {_pairs(largest)} flipped by whoever knows all of this can take held-out accuracy to 50 % "
-            "or below: proved."
+            f"Poisoning: no {_pairs(largest)} flipped with full knowledge of all this can take held-out accuracy to "
+            "50 % or below: proved."
         ]
     return [
         f"{_pairs(int(row.get('removed') or 0)).capitalize()} were forgotten on {str(row.get('created'))[:10]}; see "
@@ -107,7 +107,7 @@ def proof_words(row: Mapping[str, Any], side: str) -> str:
     listed, proved, outside = len(found.get("rows") or []), int(found.get("proved") or 0), found.get("outside")
     unit = str(row.get("by") or "pair")
     if outside is None or not math.isfinite(float(outside)):
-        return f"Nothing is proved of the {unit}s that are not listed: the bound is infinite for some."
+        return f"Nothing is proved for unlisted {unit}s: the bound is infinite for some."
     end = f"no other {unit} can do more than {float(outside):.3g}"
     if not listed:
         return f"Proved: {end}."
@@ -157,7 +157,7 @@ def poison_words(found: Mapping[str, Any]) -> list[str]:
         last = search["accuracy"][-1]
         told.append(
             f"A greedy search over flips brought accuracy from {100 * float(found['accuracy']):.1f} % to "
-            f"{100 * last:.1f} % with {search['k']}: the worst found, not the worst there is."
+            f"{100 * last:.1f} % with {search['k']}: the worst found, not the worst possible."
         )
     return told
 
@@ -195,19 +195,19 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
         )
         for one in row.get("contradicted") or []
     ]
-    caption = "Contradicted most by all others: look for exchanged replies here first"
+    caption = "Most contradicted by all other pairs: check these first for swapped replies"
     heads = ("Pair", "Margin by the others", "Chosen", "Prompt (its end)")
     parts.append(titled(caption, Table(caption, heads, against, kind="words")))
     bounds, twins = _mapping(row.get("bounds")), _mapping(row.get("copies"))
     poison = _mapping(row.get("poison"))
     parts += [
-        titled("What poisoned pairs can do at most", listing(poison_words(poison))) if poison else None,
+        titled("Maximum effect of poisoned pairs", listing(poison_words(poison))) if poison else None,
         details(
-            "What poisoned pairs can do at most, as a table",
+            "Maximum effect of poisoned pairs, as a table",
             Table("Bounds on poisoned pairs", POISON_HEAD, poison_rows(poison), left=(5,)),
         ),
         details(
-            "What is held, and how exact this is",
+            "What stays fixed, and how exact this is",
             facts(
                 f"Influence on {title}: bounds",
                 [
@@ -219,8 +219,11 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
                     ("Gradient left", number(bounds.get("gradient_left"))),
                     ("Modulus", number(bounds.get("modulus"))),
                     ("Exact refits", number(row.get("refits"))),
-                    ("Pairs whose features another has too", f"{twins.get('pairs')} in {twins.get('sets')} sets"),
-                    ("Of them with a contrary one", number(twins.get("contrary"))),
+                    (
+                        "Pairs that share their features with another",
+                        f"{twins.get('pairs')} in {twins.get('sets')} sets",
+                    ),
+                    ("Of these, with the opposite label", number(twins.get("contrary"))),
                 ],
             ),
         ),
@@ -264,12 +267,12 @@ def _forgotten(row: Mapping[str, Any]) -> list[Part]:
                 ("Removed", f"{row.get('removed_train')} to fit, {row.get('removed_held_out')} held out"),
                 ("Remaining", f"{row.get('remaining_train')} to fit, {row.get('remaining_held_out')} held out"),
                 ("How", str(row.get("how"))),
-                ("Relative gap of the old weights on what remains", number(row.get("gap_before"))),
+                ("Relative gap of the old weights on the remaining pairs", number(row.get("gap_before"))),
                 ("Relative gap of the new weights", number(row.get("gap_after"))),
                 ("Weights moved by", number(row.get("distance"))),
                 ("Proved to move at most by", "no bound (gates)" if bound is None else number(bound)),
                 ("Held-out margins moved by at most", number(row.get("margins_moved"))),
-                *([("Gates chosen anew would give", anew)] if anew else []),
+                *([("Gates chosen again would give", anew)] if anew else []),
             ],
         ),
         Table("Digests (SHA-256, first 16 digits)", ("File", "Before", "After"), rows, left=(1, 2)),

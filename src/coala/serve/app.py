@@ -238,7 +238,8 @@ def create_app(
         if not raw or not ask.guidance.active or template == "continuation":
             return None
         return (
-            f"The prompt was continued as it stands, and the head was fitted on replies in the model's {template} "
+            f"The prompt was continued without a template, but the head was fitted on replies in the model's "
+            f"{template} "
             'template: its scores and guidance are less sure here. Fix: send "render": "turn", or ask '
             "/v1/chat/completions."
         )
@@ -371,12 +372,12 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, __: RequestValidationError) -> Response:
-        return Refusal(HTTPStatus.BAD_REQUEST, "A parameter of the address does not fit.").response()
+        return Refusal(HTTPStatus.BAD_REQUEST, "A parameter of the address is invalid.").response()
 
     @app.exception_handler(AnyHTTPException)
     async def other(_: Request, error: AnyHTTPException) -> Response:
         known = {
-            404: "There is nothing at this address.",
+            404: "No such address.",
             405: "This address takes another method.",
         }
         said = known.get(error.status_code, str(error.detail))
@@ -414,7 +415,7 @@ def playground(folder: Path, served: Served, limits: Limits, *, keyed: bool) -> 
             tab=f"{served.name}: playground",
             brand="COALA",
             facts=facts_line(facts),
-            footer="Scores mean nothing by themselves: higher is preferred to lower, for replies to one prompt.",
+            footer="Scores have no absolute meaning: higher is preferred to lower, for replies to one prompt.",
             unguided=served.names[1],
             guidance=served.guidance,
             modes=MODES if served.distilled else MODES[:-1],

@@ -47,7 +47,7 @@ def failure() -> Refusal:
     """What a client learns of a failure of ours; the log has the rest."""
     return Refusal(
         HTTPStatus.INTERNAL_SERVER_ERROR,
-        "The server failed at this request; its log says why. It goes on with others.",
+        "The server failed on this request; its log says why. Other requests continue.",
         code="internal_error",
     )
 
@@ -56,7 +56,7 @@ def too_late(seconds: float) -> Refusal:
     """The request's deadline has passed. Clients that would ask again by themselves are told not to."""
     return Refusal(
         HTTPStatus.REQUEST_TIMEOUT,
-        f"The reply was not whole after {seconds:g} s, the server's deadline. Ask for less, or later.",
+        f"The reply was not finished after {seconds:g} s, the server's deadline. Ask for less, or retry later.",
         code="deadline_exceeded",
         headers={"x-should-retry": "false"},
     )
@@ -65,7 +65,7 @@ def too_late(seconds: float) -> Refusal:
 def too_busy(retry_after: int) -> Refusal:
     return Refusal(
         HTTPStatus.TOO_MANY_REQUESTS,
-        f"The server has all the work it takes. Try again in {retry_after} s.",
+        f"The server is at capacity. Retry in {retry_after} s.",
         code="queue_full",
         headers={"Retry-After": str(retry_after)},
     )

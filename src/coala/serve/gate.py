@@ -78,7 +78,7 @@ class Gate:
                 if self._ending():
                     raise Refusal(
                         HTTPStatus.SERVICE_UNAVAILABLE,
-                        "The server is ending; it takes no new work.",
+                        "The server is shutting down and takes no new requests.",
                         code="ending",
                         headers={"Retry-After": "5", "Connection": "close"},
                     )
@@ -112,7 +112,7 @@ class Gate:
             found = "another one" if given else "none"
             raise Refusal(
                 HTTPStatus.UNAUTHORIZED,
-                f"This server asks for a key and was given {found}. Send the header Authorization: Bearer KEY.",
+                f"This server needs a key and got {found}. Fix: send the header Authorization: Bearer KEY.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -145,7 +145,7 @@ class Gate:
         except TooSlow:
             raise Refusal(
                 HTTPStatus.REQUEST_TIMEOUT,
-                f"The body was not here after {self._limits.body_time:g} s.",
+                f"The body did not arrive within {self._limits.body_time:g} s.",
                 code="body_too_slow",
                 headers={"Connection": "close"},
             ) from None

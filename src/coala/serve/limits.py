@@ -24,17 +24,21 @@ class Limits:
     long it may leave what it is sent unread. ``grace`` is what requests at hand get when the server ends.
     """
 
-    max_rows: Annotated[int, Ge(1), Setting("Rows of the model's batch; blocks take one per candidate.")] = 40
-    queue: Annotated[int, Ge(0), Setting("Replies that may wait besides; then 429 with Retry-After.")] = 112
-    deadline: Annotated[float, Setting("Seconds a request may take, the queue included.")] = 120.0
-    max_body: Annotated[int, Ge(1), Setting("Most bytes of a request.")] = 1 << 20
-    max_tokens: Annotated[int, Ge(1), Setting("Most tokens of a reply.")] = 1024
+    max_rows: Annotated[
+        int, Ge(1), Setting("Batch size of the model, in rows; mode block takes one row per candidate.")
+    ] = 40
+    queue: Annotated[
+        int, Ge(0), Setting("Maximum number of replies waiting; beyond it the server answers 429 with Retry-After.")
+    ] = 112
+    deadline: Annotated[float, Setting("Maximum time of a request, in seconds, including the queue.")] = 120.0
+    max_body: Annotated[int, Ge(1), Setting("Maximum size of a request, in bytes.")] = 1 << 20
+    max_tokens: Annotated[int, Ge(1), Setting("Maximum length of a reply, in tokens.")] = 1024
     max_choices: int = 16
     max_texts: int = 256
     head_time: float = 20.0
     body_time: float = 20.0
     read_time: float = 30.0
-    grace: Annotated[float, Setting("Seconds that requests at hand get when the server ends.")] = 30.0
+    grace: Annotated[float, Setting("Time that running requests get at shutdown, in seconds.")] = 30.0
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))

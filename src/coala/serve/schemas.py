@@ -47,7 +47,7 @@ def _sound(found: str) -> str:
     try:
         found.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half a surrogate pair, which is no text") from None
+        raise ValueError("holds half a surrogate pair, which is not text") from None
     return found
 
 
@@ -113,7 +113,7 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: Text
-    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description="not looked at")
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description="ignored")
 
 
 class Message(_Strict):
@@ -124,7 +124,7 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Some[TextPart]
-    name: Text | None = Field(None, description="not looked at")
+    name: Text | None = Field(None, description="ignored")
     refusal: Refused = None
     annotations: NoList = None
     audio: Refused = None
@@ -164,7 +164,7 @@ class GuidanceSettings(_Strict):
     block_tokens: Count | None = None
     rule: Rule | None = None
     budget: Annotated[Number, Field(ge=0, le=LARGEST)] | None = Field(
-        None, description="of mode shift: nats a reply may spend"
+        None, description="mode shift: maximum divergence of a reply, in nats"
     )
     width: Count | None = None
     over: Over | None = Field(None, description="what the head guides: the model, or its distilled policy")
@@ -174,7 +174,7 @@ class GuidanceSettings(_Strict):
         if self.mode == "none" and self.over == "distilled":
             raise ValueError("mode none is the model as it is, over which nothing goes; mode distilled is its policy")
         if self.budget is not None and self.mode != "shift":
-            raise ValueError("budget goes with mode shift, whose divergence is known; name that mode beside it")
+            raise ValueError("budget needs mode shift, whose divergence is known; set that mode too")
         return self
 
 
@@ -183,7 +183,7 @@ GuidanceField = Literal["default", "none"] | GuidanceSettings
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(None, description="not looked at")
+    include_obfuscation: bool | None = Field(None, description="ignored")
 
 
 class TextFormat(_Strict):
@@ -229,11 +229,11 @@ class _Asked(_Strict):
         None, description="replies to draw, of which the n with the best head scores are returned, best first"
     )
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), WHOLE] | None = Field(
-        None, description="drawn, and told, if absent"
+        None, description="random, and reported, if absent"
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS), QUICK] | None = None
     guidance: GuidanceField | None = Field(None, description="how the head steers: default, none, or settings")
-    user: Text | None = Field(None, description="not looked at")
+    user: Text | None = Field(None, description="ignored")
     # Taken only where they ask for nothing.
     frequency_penalty: Zero = Field(None, description="not supported: 0")
     presence_penalty: Zero = Field(None, description="not supported: 0")
@@ -258,14 +258,14 @@ class ChatRequest(_Asked):
         None, description="alternatives to each token; a number above 0 asks for logprobs too"
     )
     # What does not bear on the reply.
-    metadata: dict[str, Text] | None = Field(None, description="not looked at")
-    store: bool | None = Field(None, description="not looked at: nothing is stored")
-    parallel_tool_calls: bool | None = Field(None, description="not looked at")
-    prediction: Prediction | None = Field(None, description="not looked at")
-    safety_identifier: Text | None = Field(None, description="not looked at")
-    prompt_cache_key: Text | None = Field(None, description="not looked at")
-    prompt_cache_options: dict[str, Any] | None = Field(None, description="not looked at")
-    prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(None, description="not looked at")
+    metadata: dict[str, Text] | None = Field(None, description="ignored")
+    store: bool | None = Field(None, description="ignored: nothing is stored")
+    parallel_tool_calls: bool | None = Field(None, description="ignored")
+    prediction: Prediction | None = Field(None, description="ignored")
+    safety_identifier: Text | None = Field(None, description="ignored")
+    prompt_cache_key: Text | None = Field(None, description="ignored")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="ignored")
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(None, description="ignored")
     # What would, and is taken only where it asks for nothing.
     response_format: TextFormat | None = None
     service_tier: Annotated[Any, Only("auto", "default", why="this server has one tier")] = None

@@ -43,7 +43,11 @@ class Observed(Collector):
             ("replies_in_hand", "Replies and chores, running or waiting.", lambda: worker.unfinished),
             ("replies_running", "Replies the model is writing.", lambda: worker.running),
             ("replies_waiting", "Replies that wait for a row.", lambda: worker.waiting),
-            ("replies_capacity", "Most in hand; requests beyond are answered 429.", lambda: limits.capacity),
+            (
+                "replies_capacity",
+                "Maximum number in progress; further requests are answered 429.",
+                lambda: limits.capacity,
+            ),
             ("engine_failures", "Times the engine failed and was replaced.", lambda: worker.failures),
         ):
             Gauge(f"coala_{name}", about, registry=registry).set_function(read)

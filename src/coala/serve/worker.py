@@ -117,7 +117,7 @@ class Worker:
             try:
                 engine.step()
             except Exception as error:
-                log.exception("the engine failed; %d replies are lost, a new engine goes on", len(replies))
+                log.exception("the engine failed; %d replies are lost, a new engine takes over", len(replies))
                 self.failures += 1
                 self._news += [(ticket, Failed(error, refused=False)) for ticket in replies]
                 replies.clear()

@@ -66,7 +66,7 @@ def krippendorff_alpha(
     except TypeError:
         raise CoalaError("Ratings are of kinds that cannot be ordered; expected all texts or all numbers.") from None
     if metric == "interval" and not all(isinstance(v, int | float | np.number) and math.isfinite(v) for v in values):
-        raise CoalaError("The interval metric needs finite numbers; found a rating that is none.")
+        raise CoalaError("The interval metric needs finite numbers; found a rating that is not one.")
     place = {value: i for i, value in enumerate(values)}
     table = np.zeros((len(items), len(values)))
     for i, item in enumerate(items):

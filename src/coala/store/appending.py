@@ -58,7 +58,7 @@ def append(file: int, raw: bytes) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(file, size)  # half a line would spoil the next
         raise StoreError(
-            f"The journal could not be written ({trouble.strerror}). Free some space; go on then."
+            f"The journal could not be written ({trouble.strerror}). Fix: free some space, then rerun."
         ) from None
 
 

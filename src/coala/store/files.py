@@ -77,12 +77,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def write_error(path: Path, error: OSError) -> StoreError:
     hint = {
-        errno.ENOSPC: "The disk is full: free some space and run the same command again; finished work is kept.",
+        errno.ENOSPC: "The disk is full: free some space and rerun the same command; finished work is saved.",
         errno.EACCES: "You may not write there: choose another folder with --out.",
         errno.EROFS: "That file system is read-only: choose another folder with --out.",
-        errno.ENOTDIR: "A part of that path is a file, not a folder: choose another folder with --out.",
-        errno.EEXIST: "A file has the name of a folder that is needed: choose another folder with --out.",
-    }.get(error.errno or 0, "Run the same command again once that is mended; finished work is kept.")
+        errno.ENOTDIR: "Part of that path is a file, not a folder: choose another folder with --out.",
+        errno.EEXIST: "A file has the name of a required folder: choose another folder with --out.",
+    }.get(error.errno or 0, "Fix that and rerun the same command; finished work is saved.")
     return StoreError(f"{path}: could not be written ({error.strerror}). {hint}")
 
 
@@ -160,11 +160,11 @@ def load_json(path: Path) -> Any:
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path}: there is no such file. Check the path of the run folder.") from None
+        raise StoreError(f"{path}: found no such file. Fix: check the path of the run folder.") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, DocumentError) as error:
-        raise StoreError(f"{path}: is {error}. Delete it and run the command that makes it again.") from None
+        raise StoreError(f"{path}: is {error}. Fix: delete it and rerun its command.") from None
 
 
 def load_object(path: Path, *fields: str) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def load_object(path: Path, *fields: str) -> dict[str, Any]:
     found = load_json(path)
     if not (isinstance(found, dict) and set(fields) <= set(found)):
         told = f" with {', '.join(fields)}" if fields else ""
-        raise MisfitError(f"{path}: is not a JSON object{told}. Delete it, and run what makes it again.")
+        raise MisfitError(f"{path}: is not a JSON object{told}. Fix: delete it and rerun its command.")
     return found
 
 
@@ -185,7 +185,7 @@ def read_as(what: str, path: Path) -> Iterator[None]:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise MisfitError(
-            f"{path}: is not {what} ({type(error).__name__}: {error}). Delete it, and run what makes it again."
+            f"{path}: is not {what} ({type(error).__name__}: {error}). Fix: delete it and rerun its command."
         ) from None
 
 
@@ -207,7 +207,7 @@ def load_arrays(path: Path, *, mmap: bool = False) -> dict[str, NDArray[Any]]:
             raise DocumentError(f"a safetensors file of {', '.join(strange)}; expected F32 or F64")
     except (DocumentError, SafetensorError, KeyError) as error:
         # KeyError: a number format that NumPy does not have.
-        raise StoreError(f"{path}: is {error}. Delete it, and run what makes it again.") from None
+        raise StoreError(f"{path}: is {error}. Fix: delete it and rerun its command.") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
     return {
@@ -227,20 +227,20 @@ def load_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path}: there is no such file. Run the stage that makes it first.") from None
+        raise StoreError(f"{path}: found no such file. Fix: first run the stage that writes it.") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line:
             try:
                 yield parse_json(line)
             except DocumentError as error:
-                raise StoreError(f"{path}:{number}: is {error}. Delete the file and run again.") from None
+                raise StoreError(f"{path}:{number}: is {error}. Fix: delete the file and rerun.") from None
 
 
 @contextlib.contextmanager
 def working_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill beside ``folder``, which must be free, and to be renamed to it; gone if it is not."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StoreError(f"{folder}: exists and is not empty. Give another --out, or delete it.")
+        raise StoreError(f"{folder}: exists and is not empty. Fix: use another --out, or delete it.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))

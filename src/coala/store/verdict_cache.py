@@ -157,12 +157,12 @@ class VerdictCache:
     def _fault(self, error: sqlite3.Error) -> CoalaError:
         said = str(error)
         if "full" in said:
-            mend = "Free some space and run the same command again; what was bought is kept."
+            mend = "Free some space and run the same command again; paid verdicts are saved."
         elif "locked" in said:
-            mend = "Another process held it for a minute: run the same command again."
+            mend = "Another process locked it for a minute. Fix: rerun the same command."
         else:
-            mend = "Check that it is a file of verdicts that you may write, or name another."
-        return CoalaError(f"{self.path}: the verdicts could not be kept or read ({said}). {mend}")
+            mend = "Fix: check that it is a writable file of verdicts, or name another."
+        return CoalaError(f"{self.path}: the verdicts could not be saved or read ({said}). {mend}")
 
 
 def open_cache(path: Path, on_note: Callable[[str], None]) -> VerdictCache:

@@ -90,7 +90,7 @@ def create_app(
     def taking_part(token: str) -> Rater:
         rater = records.rater(token)
         if rater is None:
-            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is not known. Check that it was copied whole.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is unknown. Check that it was copied completely.")
         if rater.withdrawn:
             raise HTTPException(HTTPStatus.GONE, "You have withdrawn; everything you entered was deleted.")
         return rater
@@ -156,12 +156,12 @@ def create_app(
     def begin(token: str, fields: Form) -> Response:
         # Nobody takes part by a link that a page elsewhere made up.
         if records.rater(token) is None and not records.made(token):
-            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is not known. Check that it was copied whole.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is unknown. Check that it was copied completely.")
         entered = [_one(fields, f"field{i + 1}")[:LONGEST_FIELD] for i in range(len(survey.fields))]
         if _one(fields, "agree") != "yes":
             return welcome(token, HTTPStatus.UNPROCESSABLE_ENTITY, "Please tick the box if you take part.", entered)
         if not records.begin(token, dict(zip(survey.fields, entered, strict=True)), invited_only=invited_only):
-            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is not known. Check that it was copied whole.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This link is unknown. Check that it was copied completely.")
         return onward(taking_part(token))
 
     @app.get("/s/{token}/done")
@@ -170,8 +170,8 @@ def create_app(
         if not rater.began or rater.next_page is not None:
             return _to(f"/s/{token}")
         last = f"/s/{token}/{len(rater.pages)}"
-        words = f"All {len(rater.pages)} answers are kept. You can close this page."
-        return message("Thank you", words, link=last, link_text="Look at the last page again")
+        words = f"All {len(rater.pages)} answers are saved. You can close this page."
+        return message("Thank you", words, link=last, link_text="Show the last page again")
 
     @app.get("/s/{token}/withdraw")
     def leave(token: str) -> Response:
@@ -194,7 +194,7 @@ def create_app(
         reached = len(rater.choices) + 1
         if not rater.began or not 1 <= number <= min(reached, len(rater.pages)):
             if number < 1 or (rater.began and number > len(rater.pages)):
-                raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such page.")
+                raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
             return _to(f"/s/{token}")
         records.view(rater, number - 1)
         return question(rater, number)
@@ -203,7 +203,7 @@ def create_app(
     def submit(token: str, number: int, fields: Form) -> Response:
         rater = taking_part(token)
         if not rater.began or not 1 <= number <= len(rater.pages):
-            raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such page.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
         if number > len(rater.choices) + 1:
             raise HTTPException(HTTPStatus.CONFLICT, NOT_YET)
         letter = _one(fields, "choice")
@@ -238,7 +238,7 @@ def create_app(
         begun = [rater for rater in raters if rater.began and not rater.withdrawn]
         rows = [
             ("Questions", len(survey.questions)),
-            ("Invited who have not begun", sum(not r.began and not r.withdrawn for r in raters)),
+            ("Invited who have not started", sum(not r.began and not r.withdrawn for r in raters)),
             ("Taking part", len(begun)),
             ("Finished", sum(r.next_page is None for r in begun)),
             ("Withdrawn", sum(r.withdrawn for r in raters)),
@@ -265,19 +265,19 @@ def create_app(
     @app.exception_handler(AnyHTTPException)
     def refused(_: Request, error: AnyHTTPException) -> Response:
         known = {404: "Not found", 405: "Not allowed", 401: "Organiser only", 410: "Withdrawn", 409: "Not yet"}
-        plain = error.detail if isinstance(error, HTTPException) else "There is nothing at this address."
+        plain = error.detail if isinstance(error, HTTPException) else "This page does not exist."
         answer = message(known.get(error.status_code, "That did not work"), plain, status=error.status_code)
         answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(RequestValidationError)
     def unreadable(_: Request, __: RequestValidationError) -> Response:
-        return message("Not found", "There is nothing at this address.", status=HTTPStatus.NOT_FOUND)
+        return message("Not found", "This page does not exist.", status=HTTPStatus.NOT_FOUND)
 
     @app.exception_handler(sqlite3.Error)
     def unsaved(_: Request, __: sqlite3.Error) -> Response:
         words = (
-            "Your last answer could not be kept. Earlier ones are safe. Please go back and send it again in a minute."
+            "Your last answer could not be saved. Earlier ones are safe. Please go back and send it again in a minute."
         )
         return message("Not saved", words, status=HTTPStatus.SERVICE_UNAVAILABLE)
 
@@ -339,9 +339,9 @@ class Gate:
         try:
             body = await whole_body(headers, receive, most=self._largest, seconds=BODY_TIME)
         except TooLarge:
-            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "That is more than this form can hold.")
+            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "That is too long for this form.")
         except TooSlow:
-            return self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The form did not arrive in time. Please send it again.")
+            return self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The form timed out. Please send it again.")
         return None if body is None else replay(body, receive)
 
 

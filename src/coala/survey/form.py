@@ -28,8 +28,8 @@ CONSENT = """You are asked to compare texts written by computer programs.
 On each page you read one prompt and several answers to it, and choose the answer you think is best. You can stop at \
 any time and come back later by the personal link shown on the next pages.
 
-What is kept: your choices and the time each took. Your answers may be published in summary or row by row, without \
-anything that tells who you are beyond what you enter on this page. Taking part is voluntary; each question \
+What is saved: your choices and the time each took. Your answers may be published in summary or row by row, without \
+anything that shows who you are beyond what you enter on this page. Taking part is voluntary; each question \
 has a link to withdraw, which deletes everything you entered."""
 # One word of each kind: of the answers of a check, exactly one is of the kind asked for.
 WORDS = {

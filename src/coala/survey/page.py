@@ -36,8 +36,8 @@ def results_page(results: Results) -> str:
     """One self-contained page: no script, nothing fetched, the same bytes for the same results."""
     chance = 1 / len(results.methods)
     note = (
-        "An interval over both lets raters and questions vary: what to expect from other people and other prompts of "
-        "the kind. p-values are adjusted for all pairs of methods of a category."
+        "An interval over both lets raters and questions vary: what to expect from other people "
+        "and other prompts of the same kind. p-values are adjusted for all pairs of methods of a category."
     )
     return page(
         results.title,
@@ -52,7 +52,7 @@ def results_page(results: Results) -> str:
             f"{len(results.questions)} questions",
             f"{max(part.n_votes for part in results.parts):,} votes counted",
         ],
-        footer="All values of this page, and more digits, are in results.json beside it.",
+        footer="All values on this page, with more digits, are in results.json next to it.",
         tab=f"{results.title} \N{EN DASH} results",
     )
 
@@ -81,7 +81,7 @@ def _category(part: Category, chance: float, name: str) -> Part:
             for rate in part.rates
         ],
         f"As published: share \N{PLUS-MINUS SIGN} 1.96 \N{SQUARE ROOT}(share (1 {MINUS} share) / {part.n_raters}), the "
-        "raters as n. It takes each rater for one vote and knows nothing of the questions.",
+        "raters as n. It counts each rater as one vote and ignores the questions.",
     )
     differences = Table(
         f"Differences between methods, {part.name}",
@@ -135,23 +135,23 @@ def _quality(results: Results, chance: float) -> list[Part]:
     for place, one in enumerate(results.positions, 1):
         rows.append((f"Chose place {place} on the page", percent(one), _how(one)))
     shown = [(part.name, *(percent(rate.over_both) for rate in part.rates)) for part in results.everybody]
-    everybody = Table("Win rates with nobody left out", ("Part", *results.methods), shown)
+    everybody = Table("Win rates with nobody excluded", ("Part", *results.methods), shown)
     return [
         facts(
             "Raters",
             [
                 ("Raters who gave a vote", f"{here.answered}, of {here.began} who began; {here.finished} finished"),
                 ("Withdrawn, data deleted", str(here.withdrawn)),
-                ("Left out by the rules", left_out),
+                ("Excluded by the rules", left_out),
                 ("Answers changed by raters", str(results.n_changed)),
             ],
         ),
         Table("Quality of the votes", MEASURES, rows, kind="measures"),
         aside(
-            "Each method is shown equally often in each place, so a taste for a place adds noise and favours no "
-            f"method. Without such a taste each place has {100 * chance:.1f} %."
+            "Each method is shown equally often in each place, so a preference for a place adds noise and "
+            f"favours no method. Without it each place has {100 * chance:.1f} %."
         ),
-        titled("With nobody left out", everybody) if results.excluded else None,
+        titled("With nobody excluded", everybody) if results.excluded else None,
     ]
 
 

@@ -98,17 +98,18 @@ class Records:
         except sqlite3.Error as error:
             raise CoalaError(
                 f"{path}: cannot be used as the survey's answers ({error}). "
-                "Check that it may be written there; if it is damaged, put a backup back."
+                "Fix: check that the file is writable; if it is damaged, restore a backup."
             ) from None
         if found != survey.digest:
             raise CoalaError(
-                f"{path}: holds answers to another survey than the {len(survey.questions)} questions beside it. "
-                "Put the survey's file back, or serve the other survey from another folder."
+                f"{path}: holds answers to another survey than the {len(survey.questions)} questions in this folder. "
+                "Fix: restore the survey's file, or serve the other survey from another folder."
             )
         if int(changes) < acknowledged:
             raise CoalaError(
                 f"{path}: holds {changes} changes, and {acknowledged} were acknowledged: answers are missing, for its "
-                f"log ({FILE}-wal) was damaged or deleted. Put a backup back; to go on without them delete {COUNT}."
+                f"log ({FILE}-wal) was damaged or deleted. Fix: restore a backup; to continue without them delete "
+                f"{COUNT}."
             )
         try:
             self._count = _opened(Path(folder) / COUNT)

@@ -122,7 +122,7 @@ def analyse(
     counted = votes.counted()
     if not counted:
         reason = "nobody has answered yet" if not votes.votes else "all raters are excluded by the survey's rules"
-        raise CoalaError(f"There is no vote to count: {reason}. Serve the survey with `coala survey serve`.")
+        raise CoalaError(f"Found no vote to count: {reason}. Fix: serve the survey with `coala survey serve`.")
     remaining = {vote.rater for vote in counted}
     repeated = [one for one in votes.repeated if one.rater in remaining]
     excluded = Counter(reason for _, reason in votes.excluded)
@@ -287,5 +287,5 @@ def _remarks(survey: Survey, votes: Votes, counted: Sequence[Vote]) -> list[str]
     if unseen:
         remarks.append(f"{unseen} of {len(survey.questions)} questions have no counted vote")
     if len({vote.rater for vote in counted}) < 2:
-        remarks.append("the votes are of one rater: intervals over raters say that nothing is known")
+        remarks.append("the votes are of one rater: intervals over raters are vacuous")
     return remarks

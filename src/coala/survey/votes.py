@@ -85,7 +85,7 @@ def read_votes(survey: Survey, raters: Sequence[Rater]) -> Votes:
             if page >= len(rater.pages) or not 0 <= rater.choices[page] < len(rater.pages[page].order):
                 raise CoalaError(
                     f"Rater {rater.id} has an answer to page {page + 1} that this page does not offer: the file of "
-                    "answers was changed by something else. Put a backup back."
+                    "answers was changed by something else. Fix: restore a backup."
                 )
             item, position = rater.pages[page], rater.choices[page]
             answer = item.order[position]

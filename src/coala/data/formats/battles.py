@@ -95,7 +95,9 @@ def _first_wins(row: Row, field: str, both: tuple[str, str, tuple[str, str]]) ->
     if len(hot) >= 2:
         ahead = [key for key, value in hot.items() if str(value).strip().lower() in ("1", "1.0", "true")]
         if len(ahead) != 1:
-            raise Fault(field, f"{len(ahead)} winners", "one of the columns set", "mend the verdict or delete the row")
+            raise Fault(
+                field, f"{len(ahead)} winners", "one of the columns set", "correct the verdict or delete the row"
+            )
         return None if ahead[0].endswith("tie") else ahead[0].endswith("a")
     value, ends = row[field], both[2]
     if isinstance(value, float) and value.is_integer():

@@ -153,9 +153,7 @@ class ChatJudge:
 
     def _question(self, prompt: Sequence[Turn]) -> str:
         if not prompt:
-            raise JudgeStopped(
-                f"Judge {self.instructions.name!r} has to see the prompts, and they were not given. Give them by id."
-            )
+            raise JudgeStopped(f"Judge {self.instructions.name!r} needs the prompts. Fix: pass them by id.")
         return conversation_text(prompt)
 
     def _answer(self, exchange: Exchange) -> Answer:

@@ -101,7 +101,7 @@ class OpenAIEndpoint:
         from yarl import URL
 
         if not key and base_url is None:
-            raise CoalaError("OpenAI's endpoint needs a key and there is none. Give one, or another base URL.")
+            raise CoalaError("Found no key, which OpenAI's endpoint needs. Fix: set one, or use another base URL.")
         url = "https://api.openai.com/v1" if base_url is None else base_url
         # A name and password in the address are meant for it; a key may stand in the environment for another.
         self._server = Server.of(url, (key or "none") if bare(url) == url else "", headers)
@@ -151,12 +151,12 @@ class OpenAIEndpoint:
             try:
                 found = await self._client.ask(self._server, asked, lambda found: _usage(found, plain))
             except Stopped:
-                raise JudgeStopped("Judging was interrupted. Run again to go on; what was bought is kept.") from None
+                raise JudgeStopped("Judging was interrupted; paid verdicts are saved. Fix: rerun to resume.") from None
             except OutOfBudget as out:
                 name, limit, spent = out.args
                 raise JudgeStopped(
-                    f"The budget of {limit} {name} is spent ({spent} used). "
-                    "Run again with a new one to go on; what was bought is kept."
+                    f"The budget of {limit} {name} is spent ({spent} used). Rerun with a new one to resume; paid "
+                    "verdicts are saved."
                 ) from None
             except RequestFailed as failed:
                 failure = self._told(failed)
@@ -176,8 +176,8 @@ class OpenAIEndpoint:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self._client.policy.give_up_after:
             raise JudgeStopped(
-                f"{self._failed_in_a_row} requests to {self._where} failed in a row, the last one so: {failure} "
-                "Mend that and run again; what was bought is kept."
+                f"{self._failed_in_a_row} requests to {self._where} failed in a row, the last one with: {failure} Fix "
+                "that and rerun; paid verdicts are saved."
             )
         raise failure
 
@@ -206,9 +206,9 @@ class OpenAIEndpoint:
         if kind == "malformed":
             form = failed.headers.get("content-type", "")
             if "json" in form.lower():
-                return JudgeFailure(kind, f"The answer is no chat completion ({shown(reason)}).")
+                return JudgeFailure(kind, f"The answer is not a chat completion ({shown(reason)}).")
             form = f"it is {shown(form[:60])}" if form else "it names no content type"
-            return JudgeFailure(kind, f"The answer is no chat completion: {form}; expected application/json.")
+            return JudgeFailure(kind, f"The answer is not a chat completion: {form}; expected application/json.")
         said = f"{self._where} answered {code}: {shown(failed.said, 200)}."
         if 300 <= code < 400:
             there = shown(self._client.struck(failed.headers.get("location", "another address")), 120)
@@ -221,9 +221,9 @@ class OpenAIEndpoint:
         if code == 404:
             return JudgeStopped(f"{said} Check the base URL and the model's name.")
         if failed.is_out_of_quota:
-            return JudgeStopped(f"{said} The account's quota is spent; what was bought is kept.")
+            return JudgeStopped(f"{said} The account's quota is spent; paid verdicts are saved.")
         if kind != "rejected" and after is not None and after > self._client.policy.longest_asked:
-            return JudgeStopped(f"{said} It asks to wait {after:.0f} s: run again then; what was bought is kept.")
+            return JudgeStopped(f"{said} It asks to wait {after:.0f} s: run again then; paid verdicts are saved.")
         return JudgeFailure(kind, said)
 
 

@@ -160,7 +160,7 @@ class Instructions:
                 raise self._fault(f"prompt {prompt.name!r} has {{{surplus[0]}}}, for which this mode has no text")
 
     def _fault(self, said: str) -> CoalaError:
-        return CoalaError(f"Judge {self.name!r}: {said}. Mend the judge's file.")
+        return CoalaError(f"Judge {self.name!r}: {said}. Fix the judge's file.")
 
     @property
     def digest(self) -> str:
@@ -225,18 +225,18 @@ def _from_folder(folder: Path) -> Instructions:
     try:
         document = parse_yaml(_read(path))
     except DocumentError as error:
-        raise CoalaError(f"{path}: is {error}. Mend it.") from None
+        raise CoalaError(f"{path}: is {error}. Fix it.") from None
     if not isinstance(document, dict):
-        raise CoalaError(f"{path}: found {shown(document)}; expected the fields mode, prompts, sampling. Mend it.")
+        raise CoalaError(f"{path}: found {shown(document)}; expected the fields mode, prompts, sampling. Fix it.")
     known = {"mode", "prompts", "parser", "labels", "sampling", "model"}
     if extra := sorted(set(map(str, document)) - known):
-        raise CoalaError(f"{path}: has {shown(extra[0])}; expected some of {', '.join(sorted(known))}. Mend it.")
+        raise CoalaError(f"{path}: has {shown(extra[0])}; expected some of {', '.join(sorted(known))}. Fix it.")
     listed, sampling = document.get("prompts"), document.get("sampling") or {}
     labels, mode = document.get("labels") or (), document.get("mode")
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise CoalaError(f"{path}: prompts: found {shown(listed)}; expected a list of user, system, turns, reference.")
     if not isinstance(sampling, dict) or not isinstance(labels, list | tuple):
-        raise CoalaError(f"{path}: sampling must be fields and labels a list. Mend it.")
+        raise CoalaError(f"{path}: sampling must be fields and labels a list. Fix it.")
     return Instructions(
         name=folder.resolve().name,
         mode=cast(JudgeMode, mode),
@@ -250,13 +250,13 @@ def _from_folder(folder: Path) -> Instructions:
 
 def _prompt(path: Path, listed: Mapping[str, Any]) -> JudgePrompt:
     if extra := sorted(set(map(str, listed)) - {"user", "system", "turns", "reference"}):
-        raise CoalaError(f"{path}: a prompt has {shown(extra[0])}; expected user, system, turns, reference. Mend it.")
+        raise CoalaError(f"{path}: a prompt has {shown(extra[0])}; expected user, system, turns, reference. Fix it.")
     user, system = listed.get("user"), listed.get("system")
     if not isinstance(user, str) or not isinstance(system, str | None):
-        raise CoalaError(f"{path}: a prompt's user and system are names of files in the folder. Mend it.")
+        raise CoalaError(f"{path}: a prompt's user and system are names of files in the folder. Fix it.")
     turns, reference = listed.get("turns", 1), listed.get("reference", False)
     if not isinstance(reference, bool) or turns not in (1, 2):
-        raise CoalaError(f"{path}: a prompt is for 1 or 2 turns, with reference true or false. Mend it.")
+        raise CoalaError(f"{path}: a prompt is for 1 or 2 turns, with reference true or false. Fix it.")
     texts = [_read(path.parent / name) if name else "" for name in (system, user)]
     return JudgePrompt(Path(user).stem, texts[0].strip(), texts[1].strip(), int(turns), reference)
 

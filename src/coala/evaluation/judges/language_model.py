@@ -42,7 +42,7 @@ class LanguageModelJudge:
 
     def compare(self, prompt: Sequence[Turn], first: Generation, second: Generation) -> Judgement:
         if not prompt:
-            raise JudgeStopped(f"Judge {self.name!r} has to see the prompts, and they were not given. Give them by id.")
+            raise JudgeStopped(f"Judge {self.name!r} needs the prompts. Fix: pass them by id.")
         exchange = asked([conversation_text(prompt)], [[first.text], [second.text]])
         messages = self.instructions.prompt_for(exchange).fill(exchange)
         # Instructions and question in one turn: not every model's template has a place for a system's turn.

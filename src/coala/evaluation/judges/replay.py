@@ -35,7 +35,7 @@ class ReplayJudge:
     def compare(self, prompt: Sequence[Turn], first: Generation, second: Generation) -> Judgement:
         sides = first.method, second.method
         if sides[0] == sides[1]:
-            raise JudgeFailure("not stored", f"Both sides are {sides[0]!r}: stored judgements cannot tell them apart.")
+            raise JudgeFailure("not stored", f"Both sides are {sides[0]!r}: stored judgements cannot distinguish them.")
         found = self._stored.get((first.prompt_id, *sides))
         if found is None:
             raise JudgeFailure(

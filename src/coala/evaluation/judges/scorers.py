@@ -90,7 +90,7 @@ class HeadJudge:
 
 def _is_json(text: str) -> bool:
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     try:
         json.loads(text, parse_constant=refuse)
@@ -142,7 +142,7 @@ class RuleJudge:
             try:
                 re.compile(self.argument)
             except re.error as error:
-                raise CoalaError(f"{self.argument!r} is not a regular expression ({error}). Mend it.") from None
+                raise CoalaError(f"{self.argument!r} is not a regular expression ({error}). Fix it.") from None
 
     @classmethod
     def parse(cls, text: str) -> RuleJudge:

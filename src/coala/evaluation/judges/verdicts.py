@@ -96,7 +96,7 @@ def _weighted(answer: Answer, instructions: Instructions) -> Verdict:
     first, second = instructions.labels
     found = preference_from_logprobs(answer.top, swapped=False, tokens=(first, second))
     if found is None:
-        raise JudgeFailure("no verdict", f"Neither {first!r} nor {second!r} is among the likeliest tokens.")
+        raise JudgeFailure("no verdict", f"Neither {first!r} nor {second!r} is among the most likely tokens.")
     return Verdict(2 - found, first if found < 1.5 else second)
 
 

@@ -64,7 +64,7 @@ class _Found:
             )
         said = [*remarks, *ties_left(self.ties)]
         said += [f"{self.errors} {what}s have no verdict and are left out"] if self.errors else []
-        said += [f"{lost} {what}s are left out, as the answers are not at hand"] if lost else []
+        said += [f"{lost} {what}s are skipped because their answers are missing"] if lost else []
         return RewardBenchmark(tuple(self.items), rank_rows, tuple(said))
 
 
@@ -141,7 +141,7 @@ def read_vicuna_reviews(path: Paths, questions: Paths, answers: Paths) -> Reward
         category, turns = _question(texts, named)
         scores = row.get("score")
         if not (isinstance(scores, list) and len(scores) == 2 and all(isinstance(one, int | float) for one in scores)):
-            raise row.fault("score", shown(scores), "a list of two numbers", "mend or delete the row")
+            raise row.fault("score", shown(scores), "a list of two numbers", "correct or delete the row")
         sides = [texts.by_id.get(row.label(f"answer{number}_id")) for number in (1, 2)]
         replies = tuple(None if one is None else one[0] for one in sides)
         won = None if min(scores) < 0 else 0.5 if scores[0] == scores[1] else float(scores[0] > scores[1])
@@ -199,7 +199,7 @@ def _answer(row: FileRow) -> tuple[str, ...]:
         choices = row.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else None
         if not isinstance(first, Mapping):
-            raise row.fault("choices", shown(choices), "a list of objects with turns", "mend or delete the row")
+            raise row.fault("choices", shown(choices), "a list of objects with turns", "correct or delete the row")
         return _texts(row, "choices", first.get("turns"))
     if row.name_of("messages"):
         messages = row.get("messages")
@@ -216,7 +216,7 @@ def _texts(row: FileRow, name: str, value: Any) -> tuple[str, ...]:
     """A list of texts, or of objects that hold one as ``content`` or ``answer``."""
     found = [_text(one) for one in value] if isinstance(value, Sequence) and not isinstance(value, str) else []
     if not found or not all(isinstance(one, str) for one in found):
-        raise row.fault(name, shown(value), "a list of texts", "mend or delete the row")
+        raise row.fault(name, shown(value), "a list of texts", "correct or delete the row")
     return tuple(one for one in found if isinstance(one, str))
 
 

@@ -102,5 +102,5 @@ def _first_wins(row: FileRow, columns: _Columns) -> bool | None:
     value = row.value(columns.label)
     if f"{value:g}" not in columns.meaning:
         expected = f"one of {', '.join(columns.meaning)}"
-        raise row.fault(columns.label, shown(row.get(columns.label)), expected, "mend or delete the row")
+        raise row.fault(columns.label, shown(row.get(columns.label)), expected, "correct or delete the row")
     return columns.meaning[f"{value:g}"]

@@ -19,7 +19,7 @@ from coala.evaluation.rows import FileRow, read_rows, shown, shown_path
 from coala.values import ROLES, CoalaError, Role, Turn
 
 Paths = Path | str | Sequence[Path | str]
-_MEND = "mend or delete the row"
+_MEND = "correct or delete the row"
 
 
 def read_rewardbench(path: Paths) -> RewardBenchmark:

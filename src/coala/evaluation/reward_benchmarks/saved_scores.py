@@ -84,13 +84,13 @@ def _scored_row(row: FileRow, form: str, place: int) -> Mapping[str, _Row]:
         scores, first = row.get("scores"), label_of(row)
         by = scores if isinstance(scores, Mapping) else {"": scores}
         if not by:
-            raise row.fault("scores", "an empty object", "scores by the scorer's name", "mend or delete the row")
+            raise row.fault("scores", "an empty object", "scores by the scorer's name", "correct or delete the row")
         source = row.label("source") if row.name_of("source") else UNKNOWN
         found = {}
         for scorer, value in by.items():
             two = _numbers(row, f"scores of {ascii(scorer)[1:-1][:60]}" if scorer else "scores", value)
             if len(two) != 2:
-                raise row.fault("scores", f"{len(two)} numbers", "two, of A and of B", "mend or delete the row")
+                raise row.fault("scores", f"{len(two)} numbers", "two, of A and of B", "correct or delete the row")
             right, wrong = (two[:1], two[1:]) if first else (two[1:], two[:1])
             found[scorer] = _checked(row, (right, wrong, source, group, id))
         return found
@@ -98,7 +98,9 @@ def _scored_row(row: FileRow, form: str, place: int) -> Mapping[str, _Row]:
         everything = _numbers(row, "scores", row.get("scores"))
         n = int(row.value("num_correct", low=1))
         if n >= len(everything):
-            raise row.fault("num_correct", str(n), f"fewer than the {len(everything)} scores", "mend or delete the row")
+            raise row.fault(
+                "num_correct", str(n), f"fewer than the {len(everything)} scores", "correct or delete the row"
+            )
         right, wrong = everything[:n], everything[n:]
     else:
         right, wrong = (_side(row, names) for names in (_CHOSEN, _REJECTED))
@@ -131,11 +133,11 @@ def _side(row: FileRow, names: tuple[str, ...]) -> Float:
 def _numbers(row: FileRow, field: str, value: Any) -> Float:
     """A list of numbers (n,), each perhaps in a list of its own."""
     if not isinstance(value, list) or not value:
-        raise row.fault(field, shown(value), "a list of numbers", "mend or delete the row")
+        raise row.fault(field, shown(value), "a list of numbers", "correct or delete the row")
     flat = [as_number(one[0] if isinstance(one, list) and len(one) == 1 else one) for one in value]
     for number, one in zip(flat, value, strict=True):
         if number is None:
-            raise row.fault(field, shown(one), "a number", "mend or delete the row")
+            raise row.fault(field, shown(one), "a number", "correct or delete the row")
     return np.array(flat, dtype=np.float64)
 
 
@@ -145,7 +147,7 @@ def _checked(row: FileRow, one: _Row) -> _Row:
     with np.errstate(over="ignore"):
         margin = float(both.max() - both.min())
     if not math.isfinite(margin):
-        raise row.fault(_CHOSEN[0], f"a margin of {margin}", "scores whose difference is finite", "mend the row")
+        raise row.fault(_CHOSEN[0], f"a margin of {margin}", "scores whose difference is finite", "correct the row")
     return one
 
 

@@ -123,7 +123,7 @@ class CoalaRewardModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         gated = config.gate_on == "prompt" and config.n_neurons > 0
         if token_type_ids is None and (config.pooling == "mean" or gated):
             raise ValueError(
-                "token_type_ids are missing: they tell where the reply starts. Use this folder's tokenizer."
+                "token_type_ids are missing: they mark where the reply starts. Use this folder's tokenizer."
             )
         tokens, length = _begin_at_zero(input_ids, attention_mask)
         stop = length - config.tail

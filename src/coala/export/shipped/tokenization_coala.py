@@ -134,7 +134,7 @@ class CoalaTokenizer(PreTrainedTokenizerFast):
             prompt_text = prompt + marker
         if not found:
             raise ValueError(
-                f"The text has no {marker!r}, behind which the reply would start. Give the prompt as text and the "
+                f"The text has no {marker!r}, after which the reply would start. Pass the prompt as text and the "
                 "reply as text_pair."
             )
         suffix = ""
