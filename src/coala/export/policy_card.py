@@ -110,6 +110,7 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
     rows = [
         ("base model", f"{spec.backbone}{f', revision {spec.revision}' if spec.revision else ' (a local folder)'}"),
         ("weights, SHA-256", spec.weights),
+        *([("change, SHA-256", digest(policy.change))] if isinstance(policy, DistilledPolicy) else []),
         ("licence of the base model", licence),
         ("teacher", _teacher(policy, facts)),
         *_vehicle(policy),
@@ -283,17 +284,22 @@ def _cost(policy: Policy, flops: Mapping[str, int]) -> str:
     return f"{own:.3g} FLOPs by formula ({parts}){share}{'; without the solver, which is not counted' if left else ''}"
 
 
+def gguf_commands(file: str, sampling: Mapping[str, float], name: str = "NAME") -> tuple[str, str]:
+    """How llama.cpp and Ollama, which calls it ``name``, serve the GGUF ``file`` as it was fitted."""
+    flags = f"--temp {sampling['temperature']:g} --top-k {sampling['top_k']:g} --top-p {sampling['top_p']:g} --min-p 0"
+    made = Path(file).with_suffix(".Modelfile")
+    return f"llama-server -m {file} {flags}", f"ollama create {name} -f {made} && ollama run {name}"
+
+
 def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
     settings = ", ".join(f"{name}={value:g}" for name, value in sampling.items())
     told = f"Sample at {settings}, where it was fitted; another temperature is another policy."
     if form == "gguf":
-        flags = (
-            f"--temp {sampling['temperature']:g} --top-k {sampling['top_k']:g} --top-p {sampling['top_p']:g} --min-p 0"
-        )
+        llama, ollama = gguf_commands("FILE.gguf", sampling)
         return [
             "```sh",
-            f"llama-server -m FILE.gguf {flags}                # llama.cpp",
-            "ollama create NAME -f FILE.Modelfile && ollama run NAME   # Ollama: the Modelfile beside the file",
+            f"{llama}                # llama.cpp",
+            f"{ollama}   # Ollama: the Modelfile beside the file",
             "```",
             "",
             told,
