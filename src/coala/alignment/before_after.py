@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def style_evaluation(run: RunFolder, command: str = "") -> Evaluation:
         command=command,
         measures=(),
         contrasts=(
-            *(of(rule, ABOUT[rule], lambda row, rule=rule: row[rule]) for rule in RULES),  # type: ignore[misc]
+            *(of(rule, ABOUT[rule], itemgetter(rule)) for rule in RULES),
             of("all five rules", "", lambda row: all(row.values())),
         ),
         files=_files(run),
@@ -127,14 +128,13 @@ def capability_evaluation(
     for side in _files(run):
         stage, guidance = f"questions, {side}", {"mode": "distilled"} if side == "distilled" else {}
         manner = ReplySettings(side != "unguided", tokens, seed=run.settings["seed"], guidance=guidance)
-        sides[side] = answer(
-            run, asked, manner, parts=parts, on_reply=lambda done, total, stage=stage: on_progress(stage, done, total)
-        )  # type: ignore[misc]
+        sides[side] = answer(run, asked, manner, parts=parts, on_reply=partial(on_progress, stage))
     right = {
         side: [q.answered_by(reply.text) for q, reply in zip(questions, some, strict=True)]
         for side, some in sides.items()
     }
-    first, facts, shown = right["unguided"], {}, []
+    first, shown = right["unguided"], []
+    facts: dict[str, int] = {}
     for side, some in list(right.items())[1:]:
         lost = [i for i, now in enumerate(some) if first[i] and not now]
         won = [i for i, now in enumerate(some) if now and not first[i]]

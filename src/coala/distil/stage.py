@@ -111,7 +111,7 @@ class Work:
         on_progress: OnProgress,
         on_note: OnNote,
         parts: LoadParts | None = None,
-        **permitted: bool,
+        **permitted: Any,
     ) -> Work:
         """Of a finished run; ``parts``, if not given, are :func:`load_parts` with what is ``permitted``."""
         recipe = recipe_of(run.settings, run.path / "run.json")
