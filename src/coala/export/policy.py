@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -252,7 +253,7 @@ def export_beside(
         on_note(f"{out} is there and is not of this policy, so that nothing was written; delete it and run again")
         return None
     if form == "checkpoint":
-        return ServedPolicy(out, (f"vllm serve {out}",))
+        return ServedPolicy(out, (f"vllm serve {quote(str(out))}",))
     return ServedPolicy(out, gguf_commands(str(out), policy_facts(run.path, policy).sampling, run.path.name))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from coala.export.card import rows_of, uploading
@@ -287,8 +288,11 @@ def _cost(policy: Policy, flops: Mapping[str, int]) -> str:
 def gguf_commands(file: str, sampling: Mapping[str, float], name: str = "NAME") -> tuple[str, str]:
     """How llama.cpp and Ollama, which calls it ``name``, serve the GGUF ``file`` as it was fitted."""
     flags = f"--temp {sampling['temperature']:g} --top-k {sampling['top_k']:g} --top-p {sampling['top_p']:g} --min-p 0"
-    made = Path(file).with_suffix(".Modelfile")
-    return f"llama-server -m {file} {flags}", f"ollama create {name} -f {made} && ollama run {name}"
+    made = quote(str(Path(file).with_suffix(".Modelfile")))
+    return (
+        f"llama-server -m {quote(file)} {flags}",
+        f"ollama create {quote(name)} -f {made} && ollama run {quote(name)}",
+    )
 
 
 def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
