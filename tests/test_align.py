@@ -785,7 +785,7 @@ def test_replies_resume_with_the_portion_that_was_lost(
 ) -> None:
     from coala.alignment import stages
 
-    monkeypatch.setattr(stages, "SLOW_PORTION", 2)
+    monkeypatch.setattr(stages, "PORTION", 2)
     wanted = recipe(pairs, model, evaluation={"prompts": 9, "max_new_tokens": 5}, guidance={"mode": "token"})
     whole, told = copied.path.parent / "whole", []
     shutil.copytree(copied.path, whole)

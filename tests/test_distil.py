@@ -21,10 +21,12 @@ from coala.distil.matrix import output_matrix
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
 from coala.distil.stage import distil
-from coala.distil.states import Lesson, teacher_states
-from coala.export.policy import export_checkpoint, export_gguf, export_lora
+from coala.distil.states import LIGHT, Lesson, teacher_states, weighted_lessons
+from coala.export.policy import export_beside, export_checkpoint, export_gguf, export_lora
 from coala.policies import DistilledPolicy
-from coala.values import CoalaError, ConvexHead, SpecMismatch, prompt_id, user
+from coala.recipe import load_recipe
+from coala.store import RunFolder, save_head
+from coala.values import CoalaError, ConvexHead, FeatureSet, Pair, SpecMismatch, prompt_id, user
 
 from .menagerie import tiny_backbone
 from .test_align import pair_rows, write_rows
@@ -94,6 +96,36 @@ def test_what_a_reply_diverges_is_the_sum_over_its_steps(backbone: LanguageModel
     ((policy_log, base_log, n),) = policy_likelihood([prompt], [reply.text], backbone, policy)
     taken = np.arange(n), row.tokens[row.start : row.stop]
     assert (policy_log, base_log) == pytest.approx((np.log(p[taken]).sum(), np.log(q[taken]).sum()), rel=1e-4)
+
+
+def test_pairs_teach_by_their_weight_and_with_their_ends(backbone: LanguageModel) -> None:
+    draw, n = np.random.default_rng(0), 40
+    pairs = [Pair(user(f"ask {i}"), "a dog " * (1 + 30 * (i % 2)), f"the film {i}", str(i)) for i in range(n)]
+    width = backbone.width
+    none, linear = np.zeros((0, width + 1), np.float32), draw.standard_normal(width + 1).astype(np.float32)
+    head = ConvexHead(none, none, linear, backbone.spec(2))
+    sides = draw.standard_normal((2, n, width)).astype(np.float32)
+    features = FeatureSet(*sides, np.array([pair.group for pair in pairs]), backbone.spec(2))
+    continuing, beta, longest = load_backbone(backbone.name, template="continuation", device="cpu"), 0.5, 25
+    found = weighted_lessons(continuing, pairs, features, head, beta, longest)
+    rewards = np.concatenate([head.score(side, None) for side in sides]).astype(float)
+    weights = np.exp((rewards - rewards.max()) / (beta * rewards.std()))
+    texts = [(0, pair) for pair in pairs] + [(1, pair) for pair in pairs]
+    wanted = {
+        (pair.prompt, (pair.chosen, pair.rejected)[side]): w for (side, pair), w in zip(texts, weights, strict=True)
+    }
+    taught = {(one.prompt, one.text): one.weight for one in found}
+    assert taught == pytest.approx({key: wanted[key] for key in taught}, rel=1e-5)
+    left = [weight for key, weight in wanted.items() if key not in taught]
+    assert left
+    assert sum(left) <= LIGHT * weights.sum() < sum(left) + min(taught.values())
+    assert max(left) <= min(taught.values())
+    # Thirty-one dogs are more than 25 tokens, and so may have been cut.
+    assert [one.ended for one in found] == [len(one.text) < 100 for one in found]
+    assert len({one.ended for one in found}) == 2
+    # A dialogue ends by a text, not by a token.
+    assert backbone.stop_texts
+    assert not any(one.ended for one in weighted_lessons(backbone, pairs, features, head, beta, longest))
 
 
 def test_divergence_is_none_of_equals_and_bears_what_cannot_be() -> None:
@@ -238,6 +270,42 @@ def test_a_gguf_file_is_the_old_one_but_for_its_output_layer(tmp_path: Path) -> 
         export_gguf(policy, model, tmp_path / "twice.gguf")
     with pytest.raises(CoalaError, match="not loaded from a GGUF file"):
         export_gguf(policy, load_backbone(folder, device="cpu"), tmp_path / "other.gguf")
+
+
+def test_a_policy_goes_beside_its_run_once_and_never_over_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model in an installed package, whose file is the one that is changed."""
+    package, about = tmp_path / "site" / "tiny_model", tmp_path / "site" / "tiny_model-1.2.dist-info"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny_model\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    write_gguf(make_folder(tmp_path / "folder", tie_word_embeddings=True), package / "tiny.gguf")
+    model, run, told = load_backbone("wheel:tiny-model==1.2", device="cpu"), RunFolder(tmp_path / "mine"), []
+    settings = {"pairs": ["x"], "model": {"name": model.name, "device": "cpu"}}
+    run.start(load_recipe(None, settings, {}).plain())
+    none = np.zeros((0, model.width + 1), np.float32)
+    head = ConvexHead(none, none, np.ones(model.width + 1, np.float32), model.spec(2))
+    save_head(run.path / "head", head)
+    parts: Any = lambda: (model, head, Guidance())  # noqa: E731
+    assert export_beside(run, "gguf", parts=parts, on_note=told.append) is None  # nothing was distilled
+    policy_of(model, 0.2).save(run.path / "distilled")
+    found = export_beside(run, "gguf", parts=parts)
+    assert found is not None
+    assert found.path == tmp_path / "mine-served.gguf"
+    llama, ollama = found.commands
+    assert llama == f"llama-server -m {found.path} --temp 1 --top-k 50 --top-p 0.9 --min-p 0"
+    assert ollama == f"ollama create mine -f {tmp_path / 'mine-served.Modelfile'} && ollama run mine"
+    assert (tmp_path / "mine-served.Modelfile").read_text().startswith("FROM ./mine-served.gguf\n")
+    made = found.path.stat().st_mtime_ns
+    assert export_beside(run, "gguf", parts=parts) == found
+    assert (found.path.stat().st_mtime_ns, told) == (made, [])
+    policy_of(model, 0.3).save(run.path / "distilled")
+    assert export_beside(run, "gguf", parts=parts, on_note=told.append) is None
+    assert "is not of this policy" in told[0]
+    assert found.path.stat().st_mtime_ns == made
 
 
 @pytest.mark.nightly

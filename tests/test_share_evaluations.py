@@ -11,12 +11,13 @@ import yaml
 
 from coala.export.evaluations import share_evaluations
 from coala.recipe import load_recipe
-from coala.report.evaluations import Contrast, Evaluation, Measure, save_evaluation
+from coala.report.evaluations import Contrast, Evaluation, Measure, Side, save_evaluation
 from coala.store import RunFolder
 from coala.values import CoalaError, Estimate
 
 RATE = Estimate(0.625, 0.5, 0.75, 40, "Wilson")
 LOSS = Estimate(0.5, 0.25, 0.75, 40, "bootstrap over groups")
+MORE = Estimate(0.125, 0.1, 0.2, 40, "paired")
 NONE = Estimate(float("nan"), 0.0, 1.0, 0, "Wilson")
 
 
@@ -37,7 +38,7 @@ def run(tmp_path: Path) -> RunFolder:
             Measure("excluding ties", NONE, "percent"),
             Measure("position bias", RATE),
         ],
-        contrasts=[Contrast("short sentences", LOSS, RATE, Estimate(0.125, 0.1, 0.2, 40, "paired"))],
+        contrasts=[Contrast("short sentences", [Side("unguided", LOSS), Side("guided", RATE, MORE)])],
         files={"replies": replies},
         judge={"name": "words"},
         settings={"seed": 0},
@@ -61,7 +62,8 @@ def test_every_number_keeps_its_value_its_interval_and_its_n(run: RunFolder, tmp
         assert (score["score"], interval["lower"], interval["upper"]) == (estimate.value, estimate.low, estimate.high)
         assert score["uncertainty"]["num_samples"] == estimate.n
     assert [one["metric_config"]["lower_is_better"] for one in results.values()] == [False, True, False]
-    assert results["short sentences"]["score_details"]["details"]["before value"] == "0.5"
+    details = results["short sentences"]["score_details"]["details"]
+    assert (details["unguided value"], details["less unguided value"]) == ("0.5", "0.125")
     assert "/models" not in path.read_text()  # where a model lay is nobody else's business
 
 

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coala.alignment.parts import guidance_of, load_parts
+from coala.alignment.stages import rows_at_once
 from coala.data import read_pairs
 from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.recipe import recipe_of
@@ -29,9 +30,11 @@ from coala.store import (
 )
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id, user
 
+if TYPE_CHECKING:
+    from coala.alignment.parts import LoadParts
+
 FOLDER = "replies"
 UNGUIDED = "unguided"
-PORTION = 16  # rows decoded together, and kept together
 _MEND = "correct or delete the row"
 OnReply = Callable[[int, int], None]
 
@@ -126,12 +129,18 @@ def read_reference(path: Path | str, asked: Sequence[PromptRow]) -> list[Generat
 
 
 def answer(
-    run: RunFolder, asked: Sequence[PromptRow], manner: ReplySettings, *, on_reply: OnReply | None = None
+    run: RunFolder,
+    asked: Sequence[PromptRow],
+    manner: ReplySettings,
+    *,
+    parts: LoadParts | None = None,
+    on_reply: OnReply | None = None,
 ) -> list[Generation]:
     """The run's reply to each prompt, in their order; those that are kept are not made again.
 
-    The model is loaded only if a reply is missing. Raises :class:`CoalaError` for a run without a head and for one in
-    which another process is answering the same prompts.
+    The model is loaded only if a reply is missing, or then asked for from ``parts`` by who answers more than once.
+    Raises :class:`CoalaError` for a run without a head and for one in which another process is answering the same
+    prompts.
     """
     from coala.decoding import generate
 
@@ -149,7 +158,7 @@ def answer(
     head = head_stamp(run.path / "head", rule.rater)
     prompts = [[one.id, [[turn.role, turn.text] for turn in one.prompt]] for one in asked]
     model = asdict(recipe.model)
-    key = digest(prompts, model, head, guidance, [length, temperature, manner.seed, PORTION])[:12]
+    key = digest(prompts, model, head, guidance, [length, temperature, manner.seed])[:12]
     path = run.path / FOLDER / f"{key}.jsonl"
     with claim(path.with_suffix(".lock")) as mine:
         if not mine:
@@ -158,7 +167,7 @@ def answer(
         if [reply.prompt_id for reply in kept] != [one.id for one in asked[: len(kept)]]:
             raise StoreError(f"{path}: holds replies to other prompts. Fix: delete it and rerun.")
         if len(kept) < len(asked):
-            backbone, fitted, _ = load_parts(run.path)
+            backbone, fitted, _ = load_parts(run.path) if parts is None else parts()
             rule = rule.at(temperature) if manner.guided else rule.plain
             kept = generate(
                 [one.prompt for one in asked],
@@ -169,7 +178,7 @@ def answer(
                 temperature=temperature,
                 seed=manner.seed,
                 prompt_ids=[one.id for one in asked],
-                batch_size=max(1, PORTION // rule.rows),
+                batch_size=max(1, rows_at_once(backbone) // rule.rows),
                 kept=path,
                 on_reply=on_reply,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
     from coala.decoding import Guidance
     from coala.values import ConvexHead
 
+    Parts = tuple[LanguageModel, ConvexHead, Guidance]
+    # Asked once the parts are needed, by steps of one run that shall load its model once.
+    LoadParts = Callable[[], Parts]
+
 
 def load_parts(
     path: Path | str, *, trust_remote_code: bool = False, download: bool = False, rater: str | None = None
-) -> tuple[LanguageModel, ConvexHead, Guidance]:
+) -> Parts:
     """Model, head and guidance of a finished run; refuses a model that is not the one the head was fitted on.
 
     The head is that of the ``rater`` named here or by the run's guidance, else everybody's. The model knows the run's

@@ -137,7 +137,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
             rates.append({"judge": called, "estimate": evaluation.win_rate(judgements), "comment": comment})
     content["win_rates"] = rates
     content["policy"] = _policy(run, recipe, head)
-    content["distilled"] = _distilled(run)
+    content["distilled"] = distilled_beside(run)
     write_report(run, content)
     return content
 
@@ -174,7 +174,7 @@ def _policy(run: RunFolder, recipe: Recipe, head: ConvexHead) -> dict[str, Any] 
     return {"unknown": unknown} if unknown else None
 
 
-def _distilled(run: RunFolder) -> dict[str, Any]:
+def distilled_beside(run: RunFolder) -> dict[str, Any]:
     """The distilled policy beside the run's replies, ``stale`` if another policy has taken its place since."""
     path = run.path / DISTILLED / "side_by_side.json"
     if not path.exists():

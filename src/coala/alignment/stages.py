@@ -52,8 +52,10 @@ if TYPE_CHECKING:
 
 
 PORTION = 32  # rows decoded together
-# On a CPU the same number of rows takes as many times as long: progress and what a kill costs go by portions.
+# On a CPU as many rows of a large model take long, and progress and what a kill costs go by portions. Of a small one
+# a step takes hardly longer for all of them: it reads the weights once.
 SLOW_PORTION = 8
+SMALL = 1 << 28  # weights of such a model's layers
 MOST_WIDTH = 10.0  # points of accuracy within which held-out pairs should tell
 PORTIONS = "portions"  # folder of replies that are not all written yet
 
@@ -380,7 +382,8 @@ def _judgements(context: StageContext) -> None:
 
 def rows_at_once(backbone: LanguageModel) -> int:
     """Rows that are decoded together."""
-    return SLOW_PORTION if backbone.device.type == "cpu" else PORTION
+    slow = backbone.device.type == "cpu" and backbone.shape.body_matmul_parameters > SMALL
+    return SLOW_PORTION if slow else PORTION
 
 
 def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:

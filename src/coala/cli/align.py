@@ -17,6 +17,7 @@ from coala.messages import CoalaError
 from coala.settings import EvaluationSettings, GuidanceSettings, HeadSettings, ModelSettings, PairSettings
 
 if TYPE_CHECKING:
+    from coala.alignment.parts import LoadParts
     from coala.recipe import Recipe
     from coala.settings import TrackerName
     from coala.store import RunFolder
@@ -114,14 +115,18 @@ def run_and_show(
     emit({"run": run.path, "report": run.path / "report.html", **content["summary"], **more})
 
 
-def distil_and_show(run: RunFolder, **settings: Any) -> dict[str, Any]:
-    """Distil the finished run, show its policy beside its other replies; what was measured, for the summary."""
+def distil_and_show(run: RunFolder, parts: LoadParts | None = None, **settings: Any) -> dict[str, Any]:
+    """Distil the finished run, show its policy beside its other replies; what was measured, for the summary.
+
+    ``parts`` are the run's, if its model is loaded once for more than this.
+    """
     from coala.cli.output import progress, say, table
     from coala.distil.settings import DistilSettings
     from coala.distil.side_by_side import HEADS, distil_into_report, table_rows
 
     with progress() as show:
-        content = distil_into_report(run.path, DistilSettings(**settings), on_progress=show, on_note=say)
+        wanted = DistilSettings(**settings)
+        content = distil_into_report(run.path, wanted, on_progress=show, on_note=say, parts=parts)
     if rows := table_rows(content):
         write("")
         table(rows, list(HEADS))

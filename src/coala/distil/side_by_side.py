@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from coala.alignment import load_parts, make_report
+from coala.alignment import make_report
 from coala.alignment.judges import judge_name, judge_stamp
+from coala.alignment.parts import guidance_of
 from coala.alignment.stages import rows_at_once
 from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
@@ -20,7 +21,8 @@ from coala.costs import Stopwatch, peak_memory
 from coala.decoding import Guidance, generate
 from coala.distil.measured import keep_measured, wins_of
 from coala.distil.settings import DistilSettings
-from coala.distil.stage import NothingToDistil, distil
+from coala.distil.stage import NothingToDistil, Work, carry_out, distil
+from coala.policies import DistilledPolicy
 from coala.recipe import Recipe, recipe_of
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity_ratio
@@ -31,11 +33,13 @@ from coala.store import (
     file_digest,
     load_generations,
     load_pairs,
-    run_policy,
     save_generations,
     save_json,
 )
 from coala.values import Generation, Turn, prompt_id
+
+if TYPE_CHECKING:
+    from coala.alignment.parts import LoadParts
 
 STAGE = "distil"
 REPLIES = "generations-distilled.jsonl"
@@ -49,11 +53,12 @@ def distil_into_report(
     on_progress: OnProgress = silent,
     on_note: OnNote = quiet,
     trust_remote_code: bool = False,
+    parts: LoadParts | None = None,
 ) -> dict[str, Any]:
     """Distil the run, let the policy answer what the run answered, put both on its page; the content of the report.
 
     Skipped where its inputs and outputs are unchanged. Where the head is at chance nothing is distilled, and the page
-    and ``on_note`` say so in a line.
+    and ``on_note`` say so in a line. ``parts`` are the run's, if its model is loaded already.
     """
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
@@ -64,7 +69,7 @@ def distil_into_report(
     inputs = _inputs(run, recipe, settings)
     if not run.done(STAGE, inputs):
         with Stopwatch() as watch:
-            outputs = _work(run, recipe, settings, on_progress, on_note, trust_remote_code)
+            outputs = _work(run, recipe, settings, on_progress, on_note, trust_remote_code, parts)
         run.finish(STAGE, inputs, outputs, {"seconds": watch.seconds, "peak_bytes": peak_memory()})
     return make_report(run)
 
@@ -76,18 +81,19 @@ def _work(
     on_progress: OnProgress,
     on_note: OnNote,
     trust_remote_code: bool,
+    parts: LoadParts | None,
 ) -> list[str]:
     """What was written."""
-    told: dict[str, Any] = {"on_progress": on_progress, "on_note": on_note, "trust_remote_code": trust_remote_code}
-    try:
-        policy = distil(run.path, settings, **told)
-    except NothingToDistil as why:
-        on_note(f"nothing was distilled: {why}")
-        save_json(run.path / TABLE, {"nothing": str(why)})
-        return [TABLE]
     with run.held():
+        work = Work.of(run, settings, on_progress, on_note, parts, trust_remote_code=trust_remote_code)
+        try:
+            policy = carry_out(work)
+        except NothingToDistil as why:
+            on_note(f"nothing was distilled: {why}")
+            save_json(run.path / TABLE, {"nothing": str(why)})
+            return [TABLE]
         sides = {name: load_generations(run.path / f"generations-{name}.jsonl") for name in ("unguided", "guided")}
-        replies, guidance, temperature = _replies(run, recipe, sides["unguided"], on_progress, trust_remote_code)
+        replies, guidance, temperature = _replies(work, policy, sides["unguided"])
         sampling = {"temperature": temperature, "top_k": guidance.top_k, "top_p": guidance.top_p}
         sides["distilled"] = replies
         rows = _rows(run, recipe, sides, {"guided": guidance}, on_progress, on_note)
@@ -127,21 +133,21 @@ def _prompts(run: RunFolder) -> dict[str, tuple[Turn, ...]]:
 
 
 def _replies(
-    run: RunFolder, recipe: Recipe, plain: Sequence[Generation], on_progress: OnProgress, trust_remote_code: bool
+    work: Work, policy: DistilledPolicy, plain: Sequence[Generation]
 ) -> tuple[list[Generation], Guidance, float]:
     """The policy's reply to each prompt that was answered unguided, with the same noise; what guided the run's, and the
     temperature of all.
     """
-    backbone, head, guidance = load_parts(run.path, trust_remote_code=trust_remote_code)
+    run, recipe, backbone = work.run, work.recipe, work.backbone.with_policy(policy)
     # Top-k, top-p and temperature are those of the run's own replies, which the model may have suggested.
-    guidance, temperature = settled(run.path, backbone, guidance, {})
+    guidance, temperature = settled(run.path, backbone, guidance_of(recipe), {})
     prompts = _prompts(run)
     ids = [reply.prompt_id for reply in plain]
-    decides = digest(ids, run_policy(run).change, str(guidance), guidance.top_k, guidance.top_p, temperature)[:12]
+    decides = digest(ids, policy.change, str(guidance), guidance.top_k, guidance.top_p, temperature)[:12]
     replies = generate(
         [prompts[name] for name in ids],
         backbone,
-        head,
+        work.head,
         guidance.changed(mode="distilled"),
         max_new_tokens=recipe.evaluation.max_new_tokens,
         temperature=temperature,
@@ -149,7 +155,7 @@ def _replies(
         prompt_ids=ids,
         batch_size=rows_at_once(backbone),
         kept=run.path / DISTILLED / f"answers-{decides}.jsonl",
-        on_reply=lambda n, total: on_progress("replies-distilled", n, total, f"{n} of {total} replies"),
+        on_reply=lambda n, total: work.on_progress("replies-distilled", n, total, f"{n} of {total} replies"),
         with_base=True,
     )
     save_generations(run.path / REPLIES, replies, prompts)

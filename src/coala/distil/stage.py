@@ -24,13 +24,14 @@ from coala.distil.matrix import output_matrix
 from coala.distil.own_score import OwnScore
 from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
-from coala.distil.states import Lesson, guided_lessons, teacher_states, weighted_lessons
+from coala.distil.states import LIGHT, Lesson, guided_lessons, teacher_states, weighted_lessons
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, recipe_of
 from coala.store import DISTILLED, RunFolder, digest, load_features, load_pairs, save_json
-from coala.values import CoalaError, FeatureSet, Pair, Turn, one_per_prompt, prompt_id
+from coala.values import CoalaError, Turn, conversation_text, one_per_prompt, prompt_id
 
 if TYPE_CHECKING:
+    from coala.alignment.parts import LoadParts
     from coala.backbone import LanguageModel
     from coala.values import ConvexHead, Float32, Generation
 
@@ -54,28 +55,34 @@ def distil(
     run = RunFolder.open(path)
     with run.held():
         work = Work.of(run, settings, on_progress, on_note, trust_remote_code=trust_remote_code, download=download)
-        if settings.teacher != "weighted":
-            work.check_evidence()
-        if work.head.evidence == 0:
-            on_note(
-                "the head is at chance on held-out pairs: there is no evidence for the preference that is distilled"
-            )
-        if settings.rounds > 1:
-            from coala.distil.rounds import in_rounds
+        return carry_out(work)
 
-            policy, about = in_rounds(work)
-        else:
-            states, taught = taught_states(work)
-            policy, tried = project(work, states, taught)
-            about = {"n_replies": len(np.unique(states.group)), **tried}
-        policy.save(run.path / DISTILLED)
-        common = {
-            "temperature": work.temperature,
-            "sampling": {"top_k": work.guidance.top_k, "top_p": work.guidance.top_p},
-            "settings": settings,
-            "guidance": str(work.guidance),
-        }
-        save_json(run.path / DISTILLED / "path.json", {**common, **about})
+
+def carry_out(work: Work) -> DistilledPolicy:
+    """The policy of ``work``, written to its run, which the caller holds."""
+    settings = work.settings
+    if settings.teacher != "weighted":
+        work.check_evidence()
+    if work.head.evidence == 0:
+        work.on_note(
+            "the head is at chance on held-out pairs: there is no evidence for the preference that is distilled"
+        )
+    if settings.rounds > 1:
+        from coala.distil.rounds import in_rounds
+
+        policy, about = in_rounds(work)
+    else:
+        states, taught = taught_states(work)
+        policy, tried = project(work, states, taught)
+        about = {"n_replies": len(np.unique(states.group)), **tried}
+    policy.save(work.folder)
+    common = {
+        "temperature": work.temperature,
+        "sampling": {"top_k": work.guidance.top_k, "top_p": work.guidance.top_p},
+        "settings": settings,
+        "guidance": str(work.guidance),
+    }
+    save_json(work.folder / "path.json", {**common, **about})
     return policy
 
 
@@ -98,11 +105,17 @@ class Work:
 
     @classmethod
     def of(
-        cls, run: RunFolder, settings: DistilSettings, on_progress: OnProgress, on_note: OnNote, **permitted: bool
+        cls,
+        run: RunFolder,
+        settings: DistilSettings,
+        on_progress: OnProgress,
+        on_note: OnNote,
+        parts: LoadParts | None = None,
+        **permitted: Any,
     ) -> Work:
-        """Of a finished run; ``permitted`` is of :func:`load_parts`."""
+        """Of a finished run; ``parts``, if not given, are :func:`load_parts` with what is ``permitted``."""
         recipe = recipe_of(run.settings, run.path / "run.json")
-        backbone, head, _ = load_parts(run.path, rater=None, **permitted)
+        backbone, head, _ = load_parts(run.path, **permitted) if parts is None else parts()
         teacher = Guidance(
             "shift" if settings.teacher == "shift" else "block",
             rule=recipe.guidance.rule,
@@ -183,7 +196,7 @@ def taught_states(
         if work.settings.teacher == "guided":
             taught = teacher_replies(work, before, seed=seed)
         else:
-            taught = Taught(weighted_lessons(*_pairs(work.run), work.head, work.settings.beta))
+            taught = Taught(_weighted(work))
         change: dict[str, Any] = {} if before is None else {"change": before.change}
         named = digest([asdict(lesson) for lesson in taught.lessons], *change.values())[:12]
         folder = work.folder / f"states-{named}"
@@ -259,8 +272,14 @@ def teacher_replies(work: Work, before: DistilledPolicy | None = None, *, seed: 
     return Taught(guided_lessons(backbone, prompts, replies, work.longest), prompts, replies)
 
 
-def _pairs(run: RunFolder) -> tuple[list[Pair], FeatureSet]:
-    return load_pairs(run.path / "pairs-train.jsonl"), load_features(run.path / "features" / "train")
+def _weighted(work: Work) -> list[Lesson]:
+    pairs, features = load_pairs(work.run.path / "pairs-train.jsonl"), load_features(work.run.path / "features/train")
+    lessons = weighted_lessons(work.backbone, pairs, features, work.head, work.settings.beta, work.longest)
+    n = len({(conversation_text(pair.prompt), text) for pair in pairs for text in (pair.chosen, pair.rejected) if text})
+    whole = sum(lesson.ended for lesson in lessons)
+    left = f" (the others weigh at most {100 * LIGHT:g} % together)" if len(lessons) < n else ""
+    work.on_note(f"{len(lessons)} of {n} replies of the pairs teach{left}, {whole} of them with their end")
+    return lessons
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from coala.values import CoalaError, ConvexHead, FeatureSet, Float32, Generation
 
 N_TOKENS = 64  # likeliest tokens that are kept of a step
 SHARD = 16  # replies of a shard: what a kill costs at most
+LIGHT = 0.02  # of the weight of all replies: the lightest ones that have no more than this together teach nothing
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,31 @@ def guided_lessons(
     max_new_tokens: int,
 ) -> list[Lesson]:
     """The replies that were written to ``prompts``, each prompt a group of its own; empty ones are left out."""
-    # A reply that a stop string ended did not end by a token.
-    tells = not backbone.stop_texts
     return [
-        Lesson(prompt, reply.text, number, ended=tells and reply.n_tokens < max_new_tokens)
+        Lesson(prompt, reply.text, number, ended=_ended(backbone, reply.n_tokens, max_new_tokens))
         for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
         if reply.text
     ]
 
 
-def weighted_lessons(pairs: Sequence[Pair], features: FeatureSet, head: ConvexHead, beta: float) -> list[Lesson]:
+def _ended(backbone: LanguageModel, n_tokens: int, max_new_tokens: int) -> bool:
+    """Whether a reply ended by the model's own token: one that a stop string ended did not."""
+    return not backbone.stop_texts and n_tokens < max_new_tokens
+
+
+def weighted_lessons(
+    backbone: LanguageModel,
+    pairs: Sequence[Pair],
+    features: FeatureSet,
+    head: ConvexHead,
+    beta: float,
+    max_new_tokens: int,
+) -> list[Lesson]:
     """Both replies of every pair, each once, weighted by exp(r / ``beta``) of its score r in standard deviations.
 
-    ``features`` are those of ``pairs``, as the head reads them.
+    ``features`` are those of ``pairs``, as the head reads them. A reply of fewer than ``max_new_tokens`` is taken for
+    whole, so that its end is learnt too; a longer one may have been cut. The lightest, which together have
+    :data:`LIGHT` of all weight, are left out: they cost as much as the others.
     """
     if len(features) != len(pairs):
         raise CoalaError(
@@ -70,12 +83,16 @@ def weighted_lessons(pairs: Sequence[Pair], features: FeatureSet, head: ConvexHe
         for text, score in ((pair.chosen, chosen), (pair.rejected, rejected)):
             found.setdefault((group, text), (pair.prompt, float(score)))
     rewards = np.array([score for _, score in found.values()])
-    scaled = (rewards - rewards.max()) / (beta * max(float(rewards.std()), 1e-12))
-    return [
-        Lesson(prompt, text, group, weight=float(weight), ended=False)
-        for ((group, text), (prompt, _)), weight in zip(found.items(), np.exp(scaled), strict=True)
-        if text
-    ]
+    weights = np.exp((rewards - rewards.max()) / (beta * max(float(rewards.std()), 1e-12)))
+    lightest = np.argsort(weights, kind="stable")
+    light = set(lightest[np.cumsum(weights[lightest]) <= LIGHT * weights.sum()].tolist())
+    lessons = []
+    for number, ((group, text), (prompt, _)) in enumerate(found.items()):
+        if text and number not in light:
+            row = backbone.render(prompt, text)
+            ended = _ended(backbone, row.stop - row.start, max_new_tokens)
+            lessons.append(Lesson(prompt, text, group, float(weights[number]), ended))
+    return lessons
 
 
 def teacher_states(

@@ -154,7 +154,7 @@ def _result(row: Mapping[str, Any], one: Mapping[str, Any], name: str, source: M
         level = 0.99 if "99 %" in found["method"] else 0.95
         interval = {"lower": found["low"], "upper": found["high"], "confidence_level": level}
         score["uncertainty"]["confidence_interval"] = {**interval, "method": found["method"]}
-    if beside := {key: one[key] for key in ("before", "difference") if key in one}:
+    if beside := one.get("beside"):
         score["details"] = {
             f"{key} {end}": repr(value[end])
             for key, value in beside.items()
@@ -186,13 +186,14 @@ def _result(row: Mapping[str, Any], one: Mapping[str, Any], name: str, source: M
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The numbers of an evaluation that speak of the guided model; of a contrast the one after."""
+    """The numbers of an evaluation that speak of the guided model; of a contrast those of its second side."""
     for one in row["figures"]:
         if one["name"] not in _OF_JUDGES:
             yield {"name": one["name"], "form": one["form"], "estimate": one["estimate"]}
     for one in row.get("contrasts") or []:
-        kept = {"before": one["before"], "difference": one["difference"]}
-        yield {"name": one["name"], "form": one["form"], "estimate": one["after"], **kept}
+        first, ours = one["sides"][:2]
+        beside = {first["name"]: first["value"], f"less {first['name']}": ours["difference"]}
+        yield {"name": one["name"], "form": one["form"], "estimate": ours["value"], "beside": beside}
 
 
 def _has_value(estimate: Mapping[str, Any]) -> bool:

@@ -6,8 +6,10 @@ there whole. A change is of the output layer alone, W (I + A), or an adapter; no
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -16,16 +18,24 @@ from coala.decoding.adapted import load_adapted, step_log_probs
 from coala.export.folder import MANIFEST, public_spec
 from coala.export.merged import merge_into
 from coala.export.network import ExportError, tokenizer_of
-from coala.export.policy_card import Form, Policy, PolicyFacts, checked, describe, policy_facts
-from coala.export.policy_gguf import Precision, changed_layer, check_beside, export_gguf, export_gguf_lora, lora_factors
+from coala.export.policy_card import Form, Policy, PolicyFacts, checked, describe, gguf_commands, policy_facts
+from coala.export.policy_gguf import (
+    Precision,
+    beside_of,
+    changed_layer,
+    check_beside,
+    export_gguf,
+    export_gguf_lora,
+    lora_factors,
+)
 from coala.export.reading_back import PROBES, ExportedPolicy, compare, next_log_probs, plain_model
 from coala.export.writing import check_free, older_names, settle, written_whole
 from coala.policies import DistilledAdapter, DistilledPolicy
 from coala.settings import Vehicle
 from coala.store import DISTILLED, PEFT, RunFolder, digest, load_json, run_policy, save_json, write_atomic
-from coala.values import CoalaError
 
 if TYPE_CHECKING:
+    from coala.alignment.parts import LoadParts
     from coala.backbone import LanguageModel
 
 FORMS: dict[Vehicle, tuple[Form, ...]] = {
@@ -195,11 +205,15 @@ def export_policy(
     precision: Precision = "f16",
     trust_remote_code: bool = False,
     download: bool = False,
+    parts: LoadParts | None = None,
 ) -> ExportedPolicy:
-    """Write ``policy`` of the run ``run`` to ``out`` in one of the forms of :data:`FORMS`."""
+    """Write ``policy`` of the run ``run`` to ``out`` in one of the forms of :data:`FORMS`.
+
+    ``parts`` are the run's, if its model is loaded already.
+    """
     from coala.alignment import load_parts
 
-    backbone, _, _ = load_parts(run, trust_remote_code=trust_remote_code, download=download)
+    backbone, _, _ = parts() if parts else load_parts(run, trust_remote_code=trust_remote_code, download=download)
     facts = policy_facts(run, policy)
     if isinstance(policy, DistilledAdapter):
         return export_adapter(policy, backbone, form, out, facts, trust_remote_code=trust_remote_code)
@@ -212,23 +226,39 @@ def export_policy(
     return (export_checkpoint if form == "checkpoint" else export_lora)(policy, backbone, out, facts)
 
 
-def export_beside(run: RunFolder, form: Form, *, on_note: OnNote = quiet) -> Path | None:
-    """Write the distilled policy of ``run`` to RUN-served, unless the folder is there and is of this very policy.
+@dataclass(frozen=True)
+class ServedPolicy:
+    """A policy's file or folder beside its run, and ``commands``, each of which serves it."""
+
+    path: Path
+    commands: tuple[str, ...]
+
+
+def export_beside(
+    run: RunFolder, form: Literal["checkpoint", "gguf"], *, parts: LoadParts | None = None, on_note: OnNote = quiet
+) -> ServedPolicy | None:
+    """Write the distilled policy of ``run`` to RUN-served or RUN-served.gguf, unless it is there of this very policy.
 
     None, and a note, where the run has no policy, or another one is there.
     """
     if not (run.path / DISTILLED / "policy.json").exists():
         return None
-    policy, out = run_policy(run), run.path.with_name(f"{run.path.name}-served")
-    if out.exists():
-        try:
-            same = load_json(out / MANIFEST)["policy"] == digest(policy.change)
-        except (CoalaError, KeyError, TypeError):
-            same = False
-        if not same:
-            on_note(f"{out} is there and is not of this policy, so that nothing was written; delete it and run again")
-        return out if same else None
-    return export_policy(policy, run.path, form, out).path
+    policy = run_policy(run)
+    out = run.path.with_name(f"{run.path.name}-served{'.gguf' if form == 'gguf' else ''}")
+    if not out.exists():
+        export_policy(policy, run.path, form, out, parts=parts)
+    elif not _is_of(policy, out):
+        on_note(f"{out} is there and is not of this policy, so that nothing was written; delete it and run again")
+        return None
+    if form == "checkpoint":
+        return ServedPolicy(out, (f"vllm serve {quote(str(out))}",))
+    return ServedPolicy(out, gguf_commands(str(out), policy_facts(run.path, policy).sampling, run.path.name))
+
+
+def _is_of(policy: DistilledPolicy, out: Path) -> bool:
+    """Whether what was exported to ``out`` names this very change: a folder in its manifest, a file in its card."""
+    told = beside_of(out)[0] if out.is_file() else out / MANIFEST
+    return told.is_file() and digest(policy.change) in told.read_text(errors="replace")
 
 
 def _name_of(model: Any, layer: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from coala.export.card import rows_of, uploading
@@ -110,6 +111,7 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
     rows = [
         ("base model", f"{spec.backbone}{f', revision {spec.revision}' if spec.revision else ' (a local folder)'}"),
         ("weights, SHA-256", spec.weights),
+        *([("change, SHA-256", digest(policy.change))] if isinstance(policy, DistilledPolicy) else []),
         ("licence of the base model", licence),
         ("teacher", _teacher(policy, facts)),
         *_vehicle(policy),
@@ -284,17 +286,25 @@ def _cost(policy: Policy, flops: Mapping[str, int]) -> str:
     return f"{own:.3g} FLOPs by formula ({parts}){share}{'; without the solver, which is not counted' if left else ''}"
 
 
+def gguf_commands(file: str, sampling: Mapping[str, float], name: str = "NAME") -> tuple[str, str]:
+    """How llama.cpp and Ollama, which calls it ``name``, serve the GGUF ``file`` as it was fitted."""
+    flags = f"--temp {sampling['temperature']:g} --top-k {sampling['top_k']:g} --top-p {sampling['top_p']:g} --min-p 0"
+    made = quote(str(Path(file).with_suffix(".Modelfile")))
+    return (
+        f"llama-server -m {quote(file)} {flags}",
+        f"ollama create {quote(name)} -f {made} && ollama run {quote(name)}",
+    )
+
+
 def _serving(form: Form, sampling: Mapping[str, float]) -> list[str]:
     settings = ", ".join(f"{name}={value:g}" for name, value in sampling.items())
     told = f"Sample at {settings}, as fitted; another temperature gives another policy."
     if form == "gguf":
-        flags = (
-            f"--temp {sampling['temperature']:g} --top-k {sampling['top_k']:g} --top-p {sampling['top_p']:g} --min-p 0"
-        )
+        llama, ollama = gguf_commands("FILE.gguf", sampling)
         return [
             "```sh",
-            f"llama-server -m FILE.gguf {flags}                # llama.cpp",
-            "ollama create NAME -f FILE.Modelfile && ollama run NAME   # Ollama: the Modelfile next to the file",
+            f"{llama}                # llama.cpp",
+            f"{ollama}   # Ollama: the Modelfile next to the file",
             "```",
             "",
             told,

@@ -172,10 +172,15 @@ def _read_back(policy: DistilledPolicy, backbone: LanguageModel, made: Path, pre
 
 
 def _base_of(backbone: LanguageModel) -> Path:
+    """The file that the model was loaded from: in a folder, in an installed package, or from the hub."""
+    from coala.backbone import BackboneError
     from coala.backbone.files import find
     from coala.backbone.gguf import is_gguf
 
-    found = find(backbone.name, None, download=False)[0] if Path(backbone.name).exists() else Path(backbone.name)
+    try:
+        found = find(backbone.name, backbone.revision or None, download=False)[0]
+    except BackboneError:  # with an adapter, or an object of the caller's: no file is it
+        found = Path(backbone.name)
     if not is_gguf(found):
         raise ExportError(
             f"{backbone.name}: found a model that was not loaded from a GGUF file, expected one to change, fix: --base "

@@ -56,12 +56,12 @@ from typing import Any
 
 from coala.report.conclusions import conclusions
 from coala.report.content import plain
-from coala.report.evaluations import Contrast, Evaluation, Measure, Sample, save_evaluation, saved_evaluations
+from coala.report.evaluations import Contrast, Evaluation, Measure, Sample, Side, save_evaluation, saved_evaluations
 from coala.report.page import render
 from coala.report.receipts import forgotten_since, saved_receipts
 from coala.store import RunFolder, load_json, save_json, write_atomic
 
-__all__ = ["Contrast", "Evaluation", "Measure", "Sample", "add_evaluation", "conclusions", "write_report"]
+__all__ = ["Contrast", "Evaluation", "Measure", "Sample", "Side", "add_evaluation", "conclusions", "write_report"]
 
 
 def write_report(run: RunFolder, content: Mapping[str, Any]) -> Path:

@@ -39,24 +39,47 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Side:
+    """What one side of a contrast came to, and the paired ``difference``, it less the first side; of that one none."""
+
+    name: str
+    value: Estimate
+    difference: Estimate | None = None
+
+
+@dataclass(frozen=True)
 class Contrast:
-    """One measure of the same prompts ``before`` and ``after``, and the paired ``difference``, after less before.
+    """One measure of several ``sides`` on the same prompts, the first of which the others are held against.
 
     ``about`` says in a few words what is measured.
     """
 
     name: str
-    before: Estimate
-    after: Estimate
-    difference: Estimate
+    sides: Sequence[Side]
     form: MeasureForm = "share"
     about: str = ""
 
-    def told(self) -> tuple[str, str, str]:
-        """Before, after and difference with their intervals, for a table of plain text; shares in percent."""
+    @property
+    def values(self) -> dict[str, Estimate]:
+        return {side.name: side.value for side in self.sides}
+
+    @property
+    def differences(self) -> dict[str, Estimate]:
+        """Of each side but the first, less that one."""
+        return {side.name: side.difference for side in self.sides if side.difference is not None}
+
+    def heads(self) -> list[str]:
+        """What :meth:`told` holds, by column."""
+        return _heads([side.name for side in self.sides])
+
+    def told(self) -> list[str]:
+        """Values, then differences, with their intervals, for a table of plain text; shares in percent."""
         form = (".1f", 100.0) if self.form == "share" else (".2f", 1.0)
-        before, after, difference = (bracketed(one, *form) for one in (self.before, self.after, self.difference))
-        return before, after, difference
+        return [bracketed(one, *form) for one in (*self.values.values(), *self.differences.values())]
+
+
+def _heads(sides: Sequence[str]) -> list[str]:
+    return [*sides, *(f"{side} less {sides[0]}" for side in sides[1:])]
 
 
 @dataclass(frozen=True)
@@ -74,7 +97,7 @@ class Evaluation:
 
     ``kind`` is the command's name; ``of`` names what was evaluated, for people and in the file's name. ``files`` by
     their role are what it rests on. ``judge`` holds name and digests; ``settings`` is what else decides the outcome.
-    ``contrasts`` are measures before and after. ``facts`` are counts and other values without an interval. ``command``
+    ``contrasts`` are measures of several sides. ``facts`` are counts and other values without an interval. ``command``
     is the line that was given.
     """
 
@@ -184,33 +207,41 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
 
 
 def _contrasted(title: str, contrasts: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each measure before and after; intervals stand below their values."""
+    """A row for each measure, a column for each side and each difference; intervals stand below their values."""
     rows = []
     for one in contrasts:
         share = one.get("form") == "share"
         cells = []
-        for side in ("before", "after", "difference"):
-            estimate = Interval(one.get(side))
-            told = estimate.percent(points=side == "difference") if share else estimate.plain()
-            value, opened, ends = told.partition(" (")
-            cells.append(beneath(value, ends.removesuffix(")") if opened else None))
+        for part in ("value", "difference"):
+            for side in one.get("sides") or []:
+                if side.get(part) is None:
+                    continue
+                estimate = Interval(side[part])
+                told = estimate.percent(points=part == "difference") if share else estimate.plain()
+                value, opened, ends = told.partition(" (")
+                cells.append(beneath(value, ends.removesuffix(")") if opened else None))
         rows.append((beneath(str(one.get("name")), str(one.get("about") or "")), *cells))
-    n = sorted({Interval(one.get("difference")).n for one in contrasts})
+    sides = [side for one in contrasts for side in one.get("sides") or []]
+    names = list(dict.fromkeys(str(side.get("name")) for side in sides))
+    heads = ["Measure", *(head.capitalize() for head in _heads(names))]
+    n = sorted({Interval(side.get("value")).n for side in sides})
     note = f"n = {', '.join(map(str, n))} prompts; below each value its 95 % interval, of differences a paired one."
-    return Table(f"{title}, before and after", ("Measure", "Unguided", "Guided", "Difference"), rows, note)
+    return Table(f"{title}: {', '.join(names)}", heads, rows, note)
 
 
 def spoken(row: Mapping[str, Any]) -> list[str]:
-    """A sentence for each measure that can show no difference: whether it does; one for all contrasts."""
+    """A sentence for each measure that can show no difference: whether it does; one for all contrasts of a side."""
     sentences = []
-    apart: dict[str, list[str]] = {}
+    apart: dict[tuple[str, str], dict[str, list[str]]] = {}
     for one in row.get("contrasts") or []:
-        change = Interval(one.get("difference"))
-        way = "up" if change.above(0) else "down" if change.below(0) else "no difference shown"
-        apart.setdefault(way, []).append(str(one.get("name")))
-    if apart:
-        told = "; ".join(f"{way}: {', '.join(names)}" for way, names in apart.items())
-        sentences.append(f"{row.get('title')}, guided against unguided: {told}.")
+        for side in (one.get("sides") or [])[1:]:
+            change = Interval(side.get("difference"))
+            way = "up" if change.above(0) else "down" if change.below(0) else "no difference shown"
+            against = str(side.get("name")), str(one["sides"][0].get("name"))
+            apart.setdefault(against, {}).setdefault(way, []).append(str(one.get("name")))
+    for (side, first), ways in apart.items():
+        told = "; ".join(f"{way}: {', '.join(names)}" for way, names in ways.items())
+        sentences.append(f"{row.get('title')}, {side} against {first}: {told}.")
     for one in row.get("figures") or []:
         rate, even = Interval(one.get("estimate")), one.get("even")
         if even is None or not rate:
