@@ -27,7 +27,7 @@ Restart = Annotated[bool, typer.Option("--restart", help="Delete what the folder
 @app.callback()
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing run is resumed.")] = Path("runs/demo"),
     restart: Restart = False,
 ) -> None:
     """Align the bundled film-review model to positive reviews, and write a model you can serve: offline, on a CPU.
@@ -56,7 +56,7 @@ def demo(
 
 @app.command("chat")
 def chat(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; continued if begun.")] = Path("runs/demo-chat"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing run is resumed.")] = Path("runs/demo-chat"),
     restart: Restart = False,
 ) -> None:
     """Give SmolLM2-135M-Instruct a house style from a few hundred pairs, and write a GGUF file: offline, on a CPU.
