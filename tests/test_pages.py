@@ -21,6 +21,7 @@ from coala.pages.parts import (
     bar,
     beneath,
     code_block,
+    conversation,
     details,
     element,
     environment,
@@ -36,6 +37,7 @@ from coala.pages.parts import (
     section,
     sides,
     style_sheet,
+    tiles,
 )
 from coala.pages.words import Interval
 from coala.values import Estimate
@@ -60,6 +62,8 @@ PLACES: dict[str, Callable[[str], Part]] = {
     "gallery": lambda text: gallery(Drawing("<svg></svg>", text, text)),
     "beneath": lambda text: beneath(text, text),
     "sides": lambda text: sides(text, {text: (text, text)}, text),
+    "turns": lambda text: conversation([{"role": text, "text": text}, {"role": "assistant", "text": text}]),
+    "tiles": lambda text: tiles(text, text, text),
     "facts": lambda text: facts(text, [(text, text)]),
     "headed": lambda text: headed(Table(text, (text,), [(text,)])),
     **{
