@@ -109,6 +109,7 @@ def of(made: str) -> Callable[[Any], None]:
 def test_a_report_keeps_to_it(browser: Any) -> None:
     content = short_example()
     content["samples"][0]["prompt"] = TALK
+    del content["by_length"], content["reliability"]  # to draw takes longest, and the nightly ones do
     keeps_to_it(browser, of(render(plain(content))))
 
 
@@ -161,4 +162,13 @@ def test_the_playground_keeps_to_it(browser: Any, served_run: Path) -> None:
     from coala.alignment import load_parts
 
     with Here(*load_parts(served_run)[:2]) as here:
-        keeps_to_it(browser, lambda seen: seen.goto(here.url))
+
+        def show(seen: Any) -> None:
+            seen.goto(here.url)
+            seen.get_by_label("Prompt").fill("hello")
+            seen.get_by_label("Tokens").fill("8")
+            seen.get_by_role("button", name="Compare").click()
+            for side in ("unguided", "guided"):
+                seen.locator(f"#{side} .strip span").first.wait_for()
+
+        keeps_to_it(browser, show)

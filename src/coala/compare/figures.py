@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from coala.pages.drawing import GREY, Drawing, colours, drawing
+from coala.pages.drawing import FEWEST, GREY, Drawing, colours, drawing
 
 
 def margin_curves(place: Mapping[str, Any]) -> Drawing | None:
     """Figures 1, 3 and 4: held-out margin along the run of every method, the mean over seeds and their range."""
-    rows = [row for row in place["methods"] if row["curves"]]
+    rows = [row for row in place["methods"] if any(len(curve) >= FEWEST for curve in row["curves"])]
     if not rows:
         return None
     grid = np.linspace(0, 1, 41)
@@ -42,7 +42,7 @@ def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Dr
     for row in rows:
         costs = row["costs"]["counter"] or row["costs"]["flops"]
         points.append((row, costs["run"], costs["run"] + costs["search"]))
-    if not points:
+    if len(points) < FEWEST:
         return None
     name = "ranked right" if measure == "accuracy" else "wins against the base"
 
@@ -83,6 +83,9 @@ def wins_by_kl(place: Mapping[str, Any]) -> Drawing | None:
         dial = [(one["kl"]["value"], one["wins"]) for one in dials.get(row["label"]) or []]
         return dial or [(row["kl"]["value"], row["win_rate"])]
 
+    if sum(len(points(row)) for row in shown) < FEWEST:
+        return None
+
     def draw(axes: Any) -> None:
         axes.axhline(50, color=GREY, linewidth=1, linestyle=":")
         for row, colour in zip(shown, colours(len(shown)), strict=True):
@@ -105,7 +108,7 @@ def wins_by_kl(place: Mapping[str, Any]) -> Drawing | None:
         "A line is one policy along its strengths, from the start at none; squares have one strength. Bars are 95 % "
         "intervals. Up and to the left is better."
     )
-    return drawing(f"wins-kl-{_key(place)}", f"Wins by KL. {parts}.", caption, draw, size=(7.2, 4.2), wide=True)
+    return drawing(f"wins-kl-{_key(place)}", f"Wins by KL. {parts}.", caption, draw, size=(9.0, 4.2), wide=True)
 
 
 def _key(place: Mapping[str, Any]) -> str:

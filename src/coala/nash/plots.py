@@ -74,7 +74,7 @@ def curves(
             # Beside the lines: among many there is no free corner.
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    size = (5.4 if len(series) == 1 else 6.4, 3.1)
+    size = (9.0 if wide else 5.4 if len(series) == 1 else 6.4, 3.4 if wide else 3.1)
     return drawing(ylabel + "".join(series), words, caption, draw, size=size, wide=wide)
 
 

@@ -17,6 +17,7 @@ from coala.pages.parts import element
 
 BLUE, ORANGE, GREEN, GREY, INK, LINE = "#1f6f8b", "#d1603d", "#5b8a3c", "#8a929c", "#2b3138", "#b4bac2"
 COLOURS = (BLUE, ORANGE, GREEN, "#8b5fa8", "#b08a1e", "#c2527f", "#3f4a56", "#4f9c95", "#7a6a58", "#5d6fc4")
+FEWEST = 3  # points of a figure: fewer are numbers, which a table has
 SOFT, GRID, PAPER = "#59616b", "#e7eaee", "#ffffff"
 # page.css has another of each for a dark screen, under its number here.
 PALETTE = (*COLOURS, GREY, INK, LINE, SOFT, GRID, PAPER)
@@ -53,7 +54,7 @@ class Drawing:
     wide: bool = False
 
     def __html__(self) -> str:
-        plate = element("div", Markup(self.svg), class_="plate", role="img", aria_label=self.title)
+        plate = element("div", Markup(_adaptable(self.svg)), class_="plate", role="img", aria_label=self.title)
         caption = [element("figcaption", self.caption)] if self.caption else []
         return element("figure", plate, *caption, class_="wide" if self.wide else None)
 
@@ -128,15 +129,14 @@ def _inline(svg: str, key: str) -> str:
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>fig-{key}-", svg)
-    return re.sub(r"<[^>]*>", _tag, svg)
+    # Coordinates to a hundredth of a point are enough for a screen; texts between the tags keep their digits.
+    return re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
 
 
-def _tag(found: re.Match[str]) -> str:
-    """A tag with colours that the page may change; texts between the tags keep their digits and signs."""
-    # Coordinates to a hundredth of a point are enough for a screen.
-    short = re.sub(r"(\.\d\d)\d+", r"\1", found[0])
-    return re.sub(r"#[0-9a-f]{6}\b", lambda colour: _adaptable(colour[0]), short) if 'style="' in short else short
+def _adaptable(svg: str) -> str:
+    """With colours that its page may change; texts between the tags keep their signs."""
 
+    def named(colour: re.Match[str]) -> str:
+        return f"var(--c{PALETTE.index(colour[0])}, {colour[0]})" if colour[0] in PALETTE else colour[0]
 
-def _adaptable(colour: str) -> str:
-    return f"var(--c{PALETTE.index(colour)}, {colour})" if colour in PALETTE else colour
+    return re.sub(r'(?<=style=")[^"]*', lambda style: re.sub(r"#[0-9a-f]{6}\b", named, style[0]), svg)

@@ -1,6 +1,6 @@
 """The report's figures: each function draws a part of the content, ``None`` when there is nothing to draw.
 
-Fewer than :data:`FEWEST` points are numbers, not a figure: a table has them.
+Fewer than :data:`coala.pages.drawing.FEWEST` points are numbers, not a figure: a table has them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from coala.pages.drawing import BLUE, GREEN, GREY, INK, ORANGE, SOFT, Drawing, drawing
+from coala.pages.drawing import BLUE, FEWEST, GREEN, GREY, INK, ORANGE, SOFT, Drawing, drawing
 from coala.pages.words import Interval, number
 
-FEWEST = 3
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}  # no line passes there
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from coala.pages.drawing import FEWEST
 from coala.pages.parts import (
     Part,
     Table,
@@ -100,14 +101,14 @@ def fit_parts(content: Mapping[str, Any], summary: Mapping[str, Any], curves: Ma
 def _few_scores(scores: Mapping[str, Any], reliable: Mapping[str, Any]) -> Iterator[Part]:
     """What would be a figure of hardly a point, as numbers."""
     both = [[number(one) for one in scores.get(name) or []] for name in ("chosen", "rejected")]
-    if 0 < min(map(len, both)) < figures.FEWEST:
+    if 0 < min(map(len, both)) < FEWEST:
         rows = [(str(place), *pair) for place, pair in enumerate(zip_longest(*both, fillvalue=""), 1)]
         yield Table("Held-out scores", ("Pair", "Score of the chosen", "Score of the rejected"), rows)
     bins = [(row.get("predicted"), Interval(row.get("observed"))) for row in rows_of(reliable.get("bins"))]
     told = [
         (f"{100 * given:.1f} %", found.percent(), found.how) for given, found in bins if given is not None and found
     ]
-    if len(told) < figures.FEWEST:
+    if len(told) < FEWEST:
         heads = ("Probability given to the reply it prefers", "Ranked right (95 % interval)", "How")
         yield Table("Reliability", heads, told, kind="measures")
 
@@ -117,7 +118,7 @@ def _few_steps(margins: Sequence[Mapping[str, Any]], solver: Sequence[Mapping[st
         ("Mean margin / its deviation", margins, {"Solver step": "step", "Training": "train", "Held-out": "eval"}),
         ("Objective and gap", solver, {"Solver step": "step", "Objective": "objective", "Gap": "gap"}),
     ):
-        if len(rows) < figures.FEWEST:
+        if len(rows) < FEWEST:
             cells = [[number(row.get(name)) for name in names.values()] for row in rows]
             yield titled(caption, Table(caption, list(names), cells))
 
