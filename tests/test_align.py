@@ -344,6 +344,8 @@ class TestCommands:
         assert result["relative_gap"] == pytest.approx(certificate.relative_gap) == pytest.approx(0, abs=1e-4)
         assert result["facts"]["method"] == "direct"
         assert result["accuracy"]["value"] > 0.9
+        assert 0 <= result["calibration_error"]["low"] <= result["calibration_error"]["value"] < 1
+        assert 0 < result["calibration_error_by_chance"] < 1
 
     @pytest.mark.parametrize(
         ("options", "method", "neurons"),
@@ -828,6 +830,11 @@ def test_the_table_says_what_an_interval_leaves_open(finished: RunFolder, accura
     rows = dict(map(tuple, summary_rows(content)))
     assert rows["ranking accuracy"] == said
     assert rows["calibration error"].endswith(" % by chance alone)")
+    assert "(perfect: 0 %; on so few pairs " in rows["calibration error"]
+    assert "(perfect: 0; a coin: 0.693" in rows["NLL per pair"]
+    linear = content["summary"]["linear_accuracy_eval"]
+    told = "better than" if linear.low > 0.5 else "worse than" if linear.high < 0.5 else "not distinguishable from"
+    assert rows["a linear head"].partition(": ")[2].startswith(f"{told} chance")
 
 
 def test_few_held_out_pairs_are_said_to_tell_little(pairs: Path, model: Path, copied: RunFolder) -> None:

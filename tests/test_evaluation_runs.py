@@ -662,7 +662,8 @@ def test_judging_in_a_run_needs_no_word_of_it(run: Path, server: JudgeServer) ->
     result, _, _ = called(app, "judge", *files, "--judge", "rule:longer")
     (record,) = kept(run)
     assert result["evaluation"].endswith(f"{record['kind']}-guided-unguided-rule-longer-" + result["evaluation"][-11:])
-    assert [one["prompt"] for one in record["samples"]] == [f"question {i}" for i in range(4)]
+    asked = [[{"role": "user", "text": f"question {i}"}] for i in range(4)]
+    assert [one["prompt"] for one in record["samples"]] == asked
     assert record["samples"][0]["replies"] == {"guided": "better", "unguided": "x"}
     assert {one["path"] for one in record["files"]} == {
         "generations-guided.jsonl",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from coala.pages.drawing import COLOURS, Drawing, colours, drawing
+from coala.pages.drawing import BLUE, COLOURS, PALETTE, Drawing, colours, drawing
 from coala.pages.parts import (
     Part,
     Table,
@@ -21,6 +21,7 @@ from coala.pages.parts import (
     bar,
     beneath,
     code_block,
+    conversation,
     details,
     element,
     environment,
@@ -36,6 +37,7 @@ from coala.pages.parts import (
     section,
     sides,
     style_sheet,
+    tiles,
 )
 from coala.pages.words import Interval
 from coala.values import Estimate
@@ -60,6 +62,8 @@ PLACES: dict[str, Callable[[str], Part]] = {
     "gallery": lambda text: gallery(Drawing("<svg></svg>", text, text)),
     "beneath": lambda text: beneath(text, text),
     "sides": lambda text: sides(text, {text: (text, text)}, text),
+    "turns": lambda text: conversation([{"role": text, "text": text}, {"role": "assistant", "text": text}]),
+    "tiles": lambda text: tiles(text, text, text),
     "facts": lambda text: facts(text, [(text, text)]),
     "headed": lambda text: headed(Table(text, (text,), [(text,)])),
     **{
@@ -201,6 +205,21 @@ def test_labels_of_figures_are_text(label: str) -> None:
     assert label in texts
     assert "0.123456789" in texts  # rounding is for coordinates alone
     assert not re.search(r'd="[^"]*\.\d{3}', svg)
+
+
+def test_figures_take_their_colours_from_the_page_and_nowhere_else() -> None:
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], color=BLUE, label=BLUE)
+        axes.legend()
+
+    made = drawing("n", "title", "caption", draw)
+    assert "var(" not in made.svg  # a file of its own may be shown by what knows no style sheets
+    drawn = shown(made)
+    assert f"var(--c0, {BLUE})" in drawn
+    assert f">{BLUE}</text>" in drawn
+    assert not re.findall(r"(?<!, )#[0-9a-f]{6}\b(?!</text>)", re.sub(r"<defs>.*?</defs>", "", drawn, flags=re.DOTALL))
+    dark = style_sheet().split("prefers-color-scheme: dark")[1]
+    assert len(re.findall(r"--c\d+: #[0-9a-f]{6};", dark)) == len(PALETTE)
 
 
 def test_a_wide_figure_has_its_own_row_and_colours_come_again() -> None:

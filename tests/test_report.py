@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -20,6 +21,7 @@ import pytest
 from coala.pages.words import flops, number, seconds, size
 from coala.report import conclusions, write_report
 from coala.report.content import plain
+from coala.report.next_steps import steps
 from coala.report.page import render
 from coala.statistics.intervals import share_estimate
 from coala.statistics.scores import (
@@ -258,7 +260,7 @@ def test_page_is_well_formed_and_accessible(page: str) -> None:
     for target in re.findall(r"url\(#([^)]+)\)", page):
         assert target in ids
     pictures = [a for _, a in seen.tags if a.get("role") == "img"]
-    assert len(pictures) == sum(tag == "svg" for tag, _ in seen.tags) == 9
+    assert len(pictures) == sum(tag == "svg" for tag, _ in seen.tags) == 8
     assert all(len(a["aria-label"] or "") > 30 for a in pictures)
     tables = sum(tag == "table" for tag, _ in seen.tags)
     assert tables == sum(tag == "caption" for tag, _ in seen.tags) >= 7
@@ -356,7 +358,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert seen.words.count("{{ 7 * 7 }}") >= 15  # never evaluated
 
 
-FIGURES = ("curves", "path", "scores", "by_length", "head", "reliability")
+FIGURES = ("curves", "path", "scores", "by_length", "reliability")
 
 
 @pytest.mark.parametrize("part", sorted(set(example()) - set(FIGURES)))
@@ -417,8 +419,6 @@ def test_empty_and_null_values_are_borne() -> None:
     assert not re.search(r"\bnan\b|\binf\b", words)
     unknown = {"policy": {"unknown": "likelihood not known in mode block"}}
     assert "No policy accuracy: likelihood not known in mode block." in Page(page_of(unknown)).words
-    single = {"scores": {"chosen": [1.0], "rejected": [1.0]}, "curves": {"margin": [{"step": 0, "train": 0.0}]}}
-    assert page_of(single).count("<svg") == 2
 
 
 def test_unknown_parts_are_refused() -> None:
@@ -590,9 +590,76 @@ def test_a_margin_that_falls_is_said_to(values: list[float], said: str) -> None:
     assert said in page_of({"curves": {"margin": rows}})
 
 
-@pytest.mark.parametrize("bound", [0.5, 0.4999999999, 0.3])
-def test_the_gap_is_drawn_whatever_its_size(bound: float) -> None:
-    certificate = {"objective": 0.5, "lower_bound": bound, "tolerance": 1e-4}
-    page = page_of({"head": {"certificate": certificate}})
-    assert page.count("<svg") == 1
-    assert f"lower bound {bound:.8g}" in page
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_point_or_two_are_numbers_and_no_figure(n: int) -> None:
+    content = {
+        "curves": {
+            "margin": [{"step": i, "train": 0.125 + i, "eval": 0.25} for i in range(n)],
+            "solver": [{"step": i, "gap": 0.5**i, "objective": 1.375 + i} for i in range(n)],
+        },
+        "path": [{"tau": 0.1**i, "beta_rel": None, "cv_nll": 0.625 + i} for i in range(n)],
+        "scores": {"chosen": [1.75 + i for i in range(n)], "rejected": [0.0625] * n},
+        "reliability": {"bins": [{"predicted": 0.8125, "observed": estimate(0.5, 0.4, 0.6)}] * n},
+        "by_length": [{"low": 5 * i, "high": 5 * i + 4, "accuracy": estimate(0.7, 0.6, 0.8)} for i in range(n)],
+    }
+    page = page_of(content)
+    words = Page(page).words
+    assert page.count("<svg") == (7 if n == 3 else 0)
+    # What is drawn has its table folded; what is not drawn stands open.
+    assert page.count('<details open="">') == (0 if n == 3 else 2)
+    for said in ("0.125", "1.375", "0.625", "1.75", "81.2 %", "0 to 4"):
+        assert n == 3 or said in words
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "wins", "words", "commands"),
+    [
+        ((0.6, 0.8), (0.6, 0.8), ["Yes.", "Yes.", ""], ["chat", "serve"]),
+        ((0.6, 0.8), (0.4, 0.6), ["Yes.", "Not shown.", ""], ["chat", "serve"]),
+        ((0.6, 0.8), (0.2, 0.4), ["Yes.", "No.", "Not yet."], ["chat"]),
+        ((0.6, 0.8), None, ["Yes.", "Not measured.", ""], ["eval judge", "eval judge", "chat", "serve"]),
+        ((0.4, 0.6), (0.4, 0.6), ["Not shown.", "Not shown.", "Not yet."], ["align", "influence", "chat"]),
+        ((0.2, 0.4), (0.6, 0.8), ["No, worse.", "Yes.", "Not yet."], ["influence", "chat"]),
+    ],
+)
+def test_what_is_next_follows_the_intervals(
+    accuracy: tuple[float, float], wins: tuple[float, float] | None, words: list[str], commands: list[str]
+) -> None:
+    content: dict[str, Any] = {
+        "run": "my runs/one",
+        "head": {"n_neurons": 0},
+        "settings": {"pairs": ["a b.jsonl"]},
+        "summary": {"accuracy_eval": estimate(sum(accuracy) / 2, *accuracy)},
+        "win_rates": [] if wins is None else [{"judge": "j", "estimate": estimate(sum(wins) / 2, *wins)}],
+    }
+    found = steps(plain(content))
+    assert [step.word for step in found] == words
+    typed = [shlex.split(command) for step in found for command, _ in step.commands]
+    assert [" ".join(line[1:3]) if line[1] == "eval" else line[1] for line in typed] == commands
+    for line in typed:
+        assert line[0] == "coala"
+        assert {"my runs/one", "my runs/one/run.json"} & set(line)
+    told = Page(page_of(content)).words
+    assert told.index("Is the head better than chance?") < told.index("In short")
+
+
+def test_guidance_that_was_judged_later_counts_unless_stale() -> None:
+    row = {
+        "title": "guided against unguided, judged by j",
+        "files": [],
+        "figures": [{"estimate": estimate(0.7, 0.6, 0.8)}],
+    }
+    content = {"head": {"n_neurons": 0}, "evaluations": [row]}
+    assert steps(plain(content))[1].word == "Yes."
+    assert steps(plain({**content, "evaluations": [{**row, "stale": True}]}))[1].word == "Not measured."
+
+
+def test_a_distilled_run_is_served_as_one() -> None:
+    content = {
+        "head": {"n_neurons": 0},
+        "summary": {"accuracy_eval": estimate(0.7, 0.6, 0.8)},
+        "distilled": {"rows": [{"name": "unguided"}]},
+    }
+    assert steps(plain(content))[2].commands[-1][0] == "coala serve RUN --mode distilled"
+    content["distilled"]["stale"] = True
+    assert steps(plain(content))[2].commands[-1][0] == "coala serve RUN"

@@ -19,7 +19,7 @@ from coala.cli.survey import app
 from coala.statistics.intervals import share_estimate
 from coala.statistics.votes import two_way_error, two_way_share
 from coala.store import plain
-from coala.survey import Records, Survey, SurveyPrompt, SurveyQuestion, Votes, analyse, build, save_survey
+from coala.survey import Records, Results, Survey, SurveyPrompt, SurveyQuestion, Votes, analyse, build, save_survey
 from coala.survey.page import results_page, verdicts
 from coala.survey.records import new_token
 from coala.survey.results import ALL
@@ -198,6 +198,11 @@ def test_nothing_to_count_is_explained() -> None:
         analyse(asked(2), votes_of(np.zeros((1, 2))), of="KTO")
 
 
+def results_of(n: int) -> Results:
+    """Of ``n`` questions in each of two categories."""
+    return analyse(asked(n, ("edu", "imdb")), votes_of(np.random.default_rng(0).integers(4, size=(8, 2 * n))), draws=20)
+
+
 @pytest.mark.parametrize("table", [[[2]], [[2, 2]], [[0], [0], [1]]], ids=["one vote", "one rater", "one question"])
 def test_tiny_surveys_have_wide_intervals_and_a_page(table: list[list[int]]) -> None:
     votes = np.array(table)
@@ -230,7 +235,7 @@ class Outline(HTMLParser):
 
 
 def test_page_is_self_contained_escaped_and_deterministic() -> None:
-    results = analyse(asked(3, ("edu", "imdb")), votes_of(np.random.default_rng(0).integers(4, size=(8, 6))), draws=20)
+    results = results_of(3)
     page = results_page(results)
     assert page == results_page(results)
     outline = Outline(page)

@@ -24,7 +24,7 @@ from coala.evaluation.readability import coleman_liau, grammar_faults, has_gramm
 from coala.report import Contrast, Evaluation, Sample, Side
 from coala.statistics.intervals import mean_estimate, paired_difference, share_estimate
 from coala.store import DISTILLED, RunFolder, StoreError, load_generations, load_pairs
-from coala.values import conversation_text, prompt_id, user
+from coala.values import prompt_id, user
 
 if TYPE_CHECKING:
     from coala.alignment.parts import LoadParts
@@ -193,9 +193,7 @@ def _replies(run: RunFolder) -> dict[str, list[Generation]]:
 
 def _samples(run: RunFolder, sides: Mapping[str, Sequence[Generation]]) -> list[Sample]:
     """The prompts on which guidance gained most rules, and those on which it lost most, if it lost any."""
-    prompts = {
-        prompt_id(pair.prompt): conversation_text(pair.prompt) for pair in load_pairs(run.path / "pairs-eval.jsonl")
-    }
+    prompts = {prompt_id(pair.prompt): pair.prompt for pair in load_pairs(run.path / "pairs-eval.jsonl")}
     rows = []
     for replies in zip(*sides.values(), strict=True):
         kept = [[name for name, yes in rules_kept(reply.text).items() if yes] for reply in replies]

@@ -86,10 +86,10 @@ def fit_folder(
 ) -> dict[str, Any]:
     """Fit a head on the folder ``features`` and save it in ``out``; its figures, and its certificate as a sentence.
 
-    With ``eval_features`` ranking accuracy on them too. Raises :class:`~coala.values.CoalaError` for settings that do
-    not agree and for folders that hold no features.
+    With ``eval_features`` ranking accuracy and calibration on them too. Raises :class:`~coala.values.CoalaError` for
+    settings that do not agree and for folders that hold no features.
     """
-    from coala.statistics.scores import accuracy_of_margins
+    from coala.statistics.scores import accuracy_of_margins, reliability
 
     settings = check_head(settings)
     data = load_features(features, mmap=True)
@@ -113,6 +113,9 @@ def fit_folder(
     if eval_features is not None:
         held_out = load_features(eval_features, mmap=True)
         found["accuracy"] = accuracy_of_margins(head.margins(held_out), held_out.group)
+        sure = head.preference(held_out.chosen, held_out.rejected, held_out.prompt)
+        reliable = reliability(sure, held_out.group, seed=seed)
+        found |= {"calibration_error": reliable.error, "calibration_error_by_chance": reliable.error_by_chance}
         if settings.method != "two-phase":
             found |= _withstood(data, held_out, head, settings)
     return {"head": head, **found}

@@ -29,7 +29,7 @@ from coala.store import (
     load_pairs,
     read_as,
 )
-from coala.values import CoalaError, Estimate, conversation_text, prompt_id
+from coala.values import CoalaError, Estimate, prompt_id
 
 if TYPE_CHECKING:
     from coala.values import ConvexHead, Judgement
@@ -80,6 +80,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
     content: dict[str, Any] = {
         "title": f"{Path(recipe.model.name).name}: {len(train)} pairs",
         "command": f"coala align --recipe {run.path / 'run.json'} --out NEW",
+        "run": run.path,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": run.settings,
         "summary": summary,
@@ -118,7 +119,7 @@ def make_report(run: RunFolder) -> dict[str, Any]:
             raise StoreError(
                 f"{run.path}: its files of generations answer different prompts. Fix: delete them and align again."
             )
-        prompts = {prompt_id(pair.prompt): conversation_text(pair.prompt) for pair in pairs}
+        prompts = {prompt_id(pair.prompt): pair.prompt for pair in pairs}
         content["samples"] = [
             {
                 "prompt": prompts[plain.prompt_id],
@@ -222,9 +223,13 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
 
     rows = [
         ["pairs", f"{summary['n_train']} to fit, {summary['n_eval']} held out"],
-        ["ranking accuracy", _against_chance(summary["accuracy_eval"])],
-        ["a linear head", _percent(summary["linear_accuracy_eval"])],
-        ["calibration error", _calibration(summary["calibration_error"], content.get("reliability"))],
+        ["ranking accuracy", against_chance(summary["accuracy_eval"])],
+        ["a linear head", against_chance(summary["linear_accuracy_eval"])],
+        ["NLL per pair", _nll(summary["nll_eval"])],
+        [
+            "calibration error",
+            calibration(summary["calibration_error"], getattr(content.get("reliability"), "error_by_chance", math.nan)),
+        ],
         ["neurons", f"{content['head']['n_neurons']}{_gates(content['head'])}"],
         ["certified gap", _gap(summary["certified_gap"])],
         ["seconds", f"{summary['seconds']:.1f}"],
@@ -232,11 +237,11 @@ def summary_rows(content: dict[str, Any]) -> list[list[str]]:
     ]
     if "layer" in summary:
         rows.insert(1, ["layer", summary["layer"].removeprefix("--layer auto: layer ")])
-    rows += [[f"guided wins ({r['judge']})", _against_chance(r["estimate"])] for r in content.get("win_rates", [])]
+    rows += [[f"guided wins ({r['judge']})", against_chance(r["estimate"])] for r in content.get("win_rates", [])]
     for name, value in content.get("perplexity", {}).items():
         rows.append([f"perplexity, {name}", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}], n = {value.n}"])
     if policy := content.get("policy"):
-        rows.append(["policy accuracy", policy.get("unknown") or _against_chance(Estimate(**policy["accuracy"]))])
+        rows.append(["policy accuracy", policy.get("unknown") or against_chance(Estimate(**policy["accuracy"]))])
         rows += [["ranked by what", policy["note"]]] if policy.get("note") else []
     return rows
 
@@ -250,7 +255,7 @@ def _percent(estimate: Estimate) -> str:
     return f"{value:.1f} % [{low:.1f}, {high:.1f}], n = {estimate.n}{groups}"
 
 
-def _against_chance(estimate: Estimate) -> str:
+def against_chance(estimate: Estimate) -> str:
     """The same of a share that a coin would have at one half."""
     told = _percent(estimate)
     if told.startswith("unknown"):
@@ -262,10 +267,20 @@ def _against_chance(estimate: Estimate) -> str:
     return f"{told}: not distinguishable from chance (50 %)"
 
 
-def _calibration(error: Estimate, reliable: Any) -> str:
-    """The error beside the one that faultless probabilities would have by chance, on so few pairs."""
-    told, chance = _percent(error), getattr(reliable, "error_by_chance", math.nan)
-    return told if not math.isfinite(chance) else f"{told} ({100 * chance:.1f} % by chance alone)"
+def calibration(error: Estimate, by_chance: float) -> str:
+    """The error beside 0, and beside what faultless probabilities would have by chance on so few pairs."""
+    told = _percent(error)
+    if told.startswith("unknown") or not math.isfinite(by_chance):
+        return told
+    return f"{told} (perfect: 0 %; on so few pairs {100 * by_chance:.1f} % by chance alone)"
+
+
+def _nll(loss: Estimate) -> str:
+    if not loss.n or not math.isfinite(loss.value):
+        return "unknown"
+    coin = math.log(2)
+    told = f"{loss.value:.3f} [{loss.low:.3f}, {loss.high:.3f}] (perfect: 0; a coin: {coin:.3f}"
+    return f"{told}, within the interval)" if loss.low <= coin <= loss.high else f"{told})"
 
 
 def _gates(head: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def run_and_show(
     """
     from coala.alignment import align_recipe, check_settings, evidence_notes, summary_rows
     from coala.alignment.parts import guidance_of
-    from coala.cli.output import emit, insistent, progress, say, side_by_side, table
+    from coala.cli.output import emit, insistent, progress, say, table
     from coala.store import RunFolder, head_for
 
     run = RunFolder(out)
@@ -108,11 +108,19 @@ def run_and_show(
     for note in evidence_notes(run.path, head, guidance_of(settings)):
         say(f"note: {note}")
     for sample in content.get("samples", [])[:samples]:
-        write(f"\n{sample['prompt']}\n")
-        side_by_side(sample["unguided"], sample["guided"], ("unguided", "guided"))
+        _show(sample)
     more = then(run) if then else {}
     write(f"\nreport: {run.path / 'report.html'}")
     emit({"run": run.path, "report": run.path / "report.html", **content["summary"], **more})
+
+
+def _show(sample: Mapping[str, Any]) -> None:
+    """A prompt, and below it the two replies side by side."""
+    from coala.cli.output import side_by_side
+    from coala.values import conversation_text
+
+    write(f"\n{conversation_text(sample['prompt'])}\n")
+    side_by_side(sample["unguided"], sample["guided"], ("unguided", "guided"))
 
 
 def distil_and_show(run: RunFolder, parts: LoadParts | None = None, **settings: Any) -> dict[str, Any]:

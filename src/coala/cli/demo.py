@@ -21,13 +21,14 @@ ELSE = "transformers' AutoModelForCausalLM.from_pretrained; Ollama and llama.cpp
 # weighs e^-4 of it. The change goes into a matrix whole: a rank would say nothing to a GGUF file.
 STYLE = {"teacher": "weighted", "beta": 0.5, "rank": "full"}
 app = typer.Typer(invoke_without_command=True)
+Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing run is resumed.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")]
 
 
 @app.callback()
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing run is resumed.")] = Path("runs/demo"),
+    out: Out = Path("runs/demo"),
     restart: Restart = False,
 ) -> None:
     """Align the bundled film-review model to positive reviews, and write a model you can serve: offline, on a CPU.
@@ -56,7 +57,7 @@ def demo(
 
 @app.command("chat")
 def chat(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing run is resumed.")] = Path("runs/demo-chat"),
+    out: Out = Path("runs/demo-chat"),
     restart: Restart = False,
 ) -> None:
     """Give SmolLM2-135M-Instruct a house style from a few hundred pairs, and write a GGUF file: offline, on a CPU.

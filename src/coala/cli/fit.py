@@ -77,9 +77,19 @@ def _given(out: Path | None, features: Path) -> Path:
 
 
 def _figures(found: dict[str, Any]) -> list[list[str]]:
+    from coala.alignment.results import against_chance, calibration
+
+    by_chance = found.get("calibration_error_by_chance")
     shown = {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    shown.pop("calibration_error_by_chance", None)
     rows = [[name, f"{value:.6g}" if isinstance(value, float) else str(value)] for name, value in shown.items()]
-    return [*rows, ["ranking accuracy", str(found["accuracy"])]] if "accuracy" in found else rows
+    if by_chance is None:
+        return rows
+    return [
+        *rows,
+        ["ranking accuracy", against_chance(found["accuracy"])],
+        ["calibration error", calibration(found["calibration_error"], by_chance)],
+    ]
 
 
 def _compared(features: Path, out: Path | None, by: By, pairs: Path | None, seed: int) -> dict[str, Any]:

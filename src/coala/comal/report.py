@@ -19,6 +19,7 @@ from coala.comal.settings import COMALSettings
 from coala.nash import plots
 from coala.nash.criteria import Note
 from coala.nash.page import BRAND, noted
+from coala.pages.drawing import FEWEST
 from coala.pages.parts import Table, gallery, headed, page, paragraphs, section
 from coala.pages.words import Interval, bracketed
 from coala.store import RunFolder, load_json
@@ -143,7 +144,9 @@ def run_page(summary: Mapping[str, Any], title: str) -> str:
     words = f"Margin asked for and margin achieved by step, at the end {lines['asked'][-1]:.3g} and "
     words += f"{lines['achieved'][-1]:.3g}."
     margins = (
-        plots.curves(lines, "margin, nats", words, floor=1e-6, xlabel="step", wide=True) if len(steps) > 1 else None
+        plots.curves(lines, "margin, nats", words, floor=1e-6, xlabel="step", wide=True)
+        if len(steps) >= FEWEST
+        else None
     )
     return page(
         title,

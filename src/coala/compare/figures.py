@@ -7,19 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from coala.pages.drawing import GREY, Drawing, colours, drawing
+from coala.pages.drawing import FEWEST, GREY, Drawing, colours, drawing
 
 
 def margin_curves(place: Mapping[str, Any]) -> Drawing | None:
     """Figures 1, 3 and 4: held-out margin along the run of every method, the mean over seeds and their range."""
-    rows = [row for row in place["methods"] if row["curves"]]
+    rows = [row for row in place["methods"] if any(len(curve) >= FEWEST for curve in row["curves"])]
     if not rows:
         return None
     grid = np.linspace(0, 1, 41)
 
+    shades = _shades(place)
+
     def draw(axes: Any) -> None:
         axes.axhline(0, color=GREY, linewidth=1)
-        for row, colour in zip(rows, colours(len(rows)), strict=True):
+        for row in rows:
+            colour = shades[row["label"]]
             lines = np.array([np.interp(grid, *np.array(curve).T) for curve in row["curves"] if curve])
             axes.plot(grid, lines.mean(0), color=colour, label=row["label"])
             if len(lines) > 1:
@@ -42,14 +45,16 @@ def accuracy_by_flops(place: Mapping[str, Any], measure: str = "accuracy") -> Dr
     for row in rows:
         costs = row["costs"]["counter"] or row["costs"]["flops"]
         points.append((row, costs["run"], costs["run"] + costs["search"]))
-    if not points:
+    if len(points) < FEWEST:
         return None
     name = "ranked right" if measure == "accuracy" else "wins against the base"
 
+    shades = _shades(place)
+
     def draw(axes: Any) -> None:
         axes.axhline(50, color=GREY, linewidth=1, linestyle=":")
-        for (row, run, searched), colour in zip(points, colours(len(points)), strict=True):
-            estimate = row[measure]
+        for row, run, searched in points:
+            colour, estimate = shades[row["label"]], row[measure]
             value = 100 * estimate["value"]
             ends = [[value - 100 * estimate["low"]], [100 * estimate["high"] - value]]
             axes.errorbar(
@@ -83,10 +88,15 @@ def wins_by_kl(place: Mapping[str, Any]) -> Drawing | None:
         dial = [(one["kl"]["value"], one["wins"]) for one in dials.get(row["label"]) or []]
         return dial or [(row["kl"]["value"], row["win_rate"])]
 
+    if sum(len(points(row)) for row in shown) < FEWEST:
+        return None
+
+    shades = _shades(place)
+
     def draw(axes: Any) -> None:
         axes.axhline(50, color=GREY, linewidth=1, linestyle=":")
-        for row, colour in zip(shown, colours(len(shown)), strict=True):
-            found = points(row)
+        for row in shown:
+            colour, found = shades[row["label"]], points(row)
             at, wins = [kl for kl, _ in found], [100 * one["value"] for _, one in found]
             ends = [[100 * (one["value"] - one["low"]) for _, one in found]]
             ends += [[100 * (one["high"] - one["value"]) for _, one in found]]
@@ -105,7 +115,13 @@ def wins_by_kl(place: Mapping[str, Any]) -> Drawing | None:
         "A line is one policy along its strengths, from the start at none; squares have one strength. Bars are 95 % "
         "intervals. Up and to the left is better."
     )
-    return drawing(f"wins-kl-{_key(place)}", f"Wins by KL. {parts}.", caption, draw, size=(7.2, 4.2), wide=True)
+    return drawing(f"wins-kl-{_key(place)}", f"Wins by KL. {parts}.", caption, draw, size=(9.0, 4.2), wide=True)
+
+
+def _shades(place: Mapping[str, Any]) -> dict[str, str]:
+    """A colour for each method, the same in every figure of a place."""
+    names = [row["label"] for row in place["methods"]]
+    return dict(zip(names, colours(len(names)), strict=True))
 
 
 def _key(place: Mapping[str, Any]) -> str:

@@ -83,7 +83,6 @@ def comparisons(
     """
     from coala.evaluation.harness import matched_replies, sides_of
     from coala.report import Sample
-    from coala.values import conversation_text
 
     said: dict[str, list[tuple[str, str]]] = {}
     for judgement in judgements:
@@ -98,7 +97,7 @@ def comparisons(
         verdict = "; ".join(f"{called[first]} shown first: {found}" for first, found in said[mine.prompt_id])
         verdict = f"Probability that the reply shown first is better. {verdict}."
         replies = {called[sides[0]]: mine.text, called[sides[1]]: theirs.text}
-        samples.append(Sample(conversation_text(prompt) if prompt else "", replies, verdict))
+        samples.append(Sample(prompt, replies, verdict))
     return samples
 
 

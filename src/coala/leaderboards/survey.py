@@ -22,7 +22,7 @@ from coala.survey import (
     read_votes,
     save_survey,
 )
-from coala.survey.form import FILE, clean
+from coala.survey.form import FILE, clean, said_text
 from coala.survey.page import p_value, percent, points, results_page, seconds
 from coala.survey.records import FILE as ANSWERS
 from coala.values import CoalaError
@@ -226,7 +226,7 @@ def _differences(part: Any) -> tuple[Sequence[Sequence[str]], Sequence[str]]:
 def _questions(found: Results) -> tuple[Sequence[Sequence[str]], Sequence[str]]:
     rows = [
         [
-            " ".join(question.prompt.split())[:40],
+            " ".join(said_text(question.prompt).split())[:40],
             question.category,
             *(f"{100 * share.value:.0f}" for share in question.shares.values()),
             str(question.n),
@@ -286,7 +286,10 @@ def _beside(files: Sequence[Path]) -> list[str]:
 def _read_prompts(category: str, file: str) -> list[SurveyPrompt]:
     from coala.alignment.answers import read_prompts
 
-    return [SurveyPrompt(one.id, one.text, one.category or category or "questions") for one in read_prompts(file)]
+    return [
+        SurveyPrompt(one.id, one.prompt if len(one.prompt) > 1 else one.text, one.category or category or "questions")
+        for one in read_prompts(file)
+    ]
 
 
 def _read_checks(file: Path) -> list[Check]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from coala.nash.game import Policies, Series, Vector
-from coala.pages.drawing import COLOURS, INK, LINE, Drawing, colours, drawing
+from coala.pages.drawing import COLOURS, INK, LINE, PAPER, Drawing, colours, drawing
 from coala.values import CoalaError
 
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])
@@ -42,7 +42,7 @@ def simplex_plot(
             axes.annotate(_short(label), (x, y), xytext=(0, 4 if y else -12), textcoords="offset points", ha=side)
         x, y = (policies[_thinned(len(policies))] @ CORNERS).T
         axes.plot(x, y, color=COLOURS[0], linewidth=1, alpha=0.8)
-        axes.plot(x[0], y[0], "o", ms=5, mfc="white", mec=COLOURS[0])
+        axes.plot(x[0], y[0], "o", ms=5, mfc=PAPER, mec=COLOURS[0])
         axes.plot(x[-1], y[-1], "o", ms=5, color=COLOURS[0])
         axes.plot(*(nash @ CORNERS), "+", color=INK, ms=12, mew=1.6)
         if title:
@@ -74,7 +74,7 @@ def curves(
             # Beside the lines: among many there is no free corner.
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    size = (5.4 if len(series) == 1 else 6.4, 3.1)
+    size = (9.0 if wide else 5.4 if len(series) == 1 else 6.4, 3.4 if wide else 3.1)
     return drawing(ylabel + "".join(series), words, caption, draw, size=size, wide=wide)
 
 

@@ -17,6 +17,10 @@ from coala.pages.parts import element
 
 BLUE, ORANGE, GREEN, GREY, INK, LINE = "#1f6f8b", "#d1603d", "#5b8a3c", "#8a929c", "#2b3138", "#b4bac2"
 COLOURS = (BLUE, ORANGE, GREEN, "#8b5fa8", "#b08a1e", "#c2527f", "#3f4a56", "#4f9c95", "#7a6a58", "#5d6fc4")
+FEWEST = 3  # points of a figure: fewer are numbers, which a table has
+SOFT, GRID, PAPER = "#59616b", "#e7eaee", "#ffffff"
+# page.css has another of each for a dark screen, under its number here.
+PALETTE = (*COLOURS, GREY, INK, LINE, SOFT, GRID, PAPER)
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -26,12 +30,12 @@ STYLE = {
     "axes.labelcolor": INK,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": "#e7eaee",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.9,
     "lines.solid_capstyle": "round",
-    "xtick.color": "#59616b",
-    "ytick.color": "#59616b",
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "legend.frameon": False,
     "svg.fonttype": "none",
     "text.color": INK,
@@ -50,7 +54,7 @@ class Drawing:
     wide: bool = False
 
     def __html__(self) -> str:
-        plate = element("div", Markup(self.svg), class_="plate", role="img", aria_label=self.title)
+        plate = element("div", Markup(_adaptable(self.svg)), class_="plate", role="img", aria_label=self.title)
         caption = [element("figcaption", self.caption)] if self.caption else []
         return element("figure", plate, *caption, class_="wide" if self.wide else None)
 
@@ -73,7 +77,7 @@ def drawing(
     import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, NullFormatter
+    from matplotlib.ticker import LogFormatter, LogFormatterSciNotation, NullFormatter
 
     key = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     # "default" first: the reader's own matplotlib settings must not change the page.
@@ -86,10 +90,12 @@ def drawing(
         axes.set_facecolor("none")
         draw(axes)
         for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "log":
+            # Ticks that were named stay so.
+            if axis.get_scale() == "log" and isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
                 # 1e-4, not a power set as mathematics: parsing those takes most of the time of a figure.
                 axis.set_major_formatter(LogFormatter(labelOnlyBase=True))
                 axis.set_minor_formatter(NullFormatter())
+                axes.tick_params(which="minor", length=0)
         _fill(figure, axes)
         text = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)
@@ -99,7 +105,13 @@ def drawing(
 
 def _fill(figure: Any, axes: Any, margin: float = 3.0) -> None:
     """Let axes and labels fill the figure but for ``margin`` points; matplotlib's own engines measure three times."""
+    from matplotlib.ticker import FixedLocator
+
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.17, top=0.96)
+    for axis in (axes.xaxis, axes.yaxis):
+        # Other ticks on the final size would have wider labels than those that are measured here.
+        if axis.get_scale() == "linear":
+            axis.set_major_locator(FixedLocator(axis.get_majorticklocs()))
     inner, outer, whole = axes.bbox, axes.get_tightbbox(), figure.bbox
     pixels = margin * figure.dpi / 72
     left, bottom = inner.x0 - outer.x0 + pixels, inner.y0 - outer.y0 + pixels
@@ -119,3 +131,12 @@ def _inline(svg: str, key: str) -> str:
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>fig-{key}-", svg)
     # Coordinates to a hundredth of a point are enough for a screen; texts between the tags keep their digits.
     return re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
+
+
+def _adaptable(svg: str) -> str:
+    """With colours that its page may change; texts between the tags keep their signs."""
+
+    def named(colour: re.Match[str]) -> str:
+        return f"var(--c{PALETTE.index(colour[0])}, {colour[0]})" if colour[0] in PALETTE else colour[0]
+
+    return re.sub(r'(?<=style=")[^"]*', lambda style: re.sub(r"#[0-9a-f]{6}\b", named, style[0]), svg)

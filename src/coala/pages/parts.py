@@ -24,6 +24,8 @@ class HasMarkup(Protocol):
 
 
 Part = str | HasMarkup | None
+# A text, or turns of ``role`` and ``text``.
+Conversation = str | Sequence[Mapping[str, str]]
 
 
 def element(tag: str, /, *inside: Part, **attributes: object) -> Markup:
@@ -91,10 +93,26 @@ def titled(title: str, *parts: Part) -> Part:
     return joined([element("h3", title), inside]) if inside else None
 
 
-def gallery(*drawings: Part, small: bool = False) -> Part:
-    """Drawings beside each other, as many as there is room for."""
-    drawn = joined(drawings)
-    return element("div", drawn, class_="figures small" if small else "figures") if drawn else None
+def tiles(label: str, *inside: Part) -> Part:
+    """Cards on a row of their own; a phone has two on a row, the first alone where they are odd."""
+    there = [part for part in inside if part]
+    # Six and more would be too narrow for one row: two rows if they come out even, else three.
+    n = len(there)
+    columns = n if n < 6 else next((k for k in (4, 3, 5) if n % k == 0), 1)
+    style = f"--columns: {columns}"
+    return element("section", joined(there), class_="tiles", style=style, aria_label=label) if there else None
+
+
+def gallery(*drawings: HasMarkup | None, small: bool = False) -> Part:
+    """Drawings two on a row (``small``: three), wide ones alone; one that is left over has its caption beside it."""
+    rows: list[list[HasMarkup]] = []
+    for one in filter(None, drawings):
+        wide = getattr(one, "wide", False)
+        if wide or not rows or len(rows[-1]) == (3 if small else 2) or getattr(rows[-1][0], "wide", False):
+            rows.append([])
+        rows[-1].append(one)
+    made = [element("div", joined(row), class_=f"figures of-{len(row)}{' small' if small else ''}") for row in rows]
+    return joined(made) if made else None
 
 
 def beneath(text: Part, comment: Part) -> Markup:
@@ -115,7 +133,23 @@ def bar(low: float, value: float, high: float, mark: float = 0.5) -> Markup:
     )
 
 
-def sides(prompt: str, replies: Mapping[str, tuple[Part, str]], *after: Part) -> Markup:
+def conversation(said: Conversation) -> Markup:
+    """A prompt as one text; of several turns each for itself, under the role of who speaks."""
+    if isinstance(said, str) or len(said) == 1:
+        return element("p", said if isinstance(said, str) else said[0]["text"], class_="prompt", dir="auto")
+    turns = [
+        element(
+            "div",
+            element("p", turn["role"], class_="side-name"),
+            element("p", turn["text"], class_="said", dir="auto"),
+            class_="turn reply-turn" if turn["role"] == "assistant" else "turn",
+        )
+        for turn in said
+    ]
+    return element("div", joined(turns), class_="turns")
+
+
+def sides(prompt: Conversation, replies: Mapping[str, tuple[Part, str]], *after: Part) -> Markup:
     """A prompt with the replies to it beside each other: by name, what stands above a reply, and the reply."""
     shown = [
         element(
@@ -126,8 +160,8 @@ def sides(prompt: str, replies: Mapping[str, tuple[Part, str]], *after: Part) ->
         )
         for name, (above, reply) in replies.items()
     ]
-    head = element("p", prompt, class_="prompt", dir="auto")
-    return element("article", head, element("div", *shown, class_="sides"), *after, class_="sample")
+    beside = element("div", *shown, class_="sides") if shown else None
+    return element("article", conversation(prompt), beside, *after, class_="sample")
 
 
 @dataclass(frozen=True)
@@ -200,7 +234,7 @@ def environment(*folders: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"served": True, "tab": "", "brand": "", "facts": "", "footer": ""}
+    made.globals |= {"served": True, "tab": "", "brand": "", "facts": "", "footer": "", "conversation": conversation}
     return made
 
 

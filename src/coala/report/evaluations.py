@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from coala.pages.parts import Part, Table, aside, beneath, code_block, details, element, facts, listing, sides
 from coala.pages.words import Interval, bracketed, number
+from coala.report.content import conversation_of
 from coala.store import RunFolder, StoreError, digest, file_digest, load_json, save_json
-from coala.values import Estimate
+from coala.values import Estimate, Turn
 
 FOLDER = "evaluations"
 SAMPLES = 5
@@ -86,7 +87,7 @@ def _heads(sides: Sequence[str]) -> list[str]:
 class Sample:
     """A prompt, the replies to it by the name of their side, and what was said of them."""
 
-    prompt: str
+    prompt: str | Sequence[Turn]
     replies: Mapping[str, str]
     verdict: str
 
@@ -178,7 +179,7 @@ def shown(row: Mapping[str, Any]) -> list[Part]:
     changed = ", ".join(row.get("changed") or [])
     samples = [
         sides(
-            str(one.get("prompt") or "(the prompt was not given)"),
+            conversation_of(one.get("prompt")) or "(the prompt was not given)",
             {name: (name, text) for name, text in (one.get("replies") or {}).items()},
             aside(one["verdict"]),
         )

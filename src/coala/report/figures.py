@@ -1,4 +1,7 @@
-"""The report's figures: each function draws a part of the content, ``None`` when there is nothing to draw."""
+"""The report's figures: each function draws a part of the content, ``None`` when there is nothing to draw.
+
+Fewer than :data:`coala.pages.drawing.FEWEST` points are numbers, not a figure: a table has them.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from coala.pages.drawing import BLUE, GREEN, GREY, INK, ORANGE, Drawing, drawing
+from coala.pages.drawing import BLUE, FEWEST, GREEN, GREY, INK, ORANGE, SOFT, Drawing, drawing
 from coala.pages.words import Interval, number
+
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}  # no line passes there
 
 
 def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Mean reward margin of training and held-out pairs by solver step."""
     series = {name: _series(rows, name) for name in ("train", "eval")}
-    if not any(len(steps) for steps, _ in series.values()):
+    if not any(len(steps) >= FEWEST for steps, _ in series.values()):
         return None
 
     def draw(axes: Any) -> None:
@@ -26,7 +31,8 @@ def margin_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
                 few = "o" if len(steps) < 12 else None
                 axes.plot(steps, values, label=label, **({"color": BLUE, "marker": few, "ms": 4} | look))
         axes.set(xlabel="solver step", ylabel="mean margin / its deviation")
-        axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(**ABOVE)
 
     ends = "; ".join(
         f"{'training' if name == 'train' else 'held-out'} pairs from {number(values[0])} to {number(values[-1])}"
@@ -53,37 +59,6 @@ def _steadiness(name: str, values: Any) -> str:
     return f"That of {name} pairs is not monotone: it falls at {steps}, by {number(float(falls.max()))} at most."
 
 
-def gap_bar(certificate: Mapping[str, Any]) -> Drawing | None:
-    """Primal objective, dual bound and the gap between them, beside the gap that was asked for."""
-    objective, bound = (certificate.get(name) for name in ("objective", "lower_bound"))
-    if not isinstance(objective, int | float) or not isinstance(bound, int | float) or objective <= 0:
-        return None
-    gap, tolerance = max(0.0, (objective - bound) / objective), certificate.get("tolerance")
-    asked = float(tolerance) if isinstance(tolerance, int | float) else None
-    reach = max(gap, asked or 0.0) or 1.0
-
-    def draw(axes: Any) -> None:
-        if asked is not None:
-            axes.barh(0, asked, height=0.5, color=GREY, alpha=0.25, label=f"asked for: {number(asked)}")
-        axes.barh(0, gap, height=0.5, color=BLUE, label=f"certified: {gap:.2g}")
-        # A gap far below the tolerance is a line; its ends are drawn whatever its width.
-        axes.plot([gap, 0], [0, 0], "|", color=INK, ms=42, mew=1.5)
-        axes.annotate(f"objective {objective:.8g}", (0, 0.34), ha="right", va="bottom")
-        near = gap < reach / 2
-        axes.annotate(f"lower bound {bound:.8g}", (gap, -0.34), ha="right" if near else "left", va="top")
-        axes.set(xlim=(1.06 * reach, -0.06 * reach), ylim=(-0.8, 1.0), yticks=[])
-        axes.set_xlabel("below the objective, as a share of it")
-        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.2g}")
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="y", visible=False)
-        axes.legend(loc="upper left", ncols=2, fontsize=9)
-
-    asked_for = "" if asked is None else f", of {number(asked)} asked for"
-    title = f"Objective {objective:.8g} and lower bound {bound:.8g}: a gap of {gap:.2g} of the objective{asked_for}."
-    caption = "The optimal value of the head's convex program is between the two marks."
-    return drawing("bounds", title, caption, draw, size=(5.4, 2.1))
-
-
 def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Duality gap as a share of the objective by solver step, logarithmic."""
     shares = [
@@ -93,12 +68,13 @@ def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     ]
     steps, gaps = _series(shares, "gap")
     steps, gaps = steps[gaps > 0], gaps[gaps > 0]
-    if not len(steps):
+    if len(steps) < FEWEST:
         return None
 
     def draw(axes: Any) -> None:
         axes.semilogy(steps, gaps, color=BLUE, marker="o" if len(steps) < 12 else None, ms=4)
         axes.set(xlabel="solver step", ylabel="gap / objective")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(which="minor", visible=False)
 
     title = f"Duality gap by solver step, from {number(gaps[0])} to {number(gaps[-1])}."
@@ -112,12 +88,13 @@ def gap_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
 def objective_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Objective by solver step."""
     steps, values = _series(rows, "objective")
-    if not len(steps):
+    if len(steps) < FEWEST:
         return None
 
     def draw(axes: Any) -> None:
         axes.plot(steps, values, color=BLUE, marker="o" if len(steps) < 12 else None, ms=4)
         axes.set(xlabel="solver step", ylabel="objective")
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
     title = f"Objective by solver step, from {number(values[0])} to {number(values[-1])}."
     return drawing("objective", title, "The training objective, penalties included.", draw)
@@ -126,7 +103,7 @@ def objective_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
 def histograms(scores: Mapping[str, Any]) -> Drawing | None:
     """Held-out scores of chosen and rejected replies on one axis."""
     chosen, rejected = (_finite(scores.get(name) or []) for name in ("chosen", "rejected"))
-    if not len(chosen) or not len(rejected):
+    if min(len(chosen), len(rejected)) < FEWEST:
         return None
     both = np.concatenate([chosen, rejected])
     low, high = float(both.min()), float(both.max())
@@ -139,7 +116,7 @@ def histograms(scores: Mapping[str, Any]) -> Drawing | None:
             axes.hist(values, edges, color=colour, alpha=0.32, label=label)
             axes.hist(values, edges, color=colour, histtype="step", linewidth=1.5)
         axes.set(xlabel="score", ylabel="replies")
-        axes.legend()
+        axes.legend(**ABOVE)
 
     title = (
         f"Histograms of held-out scores: {len(chosen)} chosen replies with median {number(float(np.median(chosen)))}, "
@@ -157,7 +134,7 @@ def reliability_curve(found: Mapping[str, Any]) -> Drawing | None:
         if row.get("predicted") is not None
     ]
     bins = [(predicted, observed) for predicted, observed in bins if observed]
-    if not bins:
+    if len(bins) < FEWEST:
         return None
 
     def draw(axes: Any) -> None:
@@ -168,7 +145,7 @@ def reliability_curve(found: Mapping[str, Any]) -> Drawing | None:
         axes.errorbar(x, y, ends, fmt="o", color=BLUE, ms=5, capsize=3, elinewidth=1.3, label="held-out pairs")
         axes.set(xlim=(48, 102), ylim=(min(38, min(o.low for _, o in bins) * 100 - 2), 102))
         axes.set(xlabel="probability of the preferred reply, %", ylabel="ranked right, %")
-        axes.legend(loc="lower right")
+        axes.legend(**ABOVE)
 
     parts = "; ".join(f"at {100 * predicted:.0f} %: {o.percent()}, n={o.n}" for predicted, o in bins)
     caption = (
@@ -182,7 +159,7 @@ def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None
     """Ranking accuracy with its interval by length difference."""
     kept = [(row, Interval(row.get("accuracy"))) for row in rows]
     kept = [(row, accuracy) for row, accuracy in kept if accuracy]
-    if not kept:
+    if len(kept) < FEWEST:
         return None
     names = [f"{number(row.get('low'))} to\n{number(row.get('high'))}" for row, _ in kept]
 
@@ -192,7 +169,7 @@ def length_chart(rows: Sequence[Mapping[str, Any]], unit: str) -> Drawing | None
             low, high = max(0.0, accuracy.low), min(1.0, accuracy.high)
             axes.plot([i, i], [100 * low, 100 * high], color=BLUE, linewidth=6, alpha=0.25, solid_capstyle="butt")
             axes.plot(i, 100 * accuracy.value, "o", color=BLUE, ms=6)
-            axes.annotate(f"n={accuracy.n}", (i, 2), ha="center", va="bottom", fontsize=8, color="#59616b")
+            axes.annotate(f"n={accuracy.n}", (i, 2), ha="center", va="bottom", fontsize=8, color=SOFT)
         axes.set_xticks(range(len(names)), names)
         axes.set(ylim=(0, 102), xlim=(-0.6, len(names) - 0.4), ylabel="ranked right, %")
         axes.set_xlabel(f"length of chosen minus rejected, {re.sub(r'[^a-z ]', '', unit.lower()) or 'characters'}")
@@ -212,7 +189,7 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """
     known = [row for row in rows if row.get("cv_nll") is not None]
     gated = [row for row in known if (row.get("beta_rel") or 0) > 0]
-    if not gated:
+    if len({row["beta_rel"] for row in gated}) < FEWEST:
         return None
     linear = min((float(row["cv_nll"]) for row in known if row.get("beta_rel") is None), default=None)
     selected = next((row for row in gated if row.get("selected")), None)
@@ -249,7 +226,7 @@ def path_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         axes.minorticks_off()
         axes.grid(which="minor", visible=False)
         axes.set(xlabel="sparsity / its largest useful value (weaker →)", ylabel="cross-validated NLL")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, **ABOVE)
 
     title = (
         f"Regularisation path: the lowest cross-validated NLL of gated heads is {number(float(best['cv_nll']))} at "
@@ -267,7 +244,7 @@ def ridge_chart(rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         for row in rows
         if row.get("cv_nll") is not None and row.get("beta_rel") is None and (row.get("tau") or 0) > 0
     ]
-    if len(linear) < 2:
+    if len(linear) < FEWEST:
         return None
     ridges, losses, errors = zip(*sorted(linear), strict=True)
 

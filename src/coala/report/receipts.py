@@ -16,6 +16,7 @@ from typing import Any
 
 from coala.pages.parts import Part, Table, aside, beneath, details, element, facts, listing, titled
 from coala.pages.words import number
+from coala.report.content import mapping_of
 from coala.report.raters import rater_parts, rater_words
 from coala.store import RunFolder, StoreError, file_digest, load_json, save_json
 
@@ -103,7 +104,7 @@ def effect_words(row: Mapping[str, Any], effect: float) -> str:
 
 def proof_words(row: Mapping[str, Any], side: str) -> str:
     """How far a list is proved complete."""
-    found = _mapping(_mapping(row.get("lists")).get(side))
+    found = mapping_of(mapping_of(row.get("lists")).get(side))
     listed, proved, outside = len(found.get("rows") or []), int(found.get("proved") or 0), found.get("outside")
     unit = str(row.get("by") or "pair")
     if outside is None or not math.isfinite(float(outside)):
@@ -141,7 +142,7 @@ POISON_HEAD = ("pairs", "how many", "margins move at most", "could turn", "accur
 
 def poison_words(found: Mapping[str, Any]) -> list[str]:
     """What the bounds come to, in sentences."""
-    largest = _mapping(found.get("largest"))
+    largest = mapping_of(found.get("largest"))
     told = []
     for attack, word in ATTACKS.items():
         k = int(largest.get(attack) or 0)
@@ -153,7 +154,7 @@ def poison_words(found: Mapping[str, Any]) -> list[str]:
         f"An added pair is assumed to be no more unusual than the most unusual one seen (norm "
         f"{number(found.get('cap'))} in the inverse of the Hessian)."
     )
-    if search := _mapping(found.get("attack")):
+    if search := mapping_of(found.get("attack")):
         last = search["accuracy"][-1]
         told.append(
             f"A greedy search over flips brought accuracy from {100 * float(found['accuracy']):.1f} % to "
@@ -173,7 +174,7 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
         else None,
     ]
     for side in ("raises", "lowers"):
-        found = _mapping(_mapping(row.get("lists")).get(side))
+        found = mapping_of(mapping_of(row.get("lists")).get(side))
         cells = [
             (
                 beneath(str(one["name"]), _counted(one, by)),
@@ -198,8 +199,8 @@ def _influence(row: Mapping[str, Any]) -> list[Part]:
     caption = "Most contradicted by all other pairs: check these first for swapped replies"
     heads = ("Pair", "Margin by the others", "Chosen", "Prompt (its end)")
     parts.append(titled(caption, Table(caption, heads, against, kind="words")))
-    bounds, twins = _mapping(row.get("bounds")), _mapping(row.get("copies"))
-    poison = _mapping(row.get("poison"))
+    bounds, twins = mapping_of(row.get("bounds")), mapping_of(row.get("copies"))
+    poison = mapping_of(row.get("poison"))
     parts += [
         titled("Maximum effect of poisoned pairs", listing(poison_words(poison))) if poison else None,
         details(
@@ -247,12 +248,12 @@ def _counted(one: Mapping[str, Any], by: str) -> str:
 
 
 def _forgotten(row: Mapping[str, Any]) -> list[Part]:
-    digests = _mapping(row.get("digests"))
+    digests = mapping_of(row.get("digests"))
     rows = [
-        (name, _start(_mapping(digests.get("before")).get(name)), _start(_mapping(digests.get("after")).get(name)))
-        for name in sorted({*_mapping(digests.get("before")), *_mapping(digests.get("after"))})
+        (name, _start(mapping_of(digests.get("before")).get(name)), _start(mapping_of(digests.get("after")).get(name)))
+        for name in sorted({*mapping_of(digests.get("before")), *mapping_of(digests.get("after"))})
     ]
-    bound, beside = row.get("bound"), _mapping(row.get("beside"))
+    bound, beside = row.get("bound"), mapping_of(row.get("beside"))
     anew = (
         f"{beside['n_neurons']} gates; {100 * beside['accuracy']:.1f} % of held-out pairs ranked right instead of "
         f"{100 * beside['accuracy_held']:.1f} %; log-odds differ by {number(beside['log_odds_apart'])} at most"
@@ -289,7 +290,3 @@ def _start(digest: Any) -> str:
 
 def _pairs(n: int) -> str:
     return f"{n:,} pair{'' if n == 1 else 's'}"
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -120,7 +120,7 @@ def create_app(
             title=f"Question {number} of {len(rater.pages)}",
             number=number,
             n_pages=len(rater.pages),
-            prompt=asked.prompt,
+            prompt=asked.prompt if isinstance(asked.prompt, str) else [vars(turn) for turn in asked.prompt],
             ask=ask,
             answers=[(letters[place], asked.answers[i]) for place, i in enumerate(item.order)],
             chosen=None if chosen is None else letters[chosen],

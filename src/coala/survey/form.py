@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from coala.store import digest, load_json, save_json
-from coala.values import CoalaError, Generation
+from coala.values import CoalaError, Generation, Turn, conversation_text
 
 FORMAT = 1
 FILE = "survey.json"
@@ -44,12 +44,15 @@ WORDS = {
 }
 
 
+Said = str | tuple[Turn, ...]  # a prompt: a text, or a conversation of several turns
+
+
 @dataclass(frozen=True)
 class SurveyPrompt:
     """A prompt that generations refer to by ``prompt_id``."""
 
     prompt_id: str
-    text: str
+    said: Said
     category: str
 
 
@@ -59,7 +62,7 @@ class SurveyQuestion:
 
     prompt_id: str
     category: str
-    prompt: str
+    prompt: Said
     answers: tuple[str, ...]
 
 
@@ -171,7 +174,7 @@ def build(
         drawn = sorted(rng.permutation(len(some))[: per_category or len(some)].tolist())
         for prompt in (some[i] for i in drawn):
             answers = tuple(texts[method][prompt.prompt_id] for method in texts)
-            chosen.append(SurveyQuestion(prompt.prompt_id, category, clean(prompt.text), answers))
+            chosen.append(SurveyQuestion(prompt.prompt_id, category, _clean_prompt(prompt.said), answers))
     made = tuple(make_checks(checks, len(texts), rng))
     return Survey(
         methods=tuple(texts),
@@ -218,6 +221,15 @@ def clean(text: str) -> str:
     return "\n".join("".join(filter(_is_shown, line)).rstrip() for line in lines).strip()
 
 
+def _clean_prompt(said: Said) -> Said:
+    return clean(said) if isinstance(said, str) else tuple(Turn(turn.role, clean(turn.text)) for turn in said)
+
+
+def said_text(said: Said) -> str:
+    """A prompt as one text."""
+    return said if isinstance(said, str) else conversation_text(said)
+
+
 def _is_shown(character: str) -> bool:
     return character.isprintable() or character in "\t\u200c\u200d" or unicodedata.category(character) == "Zs"
 
@@ -249,7 +261,10 @@ def load_survey(folder: Path) -> Survey:
                 "methods": tuple(row["methods"]),
                 "fields": tuple(row["fields"]),
                 "remarks": tuple(row["remarks"]),
-                "questions": tuple(SurveyQuestion(**q | {"answers": tuple(q["answers"])}) for q in row["questions"]),
+                "questions": tuple(
+                    SurveyQuestion(**q | {"answers": tuple(q["answers"]), "prompt": _read_prompt(q["prompt"])})
+                    for q in row["questions"]
+                ),
                 "checks": tuple(Check(**c | {"answers": tuple(c["answers"])}) for c in row["checks"]),
             }
         )
@@ -261,6 +276,10 @@ def load_survey(folder: Path) -> Survey:
             "Put the old file back, or build another survey."
         )
     return survey
+
+
+def _read_prompt(found: Any) -> Said:
+    return found if isinstance(found, str) else tuple(Turn(**turn) for turn in found)
 
 
 def _by_prompt(method: str, replies: Sequence[Generation]) -> dict[str, str]:

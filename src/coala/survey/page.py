@@ -24,6 +24,7 @@ from coala.pages.parts import (
 )
 from coala.pages.words import Interval
 from coala.statistics.votes import Contrast
+from coala.survey.form import said_text
 from coala.survey.results import Part as Category
 from coala.survey.results import QuestionResult, Results
 from coala.values import Estimate
@@ -167,7 +168,8 @@ def _questions(results: Results) -> Table:
 
 def _question(found: QuestionResult) -> list[Part]:
     ahead = {one.second for one in found.against if one.adjusted < 0.05}
-    prompt = found.prompt if len(found.prompt) <= 90 else found.prompt[:87].rsplit(" ", 1)[0] + "..."
+    prompt = said_text(found.prompt)
+    prompt = prompt if len(prompt) <= 90 else prompt[:87].rsplit(" ", 1)[0] + "..."
     shares = [
         beneath(
             Markup("<strong>{:.0f} %</strong>{}").format(100 * share.value, "*" if method in ahead else ""),

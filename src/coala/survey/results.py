@@ -25,7 +25,7 @@ from coala.statistics.votes import (
     two_way_share,
     vote_difference,
 )
-from coala.survey.form import Survey
+from coala.survey.form import Said, Survey
 from coala.survey.votes import Attendance, Vote, Votes
 from coala.values import CoalaError, Estimate
 
@@ -81,7 +81,7 @@ class QuestionResult:
 
     prompt_id: str
     category: str
-    prompt: str
+    prompt: Said
     n: int
     shares: Mapping[str, Estimate]
     against: tuple[Contrast, ...]

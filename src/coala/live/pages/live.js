@@ -57,8 +57,16 @@ function show(state) {
     closeEdit();
     $("prompt").replaceChildren(
       ...question.prompt.map(({ role, text }) => {
-        const turn = document.createElement("p");
-        turn.textContent = question.prompt.length > 1 ? `${role}: ${text}` : text;
+        const said = document.createElement("p");
+        said.textContent = text;
+        said.dir = "auto";
+        said.className = question.prompt.length > 1 ? "said" : "prompt";
+        if (question.prompt.length === 1) return said;
+        const [turn, name] = ["div", "p"].map((tag) => document.createElement(tag));
+        turn.className = role === "assistant" ? "turn reply-turn" : "turn";
+        name.className = "side-name";
+        name.textContent = role;
+        turn.append(name, said);
         return turn;
       }),
     );
