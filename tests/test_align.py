@@ -711,7 +711,7 @@ def test_a_run_of_before_a_setting_existed_goes_on(copied: RunFolder, pairs: Pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: found no such file. Expected head:RUN"),
+        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: there is no such file. Expected head:RUN"),
         ({"evaluation": {"judge": "head:nosuch"}}, "nosuch: is not a run folder"),
         ({"evaluation": {"judge": "rule:longest"}}, "There is no rule 'longest'"),
         ({"evaluation": {"judge": "rule:regex:("}}, "is not a regular expression"),

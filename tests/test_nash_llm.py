@@ -70,7 +70,7 @@ def test_eta_and_tau_may_be_given_either_way() -> None:
         ({"beta": 0}, "positive number"),
         ({"eta": -1}, "positive number"),
         ({"eta": 2, "tau": 1}, "expected 0 .* to 1"),
-        ({"num_candidates": 1}, "a pair"),
+        ({"num_candidates": 1}, "expected at least 2"),
         ({"inner_loss": "ppo"}, "expected one of inpo"),
         ({"inner_loss": "dro"}, "pair_selection='all'"),
         ({"inner_loss": "rebel", "target": "hard"}, "win rates"),

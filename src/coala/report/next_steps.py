@@ -52,28 +52,28 @@ def _head(content: Mapping[str, Any], run: str) -> Step:
     if not accuracy:
         return Step(asked, "Not measured.", "No pair was held out.")
     found = f"It ranks {accuracy.percent()} of {accuracy.n:,} held-out pairs right"
-    look = f"coala influence {run}", "Which pairs help, and which look exchanged."
+    look = f"coala influence {run}", "Which pairs help, and which look swapped."
     if accuracy.above(0.5):
         return Step(asked, "Yes.", f"{found}; chance is 50 %.", verdict="yes")
     if accuracy.below(0.5):
-        return Step(asked, "No, worse.", f"{found}. Look for exchanged replies first.", (look,), "no")
+        return Step(asked, "No, worse.", f"{found}. Check for swapped replies first.", (look,), "no")
     files = mapping_of(content.get("settings")).get("pairs") or []
     named = shlex.join(map(str, files)) if 0 < len(files) <= FEW else "PAIRS..."
-    more = f"coala align {named} MORE.jsonl --recipe {run}/run.json --out NEW", "The same run on more pairs."
-    return Step(asked, "Not shown.", f"{found}, and the interval includes 50 %. More pairs would tell.", (more, look))
+    more = f"coala align {named} MORE.jsonl --recipe {run}/run.json --out NEW", "The same run with more pairs."
+    return Step(asked, "Not shown.", f"{found}, and the interval includes 50 %. Add pairs to decide.", (more, look))
 
 
 def _guidance(content: Mapping[str, Any], run: str) -> Step:
     asked = "Is guidance worth it?"
     head, settings = mapping_of(content.get("head")), mapping_of(mapping_of(content.get("settings")).get("guidance"))
     if head.get("least_slope") == 0 and settings.get("rule") == "calibrated":
-        told = "Cross-validation cannot tell the head from chance, so replies stay as they are."
+        told = "Cross-validation cannot distinguish the head from chance, so replies stay unguided."
         return Step(asked, "No.", told, verdict="no")
     rates = [(judge, rate) for judge, given in _judged(content) if (rate := Interval(given))]
     if not rates:
         ways = (
             (f"coala eval judge {run} --judge rule:NAME", "A rule, words:FILE, or head:OTHER_RUN judges."),
-            (f"coala eval judge {run} --model MODEL", "A chat model behind an endpoint judges."),
+            (f"coala eval judge {run} --model MODEL", "A chat model at an endpoint judges."),
         )
         return Step(asked, "Not measured.", "No judge compared guided with unguided replies.", ways)
     judge, rate = rates[0]
@@ -83,7 +83,7 @@ def _guidance(content: Mapping[str, Any], run: str) -> Step:
         return Step(asked, "Yes.", f"{found}{cost}.", verdict="yes")
     if rate.below(0.5):
         return Step(asked, "No.", f"{found}{cost}.", verdict="no")
-    return Step(asked, "Not shown.", f"{found}; the interval includes 50 %{cost}. More held-out prompts would tell.")
+    return Step(asked, "Not shown.", f"{found}; the interval includes 50 %{cost}. Add held-out prompts to decide.")
 
 
 def _judged(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -105,13 +105,13 @@ def _cost(both: Mapping[str, Any]) -> str:
 
 
 def _use(content: Mapping[str, Any], run: str, head: Verdict, guidance: Verdict) -> Step:
-    talk = f"coala chat {run}", "Then /compare on: plain and guided replies side by side."
+    talk = f"coala chat {run}", "Then type /compare on: plain and guided replies side by side."
     if "no" in (head, guidance) or "yes" not in (head, guidance):
-        told = "Nothing here says that it should be served. Talk to it and judge for yourself."
+        told = "No figure here supports serving it. Chat with it and judge for yourself."
         return Step("How is it served?", "Not yet.", told, (talk,))
     distilled = mapping_of(content.get("distilled"))
     ready = bool(distilled.get("rows")) and not distilled.get("stale")
     fast = f"coala serve {run} --mode distilled", "As fast as the plain model."
     serve = f"coala serve {run}", "The OpenAI protocol, and a playground at its first page."
-    told = "Talk to it, or put it behind an address."
+    told = "Chat with it, or serve it at an address."
     return Step("How is it served?", "", told, (talk, serve, *((fast,) if ready else ())), "yes")
