@@ -614,7 +614,7 @@ def test_a_point_or_two_are_numbers_and_no_figure(n: int) -> None:
 @pytest.mark.parametrize(
     ("accuracy", "wins", "words", "commands"),
     [
-        ((0.6, 0.8), (0.6, 0.8), ["Yes.", "Yes.", ""], ["chat", "serve"]),
+        ((0.6, 0.8), (0.6, 0.8), ["Yes.", "Yes.", ""], ["chat", "serve", "distil"]),
         ((0.6, 0.8), (0.4, 0.6), ["Yes.", "Not shown.", ""], ["chat", "serve"]),
         ((0.6, 0.8), (0.2, 0.4), ["Yes.", "No.", "Not yet."], ["chat"]),
         ((0.6, 0.8), None, ["Yes.", "Not measured.", ""], ["eval judge", "eval judge", "chat", "serve"]),

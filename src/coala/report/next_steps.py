@@ -111,7 +111,13 @@ def _use(content: Mapping[str, Any], run: str, head: Verdict, guidance: Verdict)
         return Step("How is it served?", "Not yet.", told, (talk,))
     distilled = mapping_of(content.get("distilled"))
     ready = bool(distilled.get("rows")) and not distilled.get("stale")
-    fast = f"coala serve {run} --mode distilled", "As fast as the plain model."
+    fast = []
+    if ready:
+        fast.append((f"coala serve {run} --mode distilled", "As fast as the plain model."))
+    elif guidance == "yes":
+        out = shlex.quote(f"{content.get('run') or 'RUN'}-served")
+        what = f"coala distil {run} --to checkpoint --out {out}"
+        fast.append((what, "Ordinary weights, for vLLM, transformers, llama.cpp."))
     serve = f"coala serve {run}", "The OpenAI protocol, and a playground at its first page."
     told = "Chat with it, or serve it at an address."
-    return Step("How is it served?", "", told, (talk, serve, *((fast,) if ready else ())), "yes")
+    return Step("How is it served?", "", told, (talk, serve, *fast), "yes")
