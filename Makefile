@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Tests start many processes; each reads what the first one has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-chat test test-nightly test-all test-shuffled test-extras coverage check docs wheel bench clean help
+.PHONY: demo demo-chat test test-nightly test-release test-all test-shuffled test-extras coverage check docs wheel bench clean help
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -42,17 +42,20 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-
 test test-shuffled: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
 test: .venv/dev  ## run the tests, two at a time: about five minutes on two cores
-	$(PYTEST) -m "not nightly"
+	$(PYTEST) -m "not nightly and not release"
 
 test-nightly: .venv/dev  ## run the tests that take minutes, of what a faster one guards too
 	$(PYTEST) -m nightly tests/test_convex_*.py
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m nightly --ignore-glob='tests/test_convex_*'
 
+test-release: .venv/dev  ## run the longest tests, before a release
+	$(PYTEST) -m release
+
 test-all: .venv/dev  ## run every test
 	$(PYTEST)
 
 test-shuffled: .venv/dev  ## run the tests in a random order, which is printed (again: make test-shuffled ORDER=1234)
-	$(PYTEST) -m "not nightly" -p randomly $(if $(ORDER),--randomly-seed=$(ORDER))
+	$(PYTEST) -m "not nightly and not release" -p randomly $(if $(ORDER),--randomly-seed=$(ORDER))
 
 # These packages ask for other versions than constraints.txt has, so they get an environment of their own.
 .venv-extras/done: pyproject.toml
@@ -65,7 +68,7 @@ test-extras: .venv-extras/done  ## try what talks to other programs (trackers, I
 	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -q -p no:cacheprovider -o addopts= tests/test_trackers.py tests/test_inspection.py tests/test_data_trl.py tests/test_share_evaluations.py
 
 coverage: .venv/dev  ## run the tests and tell which lines of src they do not reach, those of processes they start included
-	$(PYTEST) -m "not nightly" --cov --cov-report=term-missing:skip-covered
+	$(PYTEST) -m "not nightly and not release" --cov --cov-report=term-missing:skip-covered
 
 check: .venv/dev  ## lint, format, types, layers
 	$(BIN)/ruff check .

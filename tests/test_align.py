@@ -262,7 +262,7 @@ def test_interrupted_twice_in_every_stage_it_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.nightly  # the test above, and test_features.py by a kill
+@pytest.mark.release  # guarded by the test above, and test_features.py by a kill
 def test_kill_minus_nine_and_resume_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     # Enough rows for several shards, so that the kill falls between two of them.
     source = write_rows(tmp_path / "pairs.jsonl", pair_rows(2600, 300))

@@ -40,6 +40,10 @@ SMALL = {
 }
 
 
+# Each takes half a minute or more, so that they run before a release: make test-release.
+LONG = ("figures", "guidance", "influence", "phase2", "ranking", "raters")
+
+
 def test_every_benchmark_is_here() -> None:
     assert {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} == set(SMALL)
 
@@ -50,8 +54,9 @@ def test_what_a_benchmark_imports_is_there(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.release if n in LONG else pytest.mark.nightly) for n in SMALL]
+)
 def test_a_benchmark_runs(name: str, shared: Path, tmp_path: Path) -> None:
     data = shared / "data"
     words = SMALL[name].format(tmp=tmp_path, data=data, stories=data / "models" / "stories260K-hf").split()

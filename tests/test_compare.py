@@ -297,16 +297,22 @@ def test_torch_counts_a_training_step_by_formula(attention: str) -> None:
 # --- plans -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("name", [n for n in bundled() if n.startswith(("coala-", "cvx-"))])
+def test_the_papers_studies_are_whole(name: str) -> None:
+    given_study = load_study(name)
+    assert cells(given_study)
+    assert given_study.untuned() == []
+    assert given_study.reproduces
+    assert given_study.split.test == 0.1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["coala-table5", "coala-table9", "cvx-dpo"])
 def test_the_papers_studies_are_planned_without_weights_or_pairs(name: str) -> None:
     given_study = load_study(name)
     planned = plan_study(given_study)
     assert len(planned) == len(cells(given_study))
     assert all(row["flops"] > 0 and sum(row["bytes"].values()) > 0 and row["seconds"] > 0 for row in planned)
-    assert given_study.untuned() == []
-    assert given_study.reproduces
-    assert given_study.split.test == 0.1
     text = plan_rows(planned, given_study)
     assert len(text) == len(planned)
     assert plan_total(planned)["cells"] == len(planned)

@@ -202,6 +202,9 @@ def test_decoding_adds_up() -> None:
     assert guided_token_flops(SMALL, 9, 1, 2) == token_flops(SMALL, 9) + score_flops(8, 2)
     every = decoding_flops(SMALL, 5, 10, candidates=5, n_neurons=2)
     fifth = decoding_flops(SMALL, 5, 10, candidates=5, every=5, n_neurons=2)
+    assert fifth == body_flops(SMALL, [5]) + sum(
+        token_flops(SMALL, 5 + i) if i % 5 else guided_token_flops(SMALL, 5 + i, 5, 2) for i in range(10)
+    )
     assert decoding_flops(SMALL, 5, 10) < fifth < every
     assert score_flops(8, 0) == 18
 

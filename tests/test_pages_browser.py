@@ -169,6 +169,6 @@ def test_the_playground_keeps_to_it(browser: Any, served_run: Path) -> None:
             seen.get_by_label("Tokens").fill("8")
             seen.get_by_role("button", name="Compare").click()
             for side in ("unguided", "guided"):
-                seen.locator(f"#{side} .strip span").first.wait_for()
+                seen.locator(f"#{side} .strip span").first.wait_for(state="attached")  # a blank token has no box
 
         keeps_to_it(browser, show)

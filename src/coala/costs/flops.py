@@ -10,8 +10,9 @@ layers,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -160,12 +161,16 @@ def decoding_flops(
     shape: Shape, prompt_tokens: int, new_tokens: int, *, candidates: int = 0, every: int = 1, n_neurons: int = 0
 ) -> int:
     """A reply of ``new_tokens``: prefill, then each ``every``-th token guided over ``candidates`` (0: none)."""
+    guided = range(0, new_tokens, every) if candidates > 0 else range(0)
+    plain = sum(range(new_tokens)) - sum(guided)
+
+    def over(of_token: Callable[[int], int], n: int, steps: int) -> int:
+        # A token's FLOPs are linear in the tokens before it.
+        return n * of_token(prompt_tokens) + steps * (of_token(1) - of_token(0))
+
     total = body_flops(shape, [prompt_tokens])
-    for i in range(new_tokens):
-        context = prompt_tokens + i
-        guided = candidates > 0 and i % every == 0
-        total += guided_token_flops(shape, context, candidates, n_neurons) if guided else token_flops(shape, context)
-    return total
+    total += over(lambda c: guided_token_flops(shape, c, candidates, n_neurons), len(guided), sum(guided))
+    return total + over(partial(token_flops, shape), new_tokens - len(guided), plain)
 
 
 def _column(shape: Shape, context: int) -> int:
