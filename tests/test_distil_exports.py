@@ -243,6 +243,9 @@ def test_a_card_says_what_is_proved_and_what_is_not(made: tuple[Path, Path, Dist
     ):
         assert told in card, told
     assert str(tmp_path) not in card
+    # Pairs' own replies are guided by nothing, and are several to a prompt.
+    weighted = policy_card(replace(policy, program="weighted"), model, "gguf", FACTS, "")
+    assert "weighted by the head's score; to 300 prompts |" in weighted
     bare = policy_card(adapter, model, "merged", PolicyFacts(), "Read back.")
     assert "None: the training is not convex" in bare
     assert "Not measured by the run. `coala distil RUN --measure` measures it" in bare

@@ -108,8 +108,9 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
     front += [f"base_model: {base}"] if spec.revision else []
     front += [f"license: {licence}"] if licence != UNKNOWN else []
     front += ["tags:", "- preference", "- distillation", "- coala", "---"]
+    local = "" if spec.backbone.startswith("wheel:") else " (a local folder)"
     rows = [
-        ("base model", f"{spec.backbone}{f', revision {spec.revision}' if spec.revision else ' (a local folder)'}"),
+        ("base model", f"{spec.backbone}{f', revision {spec.revision}' if spec.revision else local}"),
         ("weights, SHA-256", spec.weights),
         *([("change, SHA-256", digest(policy.change))] if isinstance(policy, DistilledPolicy) else []),
         ("licence of the base model", licence),
@@ -203,6 +204,8 @@ def _what(policy: Policy) -> str:
 
 def _teacher(policy: Policy, facts: PolicyFacts) -> str:
     told = f"`{policy.program}`: {_WAYS[policy.program]}"
+    if policy.program == "weighted":  # unguided, several to a prompt
+        return told + (f"; to {facts.n_replies} prompts" if facts.n_replies else "")
     told += f" ({facts.guidance})" if facts.guidance else ""
     return told + (f"; {facts.n_replies} replies" if facts.n_replies else "")
 
