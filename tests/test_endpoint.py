@@ -254,7 +254,7 @@ def test_many_at_a_time_never_pass_a_limit(limit: Any, most: int, name: str) -> 
 
 @pytest.mark.parametrize("url", ["", "x", "host/v1", "ftp://h/v1", "http:///v1", "http://h:x/v1", "http://h\n/v1"])
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(CoalaError, match="is no address"):
+    with pytest.raises(CoalaError, match="is not an address"):
         Server.of(url)
 
 
