@@ -711,7 +711,7 @@ def test_a_run_of_before_a_setting_existed_goes_on(copied: RunFolder, pairs: Pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: there is no such file. Expected head:RUN"),
+        ({"evaluation": {"judge": "nosuch.json"}}, "--judge nosuch.json: found no such file. Expected head:RUN"),
         ({"evaluation": {"judge": "head:nosuch"}}, "nosuch: is not a run folder"),
         ({"evaluation": {"judge": "rule:longest"}}, "There is no rule 'longest'"),
         ({"evaluation": {"judge": "rule:regex:("}}, "is not a regular expression"),
@@ -719,8 +719,8 @@ def test_a_run_of_before_a_setting_existed_goes_on(copied: RunFolder, pairs: Pat
         ({"evaluation": {"judge": "longer"}}, "did you mean rule:longer?"),
         ({"evaluation": {"judge": "head:"}}, "names none; expected one such as head:runs/mine"),
         ({"evaluation": {"judge": "replay:x"}}, "new replies have no stored judgements"),
-        ({"evaluation": {"judge": "gpt:4"}}, "there is no judge of kind 'gpt'"),
-        ({"evaluation": {"labeller": "nosuch"}}, "there is no such file"),
+        ({"evaluation": {"judge": "gpt:4"}}, "found no judge of kind 'gpt'"),
+        ({"evaluation": {"labeller": "nosuch"}}, "found no such file"),
         ({"model": {"layer": 99}}, "--layer is 99; .* has hidden states 0 .* to 3"),
         ({"model": {"max_tokens": 10**9}}, "--max-tokens is 1,000,000,000; the context of"),
         ({"evaluation": {"max_new_tokens": 10**6}}, "--max-new-tokens is 1,000,000; the context of"),

@@ -49,7 +49,7 @@ def tics(text: str) -> list[str]:
     return word_list()[0].findall(text.lower())
 
 
-def faults_of_help(text: str | None, *, default_shown: bool, number: bool = False, at_the_end: str = "") -> list[str]:
+def faults_of_help(text: str | None, *, default_shown: bool, number: bool = False) -> list[str]:
     """What a help line lacks: an object that comes first, a unit, a default that the terminal does not add."""
     if not text:
         return ["no help line"]
@@ -81,18 +81,16 @@ def faults_of_command(name: str, command: Any) -> list[str]:
     for parameter in command.params:
         if parameter.name in ("install_completion", "show_completion"):  # typer's own
             continue
-        options: dict[str, Any] = {"default_shown": True, "number": False}
-        if parameter.param_type_name == "option":
-            known = parameter.default is not None and bool(getattr(parameter, "show_default", False))
-            # An option that may be repeated adds to nothing, where it is not given.
-            text = getattr(parameter, "help", None) or ""
-            shown = known or parameter.required or bool(getattr(parameter, "is_flag", False)) or "Repeatable." in text
-            options = {
-                "default_shown": shown,
-                "number": parameter.bare_type in (int, float),
-            }
-        where = f"{name} {'/'.join(parameter.opts)}"
-        found += [f"{where}: {fault}" for fault in faults_of_help(getattr(parameter, "help", None), **options)]
+        text, where = parameter.help or "", f"{name} {'/'.join(parameter.opts)}"
+        option = parameter.param_type_name == "option"
+        flag = option and parameter.is_flag
+        added = option and not flag and parameter.default is not None and bool(parameter.show_default)
+        # A flag is off, and an option that may be repeated adds nothing, where it is not given.
+        plain = not option or added or flag or parameter.required or "Repeatable." in text
+        number = option and parameter.bare_type in (int, float)
+        found += [f"{where}: {fault}" for fault in faults_of_help(text, default_shown=plain, number=number)]
+        if added and "default:" in text:
+            found.append(f"{where}: the default twice")
     return found
 
 
@@ -174,7 +172,10 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     planted = typer.Typer()
 
     @planted.command()
-    def train(rate: float = typer.Option(None, help="Rate told by the recipe.")) -> None:
+    def train(
+        rate: float = typer.Option(None, help="Rate told by the recipe."),
+        seed: int = typer.Option(0, help="Random seed (default: 0)"),
+    ) -> None:
         """Trains anew."""
 
     command = typer.main.get_command(planted)
@@ -182,6 +183,8 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
         "planted: help: 'anew'",
         "planted --rate: 'told' is on the word list",
         "planted --rate: no default",
+        "planted --seed: no full stop at its end",
+        "planted --seed: the default twice",
     ]
     source = 'def f(x):\n    """Told here only."""\n    raise ValueError(f"{x}: goes on where it was.")\n'
     assert [tics(text) for _, text in sentences_of(source)] == [["goes on", "where it was"]]

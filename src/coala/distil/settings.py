@@ -85,7 +85,7 @@ class AdapterSettings:
 
     rates: Annotated[
         tuple[float, ...],
-        Setting("Learning rate of the adapter to try. Repeatable (default: 3e-4, 1e-3, 2e-3).", flag="--rate"),
+        Setting("Learning rate of the adapter to try. Repeatable.", flag="--rate"),
     ] = RATES
     epochs: Annotated[
         int, Ge(1), Setting("Maximum number of epochs of the adapter; the best on held-out prompts is kept.")

@@ -61,8 +61,8 @@ def local_judge(text: str) -> NamedJudge:
     if found is None:
         kind, colon, _ = text.partition(":")
         if not colon and text in RULES:
-            raise CoalaError(f"--judge {text}: there is no such file; did you mean rule:{text}? Expected {GRAMMAR}.")
-        what = f"there is no judge of kind {kind!r} and no such file" if colon else "there is no such file"
+            raise CoalaError(f"--judge {text}: found no such file; did you mean rule:{text}? Expected {GRAMMAR}.")
+        what = f"found no judge of kind {kind!r} and no such file" if colon else "found no such file"
         raise CoalaError(f"--judge {text}: {what}. Expected {GRAMMAR}.")
     if found.kind == "replay":
         raise CoalaError(f"--judge {text}: new replies have no stored judgements. Expected {GRAMMAR}.")
