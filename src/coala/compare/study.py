@@ -41,6 +41,8 @@ FEWEST_RATES = 4
 # Around TRL's and the paper's own rates; a study may name others.
 RATES = (1e-6, 1e-5, 1e-4, 2e-4)
 _NAME = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]*$")
+# Made once: a method is asked for its settings thousands of times while a study is planned.
+_DISTIL = TypeAdapter(DistilSettings)
 
 
 class _Strict(BaseModel):
@@ -213,7 +215,7 @@ class StudyMethod(_Strict):
         if unknown:
             raise ValueError(f"distil of {self.name} names {', '.join(unknown)}; expected some of {', '.join(known)}")
         try:
-            return TypeAdapter(DistilSettings).validate_python(self.distil)
+            return _DISTIL.validate_python(self.distil)
         except ValidationError as error:
             told = "; ".join(f"{'.'.join(map(str, one['loc'][:1]))}: {one['msg']}" for one in error.errors())
             raise ValueError(f"distil of {self.name}: {told}") from None
@@ -261,13 +263,14 @@ class StudyEvaluation(_Strict):
 
 
 class Machine(_Strict):
-    """What a plan reckons with; ``tflops`` is the rate that is reached, not the one that is advertised."""
+    """What a plan reckons with: rates that are reached, not those that are advertised."""
 
     name: str = "this machine"
     device_memory_gib: float | None = Field(None, gt=0)
     memory_gib: float | None = Field(None, gt=0)
     disk_gib: float | None = Field(None, gt=0)
     tflops: float | None = Field(None, gt=0)
+    memory_gb_per_second: float = Field(10, gt=0, description="of the host, for fits that read more than they multiply")
 
 
 class Study(_Strict):
