@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from coala.distil.settings import DistilSettings
-from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
+from coala.settings import DistilSettings, Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
 # What changes the output layer of the frozen model and nothing else.
