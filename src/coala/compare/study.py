@@ -161,9 +161,7 @@ class StudyMethod(_Strict):
         description="the method of kind coala whose head guides (guided), teaches (distilled) or scores "
         "(mean-difference); of sft, lm-steer and bias: whose guided replies are learned from in place of chosen ones",
     )
-    distil: dict[str, Any] = Field(
-        {}, description="kinds that learn from a teacher: fields of coala.distil.settings.DistilSettings"
-    )
+    distil: dict[str, Any] = Field({}, description="kinds that learn from a teacher: settings of `coala distil`")
     strengths: tuple[float, ...] = Field(
         (0.5, 1.5), description="kinds that change the output layer: further strengths to measure"
     )
@@ -367,6 +365,11 @@ class Study(_Strict):
             raise ValueError(f"method {method.name} learns from no teacher: leave out distil")
         if method.kind != "distilled" and settings.teacher != "guided":
             raise ValueError(f"method {method.name} learns from guided replies; its teacher is {settings.teacher}")
+        if settings.rounds > 1 and (method.kind, settings.teacher) != ("distilled", "guided"):
+            raise ValueError(
+                f"method {method.name} has {settings.rounds} rounds; expected kind distilled and the teacher guided, "
+                "which the policy of a round can be given"
+            )
         if method.kind == "bias" and settings.support != "nucleus":
             raise ValueError(f"method {method.name} is fitted over the nucleus; found support {settings.support}")
         if method.changed and any(strength <= 0 or strength == 1 for strength in method.strengths):
