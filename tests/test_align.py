@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 
 from coala.alignment import align_recipe, load_parts, make_report, processes, summary_rows
+from coala.alignment.replies import unguided_replies
 from coala.data import DataError
 from coala.decoding import generate
 from coala.export import score_replies
-from coala.recipe import Recipe, RecipeError, load_recipe, set_option
+from coala.recipe import Recipe, RecipeError, load_recipe, recipe_of, set_option
+from coala.settings import GuidanceSettings
 from coala.statistics.scores import accuracy_of_margins
 from coala.store import (
     RunFolder,
@@ -32,7 +34,7 @@ from coala.store import (
     load_pairs,
     save_head,
 )
-from coala.values import CoalaError, Estimate, prompt_id, user
+from coala.values import CoalaError, Estimate, one_per_prompt, prompt_id, user
 
 from .menagerie import tiny_backbone
 from .waiting import PATIENCE, wait_for
@@ -779,15 +781,41 @@ def test_a_head_judges_the_replies_of_another_run(
     assert rate.n == 3
 
 
+def test_a_runs_unguided_replies_are_those_that_would_be_written_or_none(copied: RunFolder) -> None:
+    as_it_is = recipe_of(copied.settings)
+    found = unguided_replies(copied, as_it_is)
+    assert found is not None
+    (backbone, _, guidance), settings = load_parts(copied.path), as_it_is.evaluation
+    prompts = [pair.prompt for pair in one_per_prompt(load_pairs(copied.path / "pairs-eval.jsonl"))[:3]]
+    ids = [prompt_id(prompt) for prompt in prompts]
+    plain = generate(prompts, backbone, None, guidance.plain, max_new_tokens=5, seed=as_it_is.seed, prompt_ids=ids)
+    assert [(one.prompt_id, one.text) for one in found] == [(one.prompt_id, one.text) for one in plain]
+    assert [one.log_prob for one in found] == pytest.approx([one.log_prob for one in plain], rel=1e-5)
+    # What does not decide them may change, and what does may not.
+    assert unguided_replies(copied, replace(as_it_is, guidance=GuidanceSettings(mode="token", strength=9.0))) == found
+    for changed in (
+        replace(as_it_is, seed=1),
+        replace(as_it_is, evaluation=replace(settings, prompts=2)),
+        replace(as_it_is, evaluation=replace(settings, max_new_tokens=4)),
+        replace(as_it_is, evaluation=replace(settings, temperature=0.5)),
+        replace(as_it_is, guidance=GuidanceSettings(top_k=3)),
+        replace(as_it_is, model=replace(as_it_is.model, template="continuation")),
+    ):
+        assert unguided_replies(copied, changed) is None
+    path = copied.path / "generations-unguided.jsonl"
+    path.write_text(path.read_text() + "\n")
+    assert unguided_replies(copied, as_it_is) is None
+
+
 # --- replies are kept as they are written ----------------------------------------------------------------------------
 
 
 def test_replies_resume_with_the_portion_that_was_lost(
     copied: RunFolder, pairs: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coala.alignment import stages
+    from coala.alignment import replies
 
-    monkeypatch.setattr(stages, "PORTION", 2)
+    monkeypatch.setattr(replies, "PORTION", 2)
     wanted = recipe(pairs, model, evaluation={"prompts": 9, "max_new_tokens": 5}, guidance={"mode": "token"})
     whole, told = copied.path.parent / "whole", []
     shutil.copytree(copied.path, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,32 @@ def test_an_outline_needs_config_json_alone(tmp_path: Path) -> None:
     assert whole.shape == bare.shape == file.shape
     assert whole.parameters == bare.parameters == file.parameters
     assert file.kind == "llama"
+
+
+def test_a_configuration_is_built_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("coala.backbone.outline")
+    built: list[Path] = []
+    real = module._built
+
+    def counted(place: Path, name: str) -> Any:
+        built.append(place)
+        return real(place, name)
+
+    monkeypatch.setattr(module, "_built", counted)
+    monkeypatch.setattr(module, "_BUILT", {})
+    settings = {**PUBLISHED["llama-3.1-8b"][0], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    found = [outline(tmp_path / name) for name in ("a", "b", "a")]
+    assert len(built) == 1
+    assert [one.name for one in found] == [str(tmp_path / name) for name in ("a", "b", "a")]
+    assert found[0].shape == found[1].shape
+    (tmp_path / "a" / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
+    assert (outline(tmp_path / "a").n_layers, outline(tmp_path / "b").n_layers) == (3, 2)
+    assert len(built) == 2
 
 
 def test_what_cannot_be_outlined_is_refused(tmp_path: Path) -> None:

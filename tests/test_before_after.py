@@ -190,6 +190,7 @@ def test_the_chat_demo_ends_in_a_file_that_holds_its_policy(
     sides = ["unguided", "guided", "distilled"]
     content = json.loads((tmp_path / "run/report.json").read_text())
     assert [row["name"] for row in content["distilled"]["rows"]] == sides
+    assert json.loads((tmp_path / "run/distilled/path.json").read_text())["settings"] == vars(settings.distil)
     assert {row["kind"] for row in content["evaluations"]} == {"house style", "text", "capability"}
     for row in content["evaluations"]:
         assert all([side["name"] for side in one["sides"]] == sides for one in row["contrasts"])

@@ -13,7 +13,7 @@ import pytest
 from scipy.optimize import minimize
 
 from coala.baselines.weights import trainable
-from coala.compare import cells, controls, load_study, plan_study, plan_total, run, write_report
+from coala.compare import cells, controls, load_study, plan_study, plan_total, planning, run, write_report
 from coala.compare.benchmarks import sample
 from coala.compare.cell import carry_out
 from coala.compare.cell_context import CellContext
@@ -21,11 +21,14 @@ from coala.compare.contests import agreement, contests, put_ratios
 from coala.compare.controls import fit_gated
 from coala.compare.data import part, prepare
 from coala.compare.every_layer import of_layer
+from coala.compare.flop_counter import torch_flops
 from coala.compare.loading import study_of
 from coala.compare.matrix import Cell
 from coala.compare.processes import Processes
+from coala.compare.reply_plan import gated_layers
 from coala.compare.steered import asked_by, examples
 from coala.compare.study import Study
+from coala.costs import gated_layers_flops
 from coala.data.cues import SURFACE, fit_cues
 from coala.evaluation import WordJudge
 from coala.evaluation.rows import read_rows
@@ -34,6 +37,7 @@ from coala.store import save_pairs
 from coala.values import Pair, Turn, user
 from tests.menagerie import tiny_backbone
 from tests.test_compare import pairs_of
+from tests.test_costs import transformer_shape
 
 METHODS: list[dict[str, Any]] = [
     {"name": "coala", "kind": "coala", "layer": "auto", "pooling": "auto", "guidance": None},
@@ -174,6 +178,26 @@ def test_gated_layers_find_what_one_layer_holds_and_score_as_they_say(monkeypatc
         for layer in range(3)
     )
     assert head.score(chosen[:1])[0] == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_gated_layers_take_the_flops_that_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation of loss and gradient by formula; of a whole fit the plan is an upper bound, and no wild one."""
+    monkeypatch.setattr(controls, "RIDGES", (1e-4, 1e-3))
+    rng = np.random.default_rng(0)
+    n, shape = 48, transformer_shape(n_layers=3, width=8, vocabulary=9, mlp_width=32, n_heads=2)
+    chosen, rejected = rng.normal(size=(2, n, shape.n_layers, shape.width)).astype(np.float32)
+    _, flops = torch_flops(lambda: controls._gated(chosen, rejected, 1e-3))
+    evaluations, rest = divmod(flops, gated_layers_flops(n, shape.n_layers, shape.width, 1))
+    assert rest == 0
+    assert 1 < evaluations <= controls.EVALUATIONS + 25  # of a last line search
+    _, whole = torch_flops(lambda: fit_gated(chosen, rejected, [str(i) for i in range(n)], 0))
+    planned = gated_layers(n, shape)
+    assert planned["flops"] / 4 < whole <= planned["flops"]
+    # No state is read for less than a FLOP: the plan's time is that of memory.
+    assert planned["moved"] > planned["flops"]
+    given = study(machine={"tflops": 0.1, "memory_gb_per_second": 1})
+    assert planning._seconds(given, planned["flops"], planned["moved"]) == planned["moved"] / 1e9
+    assert planning._seconds(given, planned["flops"]) == planned["flops"] / 1e11
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from scipy.optimize import minimize
 from coala.backbone import LanguageModel, OutputChange, load_backbone
 from coala.compare import cells, load_study, plan_study, plan_total, run, write_report
 from coala.compare.cell import carry_out
-from coala.compare.data import labelled
+from coala.compare.cell_context import CellContext
+from coala.compare.data import labelled, prepare
 from coala.compare.figures import wins_by_kl
+from coala.compare.lessons import choosing_prompts
 from coala.compare.loading import study_of
 from coala.compare.matrix import Cell, spec_of, teacher_of
 from coala.compare.output_change import fit_bias, fit_by_adam, mean_loss
@@ -23,11 +25,13 @@ from coala.compare.study import Study
 from coala.compare.survival import Sample, between, retention, survival
 from coala.compare.writing import Writer, distinct_bigrams, divergence_along
 from coala.convex import fit_output
+from coala.costs import decoding_flops
 from coala.decoding import Guidance, generate, generate_distilled
 from coala.distil.matrix import output_matrix
+from coala.policies import DistilledPolicy
 from coala.recipe import RecipeError
 from coala.store import load_json, save_pairs
-from coala.values import Pair, user
+from coala.values import CoalaError, Pair, user
 from tests.menagerie import tiny_backbone
 from tests.test_compare import pairs_of
 from tests.test_convex_output import RIDGE, D, dense, instance, objective
@@ -41,6 +45,7 @@ METHODS: list[dict[str, Any]] = [
     {"name": "fewer", "kind": "distilled", "of": "coala", "distil": {"candidates": 3, "prompts": 5, "rank": 2}},
     {"name": "shift", "kind": "distilled", "of": "coala", "distil": {"teacher": "shift", "prompts": 4}},
     {"name": "weighted", "kind": "distilled", "of": "coala", "distil": {"teacher": "weighted"}},
+    {"name": "rounds", "kind": "distilled", "of": "coala", "distil": {"candidates": 3, "prompts": 8, "rounds": 2}},
     {"name": "sft", "kind": "sft", "of": "coala", "distil": {"candidates": 3, "prompts": 8}},
     {"name": "steer", "kind": "lm-steer", "distil": {"support": "vocabulary"}, "epochs": 2, "rates": [1e-3, 1e-2]},
     {"name": "steer-guided", "kind": "lm-steer", "of": "coala", "distil": {"candidates": 3, "prompts": 8}, "epochs": 1},
@@ -77,12 +82,12 @@ def test_policies_share_their_teachers_replies_and_come_after_them() -> None:
         "teacher-coala-weighted-1",
         "teacher-chosen",
     ]
-    for name in ("distilled", "fewer", "sft", "steer-guided", "bias"):
+    for name in ("distilled", "fewer", "rounds", "sft", "steer-guided", "bias"):
         assert "d.m.base.teacher-coala-guided-3x5-8.s0" in needs[name]
     assert needs["steer"] == {"d.m.base.base", "d.m.base.teacher-chosen"}
     teachers = {method.name: teacher_of(given, method) for method in given.methods}
     assert {name for name, teacher in teachers.items() if teacher is not None and teacher.name == "block"} == {
-        *("distilled", "fewer", "sft", "steer-guided", "bias"),
+        *("distilled", "fewer", "rounds", "sft", "steer-guided", "bias"),
     }
     # SFT on guided replies is nothing that other methods start from.
     assert given.sft is None
@@ -111,11 +116,63 @@ def test_a_head_that_judges_is_fitted_before_whatever_it_judges() -> None:
         ({"kind": "bias", "distil": {"support": "vocabulary"}}, "fitted over the nucleus"),
         ({"kind": "mean-difference", "of": "coala", "layer": 2}, "states of the last layer"),
         ({"kind": "distilled", "of": "coala", "strengths": [1.0]}, "not 1"),
+        ({"kind": "distilled", "of": "coala", "distil": {"teacher": "shift", "rounds": 2}}, "2 rounds; expected kind"),
+        ({"kind": "bias", "of": "coala", "distil": {"rounds": 2}}, "2 rounds; expected kind distilled"),
     ],
 )
 def test_policies_that_cannot_be_carried_out_are_explained(method: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         study(methods=[*METHODS, {"name": "x", **method}])
+
+
+def test_a_round_is_chosen_on_prompts_that_are_neither_judged_nor_taught(tmp_path: Path) -> None:
+    pairs = [Pair(user(f"prompt {n}"), f"good {n}", f"bad {n}", str(n)) for n in range(20)]
+    save_pairs(tmp_path / "pairs.jsonl", pairs[:12])
+    save_pairs(tmp_path / "test.jsonl", [*pairs[12:], pairs[12]])
+
+    def chosen(prompts: int, judged: int, held_out: int = 100) -> tuple[list[str], dict[str, int]]:
+        settings = {"prompts": prompts, "rounds": 2, "held_out": held_out}
+        method = {"name": "rounds", "kind": "distilled", "of": "coala", "distil": settings}
+        files = {"pairs": [str(tmp_path / "pairs.jsonl")], "test": [str(tmp_path / "test.jsonl")]}
+        given = study(datasets={"d": files}, methods=[METHODS[0], method], evaluation={"prompts": judged})
+        out = tmp_path / f"out-{prompts}-{judged}-{held_out}"
+        prepare(given, out)
+        cell = next(cell for cell in cells(given) if cell.kind == "distilled")
+        context = CellContext(given, cell, out)
+        found, parts = choosing_prompts(context)
+        return [prompt[-1].text for prompt in found], parts
+
+    test, training = ([f"prompt {n}" for n in some] for some in (range(12, 20), range(12)))
+    assert chosen(10, 5) == ([*test[5:], *training[10:]], {"test": 3, "train": 2})
+    assert chosen(10, 5, held_out=2) == (test[5:7], {"test": 2, "train": 0})
+    assert chosen(12, 0) == (test, {"test": 8, "train": 0})
+    with pytest.raises(CoalaError, match=r"found 1 prompts to choose a round on, .* Fix: fewer distil.prompts"):
+        chosen(11, 8)
+
+
+def test_a_plan_of_rounds_is_as_many_fits_and_teachers_and_what_each_gain_takes(tmp_path: Path) -> None:
+    model = tiny_backbone("llama", tmp_path / "m")
+    pairs = [Pair(user(f"prompt {n}"), f"good {n}", f"bad {n}", str(n)) for n in range(10, 40)]
+    save_pairs(tmp_path / "pairs.jsonl", pairs)
+    settings = {"prompts": 10, "held_out": 4, "rank": 2, "ridge": 0.1, "strength": 1.0}
+    methods = [
+        {"name": f"r{n}", "kind": "distilled", "of": "coala", "distil": {**settings, "rounds": n}, "strengths": []}
+        for n in (1, 2, 3)
+    ]
+    given = study(
+        models={"m": {"path": str(model), "max_tokens": 60}},
+        datasets={"d": {"pairs": [str(tmp_path / "pairs.jsonl")]}},
+        methods=[METHODS[0], *methods],
+        evaluation={"prompts": 3, "max_new_tokens": 7},
+    )
+    flops = {row["cell"].split(".")[3]: row["flops"] for row in plan_study(given)}
+    backbone = load_backbone(model)
+    lengths = {len(backbone.render(user(f"prompt {n}")).tokens) for n in range(10, 40)}
+    assert len(lengths) == 1
+    # Two rounds write three times four replies that choose, the start's among them; a third writes four more.
+    own = 4 * decoding_flops(backbone.shape, lengths.pop(), 7)
+    assert (flops["r2"] - flops["r1"]) - (flops["r3"] - flops["r2"]) == 2 * own
+    assert flops["r3"] - flops["r2"] > flops["teacher-coala-guided-10x5-10"] + own
 
 
 @pytest.mark.parametrize(
@@ -361,7 +418,8 @@ def test_every_kind_of_policy_is_done_and_reported(tmp_path: Path) -> None:
     assert content["counts"]["done"] == len(cells(given))
     for place in content["places"]:
         rows = {row["label"]: row for row in place["methods"]}
-        for label in ("distilled", "fewer", "shift", "weighted", "sft (full)", "steer", "steer-guided", "mean", "bias"):
+        labels = ("distilled", "fewer", "shift", "weighted", "rounds", "sft (full)", "steer", "steer-guided", "mean")
+        for label in (*labels, "bias"):
             assert rows[label]["kl"]["value"] >= 0, label
             assert 0 <= rows[label]["policy_accuracy"]["value"] <= 1, label
             assert rows[label]["forwards"] == 1, label
@@ -377,6 +435,17 @@ def test_every_kind_of_policy_is_done_and_reported(tmp_path: Path) -> None:
         # What the replies of fewer prompts took is their share of what all took.
         taught = load_json(out / "cells" / f"{place['dataset']}.m.base.teacher-coala-guided-3x5-8.s0" / "cell.json")
         assert fewer["replies"] == sum(taught["result"]["flops"]["replies"][:5])
+        # Rounds share the first teacher; the policy is that of the round that is kept.
+        folder = out / "cells" / f"{place['dataset']}.m.base.rounds.s0"
+        about = load_json(folder / "cell.json")
+        kept = about["result"]["round"]
+        assert rows["rounds"]["chosen"]["round"] == kept in (1, 2)
+        policies = [DistilledPolicy.load(folder / name) for name in ("policy", f"rounds/round-{kept}")]
+        assert np.array_equal(policies[0].change, policies[1].change)
+        assert len(list((folder / "rounds").glob("replies-*.jsonl"))) == len(about["result"]["rounds"]) - 1
+        first = about["result"]["rounds"][0]
+        assert about["costs"]["lessons"]["replies"] >= found["distilled"]["flops"]["replies"]
+        assert about["costs"]["fit"]["search_flops"] > first["flops"]["own"] > 0
     text = (out / "report.md").read_text()
     assert "At what DPO spends" in text
     assert "head coala" in str(content["places"][1]["methods"])

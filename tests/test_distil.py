@@ -18,13 +18,13 @@ from coala.cli import app
 from coala.decoding import Guidance, generate, generate_distilled, policy_likelihood
 from coala.decoding.distilled import divergence
 from coala.distil.matrix import output_matrix
-from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
 from coala.distil.stage import distil
 from coala.distil.states import LIGHT, Lesson, teacher_states, weighted_lessons
 from coala.export.policy import export_beside, export_checkpoint, export_gguf, export_lora
 from coala.policies import DistilledPolicy
 from coala.recipe import load_recipe
+from coala.settings import DistilSettings
 from coala.store import RunFolder, save_head
 from coala.values import CoalaError, ConvexHead, FeatureSet, Pair, SpecMismatch, prompt_id, user
 

@@ -20,9 +20,10 @@ from coala.backbone import LanguageModel, load_backbone
 from coala.cli import app
 from coala.decoding import Guidance, generate
 from coala.decoding.adapted import adapter_off, generate_adapted, load_adapted, step_log_probs
-from coala.distil.settings import AdapterSettings, DistilSettings
+from coala.distil.settings import AdapterSettings
 from coala.policies import DistilledAdapter
 from coala.recipe import load_recipe
+from coala.settings import DistilSettings
 from coala.store import RunFolder, StoreError, save_adapter, save_head, save_pairs
 from coala.values import CoalaError, ConvexHead, Pair, SpecMismatch, prompt_id, user
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import coala
-from coala.distil.settings import DistilSettings
 from coala.distil.stage import distil
 from coala.policies import DistilledPolicy
+from coala.settings import DistilSettings
 from coala.store import file_digest, load_json, save_json
 from coala.values import CoalaError
 

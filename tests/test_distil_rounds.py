@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,21 @@ import pytest
 from typer.testing import CliRunner
 
 import coala
+from coala.alignment.changes import adopt
 from coala.backbone import LanguageModel, load_backbone
 from coala.cli import app
 from coala.decoding import Guidance, generate, generate_distilled
 from coala.distil.matrix import output_matrix
+from coala.distil.measured import measure
 from coala.distil.rounds import held_out_prompts
-from coala.distil.settings import DistilSettings
 from coala.distil.side_by_side import distil_into_report
-from coala.distil.stage import Work, distil
+from coala.distil.stage import Work, distil, settings_of
 from coala.distil.states import Lesson, teacher_states
 from coala.policies import DistilledPolicy
-from coala.recipe import load_recipe
+from coala.recipe import RecipeError, load_recipe, recipe_of
 from coala.report.distilled import shown, spoken
-from coala.store import RunFolder, load_json, save_pairs
+from coala.settings import DistilSettings
+from coala.store import RunFolder, load_json, save_json, save_pairs
 from coala.values import CoalaError, Estimate, Pair, conversation_text, prompt_id, user
 
 from .menagerie import tiny_backbone
@@ -62,7 +65,8 @@ def test_rounds_are_chosen_on_prompts_that_nothing_was_fitted_to(tmp_path: Path)
 
     def chosen(held_out: int) -> list[str]:
         settings = DistilSettings(rounds=2, held_out=held_out)
-        work: Any = Work(RunFolder(tmp_path), recipe, settings, *[None] * 4, lambda *_: None, told.append)  # type: ignore[arg-type]
+        nothing: Any = dict.fromkeys(("backbone", "head", "guidance", "sampled_at", "longest", "prompts", "folder"))
+        work = Work(run=RunFolder(tmp_path), recipe=recipe, settings=settings, on_note=told.append, **nothing)
         return [conversation_text(prompt).split()[-1] for prompt in held_out_prompts(work)]
 
     # Of 5 to 11, which are not trained on, the report answers the first three.
@@ -120,8 +124,33 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         guidance={"rule": "min-max"},
         eval_fraction=0.5,
         evaluation={"prompts": 4, "max_new_tokens": 6},
+        distil=SMALL,
     )
     return folder / "run"
+
+
+def test_what_is_distilled_is_the_recipes_with_what_is_given_over_it(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"pairs": ["x"], "model": {"name": "x"}}
+    recipe = load_recipe(None, {**given, "distil": {"teacher": "weighted", "beta": 0.5, "rank": "full"}})
+    run = RunFolder(tmp_path / "run")
+    assert adopt(recipe, run) == []
+    assert recipe_of(run.settings) == recipe
+    assert settings_of(run.path, {}) == recipe.distil == DistilSettings(teacher="weighted", beta=0.5, rank="full")
+    assert settings_of(run.path, {"beta": 2.0, "rank": 4}) == DistilSettings(teacher="weighted", beta=2.0, rank=4)
+    assert recipe_of(run.settings) == recipe
+    with pytest.raises(RecipeError, match=r"run.json: distil\.beta: found -1, expected more than 0"):
+        settings_of(run.path, {"beta": -1})
+    # Other settings of it undo nothing; a run of before there was the section has its defaults.
+    (run.path / "distilled").mkdir()
+    changed = replace(recipe, distil=DistilSettings(prompts=9))
+    assert any("distil.prompts: 300 -> 9" in line for line in adopt(changed, run))
+    assert (run.path / "distilled").is_dir()
+    assert settings_of(run.path, {}).prompts == 9
+    save_json(run.path / "run.json", {name: value for name, value in recipe.plain().items() if name != "distil"})
+    assert settings_of(run.path, {}) == DistilSettings()
+    # What the demo on a chat model distils by is its recipe's.
+    chat = load_recipe(Path(coala.__file__).parent / "recipes" / "demo-chat.yaml", given)
+    assert (chat.distil.teacher, chat.distil.rank) == ("weighted", "full")
 
 
 @pytest.mark.slow
@@ -196,7 +225,7 @@ def test_rounds_end_where_nothing_is_gained_and_resume_from_wherever_they_are_ki
 @pytest.mark.nightly
 def test_align_distils_at_its_end_and_tells_where_there_is_nothing_to(aligned: Path, tmp_path: Path) -> None:
     shutil.copytree(aligned, tmp_path / "run")
-    content = distil_into_report(tmp_path / "run", DistilSettings(**SMALL))
+    content = distil_into_report(tmp_path / "run")
     rows = {row["name"]: row for row in content["distilled"]["rows"]}
     assert list(rows) == ["unguided", "guided", "distilled"]
     assert [row["forwards"] for row in rows.values()] == [1.0, 5.0, 1.0]
@@ -205,8 +234,21 @@ def test_align_distils_at_its_end_and_tells_where_there_is_nothing_to(aligned: P
     page = (tmp_path / "run/report.html").read_text()
     assert "The distilled policy" in page
     made = (tmp_path / "run/distilled/policy.json").stat().st_mtime_ns
+    assert SMALL.items() <= load_json(tmp_path / "run/distilled/path.json")["settings"].items()
     distil_into_report(tmp_path / "run", DistilSettings(**SMALL))
     assert (tmp_path / "run/distilled/policy.json").stat().st_mtime_ns == made
+    # The run's unguided replies are measured against, as on its page.
+    told: list[str] = []
+    policy = DistilledPolicy.load(tmp_path / "run/distilled")
+    before = load_json(tmp_path / "run/distilled/measured.json")
+    seen = measure(tmp_path / "run", policy, on_note=told.append)
+    assert "unguided replies: the run's own 4, in generations-unguided.jsonl" in told
+    assert seen.unguided_perplexity.value == pytest.approx(before["unguided_perplexity"]["value"], rel=1e-6)
+    (tmp_path / "run/generations-unguided.jsonl").rename(tmp_path / "kept")
+    again = measure(tmp_path / "run", policy, on_note=told.append)
+    assert "unguided replies: written anew" in told[-1]
+    assert again.unguided_perplexity.value == pytest.approx(seen.unguided_perplexity.value, rel=1e-4)
+    (tmp_path / "kept").rename(tmp_path / "run/generations-unguided.jsonl")
     # Another policy in its place: the page says so.
     distil(tmp_path / "run", DistilSettings(**{**SMALL, "rank": 1}))
     assert coala.alignment.make_report(RunFolder(tmp_path / "run"))["distilled"]["stale"]

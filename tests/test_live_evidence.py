@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coala.statistics.anytime import above_half, log_wealth, running_mean
+from coala.statistics.anytime import log_wealth, running_mean
 from coala.statistics.intervals import clopper_pearson
 from coala.values import CoalaError
 
@@ -81,13 +81,13 @@ def test_order_does_not_matter_sides_are_alike_and_looking_at_all_times_has_a_pr
     fixed = clopper_pearson(sum(values), len(values))
     assert found.low <= fixed[0] + 1e-12
     assert found.high >= fixed[1] - 1e-12
-    assert (above_half(values) < 0.025) == (found.low > 0.5)
+    # The end of the interval is where the mixture speaks against a mean, with half of 5 %.
+    assert (float(log_wealth(float(sum(values)), len(values), 0.5)) > np.log(2 / 0.05)) == (found.low > 0.5)
 
 
 def test_of_nothing_everything_is_possible() -> None:
     found = running_mean([])
     assert (found.low, found.high, found.n) == (0.0, 1.0, 0)
-    assert above_half([]) == 1.0
     with pytest.raises(CoalaError, match="in \\[0, 1\\]"):
         running_mean([2.0])
     with pytest.raises(CoalaError, match="level"):

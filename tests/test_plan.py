@@ -26,7 +26,7 @@ from coala.alignment import align_recipe
 from coala.backbone import load_backbone, outline
 from coala.backbone.network import Network
 from coala.cli.plan import plan as plan_command
-from coala.costs import Stopwatch, decoding_bytes, decoding_flops, full_flops, pass_bytes
+from coala.costs import Stopwatch, decoding_bytes, decoding_flops, full_flops, pass_bytes, states_flops
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
 from coala.features import extract, survey
@@ -36,7 +36,7 @@ from coala.plan.probe import measured_rates
 from coala.plan.text import first_lines, table_rows
 from coala.plan.tokens import Guess, count
 from coala.recipe import Recipe, recipe_of
-from coala.settings import HeadSettings
+from coala.settings import DistilSettings, HeadSettings
 from coala.store import RunFolder, load_json, save_pairs
 from coala.values import CoalaError, Pair, user
 from tests.menagerie import tiny_backbone
@@ -542,3 +542,14 @@ def test_distilling_is_planned_by_the_formulas_of_costs(tmp_path: Path) -> None:
     few = make_plan(settings, config=tmp_path / "gpt2" / "config.json", rows=10, guess=Guess(100, 60), **room)
     assert few.distil is not None
     assert few.distil.replies == few.train
+    # As the recipe says: the pairs' own replies teach, and none is written; rounds are as many of the same.
+    given: dict[str, Any] = {"config": tmp_path / "gpt2" / "config.json", "rows": 1000, "guess": Guess(100, 60), **room}
+    weighted = make_plan(replace(settings, distil=DistilSettings(teacher="weighted")), **given).distil
+    rounds = make_plan(replace(settings, distil=DistilSettings(rounds=3)), **given).distil
+    assert weighted is not None
+    assert rounds is not None
+    assert weighted.flops["output"]["teacher"] == 0
+    assert (weighted.replies, weighted.reply_tokens) == (2 * plan.train, 60)
+    assert weighted.flops["output"]["states"] == 2 * plan.train * states_flops(shape, [160], [60])
+    assert weighted.flops["adapter"] == flops["adapter"]
+    assert rounds.flops["output"] == {name: 3 * number for name, number in flops["output"].items()}

@@ -18,6 +18,7 @@ from coala.documents import DocumentError, parse_yaml
 from coala.messages import Place, joined, sentences
 from coala.permission import CODE_FLAG, permission
 from coala.settings import (
+    DistilSettings,
     EvaluationSettings,
     GuidanceSettings,
     HeadSettings,
@@ -40,6 +41,7 @@ class Recipe(PairSettings):
     head: HeadSettings = HeadSettings()
     guidance: GuidanceSettings = GuidanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    distil: DistilSettings = DistilSettings()
 
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:

@@ -249,6 +249,67 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistilSettings:
+    """How the guidance becomes a change of the model's output layer.
+
+    ``guided``: replies to training prompts that the head guides, choosing among ``candidates`` blocks.
+
+    ``weighted``: the training pairs' own replies, weighted by exp(r / ``beta``) for scores r in standard deviations;
+    nothing is generated. ``shift``: replies of mode ``shift``, each step to become the exact distribution that its
+    token was drawn from, tilted over the ``candidates`` likeliest. ``rank`` "auto" and no ``ridge`` are chosen on
+    held-out prompts. More than one of ``rounds``, of the teacher ``guided``, end where replies to held-out prompts
+    gain no more (:mod:`coala.distil.rounds`).
+    """
+
+    teacher: Annotated[
+        Teacher,
+        Setting(
+            "What the policy learns from: replies the head guides, the pairs' own replies weighted by score, or the "
+            "exact distributions of mode shift."
+        ),
+    ] = "guided"
+    prompts: Annotated[int, Ge(2), Setting("Number of training prompts to answer, for `guided` and `shift`.")] = 300
+    candidates: Annotated[
+        int, Ge(2), Setting("Number of blocks (`guided`) or tokens (`shift`) the head scores per step.")
+    ] = 10
+    block_tokens: Annotated[int, Ge(1), Setting("Tokens per block, for `guided`.")] = 5
+    beta: Annotated[
+        float,
+        Gt(0),
+        Setting("Temperature of the weights exp(score / beta), in standard deviations of the score, for `weighted`."),
+    ] = 1.0
+    support: Annotated[
+        Support, Setting("Tokens each step is normalised over; vocabulary also sharpens the model and is slower.")
+    ] = "nucleus"
+    ridge: Annotated[
+        Annotated[float, Gt(0)] | None,
+        Setting("Weight of the penalty on half the squared change (default: chosen on held-out prompts)."),
+    ] = None
+    strength: Annotated[
+        Annotated[float, Gt(0)] | Literal["auto"],
+        Setting(
+            "Factor on the change; auto: raised until its own replies score like the teacher's (`guided`), else 1."
+        ),
+    ] = "auto"
+    rank: Annotated[
+        Annotated[int, Ge(1)] | Literal["auto", "full"],
+        Setting("Rank of the change; full leaves it as fitted, auto chooses on held-out prompts."),
+    ] = "auto"
+    tolerance: Annotated[
+        float, Gt(0), Lt(1), Setting("Certified gap at which the fit stops, as a fraction of the gain.")
+    ] = 1e-3
+    rounds: Annotated[
+        int,
+        Ge(1),
+        Setting("Maximum number of rounds; in each the head guides the previous round's policy and distils it again."),
+    ] = 1
+    held_out: Annotated[
+        int, Ge(2), Setting("Maximum number of held-out prompts that measure the gain of each round.")
+    ] = 100
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairSettings:
     """Which pairs, how they are read and which are held out: the settings of a recipe that stand in no section."""
 
@@ -270,6 +331,7 @@ SECTIONS = {
     "head": HeadSettings,
     "guidance": GuidanceSettings,
     "evaluation": EvaluationSettings,
+    "distil": DistilSettings,
 }
 
 
@@ -301,13 +363,14 @@ def flag_of(section: type, name: str) -> str | None:
 def flags() -> dict[str, str]:
     """The flags of ``coala align`` by the names of settings: ``head.gate_on`` -> ``--gate-on``."""
     named = ((f"{section}.{one.name}".lstrip("."), flag_of(kind, one.name)) for section, kind in SECTIONS.items()
-             for one in fields(kind))  # fmt: skip
+             for one in fields(kind) if section != "distil")  # fmt: skip
     return {name: flag for name, flag in named if flag is not None}
 
 
 _ABOUT = (
     "Each is a key of a YAML recipe (`--recipe FILE`) and can be set with `--set SECTION.NAME=VALUE`; some have a flag "
-    "of their own on `coala align` and `coala plan`. `pairs` and `model.name` are required."
+    "of their own on `coala align` and `coala plan`, those of `distil` on `coala distil`. `pairs` and `model.name` are "
+    "required."
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coala.alignment.parts import guidance_of, load_parts
-from coala.alignment.stages import rows_at_once
+from coala.alignment.replies import rows_at_once
 from coala.data import read_pairs
 from coala.evaluation.rows import FileRow, read_rows, shown
 from coala.recipe import recipe_of

@@ -89,8 +89,9 @@ def _undone(setting: str) -> tuple[str, ...] | None:
         return (name,)
     if section in ("guidance", "evaluation"):
         return _AFTER_HEAD
-    # Whether a model's code may run decides no number.
-    return () if setting == "model.trust_remote_code" else None
+    # What is distilled records its own settings, and keeps the replies and states that others share with it. Whether a
+    # model's code may run decides no number.
+    return () if section == "distil" or setting == "model.trust_remote_code" else None
 
 
 def _listed(parts: list[str]) -> str:

@@ -18,46 +18,30 @@ from typing import TYPE_CHECKING, Any
 from coala.alignment.context import StageContext
 from coala.alignment.extraction import encode, save_layer
 from coala.alignment.fitting import fit_settings
-from coala.alignment.parts import guidance_of
-from coala.alignment.talking import settled
-from coala.callbacks import quiet
-from coala.costs import decoding_flops, extraction_flops, head_flops
+from coala.alignment.replies import judge_replies, write_replies
+from coala.costs import extraction_flops, head_flops
 from coala.recipe import Recipe
 from coala.statistics.intervals import wald
 from coala.store import (
     claim,
     digest,
-    discard,
     file_digest,
-    head_for,
-    head_stamp,
     link_features,
     load_features,
-    load_generations,
     load_object,
     load_pairs,
     pair_digest,
-    run_policy,
-    save_generations,
     save_head,
     save_json,
-    save_judgements,
     save_pairs,
 )
-from coala.values import Pair, conversation_text, one_per_prompt, prompt_id
+from coala.values import Pair, conversation_text
 
 if TYPE_CHECKING:
-    from coala.backbone import LanguageModel
     from coala.convex import Fit
 
 
-PORTION = 32  # rows decoded together
-# On a CPU as many rows of a large model take long, and progress and what a kill costs go by portions. Of a small one
-# a step takes hardly longer for all of them: it reads the weights once.
-SLOW_PORTION = 8
-SMALL = 1 << 28  # weights of such a model's layers
 MOST_WIDTH = 10.0  # points of accuracy within which held-out pairs should tell
-PORTIONS = "portions"  # folder of replies that are not all written yet
 
 
 # --- the stages --------------------------------------------------------------------------------------------------
@@ -244,148 +228,6 @@ def _head(context: StageContext) -> None:
     context.once("head", inputs, ["head/head.safetensors", "head/head.json", "head/fit.json"], work)
 
 
-def _replies(context: StageContext) -> None:
-    from coala.decoding import generate
-
-    settings = context.recipe.evaluation
-    pairs = load_pairs(context.path("pairs-eval.jsonl"))
-    chosen = one_per_prompt(pairs)[: settings.prompts]
-    for method in ("unguided", "guided"):
-        stage = f"replies-{method}"
-        inputs = {
-            "prompts": digest([asdict(pair)["prompt"] for pair in chosen]),
-            "head": head_stamp(context.path("head"), context.recipe.guidance.rater),
-            "model": context.model_stamp(),
-            "guidance": asdict(context.recipe.guidance),
-            "settings": [settings.max_new_tokens, settings.temperature, context.recipe.seed],
-            **_distilled(context),
-        }
-
-        def work(method: str = method, stage: str = stage, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
-            context.show(stage, 0, None, "loading the model")
-            backbone, guidance = context.backbone(), guidance_of(context.recipe)
-            head = head_for(context.path("head"), guidance.rater)
-            told = context.note if method == "unguided" else quiet
-            guidance, temperature = settled(context.run.path, backbone, guidance, {}, told)
-            guidance = guidance.at(temperature)
-            rule = guidance.plain if method == "unguided" else guidance
-            replies = generate(
-                [pair.prompt for pair in chosen],
-                backbone,
-                head,
-                rule,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=temperature,
-                seed=context.recipe.seed,
-                prompt_ids=[prompt_id(pair.prompt) for pair in chosen],
-                batch_size=max(1, rows_at_once(backbone) // rule.rows),
-                kept=context.path(f"{PORTIONS}/{stage}-{digest(inputs)[:12]}.jsonl"),
-                on_reply=lambda n, total: context.show(stage, n, total, f"{n} of {total} replies"),
-                with_base=True,
-            )
-            prompts = {prompt_id(pair.prompt): pair.prompt for pair in chosen}
-            save_generations(context.path(f"generations-{method}.jsonl"), replies, prompts)
-            flops: int = sum(
-                decoding_flops(
-                    backbone.shape,
-                    len(backbone.render(pair.prompt).tokens),
-                    reply.n_tokens,
-                    candidates=rule.looked_at,
-                    every=rule.interval,
-                    n_neurons=0 if head.needs_prompt else head.n_neurons,  # for one prompt such a head is linear
-                )
-                for pair, reply in zip(chosen, replies, strict=True)
-            )
-            return {"n": len(replies), "flops": flops * rule.written}
-
-        context.once(stage, inputs, [f"generations-{method}.jsonl"], work)
-    discard(context.path(PORTIONS))
-    _policy(context, pairs)
-
-
-def _distilled(context: StageContext) -> dict[str, str]:
-    """What decides replies of the distilled policy, where guidance is of it or goes over it."""
-    if not guidance_of(context.recipe).change:
-        return {}
-    return {"policy": digest(run_policy(context.run).change)}
-
-
-def _policy(context: StageContext, pairs: Sequence[Pair]) -> None:
-    """How well the guided policy's log-ratio ranks held-out pairs, where its mode has likelihoods."""
-    from coala.alignment.policy import Guided, policy_accuracy
-
-    settings, guidance = context.recipe.evaluation, guidance_of(context.recipe)
-    path = context.path("head/head.safetensors")
-    if not settings.prompts or not (guidance.active or guidance.change):
-        return
-    policy = Guided(head_for(path.parent, guidance.rater), guidance, settings.temperature, settings.max_new_tokens)
-    if policy.unknown:
-        return
-    inputs = {
-        "pairs": file_digest(context.path("pairs-eval.jsonl")),
-        "head": head_stamp(path.parent, guidance.rater),
-        "model": context.model_stamp(),
-        "guidance": asdict(context.recipe.guidance),
-        "settings": [settings.prompts, settings.max_new_tokens, settings.temperature],
-        **_distilled(context),
-    }
-
-    def work() -> dict[str, Any]:
-        context.show("policy", 0, None, "loading the model")
-        backbone = context.backbone()
-        found = policy_accuracy(
-            pairs,
-            backbone,
-            policy,
-            limit=settings.prompts,
-            batch_size=rows_at_once(backbone),
-            on_texts=lambda n, total: context.show("policy", n, total, "replies of held-out pairs"),
-        )
-        save_json(context.path("policy.json"), {**asdict(found), "note": found.note})
-        return {"n": found.accuracy.n}
-
-    context.once("policy", inputs, ["policy.json"], work)
-
-
-def _judgements(context: StageContext) -> None:
-    from coala.alignment.judges import judge_stamp, open_judge
-    from coala.evaluation import judge_many
-
-    settings = context.recipe.evaluation
-    for name, text in (("judge", settings.judge), ("labeller", settings.labeller)):
-        if text is None:
-            continue
-        inputs = {
-            "judge": judge_stamp(text),
-            "guided": file_digest(context.path("generations-guided.jsonl")),
-            "unguided": file_digest(context.path("generations-unguided.jsonl")),
-        }
-        stage = f"judgements-{name}"
-
-        def work(name: str = name, text: str = text, stage: str = stage) -> None:
-            guided = load_generations(context.path("generations-guided.jsonl"))
-            unguided = load_generations(context.path("generations-unguided.jsonl"))
-            prompts = {prompt_id(pair.prompt): pair.prompt for pair in load_pairs(context.path("pairs-eval.jsonl"))}
-            context.show(stage, 0, 2 * len(guided))
-            found = judge_many(
-                guided,
-                unguided,
-                open_judge(text),
-                prompts=prompts,
-                on_progress=lambda done, total: context.show(stage, done, total, "verdicts"),
-                on_failure=lambda prompt, error: context.note(f"{stage}: no verdict on prompt {prompt}: {error}"),
-            )
-            save_judgements(context.path(f"judgements-{name}.jsonl"), found.judgements)
-
-        context.once(stage, inputs, [f"judgements-{name}.jsonl"], work)
-
-
-def rows_at_once(backbone: LanguageModel) -> int:
-    """Rows that are decoded together."""
-    slow = backbone.device.type == "cpu" and backbone.shape.body_matmul_parameters > SMALL
-    return SLOW_PORTION if slow else PORTION
-
-
 def power_of(held_out: Sequence[Pair], recipe: Recipe) -> list[str]:
     """What so many held-out pairs cannot show, and what is asked for beyond what they have."""
     lines = []
@@ -407,6 +249,6 @@ STAGES: dict[str, Callable[[StageContext], None]] = {
     "pairs": _pairs,
     "features": _features,
     "head": _head,
-    "replies": _replies,
-    "judgements": _judgements,
+    "replies": write_replies,
+    "judgements": judge_replies,
 }

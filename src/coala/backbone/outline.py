@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from coala.backbone.files import check_config, check_files, find
-from coala.backbone.gguf import is_gguf
+from coala.backbone.gguf import is_gguf, stamp
 from coala.backbone.kinds import brief, encoder_options, read_config, refuse_foreign_code
 from coala.backbone.network import BackboneError, Network
 from coala.backbone.placement import DTYPES, QUANTISED
@@ -64,8 +65,8 @@ def outline(model: str | Path, revision: str | None = None) -> Outline:
 
     Of a GGUF file it is the header.
 
-    The model is built without storage and run on one token. Raises :class:`BackboneError` for what
-    :func:`coala.backbone.load_backbone` would refuse by its configuration.
+    The model is built without storage and run on one token, once in a process for each configuration. Raises
+    :class:`BackboneError` for what :func:`coala.backbone.load_backbone` would refuse by its configuration.
     """
     path = Path(model).expanduser()
     if path.is_file() and not is_gguf(path):
@@ -75,7 +76,22 @@ def outline(model: str | Path, revision: str | None = None) -> Outline:
         place = folder if folder.is_file() else folder / "config.json"
     if not place.is_file():
         raise BackboneError(f"{name}: has no config.json, which is all that an outline needs.")
-    refuse_foreign_code(check_files(place) if is_gguf(place) else check_config(place), name)
+    stored = check_files(place) if is_gguf(place) else check_config(place)
+    refuse_foreign_code(stored, name)
+    if permission().code:
+        return _built(place, name)  # its own code may have changed since
+    told = [str(place.resolve()), *stamp(place)] if is_gguf(place) else stored
+    key = json.dumps(told, sort_keys=True)
+    if key not in _BUILT:
+        _BUILT[key] = _built(place, name)
+    return replace(_BUILT[key], name=name)
+
+
+# Outlines by what decides them: config.json as it is read, or which GGUF file it was and when it was written.
+_BUILT: dict[str, Outline] = {}
+
+
+def _built(place: Path, name: str) -> Outline:
     with quiet():
         config, encoder = read_config(place, name, permission().code)
         try:

@@ -123,18 +123,16 @@ def _show(sample: Mapping[str, Any]) -> None:
     side_by_side(sample["unguided"], sample["guided"], ("unguided", "guided"))
 
 
-def distil_and_show(run: RunFolder, parts: LoadParts | None = None, **settings: Any) -> dict[str, Any]:
-    """Distil the finished run, show its policy beside its other replies; what was measured, for the summary.
+def distil_and_show(run: RunFolder, parts: LoadParts | None = None) -> dict[str, Any]:
+    """Distil the finished run as its recipe says, show its policy beside its other replies; what was measured.
 
     ``parts`` are the run's, if its model is loaded once for more than this.
     """
     from coala.cli.output import progress, say, table
-    from coala.distil.settings import DistilSettings
     from coala.distil.side_by_side import HEADS, distil_into_report, table_rows
 
     with progress() as show:
-        wanted = DistilSettings(**settings)
-        content = distil_into_report(run.path, wanted, on_progress=show, on_note=say, parts=parts)
+        content = distil_into_report(run.path, on_progress=show, on_note=say, parts=parts)
     if rows := table_rows(content):
         write("")
         table(rows, list(HEADS))

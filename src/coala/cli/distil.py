@@ -7,17 +7,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from coala.cli.flags import every, with_settings
+from coala.cli.flags import Given, every, with_settings
 from coala.cli.options import Download, TrustCode
-from coala.distil.settings import AdapterSettings, DistilSettings, check_vehicle
-from coala.settings import Vehicle
+from coala.distil.settings import AdapterSettings, check_vehicle
+from coala.settings import DistilSettings, Vehicle
 
 
 @with_settings
 def distil(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     *,
-    settings: Annotated[DistilSettings, every(DistilSettings)],
+    settings: Annotated[Given, every(DistilSettings)],
     into: Annotated[
         Vehicle,
         typer.Option(
@@ -55,7 +55,8 @@ def distil(
     """Distil a run's guidance into its model's weights, for full speed in any program.
 
     Changes the output layer by one convex program with a certificate, or trains a LoRA adapter of all layers by SFT on
-    the same replies. Writes RUN/distilled or RUN/distilled-adapter. Nothing is uploaded.
+    the same replies. Writes RUN/distilled or RUN/distilled-adapter. Nothing is uploaded. A setting that is not given
+    is that of the run's recipe (`distil:` in RUN/run.json).
 
     Examples:
 
@@ -68,16 +69,17 @@ def distil(
     from coala.cli.output import emit, progress, say, table
     from coala.distil.adapter import distil_adapter
     from coala.distil.measured import measure as measured
-    from coala.distil.stage import distil
+    from coala.distil.stage import distil, settings_of
     from coala.export.policy import export_policy, planned
 
     permitted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "download": download}
     check_vehicle(into, settings, adapter)
     planned(to, out, base, into, run, precision)
     exported: dict[str, Any] = {"base": base, "precision": precision, **permitted}
+    wanted = settings_of(run, settings)
     with progress() as show:
         told: dict[str, Any] = {"on_progress": show, "on_note": say, **permitted}
-        policy = distil_adapter(run, settings, adapter, **told) if into == "adapter" else distil(run, settings, **told)
+        policy = distil_adapter(run, wanted, adapter, **told) if into == "adapter" else distil(run, wanted, **told)
         seen = measured(run, policy, **told) if measure else None
         made = None if to is None or out is None else export_policy(policy, run, to, out, **exported)
     rows = policy.summary_rows() + ([] if seen is None else seen.summary_rows())

@@ -24,6 +24,8 @@ FOLDS = 4
 # Weights of the penalty that the gated layers are validated at, for features of which each layer's have length 1.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 STEPS = 100
+# Of the loss and its gradient, after which L-BFGS takes no further step; its last line search may pass it.
+EVALUATIONS = 125
 
 
 # --- surface cues --------------------------------------------------------------------------------------------------
@@ -124,24 +126,24 @@ def _gated(chosen: NDArray[np.float32], rejected: NDArray[np.float32], ridge: fl
     centre, deviation = both.mean(0), both.std(0)
     # Of features that are constant nothing can be learnt.
     spread = np.where(deviation > 1e-6, deviation, np.inf) * np.sqrt(both.shape[2])
-    a, b = (torch.tensor(((side - centre) / spread).astype(np.float32)) for side in (chosen, rejected))
-    shape = both.shape[1:]
-    weight, gate = torch.zeros(shape, requires_grad=True), torch.zeros(shape, requires_grad=True)
-    bias = torch.zeros(shape[0], requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight, gate, bias], max_iter=STEPS, line_search_fn="strong_wolfe")
-
-    def score(x: Tensor) -> Tensor:
-        return (torch.sigmoid((x * gate).sum(-1) + bias) * (x * weight).sum(-1)).sum(-1)
+    # (L, 2n, d): a layer's states lie together, so that one product reads them once for weight and gate.
+    x = torch.tensor(np.ascontiguousarray(((both - centre) / spread).swapaxes(0, 1), np.float32))
+    n_layers, rows, width = x.shape
+    heads, bias = torch.zeros(n_layers, width, 2, requires_grad=True), torch.zeros(n_layers, 1, requires_grad=True)
+    optimiser = torch.optim.LBFGS([heads, bias], max_iter=STEPS, max_eval=EVALUATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        penalty = ridge / 2 * (weight.square().sum() + gate.square().sum())
-        loss = torch.nn.functional.softplus(score(b) - score(a)).mean() + penalty
+        weighed, gated = torch.bmm(x, heads).unbind(-1)
+        scores = (torch.sigmoid(gated + bias) * weighed).sum(0)
+        margins = scores[: rows // 2] - scores[rows // 2 :]
+        loss = torch.nn.functional.softplus(-margins).mean() + ridge / 2 * heads.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
-    w, g, c = (part.detach().numpy() for part in (weight, gate, bias))
+    found, c = heads.detach().numpy(), bias.detach().numpy()[:, 0]
+    w, g = (np.ascontiguousarray(found[..., column]) for column in (0, 1))
     return GatedLayers(w, g, c, centre.astype(np.float32), spread.astype(np.float32))
 
 

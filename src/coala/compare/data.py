@@ -32,13 +32,14 @@ def prepare(study: Study, out: Path, tell: OnStage = unheard) -> dict[str, str]:
     Raises :class:`CoalaError` for pairs that cannot be read, and if the sources of a finished split have changed.
     """
     found: dict[str, str] = {}
+    read: _Read = {}
     # Those that join others come after what they join.
     for name in sorted(study.datasets, key=lambda name: bool(study.datasets[name].joins)):
         folder = out / "data" / name
         if joins := study.datasets[name].joins:
             found[name] = _join(out, folder, {one: found[one] for one in joins})
         else:
-            found[name] = _prepare(study, name, folder, tell)
+            found[name] = _prepare(study, name, folder, tell, read)
     return found
 
 
@@ -47,7 +48,11 @@ def part(out: Path, dataset: str, name: str) -> list[Pair]:
     return load_pairs(out / "data" / dataset / f"{name}.jsonl")
 
 
-def _prepare(study: Study, name: str, folder: Path, tell: OnStage) -> str:
+# Pairs of files by what decides them: datasets of one study often differ in their labeller alone.
+_Read = dict[tuple[Any, ...], list[Pair]]
+
+
+def _prepare(study: Study, name: str, folder: Path, tell: OnStage, read: _Read) -> str:
     from coala.data import source_digest, split
 
     dataset = study.datasets[name]
@@ -84,9 +89,9 @@ def _prepare(study: Study, name: str, folder: Path, tell: OnStage) -> str:
             )
         if all(file_digest(folder / f"{p}.jsonl") == found["parts"][p] for p in PARTS):
             return digest(found["parts"])
-    everything = _read(dataset, dataset.pairs, against=dataset.test)
+    everything = _read(read, dataset, dataset.pairs, against=dataset.test)
     if dataset.test:
-        train, test = everything, _read(dataset, dataset.test)
+        train, test = everything, _read(read, dataset, dataset.test)
     else:
         train, test = split(everything, study.split.test, seed=study.split.seed)
     if dataset.labeller:
@@ -125,13 +130,16 @@ def counts(out: Path, dataset: str) -> dict[str, Any]:
     return found
 
 
-def _read(dataset: Dataset, sources: Sequence[str], against: Sequence[str] = ()) -> list[Pair]:
+def _read(read: _Read, dataset: Dataset, sources: Sequence[str], against: Sequence[str] = ()) -> list[Pair]:
     from coala.data import check
 
-    found = check(sources, dataset.format, against=against or None)
-    if not (dataset.skip_bad and found.pairs):
-        found.raise_for_errors()
-    return list(found.pairs)
+    key = (dataset.format, dataset.skip_bad, tuple(sources), tuple(against))
+    if key not in read:
+        found = check(sources, dataset.format, against=against or None)
+        if not (dataset.skip_bad and found.pairs):
+            found.raise_for_errors()
+        read[key] = list(found.pairs)
+    return read[key]
 
 
 def labelled(pairs: Sequence[Pair], labeller: str) -> list[Pair]:

@@ -23,7 +23,7 @@ from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, 
 
 if TYPE_CHECKING:
     from coala.decoding import Guidance
-    from coala.distil.own_score import OwnScore
+    from coala.distil.stage import Taught, Teaching
     from coala.distil.states import Lesson
     from coala.values import ConvexHead
 
@@ -184,23 +184,57 @@ def states_of(context: CellContext) -> DistilStates:
     return replace(found, **{field.name: getattr(found, field.name)[:n] for field in fields(found)})
 
 
-def own_score(context: CellContext) -> OwnScore:
-    """What a change's own replies to the teacher's prompts score beside the teacher's, by the head that taught."""
+def taught_by(context: CellContext) -> Teaching:
+    """Who teaches this cell's method which prompts, and how it samples; steps of it are written to CELL/rounds."""
     from coala.decoding import Guidance
-    from coala.distil.own_score import OwnScore
+    from coala.distil.stage import Teaching
 
-    taught = context.method
-    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: context.method.distil_settings.prompts]
-    return OwnScore(
-        context.backbone,
-        _head(context, taught),
-        training_prompts(context)[: len(replies)],
-        replies,
-        Guidance(**asdict(teacher_guidance(context.study, taught))),
-        max_new_tokens=context.evaluation.max_new_tokens,
-        temperature=context.evaluation.temperature,
-        seed=context.cell.seed or 0,
+    method, evaluation = context.method, context.evaluation
+    settings = replace(method.distil_settings, seed=context.cell.seed or 0)
+    return Teaching(
+        settings=settings,
+        backbone=context.backbone,
+        head=_head(context, method),
+        guidance=Guidance(**asdict(teacher_guidance(context.study, method))),
+        sampled_at=evaluation.temperature,
+        longest=evaluation.max_new_tokens,
+        prompts=training_prompts(context)[: settings.prompts],
+        folder=context.folder / "rounds",
+        on_progress=context.show,
     )
+
+
+def taught_replies(context: CellContext) -> Taught:
+    """The teacher's replies to the prompts that this cell's method learns from; none where it wrote none."""
+    from coala.distil.stage import Taught
+
+    if context.method.lessons != "guided":
+        return Taught()
+    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: context.method.distil_settings.prompts]
+    return Taught(training_prompts(context)[: len(replies)], replies)
+
+
+def choosing_prompts(context: CellContext) -> tuple[list[tuple[Turn, ...]], dict[str, int]]:
+    """Prompts that choose the round, and how many of them are of which part: never one whose replies are judged.
+
+    First test prompts that are not answered, which nothing was fitted to; then training prompts that are not taught,
+    to which the head alone was.
+    """
+    from coala.compare.writing import prompts_of
+
+    settings = context.method.distil_settings
+    judged = {conversation_text(pair.prompt) for pair in prompts_of(context)}
+    training = training_prompts(context)
+    seen = judged | {conversation_text(prompt) for prompt in training}
+    test = [one.prompt for one in one_per_prompt(context.part("test")) if conversation_text(one.prompt) not in seen]
+    untaught = [one for one in training[settings.prompts :] if conversation_text(one) not in judged]
+    found = [*test, *untaught][: settings.held_out]
+    if len(found) < 2:
+        raise CoalaError(
+            f"{context.cell.id}: found {len(found)} prompts to choose a round on, neither judged nor taught; expected "
+            "at least 2. Fix: fewer distil.prompts or evaluation.prompts."
+        )
+    return found, {"test": min(len(test), len(found)), "train": max(0, len(found) - len(test))}
 
 
 def guided_pairs(context: CellContext, part: str) -> list[Pair]:

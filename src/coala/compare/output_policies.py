@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from coala.compare.cell_context import CellContext, Costs, compiling, keep_compiled, measured_margins
-from coala.compare.lessons import own_score, states_of, teaching
+from coala.compare.lessons import choosing_prompts, states_of, taught_by, taught_replies, teaching
 from coala.compare.output_change import counted_rows, fit_bias, fit_by_adam, mean_loss
 from coala.compare.reply_plan import reply_flops
 from coala.compare.writing import Writer, along, policy_of, prompts_of, replies_of
@@ -35,56 +35,41 @@ TUNED_ON = 16
 
 
 def distilled_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
-    """Guidance as a change of the output layer, by one convex program; ridge and rank as the settings say."""
-    from coala.convex.output_fit import fit_output
-    from coala.distil.accounts import fit_flops
-    from coala.policies import DistilledPolicy
+    """Guidance as a change of the output layer, by one convex program, or one a round, as the settings say."""
+    from coala.distil.rounds import in_rounds
+    from coala.distil.stage import project
 
-    settings = context.method.distil_settings
-    if settings.rounds != 1:
-        raise CoalaError(
-            f"{context.cell.id}: found {settings.rounds} rounds, of which a study carries out one; expected 1. Fix: "
-            "use `coala distil` for more."
-        )
-    states, output = states_of(context), _output(context)
-    auto = settings.strength == "auto"
-    own = own_score(context) if auto and context.method.lessons == "guided" else None
+    work, first = taught_by(context), (states_of(context), taught_replies(context))
     keep_compiled(context)
-    costs.parts["lessons"] = teaching(context)
+    lessons = costs.parts["lessons"] = teaching(context)
+    more: dict[str, Any] = {}
     with costs.of("fit") as about, compiling() as seconds:
-        found = fit_output(
-            states,
-            output,
-            support=settings.support,
-            ridge=settings.ridge,
-            rank=settings.rank,
-            tolerance=settings.tolerance,
-            seed=context.cell.seed or 0,
-            strength=1.0 if settings.strength == "auto" else settings.strength,
-            lead=own,
-            progress=lambda what, done, total, row: context.show(f"distil {what}", done, total),
-        )
-        search, fit = fit_flops(found, states.width, len(output))
-        about |= {"flops": fit, "search_flops": search + (0 if own is None else own.flops)}
+        if work.settings.rounds > 1:
+            prompts, parts = choosing_prompts(context)
+            policy, found = in_rounds(work, prompts, first)
+            more = {"rounds": found["rounds"], "round": found["kept_round"], "chosen_on": parts}
+            # The first round's replies are the teacher's cell's; the seconds of the others are the fit's.
+            for row in found["rounds"][1:]:
+                lessons["replies"] += row["flops"]["teacher"]
+                lessons["states"] += row["flops"]["states"]
+        else:
+            policy, found = project(work, *first)
+        flops, fit = found["flops"], found["fit_flops"]
+        others = sum(flops.get(name, 0) for name in ("choice", "own"))
+        about |= {"flops": fit, "search_flops": flops["solver"] - fit + others}
         about["measured"] = {"compiling": sum(seconds)}
-    policy = DistilledPolicy(
-        found.left,
-        found.right,
-        context.backbone.spec(),
-        settings.teacher,
-        settings.support,
-        found.ridge,
-        found.certificate,
-    )
     policy.save(context.folder / "policy")
+    certificate = policy.certificate
+    assert certificate is not None
     return {
-        "ridge": found.ridge,
+        "ridge": policy.ridge,
         "rank": policy.rank,
-        "strength": found.strength,
-        "relative_gap": found.certificate.facts["relative_gap_of_full_change"],
-        "gain": -found.certificate.objective,
-        "path": found.path,
-        **_policy(context, costs, left=found.left, right=found.right),
+        "strength": certificate.facts["strength"],
+        "relative_gap": certificate.facts["relative_gap_of_full_change"],
+        "gain": -certificate.objective,
+        "path": found["path"],
+        **more,
+        **_policy(context, costs, left=policy.left, right=policy.right),
     }
 
 

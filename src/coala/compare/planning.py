@@ -85,9 +85,12 @@ def _sampling(study: Study, name: str, out: Path) -> list[dict[str, Any]]:
     return [{"cell": f"{name}: replies for pairs", "kind": "pairs", "label": "pairs", **found}]
 
 
-def _seconds(study: Study, flops: int) -> float | None:
-    rate = study.machine.tflops
-    return None if rate is None else flops / (rate * 1e12)
+def _seconds(study: Study, flops: int, moved: int = 0) -> float | None:
+    """Of arithmetic, or of the bytes ``moved`` through memory where that takes longer."""
+    machine = study.machine
+    if machine.tflops is None:
+        return None
+    return max(flops / (machine.tflops * 1e12), moved / (machine.memory_gb_per_second * 1e9))
 
 
 def plan_cell(study: Study, cell: Cell, out: Path) -> dict[str, Any]:
@@ -108,6 +111,7 @@ class _Place:
     model: str
     out: Path
     plans: dict[str, RunPlan] = field(default_factory=dict)
+    counted: dict[bool, Counts] = field(default_factory=dict)
 
     @contextmanager
     def config(self) -> Iterator[Path | None]:
@@ -187,14 +191,20 @@ class _Place:
 
     @cached_property
     def counts(self) -> Counts:
-        from coala.backbone.files import has_tokenizer, located
+        return self.counts_of(self.recipe())
+
+    def counts_of(self, recipe: Recipe) -> Counts:
+        """The rows of a recipe of this place; whether prompts are encoded too is all that they differ by."""
+        from coala.plan.plan import files_here
         from coala.plan.tokens import count
 
-        place = Path(self.study.models[self.model].path)
-        guess, rows = self.guess
-        folder = located(place) if place.is_dir() else place
-        tokenizer = folder if has_tokenizer(folder) else None
-        return count(self.recipe(), self.outline, tokenizer=tokenizer, guess=guess, rows=rows)
+        if recipe.prompt_features not in self.counted:
+            guess, rows = self.guess
+            with self.config() as config:
+                tokenizer, _ = files_here(recipe, config)
+                found = count(recipe, self.outline, tokenizer=tokenizer, guess=guess, rows=rows)
+            self.counted[recipe.prompt_features] = found
+        return self.counted[recipe.prompt_features]
 
     def head_plan(self, method: StudyMethod) -> RunPlan:
         """The plan of a head's run; one for all methods whose recipe is the same."""
@@ -219,6 +229,7 @@ class _Place:
                     config=config,
                     rows=rows,
                     guess=guess,
+                    counts=self.counts_of(recipe),
                 )
         return self.plans[key]
 
@@ -230,7 +241,8 @@ def _plan(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
     elif cell.kind == "benchmark":
         found = {**reply_plan.reading(study, cell, place.outline.shape), "bytes": _weights(place)}
     elif cell.kind in ("cues", "layers") or (cell.kind == "features" and study.datasets[cell.dataset].joins):
-        found = reply_plan.small(cell, place.outline.shape, place.counts)
+        every = cell.kind == "features" and features_method(study, cell).all_layers
+        found = reply_plan.small(cell, place.outline.shape, place.counts, every)
     elif cell.kind == "teacher":
         found = {**policy_plan.teacher(study, cell, place.outline.shape, place.counts), "bytes": _weights(place)}
     elif cell.kind in CHANGED:
@@ -243,7 +255,7 @@ def _plan(study: Study, cell: Cell, place: _Place) -> dict[str, Any]:
         found["flops"] += policy_plan.diverging(study, place.outline.shape, place.counts)
     if cell.kind != "benchmark":
         found["flops"] += policy_plan.judging(study, cell, place.outline.shape, place.counts)
-    found["seconds"] = _seconds(study, found["flops"])
+    found["seconds"] = _seconds(study, found["flops"], found.pop("moved", 0))
     return found
 
 
@@ -348,6 +360,7 @@ def _all_layers(cell: Cell, method: StudyMethod, place: _Place) -> dict[str, Any
     if cell.kind == "features":
         surveys = counts.surveys.values()
         flops = counts.scaled(sum(body_flops(shape, s.lengths, own=s.own_lengths) for s in surveys))
+        flops += reply_plan.picking(counts.pairs("train"), shape)
         states = 4 * shape.width * shape.n_layers * len(POOLINGS_TRIED) * 2 * max(rows.values())
         parts = {**_weights(place), "features": states}
     else:

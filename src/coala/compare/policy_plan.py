@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from coala.costs import Shape
     from coala.plan.tokens import Counts
 
-NUCLEUS = 24
 STEPS = 12
 
 
@@ -54,7 +53,9 @@ def policy(study: Study, cell: Cell, shape: Shape, counts: Counts) -> dict[str, 
     )
     new = study.evaluation.max_new_tokens
     diverging = (1 + len(method.strengths)) * full_flops(shape, [tokens + new for tokens in counts.prompts])
-    return _found(_fit(study, method, shape, counts) + written + diverging + likelihoods(shape, counts, "eval"), counts)
+    fits = _fit(study, method, shape, counts) * method.distil_settings.rounds
+    taught = _choices(study, method, shape, counts) + _rounds(study, method, shape, counts)
+    return _found(fits + taught + written + diverging + likelihoods(shape, counts, "eval"), counts)
 
 
 def judging(study: Study, cell: Cell, shape: Shape, counts: Counts) -> int:
@@ -82,12 +83,33 @@ def lesson_lengths(study: Study, method: StudyMethod, counts: Counts) -> list[in
 
 def _prompts(method: StudyMethod, counts: Counts) -> list[int]:
     """Tokens of the training prompts that are answered."""
-    survey, wanted = counts.surveys["train"], method.distil_settings.prompts
-    rows = survey.index[:, 0]
-    if counts.scale != 1:  # stand-ins, each with a prompt of its own and all alike
-        return [int(survey.start[rows[0]])] * min(wanted, counts.pairs("train"))
-    starts = {tuple(survey.tokens[row][: survey.start[row]]): int(survey.start[row]) for row in rows}
-    return list(starts.values())[:wanted]
+    return counts.prompts_of("train")[: method.distil_settings.prompts]
+
+
+def _choices(study: Study, method: StudyMethod, shape: Shape, counts: Counts) -> int:
+    """Replies of a policy to the prompts held out of its fit, at every strength that may be tried, in every round."""
+    from coala.convex.output_fit import FOLDS, STRENGTHS
+
+    settings = method.distil_settings
+    if method.kind != "distilled" or method.lessons != "guided" or settings.strength != "auto":
+        return 0
+    prompts, new = _prompts(method, counts), study.evaluation.max_new_tokens
+    some = prompts[: -(-len(prompts) // FOLDS)]
+    return settings.rounds * len(STRENGTHS) * sum(reply_flops(shape, tokens, new, None) for tokens in some)
+
+
+def _rounds(study: Study, method: StudyMethod, shape: Shape, counts: Counts) -> int:
+    """Beside the fits of all rounds: the teacher's replies from the second on, and what each round's gain takes."""
+    settings, new = method.distil_settings, study.evaluation.max_new_tokens
+    if settings.rounds == 1:
+        return 0
+    prompts, guidance = _prompts(method, counts), teacher_guidance(study, method)
+    again = sum(reply_flops(shape, tokens, new, guidance) for tokens in prompts)
+    again += full_flops(shape, [tokens + new for tokens in prompts])
+    # Test prompts that are not answered, then training prompts that are not taught.
+    choosing = counts.prompts_of("eval")[len(counts.prompts) :] + counts.prompts_of("train")[len(prompts) :]
+    own = sum(reply_flops(shape, tokens, new, None) for tokens in choosing[: settings.held_out])
+    return (settings.rounds - 1) * again + (settings.rounds + 1) * own
 
 
 def _states(study: Study, method: StudyMethod, counts: Counts) -> int:
@@ -103,6 +125,7 @@ def _fit(study: Study, method: StudyMethod, shape: Shape, counts: Counts) -> int
     from coala.compare.output_policies import MULTIPLES, TUNED_ON
     from coala.convex.output_fit import RANKS, RIDGES
     from coala.distil.states import N_TOKENS
+    from coala.plan.distilling import NUCLEUS
 
     new = study.evaluation.max_new_tokens
     if method.kind == "mean-difference":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coala.compare.matrix import Cell, benchmark_of
 from coala.compare.study import Study, StudyMethod
-from coala.costs import body_flops, decoding_flops, full_flops
+from coala.costs import body_flops, decoding_flops, full_flops, gated_layers_flops
 from coala.settings import GuidanceSettings
 
 if TYPE_CHECKING:
@@ -136,12 +136,37 @@ def reading(study: Study, cell: Cell, shape: Shape) -> dict[str, Any]:
     return {**found, "flops": flops, "pairs": len(lengths), "how": "weights alone; replies for pairs"}
 
 
-def small(cell: Cell, shape: Shape, counts: Counts) -> dict[str, Any]:
+def small(cell: Cell, shape: Shape, counts: Counts, all_layers: bool) -> dict[str, Any]:
     """What reads no model: features put together, a rule of cues, gates at all layers."""
-    pairs, flops = counts.pairs("train"), 0
+    pairs = counts.pairs("train")
+    found: dict[str, Any] = {"flops": 0, "parts": {}, "bytes": {}, "pairs": pairs, "how": "arrays alone"}
     if cell.kind == "layers":
-        from coala.compare.controls import FOLDS, RIDGES, STEPS
+        found |= gated_layers(pairs, shape)
+    elif cell.kind == "features" and all_layers:
+        found["flops"] = picking(pairs, shape)
+    return found
 
-        # Weights and gates of both sides of a pair, forward and back.
-        flops = 3 * 2 * 2 * 2 * pairs * shape.n_layers * shape.width * STEPS * (FOLDS * len(RIDGES) + 1)
-    return {"flops": flops, "parts": {}, "bytes": {}, "pairs": pairs, "how": "arrays alone"}
+
+def gated_layers(pairs: int, shape: Shape) -> dict[str, int]:
+    """FLOPs, and bytes ``moved``, of gates at all layers: at most, if every solve takes all its steps.
+
+    A FLOP comes with a byte of states that is read, which takes longer; and L-BFGS goes twice over each of up to
+    ``STEPS`` kept steps and gradients, 20 bytes a number.
+    """
+    from coala.compare.controls import EVALUATIONS, FOLDS, RIDGES, STEPS
+
+    # Each fold is left out once at each ridge; then all pairs are fitted.
+    flops = gated_layers_flops(pairs, shape.n_layers, shape.width, EVALUATIONS * (len(RIDGES) * (FOLDS - 1) + 1))
+    kept = 2 * 20 * (2 * shape.n_layers * shape.width) * (STEPS * (STEPS + 1) // 2)
+    return {"flops": flops, "moved": flops + kept * (FOLDS * len(RIDGES) + 1)}
+
+
+def picking(pairs: int, shape: Shape) -> int:
+    """FLOPs of the linear heads that a layer and a pooling are picked by, at most."""
+    from coala.compare.every_layer import LAYERS_TRIED
+    from coala.compare.matrix import POOLINGS_TRIED
+    from coala.plan.plan import fit_flops
+    from coala.settings import HeadSettings
+
+    heads = len(POOLINGS_TRIED) * min(LAYERS_TRIED, shape.n_layers)
+    return heads * fit_flops(HeadSettings(method="linear"), pairs, shape.width, 1)

@@ -185,7 +185,7 @@ def _row(
         "mode": None if method is None or method.guidance is None else method.guidance.mode,
         "neurons": results[0].get("neurons"),
         "relative_gap": results[0].get("relative_gap"),
-        "chosen": {name: results[0].get(name) for name in ("ridge", "rank", "epochs", "multiple")},
+        "chosen": {name: results[0].get(name) for name in ("ridge", "rank", "epochs", "multiple", "round")},
         "teacher": None if taught is None else taught.name,
         "curves": [curve_of(result) for result in results if result.get("curve")],
         "win_rate": _win_rate(results),

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from coala.distil.settings import DistilSettings
-from coala.settings import Dtype, GuidanceSettings, HeadSettings, Template
+from coala.settings import DistilSettings, Dtype, GuidanceSettings, HeadSettings, Template
 
 TRAINED = ("sft", "dpo", "orpo", "simpo", "reward")
 # What changes the output layer of the frozen model and nothing else.
@@ -41,6 +40,8 @@ FEWEST_RATES = 4
 # Around TRL's and the paper's own rates; a study may name others.
 RATES = (1e-6, 1e-5, 1e-4, 2e-4)
 _NAME = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]*$")
+# Made once: a method is asked for its settings thousands of times while a study is planned.
+_DISTIL = TypeAdapter(DistilSettings)
 
 
 class _Strict(BaseModel):
@@ -160,9 +161,7 @@ class StudyMethod(_Strict):
         description="the method of kind coala whose head guides (guided), teaches (distilled) or scores "
         "(mean-difference); of sft, lm-steer and bias: whose guided replies are learned from in place of chosen ones",
     )
-    distil: dict[str, Any] = Field(
-        {}, description="kinds that learn from a teacher: fields of coala.distil.settings.DistilSettings"
-    )
+    distil: dict[str, Any] = Field({}, description="kinds that learn from a teacher: settings of `coala distil`")
     strengths: tuple[float, ...] = Field(
         (0.5, 1.5), description="kinds that change the output layer: further strengths to measure"
     )
@@ -213,7 +212,7 @@ class StudyMethod(_Strict):
         if unknown:
             raise ValueError(f"distil of {self.name} names {', '.join(unknown)}; expected some of {', '.join(known)}")
         try:
-            return TypeAdapter(DistilSettings).validate_python(self.distil)
+            return _DISTIL.validate_python(self.distil)
         except ValidationError as error:
             told = "; ".join(f"{'.'.join(map(str, one['loc'][:1]))}: {one['msg']}" for one in error.errors())
             raise ValueError(f"distil of {self.name}: {told}") from None
@@ -261,13 +260,14 @@ class StudyEvaluation(_Strict):
 
 
 class Machine(_Strict):
-    """What a plan reckons with; ``tflops`` is the rate that is reached, not the one that is advertised."""
+    """What a plan reckons with: rates that are reached, not those that are advertised."""
 
     name: str = "this machine"
     device_memory_gib: float | None = Field(None, gt=0)
     memory_gib: float | None = Field(None, gt=0)
     disk_gib: float | None = Field(None, gt=0)
     tflops: float | None = Field(None, gt=0)
+    memory_gb_per_second: float = Field(10, gt=0, description="of the host, for fits that read more than they multiply")
 
 
 class Study(_Strict):
@@ -365,6 +365,11 @@ class Study(_Strict):
             raise ValueError(f"method {method.name} learns from no teacher: leave out distil")
         if method.kind != "distilled" and settings.teacher != "guided":
             raise ValueError(f"method {method.name} learns from guided replies; its teacher is {settings.teacher}")
+        if settings.rounds > 1 and (method.kind, settings.teacher) != ("distilled", "guided"):
+            raise ValueError(
+                f"method {method.name} has {settings.rounds} rounds; expected kind distilled and the teacher guided, "
+                "which the policy of a round can be given"
+            )
         if method.kind == "bias" and settings.support != "nucleus":
             raise ValueError(f"method {method.name} is fitted over the nucleus; found support {settings.support}")
         if method.changed and any(strength <= 0 or strength == 1 for strength in method.strengths):

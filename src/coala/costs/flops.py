@@ -138,6 +138,14 @@ def search_flops(pairs: int, width: int, *, starts: int, steps: int) -> int:
     return 8 * pairs * width * starts * steps
 
 
+def gated_layers_flops(pairs: int, n_layers: int, width: int, evaluations: int) -> int:
+    """A weight and a gate at every layer, their loss and gradient so many times: 16 n d L each.
+
+    Two products with the states of both sides, and two with their transpose; a FLOP for every byte that is read.
+    """
+    return 16 * pairs * n_layers * width * evaluations
+
+
 def score_flops(width: int, n_neurons: int) -> int:
     """Score of one feature vector by a convex head: the linear block, and a gate and a value per neuron."""
     return 2 * (width + 1) * (2 * n_neurons + 1)

@@ -17,7 +17,7 @@ from coala.costs import (
     vocabulary_fit_flops,
 )
 from coala.store import RunFolder, load_pairs
-from coala.values import Turn, one_per_prompt
+from coala.values import Turn
 
 if TYPE_CHECKING:
     from coala.backbone import LanguageModel
@@ -29,36 +29,34 @@ if TYPE_CHECKING:
 DPO_RATES = 4  # learning rates of a sweep, as few as a comparison may try (docs/compare.md)
 
 
-def output_flops(
-    run: RunFolder,
+def reply_states_flops(
     backbone: LanguageModel,
     head: ConvexHead,
-    guidance: Guidance | None,
+    guidance: Guidance,
+    prompts: Sequence[tuple[Turn, ...]],
     states: DistilStates,
-    found: OutputFit,
 ) -> dict[str, int]:
-    """FLOPs of the teacher's replies, of their states and of the solver; without ``guidance`` replies were there.
-
-    A prompt has one reply, or, where none was written, those of its pairs. ``dpo_sweep`` is :func:`dpo_flops`, for
-    comparison.
-    """
-    prompts, shape = run_prompts(run), backbone.shape
+    """FLOPs of the replies that ``guidance`` wrote to ``prompts``, as long as their ``states`` are, and of these."""
+    shape = backbone.shape
     groups, steps = np.unique(states.group, return_counts=True)
     lengths = [len(backbone.render(prompts[group]).tokens) for group in groups]
-    flops = {}
-    if guidance is not None and guidance.mode == "block":
-        flops["teacher"] = teacher_flops(shape, lengths, steps, candidates=guidance.candidates)
-    elif guidance is not None:
+    if guidance.mode == "block":
+        teacher = teacher_flops(shape, lengths, steps, candidates=guidance.candidates)
+    else:
         looked, n = guidance.looked_at, head.n_neurons
-        flops["teacher"] = sum(
+        teacher = sum(
             decoding_flops(shape, prompt, int(reply), candidates=looked, every=guidance.interval, n_neurons=n)
             for prompt, reply in zip(lengths, steps, strict=True)
         )
+    rows = [a + int(b) - 1 for a, b in zip(lengths, steps, strict=True)]
+    return {"teacher": teacher, "states": states_flops(shape, rows, steps)}
+
+
+def pair_states_flops(run: RunFolder, backbone: LanguageModel, states: DistilStates) -> int:
+    """FLOPs of the states of the training pairs' own replies, which nobody wrote for it."""
     chosen, rejected = pair_lengths(run, backbone)
-    rows = [*chosen, *rejected] if guidance is None else [a + int(b) - 1 for a, b in zip(lengths, steps, strict=True)]
-    flops["states"] = states_flops(shape, rows, steps)
-    flops["solver"] = sum(fit_flops(found, states.width, backbone.shape.vocabulary))
-    return {**flops, "dpo_sweep": dpo_flops(run, backbone)}
+    _, steps = np.unique(states.group, return_counts=True)
+    return states_flops(backbone.shape, [*chosen, *rejected], steps)
 
 
 def fit_flops(found: OutputFit, width: int, vocabulary: int) -> tuple[int, int]:
@@ -96,9 +94,3 @@ def pair_lengths(run: RunFolder, backbone: LanguageModel) -> tuple[list[int], li
         return len(backbone.render(prompt, reply, ends_with_eos=True).tokens)
 
     return [length(pair.prompt, pair.chosen) for pair in pairs], [length(pair.prompt, pair.rejected) for pair in pairs]
-
-
-def run_prompts(run: RunFolder) -> Sequence[tuple[Turn, ...]]:
-    """The distinct prompts of the run's training pairs, in their order."""
-    pairs = load_pairs(run.path / "pairs-train.jsonl")
-    return [pair.prompt for pair in one_per_prompt(pairs)]

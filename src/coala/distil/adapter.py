@@ -25,11 +25,12 @@ from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.costs import Shape, peak_memory, states_flops, teacher_flops
 from coala.decoding.adapted import step_log_probs
 from coala.distil.accounts import dpo_flops
-from coala.distil.settings import AdapterSettings, DistilSettings
+from coala.distil.settings import AdapterSettings
 from coala.distil.stage import Work, teacher_replies
-from coala.distil.states import Lesson
+from coala.distil.states import Lesson, guided_lessons
 from coala.policies import DistilledAdapter
 from coala.recipe import Recipe, recipe_of
+from coala.settings import DistilSettings
 from coala.statistics.intervals import clustered
 from coala.store import RunFolder, digest, discard, load_json, save_adapter, save_json
 from coala.values import CoalaError
@@ -44,7 +45,7 @@ FOLDER, WEIGHTS = "distilled-adapter", "weights"
 
 def distil_adapter(
     path: Path | str,
-    settings: DistilSettings = DistilSettings(),  # noqa: B008 - frozen
+    settings: DistilSettings | None = None,
     adapter: AdapterSettings = AdapterSettings(),  # noqa: B008 - frozen
     *,
     on_progress: OnProgress = silent,
@@ -61,12 +62,14 @@ def distil_adapter(
     """
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
+    settings = recipe.distil if settings is None else settings
     _check(recipe, settings, adapter)
     with run.held():
         work = Work.of(run, settings, on_progress, on_note, trust_remote_code=trust_remote_code, download=download)
         work.check_evidence()
         backbone, guidance, sampled_at = work.backbone, work.guidance, work.sampled_at
-        lessons = teacher_replies(work).lessons
+        taught = teacher_replies(work)
+        lessons = guided_lessons(backbone, taught.prompts, taught.replies, work.longest)
         plan = {
             "lessons": digest([asdict(lesson) for lesson in lessons]),
             "weights": backbone.weights,
@@ -87,7 +90,7 @@ def distil_adapter(
         flops["dpo_sweep"] = dpo_flops(run, backbone)
         job = _Job.of(recipe, backbone, adapter, settings.seed, folder, plan, trust_remote_code, on_progress)
         # Training loads the model anew: two of them need not lie in memory.
-        del backbone, work
+        del backbone, work, taught
         gc.collect()
         runs: dict[float, Trained] = {}
         trials: list[dict[str, Any]] = []

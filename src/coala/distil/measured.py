@@ -12,7 +12,7 @@ from typing import Any
 
 from coala.alignment import load_parts
 from coala.alignment.judges import judge_name, open_judge
-from coala.alignment.stages import rows_at_once
+from coala.alignment.replies import rows_at_once, unguided_replies
 from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate, generate_distilled
@@ -72,7 +72,8 @@ def measure(
     """Sample ``policy``, distilled of the run ``path``, on its held-out prompts; written beside the policy.
 
     The first ``evaluation.prompts`` are answered, none of which was fitted on, at the temperature, top-k and top-p that
-    the teacher sampled with; by an adapter at temperature 1, at which it learnt the teacher's texts.
+    the teacher sampled with; by an adapter at temperature 1, at which it learnt the teacher's texts. The unguided
+    replies are the run's own, with the same noise, or written as those were; ``on_note`` hears which.
     """
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
@@ -92,7 +93,12 @@ def measure(
     }
     restricted: dict[str, Any] = {"top_k": guidance.top_k, "top_p": guidance.top_p}
     on_progress("measure", 0, 3, "unguided replies")
-    plain = generate(prompts, backbone, None, Guidance.unguided(**restricted), seed=recipe.seed + 1, **common)
+    plain = unguided_replies(run, recipe)
+    if plain is None:
+        on_note("unguided replies: written anew, for the run has none of this model, prompts, sampling and seed")
+        plain = generate(prompts, backbone, None, Guidance.unguided(**restricted), seed=recipe.seed, **common)
+    else:
+        on_note(f"unguided replies: the run's own {len(plain)}, in generations-unguided.jsonl")
     on_progress("measure", 1, 3, "the policy's replies")
     if isinstance(policy, DistilledPolicy):
         ours = generate_distilled(prompts, backbone, policy, seed=recipe.seed, **restricted, **common)

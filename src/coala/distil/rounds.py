@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from coala.costs import decoding_flops
 from coala.decoding import generate
+from coala.distil.accounts import reply_states_flops
 from coala.distil.own_score import ROWS
-from coala.distil.stage import Taught, Work, project, taught_states
+from coala.distil.stage import Taught, Teaching, Work, guided_states, project
 from coala.policies import DistilledPolicy, DistilStates
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity
@@ -25,11 +27,13 @@ from coala.store import digest, load_json, load_pairs, save_json
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id
 
 
-def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
-    """The policy of the last round that gained, and the figures of all; a killed call goes on where it was.
+def in_rounds(
+    work: Teaching, prompts: list[tuple[Turn, ...]], first: tuple[DistilStates, Taught] | None = None
+) -> tuple[DistilledPolicy, dict[str, Any]]:
+    """The policy of the last round that gained on held-out ``prompts``, and the figures of all.
 
-    The first round is kept whatever it gained. Raises ``CoalaError`` for another teacher than ``guided`` and where
-    there are not two held-out prompts.
+    ``first`` is what the first round learns from, if it is there already. That round is kept whatever it gained. A
+    killed call goes on where it was. Raises ``CoalaError`` for another teacher than ``guided``.
     """
     settings = work.settings
     if settings.teacher != "guided":
@@ -37,14 +41,19 @@ def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
             f"Found {settings.rounds} rounds of the teacher {settings.teacher}; expected guided, which the policy of a "
             "round can be given. Fix: --teacher guided, or --rounds 1."
         )
-    prompts = held_out_prompts(work)
     before, rows = _own_replies(work, prompts, work.folder / "round-0", None), []
     best: tuple[DistilledPolicy, dict[str, Any]] | None = None
     for number in range(1, settings.rounds + 1):
-        states, taught = taught_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
+        if number == 1 and first is not None:
+            states, taught = first
+        else:
+            states, taught = guided_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
         policy, tried = _projected(work, states, taught, work.folder / f"round-{number}")
         own = _own_replies(work, prompts, work.folder / f"round-{number}", policy)
-        figures = _figures(number, policy, own, before) | {"n_replies": int(states.group.max()) + 1, **tried}
+        written = [*own, *(before if number == 1 else ())]
+        flops = {**_teaching_flops(work, states), **tried.pop("flops"), "own": _own_flops(work, prompts, written)}
+        figures = _figures(number, policy, own, before)
+        figures |= {"n_replies": int(states.group.max()) + 1, **tried, "flops": flops}
         rows.append(figures)
         save_json(work.folder / f"round-{number}" / "path.json", figures)
         work.on_note(_told(figures))
@@ -55,10 +64,8 @@ def in_rounds(work: Work) -> tuple[DistilledPolicy, dict[str, Any]]:
             work.on_note(_ended(number))
             break
     assert best is not None
-    kept = {name: best[1][name] for name in ("n_replies", "path")}
-    # DPO's sweep, which is there for comparison, is one.
+    kept = {name: best[1][name] for name in ("n_replies", "path", "fit_flops")}
     flops = {name: sum(row["flops"][name] for row in rows) for name in rows[0]["flops"]}
-    flops["dpo_sweep"] = rows[0]["flops"]["dpo_sweep"]
     return best[0], {**kept, "flops": flops, "kept_round": best[1]["round"], "rounds": rows}
 
 
@@ -79,8 +86,18 @@ def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
     return some
 
 
+def _teaching_flops(work: Teaching, states: DistilStates) -> dict[str, int]:
+    return reply_states_flops(work.backbone, work.head, work.guidance, work.prompts, states)
+
+
+def _own_flops(work: Teaching, prompts: list[tuple[Turn, ...]], written: list[Generation]) -> int:
+    """Of replies that measure a round, one forward a token."""
+    lengths = {prompt_id(prompt): len(work.backbone.render(prompt).tokens) for prompt in prompts}
+    return sum(decoding_flops(work.backbone.shape, lengths[one.prompt_id], one.n_tokens) for one in written)
+
+
 def _projected(
-    work: Work, states: DistilStates, taught: Taught, folder: Path
+    work: Teaching, states: DistilStates, taught: Taught, folder: Path
 ) -> tuple[DistilledPolicy, dict[str, Any]]:
     """The round's policy, which is fitted unless ``folder`` has it of these states and settings."""
     names = ("support", "ridge", "strength", "rank", "tolerance", "seed")
@@ -89,8 +106,8 @@ def _projected(
     parts = (states.states[:, :1], states.tokens, states.size, states.target, states.weight, states.group)
     decides = digest(settings, work.temperature, *map(np.asarray, parts))
     record = folder / "fit.json"
-    if record.exists() and (kept := load_json(record))["of"] == decides:
-        return DistilledPolicy.load(folder), {name: kept[name] for name in ("path", "flops")}
+    if record.exists() and (kept := load_json(record))["of"] == decides and "fit_flops" in kept:
+        return DistilledPolicy.load(folder), {name: kept[name] for name in ("path", "flops", "fit_flops")}
     policy, tried = project(work, states, taught)
     policy.save(folder)
     save_json(record, {"of": decides, **tried})
@@ -98,7 +115,7 @@ def _projected(
 
 
 def _own_replies(
-    work: Work, prompts: list[tuple[Turn, ...]], folder: Path, policy: DistilledPolicy | None
+    work: Teaching, prompts: list[tuple[Turn, ...]], folder: Path, policy: DistilledPolicy | None
 ) -> list[Generation]:
     """A reply of the policy itself to each prompt, beside the base model; without one, the base model's."""
     sampling = work.guidance

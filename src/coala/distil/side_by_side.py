@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from coala.alignment import make_report
 from coala.alignment.judges import judge_name, judge_stamp
 from coala.alignment.parts import guidance_of
-from coala.alignment.stages import rows_at_once
+from coala.alignment.replies import rows_at_once
 from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.costs import Stopwatch, peak_memory
 from coala.decoding import Guidance, generate
 from coala.distil.measured import keep_measured, wins_of
-from coala.distil.settings import DistilSettings
 from coala.distil.stage import NothingToDistil, Work, carry_out, distil
 from coala.policies import DistilledPolicy
 from coala.recipe import Recipe, recipe_of
+from coala.settings import DistilSettings
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity_ratio
 from coala.store import (
@@ -48,7 +48,7 @@ TABLE = f"{DISTILLED}/side_by_side.json"
 
 def distil_into_report(
     path: Path | str,
-    settings: DistilSettings = DistilSettings(),  # noqa: B008 - frozen
+    settings: DistilSettings | None = None,
     *,
     on_progress: OnProgress = silent,
     on_note: OnNote = quiet,
@@ -57,11 +57,13 @@ def distil_into_report(
 ) -> dict[str, Any]:
     """Distil the run, let the policy answer what the run answered, put both on its page; the content of the report.
 
-    Skipped where its inputs and outputs are unchanged. Where the head is at chance nothing is distilled, and the page
-    and ``on_note`` say so in a line. ``parts`` are the run's, if its model is loaded already.
+    ``settings`` are by default those of the run's recipe. Skipped where its inputs and outputs are unchanged. Where the
+    head is at chance nothing is distilled, and the page and ``on_note`` say so in a line. ``parts`` are the run's, if
+    its model is loaded already.
     """
     run = RunFolder.open(path)
     recipe = recipe_of(run.settings, run.path / "run.json")
+    settings = recipe.distil if settings is None else settings
     if not (run.path / "generations-guided.jsonl").exists():
         on_note("the run answers no prompts for its report, so that the policy is not compared: --prompts 0")
         distil(run.path, settings, on_progress=on_progress, on_note=on_note, trust_remote_code=trust_remote_code)

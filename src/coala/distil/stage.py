@@ -7,7 +7,7 @@ RUN/distilled/policy.safetensors  policy.json  path.json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,14 @@ from coala.alignment import load_parts
 from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
-from coala.distil.accounts import output_flops
+from coala.distil.accounts import dpo_flops, fit_flops, pair_states_flops, reply_states_flops
 from coala.distil.matrix import output_matrix
 from coala.distil.own_score import OwnScore
-from coala.distil.settings import DistilSettings
 from coala.distil.shift import shift_states
 from coala.distil.states import LIGHT, Lesson, guided_lessons, teacher_states, weighted_lessons
 from coala.policies import DistilledPolicy, DistilStates
-from coala.recipe import Recipe, recipe_of
+from coala.recipe import Recipe, overlay, recipe_of
+from coala.settings import DistilSettings
 from coala.store import DISTILLED, RunFolder, digest, load_features, load_pairs, save_json
 from coala.values import CoalaError, Turn, conversation_text, one_per_prompt, prompt_id
 
@@ -40,7 +40,7 @@ ROWS = 60  # of the model that the teacher's replies take together, candidates i
 
 def distil(
     path: Path | str,
-    settings: DistilSettings = DistilSettings(),  # noqa: B008 - frozen
+    settings: DistilSettings | None = None,
     *,
     on_progress: OnProgress = silent,
     on_note: OnNote = quiet,
@@ -49,13 +49,20 @@ def distil(
 ) -> DistilledPolicy:
     """Distil the guidance of the run ``path`` into a change of its model's output layer; written to RUN/distilled.
 
-    Called again with the same settings it takes up the replies and states that are there. Raises ``CoalaError`` for a
-    model whose logits are not a matrix times its final state, and for a run that another process is at work in.
+    ``settings`` are by default those of the run's recipe, its section ``distil``. Called again with the same settings
+    it takes up the replies and states that are there. Raises ``CoalaError`` for a model whose logits are not a matrix
+    times its final state, and for a run that another process is at work in.
     """
     run = RunFolder.open(path)
     with run.held():
         work = Work.of(run, settings, on_progress, on_note, trust_remote_code=trust_remote_code, download=download)
         return carry_out(work)
+
+
+def settings_of(path: Path | str, given: Mapping[str, Any]) -> DistilSettings:
+    """Those of the recipe of the run ``path``, with what is ``given`` over them; ``RecipeError`` for what cannot be."""
+    run = RunFolder.open(path)
+    return recipe_of(overlay(run.settings, {"distil": dict(given)}), run.path / "run.json").distil
 
 
 def carry_out(work: Work) -> DistilledPolicy:
@@ -68,13 +75,14 @@ def carry_out(work: Work) -> DistilledPolicy:
             "the head is at chance on held-out pairs: there is no evidence for the preference that is distilled"
         )
     if settings.rounds > 1:
-        from coala.distil.rounds import in_rounds
+        from coala.distil.rounds import held_out_prompts, in_rounds
 
-        policy, about = in_rounds(work)
+        policy, about = in_rounds(work, held_out_prompts(work))
     else:
-        states, taught = taught_states(work)
-        policy, tried = project(work, states, taught)
-        about = {"n_replies": len(np.unique(states.group)), **tried}
+        states, taught = work.states()
+        policy, about = project(work, states, taught)
+        about |= {"n_replies": len(np.unique(states.group)), "flops": {**work.teaching_flops(states), **about["flops"]}}
+    about["flops"]["dpo_sweep"] = dpo_flops(work.run, work.backbone)  # for comparison
     policy.save(work.folder)
     common = {
         "temperature": work.temperature,
@@ -86,71 +94,28 @@ def carry_out(work: Work) -> DistilledPolicy:
     return policy
 
 
-@dataclass(frozen=True)
-class Work:
-    """What every step of a distillation is given: the run, its parts, who teaches and how it samples, who hears of it.
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """What every step of a distillation is given: who teaches which ``prompts``, how it samples, who hears of it.
 
-    Temperature, top-k and top-p are those of the run's own replies, which the model may have suggested.
+    Replies are sampled at ``sampled_at`` and have at most ``longest`` tokens; ``folder`` is where steps are written.
     """
 
-    run: RunFolder
-    recipe: Recipe
     settings: DistilSettings
     backbone: LanguageModel
     head: ConvexHead
     guidance: Guidance
     sampled_at: float
-    on_progress: OnProgress
-    on_note: OnNote
-
-    @classmethod
-    def of(
-        cls,
-        run: RunFolder,
-        settings: DistilSettings,
-        on_progress: OnProgress,
-        on_note: OnNote,
-        parts: LoadParts | None = None,
-        **permitted: Any,
-    ) -> Work:
-        """Of a finished run; ``parts``, if not given, are :func:`load_parts` with what is ``permitted``."""
-        recipe = recipe_of(run.settings, run.path / "run.json")
-        backbone, head, _ = load_parts(run.path, **permitted) if parts is None else parts()
-        teacher = Guidance(
-            "shift" if settings.teacher == "shift" else "block",
-            rule=recipe.guidance.rule,
-            candidates=settings.candidates,
-            block_tokens=settings.block_tokens,
-        )
-        guidance, temperature = settled(run.path, backbone, teacher, {}, on_note)
-        return cls(run, recipe, settings, backbone, head, guidance, temperature, on_progress, on_note)
+    longest: int
+    prompts: Sequence[tuple[Turn, ...]]
+    folder: Path
+    on_progress: OnProgress = silent
+    on_note: OnNote = quiet
 
     @cached_property
     def output(self) -> Float32:
         """W (V, d); refuses a model whose logits are not W times its final state."""
         return output_matrix(self.backbone)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a reply at most."""
-        return self.recipe.evaluation.max_new_tokens
-
-    @property
-    def prompts(self) -> list[tuple[Turn, ...]]:
-        """The training prompts that are answered, each once."""
-        pairs = one_per_prompt(load_pairs(self.run.path / "pairs-train.jsonl"))
-        return [pair.prompt for pair in pairs][: self.settings.prompts]
-
-    def check_evidence(self) -> None:
-        if self.guidance.weighs and self.head.evidence == 0:
-            raise NothingToDistil(
-                "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
-                "with evidence. Fix: give `coala align` more pairs, or another --rule."
-            )
-
-    @property
-    def folder(self) -> Path:
-        return self.run.path / DISTILLED
 
     @property
     def temperature(self) -> float:
@@ -170,45 +135,119 @@ class Work:
             seed=self.settings.seed,
         )
 
+    def states_of(self, lessons: Sequence[Lesson], before: DistilledPolicy | None = None) -> DistilStates:
+        """The states of ``lessons``; of replies drawn from the policy ``before`` nuclei are that policy's."""
+        change: dict[str, Any] = {} if before is None else {"change": before.change}
+        named = digest([asdict(lesson) for lesson in lessons], *change.values())[:12]
+        folder = self.folder / f"states-{named}"
+        found = teacher_states(self.backbone, self.output, lessons, folder, self.guidance, **self.told, **change)
+        return self.noted(found)
+
+    def noted(self, states: DistilStates) -> DistilStates:
+        if outside := int((~states.in_nucleus).sum()):
+            where = "left out" if self.settings.support == "nucleus" else "kept"
+            self.on_note(f"{outside} of {len(states)} tokens are outside their step's nucleus: {where}")
+        return states
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "on_reply": lambda n, total: self.on_progress("states", n, total, f"{n} of {total} replies"),
+            "on_note": self.on_note,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Teaching):
+    """The distillation of a finished run.
+
+    Temperature, top-k and top-p are those of the run's own replies, which the model may have suggested.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+
+    @classmethod
+    def of(
+        cls,
+        run: RunFolder,
+        settings: DistilSettings | None,
+        on_progress: OnProgress,
+        on_note: OnNote,
+        parts: LoadParts | None = None,
+        **permitted: Any,
+    ) -> Work:
+        """Of a finished run; ``parts``, if not given, are :func:`load_parts` with what is ``permitted``."""
+        recipe = recipe_of(run.settings, run.path / "run.json")
+        settings = recipe.distil if settings is None else settings
+        backbone, head, _ = load_parts(run.path, **permitted) if parts is None else parts()
+        teacher = Guidance(
+            "shift" if settings.teacher == "shift" else "block",
+            rule=recipe.guidance.rule,
+            candidates=settings.candidates,
+            block_tokens=settings.block_tokens,
+        )
+        guidance, temperature = settled(run.path, backbone, teacher, {}, on_note)
+        pairs = one_per_prompt(load_pairs(run.path / "pairs-train.jsonl"))
+        return cls(
+            settings=settings,
+            backbone=backbone,
+            head=head,
+            guidance=guidance,
+            sampled_at=temperature,
+            longest=recipe.evaluation.max_new_tokens,
+            prompts=[pair.prompt for pair in pairs][: settings.prompts],
+            folder=run.path / DISTILLED,
+            on_progress=on_progress,
+            on_note=on_note,
+            run=run,
+            recipe=recipe,
+        )
+
+    def check_evidence(self) -> None:
+        if self.guidance.weighs and self.head.evidence == 0:
+            raise NothingToDistil(
+                "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
+                "with evidence. Fix: give `coala align` more pairs, or another --rule."
+            )
+
+    def states(self) -> tuple[DistilStates, Taught]:
+        """The states of what the settings' teacher teaches."""
+        if self.settings.teacher == "guided":
+            return guided_states(self)
+        if self.settings.teacher == "shift":
+            return self.noted(_shifted(self)), Taught()
+        return self.states_of(_weighted(self)), Taught()
+
+    def teaching_flops(self, states: DistilStates) -> dict[str, int]:
+        """FLOPs of the teacher's replies and of ``states``."""
+        if self.settings.teacher == "weighted":
+            return {"states": pair_states_flops(self.run, self.backbone, states)}
+        return reply_states_flops(self.backbone, self.head, self.guidance, self.prompts, states)
+
 
 @dataclass(frozen=True)
 class Taught:
-    """What there is to learn; of a teacher that wrote it, by group, its ``replies`` to ``prompts``."""
+    """Of a teacher that wrote what there is to learn, by group, its ``replies`` to ``prompts``."""
 
-    lessons: Sequence[Lesson] = ()
     prompts: Sequence[tuple[Turn, ...]] = ()
     replies: Sequence[Generation] = ()
 
 
-def taught_states(
-    work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None
+def guided_states(
+    work: Teaching, before: DistilledPolicy | None = None, *, seed: int | None = None
 ) -> tuple[DistilStates, Taught]:
-    """The states of what the teacher teaches; in a later round the head guides the policy of the round ``before``."""
-    told: dict[str, Any] = {
-        "temperature": work.temperature,
-        "on_reply": lambda n, total: work.on_progress("states", n, total, f"{n} of {total} replies"),
-        "on_note": work.on_note,
-    }
-    taught = Taught()
-    if work.settings.teacher == "shift":
-        states = _shifted(work, told)
-    else:
-        if work.settings.teacher == "guided":
-            taught = teacher_replies(work, before, seed=seed)
-        else:
-            taught = Taught(_weighted(work))
-        change: dict[str, Any] = {} if before is None else {"change": before.change}
-        named = digest([asdict(lesson) for lesson in taught.lessons], *change.values())[:12]
-        folder = work.folder / f"states-{named}"
-        states = teacher_states(work.backbone, work.output, taught.lessons, folder, work.guidance, **told, **change)
-    if outside := int((~states.in_nucleus).sum()):
-        where = "left out" if work.settings.support == "nucleus" else "kept"
-        work.on_note(f"{outside} of {len(states)} tokens are outside their step's nucleus: {where}")
-    return states, taught
+    """The states of guided replies; in a later round the head guides the policy of the round ``before``."""
+    taught = teacher_replies(work, before, seed=seed)
+    return work.states_of(guided_lessons(work.backbone, taught.prompts, taught.replies, work.longest), before), taught
 
 
-def project(work: Work, states: DistilStates, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]]:
-    """The convex program: the policy whose steps come nearest to ``states``; what was tried and the FLOPs it took."""
+def project(work: Teaching, states: DistilStates, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]]:
+    """The convex program: the policy whose steps come nearest to ``states``; what was tried and the FLOPs it took.
+
+    ``flops`` are those of the solver and, where a strength is chosen, of that choice; ``fit_flops`` of the last fit.
+    """
     from coala.convex import fit_output
 
     settings = work.settings
@@ -227,27 +266,26 @@ def project(work: Work, states: DistilStates, taught: Taught) -> tuple[Distilled
         progress=lambda what, n, total, row: work.on_progress(f"distil {what}", n, total, _told(row)),
     )
     made = settings.teacher, settings.support, found.ridge, found.certificate
-    guidance = None if settings.teacher == "weighted" else work.guidance
-    flops = output_flops(work.run, work.backbone, work.head, guidance, states, found)
-    if own is not None:
-        flops["choice"] = own.flops
-    return DistilledPolicy(found.left, found.right, work.backbone.spec(), *made), {"path": found.path, "flops": flops}
+    search, fit = fit_flops(found, states.width, work.backbone.shape.vocabulary)
+    flops = {"solver": search + fit, **({} if own is None else {"choice": own.flops})}
+    policy = DistilledPolicy(found.left, found.right, work.backbone.spec(), *made)
+    return policy, {"path": found.path, "flops": flops, "fit_flops": fit}
 
 
 class NothingToDistil(CoalaError):
     """A head that held-out pairs do not tell from chance guides nothing."""
 
 
-def _shifted(work: Work, told: dict[str, Any]) -> DistilStates:
+def _shifted(work: Work) -> DistilStates:
     prompts, guidance, seed = work.prompts, work.guidance, work.settings.seed
     decides = [[prompt_id(prompt) for prompt in prompts], asdict(guidance), work.longest, work.temperature, seed]
     folder = work.folder / f"states-{digest(*decides)[:12]}"
     return shift_states(
-        work.backbone, work.head, prompts, folder, guidance, max_new_tokens=work.longest, seed=seed, **told
+        work.backbone, work.head, prompts, folder, guidance, max_new_tokens=work.longest, seed=seed, **work.told
     )
 
 
-def teacher_replies(work: Work, before: DistilledPolicy | None = None, *, seed: int | None = None) -> Taught:
+def teacher_replies(work: Teaching, before: DistilledPolicy | None = None, *, seed: int | None = None) -> Taught:
     """The teacher's reply to each training prompt; of a later round, by the head over the policy ``before``."""
     backbone, guidance, head = work.backbone, work.guidance, work.head
     if before is not None:
@@ -269,7 +307,7 @@ def teacher_replies(work: Work, before: DistilledPolicy | None = None, *, seed: 
         kept=work.folder / f"replies-{named}.jsonl",
         on_reply=lambda n, total: work.on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
-    return Taught(guided_lessons(backbone, prompts, replies, work.longest), prompts, replies)
+    return Taught(prompts, replies)
 
 
 def _weighted(work: Work) -> list[Lesson]:

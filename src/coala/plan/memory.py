@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from coala.alignment.layer_choice import MOST_LAYERS
+from coala.alignment.replies import PORTION
 from coala.costs import decoding_bytes, pass_bytes
 from coala.plan.tokens import Counts
 from coala.recipe import Recipe
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 # What Python, torch and JAX take by themselves, and what CUDA and its libraries take of a card.
 LIBRARIES = {"host": GIB, "device": 3 * GIB // 4}
-PORTION = 32  # rows that ``align`` decodes together
 OTHERS = "other workers"  # the part of the processes that help with an extraction
 
 Parts = dict[str, int]

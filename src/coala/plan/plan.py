@@ -103,14 +103,16 @@ def make_plan(
     rows: int | None = None,
     guess: Guess | None = None,
     n_workers: int = 1,
+    counts: Counts | None = None,
 ) -> RunPlan:
     """The plan of ``coala align`` with this recipe; what does not fit is in its ``shortages``.
 
     ``memory``, ``device_memory`` and ``disk`` are the bytes there will be (default: what is free here; with
     ``device_memory`` a GPU is planned for though there is none here). ``config`` is a config.json to take the sizes
     from; ``rows`` plans for so many pairs like those given; ``guess`` gives the tokens of a text; ``n_workers``
-    processes extract. The model is loaded for the probe alone: if its weights are here, its plan fits and
-    ``probe_seconds`` is not 0; the time it tells is that of one process.
+    processes extract; ``counts`` are those of these pairs and this model, if they were counted before. The model is
+    loaded for the probe alone: if its weights are here, its plan fits and ``probe_seconds`` is not 0; the time it tells
+    is that of one process.
 
     Raises :class:`CoalaError` for pairs or a configuration that cannot be used.
     """
@@ -121,8 +123,9 @@ def make_plan(
 
     settings = recipe.model
     outline = outline_of(settings.name if config is None else config, None if config else settings.revision)
-    folder, weights = _place(recipe, config)
-    counts = count(recipe, outline, tokenizer=folder, guess=guess, rows=rows)
+    folder, weights = files_here(recipe, config)
+    if counts is None:
+        counts = count(recipe, outline, tokenizer=folder, guess=guess, rows=rows)
     here = torch.cuda.is_available()
     named = settings.device.startswith("cuda") or settings.device == "offload"
     on_gpu = named or (settings.device == "auto" and (here or device_memory is not None))
@@ -197,7 +200,7 @@ def make_plan(
     )
 
 
-def _place(recipe: Recipe, config: Path | None) -> tuple[Path | None, bool]:
+def files_here(recipe: Recipe, config: Path | None) -> tuple[Path | None, bool]:
     """A folder with the model's tokenizer, if there is one, and whether the weights are here; fetches no weights."""
     from coala.backbone.files import find, has_tokenizer
     from coala.backbone.gguf import is_gguf

@@ -116,7 +116,7 @@ def reply_seconds(recipe: Recipe, backbone: LanguageModel, counts: Counts, per_f
     is timed. What a mode looks ahead to counts as one more step each time.
     """
     from coala.alignment.parts import guidance_of
-    from coala.alignment.stages import rows_at_once
+    from coala.alignment.replies import rows_at_once
     from coala.decoding import Guidance, generate
 
     new = recipe.evaluation.max_new_tokens

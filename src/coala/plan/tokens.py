@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -66,6 +67,13 @@ class Counts:
     def rows(self, part: str) -> int:
         """Distinct rows."""
         return self.scaled(len(self.surveys[part].tokens))
+
+    def prompts_of(self, part: str) -> list[int]:
+        """Tokens of the prompts of a part, each once."""
+        survey = self.surveys[part]
+        rows = survey.index[:, 0].tolist()
+        distinct = {tuple(survey.tokens[row][: survey.start[row]]): int(survey.start[row]) for row in rows}
+        return list(islice(cycle(distinct.values()), self.scaled(len(distinct))))
 
     @property
     def longest_row(self) -> int:

@@ -55,15 +55,6 @@ def running_mean(values: ArrayLike, *, level: float = 0.95, name: str = "mean so
     return Estimate(total / n, _least(total, n, bound), 1 - _least(n - total, n, bound), n, about)
 
 
-def above_half(values: ArrayLike) -> float:
-    """A p-value, valid at any time, of "the running mean of ``values`` (n,) is now at most one half"; 1 for none.
-
-    With probability 1 - a there is no time at which it is a or less and the running mean is at most one half.
-    """
-    x = vector(values, "values")
-    return float(np.exp(-max(0.0, float(log_wealth(float(x.sum()), len(x), 0.5))))) if len(x) else 1.0
-
-
 def _least(total: float, n: int, bound: float) -> float:
     """The least running mean that the mixture does not speak against, to 2^-50."""
     low, high = 0.0, total / n
