@@ -246,7 +246,7 @@ def test_align_distils_at_its_end_and_tells_where_there_is_nothing_to(aligned: P
     assert seen.unguided_perplexity.value == pytest.approx(before["unguided_perplexity"]["value"], rel=1e-6)
     (tmp_path / "run/generations-unguided.jsonl").rename(tmp_path / "kept")
     again = measure(tmp_path / "run", policy, on_note=told.append)
-    assert "unguided replies: written anew" in told[-1]
+    assert "unguided replies: generated now" in told[-1]
     assert again.unguided_perplexity.value == pytest.approx(seen.unguided_perplexity.value, rel=1e-4)
     (tmp_path / "kept").rename(tmp_path / "run/generations-unguided.jsonl")
     # Another policy in its place: the page says so.

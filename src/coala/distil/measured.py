@@ -95,7 +95,7 @@ def measure(
     on_progress("measure", 0, 3, "unguided replies")
     plain = unguided_replies(run, recipe)
     if plain is None:
-        on_note("unguided replies: written anew, for the run has none of this model, prompts, sampling and seed")
+        on_note("unguided replies: generated now, because the run has none of this model, prompts, sampling and seed")
         plain = generate(prompts, backbone, None, Guidance.unguided(**restricted), seed=recipe.seed, **common)
     else:
         on_note(f"unguided replies: the run's own {len(plain)}, in generations-unguided.jsonl")
