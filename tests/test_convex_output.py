@@ -222,6 +222,11 @@ def test_a_fit_chooses_on_held_out_prompts_and_states_its_gap(tmp_path: Path) ->
     assert ranks == {None, 1, 2}
     tried = [row for row in found.path if row["rank"] is None]
     assert found.ridge == min(tried, key=lambda row: row["held_out"])["ridge"]
+    rank = None if found.right is None else found.left.shape[1]
+    cut = next(row for row in found.path if (row["rank"], row["ridge"]) == (rank, found.ridge))
+    assert found.held_out is not None
+    assert found.held_out.value == pytest.approx(cut["held_out"], rel=1e-6)
+    assert found.held_out.low < found.held_out.value < found.held_out.high
     spec = FeatureSpec("tiny", "", "w", "dialogue:0", 1, "mean", False, 64)
     policy = DistilledPolicy(found.left, found.right, spec, "guided", "nucleus", found.ridge, certificate)
     policy.save(tmp_path)
@@ -261,6 +266,8 @@ def test_a_change_is_taken_as_often_as_held_out_prompts_ask_and_its_objective_is
     found = fit_output(states, output, tolerance=1e-4, lead=partial(lead_of, 1e9))
     rows = [row for row in found.path if "lead" in row]
     assert found.strength == rows[-1]["strength"]
+    assert found.held_out is not None
+    assert found.held_out.value == pytest.approx(rows[-1]["held_out"], rel=1e-6)
     assert all(row["held_out"] < 0 for row in rows)
 
 

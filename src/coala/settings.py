@@ -288,7 +288,7 @@ class DistilSettings:
     strength: Annotated[
         Annotated[float, Gt(0)] | Literal["auto"],
         Setting(
-            "Factor on the change; auto: raised until its own replies score like the teacher's (`guided`), else 1."
+            "Factor on the change; auto: raised until its own replies score like the teacher's (for `shift`: 1)."
         ),
     ] = "auto"
     rank: Annotated[
@@ -304,7 +304,7 @@ class DistilSettings:
         Setting("Maximum number of rounds; in each the head guides the previous round's policy and distils it again."),
     ] = 1
     held_out: Annotated[
-        int, Ge(2), Setting("Maximum number of held-out prompts that measure the gain of each round.")
+        int, Ge(2), Setting("Maximum number of held-out prompts that choose the strength or measure a round's gain.")
     ] = 100
     seed: Seed = 0
 

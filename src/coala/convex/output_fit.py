@@ -20,7 +20,7 @@ from coala.convex.solvers import Solution, certify, solve
 from coala.convex.validation import grouped_folds, rising_twice
 from coala.policies import DistilStates
 from coala.settings import Support
-from coala.statistics.intervals import clustered
+from coala.statistics.intervals import clustered, mean_estimate
 from coala.values import Certificate, CoalaError, Estimate
 
 # Ridges that are tried, as shares of the trace of the losses' Hessian at no change.
@@ -40,7 +40,8 @@ class OutputFit:
     """A = ``left`` ``right``, (d, r) and (r, d), or ``left`` alone; what was proved of it and how it was chosen.
 
     ``path`` has a row for every ridge, rank and strength that was tried, with its loss on held-out prompts. A is
-    ``strength`` times the change that was fitted.
+    ``strength`` times the change that was fitted. ``held_out`` is the loss there of what was chosen, in nats a token
+    from no change; ``None`` where nothing was held out.
     """
 
     left: Float[np.ndarray, "d r"]
@@ -49,6 +50,7 @@ class OutputFit:
     certificate: Certificate
     path: list[dict[str, Any]] = field(default_factory=list)
     strength: float = 1.0
+    held_out: Estimate | None = None
 
     @property
     def change(self) -> Float[np.ndarray, "d d"]:
@@ -88,6 +90,7 @@ def fit_output(
     folds = grouped_folds(states.group, FOLDS, seed)
     chooses = folds is not None and (ridge is None or rank == "auto" or lead is not None)
     path: list[dict[str, Any]] = []
+    left_out: Estimate | None = None
     chosen_rank = None if rank in ("auto", "full") else int(rank)
     if chooses:
         assert folds is not None
@@ -97,10 +100,11 @@ def fit_output(
         ridge, terms, kept = _choose_ridge(data, out, ridges, path, progress)
         if rank == "auto":
             chosen_rank, kept = _choose_rank(data, out, ridge, terms, kept, path, progress)
-        elif chosen_rank is not None and lead is not None:
+        elif chosen_rank is not None:
             kept = _at_rank(data, out, chosen_rank, ridge, kept, path)[2]
         if lead is not None:
             strength = _choose_strength(data, out, kept, lead, path, progress)
+        left_out = _estimated(data, out, strength * kept)
     elif ridge is None:
         # A single prompt: nothing can be held out, and the second strongest ridge is as good a guess as any.
         ridge = trace_of(data) * RIDGES[1]
@@ -117,7 +121,7 @@ def fit_output(
     taken = "" if chosen_rank is None else ", cut to its rank"
     taken += "" if strength == 1 else f", taken {strength:g} times"
     certificate = _certificate(data, solution, own, objective, taken, ridge, strength, tolerance, seed, bool(chooses))
-    return OutputFit(left, right, ridge, certificate, path, strength)
+    return OutputFit(left, right, ridge, certificate, path, strength, left_out)
 
 
 def trace_of(data: OutputData) -> float:
@@ -135,6 +139,11 @@ def _held_out(data: OutputData, out: Bool[np.ndarray, "n"], change: np.ndarray) 
     terms = data.losses(change)[used] * weight / weight.mean()
     mean, error, _ = clustered(terms, data.states.group[used])
     return mean, error, terms
+
+
+def _estimated(data: OutputData, out: Bool[np.ndarray, "n"], change: np.ndarray) -> Estimate:
+    used = out & data.counted
+    return mean_estimate(_held_out(data, out, change)[2], data.states.group[used])
 
 
 def _choose_ridge(

@@ -39,6 +39,7 @@ class PolicyFacts:
     n_replies: int | None = None
     flops: Mapping[str, int] = field(default_factory=dict)
     measured: Mapping[str, Any] | None = None
+    held_out: Mapping[str, Any] | None = None
 
 
 def policy_facts(run: Path | str, policy: Policy) -> PolicyFacts:
@@ -59,6 +60,7 @@ def policy_facts(run: Path | str, policy: Policy) -> PolicyFacts:
         about.get("n_replies"),
         about.get("flops", {}),
         measured,
+        about.get("held_out") if isinstance(policy, DistilledPolicy) else None,
     )
 
 
@@ -117,6 +119,7 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
         ("licence of the base model", licence),
         ("teacher", _teacher(policy, facts)),
         *_vehicle(policy),
+        *([("held-out loss", f"{_told(facts.held_out)}; nats a token from no change")] if facts.held_out else []),
         ("fitted at", ", ".join(f"{name} {value:g}" for name, value in facts.sampling.items())),
         ("cost", _cost(policy, facts.flops)),
     ]

@@ -12,6 +12,7 @@ from coala.costs import (
     Shape,
     adapter_bytes,
     decoding_bytes,
+    decoding_flops,
     imitation_flops,
     output_fit_bytes,
     output_fit_flops,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from coala.backbone import Outline
 
 NUCLEUS = 24  # tokens of a step's nucleus, padding included, as top-k 50 and top-p 0.9 leave them
+FOLDS, STRENGTHS = 5, 5  # of coala.convex.output_fit, which is slow to load: parts of the prompts, strengths tried
 ROWS = 60  # that the teacher's replies take of the model together
 TARGETS = 7  # matrices of a layer that an adapter changes
 
@@ -71,7 +73,7 @@ def distil_plan(recipe: Recipe, outline: Outline, counts: Counts, *, on_gpu: boo
     size = 4 if (recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and not on_gpu)) else 2
     weights = outline.parameters * size
     writing = weights + decoding_bytes(shape, outline.cached, ROWS, max(prompts), new, size=size)
-    output = _output(settings, shape, counts, teacher, rows, replies)
+    output = _output(settings, shape, counts, teacher, rows, replies, new)
     fit = output_fit_bytes(output.states, NUCLEUS * output.states, shape.width, shape.vocabulary)
     adapted = adapter.adapter_rank * shape.n_layers
     adapted *= shape.body_matmul_parameters // (shape.n_layers * shape.width) + TARGETS * shape.width
@@ -107,9 +109,15 @@ class _Output:
 
 
 def _output(
-    settings: DistilSettings, shape: Shape, counts: Counts, teacher: int, rows: list[int], replies: list[int]
+    settings: DistilSettings,
+    shape: Shape,
+    counts: Counts,
+    teacher: int,
+    rows: list[int],
+    replies: list[int],
+    longest: int,
 ) -> _Output:
-    """``teacher``: FLOPs of guided replies of these tokens, in ``rows`` with their prompts."""
+    """``teacher``: FLOPs of guided replies of these tokens, in ``rows`` with their prompts; ``longest`` is a policy's own."""
     scale = Fraction(1)
     if settings.teacher == "weighted":
         survey = counts.surveys["train"]
@@ -125,4 +133,9 @@ def _output(
         solver = output_fit_flops(states, NUCLEUS * states, shape.width, usual_solves(shape.width))
     once = round(states_flops(shape, rows, replies) * scale)
     flops = {"teacher": teacher, "states": once, "solver": solver}
+    if settings.strength == "auto" and settings.teacher != "shift":
+        # A fifth of the prompts, answered at every strength.
+        befores = [row - reply for row, reply in zip(rows, replies, strict=True)]
+        some = befores[: min(settings.held_out, -(-len(befores) // FOLDS))]
+        flops["choice"] = STRENGTHS * sum(decoding_flops(shape, before, longest) for before in some)
     return _Output(flops, states, round(len(replies) * scale), max(replies, default=0))
