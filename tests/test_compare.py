@@ -17,7 +17,7 @@ from coala.cli import app
 from coala.compare import bundled, cells, load_study, plan_rows, plan_study, plan_total
 from coala.compare.cell import read
 from coala.compare.cell_context import calibrated_nll, measured_margins
-from coala.compare.conclusions import of_flops, of_measured, of_ranking
+from coala.compare.conclusions import Finding, of_capability, of_flops, of_measured, of_ranking, of_writing
 from coala.compare.costs import spread
 from coala.compare.data import limited, part, prepare
 from coala.compare.loading import study_of
@@ -461,30 +461,61 @@ def told_place(low: float, high: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "end"),
-    [
-        (-0.2, -0.01, "Of its choices linear comes closest, with 65.0 %."),
-        (-0.1, 0.1, "The interval includes no difference."),
-        (0.01, 0.2, "COALA is above by more than its interval."),
-    ],
+    ("low", "high", "word"), [(-0.2, -0.01, "Worse"), (-0.1, 0.1, "Undecided"), (0.01, 0.2, "Better")]
 )
-def test_what_is_said_of_ranking_is_what_the_interval_allows(low: float, high: float, end: str) -> None:
+def test_what_is_said_of_ranking_is_what_the_interval_allows(low: float, high: float, word: str) -> None:
     (told,) = of_ranking(told_place(low, high))
-    assert told.startswith("d, m: coala ranks 60.0 % of 90 held-out pairs right, the best baseline, dpo (full), 70.0 %")
-    assert "The best of 2 is chosen on these same pairs" in told
-    assert told.endswith(end)
+    assert told.word == word
+    assert "the best baseline, dpo (full)" in told.said
+    assert told.figures.startswith("60.0 % of 90 held-out pairs against 70.0 %: ")
+    assert "The best of 2 is chosen on these same pairs" in told.figures
+    assert ("Of its choices linear comes closest, with 65.0 %." in told.figures) == (word == "Worse")
 
 
 def test_costs_are_told_of_heads_that_were_counted() -> None:
     place = told_place(0, 0)
-    assert of_flops(place) == ["d, m: of the FLOPs of dpo (full), by counter, coala 10 %, linear 5 %."]
+    assert of_flops(place) == [Finding("Cost", "of the FLOPs of dpo (full), by counter, coala 10 %, linear 5 %.")]
     assert of_measured(place) == [
-        "d, m: of the seconds of dpo (full), coala 20 %, linear 10 %; of its peak memory, coala 30 %, linear 15 %."
+        Finding(
+            "Cost",
+            "of the seconds of dpo (full), coala 20 %, linear 10 %; of its peak memory, coala 30 %, linear 15 %.",
+        )
     ]
     place["methods"][3]["costs"]["counter"] = None
-    assert of_flops(place) == ["d, m: of the FLOPs of dpo (full), by counter, coala 10 %."]
+    assert of_flops(place) == [Finding("Cost", "of the FLOPs of dpo (full), by counter, coala 10 %.")]
     place["methods"][1]["costs"] = None
     assert of_flops(place) == of_measured(place) == []
+
+
+def test_every_method_is_told_once_with_its_figure_under_the_word_its_interval_allows() -> None:
+    ends = {"below": (0.1, 0.4), "above": (0.6, 0.9), "between": (0.4, 0.6), "touching": (0.5, 0.8)}
+    words = {"below": "Better", "above": "Worse", "between": "Undecided", "touching": "Undecided"}  # wins are theirs
+    kinds = dict(zip(ends, ("prompt", "dpo", "base", "guided"), strict=True))
+    contests = [
+        {
+            "of": name,
+            "against": "ours",
+            "kind": kinds[name],
+            "mode": None,
+            "wins": {"value": (a + b) / 2, "low": a, "high": b, "n": 30},
+        }
+        for name, (a, b) in ends.items()
+    ]
+    told = of_writing({"contests": contests})
+    assert [one.word for one in told] == ["Better", "Worse", "Undecided"]
+    for name, (low, high) in ends.items():
+        (one,) = [one for one in told if f"{name} " in one.figures]
+        assert one.word == words[name]
+        assert name in one.said
+        assert f"{name} {50 * (low + high):.1f} % [{100 * low:.1f}, {100 * high:.1f}]" in one.figures
+    changes = [
+        {"of": n, "difference": {"value": v, "low": v - 0.1, "high": v + 0.1, "n": 9}}
+        for n, v in (("a", 0.2), ("b", 0.0))
+    ]
+    assert [(one.word, "a" in one.said.split()[-1]) for one in of_capability({"capability": changes})] == [
+        ("Better", True),
+        ("Undecided", False),
+    ]
 
 
 # --- how far a cell is -----------------------------------------------------------------------------------------------

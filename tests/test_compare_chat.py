@@ -36,6 +36,7 @@ from coala.recipe import RecipeError
 from coala.store import save_pairs
 from coala.values import Pair, Turn, user
 from tests.menagerie import tiny_backbone
+from tests.page_laws import keeps_to_it, of
 from tests.test_compare import pairs_of
 from tests.test_costs import transformer_shape
 
@@ -370,6 +371,21 @@ def test_every_new_kind_of_cell_is_done_and_reported(done: tuple[Study, Path]) -
     text = (out / "report.md").read_text()
     assert "Kendall's tau" in text
     assert "cannot be reproduced" not in text
+
+
+@pytest.mark.nightly
+def test_the_report_keeps_to_what_all_pages_do_and_leads_to_every_place(done: tuple[Study, Path], browser: Any) -> None:
+    given, out = done
+    content = write_report(given, out)
+    made = (out / "report.html").read_text()
+    keeps_to_it(browser, of(made))
+    seen = browser.new_page()
+    seen.set_content(made)
+    links = seen.locator(".findings a")
+    assert links.all_inner_texts() == [place["dataset"] for place in content["places"] if place["findings"]]
+    for link in links.all():
+        assert seen.locator(link.get_attribute("href")).inner_text().startswith(link.inner_text())
+    seen.close()
 
 
 @pytest.mark.nightly

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coala.live.app import HEADERS, LARGEST_BODY, create_app
-from coala.live.finish import Jobs
+from coala.live.jobs import Jobs
 from coala.live.journal import VERDICTS, read_journal
 from coala.live.pool import reply_event
 from coala.live.session import FOLDER, JOURNAL, OWNER, Draw, Session
@@ -123,6 +123,7 @@ def test_from_the_first_page_to_a_pair_and_back(client: TestClient, session: Ses
         ("/prompt", {"text": " "}, 400, "not empty"),
         ("/job", {"name": "sell"}, 400, "name"),
         ("/job", {"name": "distil"}, 409, "no finished run"),
+        ("/job", {"name": "fit"}, 409, "fix: click more"),
         ("/nothing", {}, 404, "page does not exist"),
     ],
 )
@@ -284,7 +285,7 @@ def test_killed_again_and_again_no_click_is_lost_or_doubled_and_the_run_is_an_or
     assert {name: one.click for name, one in kept.answered.items()} == acknowledged
     call("/job", {"name": "fit"})
     wait_for(lambda: not call("/state")["running"])
-    assert "finished" in call("/state")["jobs"]["fit"], live.log.read_text()
+    assert "finished" in call("/state")["jobs"]["fit"]["said"], live.log.read_text()
     assert live.end() == 0
     pairs = load_pairs(out / "pairs-train.jsonl") + load_pairs(out / "pairs-eval.jsonl")
     assert len(pairs) == 24

@@ -27,6 +27,7 @@ from coala.values import CoalaError, Generation, Turn, user
 pytest.importorskip("trl", reason="needs the extra `baselines`")
 
 from coala.comal.llm import load_policy
+from tests.page_laws import keeps_to_it, of
 from tests.test_align import pair_rows, write_rows
 from tests.tiny_game import ANSWERS, PAPER, RPS, distribution, supervised_start
 from tests.waiting import PATIENCE
@@ -305,6 +306,17 @@ def test_a_matrix_over_checkpoints(place: Path, whole: Any) -> None:
         run("matrix", run_folder, *common)
     with pytest.raises(CoalaError, match="the name 'run' twice"):
         run("matrix", run_folder, run_folder, *common)
+
+
+@pytest.mark.nightly
+def test_pages_of_a_run_and_of_a_matrix_keep_to_what_all_pages_do(
+    place: Path, whole: Any, browser: Any, tmp_path: Path
+) -> None:
+    keeps_to_it(browser, of((whole[0] / "report.html").read_text()))
+    common = ["--prompts", place / "prompts.txt", "--oracle", f"python:{place / 'judge.py'}:prefer", "--samples", 2]
+    common += ["--max-new-tokens", 2, "--template", "continuation", "--device", "cpu", "--out", tmp_path / "matrix"]
+    run("matrix", f"{whole[0]}@all", f"base={place / 'model'}", *common)
+    keeps_to_it(browser, of((tmp_path / "matrix" / "matrix.html").read_text()))
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ from coala.pages.parts import (
     paragraphs,
     section,
     sides,
+    step,
+    steps,
     style_sheet,
     tiles,
 )
@@ -63,6 +65,7 @@ PLACES: dict[str, Callable[[str], Part]] = {
     "beneath": lambda text: beneath(text, text),
     "sides": lambda text: sides(text, {text: (text, text)}, text),
     "turns": lambda text: conversation([{"role": text, "text": text}, {"role": "assistant", "text": text}]),
+    "steps": lambda text: steps(step(text, text, commands=[(text, text)])),
     "tiles": lambda text: tiles(text, text, text),
     "facts": lambda text: facts(text, [(text, text)]),
     "headed": lambda text: headed(Table(text, (text,), [(text,)])),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from coala.audit import audit_items
+from coala.audit.page import render as audit_page
+from coala.nash import PreferenceGame, solve
+from coala.nash.page import game_page
 from coala.pages.parts import page, section, sides
 from coala.report.content import plain
 from coala.report.page import render
@@ -17,93 +21,19 @@ from coala.survey.form import SurveyPrompt, build
 from coala.survey.page import results_page
 from coala.values import Generation, Turn
 
+from .page_laws import keeps_to_it, of
 from .serving import Here
 from .survey_raters import Server
+from .test_audit_benchmarks import Item, best_of
 from .test_report import example, short_example
 from .test_survey_results import results_of
 
-WIDTHS = (1400, 1000, 390)
-PAPER = 680  # CSS pixels of an A4 sheet without its margins
 TALK = [
     {"role": "system", "text": "Be brief."},
     {"role": "user", "text": "What is a lighthouse?\nOne line, please."},
     {"role": "assistant", "text": "A tower with a light."},
     {"role": "user", "text": "Why " + "so" * 200 + "?"},
 ]
-# A row of a grid is filled if its last card ends where the grid ends.
-HALF_FILLED = """() => [...document.querySelectorAll('.tiles, .certificate, .figures, .sides')].flatMap((grid) => {
-  const rows = new Map();
-  for (const card of grid.children) {
-    if (!card.offsetWidth) continue;
-    const box = card.getBoundingClientRect();
-    rows.set(Math.round(box.top), Math.max(rows.get(Math.round(box.top)) ?? 0, box.right));
-  }
-  const ends = grid.getBoundingClientRect().right;
-  return [...rows.values()].filter((right) => ends - right > 2).map(() => grid.className);
-})"""
-SIDEWAYS = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
-# WCAG 2: the contrast of every text that is seen with what is painted below it.
-FAINT = """() => {
-  const rgba = (said) => (said.match(/[\\d.]+/g) ?? ['0', '0', '0', '0']).map(Number);
-  const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-  const light = (rgb) => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => sum + share * linear(rgb[i] / 255), 0);
-  const over = (top, below) => { const a = top[3] ?? 1; return [0, 1, 2].map((i) => a * top[i] + (1 - a) * below[i]); };
-  const ground = (node) => {
-    const layers = [];
-    for (let at = node; at; at = at.parentElement) layers.push(rgba(getComputedStyle(at).backgroundColor));
-    return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255]);
-  };
-  const found = [];
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) {
-    const node = walk.currentNode.parentElement;
-    const style = getComputedStyle(node);
-    const said = walk.currentNode.data.trim();
-    if (!said || !node.getClientRects().length || node.closest('.hidden, style, script, :disabled')) continue;
-    const ink = rgba(node instanceof SVGElement ? style.fill : style.color);
-    const below = ground(node);
-    const [a, b] = [light(over(ink, below)), light(below)].sort((x, y) => y - x);
-    const contrast = (a + 0.05) / (b + 0.05);
-    if (contrast < 4.5) found.push(`${said.slice(0, 30)}: ${contrast.toFixed(2)}`);
-  }
-  return found;
-}"""
-SEEN = "[...document.querySelectorAll('%s')].filter((one) => one.getClientRects().length)"
-CUT_OFF = f"""() => {SEEN % "body *"}.filter((one) => !one.closest('svg, .hidden'))
-  .filter((one) => one.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
-  .map((one) => `${{one.tagName}} ${{one.className}} ${{one.textContent.trim().slice(0, 40)}}`)"""
-PRESSED = f"() => {SEEN % 'button, .button, details:not([open]) > summary'}.length"
-
-
-def keeps_to_it(
-    browser: Any, show: Callable[[Any], None], *, widths: tuple[int, ...] = WIDTHS, paper: bool = True
-) -> None:
-    """All laws of the page that ``show`` opens."""
-    context = browser.new_context(viewport={"width": widths[0], "height": 900})
-    seen = context.new_page()
-    show(seen)
-    assert seen.locator("h1").count() == 1
-    assert seen.locator("main").count() == 1
-    for width in widths:
-        seen.set_viewport_size({"width": width, "height": 900})
-        assert seen.evaluate(HALF_FILLED) == [], width
-        assert seen.evaluate(SIDEWAYS) == 0, width
-    seen.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-    for scheme in ("light", "dark"):
-        seen.emulate_media(color_scheme=scheme)
-        assert seen.evaluate(FAINT) == [], scheme
-    assert seen.evaluate(SIDEWAYS) == 0
-    if paper:
-        seen.set_viewport_size({"width": PAPER, "height": 900})
-        seen.emulate_media(media="print")
-        assert seen.evaluate(CUT_OFF) == []
-        assert seen.evaluate(PRESSED) == 0
-        assert seen.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    context.close()
-
-
-def of(made: str) -> Callable[[Any], None]:
-    return lambda seen: seen.set_content(made)
 
 
 def test_a_report_keeps_to_it(browser: Any) -> None:
@@ -136,6 +66,25 @@ def test_turns_are_set_one_by_one(browser: Any) -> None:
 @pytest.mark.nightly
 def test_results_of_a_survey_keep_to_it(browser: Any) -> None:
     keeps_to_it(browser, of(results_page(results_of(3))))
+
+
+@pytest.mark.nightly
+def test_an_audit_keeps_to_it(browser: Any) -> None:
+    items = [
+        Item(str(k), f"subset {k % 2} of several words", one.prompt, one.chosen, one.rejected)
+        for k, one in enumerate(best_of(40))
+    ]
+    scores = {"a-reward-model-of-a-long-name-27B": np.random.default_rng(0).standard_normal(160)}
+    found = audit_items(items, scores=scores, deals=1, remarks=["7 ties are left out"])
+    keeps_to_it(browser, of(audit_page(found, "Audit of a-benchmark.jsonl")))
+
+
+@pytest.mark.nightly
+def test_a_game_keeps_to_it(browser: Any) -> None:
+    three = np.array([[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]])
+    four = np.full((4, 4), 0.5)
+    four[0, 1:], four[1:, 0] = 0.9, 0.1
+    keeps_to_it(browser, of(game_page(solve(PreferenceGame({"a": three, "b": four}), outer=20), "game.json")))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def render(audit: Audit, title: str) -> str:
     return page(
         title,
         "COALA audit",
-        section("In short", listing(audit.verdicts, "conclusions"), listing(audit.remarks)),
+        section("In short", listing(audit.verdicts, "conclusions"), *map(aside, audit.remarks)),
         section(
             "What cues alone pick right",
             aside(

@@ -5,6 +5,7 @@ Reads a run folder; knows nothing of models or of how the run was made.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from coala.nash import plots
 from coala.nash.criteria import Note
 from coala.nash.page import BRAND, noted
 from coala.pages.drawing import FEWEST
-from coala.pages.parts import Table, gallery, headed, page, paragraphs, section
+from coala.pages.parts import Table, details, facts, gallery, headed, page, paragraphs, section, step, steps
 from coala.pages.words import Interval, bracketed
+from coala.pages.words import seconds as in_words
 from coala.store import RunFolder, load_json
 
 MIB = 2**20
@@ -129,53 +131,75 @@ def policy_sentence(summary: Mapping[str, Any]) -> str:
     )
 
 
-def run_page(summary: Mapping[str, Any], title: str) -> str:
-    """One self-contained HTML page."""
+COLUMNS = (
+    (
+        "margin asked",
+        "root mean square of the differences of log-probabilities that the targets ask for, as far as differences can "
+        "meet them, in nats",
+    ),
+    ("achieved", "the share of it that was reached: the effective eta as a share of eta"),
+    ("transitive", "that part's share of the targets' mean square; no difference can meet the rest"),
+    ("cyclic", "the share of triples of answers that go in a circle, where all pairs were judged"),
+    ("KL to ref", "KL divergence of the update's last policy from its reference, in nats"),
+    ("drift", "nats by which the log-probability of the sampled answers changed, summed over the steps"),
+    ("mass", "the least share of probability that was kept in a step"),
+    ("orders disagree", "how far the oracle's two orders of a pair are apart, on average"),
+    ("peak", "the process's highest use of memory until then"),
+)
+
+
+def run_page(summary: Mapping[str, Any], title: str, run: str = "RUN") -> str:
+    """One self-contained HTML page; ``run`` is the folder that its commands name."""
     head, rows = update_rows(summary)
-    settings, steps = summary["settings"], summary["steps"]
+    settings, steps_of = summary["settings"], summary["steps"]
     seconds = [
         [str(update["outer"]), *(f"{update['seconds'][stage]:.1f}" for stage in STAGES)]
         for update in summary["updates"]
     ]
     lines = {
-        "asked": np.array([row["target_margin"] for row in steps]),
-        "achieved": np.array([abs(row["achieved"]) * row["target_margin"] for row in steps]),
+        "asked": np.array([row["target_margin"] for row in steps_of]),
+        "achieved": np.array([abs(row["achieved"]) * row["target_margin"] for row in steps_of]),
     }
     words = f"Margin asked for and margin achieved by step, at the end {lines['asked'][-1]:.3g} and "
     words += f"{lines['achieved'][-1]:.3g}."
-    margins = (
-        plots.curves(lines, "margin, nats", words, floor=1e-6, xlabel="step", wide=True)
-        if len(steps) >= FEWEST
-        else None
-    )
+    drawn = plots.curves(lines, "margin, nats", words, floor=1e-6, xlabel="step", first=1, wide=True)
+    name = shlex.quote(run)
+    played = f"coala comal matrix {name}@all -p OTHER-PROMPTS.txt --oracle ORACLE --out {shlex.quote(f'{run}-matrix')}"
+    weights = f"{run}/model"
     return page(
         title,
         BRAND,
         section(
-            "Run",
-            paragraphs(
-                f"{summary['policy']}; oracle {summary['oracle']}.",
-                f"eta {settings['eta']:g}, tau {settings['tau']:g} (eta tau {settings['ref_weight']:.3g}), "
-                f"{settings['outer_steps']} updates of {settings['inner_steps']} steps, loss {settings['inner_loss']}.",
-            ),
+            "In short",
             paragraphs(policy_sentence(summary)),
             *noted([Note(note["level"], note["text"]) for note in summary["notes"]]),
+            facts(
+                "The run",
+                (
+                    ("policy", summary["policy"]),
+                    ("oracle", summary["oracle"]),
+                    ("settings", f"eta {settings['eta']:g}, tau {settings['tau']:.3g}, loss {settings['inner_loss']}"),
+                    ("updates", f"{settings['outer_steps']} of {settings['inner_steps']} steps"),
+                    ("time", in_words(summary["seconds"])),
+                ),
+            ),
+        ),
+        section(
+            "What to do next",
+            steps(
+                step(
+                    "Does the last policy beat its start?",
+                    "This page does not say: its verdicts are on the prompts that were trained on.",
+                    commands=((played, "Win rates of the start and of every update, on other prompts."),),
+                ),
+                step("Where is the model?", f"In {weights}: it loads as any model, or adapter, does."),
+            ),
         ),
         section(
             "By update of the reference",
-            paragraphs(
-                "Margin asked: root mean square of the differences of log-probabilities that the targets ask for, as "
-                "far as differences can meet them; achieved: the share of it that was reached, the effective eta as a "
-                "share of eta; transitive: that part's share of the targets; cyclic: the share of triples of answers "
-                "that go in a circle, where all pairs were judged. Drift: nats by which the sampled answers' "
-                "log-probability changed, summed over the steps; mass: the least share of probability kept in a step. "
-                "Peak: the process's highest use of memory until then.",
-            ),
-            gallery(margins),
-            headed(
-                Table(f"{summary['seconds']:.0f} seconds in all", head, rows),
-                Table("Seconds by stage", ("update", *STAGES), seconds),
-            ),
+            gallery(drawn if len(steps_of) >= FEWEST else None),
+            headed(Table("Updates", head, rows), Table("Seconds by stage", ("update", *STAGES), seconds)),
+            details("What the columns mean", facts("Columns", COLUMNS)),
         ),
     )
 
@@ -199,15 +223,26 @@ def nash_rows(nash: EmpiricalNash) -> tuple[list[str], list[list[str]]]:
     return ["entrant", "in the Nash mixture", "gap alone"], rows
 
 
-def matrix_page(rates: WinRates, nash: EmpiricalNash, title: str, sentences: Sequence[str] = ()) -> str:
-    """One self-contained HTML page."""
+def matrix_page(
+    rates: WinRates,
+    nash: EmpiricalNash,
+    title: str,
+    sentences: Sequence[str] = (),
+    entrants: Sequence[tuple[str, str]] = (),
+) -> str:
+    """One self-contained HTML page; ``entrants`` are names, each with what it is."""
     head, rows = matrix_rows(rates)
     alone = "It is the only one." if nash.unique else "It is one of several."
     how = "who is preferred counts (a tie half)" if rates.mode == "hard" else "mean of the oracle's probabilities"
     return page(
         title,
         BRAND,
-        section("Win rates", paragraphs(*sentences), headed(Table(f"Win rates in %; {how}", head, rows))),
+        section(
+            "Who beats whom",
+            paragraphs(*sentences),
+            facts("Entrants", entrants) if entrants else None,
+            headed(Table(f"Win rates in %; {how}", head, rows)),
+        ),
         section(
             "Empirical Nash mixture",
             paragraphs(
@@ -215,6 +250,6 @@ def matrix_page(rates: WinRates, nash: EmpiricalNash, title: str, sentences: Seq
                 "that beats it most wins beyond what it loses, as a share; 0 if none does. Both are of the win rates "
                 "as measured and inherit their error."
             ),
-            headed(Table("Entrants", *nash_rows(nash))),
+            Table("Mixture", *nash_rows(nash)),
         ),
     )

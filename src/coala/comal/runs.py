@@ -116,7 +116,7 @@ def train_run(
     rank_held_out(run, start, options, [prompt_id(prompt_of(example)) for example in examples], on_progress)
     summary = {"prompts": len(examples), **named.facts, **summarise(run.path)}
     save_json(run.path / "report.json", summary)
-    write_atomic(run.path / "report.html", run_page(summary, f"COMAL: {Path(start.model).name}"))
+    write_atomic(run.path / "report.html", run_page(summary, f"COMAL: {Path(start.model).name}", str(out)))
     return summary
 
 
@@ -187,13 +187,14 @@ def play_matrix(
         "characters": rates.characters.tolist(),
     }
     save_json(run.path / "matrix.json", result)
+    each = f"{sampling.samples} answer{'s' * (sampling.samples > 1)} each"
     sentences = [
-        f"{len(examples)} prompts, {sampling.samples} answer(s) each, oracle {named.oracle.name}. Row beats column, in "
-        f"%, with 95 % intervals over prompts; the mean is over the others. {rates.failures} pairs without a verdict "
+        f"{len(examples)} prompts, {each}, oracle {named.oracle.name}. Row beats column, in %, with 95 % "
+        f"intervals over prompts; the mean is over the others. {rates.failures} pairs without a verdict "
         f"were left out; the oracle's two orders disagree by {rates.disagreement:.3f} on average.",
-        *(f"{entrant.name}: {entrant.how}." for entrant in found),
     ]
-    write_atomic(run.path / "matrix.html", matrix_page(rates, nash, "Win rates", sentences))
+    known = [(entrant.name, entrant.how) for entrant in found]
+    write_atomic(run.path / "matrix.html", matrix_page(rates, nash, "Win rates", sentences, known))
     return rates, nash, result
 
 

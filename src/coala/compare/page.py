@@ -9,8 +9,22 @@ from typing import Any
 from coala.compare import figures, tables
 from coala.compare.results import content_of
 from coala.compare.study import Study
-from coala.compare.text import latex, markdown, notes, place_tables, place_title, sentences
-from coala.pages.parts import Part, aside, code_block, gallery, headed, listing, page, paragraphs, section
+from coala.compare.text import detail_tables, findings, latex, markdown, notes, place_tables, place_title, started
+from coala.pages.parts import (
+    Part,
+    aside,
+    beneath,
+    code_block,
+    details,
+    element,
+    gallery,
+    headed,
+    joined,
+    listing,
+    page,
+    paragraphs,
+    section,
+)
 from coala.store import plain, save_json, write_atomic
 
 
@@ -35,22 +49,41 @@ def render(content: Mapping[str, Any]) -> str:
     facts += [f"{counts['missing']} missing"] if counts["missing"] else []
     facts += [f"{name}: {value}" for name, value in sorted(content["machine"].items())]
     more = (tables.stage_one(content), tables.published(content), tables.failures(content))
-    found = sentences(content) or ["No cell is done yet, so there is nothing to conclude."]
+    places = list(enumerate(content["places"], 1))
+    told = [_found(place, f"place-{number}") for number, place in places if findings(place)]
+    nothing = None if told else aside("No cell is done yet, so there is nothing to conclude.")
+    short = element("dl", joined(told), class_="findings") if told else nothing
     return page(
         content["title"],
         "COALA comparison",
-        section("In short", listing(found, "conclusions"), aside(content["reproduces"]), name="short"),
-        *map(_place, content["places"]),
+        section("In short", short, aside(content["reproduces"]), name="short"),
+        *(_place(place, f"place-{number}") for number, place in places),
         section(
             "Costs as published, and what failed", headed(*(table for table in more if table is not None)), name="more"
         ),
-        section("How it was made", paragraphs(*_how(content)), code_block(content["command"]), name="how"),
+        section(
+            "How it was made",
+            paragraphs(*_how(content)),
+            listing(notes(content)),
+            code_block(content["command"]),
+            name="how",
+        ),
         facts=facts,
         footer="All numbers are in report.json next to this page.",
     )
 
 
-def _place(place: Mapping[str, Any]) -> Part:
+def _found(place: Mapping[str, Any], name: str) -> Part:
+    """The findings of a place beside its title, which leads to its section."""
+    items = []
+    for one in findings(place):
+        word = element("span", f"{one['word']}:", class_=f"verdict {one['verdict']}".rstrip())
+        items.append(beneath(word + " " + one["said"], one["figures"]))
+    title = beneath(element("a", place["dataset"], href=f"#{name}"), started(place))
+    return element("div", element("dt", title), element("dd", listing(items, "conclusions")))
+
+
+def _place(place: Mapping[str, Any], name: str) -> Part:
     shown = (
         figures.margin_curves(place),
         figures.accuracy_by_flops(place),
@@ -58,7 +91,10 @@ def _place(place: Mapping[str, Any]) -> Part:
         figures.wins_by_kl(place),
     )
     drawn = gallery(*shown) if place["ranks"] else ""
-    return section(place_title(place), aside(_worded(place["pairs"])), headed(*place_tables(place)), drawn)
+    more = [details(table.caption, table) for table in detail_tables(place)]
+    return section(
+        place_title(place), aside(_worded(place["pairs"])), headed(*place_tables(place)), drawn, *more, name=name
+    )
 
 
 def _worded(pairs: Mapping[str, Any]) -> str:
@@ -81,6 +117,5 @@ def _how(content: Mapping[str, Any]) -> Iterator[str]:
             f"Fewer than four rates were tried for {', '.join(content['untuned'])}: a comparison with these says "
             "little."
         )
-    yield from notes(content)
     seeds = content["settings"]["seeds"]
     yield f"Seeds: {', '.join(map(str, seeds))}."

@@ -125,7 +125,7 @@ def _place(
         told["capability"] = capability_changes(rows)
         told["benchmarks"] = [found[c.id]["result"] for c in here if c.kind == "benchmark" and c.id in found]
         ranking = (*conclusions.of_ranking(told), *conclusions.of_heads(told)) if study.ranks else ()
-        told["verdict"] = [
+        found_here = [
             *ranking,
             *conclusions.of_writing(told),
             *conclusions.of_survival(told),
@@ -134,7 +134,8 @@ def _place(
             *conclusions.of_benchmarks(told),
             *conclusions.of_flops(told),
         ]
-        told["measured"] = conclusions.of_measured(told)
+        told["findings"] = [asdict(one) for one in found_here]
+        told["measured"] = [asdict(one) for one in conclusions.of_measured(told)]
         told["layers"] = next(
             (
                 {"cell": c.id, "rows": found[c.id]["result"]["layers"]}

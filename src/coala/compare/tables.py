@@ -5,11 +5,17 @@ Words and rounds; computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coala.pages.parts import Table
 from coala.pages.words import UNKNOWN, bracketed, flops, number, seconds, size
+
+
+def with_values(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Without the columns in which no row has anything; the first names the rows."""
+    kept = [k for k in range(len(head)) if not k or any(row[k] != UNKNOWN for row in rows)]
+    return [head[k] for k in kept], [[row[k] for k in kept] for row in rows]
 
 
 def ranking(place: Mapping[str, Any]) -> Table | None:
@@ -42,8 +48,7 @@ def ranking(place: Mapping[str, Any]) -> Table | None:
         )
     return Table(
         "Ranking of held-out pairs by each method's own reward",
-        head,
-        rows,
+        *with_values(head, rows),
         "95 % intervals by group, of the mean over seeds. Rewards have no common scale: margins are in units of their "
         "own deviation, the loss is that of the best single scale. A fall is a step along the run that lowers the "
         "held-out margin.",
@@ -98,8 +103,7 @@ def costs(place: Mapping[str, Any]) -> Table | None:
     )
     return Table(
         "FLOPs of one run",
-        head,
-        rows,
+        *with_values(head, rows),
         "Two per multiply-add of matrix products. Of heads the formula has the extraction alone, the counter the fit "
         "with all its validation too. Search: every learning rate tried, or the layers.",
     )
@@ -140,7 +144,7 @@ def measured(place: Mapping[str, Any]) -> Table | None:
         *(f"peak of {label}" for label in shares),
         *(f"above libraries of {label}" for label in shares),
     )  # fmt: skip
-    return Table("Time and memory of one run, measured", head, rows, _MEASURED)
+    return Table("Time and memory of one run, measured", *with_values(head, rows), _MEASURED)
 
 
 def published(content: Mapping[str, Any]) -> Table | None:

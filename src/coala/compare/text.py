@@ -18,12 +18,17 @@ _SIGNS = {
 
 
 def place_title(place: Mapping[str, Any]) -> str:
-    return f"{place['dataset']} with {place['model']}" + (", after SFT" if place["init"] == "sft" else "")
+    return f"{place['dataset']} {started(place)}"
 
 
-def sentences(content: Mapping[str, Any]) -> list[str]:
-    """What was found everywhere."""
-    return [sentence for place in content["places"] for sentence in (*place["verdict"], *place["measured"])]
+def started(place: Mapping[str, Any]) -> str:
+    """What every method of a place started from."""
+    return f"with {place['model']}" + (", after SFT" if place["init"] == "sft" else "")
+
+
+def findings(place: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was found at a place, then what it took."""
+    return [*place["findings"], *place["measured"]]
 
 
 def notes(content: Mapping[str, Any]) -> list[str]:
@@ -40,7 +45,7 @@ def notes(content: Mapping[str, Any]) -> list[str]:
 
 
 def place_tables(place: Mapping[str, Any]) -> list[Table]:
-    """Every table of one dataset, model and start."""
+    """The tables of one dataset, model and start that answer the study's questions."""
     found = (
         tables.ranking(place),
         tables.differences(place),
@@ -55,9 +60,14 @@ def place_tables(place: Mapping[str, Any]) -> list[Table]:
         *writing_tables.benchmarks(place),
         tables.costs(place),
         tables.measured(place),
-        _layers(place),
     )
     return [table for table in found if table is not None]
+
+
+def detail_tables(place: Mapping[str, Any]) -> list[Table]:
+    """Further tables, for whoever asks how these came about."""
+    layers = _layers(place)
+    return [*writing_tables.matrices(place), *([] if layers is None else [layers])]
 
 
 def _layers(place: Mapping[str, Any]) -> Table | None:
@@ -87,7 +97,10 @@ def latex(content: Mapping[str, Any]) -> str:
     """Every table as a ``tabular`` in a ``table``, without packages."""
     parts = []
     for place in content["places"]:
-        parts += [_tabular(table, f"{table.caption}: {place_title(place)}") for table in place_tables(place)]
+        parts += [
+            _tabular(table, f"{table.caption}: {place_title(place)}")
+            for table in (*place_tables(place), *detail_tables(place))
+        ]
     for table in (tables.stage_one(content), tables.published(content)):
         if table is not None:
             parts.append(_tabular(table, table.caption))
@@ -127,12 +140,16 @@ def markdown(content: Mapping[str, Any]) -> str:
     parts += [f"`{content['command']}`", ""] if content["command"] else []
     parts += [f"{machine}.", ""] if machine else []
     parts += [f"{counts['done']} of {counts['cells']} cells done, {counts['failed']} failed.", ""]
-    parts += [f"- {sentence}" for sentence in sentences(content)]
+    parts += ["## In short"]
+    for place in content["places"]:
+        lines = [f"- **{one['word']}:** {one['said']} {one['figures']}".rstrip() for one in findings(place)]
+        parts += ["", f"### {place_title(place)}", "", *lines] if lines else []
+    parts += [] if any(map(findings, content["places"])) else ["", "No cell is done yet."]
     if told := notes(content):
         parts += ["", "## Models and pairs", "", *(f"- {note}" for note in told)]
     for place in content["places"]:
         parts += ["", f"## {place_title(place)}"]
-        for table in place_tables(place):
+        for table in (*place_tables(place), *detail_tables(place)):
             parts += _piped(table)
     for more in (tables.stage_one(content), tables.published(content), tables.failures(content)):
         if more is not None:

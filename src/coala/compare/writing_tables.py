@@ -102,8 +102,13 @@ def agreement(place: Mapping[str, Any]) -> Table | None:
 
 
 def benchmarks(place: Mapping[str, Any]) -> list[Table]:
-    """One table of sections for every benchmark, and RM-Bench's matrix of every head of ours."""
-    return [table for found in place["benchmarks"] for table in (_sections(found), *_matrices(found))]
+    """One table of sections for every benchmark."""
+    return [_sections(found) for found in place["benchmarks"]]
+
+
+def matrices(place: Mapping[str, Any]) -> list[Table]:
+    """RM-Bench's matrix of every head of ours."""
+    return [table for found in place["benchmarks"] for table in _matrices(found)]
 
 
 def _sections(found: Mapping[str, Any]) -> Table:

@@ -9,4 +9,5 @@ writer     the threads that draw replies ahead and think about clicks
 figures    what can be said of it, in sentences
 app        the page
 finish     the session as an ordinary run
+jobs       what takes long: finish, distil, export
 """

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from coala.live.figures import figures, waiting_for
-from coala.live.finish import JOBS, Jobs
+from coala.live.jobs import JOBS, Jobs
 from coala.live.journal import Asked, Side, Verdict
 from coala.live.session import OWNER, Conflict, Session
 from coala.live.writer import Threads
@@ -123,6 +123,7 @@ def create_app(
         with session.lock:
             last = session.journal.last_answer(name)
             mine = sum(session.journal.asked[one].rater == name for one in session.journal.answered)
+            clicks = len(session.journal.answered)
             shown = None if question is None else _shown(question, session)
         return {
             "question": shown,
@@ -131,7 +132,7 @@ def create_app(
             "answered": mine,
             "last": None if last is None else {"question": last.id, "click": last.click, "verdict": last.verdict},
             "figures": [vars(one) for one in figures(session)],
-            "jobs": jobs.look() if name == OWNER else {},
+            "jobs": jobs.look(clicks) if name == OWNER else {},
             "running": jobs.running if name == OWNER else "",
         }
 

@@ -11,7 +11,8 @@ from coala.alignment.context import open_backbone
 from coala.callbacks import OnNote, quiet
 from coala.live.app import create_app
 from coala.live.figures import figures
-from coala.live.finish import Jobs, begin, recipe_in
+from coala.live.finish import begin, recipe_in
+from coala.live.jobs import Jobs
 from coala.live.session import OWNER, Session
 from coala.live.settings import LiveSettings
 from coala.live.writer import Backbone, Threads

@@ -51,11 +51,11 @@ def game_page(result: Result, title: str) -> str:
         if len(names) == 3:
             caption = "A hollow dot is the start, a full one the end, the cross the Nash policy."
             drawn = plots.simplex_plot(
-                result.method, policies, names, strategy, title=prompt, words=words, caption=caption
+                result.method, policies, names, strategy, key=prompt, words=words, caption=caption
             )
         else:
             caption = "The largest at the end, ten at most."
-            drawn = plots.probability_curves(policies, names, title=prompt, words=words, caption=caption)
+            drawn = plots.probability_curves(policies, names, key=prompt, words=words, caption=caption)
         table = Table("Answers", ("Answer", "Nash", "Last", "Start", "Wins against last"), rows)
         parts.append(section(f"Prompt: {prompt}" if prompt else "Policy", gallery(drawn), headed(table)))
     return page(title, BRAND, *parts)

@@ -59,16 +59,21 @@ def curves(
     *,
     floor: float = 1e-16,
     xlabel: str = "outer update",
+    first: int = 0,
     wide: bool = False,
 ) -> Drawing:
-    """Each named series (T,) by update, logarithmic; values below ``floor`` (rounding) are drawn at it."""
+    """Each named series (T,) by update, logarithmic; values below ``floor`` (rounding) are drawn at it.
+
+    ``first`` is the number of the first of them.
+    """
 
     def draw(axes: Any) -> None:
         for (name, values), colour in zip(series.items(), colours(len(series)), strict=True):
             kept = _thinned(len(values))
             line = np.maximum(values[kept], floor)
-            axes.semilogy(kept, line, color=colour, linewidth=1.5, label=_short(name))
+            axes.semilogy(first + kept, line, color=colour, linewidth=1.5, label=_short(name))
         axes.set(xlabel=xlabel, ylabel=ylabel)
+        _whole_numbers(axes)
         axes.grid(which="minor", visible=False)
         if len(series) > 1:
             # Beside the lines: among many there is no free corner.
@@ -79,9 +84,12 @@ def curves(
 
 
 def probability_curves(
-    policies: Policies, labels: Sequence[str], *, title: str = "", words: str = "", caption: str = ""
+    policies: Policies, labels: Sequence[str], *, title: str = "", key: str = "", words: str = "", caption: str = ""
 ) -> Drawing:
-    """Probability of each answer (T, n) by outer update; for games that no triangle shows. At most ten lines."""
+    """Probability of each answer (T, n) by outer update; for games that no triangle shows. At most ten lines.
+
+    Of two figures of a page ``title`` or ``key`` must differ.
+    """
     largest = np.argsort(-policies[-1], kind="stable")[: len(COLOURS)]
 
     def draw(axes: Any) -> None:
@@ -89,9 +97,17 @@ def probability_curves(
         for i, colour in zip(largest, COLOURS, strict=False):
             axes.plot(kept, policies[kept, i], color=colour, linewidth=1.5, label=_short(labels[i]))
         axes.set(xlabel="outer update", ylabel="probability", ylim=(-0.02, 1.02), title=_short(title))
+        _whole_numbers(axes)
         axes.legend(fontsize=8)
 
-    return drawing(f"probability {title}", words, caption, draw)
+    return drawing(f"probability {key} {title}", words, caption, draw)
+
+
+def _whole_numbers(axes: Any) -> None:
+    """Ticks at updates, of which there are no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _thinned(n: int) -> Any:

@@ -18,6 +18,7 @@ from coala.pages.parts import element
 BLUE, ORANGE, GREEN, GREY, INK, LINE = "#1f6f8b", "#d1603d", "#5b8a3c", "#8a929c", "#2b3138", "#b4bac2"
 COLOURS = (BLUE, ORANGE, GREEN, "#8b5fa8", "#b08a1e", "#c2527f", "#3f4a56", "#4f9c95", "#7a6a58", "#5d6fc4")
 FEWEST = 3  # points of a figure: fewer are numbers, which a table has
+FEW_DECADES = 100  # from end to end of a logarithmic axis, below which numbers between powers of ten are shown
 SOFT, GRID, PAPER = "#59616b", "#e7eaee", "#ffffff"
 # page.css has another of each for a dark screen, under its number here.
 PALETTE = (*COLOURS, GREY, INK, LINE, SOFT, GRID, PAPER)
@@ -77,7 +78,7 @@ def drawing(
     import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, LogFormatterSciNotation, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
     key = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     # "default" first: the reader's own matplotlib settings must not change the page.
@@ -93,7 +94,13 @@ def drawing(
             # Ticks that were named stay so.
             if axis.get_scale() == "log" and isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
                 # 1e-4, not a power set as mathematics: parsing those takes most of the time of a figure.
-                axis.set_major_formatter(LogFormatter(labelOnlyBase=True))
+                low, high = axis.get_view_interval()
+                if high / low < FEW_DECADES:
+                    # Powers of ten alone would leave one number, or none.
+                    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                else:
+                    axis.set_major_formatter(LogFormatter(labelOnlyBase=True))
                 axis.set_minor_formatter(NullFormatter())
                 axes.tick_params(which="minor", length=0)
         _fill(figure, axes)

@@ -87,6 +87,18 @@ def details(summary: str, *parts: Part, opened: bool = False) -> Part:
     return element("details", head, "\n", inside, "\n", open="" if opened else None) if inside else None
 
 
+def step(question: str, *answer: Part, commands: Iterable[tuple[str, str]] = ()) -> Markup:
+    """A question of the reader's, its answer, and what to type next, each command with what it is for."""
+    typed = [element("dd", code_block(command), element("small", why)) for command, why in commands]
+    return element("div", element("dt", question), element("dd", *answer), *typed)
+
+
+def steps(*each: Part) -> Part:
+    """What a reader does next: any number of :func:`step`."""
+    inside = joined(each)
+    return element("dl", inside, class_="next") if inside else None
+
+
 def titled(title: str, *parts: Part) -> Part:
     """Parts of a section under a title of their own."""
     inside = joined(parts)

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coala.pages.parts import Part, code_block, element, joined
+from coala.pages.parts import Part, element
+from coala.pages.parts import step as step_of_page
+from coala.pages.parts import steps as steps_of_page
 from coala.pages.words import Interval
 from coala.report.content import mapping_of, rows_of
 
@@ -40,10 +42,9 @@ def shown(content: Mapping[str, Any]) -> Part:
     told = []
     for step in steps(content):
         word = element("span", step.word, class_=f"verdict {step.verdict}") if step.word else None
-        typed = [element("dd", code_block(command), element("small", note)) for command, note in step.commands]
         answer = step.answer.replace(" %", "\N{NO-BREAK SPACE}%")
-        told.append(element("div", element("dt", step.question), element("dd", word, answer), *typed))
-    return element("dl", joined(told), class_="next") if told else None
+        told.append(step_of_page(step.question, word, answer, commands=step.commands))
+    return steps_of_page(*told)
 
 
 def _head(content: Mapping[str, Any], run: str) -> Step:

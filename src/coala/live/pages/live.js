@@ -32,13 +32,43 @@ function tell(problem) {
 
 function fill(list, rows) {
   list.replaceChildren(
-    ...rows.flatMap(({ name, value, how }) => {
-      const [term, told, note] = ["dt", "dd", "small"].map((tag) => document.createElement(tag));
+    ...rows.map(({ name, value, how }) => {
+      const [both, term, told, note] = ["div", "dt", "dd", "small"].map((tag) => document.createElement(tag));
       term.textContent = name;
       told.textContent = value;
       note.textContent = how;
       told.append(note);
-      return [term, told];
+      both.append(term, told);
+      return both;
+    }),
+  );
+}
+
+const STATES = { running: ["At work:", "open"], done: ["Done.", "yes"], failed: ["Failed.", "no"], interrupted: ["Interrupted.", "open"] };
+
+// Only what is new is written: a status is read aloud whenever it changes.
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function showJob(line, { state, said, since, commands }) {
+  const [word, kind] = STATES[state];
+  const told = line.querySelector(".told");
+  told.hidden = false;
+  told.querySelector(".verdict").className = `verdict ${kind}`;
+  for (const [part, text] of [["verdict", word], ["said", said], ["since", since]]) put(told.querySelector(`.${part}`), text);
+  const list = line.querySelector(".commands");
+  if (list.dataset.shown === JSON.stringify(commands)) return;
+  list.dataset.shown = JSON.stringify(commands);
+  list.replaceChildren(
+    ...commands.flatMap(([typed, why]) => {
+      const [term, block, code, note] = ["dt", "pre", "code", "dd"].map((tag) => document.createElement(tag));
+      code.textContent = typed;
+      block.className = "command";
+      block.append(code);
+      term.append(block);
+      note.textContent = why;
+      return [term, note];
     }),
   );
 }
@@ -80,16 +110,8 @@ function show(state) {
     shown = null;
     $("status").textContent = state.waiting;
   }
-  if ($("jobs")) {
-    $("jobs").replaceChildren(
-      ...Object.entries(state.jobs).map(([name, said]) => {
-        const line = document.createElement("li");
-        line.textContent = `${name}: ${said}`;
-        return line;
-      }),
-    );
-    for (const button of document.querySelectorAll("[data-job]")) button.disabled = Boolean(state.running);
-  }
+  for (const button of document.querySelectorAll("[data-job]")) button.disabled = Boolean(state.running);
+  for (const [name, job] of Object.entries(state.jobs)) showJob($(`job-${name}`), job);
   clearTimeout(next);
   next = setTimeout(refresh, question && !state.running ? SELDOM : OFTEN);
 }
@@ -104,7 +126,7 @@ async function refresh() {
     if ($("problem").dataset.kind === "away") tell("");
   } catch (error) {
     $("problem").dataset.kind = "away";
-    tell(error instanceof Refused ? error.message : "The server does not answer; this page goes on asking.");
+    tell(error instanceof Refused ? error.message : "The server does not answer; this page keeps asking.");
   }
 }
 
