@@ -19,7 +19,7 @@ from coala.backbone import load_backbone
 from coala.convex.prepare import Standardisation
 from coala.convex.sequential import solved
 from coala.live.figures import accuracy_figure, figures, waiting_for
-from coala.live.finish import begin, recipe_in, write_pairs
+from coala.live.finish import begin, discard_stale, recipe_in, write_pairs
 from coala.live.journal import Journal, JournalError, LivePrompt, line, read_journal
 from coala.live.learner import EARLY_RIDGE, Learner, chosen_at, coordinates
 from coala.live.pool import Pool, choose, reply_event, set_aside
@@ -481,6 +481,33 @@ def test_pairs_of_a_session_are_pairs_with_provenance(session: Session, tmp_path
     assert [(pair.chosen, pair.group, pair.rater) for pair in read_pairs(str(session.path / "pairs.jsonl"))] == [
         (pair.chosen, pair.group, pair.rater) for pair in kept
     ]
+
+
+def test_what_was_distilled_goes_when_the_pairs_change(session: Session, tmp_path: Path) -> None:
+    clicked(session, 14)
+    write_pairs(tmp_path, session.journal)
+    (tmp_path / "distilled").mkdir()
+    (tmp_path / "distilled" / "policy.json").write_text("{}")
+    assert not discard_stale(tmp_path, session.journal)
+    assert (tmp_path / "distilled" / "policy.json").exists()
+    clicked(session, 1)
+    assert discard_stale(tmp_path, session.journal)
+    assert not (tmp_path / "distilled").exists()
+    assert not discard_stale(tmp_path, session.journal)
+
+
+def test_every_click_is_accounted_for_before_anything_can_be_fitted(tmp_path: Path, model: Backbone) -> None:
+    with Session(tmp_path, SETTINGS, IDENTITY) as session:
+        session.add_prompts(PROMPTS)
+        work = session.work()
+        assert isinstance(work, Draw)
+        carry_out(work, session, model, lambda: None)
+        assert session.learner is None
+        clicked(session, 1)
+        assert "0 to learn from and 1 more once 12 replies are written, 0 held out" in figures(session)[0].how
+        fill(session, model)
+        assert session.learner is not None
+        assert "1 to learn from, 0 held out" in figures(session)[0].how
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

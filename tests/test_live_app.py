@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coala.live.app import HEADERS, LARGEST_BODY, create_app
-from coala.live.finish import Jobs
+from coala.live.finish import JOBS, JobKind, Jobs
 from coala.live.journal import VERDICTS, read_journal
 from coala.live.pool import reply_event
 from coala.live.session import FOLDER, JOURNAL, OWNER, Draw, Session
 from coala.live.settings import LiveSettings
 from coala.live.writer import Threads
-from coala.store import load_json, load_pairs
-from coala.values import user
+from coala.store import RunFolder, load_json, load_pairs, run_policy
+from coala.values import CoalaError, user
 from tests.conftest import REPOSITORY
 from tests.waiting import PATIENCE, wait_for
 
@@ -103,6 +105,9 @@ def test_from_the_first_page_to_a_pair_and_back(client: TestClient, session: Ses
     for path, body in (("/prompt", {"text": "x"}), ("/job", {"name": "fit"})):
         assert client.post(at("rater-1", path), json=body).status_code == 403
     assert "Another prompt" in page.text
+    for name, job in JOBS.items():
+        assert f'data-job="{name}">{job.label}<' in page.text
+        assert f"<strong>{job.label}</strong> {job.does}" in unescape(page.text)
     assert "Another prompt" not in client.get(at("rater-1")).text
     assert client.post(at(OWNER, "/prompt"), json={"text": " a new one "}).status_code == 200
     work = session.work()
@@ -123,6 +128,8 @@ def test_from_the_first_page_to_a_pair_and_back(client: TestClient, session: Ses
         ("/prompt", {"text": " "}, 400, "not empty"),
         ("/job", {"name": "sell"}, 400, "name"),
         ("/job", {"name": "distil"}, 409, "no finished run"),
+        ("/job", {"name": "reward-model"}, 409, "no finished run"),
+        ("/job", {"name": "export"}, 409, "Distil first"),
         ("/nothing", {}, 404, "page does not exist"),
     ],
 )
@@ -135,6 +142,16 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     assert answer.status_code == status
     assert said in answer.json()["error"]["message"]
     assert (session.path / JOURNAL).read_bytes() == before
+
+
+def test_a_job_that_breaks_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JOBS, "fit", JobKind("Finish", "", len))  # takes no two arguments
+    jobs = Jobs(tmp_path)
+    jobs.start("fit")
+    with pytest.raises(CoalaError, match="Finish is running"):
+        jobs.start("fit")
+    wait_for(lambda: jobs.look() and not jobs.running)
+    assert jobs.said == {"fit": "It failed with code 1; the terminal of `coala live` shows why."}
 
 
 def test_strangers_are_refused(client: TestClient) -> None:
@@ -297,6 +314,58 @@ def test_killed_again_and_again_no_click_is_lost_or_doubled_and_the_run_is_an_or
     assert "Traceback" not in live.log.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(tmp_path: Path) -> None:
+    """Every button in its order, as docs/tutorials/from_nothing_to_a_served_model.md presses them."""
+    out = tmp_path / "run"
+    live = Live(out, prompts_file(tmp_path, 20), "--max-new-tokens", "16", "--replies", "4").start()
+    place = urllib.request.urlopen(f"{live.url}/", timeout=PATIENCE).url
+
+    def call(path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(place + path, method="GET" if body is None else "POST")
+        request.add_header("Content-Type", "application/json")
+        raw = None if body is None else json.dumps(body).encode()
+        return json.load(urllib.request.urlopen(request, raw, timeout=PATIENCE))
+
+    def click(n: int) -> None:
+        for _ in range(n):
+            wait_for(lambda: call("/state")["question"], live.process)
+            asked = call("/state")["question"]
+            better = "first" if len(asked["first"]) < len(asked["second"]) else "second"
+            call("/answer", {"question": asked["id"], "click": f"click-{asked['id']}", "verdict": better})
+
+    def press(name: str) -> str:
+        call("/job", {"name": name})
+        wait_for(lambda: not call("/state")["running"], live.process)
+        return str(call("/state")["jobs"][name])
+
+    click(60)
+    assert press("fit").startswith("The run is finished."), live.log.read_text()
+    assert press("distil").startswith(f"Distilled: {out / 'distilled'}."), live.log.read_text()
+    served = out.with_name("run-served")
+    assert press("export") == f"Exported: {served}. Serve it: vllm serve {served}"
+    assert press("reward-model") == f"Exported as a reward model: {out / 'exported'}"
+    from transformers import AutoModelForCausalLM
+
+    base, changed = (
+        AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight.detach().double().numpy()
+        for folder in (FILM, served)
+    )
+    left, right = run_policy(RunFolder(out)).factors()
+    assert np.abs(changed - base - base @ left @ right).max() < 1e-3 * np.abs(base).max()
+    assert np.abs(changed - base).max() > 1e-2 * np.abs(base).max()
+    click(1)
+    assert "Distil again" in press("fit")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        call("/job", {"name": "export"})
+    assert "Distil first" in json.load(refused.value)["error"]["message"]
+    assert press("distil").startswith("Distilled")
+    assert f"{served} is there and is not of this policy" in press("export")
+    assert live.end() == 0
+    assert "Traceback" not in live.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("content", "said"), [("", "no rows"), ('{"nothing": 1}\n', "Fix|fix"), ("not json\n", "JSON")]
 )
@@ -304,7 +373,6 @@ def test_a_wrong_file_of_prompts_is_refused_before_any_model_is_loaded(tmp_path:
     from typer.testing import CliRunner
 
     from coala.cli import app
-    from coala.values import CoalaError
 
     (tmp_path / "prompts.jsonl").write_text(content)
     command = ["live", "--model", "nowhere", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "o")]

@@ -3,6 +3,9 @@
     OUT/run.json                     the recipe: `coala align --recipe OUT/run.json --out OUT` does what finishing does
     OUT/live/pairs.jsonl             pairs to fit, with the click each is of
     OUT/live/pairs-held-out.jsonl    pairs of prompts that were set aside
+    OUT/distilled                    the guidance of these pairs as a change of weights; gone when the pairs change
+    OUT-served, OUT-served.gguf      the model with that change, for other programs
+    OUT/exported                     the head as a reward model
 
 What takes long is done in a process of its own, which ends with the server.
 """
@@ -10,20 +13,24 @@ What takes long is done in a process of its own, which ends with the server.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coala.alignment import align_recipe
+from coala.alignment import align_recipe, evidence_notes
+from coala.alignment.parts import guidance_of
 from coala.live.journal import Journal, read_journal
 from coala.live.session import FOLDER, JOURNAL
 from coala.messages import CoalaError
+from coala.pages.words import Interval
 from coala.processes import Child, Parent
 from coala.recipe import Recipe, recipe_of
-from coala.store import RunFolder, load_object, save_lines
+from coala.store import DISTILLED, RunFolder, discard, load_head, load_lines, load_object, save_lines
 from coala.values import Pair
 
 PAIRS, HELD_OUT = "pairs.jsonl", "pairs-held-out.jsonl"
 LEAST = 2  # pairs to fit, and held out, without which there is no run
+LONGEST = 1000  # characters of what a job tells: a pipe takes them whole
 
 
 def recipe_in(out: Path, model: Mapping[str, Any], max_new_tokens: int, seed: int) -> Recipe:
@@ -64,11 +71,39 @@ def write_pairs(out: Path, journal: Journal) -> tuple[int, int]:
 
     Raises :class:`CoalaError` where there are too few for a run.
     """
-    found = {}
-    for name, held_out in ((PAIRS, False), (HELD_OUT, True)):
-        pairs = journal.pairs(held_out=held_out)
-        found[held_out] = len(pairs)
-        rows = [
+    rows = _rows(journal)
+    for name, some in rows.items():
+        save_lines(Path(out) / FOLDER / name, some)
+    n_fitted, n_held_out = len(rows[PAIRS]), len(rows[HELD_OUT])
+    if n_fitted < LEAST or n_held_out < LEAST:
+        raise CoalaError(
+            f"found {n_fitted} pairs to learn from and {n_held_out} held out, expected at least {LEAST} of each, "
+            "fix: click more, with enough prompts that some are held out"
+        )
+    return n_fitted, n_held_out
+
+
+def discard_stale(out: Path, journal: Journal) -> bool:
+    """Delete what was distilled from other pairs than those of ``journal``; whether there was any.
+
+    Called before the pairs are written: a kill in between leaves no policy that is of other pairs than the files'.
+    """
+    from coala.distil.side_by_side import REPLIES
+
+    rows = _rows(journal)
+    files = {name: Path(out) / FOLDER / name for name in rows}
+    if all(file.is_file() and list(load_lines(file)) == rows[name] for name, file in files.items()):
+        return False
+    found = (Path(out) / DISTILLED).exists()
+    for name in (DISTILLED, REPLIES):
+        discard(Path(out) / name)
+    return found
+
+
+def _rows(journal: Journal) -> dict[str, list[dict[str, Any]]]:
+    """The lines of both files, each pair with the click it is of."""
+    return {
+        name: [
             {
                 **_row(pair),
                 "click": answer.click,
@@ -77,15 +112,10 @@ def write_pairs(out: Path, journal: Journal) -> tuple[int, int]:
                 "edited": answer.verdict == "edited",
                 "tags": list(answer.tags),
             }
-            for pair, answer in pairs
+            for pair, answer in journal.pairs(held_out=held_out)
         ]
-        save_lines(Path(out) / FOLDER / name, rows)
-    if found[False] < LEAST or found[True] < LEAST:
-        raise CoalaError(
-            f"found {found[False]} pairs to learn from and {found[True]} held out, expected at least {LEAST} of each, "
-            "fix: click more, with enough prompts that some are held out"
-        )
-    return found[False], found[True]
+        for name, held_out in ((PAIRS, False), (HELD_OUT, True))
+    }
 
 
 def _row(pair: Pair) -> dict[str, Any]:
@@ -104,21 +134,52 @@ def _row(pair: Pair) -> dict[str, Any]:
 def fit_run(parent: Parent, out: Path) -> None:
     """The run of all clicks so far: what `coala align` does."""
     raw = (out / FOLDER / JOURNAL).read_bytes()
-    write_pairs(out, read_journal(raw, str(out / FOLDER / JOURNAL)))
+    journal = read_journal(raw, str(out / FOLDER / JOURNAL))
+    stale = discard_stale(out, journal)
+    write_pairs(out, journal)
     run = RunFolder(out)
-    align_recipe(recipe_of(run.settings, out / "run.json"), run, on_progress=_telling(parent))
-    parent.tell(f"The run is finished. Its report: {out / 'report.html'}")
+    recipe = recipe_of(run.settings, out / "run.json")
+    content = align_recipe(recipe, run, on_progress=_telling(parent))
+    doubts = evidence_notes(out, load_head(out / "head"), guidance_of(recipe))
+    accuracy = Interval(content["summary"]["accuracy_eval"])
+    found = f"The head ranks {accuracy.percent()} of {accuracy.n:,} held-out pairs right: better than chance."
+    more = "Click more, and finish again." if doubts else ""
+    again = "Distil again: what was distilled was of fewer clicks." if stale else ""
+    _say(parent, "The run is finished.", *(doubts or [found]), more, again, f"Its report: {out / 'report.html'}")
 
 
 def distil_run(parent: Parent, out: Path) -> None:
     """The run's guidance as a change of the model's output layer: what `coala distil` does."""
-    from coala.distil.stage import distil
+    from coala.distil.stage import NothingToDistil, distil
 
-    distil(out, on_progress=_telling(parent))
-    parent.tell(f"Distilled: {out / 'distilled'}")
+    notes: list[str] = []
+    try:
+        distil(out, on_progress=_telling(parent), on_note=notes.append)
+    except NothingToDistil:
+        raise CoalaError(
+            "found a head that cross-validation cannot distinguish from chance, so that it guides nothing, expected "
+            "one with evidence, fix: click more, and finish again"
+        ) from None
+    _say(parent, f"Distilled: {out / DISTILLED}. Export writes the model with it.", *(f"Note: {one}." for one in notes))
 
 
-def export_run(parent: Parent, out: Path) -> None:
+def export_model(parent: Parent, out: Path) -> None:
+    """The model with its distilled guidance, beside the run: a GGUF file if it is one, else a checkpoint."""
+    from coala.backbone.files import find
+    from coala.backbone.gguf_header import is_gguf
+    from coala.export.policy import export_beside
+
+    parent.tell("loading the model")
+    run, notes = RunFolder.open(out), []
+    model = recipe_of(run.settings, out / "run.json").model
+    place = find(model.name, model.revision, download=False)[0]
+    made = export_beside(run, "gguf" if is_gguf(place) else "checkpoint", on_note=notes.append)
+    if made is None:
+        raise CoalaError("; ".join(notes))
+    _say(parent, f"Exported: {made.path}. Serve it: {' or: '.join(made.commands)}")
+
+
+def export_head(parent: Parent, out: Path) -> None:
     """The run as a reward model: what `coala export --to reward-model` does."""
     from coala.alignment import load_parts
     from coala.export import export_reward_model, facts_of
@@ -126,16 +187,59 @@ def export_run(parent: Parent, out: Path) -> None:
     parent.tell("loading the model")
     backbone, head, _ = load_parts(out)
     made = export_reward_model(head, backbone, out / "exported", facts_of(out, head))
-    parent.tell(f"Exported as a reward model: {made.folder}")
+    _say(parent, f"Exported as a reward model: {made.folder}")
 
 
-JOBS: Mapping[str, Callable[[Parent, Path], None]] = {"fit": fit_run, "distil": distil_run, "export": export_run}
+@dataclass(frozen=True)
+class JobKind:
+    """A button of the page: its label, what it does, and the file without which ``first`` has to be pressed."""
+
+    label: str
+    does: str
+    work: Callable[[Parent, Path], None]
+    needs: str = ""
+    first: str = ""
+
+
+JOBS: Mapping[str, JobKind] = {
+    "fit": JobKind(
+        "Finish",
+        "makes an ordinary run of the clicks so far: pairs, features, a head chosen by validation, guided replies, a "
+        "report. You can continue to click, and finish again.",
+        fit_run,
+    ),
+    "distil": JobKind(
+        "Distil",
+        "puts the guidance of the finished run into the model's output layer.",
+        distil_run,
+        "report.json",
+        "There is no finished run yet. Finish first.",
+    ),
+    "export": JobKind(
+        "Export",
+        "writes the model with the distilled guidance as a file that other programs serve, next to the run.",
+        export_model,
+        f"{DISTILLED}/policy.json",
+        "Nothing has been distilled from these clicks yet. Distil first.",
+    ),
+    "reward-model": JobKind(
+        "Reward model",
+        "writes the head as a Hugging Face reward model.",
+        export_head,
+        "report.json",
+        "There is no finished run yet. Finish first.",
+    ),
+}
+
+
+def _say(parent: Parent, *sentences: str) -> None:
+    parent.tell(" ".join(filter(None, sentences))[:LONGEST])
 
 
 def _telling(parent: Parent) -> Callable[..., None]:
     def show(stage: str, done: float, total: float | None, note: str = "") -> None:
         share = f" {100 * done / total:.0f} %" if total else ""
-        parent.tell(f"{stage}{share}{f': {note}' if note else ''}"[:1000])
+        parent.tell(f"{stage}{share}{f': {note}' if note else ''}"[:LONGEST])
 
     return show
 
@@ -150,14 +254,15 @@ class Jobs:
         self.said: dict[str, str] = {}
 
     def start(self, name: str) -> None:
-        """Begin a job; :class:`CoalaError` where one is at work, or there is no run yet."""
+        """Begin a job; :class:`CoalaError` where one is at work, or what it needs is not there yet."""
         self.look()
         if self.running:
-            raise CoalaError(f"The job {self.running} is at work; wait for it.")
-        if name != "fit" and not (self._out / "report.json").exists():
-            raise CoalaError("There is no finished run yet. Finish first.")
+            raise CoalaError(f"{JOBS[self.running].label} is running; wait for it.")
+        job = JOBS[name]
+        if job.needs and not (self._out / job.needs).exists():
+            raise CoalaError(job.first)
         self.said[name] = "begun"
-        self.running, self._child = name, Child(JOBS[name], self._out)
+        self.running, self._child = name, Child(job.work, self._out)
 
     def look(self) -> dict[str, str]:
         """What each job told last."""
@@ -172,7 +277,8 @@ class Jobs:
             except EOFError:
                 if code := child.join():
                     told = self.said[self.running]
-                    self.said[self.running] = told if told.startswith("It failed") else f"It failed with code {code}."
+                    failed = f"It failed with code {code}; the terminal of `coala live` shows why."
+                    self.said[self.running] = told if told.startswith("It failed") else failed
                 child.__exit__()
                 self.running, self._child = "", None
                 break

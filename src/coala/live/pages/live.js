@@ -84,7 +84,7 @@ function show(state) {
     $("jobs").replaceChildren(
       ...Object.entries(state.jobs).map(([name, said]) => {
         const line = document.createElement("li");
-        line.textContent = `${name}: ${said}`;
+        line.textContent = `${document.querySelector(`[data-job="${name}"]`).textContent}: ${said}`;
         return line;
       }),
     );
