@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,8 @@ def steps(page: str) -> Iterator[Step]:
         heading, kind, code = match.groups()
         section = heading or section
         if kind in ("sh", "python") and not code.startswith(NOT_RUN):
-            following = found[i + 1] if i + 1 < len(found) else None
-            shown = following[3] if following is not None and following[2] == "text" else ""
-            yield Step(section, kind, code, shown)
+            following = takewhile(lambda block: block[2] == "text", found[i + 1 :])
+            yield Step(section, kind, code, "".join(block[3] for block in following))
 
 
 def run(step: Step) -> str:
