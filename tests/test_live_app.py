@@ -316,10 +316,13 @@ def test_killed_again_and_again_no_click_is_lost_or_doubled_and_the_run_is_an_or
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(tmp_path: Path) -> None:
+def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Every button in its order, as docs/tutorials/from_nothing_to_a_served_model.md presses them."""
     out = tmp_path / "run"
     live = Live(out, prompts_file(tmp_path, 20), "--max-new-tokens", "16", "--replies", "4").start()
+    request.addfinalizer(live.process.kill)
     place = urllib.request.urlopen(f"{live.url}/", timeout=PATIENCE).url
 
     def call(path: str, body: dict[str, Any] | None = None) -> Any:
