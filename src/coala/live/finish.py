@@ -170,7 +170,8 @@ def export_model(parent: Parent, out: Path) -> None:
     from coala.export.policy import export_beside
 
     parent.tell("loading the model")
-    run, notes = RunFolder.open(out), []
+    run = RunFolder.open(out)
+    notes: list[str] = []
     model = recipe_of(run.settings, out / "run.json").model
     place = find(model.name, model.revision, download=False)[0]
     made = export_beside(run, "gguf" if is_gguf(place) else "checkpoint", on_note=notes.append)
