@@ -483,6 +483,20 @@ def test_pairs_of_a_session_are_pairs_with_provenance(session: Session, tmp_path
     ]
 
 
+def test_every_click_is_accounted_for_before_anything_can_be_fitted(tmp_path: Path, model: Backbone) -> None:
+    with Session(tmp_path, SETTINGS, IDENTITY) as session:
+        session.add_prompts(PROMPTS)
+        work = session.work()
+        assert isinstance(work, Draw)
+        carry_out(work, session, model, lambda: None)
+        assert session.learner is None
+        clicked(session, 1)
+        assert "0 to learn from and 1 more once 12 replies are written, 0 held out" in figures(session)[0].how
+        fill(session, model)
+        assert session.learner is not None
+        assert "1 to learn from, 0 held out" in figures(session)[0].how
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     new = tmp_path / "new"
     recipe = recipe_in(new, {"name": "m"}, 8, 0)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,7 +33,7 @@ from coala.live.pool import reply_event
 from coala.live.session import FOLDER, JOURNAL, OWNER, Draw, Session
 from coala.live.settings import LiveSettings
 from coala.live.writer import Threads
-from coala.store import load_json, load_pairs
+from coala.store import RunFolder, load_json, load_pairs, run_policy
 from coala.values import user
 from tests.conftest import REPOSITORY
 from tests.waiting import PATIENCE, wait_for
@@ -124,6 +125,7 @@ def test_from_the_first_page_to_a_pair_and_back(client: TestClient, session: Ses
         ("/job", {"name": "sell"}, 400, "name"),
         ("/job", {"name": "distil"}, 409, "no finished run"),
         ("/job", {"name": "fit"}, 409, "fix: click more"),
+        ("/job", {"name": "reward-model"}, 409, "no finished run"),
         ("/nothing", {}, 404, "page does not exist"),
     ],
 )
@@ -295,6 +297,63 @@ def test_killed_again_and_again_no_click_is_lost_or_doubled_and_the_run_is_an_or
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in live.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every button in its order, as docs/tutorials/from_nothing_to_a_served_model.md presses them."""
+    out = tmp_path / "run"
+    live = Live(out, prompts_file(tmp_path, 20), "--max-new-tokens", "16", "--replies", "4").start()
+    request.addfinalizer(live.process.kill)
+    place = urllib.request.urlopen(f"{live.url}/", timeout=PATIENCE).url
+
+    def call(path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(place + path, method="GET" if body is None else "POST")
+        request.add_header("Content-Type", "application/json")
+        raw = None if body is None else json.dumps(body).encode()
+        return json.load(urllib.request.urlopen(request, raw, timeout=PATIENCE))
+
+    def click(n: int) -> None:
+        for _ in range(n):
+            wait_for(lambda: call("/state")["question"], live.process)
+            asked = call("/state")["question"]
+            better = "first" if len(asked["first"]) < len(asked["second"]) else "second"
+            call("/answer", {"question": asked["id"], "click": f"click-{asked['id']}", "verdict": better})
+
+    def press(name: str) -> str:
+        call("/job", {"name": name})
+        wait_for(lambda: not call("/state")["running"], live.process)
+        told = call("/state")["jobs"][name]
+        return f"{told['state']}: {told['said']}"
+
+    click(60)
+    assert press("fit").startswith("done: The run is finished"), live.log.read_text()
+    assert press("distil").startswith(f"done: The guidance is distilled into {out / 'distilled'}."), live.log.read_text()
+    served = out.with_name("run-served")
+    assert press("export").startswith(f"done: The model with its guidance is {served};")
+    assert call("/state")["jobs"]["export"]["commands"] == [[f"vllm serve {served}", "vLLM."]]
+    assert str(out / "exported") in press("reward-model")
+    from transformers import AutoModelForCausalLM
+
+    base, changed = (
+        AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight.detach().double().numpy()
+        for folder in (FILM, served)
+    )
+    left, right = run_policy(RunFolder(out)).factors()
+    assert np.abs(changed - base - base @ left @ right).max() < 1e-3 * np.abs(base).max()
+    assert np.abs(changed - base).max() > 1e-2 * np.abs(base).max()
+    click(1)
+    assert press("fit").startswith("done")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        call("/job", {"name": "export"})
+    assert "Press Distil again" in json.load(refused.value)["error"]["message"]
+    assert press("distil").startswith("done")
+    assert f"{served} is there and is not of this policy" in press("export")
+    assert live.end() == 0
     assert "Traceback" not in live.log.read_text()
 
 

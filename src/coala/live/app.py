@@ -78,7 +78,7 @@ class NewPrompt(_Body):
 
 
 class Job(_Body):
-    name: Literal["fit", "distil", "export"]
+    name: Literal["fit", "distil", "export", "reward-model"]
 
 
 def create_app(

@@ -96,16 +96,33 @@ def distil_run(parent: Parent, out: Path) -> Told:
             "guides nothing. Click more and finish again."
         ) from None
     made, name = out / DISTILLED, shlex.quote(str(out))
-    said = " ".join([f"The guidance is distilled into {made}.", *(f"{note[:1].upper()}{note[1:]}." for note in notes)])
-    served = shlex.quote(f"{out}-served")
-    commands = (
-        (f"coala serve {name} --mode distilled", "As fast as the plain model; the OpenAI protocol, and a playground."),
-        (f"coala distil {name} --to checkpoint --out {served}", "Ordinary weights, for vLLM, transformers, llama.cpp."),
-    )
+    said = f"The guidance is distilled into {made}. Export writes the model with it."
+    said = " ".join([said, *(f"{note[:1].upper()}{note[1:]}." for note in notes)])
+    served = f"coala serve {name} --mode distilled"
+    commands = ((served, "As fast as the plain model; the OpenAI protocol, and a playground."),)
     return Told("done", said, commands, str(made))
 
 
-def export_run(parent: Parent, out: Path) -> Told:
+def export_model(parent: Parent, out: Path) -> Told:
+    """The model with its distilled guidance, next to the run: a GGUF file if it is one, else a checkpoint."""
+    from coala.backbone.files import find
+    from coala.backbone.gguf_header import is_gguf
+    from coala.export.policy import export_beside
+
+    parent.tell("loading the model")
+    run, notes = RunFolder.open(out), list[str]()
+    model = recipe_of(run.settings, out / "run.json").model
+    place = find(model.name, model.revision, download=False)[0]
+    made = export_beside(run, "gguf" if is_gguf(place) else "checkpoint", on_note=notes.append)
+    if made is None:
+        raise CoalaError(f"{'; '.join(notes)}.")
+    said = f"The model with its guidance is {made.path}; read back, it has the policy's probabilities."
+    hosts = {"vllm": "vLLM.", "llama-server": "llama.cpp.", "ollama": "Ollama."}
+    commands = tuple((command, hosts[command.split()[0]]) for command in made.commands)
+    return Told("done", said, commands, str(made.path))
+
+
+def export_head(parent: Parent, out: Path) -> Told:
     """The run as a reward model: what `coala export --to reward-model` does; every export has a folder of its own."""
     from coala.alignment import load_parts
     from coala.export import export_reward_model, facts_of
@@ -138,8 +155,13 @@ JOBS: Mapping[str, Job] = {
     ),
     "export": Job(
         "Export",
+        "Writes the model with the distilled guidance as ordinary weights, which other programs serve at full speed.",
+        export_model,
+    ),
+    "reward-model": Job(
+        "Reward model",
         "Writes the head of the finished run as a reward model, which scores replies in other programs.",
-        export_run,
+        export_head,
     ),
 }
 
@@ -231,14 +253,22 @@ class Jobs:
                 require_enough(journal_of(self._out))
             elif not (self._out / "report.json").exists():
                 raise CoalaError("There is no finished run yet. Press Finish first.")
+            if name == "export":
+                self._require_policy()
             told = self._told.get(name)
             there = told is not None and told.state == "done" and told.made and Path(told.made).exists()
-            if name == "export" and told is not None and there and told.head == head_of(self._out):
+            if name == "reward-model" and told is not None and there and told.head == head_of(self._out):
                 raise CoalaError(f"This head is exported already: {told.made}.")
             begun = Told("running", "It has begun.")
             save_json(_record(self._out, name), asdict(begun))
             self._told[name] = begun
             self.running, self._child = name, Child(carry_out, name, self._out)
+
+    def _require_policy(self) -> None:
+        if not (self._out / DISTILLED / "policy.json").exists():
+            raise CoalaError("Nothing has been distilled yet. Press Distil first.")
+        if (told := self._told.get("distil")) is not None and told.head != head_of(self._out):
+            raise CoalaError("The run has another head than the one that was distilled. Press Distil again.")
 
     def look(self, clicks: int) -> dict[str, dict[str, Any]]:
         """How each job stands that was ever begun: ``state``, ``said``, ``commands`` and what has changed ``since``.

@@ -319,14 +319,18 @@ class Session:
             self._teach()
             self._tell()
 
+    @property
+    def scaled_by(self) -> int:
+        """How many replies settle the coordinates of features; no click is fitted before."""
+        return max(2, min(SCALED_BY, 2 * len(self.journal.prompts)))
+
     def _scale(self) -> None:
         """Settle the coordinates once there are replies enough, for good."""
         if self.learner is not None:
             return
         drawn = list(self.pool.replies)
         if not self.journal.scaled:
-            most = min(SCALED_BY, 2 * len(self.journal.prompts))
-            if not self.journal.prompts or len(drawn) < max(2, most):
+            if not self.journal.prompts or len(drawn) < self.scaled_by:
                 return
             self._keep({"kind": "scaled", "replies": drawn})
         known = [self.pool.replies[name].feature for name in self.journal.scaled if name in self.pool.replies]
