@@ -332,7 +332,7 @@ def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(
 
     click(60)
     assert press("fit").startswith("done: The run is finished"), live.log.read_text()
-    assert press("distil").startswith(f"done: The guidance is distilled into {out / 'distilled'}."), live.log.read_text()
+    assert press("distil").startswith(f"done: The guidance is distilled into {out / 'distilled'}.")
     served = out.with_name("run-served")
     assert press("export").startswith(f"done: The model with its guidance is {served};")
     assert call("/state")["jobs"]["export"]["commands"] == [[f"vllm serve {served}", "vLLM."]]

@@ -117,7 +117,7 @@ def _output(
     replies: list[int],
     longest: int,
 ) -> _Output:
-    """``teacher``: FLOPs of guided replies of these tokens, in ``rows`` with their prompts; ``longest`` is a policy's own."""
+    """``teacher``: FLOPs of guided replies of these tokens, in ``rows`` with their prompts; ``longest``: a policy's."""
     scale = Fraction(1)
     if settings.teacher == "weighted":
         survey = counts.surveys["train"]
