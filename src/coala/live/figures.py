@@ -33,13 +33,17 @@ def figures(session: Session) -> list[Figure]:
         n_fitted = 0 if learner is None else len(learner)
         gap, ridge_of = (0.0, 0) if learner is None else (learner.optimality.relative_gap, learner.ridge_of)
         ahead, undone = session.outlook, journal.undone
-    n_held_out = len(outcomes)
+        edited = sum(one.verdict == "edited" and journal.asked[one.id].held_out for one in journal.answered.values())
+    held_out = f"{len(outcomes)} held out"
+    if edited:
+        # Their better reply is the rater's own, which no head had ordered before.
+        held_out += f", {edited} held out and edited, which no accuracy counts"
     apart = [f"{verdicts['same']} the same", f"{verdicts['skip']} skipped", f"{undone} taken back"]
     lines = [
         Figure(
             "Clicks",
             f"{sum(verdicts.values())}",
-            f"{n_fitted} to learn from, {n_held_out} held out; {', '.join(apart)}",
+            f"{n_fitted} to learn from, {held_out}; {', '.join(apart)}",
         ),
         accuracy_figure(running_mean(outcomes)),
     ]
