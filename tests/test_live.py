@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from coala.convex.prepare import Standardisation
 from coala.convex.sequential import solved
 from coala.live.figures import accuracy_figure, figures, waiting_for
 from coala.live.finish import begin, recipe_in, write_pairs
-from coala.live.journal import Journal, JournalError, LivePrompt, line, read_journal
+from coala.live.journal import VERDICTS, Journal, JournalError, LivePrompt, line, read_journal
 from coala.live.learner import EARLY_RIDGE, Learner, chosen_at, coordinates
 from coala.live.pool import Pool, choose, reply_event, set_aside
 from coala.live.session import FOLDER, JOURNAL, REPLIES, Conflict, Draw, Read, Session
@@ -293,6 +294,24 @@ def session_spec(learner: Learner) -> Any:
     from coala.values import FeatureSpec
 
     return FeatureSpec("m", "", "w", "t", 1, "mean", False, 96)
+
+
+def test_every_click_is_told_as_what_it_is(session: Session, model: Backbone) -> None:
+    for number in range(14):
+        question = session.question("owner")
+        assert question is not None
+        verdict = "edited" if question.held_out else VERDICTS[number % len(VERDICTS)]
+        side = {"side": "first", "text": f"edit {number}"} if verdict == "edited" else {}
+        session.answer("owner", question.id, f"click-{number}", verdict, **side)  # type: ignore[arg-type]
+    fill(session, model)
+    clicks, *_ = figures(session)
+    held_out = [session.journal.asked[name].held_out for name in session.journal.answered]
+    verdicts = [one.verdict for one in session.journal.answered.values()]
+    assert clicks.value == "14"
+    assert sum(map(int, re.findall(r"\d+", clicks.how))) == 14
+    edited = sum(v == "edited" and aside for v, aside in zip(verdicts, held_out, strict=True))
+    assert edited > 0
+    assert f"{edited} held out and edited" in clicks.how
 
 
 def test_outcomes_are_those_of_the_head_before_the_click(session: Session) -> None:

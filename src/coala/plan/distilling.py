@@ -136,6 +136,6 @@ def _output(
     if settings.strength == "auto" and settings.teacher != "shift":
         # A fifth of the prompts, answered at every strength.
         befores = [row - reply for row, reply in zip(rows, replies, strict=True)]
-        some = befores[: min(settings.held_out, -(-len(befores) // FOLDS))]
-        flops["choice"] = STRENGTHS * sum(decoding_flops(shape, before, longest) for before in some)
+        answered = befores[: min(settings.held_out, -(-len(befores) // FOLDS))]
+        flops["choice"] = STRENGTHS * sum(decoding_flops(shape, before, longest) for before in answered)
     return _Output(flops, states, round(len(replies) * scale), max(replies, default=0))
