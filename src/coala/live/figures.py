@@ -33,30 +33,22 @@ def figures(session: Session) -> list[Figure]:
         n_fitted = 0 if learner is None else len(learner)
         gap, ridge_of = (0.0, 0) if learner is None else (learner.optimality.relative_gap, learner.ridge_of)
         ahead, undone = session.outlook, journal.undone
-<<<<<<< HEAD
         n_waiting = len(journal.pairs(held_out=False)) - n_fitted
         scaled_by = session.scaled_by if learner is None else 0
-    n_held_out = len(outcomes)
+        edited = sum(one.verdict == "edited" and journal.asked[one.id].held_out for one in journal.answered.values())
     # A click is taught once its features are there, and the first ones once the features' scale is settled.
     until = f"{scaled_by} replies are written" if scaled_by else "the edited reply is read"
-    waiting = f" and {n_waiting} more once {until}" if n_waiting else ""
-=======
-        edited = sum(one.verdict == "edited" and journal.asked[one.id].held_out for one in journal.answered.values())
+    fitted = f"{n_fitted} to learn from" + (f" and {n_waiting} more once {until}" if n_waiting else "")
     held_out = f"{len(outcomes)} held out"
     if edited:
         # Their better reply is the rater's own, which no head had ordered before.
         held_out += f", {edited} held out and edited, which no accuracy counts"
->>>>>>> pages
     apart = [f"{verdicts['same']} the same", f"{verdicts['skip']} skipped", f"{undone} taken back"]
     lines = [
         Figure(
             "Clicks",
             f"{sum(verdicts.values())}",
-<<<<<<< HEAD
-            f"{n_fitted} to learn from{waiting}, {n_held_out} held out; {', '.join(apart)}",
-=======
-            f"{n_fitted} to learn from, {held_out}; {', '.join(apart)}",
->>>>>>> pages
+            f"{fitted}, {held_out}; {', '.join(apart)}",
         ),
         accuracy_figure(running_mean(outcomes)),
     ]
