@@ -126,15 +126,16 @@ def _gated(chosen: NDArray[np.float32], rejected: NDArray[np.float32], ridge: fl
     centre, deviation = both.mean(0), both.std(0)
     # Of features that are constant nothing can be learnt.
     spread = np.where(deviation > 1e-6, deviation, np.inf) * np.sqrt(both.shape[2])
-    # (L, 2n, d): a layer's states lie together, so that one product reads them once for weight and gate.
+    # (L, 2n, d): a layer's states lie together, so that one product reads them once for weight and gate. With these two
+    # as its left rows the product is twice as fast as with them as its right columns.
     x = torch.tensor(np.ascontiguousarray(((both - centre) / spread).swapaxes(0, 1), np.float32))
     n_layers, rows, width = x.shape
-    heads, bias = torch.zeros(n_layers, width, 2, requires_grad=True), torch.zeros(n_layers, 1, requires_grad=True)
+    heads, bias = torch.zeros(n_layers, 2, width, requires_grad=True), torch.zeros(n_layers, 1, requires_grad=True)
     optimiser = torch.optim.LBFGS([heads, bias], max_iter=STEPS, max_eval=EVALUATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        weighed, gated = torch.bmm(x, heads).unbind(-1)
+        weighed, gated = torch.bmm(heads, x.mT).unbind(1)
         scores = (torch.sigmoid(gated + bias) * weighed).sum(0)
         margins = scores[: rows // 2] - scores[rows // 2 :]
         loss = torch.nn.functional.softplus(-margins).mean() + ridge / 2 * heads.square().sum()
@@ -143,7 +144,7 @@ def _gated(chosen: NDArray[np.float32], rejected: NDArray[np.float32], ridge: fl
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
     found, c = heads.detach().numpy(), bias.detach().numpy()[:, 0]
-    w, g = (np.ascontiguousarray(found[..., column]) for column in (0, 1))
+    w, g = (np.ascontiguousarray(found[:, row]) for row in (0, 1))
     return GatedLayers(w, g, c, centre.astype(np.float32), spread.astype(np.float32))
 
 
