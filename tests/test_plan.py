@@ -26,10 +26,12 @@ from coala.alignment import align_recipe
 from coala.backbone import load_backbone, outline
 from coala.backbone.network import Network
 from coala.cli.plan import plan as plan_command
+from coala.convex import output_fit
 from coala.costs import Stopwatch, decoding_bytes, decoding_flops, full_flops, pass_bytes, states_flops
 from coala.data import read_pairs
 from coala.decoding import Guidance, generate
 from coala.features import extract, survey
+from coala.plan import distilling
 from coala.plan.memory import size
 from coala.plan.plan import PlanError, fit_flops, make_plan
 from coala.plan.probe import measured_rates
@@ -535,6 +537,9 @@ def test_distilling_is_planned_by_the_formulas_of_costs(tmp_path: Path) -> None:
     assert flops["adapter"]["training"] == 3 * 3 * 2 * row * 240
     assert flops["output"]["teacher"] == flops["adapter"]["teacher"] > 10 * 300 * decoding_flops(shape, 100, 59) // 2
     assert (plan.distil.replies, plan.distil.reply_tokens) == (300, 60)
+    # Sixty held-out prompts, answered at five strengths.
+    assert (output_fit.FOLDS, len(output_fit.STRENGTHS)) == (distilling.FOLDS, distilling.STRENGTHS)
+    assert flops["output"]["choice"] == 5 * 60 * decoding_flops(shape, 100, 60)
     told = dict(table_rows(plan))
     assert told["distil"].startswith("300 replies of 60 tokens")
     assert "teacher" in told["  --into output"]
@@ -549,6 +554,7 @@ def test_distilling_is_planned_by_the_formulas_of_costs(tmp_path: Path) -> None:
     assert weighted is not None
     assert rounds is not None
     assert weighted.flops["output"]["teacher"] == 0
+    assert weighted.flops["output"]["choice"] == 5 * 100 * decoding_flops(shape, 100, 60)
     assert (weighted.replies, weighted.reply_tokens) == (2 * plan.train, 60)
     assert weighted.flops["output"]["states"] == 2 * plan.train * states_flops(shape, [160], [60])
     assert weighted.flops["adapter"] == flops["adapter"]

@@ -73,7 +73,13 @@ def distil_plan(recipe: Recipe, outline: Outline, counts: Counts, *, on_gpu: boo
     size = 4 if (recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and not on_gpu)) else 2
     weights = outline.parameters * size
     writing = weights + decoding_bytes(shape, outline.cached, ROWS, max(prompts), new, size=size)
-    output = _output(settings, shape, counts, teacher, rows, replies, new)
+    output = _output(settings, shape, counts, teacher, rows, replies)
+    if settings.strength == "auto" and settings.teacher != "shift":
+        # A fifth of the prompts is answered at every strength.
+        asked = there if settings.teacher == "weighted" else prompts
+        some = asked[: min(settings.held_out, -(-len(asked) // FOLDS))]
+        output.flops["choice"] = STRENGTHS * sum(decoding_flops(shape, prompt, new) for prompt in some)
+    writes = output.flops["teacher"] or "choice" in output.flops
     fit = output_fit_bytes(output.states, NUCLEUS * output.states, shape.width, shape.vocabulary)
     adapted = adapter.adapter_rank * shape.n_layers
     adapted *= shape.body_matmul_parameters // (shape.n_layers * shape.width) + TARGETS * shape.width
@@ -89,7 +95,7 @@ def distil_plan(recipe: Recipe, outline: Outline, counts: Counts, *, on_gpu: boo
             "dpo": {"training": counts.scaled(sweep)},
         },
         bytes={
-            "output": {"writing replies": writing if output.flops["teacher"] else 0, "solver": sum(fit.values())},
+            "output": {"writing replies": writing if writes else 0, "solver": sum(fit.values())},
             "adapter": {"writing replies": writing, "training": sum(trained(adapter.batch, max(rows)).values())},
             "dpo": {"training": sum(trained(2 * adapter.batch, counts.longest_row).values())},
         },
@@ -109,15 +115,9 @@ class _Output:
 
 
 def _output(
-    settings: DistilSettings,
-    shape: Shape,
-    counts: Counts,
-    teacher: int,
-    rows: list[int],
-    replies: list[int],
-    longest: int,
+    settings: DistilSettings, shape: Shape, counts: Counts, teacher: int, rows: list[int], replies: list[int]
 ) -> _Output:
-    """``teacher``: FLOPs of guided replies of these tokens, in ``rows`` with their prompts; ``longest``: a policy's."""
+    """``teacher``: FLOPs of guided replies of these tokens, in ``rows`` with their prompts."""
     scale = Fraction(1)
     if settings.teacher == "weighted":
         survey = counts.surveys["train"]
@@ -133,9 +133,4 @@ def _output(
         solver = output_fit_flops(states, NUCLEUS * states, shape.width, usual_solves(shape.width))
     once = round(states_flops(shape, rows, replies) * scale)
     flops = {"teacher": teacher, "states": once, "solver": solver}
-    if settings.strength == "auto" and settings.teacher != "shift":
-        # A fifth of the prompts, answered at every strength.
-        befores = [row - reply for row, reply in zip(rows, replies, strict=True)]
-        answered = befores[: min(settings.held_out, -(-len(befores) // FOLDS))]
-        flops["choice"] = STRENGTHS * sum(decoding_flops(shape, before, longest) for before in answered)
     return _Output(flops, states, round(len(replies) * scale), max(replies, default=0))
