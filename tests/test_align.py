@@ -626,6 +626,19 @@ def test_what_a_setting_does_not_decide_is_kept(
     assert stamps(copied) == after
 
 
+def test_what_is_distilled_of_a_head_goes_with_it(copied: RunFolder, pairs: Path, model: Path) -> None:
+    for name in ("distilled", "distilled-adapter"):
+        (copied.path / name).mkdir()
+        (copied.path / name / "policy.json").write_text("{}")
+    align_recipe(recipe(pairs, model), copied)
+    assert (copied.path / "distilled" / "policy.json").exists()
+    (copied.path / "head" / "head.safetensors").unlink()  # fitted again, as after other pairs
+    notes: list[str] = []
+    align_recipe(recipe(pairs, model), copied, on_note=notes.append)
+    assert not any((copied.path / name).exists() for name in ("distilled", "distilled-adapter"))
+    assert sum("of another head" in note for note in notes) == 2
+
+
 def test_a_head_that_reads_prompts_has_them_extracted(copied: RunFolder, pairs: Path, model: Path) -> None:
     assert load_features(copied.path / "features/train").prompt is None
     align_recipe(recipe(pairs, model, head={"gate_on": "prompt", "n_patterns": 2}, evaluation={"prompts": 0}), copied)

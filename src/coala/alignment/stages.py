@@ -25,6 +25,7 @@ from coala.statistics.intervals import wald
 from coala.store import (
     claim,
     digest,
+    discard,
     file_digest,
     link_features,
     load_features,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 
 MOST_WIDTH = 10.0  # points of accuracy within which held-out pairs should tell
+# What `coala distil` and `--distil` write of a head.
+DISTILLED_FILES = ("distilled", "distilled-adapter", "generations-distilled.jsonl")
 
 
 # --- the stages --------------------------------------------------------------------------------------------------
@@ -220,6 +223,11 @@ def _head(context: StageContext) -> None:
         result = fitted()
         # Every head is shown beside the linear one, its own control (docs/departures.md).
         linear = result.head if not result.head.n_neurons else fitted(linear=True).head
+        # A policy of the head before is none of this one's; gone first, so that no kill leaves it next to the new head.
+        for name in DISTILLED_FILES:
+            if context.path(name).exists():
+                context.note(f"{context.path(name)}: deleted, for it is of another head. Fix: run coala distil again")
+                discard(context.path(name))
         save_head(context.path("head"), result.head)
         save_json(
             context.path("head/fit.json"), {"path": result.path, "history": result.history, "linear": linear.linear}
