@@ -267,7 +267,7 @@ def test_a_change_is_taken_as_often_as_held_out_prompts_ask_and_its_objective_is
     rows = [row for row in found.path if "lead" in row]
     assert found.strength == rows[-1]["strength"]
     assert found.held_out is not None
-    assert found.held_out.value == pytest.approx(rows[-1]["held_out"], rel=1e-6)
+    assert found.held_out.value == pytest.approx(rows[0]["held_out"], rel=1e-6)
     assert all(row["held_out"] < 0 for row in rows)
 
 

@@ -287,7 +287,9 @@ class DistilSettings:
     ] = None
     strength: Annotated[
         Annotated[float, Gt(0)] | Literal["auto"],
-        Setting("Factor on the change; auto: raised until its own replies score like the teacher's (for `shift`: 1)."),
+        Setting(
+            "Factor on the change; auto: raised until its own replies score like the teacher's (`guided`), else 1."
+        ),
     ] = "auto"
     rank: Annotated[
         Annotated[int, Ge(1)] | Literal["auto", "full"],

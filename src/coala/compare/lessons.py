@@ -83,7 +83,7 @@ def _lessons(
     context: CellContext, costs: Costs, taught: StudyMethod, guidance: Guidance
 ) -> tuple[list[Lesson], list[int]]:
     """Replies to learn from, and the FLOPs of writing them by prompt: none of the pairs' own."""
-    from coala.distil.states import Lesson, guided_lessons
+    from coala.distil.states import Lesson, guided_lessons, weighted_lessons
 
     pairs, longest = context.part("train"), context.evaluation.max_new_tokens
     if taught.lessons == "chosen":
@@ -96,23 +96,16 @@ def _lessons(
         return own, []
     head = _head(context, taught)
     if taught.lessons == "weighted":
-        return _weighted(context, taught, head)[0], []
+        from coala.compare.every_layer import loaded
+
+        of = next(method for method in context.study.methods if method.name == taught.of)
+        features, beta = loaded(context, "train", method=of), taught.distil_settings.beta
+        return weighted_lessons(context.backbone, pairs, features, head, beta, longest), []
     prompts = training_prompts(context)[: taught.distil_settings.prompts]
     with costs.of("replies"):
         replies = _written(context, prompts, head, guidance)
     flops = _flops_of_replies(context, prompts, [reply.n_tokens for reply in replies], guidance)
     return guided_lessons(context.backbone, prompts, replies, longest), flops
-
-
-def _weighted(context: CellContext, taught: StudyMethod, head: ConvexHead) -> tuple[list[Lesson], list[float]]:
-    """The pairs' own replies by their weights, and their scores."""
-    from coala.compare.every_layer import loaded
-    from coala.distil.states import weighted_lessons
-
-    of = next(method for method in context.study.methods if method.name == taught.of)
-    features, pairs = loaded(context, "train", method=of), context.part("train")
-    longest = context.evaluation.max_new_tokens
-    return weighted_lessons(context.backbone, pairs, features, head, taught.distil_settings.beta, longest)
 
 
 def _written(
@@ -212,16 +205,13 @@ def taught_by(context: CellContext) -> Teaching:
 
 
 def taught_replies(context: CellContext) -> Taught:
-    """The teacher's replies to the prompts that this cell's method learns from, and their scores; none of ``shift``."""
-    from coala.distil.stage import Taught, taught_by_weight
+    """The teacher's replies to the prompts that this cell's method learns from; none where it wrote none."""
+    from coala.distil.stage import Taught
 
-    method = context.method
-    if method.lessons == "weighted":
-        return taught_by_weight(*_weighted(context, method, _head(context, method)))
-    if method.lessons != "guided":
+    if context.method.lessons != "guided":
         return Taught()
-    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: method.distil_settings.prompts]
-    return Taught(training_prompts(context)[: len(replies)], [reply.score for reply in replies], replies)
+    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: context.method.distil_settings.prompts]
+    return Taught(training_prompts(context)[: len(replies)], replies)
 
 
 def choosing_prompts(context: CellContext) -> tuple[list[tuple[Turn, ...]], dict[str, int]]:

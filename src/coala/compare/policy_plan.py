@@ -91,10 +91,9 @@ def _choices(study: Study, method: StudyMethod, shape: Shape, counts: Counts) ->
     from coala.convex.output_fit import FOLDS, STRENGTHS
 
     settings = method.distil_settings
-    if method.kind != "distilled" or settings.teacher == "shift" or settings.strength != "auto":
+    if method.kind != "distilled" or method.lessons != "guided" or settings.strength != "auto":
         return 0
-    prompts = counts.prompts_of("train") if settings.teacher == "weighted" else _prompts(method, counts)
-    new = study.evaluation.max_new_tokens
+    prompts, new = _prompts(method, counts), study.evaluation.max_new_tokens
     some = prompts[: min(settings.held_out, -(-len(prompts) // FOLDS))]
     return settings.rounds * len(STRENGTHS) * sum(reply_flops(shape, tokens, new, None) for tokens in some)
 

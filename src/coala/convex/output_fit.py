@@ -40,8 +40,8 @@ class OutputFit:
     """A = ``left`` ``right``, (d, r) and (r, d), or ``left`` alone; what was proved of it and how it was chosen.
 
     ``path`` has a row for every ridge, rank and strength that was tried, with its loss on held-out prompts. A is
-    ``strength`` times the change that was fitted. ``held_out`` is the loss there of what was chosen, in nats a token
-    from no change; ``None`` where nothing was held out.
+    ``strength`` times the change that was fitted. ``held_out`` is that change's loss there, in nats a token from no
+    change, before it is taken ``strength`` times; ``None`` where nothing was held out.
     """
 
     left: Float[np.ndarray, "d r"]
@@ -104,7 +104,7 @@ def fit_output(
             kept = _at_rank(data, out, chosen_rank, ridge, kept, path)[2]
         if lead is not None:
             strength = _choose_strength(data, out, kept, lead, path, progress)
-        left_out = _estimated(data, out, strength * kept)
+        left_out = _estimated(data, out, kept)
     elif ridge is None:
         # A single prompt: nothing can be held out, and the second strongest ridge is as good a guess as any.
         ridge = trace_of(data) * RIDGES[1]

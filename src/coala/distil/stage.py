@@ -128,7 +128,7 @@ class Teaching:
             self.backbone,
             self.head,
             taught.prompts,
-            taught.scores,
+            [reply.score for reply in taught.replies],
             self.guidance,
             max_new_tokens=self.longest,
             temperature=self.sampled_at,
@@ -219,8 +219,7 @@ class Work(Teaching):
             return guided_states(self)
         if self.settings.teacher == "shift":
             return self.noted(_shifted(self)), Taught()
-        lessons, scores = _weighted(self)
-        return self.states_of(lessons), taught_by_weight(lessons, scores)
+        return self.states_of(_weighted(self)), Taught()
 
     def teaching_flops(self, states: DistilStates) -> dict[str, int]:
         """FLOPs of the teacher's replies and of ``states``."""
@@ -231,26 +230,10 @@ class Work(Teaching):
 
 @dataclass(frozen=True)
 class Taught:
-    """Of a teacher whose replies are scored, by group: its ``prompts``, the ``scores`` of its replies to them.
-
-    ``replies`` are what it wrote, if it wrote. ``shift``, which teaches distributions, has none of these.
-    """
+    """Of a teacher that wrote what there is to learn, by group, its ``replies`` to ``prompts``."""
 
     prompts: Sequence[tuple[Turn, ...]] = ()
-    scores: Sequence[float] = ()
     replies: Sequence[Generation] = ()
-
-
-def taught_by_weight(lessons: Sequence[Lesson], scores: Sequence[float]) -> Taught:
-    """By prompt the mean of its lessons' ``scores``, by their weight: what a teacher that draws by weight scores."""
-    groups = np.array([lesson.group for lesson in lessons])
-    weights = np.array([lesson.weight for lesson in lessons])
-    prompts: list[tuple[Turn, ...]] = [()] * (int(groups.max(initial=-1)) + 1)
-    for lesson in lessons:
-        prompts[lesson.group] = lesson.prompt
-    with np.errstate(invalid="ignore"):  # a prompt all of whose replies are too light teaches nothing
-        means = np.bincount(groups, weights * scores) / np.bincount(groups, weights)
-    return Taught(prompts, means.tolist())
 
 
 def guided_states(
@@ -269,7 +252,7 @@ def project(work: Teaching, states: DistilStates, taught: Taught) -> tuple[Disti
     from coala.convex import fit_output
 
     settings = work.settings
-    own = work.own_score(taught) if settings.strength == "auto" and taught.scores else None
+    own = work.own_score(taught) if settings.strength == "auto" and taught.replies else None
     # Sampled at a temperature, the policy is the softmax of logits over it.
     found = fit_output(
         states,
@@ -331,17 +314,17 @@ def teacher_replies(work: Teaching, before: DistilledPolicy | None = None, *, se
         kept=work.folder / f"replies-{named}.jsonl",
         on_reply=lambda n, total: work.on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
-    return Taught(prompts, [reply.score for reply in replies], replies)
+    return Taught(prompts, replies)
 
 
-def _weighted(work: Work) -> tuple[list[Lesson], list[float]]:
+def _weighted(work: Work) -> list[Lesson]:
     pairs, features = load_pairs(work.run.path / "pairs-train.jsonl"), load_features(work.run.path / "features/train")
-    lessons, scores = weighted_lessons(work.backbone, pairs, features, work.head, work.settings.beta, work.longest)
+    lessons = weighted_lessons(work.backbone, pairs, features, work.head, work.settings.beta, work.longest)
     n = len({(conversation_text(pair.prompt), text) for pair in pairs for text in (pair.chosen, pair.rejected) if text})
     whole = sum(lesson.ended for lesson in lessons)
     left = f" (the others weigh at most {100 * LIGHT:g} % together)" if len(lessons) < n else ""
     work.on_note(f"{len(lessons)} of {n} replies of the pairs teach{left}, {whole} of them with their end")
-    return lessons, scores
+    return lessons
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -63,8 +63,8 @@ def weighted_lessons(
     head: ConvexHead,
     beta: float,
     max_new_tokens: int,
-) -> tuple[list[Lesson], list[float]]:
-    """Both replies of every pair, each once, weighted by exp(r / ``beta``) of its score r in standard deviations; r.
+) -> list[Lesson]:
+    """Both replies of every pair, each once, weighted by exp(r / ``beta``) of its score r in standard deviations.
 
     ``features`` are those of ``pairs``, as the head reads them. A reply of fewer than ``max_new_tokens`` is taken for
     whole, so that its end is learnt too; a longer one may have been cut. The lightest, which together have
@@ -86,14 +86,13 @@ def weighted_lessons(
     weights = np.exp((rewards - rewards.max()) / (beta * max(float(rewards.std()), 1e-12)))
     lightest = np.argsort(weights, kind="stable")
     light = set(lightest[np.cumsum(weights[lightest]) <= LIGHT * weights.sum()].tolist())
-    lessons, kept = [], []
-    for number, ((group, text), (prompt, score)) in enumerate(found.items()):
+    lessons = []
+    for number, ((group, text), (prompt, _)) in enumerate(found.items()):
         if text and number not in light:
             row = backbone.render(prompt, text)
             ended = _ended(backbone, row.stop - row.start, max_new_tokens)
             lessons.append(Lesson(prompt, text, group, float(weights[number]), ended))
-            kept.append(score)
-    return lessons, kept
+    return lessons
 
 
 def teacher_states(

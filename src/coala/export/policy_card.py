@@ -119,7 +119,11 @@ def policy_card(policy: Policy, backbone: LanguageModel, form: Form, facts: Poli
         ("licence of the base model", licence),
         ("teacher", _teacher(policy, facts)),
         *_vehicle(policy),
-        *([("held-out loss", f"{_told(facts.held_out)}; nats a token from no change")] if facts.held_out else []),
+        *(
+            [("held-out loss", f"{_told(facts.held_out)}; nats a token from no change, at strength 1")]
+            if facts.held_out
+            else []
+        ),
         ("fitted at", ", ".join(f"{name} {value:g}" for name, value in facts.sampling.items())),
         ("cost", _cost(policy, facts.flops)),
     ]

@@ -74,12 +74,10 @@ def distil_plan(recipe: Recipe, outline: Outline, counts: Counts, *, on_gpu: boo
     weights = outline.parameters * size
     writing = weights + decoding_bytes(shape, outline.cached, ROWS, max(prompts), new, size=size)
     output = _output(settings, shape, counts, teacher, rows, replies)
-    if settings.strength == "auto" and settings.teacher != "shift":
+    if settings.strength == "auto" and settings.teacher == "guided":
         # A fifth of the prompts is answered at every strength.
-        asked = there if settings.teacher == "weighted" else prompts
-        some = asked[: min(settings.held_out, -(-len(asked) // FOLDS))]
+        some = prompts[: min(settings.held_out, -(-len(prompts) // FOLDS))]
         output.flops["choice"] = STRENGTHS * sum(decoding_flops(shape, prompt, new) for prompt in some)
-    writes = output.flops["teacher"] or "choice" in output.flops
     fit = output_fit_bytes(output.states, NUCLEUS * output.states, shape.width, shape.vocabulary)
     adapted = adapter.adapter_rank * shape.n_layers
     adapted *= shape.body_matmul_parameters // (shape.n_layers * shape.width) + TARGETS * shape.width
@@ -95,7 +93,7 @@ def distil_plan(recipe: Recipe, outline: Outline, counts: Counts, *, on_gpu: boo
             "dpo": {"training": counts.scaled(sweep)},
         },
         bytes={
-            "output": {"writing replies": writing if writes else 0, "solver": sum(fit.values())},
+            "output": {"writing replies": writing if output.flops["teacher"] else 0, "solver": sum(fit.values())},
             "adapter": {"writing replies": writing, "training": sum(trained(adapter.batch, max(rows)).values())},
             "dpo": {"training": sum(trained(2 * adapter.batch, counts.longest_row).values())},
         },
