@@ -152,7 +152,7 @@ def test_long_values_are_cut_and_control_characters_shown() -> None:
         ({"model": None, "head": {"tol": 1}}, "--model is missing"),
         ({"pairs": None}, "The pairs are missing. Name a file"),
         ({"head": {"tol": 1}}, "unknown setting head.tol; did you mean head.tolerance?"),
-        ({"strength": 1}, "unknown setting strength; did you mean guidance.strength?"),
+        ({"strength": 1}, "unknown setting strength; did you mean guidance.strength or distil.strength?"),
         ({"model": {"name": "m", "dtype": "bf17"}}, "model.dtype (--dtype): found 'bf17', expected one of auto,"),
         ({"guidance": {"mode": "blok"}}, "guidance.mode (--mode): found 'blok', expected one of token, block, prefix, "
                                          "shift, best_of, beam, distilled, none; did you mean block?"),

@@ -178,7 +178,11 @@ def run_page(summary: Mapping[str, Any], title: str, run: str = "RUN") -> str:
                 (
                     ("policy", summary["policy"]),
                     ("oracle", summary["oracle"]),
-                    ("settings", f"eta {settings['eta']:g}, tau {settings['tau']:.3g}, loss {settings['inner_loss']}"),
+                    (
+                        "step",
+                        f"eta {settings['eta']:g}, tau {settings['tau']:.3g} (eta tau {settings['ref_weight']:.3g})",
+                    ),
+                    ("loss", settings["inner_loss"]),
                     ("updates", f"{settings['outer_steps']} of {settings['inner_steps']} steps"),
                     ("time", in_words(summary["seconds"])),
                 ),
