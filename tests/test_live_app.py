@@ -350,7 +350,7 @@ def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(
     assert press("fit").startswith("done")
     with pytest.raises(urllib.error.HTTPError) as refused:
         call("/job", {"name": "export"})
-    assert "Press Distil again" in json.load(refused.value)["error"]["message"]
+    assert "Press Distil first" in json.load(refused.value)["error"]["message"]
     assert press("distil").startswith("done")
     assert f"{served} is there and is not of this policy" in press("export")
     assert live.end() == 0

@@ -26,6 +26,8 @@ from coala.statistics.scores import perplexity
 from coala.store import digest, load_json, load_pairs, save_json
 from coala.values import CoalaError, Generation, Turn, conversation_text, prompt_id
 
+TRIED = {"path", "held_out", "flops", "fit_flops"}  # what a fit that is kept has to say of itself
+
 
 def in_rounds(
     work: Teaching, prompts: list[tuple[Turn, ...]], first: tuple[DistilStates, Taught] | None = None
@@ -64,7 +66,7 @@ def in_rounds(
             work.on_note(_ended(number))
             break
     assert best is not None
-    kept = {name: best[1][name] for name in ("n_replies", "path", "fit_flops")}
+    kept = {name: best[1][name] for name in ("n_replies", "path", "held_out", "fit_flops")}
     flops = {name: sum(row["flops"][name] for row in rows) for name in rows[0]["flops"]}
     return best[0], {**kept, "flops": flops, "kept_round": best[1]["round"], "rounds": rows}
 
@@ -106,8 +108,8 @@ def _projected(
     parts = (states.states[:, :1], states.tokens, states.size, states.target, states.weight, states.group)
     decides = digest(settings, work.temperature, *map(np.asarray, parts))
     record = folder / "fit.json"
-    if record.exists() and (kept := load_json(record))["of"] == decides and "fit_flops" in kept:
-        return DistilledPolicy.load(folder), {name: kept[name] for name in ("path", "flops", "fit_flops")}
+    if record.exists() and (kept := load_json(record))["of"] == decides and kept.keys() >= TRIED:
+        return DistilledPolicy.load(folder), {name: kept[name] for name in TRIED}
     policy, tried = project(work, states, taught)
     policy.save(folder)
     save_json(record, {"of": decides, **tried})
