@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,13 @@ class Live:
         return f"http://127.0.0.1:{self.port}"
 
 
+def called(place: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What the server answers at ``path`` of the page ``place``; with a ``body``, posted."""
+    request = urllib.request.Request(place + path, None if body is None else json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    return json.load(urllib.request.urlopen(request, timeout=PATIENCE))
+
+
 def prompts_file(folder: Path, n: int) -> Path:
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"This film number {i} is"}) + "\n" for i in range(n)))
@@ -255,11 +263,7 @@ def test_killed_again_and_again_no_click_is_lost_or_doubled_and_the_run_is_an_or
     acknowledged: dict[str, str] = {}
     place = urllib.request.urlopen(f"{live.url}/", timeout=PATIENCE).url
 
-    def call(path: str, body: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(place + path, method="GET" if body is None else "POST")
-        request.add_header("Content-Type", "application/json")
-        raw = None if body is None else json.dumps(body).encode()
-        return json.load(urllib.request.urlopen(request, raw, timeout=PATIENCE))
+    call = partial(called, place)
 
     def killer(after: threading.Event) -> None:
         after.wait(PATIENCE)
@@ -311,11 +315,7 @@ def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(
     request.addfinalizer(live.process.kill)
     place = urllib.request.urlopen(f"{live.url}/", timeout=PATIENCE).url
 
-    def call(path: str, body: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(place + path, method="GET" if body is None else "POST")
-        request.add_header("Content-Type", "application/json")
-        raw = None if body is None else json.dumps(body).encode()
-        return json.load(urllib.request.urlopen(request, raw, timeout=PATIENCE))
+    call = partial(called, place)
 
     def click(n: int) -> None:
         for _ in range(n):
@@ -335,7 +335,9 @@ def test_from_no_pairs_to_a_served_model_and_again_after_more_clicks(
     assert press("distil").startswith(f"done: The guidance is distilled into {out / 'distilled'}.")
     served = out.with_name("run-served")
     assert press("export").startswith(f"done: The model with its guidance is {served};")
-    assert call("/state")["jobs"]["export"]["commands"] == [[f"vllm serve {served}", "vLLM."]]
+    assert call("/state")["jobs"]["export"]["commands"] == [
+        [f"vllm serve {served}", "Serves it, one forward pass a token."]
+    ]
     assert str(out / "exported") in press("reward-model")
     from transformers import AutoModelForCausalLM
 

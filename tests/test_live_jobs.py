@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
-import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from coala.store import save_head, save_json
 from coala.values import CoalaError, ConvexHead
 
 from .page_laws import keeps_to_it
-from .test_live_app import Live, prompts_file
+from .test_live_app import Live, called, prompts_file
 from .waiting import PATIENCE, wait_for
 
 
@@ -91,11 +90,7 @@ def test_a_run_that_was_finished_without_the_page_is_told(tmp_path: Path) -> Non
 def edited(place: str, n: int) -> None:
     """So many replies edited into praise, which any head tells from what the model writes."""
 
-    def call(path: str, body: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(place + path, None if body is None else json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        return json.load(urllib.request.urlopen(request, timeout=PATIENCE))
-
+    call = partial(called, place)
     for number in range(n):
         wait_for(lambda: call("/state")["question"])
         question = call("/state")["question"]["id"]

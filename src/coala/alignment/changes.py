@@ -8,11 +8,13 @@ from __future__ import annotations
 from coala.recipe import Recipe, recipe_of
 from coala.store import RunFolder, differences, worded
 
+# What `coala distil` and `--distil` write of a head.
+DISTILLED_FILES = ("distilled", "distilled-adapter", "generations-distilled.jsonl")
 # Each part of a run with the stages that record it and what they write, in the order of the stages.
 _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "features": (("features-train", "features-eval"), ("features",)),
     "head": (("head",), ("head",)),
-    "distilled": (("distil",), ("distilled", "generations-distilled.jsonl")),
+    "distilled": (("distil",), DISTILLED_FILES),
     "replies": (
         ("replies-unguided", "replies-guided", "policy"),
         ("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "policy.json"),

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coala.alignment.changes import DISTILLED_FILES
 from coala.alignment.context import StageContext
 from coala.alignment.extraction import encode, save_layer
 from coala.alignment.fitting import fit_settings
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 
 MOST_WIDTH = 10.0  # points of accuracy within which held-out pairs should tell
-# What `coala distil` and `--distil` write of a head.
-DISTILLED_FILES = ("distilled", "distilled-adapter", "generations-distilled.jsonl")
 
 
 # --- the stages --------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def alternate(
     save_pairs(out, pairs)
     cues = position_cues(pairs)
     for cue, accuracy in cues.items():
-        say(f"{cue}{'' if cue == 'all together' else ' alone'}: separates chosen from rejected in {accuracy}")
+        say(f"chosen and rejected separated by {cue}: {accuracy}")
     emit({"pairs": len(pairs), "conversations": len({p.group for p in pairs}), "cues": cues, "out": out}, alone=True)
 
 

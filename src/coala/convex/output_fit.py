@@ -99,12 +99,12 @@ def fit_output(
         ridges = [unit * relative for relative in RIDGES] if ridge is None else [ridge]
         ridge, terms, kept = _choose_ridge(data, out, ridges, path, progress)
         if rank == "auto":
-            chosen_rank, kept = _choose_rank(data, out, ridge, terms, kept, path, progress)
+            chosen_rank, terms, kept = _choose_rank(data, out, ridge, terms, kept, path, progress)
         elif chosen_rank is not None:
-            kept = _at_rank(data, out, chosen_rank, ridge, kept, path)[2]
+            _, terms, kept = _at_rank(data, out, chosen_rank, ridge, kept, path)
         if lead is not None:
             strength = _choose_strength(data, out, kept, lead, path, progress)
-        left_out = _estimated(data, out, kept)
+        left_out = mean_estimate(terms, states.group[out & data.counted])
     elif ridge is None:
         # A single prompt: nothing can be held out, and the second strongest ridge is as good a guess as any.
         ridge = trace_of(data) * RIDGES[1]
@@ -139,11 +139,6 @@ def _held_out(data: OutputData, out: Bool[np.ndarray, "n"], change: np.ndarray) 
     terms = data.losses(change)[used] * weight / weight.mean()
     mean, error, _ = clustered(terms, data.states.group[used])
     return mean, error, terms
-
-
-def _estimated(data: OutputData, out: Bool[np.ndarray, "n"], change: np.ndarray) -> Estimate:
-    used = out & data.counted
-    return mean_estimate(_held_out(data, out, change)[2], data.states.group[used])
 
 
 def _choose_ridge(
@@ -207,10 +202,10 @@ def _choose_rank(
     change: np.ndarray,
     path: list[dict[str, Any]],
     progress: Progress,
-) -> tuple[int | None, np.ndarray]:
-    """The smallest rank whose held-out loss is within a standard error of the lowest, and its change; None: uncut.
+) -> tuple[int | None, np.ndarray, np.ndarray]:
+    """The smallest rank whose held-out loss is within a standard error of the lowest, these losses, its change.
 
-    ``uncut`` are the held-out losses of ``change`` as it is.
+    ``uncut`` are the held-out losses of ``change`` as it is, whose rank is None.
     """
     ranks = [rank for rank in RANKS if rank < len(change)]
     tried: list[tuple[int | None, np.ndarray, np.ndarray]] = []
@@ -223,8 +218,8 @@ def _choose_rank(
     for candidate, terms, cut in tried:
         mean, error, _ = clustered(terms - lowest, group)
         if mean <= error or mean <= 0:
-            return candidate, cut
-    return None, change
+            return candidate, terms, cut
+    return None, uncut, change
 
 
 def _at_rank(

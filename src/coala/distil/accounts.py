@@ -74,7 +74,6 @@ def fit_flops(found: OutputFit, width: int, vocabulary: int) -> tuple[int, int]:
     cut = "steps_within_rank" in facts
     again = int(cut or found.strength != 1)  # the objective of the change as it is taken
     strengths = sum("strength" in row for row in found.path)
-    strengths += found.held_out is not None
     last = [Solve(width, facts["steps"], certificates=facts["certificates"] + again, held_out=strengths)]
     if cut:
         last += [Solve(facts["inputs_within_rank"], facts["steps_within_rank"], facts["certificates_within_rank"])]

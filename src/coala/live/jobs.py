@@ -117,8 +117,7 @@ def export_model(parent: Parent, out: Path) -> Told:
     if made is None:
         raise CoalaError(f"{'; '.join(notes)}.")
     said = f"The model with its guidance is {made.path}; read back, it has the policy's probabilities."
-    hosts = {"vllm": "vLLM.", "llama-server": "llama.cpp.", "ollama": "Ollama."}
-    commands = tuple((command, hosts[command.split()[0]]) for command in made.commands)
+    commands = tuple((command, "Serves it, one forward pass a token.") for command in made.commands)
     return Told("done", said, commands, str(made.path))
 
 
