@@ -142,7 +142,7 @@ def test_messages() -> None:
         ("Run folder; a session found there goes on.", ["goes on"]),
         ("{path}: is no receipt. Mend it.", ["is no", "mend"]),
         ("There is no file of that name.", []),
-        ("found 3, expected 4, fix: use --anew", []),
+        ("found 3, expected 4, fix: use --from-scratch", []),
         ("Systems beside the cues", ["beside"]),
         ("A toll, a bell", []),
     ],

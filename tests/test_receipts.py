@@ -339,7 +339,7 @@ def test_a_real_run_forgets_goes_on_and_does_not_read_again(tmp_path: Path) -> N
     pairs = load_pairs(run.path / "pairs-train.jsonl")
     gone = [pair for pair in pairs if pair.group == pairs[0].group]
     features = load_features(run.path / "features/train")
-    receipt = forget_pairs(run.path, groups=[pairs[0].group], anew=True)
+    receipt = forget_pairs(run.path, groups=[pairs[0].group], from_scratch=True)
     # A fit that never saw them, byte for byte.
     rest = features.take(np.array([pair not in gone for pair in pairs]))
     fresh = fit_settings(rest, recipe.head, seed=recipe.seed, near=tmp_path, on_step=lambda *told: None).head
@@ -371,7 +371,7 @@ def test_a_head_with_gates_keeps_them_and_says_so(run: Path) -> None:
     save_head(run / "head", head)
     told: list[str] = []
     found = pair_influence(run, top=2, on_note=told.append)
-    assert any("--anew" in line for line in told)
+    assert any("--from-scratch" in line for line in told)
     assert len(found["lists"]["raises"]["rows"]) == 2
     with pytest.raises(CoalaError, match="expected a linear one"):
         pair_influence(run, attack=2)
@@ -379,7 +379,7 @@ def test_a_head_with_gates_keeps_them_and_says_so(run: Path) -> None:
     new = load_head(run / "head")
     np.testing.assert_array_equal(new.gates, head.gates)
     assert receipt["bound"] is None
-    assert receipt["beside"]["log_odds_apart"] >= 0  # what gates chosen anew would give
+    assert receipt["beside"]["log_odds_apart"] >= 0  # what gates chosen again would give
     assert "Gates chosen again would give" in (run / "report.html").read_text()
     assert any("gates were" in text for text in receipt["not_claimed"])
     assert receipt["gap_after"] <= 1e-8

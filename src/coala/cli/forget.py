@@ -19,8 +19,8 @@ def forget(
     line: Annotated[
         list[int] | None, typer.Option(help="Line of the current RUN/pairs-train.jsonl to forget. Repeatable.")
     ] = None,
-    anew: Annotated[
-        bool, typer.Option("--anew", help="Fit from scratch: choose ridge, gates and everything else again.")
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Fit from scratch: choose ridge, gates and everything else again.")
     ] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Feature cache of the run, whose copies are deleted too (default: none).")
@@ -43,7 +43,7 @@ def forget(
         raters=rater or [],
         pairs=list(read_pairs(files)) if files else [],
         lines=line or [],
-        anew=anew,
+        from_scratch=from_scratch,
         cache=cache,
         on_note=say,
     )

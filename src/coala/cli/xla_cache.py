@@ -2,7 +2,7 @@
 
 JAX keeps the programs in a folder of the user's cache, one for each kind of processor, for what is compiled for one
 may not run on another. It writes them in place and never over a file that is there: one that a killed process left
-half written would be compiled anew in every run, so it is found and deleted here, and then replaced.
+half written would be compiled again in every run, so it is found and deleted here, and then replaced.
 JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
 """
 
@@ -39,7 +39,7 @@ def keep_compiled() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     # Many small programs, not a few large ones, are what a fit waits for.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # What cannot be read or written all the same is compiled anew; nobody need be told of it each time.
+    # What cannot be read or written all the same is compiled again; nobody need be told of it each time.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 

@@ -26,13 +26,13 @@ NOT_CLAIMED = (
 )
 
 
-def claimed(refitted: bool, anew: bool) -> list[str]:
-    """What holds after forgetting; ``refitted`` if the head saw the pairs, ``anew`` if validation chose again."""
+def claimed(refitted: bool, from_scratch: bool) -> list[str]:
+    """What holds after forgetting; ``refitted`` if the head saw the pairs, ``from_scratch`` if validation chose again."""
     told = [
         "No file of this run holds the pairs or their features any more; digests of the pairs are kept, so that they "
         "are not read again."
     ]
-    if refitted and anew:
+    if refitted and from_scratch:
         told.append("The head is, byte for byte, the one that a fit of the remaining features alone gives.")
     elif refitted:
         told.append(
@@ -43,12 +43,12 @@ def claimed(refitted: bool, anew: bool) -> list[str]:
     return told
 
 
-def remnants(run: Opened, refitted: bool, anew: bool) -> list[str]:
+def remnants(run: Opened, refitted: bool, from_scratch: bool) -> list[str]:
     """What still rests on the forgotten pairs."""
     told = []
-    if refitted and not anew:
+    if refitted and not from_scratch:
         what = "The ridge, one of 13 on a grid, was" if not run.head.n_neurons else "Ridge, sparsity and gates were"
-        told.append(f"{what} chosen with the forgotten pairs; --anew chooses again.")
+        told.append(f"{what} chosen with the forgotten pairs; --from-scratch chooses again.")
     if refitted and run.recipe.model.layer == "auto":
         told.append("The layer was chosen with the forgotten pairs.")
     return told

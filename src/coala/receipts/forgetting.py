@@ -59,7 +59,7 @@ def forget_pairs(
     raters: Sequence[str] = (),
     pairs: Iterable[Pair] = (),
     lines: Sequence[int] = (),
-    anew: bool = False,
+    from_scratch: bool = False,
     cache: Path | None = None,
     on_note: OnNote | None = None,
 ) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def forget_pairs(
 
     All pairs of ``groups`` and ``raters``, those that say what one of ``pairs`` says, to fit and held out alike, and
     the ``lines`` of pairs-train.jsonl. The head is refitted exactly on the others, at the ridge and with the gates that
-    validation chose before; with ``anew`` validation chooses again, as a fit would that never saw the pairs. Features
+    validation chose before; with ``from_scratch`` validation chooses again, as a fit would that never saw the pairs. Features
     of the folder ``cache`` that hold the pairs are deleted as well.
 
     Raises:
@@ -81,8 +81,8 @@ def forget_pairs(
         asked = list(pairs)
         gone = _selected(run, groups, raters, asked, lines)
         before = _digests(run.run.path)
-        refit = _refitted(run, gone["train"], anew) if gone["train"].any() else None
-        receipt = _receipt(run, gone, refit, anew, before)
+        refit = _refitted(run, gone["train"], from_scratch) if gone["train"].any() else None
+        receipt = _receipt(run, gone, refit, from_scratch, before)
         entries = _cached(cache, before)
         receipt["not_claimed"] += shared(run.run.path, entries)
         with replacing(run.run.path) as new:
@@ -122,11 +122,11 @@ def _selected(
 # --- the head ----------------------------------------------------------------------------------------------------
 
 
-def _refitted(run: Opened, gone: NDArray[np.bool_], anew: bool) -> _Refit:
+def _refitted(run: Opened, gone: NDArray[np.bool_], from_scratch: bool) -> _Refit:
     remaining = run.train.features.take(~run.train.rows(gone))
     old, scale = run.head, run.recipe.head.reference_scale
-    if anew:
-        return _chosen_anew(run, remaining)
+    if from_scratch:
+        return _fitted_from_scratch(run, remaining)
     from coala.convex.forgetting import forget
 
     found = forget(remaining, old, reference_scale=scale, seed=run.recipe.seed)
@@ -151,8 +151,8 @@ def _refitted(run: Opened, gone: NDArray[np.bool_], anew: bool) -> _Refit:
 
 
 def _beside(run: Opened, remaining: FeatureSet, held: ConvexHead) -> dict[str, Any]:
-    """What gates that were chosen anew would have come to, beside those that were held."""
-    other = _chosen_anew(run, remaining).head
+    """What gates that were chosen again would have come to, beside those that were held."""
+    other = _fitted_from_scratch(run, remaining).head
     held_out = run.held_out.features
     apart = np.abs(other.margins(held_out) / other.temperature - held.margins(held_out) / held.temperature)
     return {
@@ -163,7 +163,7 @@ def _beside(run: Opened, remaining: FeatureSet, held: ConvexHead) -> dict[str, A
     }
 
 
-def _chosen_anew(run: Opened, remaining: FeatureSet) -> _Refit:
+def _fitted_from_scratch(run: Opened, remaining: FeatureSet) -> _Refit:
     """The fit that never saw the pairs: the same features, settings and seed give the same bytes."""
 
     def fitted(linear: bool = False) -> Any:
@@ -313,7 +313,7 @@ def _digests(run: Path) -> dict[str, str]:
 
 
 def _receipt(
-    run: Opened, gone: dict[str, NDArray[np.bool_]], refit: _Refit | None, anew: bool, before: dict[str, str]
+    run: Opened, gone: dict[str, NDArray[np.bool_]], refit: _Refit | None, from_scratch: bool, before: dict[str, str]
 ) -> dict[str, Any]:
     left = {side.name: side.features.take(~side.rows(gone[side.name])) for side in (run.train, run.held_out)}
     removed = [
@@ -338,13 +338,13 @@ def _receipt(
         "remaining_train": int((~gone["train"]).sum()),
         "remaining_held_out": int((~gone["eval"]).sum()),
         "pairs": sorted({pair_digest(pair) for pair in removed}),
-        "anew": anew,
+        "from_scratch": from_scratch,
         "head_changed": refit is not None,
         "certified_gap_before": None if certificate is None else certificate.relative_gap,
         **facts,
         "margins_moved": moved,
         "digests": {"before": before, "after": {}},
-        "claimed": claimed(refit is not None, anew),
-        "not_claimed": [*NOT_CLAIMED, *remnants(run, refit is not None, anew)],
+        "claimed": claimed(refit is not None, from_scratch),
+        "not_claimed": [*NOT_CLAIMED, *remnants(run, refit is not None, from_scratch)],
         "stale_files": stale(run.run.path, refit is not None),
     }

@@ -254,7 +254,7 @@ def _forgotten(row: Mapping[str, Any]) -> list[Part]:
         for name in sorted({*mapping_of(digests.get("before")), *mapping_of(digests.get("after"))})
     ]
     bound, beside = row.get("bound"), mapping_of(row.get("beside"))
-    anew = (
+    again = (
         f"{beside['n_neurons']} gates; {100 * beside['accuracy']:.1f} % of held-out pairs ranked right instead of "
         f"{100 * beside['accuracy_held']:.1f} %; log-odds differ by {number(beside['log_odds_apart'])} at most"
         if beside
@@ -273,7 +273,7 @@ def _forgotten(row: Mapping[str, Any]) -> list[Part]:
                 ("Weights moved by", number(row.get("distance"))),
                 ("Proved to move at most by", "no bound (gates)" if bound is None else number(bound)),
                 ("Held-out margins moved by at most", number(row.get("margins_moved"))),
-                *([("Gates chosen again would give", anew)] if anew else []),
+                *([("Gates chosen again would give", again)] if again else []),
             ],
         ),
         Table("Digests (SHA-256, first 16 digits)", ("File", "Before", "After"), rows, left=(1, 2)),
