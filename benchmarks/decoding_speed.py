@@ -3,22 +3,26 @@
     python benchmarks/decoding_speed.py --model FOLDER [--head RUN/head] [--threads 1]
 
 On a CPU. In every round all ways take turns and each is divided by the first of its group in the same round, so that
-what else the machine does weighs on both alike; ratios are geometric means of rounds with t intervals of 95 %. Seconds
-are of processor time, from the first token on: the prompt is read before. The floor is every product of weights of one
-step, the head's among them, and nothing else. "In torch's order" is the same model without oneDNN's layout of its
-weights, which transformers' `generate` has too. Guided blocks are 5 candidates of 5 tokens, plain
-rows as many, all behind the same prompt; without ``--head`` the head is random, which costs as much. Distilled is the
-mode of that name, its change of the output layer random, of rank 8 and of full rank. Errors of 8 bits
-are those of next-token log-probabilities over replies that the whole weights wrote, groups being replies. Prints
-tables; the last line is JSON.
+what else the machine does weighs on both alike; ratios are geometric means of rounds with t intervals of 95 %.
+Seconds are of processor time, from the first token on: the prompt is read before. The floor is every product of
+weights of one step, the head's among them, and nothing else. "In torch's order" is the same model without oneDNN's
+layout of its weights, which transformers' `generate` has too. Guided blocks are 5 candidates of 5 tokens, plain rows
+as many, all behind the same prompt; without ``--head`` the head is random, which costs as much. Distilled is the mode
+of that name, its change of the output layer random, of rank 8 and of full rank. Of a GGUF model the one of full rank
+is also exported and decoded by llama.cpp (`pip install xllamacpp`), in this process and so by the same clock, the
+HTTP request included. Errors of 8 bits are those of next-token log-probabilities over replies that the whole weights
+wrote, groups being replies. Prints tables; the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
+import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,8 +36,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from coala.backbone import LanguageModel, blocked, load_backbone
 from coala.backbone.blocked import BlockedLinear
+from coala.backbone.gguf import is_gguf
 from coala.backbone.packed import PackedLinear
 from coala.decoding import Engine, Guidance, Request, generate
+from coala.export.policy_gguf import export_gguf
 from coala.policies import DistilledPolicy
 from coala.statistics.intervals import bounded_mean, mean_estimate
 from coala.store import load_head
@@ -98,6 +104,35 @@ def attribution(decode: Callable[[], float]) -> dict[str, float]:
     return found
 
 
+def by_llama(file: Path, prompt: list[int], threads: int, tokens: int) -> Callable[[int], float]:
+    """llama.cpp on ``file``: processor seconds a token of one reply, its prompt read before."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(file)
+    settings.n_ctx, settings.n_parallel, settings.verbosity = 1024, 1, -1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(settings)
+
+    def ask(seed: int, many: int) -> int:
+        body = {"prompt": prompt, "n_predict": many, "seed": seed, "ignore_eos": True, "cache_prompt": True}
+        body |= {"temperature": 1, "top_k": 50, "top_p": 0.9, "min_p": 0}
+        request = urllib.request.Request(
+            f"{server.listening_address}/completion", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return int(found["tokens_predicted"])
+
+    def run(seed: int) -> float:
+        ask(seed, 1)  # reads the prompt
+        began = time.process_time()
+        predicted = ask(seed, tokens)
+        return (time.process_time() - began) / predicted
+
+    return run
+
+
 def weight_bytes(backbone: LanguageModel) -> int:
     model = backbone.transformer
     size = {PackedLinear: 1, BlockedLinear: 4}
@@ -152,10 +187,11 @@ def main() -> None:
 
     factors = (1e-3 * np.random.default_rng(1).normal(size=(d, d))).astype(np.float32)
     about: Any = (whole.spec(), "guided", "nucleus", 1.0)
-    changed = {
-        "rank 8": whole.with_policy(DistilledPolicy(factors[:, :8].copy(), factors[:8].copy(), *about)),
-        "full rank": whole.with_policy(DistilledPolicy(factors, None, *about)),
+    policies = {
+        "rank 8": DistilledPolicy(factors[:, :8].copy(), factors[:8].copy(), *about),
+        "full rank": DistilledPolicy(factors, None, *about),
     }
+    changed = {name: whole.with_policy(policy) for name, policy in policies.items()}
 
     def decode(
         backbone: LanguageModel,
@@ -213,6 +249,14 @@ def main() -> None:
             ways[f"distilled, {name}, {some}"] = partial(decode, model, rows, mode="distilled")
     ways[f"guided blocks, {ROWS} rows"] = partial(decode, whole, ROWS, guided=True)
     ways[f"guided blocks, 8 bits, {ROWS} rows"] = partial(decode, small, ROWS, guided=True)
+    folder = tempfile.TemporaryDirectory()  # of exported files, while llama.cpp has them mapped
+    if is_gguf(Path(args.model)) and importlib.util.find_spec("xllamacpp"):
+        prompt = whole.render(user(PROMPTS[0])).tokens
+        for precision in ("f16", "q8_0"):
+            made = export_gguf(
+                policies["full rank"], whole, Path(folder.name) / f"{precision}.gguf", precision=precision
+            )
+            ways[f"llama.cpp, exported, {precision}, 1 row"] = by_llama(made.path, prompt, args.threads, args.tokens)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.rounds + 1):
         for name, way in ways.items():

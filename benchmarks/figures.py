@@ -1,8 +1,9 @@
-"""The figures of docs/guarantees.md: margins over iterations, and the rates of ADMM and of Nesterov's method.
+"""The figures of the documentation.
 
     python benchmarks/figures.py --out docs/figures
 
-All on data drawn here, one seed; the last line is JSON.
+Of docs/guarantees.md: margins over iterations, and the rates of ADMM and of Nesterov's method, on data drawn here, one
+seed. Of docs/results/distil.md: wins by KL, from that page's own tables. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,74 @@ def rates(out: Path) -> dict[str, Any]:
     }
 
 
+SETS = {"film": "film: words", "house-style": "house style: words and form", "sentiment": "sentiment: words"}
+LINES = {  # policies with strengths to choose, and the colour of each
+    "distilled": ("distilled (convex, certified)", "#1b6ca8"),
+    "distilled-weighted-half": ("distilled, weighted pairs (convex, certified)", "#17a398"),
+    "lm-steer": ("LM-Steer (Adam)", "#c17d11"),
+    "best-bias": ("best constant", "#8f5da2"),
+    "mean-difference": ("mean difference", "#777777"),
+}
+SINGLE = {"dpo": ("DPO", "#b3261e", "s"), "sft-guided": ("SFT on guided replies", "#2e7d32", "D")}
+SINGLE |= {
+    "system-prompt": ("system prompt", "black", "^"),
+    "five-examples": ("five examples in the prompt", "black", "v"),
+}
+
+
+def wins_by_kl(page: Path, out: Path) -> dict[str, Any]:
+    """Wins against the unguided model by KL a reply, of each policy along its strengths, from the page's tables."""
+    tables = dict(_tables(page.read_text()))
+    shown = [name for name in SETS if (name, "Weaker and stronger") in tables]
+    figure = Figure(figsize=(4.3 * len(shown) + 0.4, 4.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+        _panel(axes, tables[name, "Replies to held-out prompts"], tables[name, "Weaker and stronger"])
+        axes.set(title=SETS[name], xlabel="KL a reply, nats")
+    figure.axes[0].set(ylabel="wins against the unguided model, %", ylim=(40, 101))
+    known = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    save(figure, out / "wins_by_kl.svg")
+    return {"sets": shown}
+
+
+def _panel(axes: Any, replies: list[dict[str, str]], strengths: list[dict[str, str]]) -> None:
+    axes.axhline(50, color="#999999", linewidth=1, linestyle=":")
+    for row in replies:
+        wins, kl = _figure(row["wins against the unguided start, %"]), _figure(row["KL to the start, nats"])
+        plain = row["method"].partition(" (")[0]
+        single = SINGLE.get(plain) or SINGLE.get(
+            plain.removesuffix("-chat").removesuffix("-rate").removesuffix("-lora")
+        )
+        if row["method"] == "block-10":
+            axes.axhline(wins, color="#1b6ca8", linewidth=1, linestyle="--", label="guided, ten forwards a token")
+        elif single is not None and kl <= FURTHEST:
+            label, colour, mark = single
+            axes.plot(kl, wins, mark, color=colour, ms=5, label=label)
+    for policy, (label, colour) in LINES.items():
+        rows = [row for row in strengths if row["policy"] in (policy, f"{policy}-chat")]
+        points = [(_figure(row["KL a reply, nats"]), _figure(row["wins, % [95 %]"])) for row in rows]
+        points = [(0.0, 50.0), *(point for point in points if point[0] <= FURTHEST)]
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3.5, linewidth=1.3, label=label)
+
+
+FURTHEST = 60.0  # nats; what spends more is outside of the figure
+
+
+def _figure(cell: str) -> float:
+    found = re.match(r"-?[\d.]+", cell)
+    return float(found[0]) if found else float("nan")
+
+
+def _tables(text: str) -> Iterator[tuple[tuple[str, str], list[dict[str, str]]]]:
+    """The tables of a page of results, by data set and name."""
+    for part in text.split("\n### ")[1:]:
+        place = part.partition(" with ")[0]
+        for name, body in re.findall(r"\n\*\*([^*\n]+)\*\*\n\n((?:\|.*\n)+)", part):
+            head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines())
+            yield (place, name), [dict(zip(head, row, strict=True)) for row in rows]
+
+
 def save(figure: Figure, path: Path) -> None:
     import matplotlib
 
@@ -169,9 +240,18 @@ def save(figure: Figure, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "figures")
-    out = parser.parse_args().out
-    print(json.dumps({"margins": margins(out), "rates": rates(out)}))
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    parser.add_argument("--out", type=Path, default=docs / "figures")
+    parser.add_argument("--part", choices=("margins", "rates", "wins"), nargs="+", default=["margins", "rates", "wins"])
+    given = parser.parse_args()
+    found: dict[str, Any] = {}
+    if "margins" in given.part:
+        found["margins"] = margins(given.out)
+    if "rates" in given.part:
+        found["rates"] = rates(given.out)
+    if "wins" in given.part:
+        found["wins"] = wins_by_kl(docs / "results" / "distil.md", given.out)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -310,8 +310,9 @@ def _verdicts(
 ) -> list[str]:
     rate, chance = best.accuracy, whole.chance
     n_cues = sum(_is_cue(one) for one in whole.cues)
+    luck = min(1.0, n_cues * _by_luck(rate, chance))  # the best of several is above chance by luck more often than one
     said = [
-        f"A classifier that sees only {best.name} (the best of {n_cues} cues) ranks {_percent(rate)} of {rate.n:,} "
+        f"A classifier that sees only {best.name!r} (the best of {n_cues} cues) ranks {_percent(rate)} of {rate.n:,} "
         f"items right; chance is {100 * chance:.1f} %."
     ]
     if rate.low >= chance + 0.8 * (1 - chance):
@@ -321,8 +322,10 @@ def _verdicts(
         )
     elif rate.low >= chance + 0.1:
         said.append("Compare a head or a judge with that figure, not with chance.")
-    elif rate.low > chance:
+    elif rate.low > chance and luck < 0.05:
         said.append("Cues say a little; most of the preference is not in them.")
+    elif rate.low > chance:
+        said.append(f"With {n_cues} cues tried, one that good may be luck (p = {luck:.2f}, Bonferroni).")
     else:
         said.append("No cue tried here gives the preference away.")
     said.append(_strongest(whole, parts))
@@ -353,11 +356,12 @@ def _strongest(whole: Part, parts: Sequence[Part]) -> str:
     sure = [two for two, p in zip(tried, level, strict=True) if p < 0.05]
     many = f"{len(tried)} rules{' and subsets' if parts else ''}"
     if not sure:
-        return f"Of {many} none is above chance, corrected for their number (Holm, 5 %)."
+        return f"None of {many} is above chance, corrected for their number (Holm, 5 %)."
     part, one = max(sure, key=lambda two: two[1].accuracy.value - two[0].chance)
     where = f" in {part.name}" if part is not whole else ""
+    number = f"{len(sure)} of {many} {'is' if len(sure) == 1 else 'are'}"
     return (
-        f"Of {many} {len(sure)} are above chance, corrected for their number (Holm, 5 %); furthest "
+        f"{number} above chance, corrected for their number (Holm, 5 %); furthest "
         f"{one.name!r}{where}: {_percent(one.accuracy)} of {part.n:,} right, chance {100 * part.chance:.1f} %."
     )
 
