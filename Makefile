@@ -34,8 +34,8 @@ demo: .venv/core  ## align the bundled film model on the bundled pairs, offline,
 demo-chat: .venv/chat  ## give SmolLM2-135M-Instruct a house style from a few hundred bundled pairs, offline, on a CPU
 	HF_HUB_OFFLINE=1 $(BIN)/coala demo chat --out runs/demo-chat
 
-# One file goes to one process, the longest files first: what a file's tests share is made once.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# One file goes to one process, the longest files first: what a file's tests share is made once. The slowest are printed.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=25 --durations-min=3 -n 2 --dist loadfile --no-loadscope-reorder
 
 # Most of what XLA compiles here runs a few times on a few rows; the nightly tests of convex/, test-all and users run it
 # optimised.
