@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -224,6 +225,19 @@ def test_truncation_spares_a_quarter_of_the_prompt(load: Load, words: tuple[int,
     assert row.tokens[row.start : row.stop] == whole.tokens[whole.start : whole.start + row.stop - row.start]
     if row.stop - row.start < whole.stop - whole.start:  # the reply only gives way to the prompt's quarter
         assert row.start == min(whole.start, max(longest // 4, 1))
+
+
+def test_a_long_text_is_cut_without_a_word_from_transformers(
+    load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load("llama")
+    monkeypatch.setattr(backbone.tokenizer, "model_max_length", CONTEXT)
+    assert backbone.render(user("hello " * 3 * CONTEXT)).dropped > 0  # which is what is shown to the user
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    backbone.tokenizer.deprecation_warnings.clear()
+    with caplog.at_level(logging.WARNING):
+        backbone.render(user("good " * 3 * CONTEXT))
+    assert not caplog.records
 
 
 def test_count_tokens_cuts_nothing(load: Load) -> None:

@@ -166,23 +166,26 @@ class Renderer:
 
     def _encode(self, text: str) -> list[int]:
         if not self._hidden or not any(mark in text for mark in self._hidden.values()):
-            return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
+            return self._plain(text)
         names = {mark: token for token, mark in self._hidden.items()}
         found: list[int] = []
         for piece in re.split(f"([{re.escape(''.join(names))}])", text):
             if piece in names:
                 found += self._spelt(names[piece])
             elif piece:
-                found += [int(token) for token in self.tokenizer.encode(piece, add_special_tokens=False)]
+                found += self._plain(piece)
         return found
+
+    def _plain(self, text: str) -> list[int]:
+        # verbose: that a text is longer than the model takes is not transformers' to say; rows are cut, and counted.
+        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False, verbose=False)]
 
     def _spelt(self, token: str) -> list[int]:
         """A special token as the text that it is written in."""
         tokens = self.tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
         if self.tokenizer.convert_tokens_to_ids(token) not in tokens:
             return [int(one) for one in tokens]
-        halves = (self.tokenizer.encode(part, add_special_tokens=False) for part in (token[:1], token[1:]))
-        return [int(one) for half in halves for one in half]
+        return [one for part in (token[:1], token[1:]) for one in self._plain(part)]
 
     def _find_opening(self) -> list[int]:
         """The special tokens that a template writes once, before everything: a cut row keeps them."""
