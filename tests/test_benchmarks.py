@@ -27,6 +27,7 @@ SMALL = {
     "influence": "--data {data} --pairs 200 --width 8 --most 60 --refits 5",
     "layers": "--data {data} --pairs 20 --models stories260K-hf --out {tmp}/layers.md",
     "live": "--pairs 40 --width 12 --runs 5 --most 12 --replies 3 --tokens 6 --clicks 15 --seeds 2",
+    "live_session": "--clicks 3 --pause 0 --kills 1",
     "methods": "--part constructed --seeds 1 --rewards prompt --most 250 --out {tmp}/methods",
     "phase1": "--part gated --size small --seeds 1",
     "phase1_cone": "--quick --seeds 0",
@@ -40,10 +41,6 @@ SMALL = {
 }
 
 
-# Each takes half a minute or more, so that they run before a release: make test-release.
-LONG = ("figures", "guidance", "influence", "phase2", "ranking", "raters")
-
-
 def test_every_benchmark_is_here() -> None:
     assert {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} == set(SMALL)
 
@@ -54,9 +51,8 @@ def test_what_a_benchmark_imports_is_there(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.release if n in LONG else pytest.mark.nightly) for n in SMALL]
-)
+@pytest.mark.release
+@pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_runs(name: str, shared: Path, tmp_path: Path) -> None:
     data = shared / "data"
     words = SMALL[name].format(tmp=tmp_path, data=data, stories=data / "models" / "stories260K-hf").split()
