@@ -59,8 +59,8 @@ def pip(python: Path, *words: str) -> None:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
 
 
-def core(folder: Path) -> tuple[Path, str]:
-    """An environment with the package and no extra, and its row."""
+def core(folder: Path) -> tuple[Path, str, str]:
+    """An environment with the package and no extra, its row, and the version of torch in it."""
     began = time.monotonic()
     venv.create(folder, clear=True, with_pip=True)
     python = folder / "bin" / "python"
@@ -68,7 +68,8 @@ def core(folder: Path) -> tuple[Path, str]:
     pip(python, "install", str(ROOT))
     listed = json.loads(subprocess.check_output([python, "-m", "pip", "list", "--format=json"]))
     told = f"| (none) | {len(listed) - 2} | {(size(folder) - bare) / 1e6:.0f} | {time.monotonic() - began:.0f} |"
-    return python, f"{told} `coala demo`, `align`, `generate`, `chat`, `eval`, `export` |"
+    torch = next(one["version"] for one in listed if one["name"] == "torch")
+    return python, f"{told} `coala demo`, `align`, `generate`, `chat`, `eval`, `export` |", torch
 
 
 def row(python: Path, extra: str, folder: Path) -> str:
@@ -96,7 +97,7 @@ def main() -> None:
     known = extras()
     if unknown := set(given.extras) - set(known):
         raise SystemExit(f"found {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
-    python, first = core(given.work / "core")
+    python, first, torch = core(given.work / "core")
     rows = [first, *(row(python, extra, given.work / extra) for extra in given.extras or known)]
     version = ".".join(map(str, sys.version_info[:2]))
     page = [
@@ -109,7 +110,7 @@ def main() -> None:
         *rows,
         "",
         f"Measured by `scripts/extras_table.py` with Python {version}: packages and MB beyond the core, seconds of one "
-        "installation.",
+        f"installation. The first row is the core itself, most of it torch {torch}; a build of torch for CUDA is larger.",
         "",
     ]
     text = "\n".join(page)
