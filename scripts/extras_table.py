@@ -110,7 +110,7 @@ def main() -> None:
         *rows,
         "",
         f"Measured by `scripts/extras_table.py` with Python {version}: packages and MB beyond the core, seconds of one "
-        f"installation. The first row is the core itself, most of it torch {torch}; a build of torch for CUDA is larger.",
+        f"installation. The first row is the core itself, most of it torch {torch}; a build for CUDA is larger.",
         "",
     ]
     text = "\n".join(page)
