@@ -26,6 +26,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class Server:
         self.out, self.page = out, ""
         self._command = [sys.executable, "-m", "coala", "live", "--model", args.model, "--prompts", str(args.prompts)]
         self._command += ["--out", str(out), "--port", self.url.rsplit(":", 1)[1], "--ask", args.ask]
-        self._command += ["--max-new-tokens", str(args.tokens), "--template", "chat"]
+        self._command += ["--max-new-tokens", str(args.tokens), "--template", "chat", "--replies", "8"]
 
     def start(self) -> None:
         with self.out.with_name(f"{self.out.name}.log").open("ab") as log:
@@ -88,17 +89,21 @@ class Server:
         request.add_header("Content-Type", "application/json")
         return json.load(urllib.request.urlopen(request, timeout=TAKES))
 
-    def question(self) -> dict[str, Any] | None:
-        """The next pair, once the server is up and one is ready; None if it was killed meanwhile."""
+    def state(self, ready: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """What the page shows, once it is ``ready``; None if the server was killed meanwhile."""
         while self.process.poll() is None:
             with suppress(*GONE):
-                asked = self.call("/state")["question"]
-                if asked is not None:
-                    return dict(asked)
+                if ready(state := self.call("/state")):
+                    return dict(state)
             time.sleep(POLL)
         if self.process.returncode != -signal.SIGKILL:
             raise SystemExit(f"the server ended with {self.process.returncode}: see {self.out}.log")
         return None
+
+    def question(self) -> dict[str, Any] | None:
+        """The next pair, once one is ready; None if the server was killed meanwhile."""
+        state = self.state(lambda shown: shown["question"] is not None)
+        return state and dict(state["question"])
 
 
 def verdict(asked: dict[str, Any], name: str) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def kills(server: Server, n: int, within: float, seed: int) -> dict[str, Any]:
         served = len(known.acknowledged) > before
         when["with a click on its way" if unheard else "between clicks" if served else "before it served"] += 1
     server.start()
-    server.question()
+    server.state(lambda shown: True)
     if known.pending is not None:
         _send(server, known)
     server.process.terminate()
