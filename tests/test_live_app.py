@@ -402,7 +402,7 @@ def test_the_page_by_keyboard_by_touch_in_two_tabs_and_without_a_server(browser:
     page.get_by_role("button", name="Better like this").first.click()
     page.locator("#edited").fill("A film that I would see again.")
     page.keyboard.press("1")  # in a text, a digit is a digit
-    page.get_by_role("button", name="Keep").click()
+    page.get_by_role("button", name="Save").click()
     answered(page, 4)
     assert failures == []
     # The same link in a second tab, on a phone: the same pair, and of two answers one counts.
@@ -424,7 +424,7 @@ def test_the_page_by_keyboard_by_touch_in_two_tabs_and_without_a_server(browser:
     phone.get_by_role("heading", name="Which reply is better?").wait_for()
     live.end(signal.SIGKILL)
     phone.get_by_role("button", name="The same").tap()
-    phone.get_by_role("alert").filter(has_text="Not kept yet").wait_for()
+    phone.get_by_role("alert").filter(has_text="Not saved yet").wait_for()
     live.start()
     answered(phone, 6)
     kept = read_journal((out / FOLDER / JOURNAL).read_bytes())

@@ -239,7 +239,7 @@ class Jobs:
             return Told("failed", f"What it came to cannot be read: {error}")
         if told.state != "running":
             return told
-        again = f"Press {JOBS[name].label} again; what was finished on the way is kept."
+        again = f"Press {JOBS[name].label} again; finished parts are kept."
         return Told("interrupted", f"The server ended while it was at work. {again}")
 
     def start(self, name: str) -> None:

@@ -150,7 +150,7 @@ async function send(path, body) {
           return false;
         }
         $("problem").dataset.kind = "away";
-        tell("Not kept yet: the server does not answer. It is sent again until it does; leave this page open.");
+        tell("Not saved yet: the server does not answer. The click is sent again until it does; leave this page open.");
         await new Promise((resolve) => setTimeout(resolve, OFTEN));
       }
     }
