@@ -43,7 +43,7 @@ def figures(session: Session) -> list[Figure]:
     if edited:
         # Their better reply is the rater's own, which no head had ordered before.
         held_out += f", {edited} held out and edited, which no accuracy counts"
-    apart = [f"{verdicts['same']} the same", f"{verdicts['skip']} skipped", f"{undone} taken back"]
+    apart = [f"{verdicts['same']} the same", f"{verdicts['skip']} skipped", f"{undone} undone"]
     lines = [
         Figure(
             "Clicks",

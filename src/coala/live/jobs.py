@@ -149,7 +149,7 @@ JOBS: Mapping[str, Job] = {
     ),
     "distil": Job(
         "Distil",
-        "Puts the guidance of the finished run into the model itself, which then needs no extra work for a token.",
+        "Puts the guidance of the finished run into the model itself, which then needs no extra work per token.",
         distil_run,
     ),
     "export": Job(
