@@ -27,7 +27,7 @@ NOT_CLAIMED = (
 
 
 def claimed(refitted: bool, from_scratch: bool) -> list[str]:
-    """What holds after forgetting; ``refitted`` if the head saw the pairs, ``from_scratch`` if validation chose again."""
+    """What holds after forgetting; ``refitted`` if the head saw the pairs, ``from_scratch`` if all was chosen again."""
     told = [
         "No file of this run holds the pairs or their features any more; digests of the pairs are kept, so that they "
         "are not read again."

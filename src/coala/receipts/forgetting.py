@@ -67,8 +67,8 @@ def forget_pairs(
 
     All pairs of ``groups`` and ``raters``, those that say what one of ``pairs`` says, to fit and held out alike, and
     the ``lines`` of pairs-train.jsonl. The head is refitted exactly on the others, at the ridge and with the gates that
-    validation chose before; with ``from_scratch`` validation chooses again, as a fit would that never saw the pairs. Features
-    of the folder ``cache`` that hold the pairs are deleted as well.
+    validation chose before; with ``from_scratch`` validation chooses again, as a fit would that never saw the pairs.
+    Features of the folder ``cache`` that hold the pairs are deleted as well.
 
     Raises:
         CoalaError: for names and pairs that are not there, for nothing to forget, for a side that would be left empty,

@@ -87,7 +87,9 @@ def pair_influence(
         found = influence(optimum, effect, None if by == "pair" else [unit.rows for unit in units], top=top)
         record = {**about, **_told(run, optimum, units, found, by), "poison": _poison(run, optimum, attack)}
     if not held.linear:
-        note("the bounds hold for the gates as they are; `coala forget --from-scratch` fits them again without the pairs")
+        note(
+            "the bounds hold for the gates as they are; `coala forget --from-scratch` fits them again without the pairs"
+        )
     record |= {
         "kind": "influence",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
