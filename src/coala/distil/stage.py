@@ -331,4 +331,4 @@ def _told(row: dict[str, Any]) -> str:
     if "lead" in row:
         lead = row["lead"]
         return f"strength {row['strength']:g}: head score {lead.value:+.3g} against the teacher's, n = {lead.n}"
-    return f"held-out change {row['held_out']:+.4f} nats a token" if "held_out" in row else ""
+    return f"held-out loss {row['held_out']:+.4f} nats a token against the base model's" if "held_out" in row else ""

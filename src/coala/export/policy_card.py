@@ -96,8 +96,8 @@ def checked(probes: int, difference: float) -> str:
     if not probes:
         return "tensors were compared, log-probabilities not, because transformers did not load the file"
     return (
-        f"read back by transformers, its log-probabilities were the policy's up to {difference:.1e} nats after "
-        f"{probes} prompts; another dtype, device or engine changes last digits"
+        f"loaded by transformers: log-probabilities after {probes} prompts differ from the policy's by at most "
+        f"{difference:.1e} nats; another dtype, device or engine changes the last digits"
     )
 
 
