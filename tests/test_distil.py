@@ -354,10 +354,20 @@ def test_the_command_distils_a_run_and_takes_up_what_is_there(tmp_path: Path) ->
     ours = generate_distilled(PROMPTS, load_backbone(tmp_path / "model", device="cpu"), policy, **settings)
     theirs = generate(PROMPTS, load_backbone(tmp_path / "checkpoint", device="cpu"), **settings)
     assert [one.text for one in ours] == [one.text for one in theirs]
-    # The replies and states are taken up; a weighted teacher writes none.
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "distilled").rglob("*.npy")}
-    again = distil(run, DistilSettings(prompts=6, candidates=2), on_progress=lambda stage, *_: told.append(stage))
+    # The policy of these settings is there already, and what was said of it is said again.
+    notes: list[str] = []
+    once: dict[str, Any] = {"on_progress": lambda stage, *_: told.append(stage), "on_note": notes.append}
+    again = distil(run, DistilSettings(prompts=6, candidates=2), **once)
     assert np.array_equal(again.change, policy.change)
+    assert told == []
+    assert any("already has the policy of these settings" in note for note in notes)
+    assert [note for note in notes if "held-out prompts do not" in note and note not in result.stderr] == []
+    # After a kill the replies and states are taken up; a weighted teacher writes none.
+    (tmp_path / "run" / "distilled" / "path.json").unlink()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "distilled").rglob("*.npy")}
+    again = distil(run, DistilSettings(prompts=6, candidates=2), **once)
+    assert np.array_equal(again.change, policy.change)
+    assert "distil fit" in told
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     weighted = distil(run, DistilSettings(teacher="weighted", rank=2, ridge=0.1))
     assert (weighted.rank, weighted.program) == (2, "weighted")

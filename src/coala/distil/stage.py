@@ -27,8 +27,8 @@ from coala.distil.states import LIGHT, Lesson, guided_lessons, teacher_states, w
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, overlay, recipe_of
 from coala.settings import DistilSettings
-from coala.store import DISTILLED, RunFolder, digest, load_features, load_pairs, save_json
-from coala.values import CoalaError, Turn, conversation_text, one_per_prompt, prompt_id
+from coala.store import DISTILLED, RunFolder, digest, load_features, load_json, load_pairs, save_json
+from coala.values import CoalaError, Estimate, Turn, conversation_text, one_per_prompt, prompt_id
 
 if TYPE_CHECKING:
     from coala.alignment.parts import LoadParts
@@ -50,8 +50,9 @@ def distil(
     """Distil the guidance of the run ``path`` into a change of its model's output layer; written to RUN/distilled.
 
     ``settings`` are by default those of the run's recipe, its section ``distil``. Called again with the same settings
-    it takes up the replies and states that are there. Raises ``CoalaError`` for a model whose logits are not a matrix
-    times its final state, and for a run that another process is at work in.
+    it returns the policy that is there; after a kill it takes up the replies and states that are there. Raises
+    ``CoalaError`` for a model whose logits are not a matrix times its final state, and for a run that another process
+    is at work in.
     """
     run = RunFolder.open(path)
     with run.held():
@@ -74,6 +75,12 @@ def carry_out(work: Work) -> DistilledPolicy:
         work.on_note(
             "the head is at chance on held-out pairs: there is no evidence for the preference that is distilled"
         )
+    plan, made = work.plan(), work.folder / "path.json"
+    if made.is_file() and (there := load_json(made)).get("plan") == plan:
+        work.on_note(f"{work.folder} already has the policy of these settings; delete it to fit it again")
+        _say_learnt(there["held_out"] and Estimate(**there["held_out"]), work)
+        return DistilledPolicy.load(work.folder)
+    made.unlink(missing_ok=True)  # a kill between the files that follow leaves no record of another policy
     if settings.rounds > 1:
         from coala.distil.rounds import held_out_prompts, in_rounds
 
@@ -85,12 +92,13 @@ def carry_out(work: Work) -> DistilledPolicy:
     about["flops"]["dpo_sweep"] = dpo_flops(work.run, work.backbone)  # for comparison
     policy.save(work.folder)
     common = {
+        "plan": plan,
         "temperature": work.temperature,
         "sampling": {"top_k": work.guidance.top_k, "top_p": work.guidance.top_p},
         "settings": settings,
         "guidance": str(work.guidance),
     }
-    save_json(work.folder / "path.json", {**common, **about})
+    save_json(made, {**common, **about})
     return policy
 
 
@@ -213,6 +221,16 @@ class Work(Teaching):
                 "with evidence. Fix: give `coala align` more pairs, or another --rule."
             )
 
+    def plan(self) -> str:
+        """The digest of everything that decides the policy."""
+        head, files = self.head, [self.run.path / f"pairs-{part}.jsonl" for part in ("train", "eval")]
+        return digest(
+            [asdict(self.settings), asdict(self.guidance), self.sampled_at, self.longest],
+            [self.backbone.weights, self.backbone.template, head.evidence],
+            *(head.linear, head.gates, head.weights),
+            *(path.read_bytes() for path in files if path.is_file()),
+        )
+
     def states(self) -> tuple[DistilStates, Taught]:
         """The states of what the settings' teacher teaches."""
         if self.settings.teacher == "guided":
@@ -266,17 +284,22 @@ def project(work: Teaching, states: DistilStates, taught: Taught) -> tuple[Disti
         lead=own,
         progress=lambda what, n, total, row: work.on_progress(f"distil {what}", n, total, _told(row)),
     )
-    if found.held_out is not None and not found.held_out.high < 0:
-        work.on_note(
-            f"held-out prompts do not show that the change comes nearer to the teacher: {found.held_out.value:+.4f} "
-            f"[{found.held_out.low:+.4f}, {found.held_out.high:+.4f}] nats a token from no change. Fix: "
-            + ("more pairs" if settings.teacher == "weighted" else "more --prompts, or --teacher weighted")
-        )
+    _say_learnt(found.held_out, work)
     made = settings.teacher, settings.support, found.ridge, found.certificate
     search, fit = fit_flops(found, states.width, work.backbone.shape.vocabulary)
     flops = {"solver": search + fit, **({} if own is None else {"choice": own.flops})}
     policy = DistilledPolicy(found.left, found.right, work.backbone.spec(), *made)
     return policy, {"path": found.path, "held_out": found.held_out, "flops": flops, "fit_flops": fit}
+
+
+def _say_learnt(held_out: Estimate | None, work: Teaching) -> None:
+    """Say so where held-out prompts do not show that the change is nearer to the teacher than none."""
+    if held_out is not None and not held_out.high < 0:
+        work.on_note(
+            f"held-out prompts do not show that the change comes nearer to the teacher: {held_out.value:+.4f} "
+            f"[{held_out.low:+.4f}, {held_out.high:+.4f}] nats a token from no change. Fix: "
+            + ("more pairs" if work.settings.teacher == "weighted" else "more --prompts, or --teacher weighted")
+        )
 
 
 class NothingToDistil(CoalaError):
