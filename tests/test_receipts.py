@@ -163,6 +163,9 @@ def test_forgetting_leaves_nothing_of_the_pairs(run: Path) -> None:
     old = load_head(run / "head")
     pair_influence(run)  # whose receipt quotes pairs
     (run / "head" / ".head.json.x.tmp").write_text("a fine reply 1")  # what a kill left
+    (run / "distilled" / "states-1").mkdir(parents=True)  # a teacher's states are of the pairs' own replies
+    (run / "distilled" / "states-1" / "chosen.bin").write_bytes(train.chosen[2].tobytes())
+    run.with_name("run-served.gguf").write_text("of the old head")
     gone = {2, 3, N, N + 1}
     result = CliRunner().invoke(app, ["forget", str(run), "--group", "g1", "--group", f"g{N // 2}"])
     assert result.exit_code == 0, result.output
@@ -194,7 +197,9 @@ def test_forgetting_leaves_nothing_of_the_pairs(run: Path) -> None:
     # What was made from the old head is gone or called stale.
     assert not (run / "generations-guided.jsonl").exists()
     assert not list((run / "receipts").glob("influence-*"))
-    assert any("an arena" in line for line in receipt["stale_files"])
+    assert not (run / "distilled").exists()
+    for made in ("an arena", "distilled: deleted", "run-served.gguf: exported from the old head"):
+        assert any(made in line for line in receipt["stale_files"]), made
     assert "Stale: made with the head before" in (run / "report.html").read_text()
     # Every stage is done on what remains: nothing is read or fitted again.
     folder = RunFolder.open(run)
@@ -204,6 +209,13 @@ def test_forgetting_leaves_nothing_of_the_pairs(run: Path) -> None:
         assert folder.done(stage, record["inputs"])
     assert folder.record("head")["inputs"]["features"] == file_digest(run / "features/train/features.safetensors")  # type: ignore[index]
     assert len(folder.forgotten) == 4
+
+
+def test_what_a_session_of_clicks_keeps_is_not_claimed(run: Path) -> None:
+    (run / "live").mkdir()
+    receipt = forget_pairs(run, groups=["g1"])
+    assert receipt["claimed"][0].startswith("Outside of live, no file of this run holds the pairs")
+    assert any("keeps every click" in line for line in receipt["not_claimed"])
 
 
 @pytest.mark.nightly

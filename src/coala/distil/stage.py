@@ -27,7 +27,7 @@ from coala.distil.states import LIGHT, Lesson, guided_lessons, teacher_states, w
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, overlay, recipe_of
 from coala.settings import DistilSettings
-from coala.store import DISTILLED, RunFolder, digest, load_features, load_json, load_pairs, save_json
+from coala.store import DISTILLED, RunFolder, digest, discard, load_features, load_json, load_pairs, save_json
 from coala.values import CoalaError, Estimate, Turn, conversation_text, one_per_prompt, prompt_id
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def carry_out(work: Work) -> DistilledPolicy:
         work.on_note(f"{work.folder} already has the policy of these settings; delete it to fit it again")
         _say_learnt(there["held_out"] and Estimate(**there["held_out"]), work)
         return DistilledPolicy.load(work.folder)
-    made.unlink(missing_ok=True)  # a kill between the files that follow leaves no record of another policy
+    discard(made)  # a kill between the files that follow leaves no record of another policy
     if settings.rounds > 1:
         from coala.distil.rounds import held_out_prompts, in_rounds
 

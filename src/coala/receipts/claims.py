@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+from coala.alignment.changes import DISTILLED_FILES
 from coala.receipts.opened import Opened
 from coala.store import load_json
 
@@ -13,7 +15,8 @@ WRITTEN = (
     *("generations-unguided.jsonl", "generations-guided.jsonl", "portions", "replies"),
     *(f"head/{kind}s.{end}" for kind in ("rater", "source", "group") for end in ("safetensors", "json")),
     *("judgements-judge.jsonl", "judgements-labeller.jsonl", "report.html", "report.json"),
-    *(f"stages/{stage}.json" for stage in ("replies-unguided", "replies-guided")),
+    *(f"stages/{stage}.json" for stage in ("replies-unguided", "replies-guided", "distil")),
+    *DISTILLED_FILES,  # states of the pairs' own replies among them
     *(f"stages/judgements-{judge}.json" for judge in ("judge", "labeller")),
     *("features/train/shards", "features/eval/shards"),
 )
@@ -26,11 +29,11 @@ NOT_CLAIMED = (
 )
 
 
-def claimed(refitted: bool, from_scratch: bool) -> list[str]:
+def claimed(run: Path, refitted: bool, from_scratch: bool) -> list[str]:
     """What holds after forgetting; ``refitted`` if the head saw the pairs, ``from_scratch`` if all was chosen again."""
+    held = "No file of this run holds" if not (run / LIVE).is_dir() else f"Outside of {LIVE}, no file of this run holds"
     told = [
-        "No file of this run holds the pairs or their features any more; digests of the pairs are kept, so that they "
-        "are not read again."
+        f"{held} the pairs or their features any more; digests of the pairs are kept, so that they are not read again."
     ]
     if refitted and from_scratch:
         told.append("The head is, byte for byte, the one that a fit of the remaining features alone gives.")
@@ -43,6 +46,9 @@ def claimed(refitted: bool, from_scratch: bool) -> list[str]:
     return told
 
 
+LIVE = "live"  # the session that a run of `coala live` was clicked in
+
+
 def remnants(run: Opened, refitted: bool, from_scratch: bool) -> list[str]:
     """What still rests on the forgotten pairs."""
     told = []
@@ -51,6 +57,11 @@ def remnants(run: Opened, refitted: bool, from_scratch: bool) -> list[str]:
         told.append(f"{what} chosen with the forgotten pairs; --from-scratch chooses again.")
     if refitted and run.recipe.model.layer == "auto":
         told.append("The layer was chosen with the forgotten pairs.")
+    if (run.run.path / LIVE).is_dir():
+        told.append(
+            f"{LIVE} keeps every click of the session, with its texts and features: delete {run.run.path / LIVE} once "
+            "you are done with clicking. Finish does not read the forgotten pairs again."
+        )
     return told
 
 
@@ -60,6 +71,11 @@ def stale(run: Path, refitted: bool) -> list[str]:
     told = [f"{name}: deleted; `coala align` writes it again" for name in gone]
     if (run / "replies").is_dir():
         told.append("replies: deleted; evaluations that are run again write them")
+    told += [
+        f"{name}: deleted; `coala distil` writes it again" for name in DISTILLED_FILES[:2] if (run / name).exists()
+    ]
+    exported = [path.name for path in sorted(run.parent.glob(f"{glob.escape(run.name)}-served*"))]
+    told += [f"../{name}: exported from the old head; distil and export again" for name in exported if refitted]
     if refitted:
         kept = sorted((run / "evaluations").glob("*.json"))
         told += [f"evaluations/{path.name}: {load_json(path).get('title')}; evaluate again" for path in kept]

@@ -344,7 +344,7 @@ def _receipt(
         **facts,
         "margins_moved": moved,
         "digests": {"before": before, "after": {}},
-        "claimed": claimed(refit is not None, from_scratch),
+        "claimed": claimed(run.run.path, refit is not None, from_scratch),
         "not_claimed": [*NOT_CLAIMED, *remnants(run, refit is not None, from_scratch)],
         "stale_files": stale(run.run.path, refit is not None),
     }
