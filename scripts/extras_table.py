@@ -30,7 +30,7 @@ ENABLES = {
     "liblinear": "AlpacaEval's own fit: `--stopping liblinear`",
     "lm-eval": "`coala bench lm-eval`",
     "style": "faults of grammar in `coala demo chat`",
-    "serve": "`coala serve`, `coala survey serve`",
+    "serve": "`coala serve`, `coala live`, `coala survey serve`",
     "baselines": "`coala compare`, `coala comal train`: training through TRL",
     "ray": "extraction by Ray's workers",
     "inspect": "a run as a model of Inspect AI: `inspect eval TASK --model coala/RUN`",
