@@ -162,7 +162,7 @@ def rates(out: Path) -> dict[str, Any]:
     }
 
 
-SETS = {"film": "film: words", "house-style": "house style: words and form", "sentiment": "sentiment: words"}
+SETS = {"film": "film: words", "house-style": "house style: words and form"}
 LINES = {  # policies with strengths to choose, and the colour of each
     "distilled": ("distilled (convex, certified)", "#1b6ca8"),
     "distilled-weighted-half": ("distilled, weighted pairs (convex, certified)", "#17a398"),
