@@ -221,6 +221,7 @@ def test_a_head_is_refused_on_another_model(finished: RunFolder, tmp_path: Path)
         load_parts(run)
 
 
+@pytest.mark.nightly
 def test_a_stage_in_a_process_of_its_own_gives_the_same_bytes(
     finished: RunFolder, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -293,6 +294,7 @@ def test_kill_minus_nine_and_resume_gives_the_same_bytes(model: Path, tmp_path: 
 
 
 class TestCommands:
+    @pytest.mark.nightly
     def test_ctrl_c_says_that_work_is_kept(self, pairs: Path, model: Path, tmp_path: Path) -> None:
         words = ["align", str(pairs), "--model", str(model), "--out", str(tmp_path / "run")]
         process = subprocess.Popen(

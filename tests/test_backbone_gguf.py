@@ -312,6 +312,7 @@ def test_the_header_alone_tells_what_a_plan_needs(folder: Path, file: Path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_of_align_and_its_plan(file: Path, tmp_path: Path) -> None:
     from coala.alignment import align_recipe
     from coala.store import RunFolder, load_head

@@ -181,6 +181,7 @@ def test_gated_layers_find_what_one_layer_holds_and_score_as_they_say(monkeypatc
     assert head.score(chosen[:1])[0] == pytest.approx(by_hand, rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_gated_layers_take_the_flops_that_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each evaluation of loss and gradient by formula; of a whole fit the plan is an upper bound, and no wild one."""
     monkeypatch.setattr(controls, "RIDGES", (1e-4, 1e-3))

@@ -172,6 +172,7 @@ def test_admm_closes_in_on_two_hundred_thin_programs(tolerance: float, number: i
             assert found.status is Status.CONVERGED
 
 
+@pytest.mark.nightly
 def test_a_solve_stalls_at_rest_and_not_before() -> None:
     """ADMM asked for the impossible ends at the precision of its numbers, whatever penalty slows it down."""
     with jax.enable_x64(True):

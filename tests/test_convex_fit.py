@@ -111,6 +111,7 @@ def test_linear_truth_keeps_a_linear_head_as_good_as_the_probe() -> None:
 # --- learnt gates --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_gates_are_learnt_where_a_linear_head_fails() -> None:
     train, test = gated_features()
     result = fit(train)

@@ -133,6 +133,7 @@ FLAWS = ("duplicate rows", "zero features", "constant columns", "equal labels", 
     # Closer to the largest sparsity the reference itself is right to 1e-7 only.
     relative=st.sampled_from([0.3, 0.1, 0.03, 0.01]),
 )
+@pytest.mark.nightly
 def test_the_certificate_encloses_the_reference_whatever_the_data(
     shape: tuple[int, int, int], seed: int, flaws: set[str], relative: float
 ) -> None:

@@ -680,6 +680,7 @@ def win_rate_of(path: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_align_and_report_show_what_was_evaluated(tmp_path: Path) -> None:
     from coala.alignment import align_recipe
     from coala.cli import app as whole

@@ -60,6 +60,7 @@ def test_help_has_examples() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_ends_in_order_and_says_what_it_did(served_run: Path) -> None:
     """Requests at hand are finished, new ones refused, the command ends with 0 and its summary."""
     key = "a key that is hard to guess"
