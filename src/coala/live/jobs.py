@@ -85,16 +85,16 @@ def fit_run(parent: Parent, out: Path) -> Told:
 
 def distil_run(parent: Parent, out: Path) -> Told:
     """The run's guidance as a change of the model's output layer: what `coala distil` does."""
-    from coala.distil.stage import NothingToDistil, distil
+    from coala.distil.stage import distil
+    from coala.store import load_head
 
-    notes: list[str] = []
-    try:
-        distil(out, on_progress=_telling(parent), on_note=notes.append)
-    except NothingToDistil:
+    if load_head(out / "head").evidence == 0:
         raise CoalaError(
             "There is nothing to distil: on held-out pairs the head is not shown to be better than chance, so it "
             "guides nothing. Click more and finish again."
-        ) from None
+        )
+    notes: list[str] = []
+    distil(out, on_progress=_telling(parent), on_note=notes.append)
     made, name = out / DISTILLED, shlex.quote(str(out))
     said = f"The guidance is distilled into {made}. Export writes the model with it."
     said = " ".join([said, *(f"{note[:1].upper()}{note[1:]}." for note in notes)])
