@@ -178,7 +178,7 @@ def kills(server: Server, n: int, within: float, seed: int) -> dict[str, Any]:
     lost = sum(kept.get(question) != click for question, click in known.acknowledged.items())
     doubled = sum(many > 1 for many in lines.values()) + len(set(kept) - set(known.acknowledged))
     total = len(known.acknowledged)
-    least, most = wilson(lost + doubled, total)
+    least, most = wilson((lost + doubled) / max(total, 1), max(total, 1))
     moments = ", ".join(f"{many} {name}" for name, many in sorted(when.items()))
     print(f"{n} kills ({moments}), {total} clicks acknowledged:")
     print(f"lost {lost}, doubled {doubled} ({100 * least:.1f} to {100 * most:.1f} % of clicks, Wilson 95 %)")
