@@ -35,8 +35,8 @@ def recipe_in(out: Path, model: Mapping[str, Any], max_new_tokens: int, seed: in
             "model": dict(model),
             "evaluation": {"max_new_tokens": max_new_tokens},
             # The pairs are the model's own replies, which teach more than as many guided ones and cost no writing
-            # (docs/results/distil.md, house style).
-            "distil": {"teacher": "weighted", "beta": 0.5, "rank": "full"},
+            # (docs/results/distil.md, house style); the strength is that of `coala demo chat`.
+            "distil": {"teacher": "weighted", "beta": 0.5, "rank": "full", "strength": 1.5},
             "seed": seed,
         }
     ).located()
