@@ -170,11 +170,13 @@ LINES = {  # policies with strengths to choose, and the colour of each
     "best-bias": ("best constant", "#8f5da2"),
     "mean-difference": ("mean difference", "#777777"),
 }
-SINGLE = {"dpo": ("DPO", "#b3261e", "s"), "sft-guided": ("SFT on guided replies", "#2e7d32", "D")}
-SINGLE |= {
+SINGLE = {  # what has one point each, by the beginning of its name
+    "dpo": ("DPO", "#b3261e", "s"),
+    "sft-guided": ("SFT on guided replies", "#2e7d32", "D"),
     "system-prompt": ("system prompt", "black", "^"),
     "five-examples": ("five examples in the prompt", "black", "v"),
 }
+FURTHEST = 60.0  # nats; what spends more is outside of the figure
 
 
 def wins_by_kl(page: Path, out: Path) -> dict[str, Any]:
@@ -197,9 +199,7 @@ def _panel(axes: Any, replies: list[dict[str, str]], strengths: list[dict[str, s
     for row in replies:
         wins, kl = _figure(row["wins against the unguided start, %"]), _figure(row["KL to the start, nats"])
         plain = row["method"].partition(" (")[0]
-        single = SINGLE.get(plain) or SINGLE.get(
-            plain.removesuffix("-chat").removesuffix("-rate").removesuffix("-lora")
-        )
+        single = next((one for name, one in SINGLE.items() if plain.startswith(name)), None)
         if row["method"] == "block-10":
             axes.axhline(wins, color="#1b6ca8", linewidth=1, linestyle="--", label="guided, ten forwards a token")
         elif single is not None and kl <= FURTHEST:
@@ -211,9 +211,6 @@ def _panel(axes: Any, replies: list[dict[str, str]], strengths: list[dict[str, s
         points = [(0.0, 50.0), *(point for point in points if point[0] <= FURTHEST)]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3.5, linewidth=1.3, label=label)
-
-
-FURTHEST = 60.0  # nats; what spends more is outside of the figure
 
 
 def _figure(cell: str) -> float:

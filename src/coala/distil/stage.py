@@ -27,7 +27,17 @@ from coala.distil.states import LIGHT, Lesson, guided_lessons, teacher_states, w
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, overlay, recipe_of
 from coala.settings import DistilSettings
-from coala.store import DISTILLED, RunFolder, digest, discard, load_features, load_json, load_pairs, save_json
+from coala.store import (
+    DISTILLED,
+    RunFolder,
+    digest,
+    discard,
+    file_digest,
+    load_features,
+    load_json,
+    load_pairs,
+    save_json,
+)
 from coala.values import CoalaError, Estimate, Turn, conversation_text, one_per_prompt, prompt_id
 
 if TYPE_CHECKING:
@@ -228,7 +238,7 @@ class Work(Teaching):
             [asdict(self.settings), asdict(self.guidance), self.sampled_at, self.longest],
             [self.backbone.weights, self.backbone.template, head.evidence],
             *(head.linear, head.gates, head.weights),
-            *(path.read_bytes() for path in files if path.is_file()),
+            *(file_digest(path) for path in files if path.is_file()),
         )
 
     def states(self) -> tuple[DistilStates, Taught]:

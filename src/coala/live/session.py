@@ -38,10 +38,11 @@ from coala.live.learner import Learner, coordinates
 from coala.live.pool import Float32, Pool, choose, reply_event, rows_to_come, set_aside, text_event
 from coala.live.settings import LiveSettings
 from coala.messages import CoalaError
+from coala.store import LIVE
 from coala.store.appending import append, appending, contents
 from coala.values import ConvexHead, FeatureSpec, Turn, prompt_id
 
-FOLDER = "live"
+FOLDER = LIVE
 JOURNAL, REPLIES = "journal.jsonl", "replies.jsonl"
 SCALED_BY = 32  # replies whose features settle the coordinates; fewer where there are no more prompts
 OWNER = "owner"

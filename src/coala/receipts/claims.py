@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coala.alignment.changes import DISTILLED_FILES
 from coala.receipts.opened import Opened
-from coala.store import load_json
+from coala.store import LIVE, load_json
 
 # What the old head wrote, or what quotes pairs: gone with them.
 WRITTEN = (
@@ -46,9 +46,6 @@ def claimed(run: Path, refitted: bool, from_scratch: bool) -> list[str]:
     return told
 
 
-LIVE = "live"  # the session that a run of `coala live` was clicked in
-
-
 def remnants(run: Opened, refitted: bool, from_scratch: bool) -> list[str]:
     """What still rests on the forgotten pairs."""
     told = []
@@ -67,13 +64,13 @@ def remnants(run: Opened, refitted: bool, from_scratch: bool) -> list[str]:
 
 def stale(run: Path, refitted: bool) -> list[str]:
     """What the old head wrote and is gone, and what was made from it and is kept."""
-    gone = [name for name in WRITTEN if name.endswith(".jsonl") and (run / name).exists()]
-    told = [f"{name}: deleted; `coala align` writes it again" for name in gone]
+    told = [
+        f"{name}: deleted; `coala {'distil' if name.startswith('distilled') else 'align'}` writes it again"
+        for name in WRITTEN
+        if (name.endswith(".jsonl") or name.startswith("distilled")) and (run / name).exists()
+    ]
     if (run / "replies").is_dir():
         told.append("replies: deleted; evaluations that are run again write them")
-    told += [
-        f"{name}: deleted; `coala distil` writes it again" for name in DISTILLED_FILES[:2] if (run / name).exists()
-    ]
     exported = [path.name for path in sorted(run.parent.glob(f"{glob.escape(run.name)}-served*"))]
     told += [f"../{name}: exported from the old head; distil and export again" for name in exported if refitted]
     if refitted:

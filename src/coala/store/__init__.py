@@ -38,7 +38,7 @@ from coala.store.policies import (
 )
 from coala.store.raters import head_for, head_stamp, save_rater_heads
 from coala.store.replacing import Replacement, replacing
-from coala.store.run import RunFolder, differences, worded
+from coala.store.run import LIVE, RunFolder, differences, worded
 from coala.store.values import (
     load_generations,
     load_head,
@@ -53,6 +53,7 @@ from coala.store.values import (
 
 __all__ = [
     "DISTILLED",
+    "LIVE",
     "PEFT",
     "FeatureStore",
     "MisfitError",

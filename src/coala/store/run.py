@@ -14,6 +14,7 @@ from coala.store.replacing import discard_unfinished, settle
 
 LOCK = ".lock"
 FORGOTTEN = "forgotten.json"
+LIVE = "live"  # folder of the session that a run of `coala live` was clicked in
 MOST_SHOWN = 200
 
 
