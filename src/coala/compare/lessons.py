@@ -1,6 +1,6 @@
 """What distilled policies, LM-Steer, the best constant and SFT learn from: replies of a teacher, and their states.
 
-CELL/replies.jsonl   the guided replies, in the order of the training pairs' prompts
+CELL/replies.jsonl   the teacher's replies, in the order of the training pairs' prompts
 CELL/states/         the final states of their steps, as `coala distil` keeps them
 """
 
@@ -19,7 +19,7 @@ from coala.compare.reply_plan import reply_flops
 from coala.compare.study import StudyMethod
 from coala.policies import DistilStates
 from coala.store import load_generations, load_head, load_json
-from coala.values import CoalaError, Generation, Pair, Turn, conversation_text, one_per_prompt, prompt_id
+from coala.values import CoalaError, Pair, Turn, conversation_text, one_per_prompt
 
 if TYPE_CHECKING:
     from coala.decoding import Guidance
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def teacher_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
-    """Replies that the head guides to training prompts, or the pairs' own, and the states of their steps."""
+    """Replies to training prompts, guided or the model's own, or those of the pairs, and the states of their steps."""
     from coala.decoding import Guidance
     from coala.distil.matrix import output_matrix
     from coala.distil.shift import shift_states
@@ -58,19 +58,24 @@ def teacher_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
                 seed=context.cell.seed or 0,
                 **told,
             )
-        lengths = [int((states.group == number).sum()) for number in range(len(prompts))]
+        lengths = np.bincount(states.group, minlength=len(prompts)).tolist()
         written = _flops_of_replies(context, prompts, lengths, guidance)
+        read = _flops_of_states(context, prompts, lengths)
     else:
         lessons, written = _lessons(context, costs, taught, guidance)
         with costs.of("states"):
             states = teacher_states(backbone, output, lessons, folder, guidance, **told)
+        rows = [backbone.render(one.prompt, one.text, ends_with_eos=one.ended) for one in lessons]
+        each = _flops_of_states(context, [one.prompt for one in lessons], [row.stop - row.start for row in rows])
+        groups = [one.group for one in lessons]
+        read = [sum(each[i] for i in np.flatnonzero(np.equal(groups, number))) for number in range(max(groups) + 1)]
     return {
         "prompts": len(np.unique(states.group)),
         "states": len(states),
         "outside_nucleus": int((~states.in_nucleus).sum()),
         "guidance": str(guidance) if taught.of else "none",
         # By prompt, so that a method that learns from fewer has its own share.
-        "flops": {"replies": written, "states": _flops_of_states(context, states)},
+        "flops": {"replies": written, "states": read},
     }
 
 
@@ -83,7 +88,8 @@ def _lessons(
     context: CellContext, costs: Costs, taught: StudyMethod, guidance: Guidance
 ) -> tuple[list[Lesson], list[int]]:
     """Replies to learn from, and the FLOPs of writing them by prompt: none of the pairs' own."""
-    from coala.distil.states import Lesson, guided_lessons, weighted_lessons
+    from coala.distil.stage import teacher_replies
+    from coala.distil.states import Lesson, guided_lessons, sampled_lessons, weighted_lessons
 
     pairs, longest = context.part("train"), context.evaluation.max_new_tokens
     if taught.lessons == "chosen":
@@ -94,44 +100,28 @@ def _lessons(
             Lesson(pair.prompt, pair.chosen, numbers[conversation_text(pair.prompt)], ended=ended) for pair in distinct
         ]
         return own, []
-    head = _head(context, taught)
     if taught.lessons == "weighted":
         from coala.compare.every_layer import loaded
 
         of = next(method for method in context.study.methods if method.name == taught.of)
         features, beta = loaded(context, "train", method=of), taught.distil_settings.beta
-        return weighted_lessons(context.backbone, pairs, features, head, beta, longest), []
+        return weighted_lessons(context.backbone, pairs, features, _head(context, taught), beta, longest), []
     prompts = training_prompts(context)[: taught.distil_settings.prompts]
+    work, each = taught_by(context, taught), replies_each(taught)
+    work.check_evidence()
     with costs.of("replies"):
-        replies = _written(context, prompts, head, guidance)
-    flops = _flops_of_replies(context, prompts, [reply.n_tokens for reply in replies], guidance)
+        replies = list(teacher_replies(work, kept=context.folder / "replies.jsonl").replies)
+    lengths = [reply.n_tokens for reply in replies]
+    flops = _flops_of_replies(context, [prompt for prompt in prompts for _ in range(each)], lengths, guidance)
+    flops = [sum(flops[first : first + each]) for first in range(0, len(flops), each)]
+    if taught.lessons == "sampled":
+        return sampled_lessons(context.backbone, prompts, replies, taught.distil_settings.beta, longest), flops
     return guided_lessons(context.backbone, prompts, replies, longest), flops
 
 
-def _written(
-    context: CellContext, prompts: Sequence[tuple[Turn, ...]], head: ConvexHead, guidance: Guidance
-) -> list[Generation]:
-    from coala.decoding import generate
-    from coala.distil.stage import ROWS
-
-    if guidance.weighs and head.evidence == 0:
-        raise CoalaError(
-            "The head is no better than chance on held-out pairs, so that it guides nothing and teaches nothing. Fix: "
-            "more pairs, or another rule of guidance."
-        )
-    return generate(
-        prompts,
-        context.backbone,
-        head,
-        guidance,
-        max_new_tokens=context.evaluation.max_new_tokens,
-        temperature=context.evaluation.temperature,
-        seed=context.cell.seed or 0,
-        prompt_ids=[prompt_id(prompt) for prompt in prompts],
-        batch_size=max(1, ROWS // guidance.rows),
-        kept=context.folder / "replies.jsonl",
-        on_reply=lambda done, total: context.show("guided replies", done, total, "replies"),
-    )
+def replies_each(method: StudyMethod) -> int:
+    """Replies that the method's teacher writes to a prompt."""
+    return method.distil_settings.candidates if method.lessons == "sampled" else 1
 
 
 def _head(context: CellContext, taught: StudyMethod) -> ConvexHead:
@@ -147,17 +137,12 @@ def _flops_of_replies(
     return [reply_flops(shape, before, new, guidance) for before, new in zip(rows, lengths, strict=True)]
 
 
-def _flops_of_states(context: CellContext, states: DistilStates) -> list[int]:
-    """The forward passes over every prompt's replies, with logits at their steps."""
-    from coala.costs import body_flops, head_flops
+def _flops_of_states(context: CellContext, prompts: Sequence[tuple[Turn, ...]], lengths: Sequence[int]) -> list[int]:
+    """The forward pass over each reply of ``lengths`` tokens and its prompt, with logits at the reply's steps."""
+    from coala.costs import states_flops
 
-    shape, prompts = context.backbone.shape, training_prompts(context)
-    steps = np.bincount(states.group, minlength=len(prompts))
-    before = [len(context.backbone.render(prompt).tokens) for prompt in prompts]
-    return [
-        body_flops(shape, [n + int(steps[i])]) + head_flops(shape, [int(steps[i])]) if steps[i] else 0
-        for i, n in enumerate(before)
-    ]
+    rows = [len(context.backbone.render(prompt).tokens) for prompt in prompts]
+    return [states_flops(context.backbone.shape, [n + k], [k]) if k else 0 for n, k in zip(rows, lengths, strict=True)]
 
 
 # --- as methods read them --------------------------------------------------------------------------------------------
@@ -184,12 +169,15 @@ def states_of(context: CellContext) -> DistilStates:
     return replace(found, **{field.name: getattr(found, field.name)[:n] for field in fields(found)})
 
 
-def taught_by(context: CellContext) -> Teaching:
-    """Who teaches this cell's method which prompts, and how it samples; steps of it are written to CELL/rounds."""
+def taught_by(context: CellContext, method: StudyMethod | None = None) -> Teaching:
+    """Who teaches ``method``, by default the cell's, which prompts, and how it samples.
+
+    Steps of it are written to CELL/rounds.
+    """
     from coala.decoding import Guidance
     from coala.distil.stage import Teaching
 
-    method, evaluation = context.method, context.evaluation
+    method, evaluation = method or context.method, context.evaluation
     settings = replace(method.distil_settings, seed=context.cell.seed or 0)
     return Teaching(
         settings=settings,
@@ -208,10 +196,11 @@ def taught_replies(context: CellContext) -> Taught:
     """The teacher's replies to the prompts that this cell's method learns from; none where it wrote none."""
     from coala.distil.stage import Taught
 
-    if context.method.lessons != "guided":
+    if context.method.lessons not in ("guided", "sampled"):
         return Taught()
-    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: context.method.distil_settings.prompts]
-    return Taught(training_prompts(context)[: len(replies)], replies)
+    prompts = training_prompts(context)[: context.method.distil_settings.prompts]
+    replies = load_generations(teacher_folder(context) / "replies.jsonl")
+    return Taught(prompts, replies[: len(prompts) * replies_each(context.method)])
 
 
 def choosing_prompts(context: CellContext) -> tuple[list[tuple[Turn, ...]], dict[str, int]]:
@@ -259,7 +248,7 @@ def teaching(context: CellContext) -> dict[str, Any]:
     """What the replies and states that this cell's method learns from took: FLOPs of its prompts, seconds of all."""
     name = teacher_folder(context).name
     found, spent = context.result(name), context.costs(name)
-    limited = context.method.lessons in ("guided", "shift")
+    limited = context.method.lessons in ("guided", "sampled", "shift")
     n = context.method.distil_settings.prompts if limited else None
     flops = {part: sum(values[:n]) for part, values in found["flops"].items()}
     seconds = sum(part["measured"]["seconds"] for part in spent.values())
