@@ -54,16 +54,6 @@ OPENINGS = (
     "Tom had a ball",
     "It was raining",
 )
-GLAD = """
-    happy happily glad joy smile smiled smiling laugh laughed laughing love loved loves loving fun play played playing
-    friend friends hug hugged kind nice good great best wonderful beautiful pretty proud thank thanks excited safe share
-    shared help helped giggled cheered delicious favorite sweet warm bright special brave
-"""
-SAD = """
-    sad sadly cry cried crying tears hurt pain angry mad scared afraid fear lonely alone lost bad mean sorry broken
-    broke sick tired worried upset danger dangerous dark cold fell fall hit yelled shouted screamed wrong ugly naughty
-    hate hated monster
-"""
 Prompt = tuple[Turn, ...]
 
 
@@ -97,16 +87,10 @@ def film(n: int) -> Task:
     )
 
 
-def words(mine: bool) -> dict[str, float]:
-    """The words of the judge, or of the labeller; a weight of 100 is one point for each per cent of the text."""
-    weights = {**dict.fromkeys(GLAD.split(), 100.0), **dict.fromkeys(SAD.split(), -100.0)}
-    return {word: w for word, w in weights.items() if (hashlib.sha256(word.encode()).digest()[0] % 2 == 1) == mine}
-
-
 def stories(n: int, model: Path) -> Task:
     """800 samples of the model for training, ranked within their opening; n stories of ten openings for the table."""
     backbone = load_backbone(model, device="cpu", template="continuation")
-    labeller, judged_by = WordJudge("labeller", words(mine=False)), WordJudge("judge", words(mine=True))
+    labeller, judged_by = (WordJudge.load(ASSETS / "stories" / f"{name}.json") for name in ("labeller", "judge"))
     openings = [user(OPENINGS[i % len(OPENINGS)]) for i in range(max(n, 800))]
     samples = generate(openings[:800], backbone, max_new_tokens=100, seed=99, batch_size=100)
     pairs = []
