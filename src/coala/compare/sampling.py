@@ -81,6 +81,8 @@ def make_pairs(
 
     labeller = local_judge(settings.labeller).scorer()
     texts = [row.text("text", "prompt").strip() for row in read_rows(settings.prompts)][: settings.n_prompts]
+    if settings.words is not None:
+        texts = [" ".join(text.split()[: settings.words]) for text in texts]
     prompts = [user(settings.ask.replace("{text}", text)) for text in texts]
     backbone = load_backbone(
         trainable(model.path, weights), revision=model.revision, template=model.template, device=study.device

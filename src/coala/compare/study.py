@@ -69,6 +69,7 @@ class Sampled(_Strict):
     """Pairs that the study makes: replies of a model to prompts, the best against the worst by a scorer."""
 
     prompts: str = Field(description="rows with a field text or prompt")
+    words: int | None = Field(None, ge=1, description="first words of each text that are kept; default: all")
     ask: str = Field("{text}", description="the user's message, {text} in it replaced")
     labeller: str = Field(
         description="what scores replies: rule:NAME, or a word-judge file that the judge should share no word with"
