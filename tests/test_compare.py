@@ -17,18 +17,19 @@ from coala.cli import app
 from coala.compare import bundled, cells, load_study, plan_rows, plan_study, plan_total
 from coala.compare.cell import read
 from coala.compare.cell_context import calibrated_nll, measured_margins
-from coala.compare.conclusions import Finding, of_capability, of_flops, of_measured, of_ranking, of_writing
+from coala.compare.conclusions import Finding, of_capability, of_flops, of_judge, of_measured, of_ranking, of_writing
 from coala.compare.costs import spread
 from coala.compare.data import limited, part, prepare
+from coala.compare.judging import labels_judged
 from coala.compare.loading import study_of
 from coala.compare.matrix import spec_of
 from coala.compare.page import render
 from coala.compare.progress import Teller
 from coala.compare.results import PUBLISHED_COSTS, curve_of, falling
-from coala.compare.study import Study
+from coala.compare.study import Dataset, Study
 from coala.compare.text import _escaped, latex, markdown
 from coala.recipe import RecipeError
-from coala.store import save_pairs
+from coala.store import save_json, save_pairs
 from coala.values import CoalaError, Pair, user
 from tests.menagerie import tiny_backbone
 
@@ -485,6 +486,27 @@ def test_costs_are_told_of_heads_that_were_counted() -> None:
     assert of_flops(place) == [Finding("Cost", "of the FLOPs of dpo (full), by counter, coala 10 %.")]
     place["methods"][1]["costs"] = None
     assert of_flops(place) == of_measured(place) == []
+
+
+def test_a_judge_that_does_not_go_by_the_labels_is_told(tmp_path: Path) -> None:
+    """Its agreement is the share of pairs it judges as they are labelled; of its own labels there is nothing to ask."""
+    judge = str(tmp_path / "glad.json")
+    save_json(Path(judge), {"name": "glad", "weights": {"glad": 1.0}})
+    pairs = [Pair(user("x"), "so glad", "sad" if n % 4 else "glad glad", str(n)) for n in range(40)]
+    pairs += [Pair(user("x"), "sad", "sad too", "tie")]
+    found = labels_judged(Dataset(judge=judge), pairs)
+    assert labels_judged(Dataset(judge=judge, labeller=judge), pairs) is None
+    assert found is not None
+    assert found["name"] == "glad"
+    assert found["agrees"]["value"] == pytest.approx(30.5 / 41)
+    assert labels_judged(Dataset(judge="head:coala"), pairs) is None
+    assert labels_judged(Dataset(), pairs) is None
+    for (low, high), verdict in {(0.6, 0.8): "", (0.2, 0.4): "no", (0.4, 0.6): "open", (0.5, 0.8): "open"}.items():
+        agrees = {"value": (low + high) / 2, "low": low, "high": high, "n": 1234}
+        (said,) = of_judge({"judge": {"name": "words", "agrees": agrees}})
+        assert (said.word, said.verdict) == ("Judge", verdict)
+        assert "of 1,234 pairs" in said.figures
+    assert of_judge({"judge": None}) == []
 
 
 def test_every_method_is_told_once_with_its_figure_under_the_word_its_interval_allows() -> None:

@@ -104,6 +104,21 @@ def of_heads(place: Mapping[str, Any]) -> list[Finding]:
     return told
 
 
+def of_judge(place: Mapping[str, Any]) -> list[Finding]:
+    """Whether the judge of replies goes by the preference that the pairs hold, by how it judges them."""
+    judge = place["judge"]
+    if judge is None:
+        return []
+    outcome = _outcome(judge["agrees"], 0.5)
+    meaning = {
+        BETTER: "wins by it are of the preference of the pairs, as far as it agrees with them.",
+        WORSE: "wins by it are against the preference of the pairs.",
+        UNDECIDED: "that wins by it are of the preference of the pairs is not established.",
+    }[outcome]
+    figures = f"It prefers the chosen reply in {_share(judge['agrees'])} of {judge['agrees']['n']:,} pairs."
+    return [Finding("Judge", f"{judge['name']}: {meaning}", figures, "" if outcome == BETTER else outcome[1])]
+
+
 def of_writing(place: Mapping[str, Any]) -> list[Finding]:
     """Whether COALA's guidance writes better than prompting, training or another way to guide, or worse, or neither."""
     families: dict[str, Callable[[Mapping[str, Any]], bool]] = {

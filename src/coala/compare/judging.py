@@ -9,11 +9,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coala.compare.cell_context import CellContext
+from coala.compare.study import Dataset
 from coala.store import load_generations, load_head
 from coala.values import Generation, Pair
 
 if TYPE_CHECKING:
     from coala.evaluation.judges import Judge
+
+
+def labels_judged(dataset: Dataset, pairs: Sequence[Pair]) -> dict[str, Any] | None:
+    """How often the judge of replies prefers the chosen ones of ``pairs``: whether its wins are of the same preference.
+
+    None where there is no judge, where it labelled the pairs itself, and for a head, whose accuracy is a row.
+    """
+    from coala.evaluation.judges.named import local_judge
+    from coala.statistics.intervals import share_estimate
+
+    named, labeller = dataset.judge, dataset.sampled.labeller if dataset.sampled else dataset.labeller
+    if named is None or named == labeller or named.startswith("head:"):
+        return None
+    asked = local_judge(named).scorer()
+    ahead = np.array([asked.score(pair.chosen) - asked.score(pair.rejected) for pair in pairs])
+    hits, group = (ahead > 0) + 0.5 * (ahead == 0), [pair.group for pair in pairs]
+    found = share_estimate(hits, group, "share of pairs whose chosen reply the judge prefers, a tie one half")
+    return {"name": asked.name, "agrees": asdict(found)}
 
 
 def judged(

@@ -8,7 +8,7 @@ What was measured of time, memory and energy is under ``measured`` keys; all els
     failures     [{cell, error, plan}]
     untuned      baselines for which fewer than four rates were tried
     places       [{dataset, model, init, pairs, methods: [ROW], differences: [...], ranks, verdict: [sentence],
-                  measured: [sentence], layers, contests, survival, capability, agreement, benchmarks}]
+                  measured: [sentence], layers, judge, contests, survival, capability, agreement, benchmarks}]
     stage_one    rows of the paper's Table 7
 
 A ROW: label, kind, seeds, accuracy (ESTIMATE over pairs, of the mean over seeds) with seed_mean and seed_sd,
@@ -40,6 +40,7 @@ from coala.compare.contests import (
 from coala.compare.costs import FoundCosts, costs_of, put_shares, spread
 from coala.compare.data import counts as pair_counts
 from coala.compare.data import part
+from coala.compare.judging import labels_judged
 from coala.compare.matrix import Cell, cells, teacher_of
 from coala.compare.study import CHANGED, Study
 from coala.compare.survival import survival
@@ -104,7 +105,8 @@ def _place(
     dataset, model, init = place
     rows: list[dict[str, Any]] = []
     if any(cell.id in found for cell in here):
-        group = [pair.group for pair in part(out, dataset, "test")]
+        test = part(out, dataset, "test")
+        group = [pair.group for pair in test]
         labels = list(dict.fromkeys((cell.method, cell.setting) for cell in here if cell.kind in _METHODS))
         for method, setting in labels:
             mine = [c for c in here if (c.method, c.setting) == (method, setting) and c.kind in _METHODS]
@@ -119,6 +121,9 @@ def _place(
     told["ranks"] = study.ranks
     if rows:
         told["differences"] = _differences(rows, group) if study.ranks else []
+        told["judge"] = None
+        if any(row["win_rate"] for row in rows):
+            told["judge"] = labels_judged(study.datasets[dataset], [*part(out, dataset, "train"), *test])
         told["contests"] = contests(rows, _answered(study, out, dataset))
         told["survival"] = survival(rows, _answered(study, out, dataset))
         told["agreement"] = agreement(rows)
@@ -127,6 +132,7 @@ def _place(
         ranking = (*conclusions.of_ranking(told), *conclusions.of_heads(told)) if study.ranks else ()
         found_here = [
             *ranking,
+            *conclusions.of_judge(told),
             *conclusions.of_writing(told),
             *conclusions.of_survival(told),
             *conclusions.of_capability(told),
