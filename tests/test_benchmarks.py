@@ -35,6 +35,7 @@ SMALL = {
     "phase2": "--seeds 1 --seconds 2",
     "raters": "--data {data} --part planted --sets film --seeds 1",
     "ranking": "--data {data} --out {tmp} --sets ultrafeedback_sample --models stories260K-hf",
+    "served": "{smollm2} {smollm2} --prompts 2 --tokens 4",
     "serving": "--seconds 3 --rounds 1 --round-seconds 2 --clients 4",
     "survey_load": "--raters 3 --kills 0 --browsers 0 --questions 3",
     "synthesis": "--conversations 5 --kills 0",
@@ -53,9 +54,12 @@ def test_what_a_benchmark_imports_is_there(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.release
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs(name: str, shared: Path, tmp_path: Path) -> None:
+def test_a_benchmark_runs(name: str, shared: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     data = shared / "data"
-    words = SMALL[name].format(tmp=tmp_path, data=data, stories=data / "models" / "stories260K-hf").split()
+    places = {"tmp": tmp_path, "data": data, "stories": data / "models" / "stories260K-hf"}
+    if "{smollm2}" in SMALL[name]:
+        places["smollm2"] = request.getfixturevalue("smollm2")
+    words = SMALL[name].format(**places).split()
     command = [sys.executable, str(REPOSITORY / "benchmarks" / f"{name}.py"), *words]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
