@@ -9,6 +9,7 @@ seed. Of docs/results/distil.md: wins by KL, from that page's own tables. The la
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -162,7 +163,14 @@ def rates(out: Path) -> dict[str, Any]:
     }
 
 
-SETS = {"film": "film: words", "house-style": "house style: words and form"}
+SETS = {
+    "film": "film: words",
+    "stories": "stories: words",
+    "film-sentences": "film, short sentences: form",
+    "house-style": "house style, 56 pairs: words and form",
+    "house-style-all": "house style, 239 pairs: words and form",
+    "sentences": "short sentences: form",
+}
 LINES = {  # policies with strengths to choose, and the colour of each
     "distilled": ("distilled (convex, certified)", "#1b6ca8"),
     "distilled-weighted-half": ("distilled, weighted pairs (convex, certified)", "#17a398"),
@@ -183,11 +191,18 @@ def wins_by_kl(page: Path, out: Path) -> dict[str, Any]:
     """Wins against the unguided model by KL a reply, of each policy along its strengths, from the page's tables."""
     tables = dict(_tables(page.read_text()))
     shown = [name for name in SETS if (name, "Weaker and stronger") in tables]
-    figure = Figure(figsize=(4.3 * len(shown) + 0.4, 4.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.3 * columns + 0.4, 3.9 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, name in itertools.zip_longest(panels.flat, shown):
+        if name is None:
+            axes.set_axis_off()
+            continue
         _panel(axes, tables[name, "Replies to held-out prompts"], tables[name, "Weaker and stronger"])
-        axes.set(title=SETS[name], xlabel="KL a reply, nats")
-    figure.axes[0].set(ylabel="wins against the unguided model, %", ylim=(40, 101))
+        axes.set(title=SETS[name], xlabel="KL a reply, nats", ylim=(40, 101))
+    for axes in panels[:, 0]:
+        axes.set(ylabel="wins against the unguided model, %")
     known = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save(figure, out / "wins_by_kl.svg")
@@ -206,11 +221,18 @@ def _panel(axes: Any, replies: list[dict[str, str]], strengths: list[dict[str, s
             label, colour, mark = single
             axes.plot(kl, wins, mark, color=colour, ms=5, label=label)
     for policy, (label, colour) in LINES.items():
-        rows = [row for row in strengths if row["policy"] in (policy, f"{policy}-chat")]
+        names = [name for row in strengths if re.fullmatch(rf"{policy}(-chat(-\d+)?)?", name := row["policy"])]
+        rows = [row for row in strengths if names and row["policy"] == max(names, key=_replies)]
         points = [(_figure(row["KL a reply, nats"]), _figure(row["wins, % [95 %]"])) for row in rows]
         points = [(0.0, 50.0), *(point for point in points if point[0] <= FURTHEST)]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3.5, linewidth=1.3, label=label)
+
+
+def _replies(policy: str) -> int:
+    """How many replies it learnt from, where its name says so."""
+    found = re.search(r"\d+$", policy)
+    return int(found[0]) if found else 0
 
 
 def _figure(cell: str) -> float:
