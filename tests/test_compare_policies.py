@@ -45,12 +45,6 @@ METHODS: list[dict[str, Any]] = [
     {"name": "fewer", "kind": "distilled", "of": "coala", "distil": {"candidates": 3, "prompts": 5, "rank": 2}},
     {"name": "shift", "kind": "distilled", "of": "coala", "distil": {"teacher": "shift", "prompts": 4}},
     {"name": "weighted", "kind": "distilled", "of": "coala", "distil": {"teacher": "weighted"}},
-    {
-        "name": "sampled",
-        "kind": "distilled",
-        "of": "coala",
-        "distil": {"teacher": "sampled", "candidates": 3, "prompts": 8, "rounds": 2},
-    },
     {"name": "rounds", "kind": "distilled", "of": "coala", "distil": {"candidates": 3, "prompts": 8, "rounds": 2}},
     {"name": "sft", "kind": "sft", "of": "coala", "distil": {"candidates": 3, "prompts": 8}},
     {"name": "steer", "kind": "lm-steer", "distil": {"support": "vocabulary"}, "epochs": 2, "rates": [1e-3, 1e-2]},
@@ -86,7 +80,6 @@ def test_policies_share_their_teachers_replies_and_come_after_them() -> None:
         "teacher-coala-guided-3x5-8",
         "teacher-coala-shift-10-4",
         "teacher-coala-weighted-1",
-        "teacher-coala-sampled-3-1-8",
         "teacher-chosen",
     ]
     for name in ("distilled", "fewer", "rounds", "sft", "steer-guided", "bias"):
@@ -425,18 +418,7 @@ def test_every_kind_of_policy_is_done_and_reported(tmp_path: Path) -> None:
     assert content["counts"]["done"] == len(cells(given))
     for place in content["places"]:
         rows = {row["label"]: row for row in place["methods"]}
-        labels = (
-            "distilled",
-            "fewer",
-            "shift",
-            "weighted",
-            "sampled",
-            "rounds",
-            "sft (full)",
-            "steer",
-            "steer-guided",
-            "mean",
-        )
+        labels = ("distilled", "fewer", "shift", "weighted", "rounds", "sft (full)", "steer", "steer-guided", "mean")
         for label in (*labels, "bias"):
             assert rows[label]["kl"]["value"] >= 0, label
             assert 0 <= rows[label]["policy_accuracy"]["value"] <= 1, label
@@ -461,8 +443,6 @@ def test_every_kind_of_policy_is_done_and_reported(tmp_path: Path) -> None:
         policies = [DistilledPolicy.load(folder / name) for name in ("policy", f"rounds/round-{kept}")]
         assert np.array_equal(policies[0].change, policies[1].change)
         assert len(list((folder / "rounds").glob("replies-*.jsonl"))) == len(about["result"]["rounds"]) - 1
-        rounds = load_json(out / "cells" / f"{place['dataset']}.m.base.sampled.s0" / "cell.json")["result"]["rounds"]
-        assert all(row["n_replies"] == 8 for row in rounds)
         first = about["result"]["rounds"][0]
         assert about["costs"]["lessons"]["replies"] >= found["distilled"]["flops"]["replies"]
         assert about["costs"]["fit"]["search_flops"] > first["flops"]["own"] > 0
@@ -472,7 +452,7 @@ def test_every_kind_of_policy_is_done_and_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("name", "hours"), [("distil", 3), ("distil-quick", 0.25)])
+@pytest.mark.parametrize(("name", "hours"), [("distil", 4), ("distil-quick", 0.25)])
 def test_the_study_of_what_survives_is_planned_within_its_time(name: str, hours: float, tmp_path: Path) -> None:
     given = load_study(name, tmp_path)
     planned = plan_study(given)

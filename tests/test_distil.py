@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import coala
@@ -21,13 +20,13 @@ from coala.decoding.distilled import divergence
 from coala.distil.matrix import output_matrix
 from coala.distil.shift import shift_states
 from coala.distil.stage import distil
-from coala.distil.states import LIGHT, Lesson, sampled_lessons, teacher_states, weighted_lessons
+from coala.distil.states import LIGHT, Lesson, teacher_states, weighted_lessons
 from coala.export.policy import export_beside, export_checkpoint, export_gguf, export_lora
 from coala.policies import DistilledPolicy
 from coala.recipe import load_recipe
 from coala.settings import DistilSettings
 from coala.store import RunFolder, save_head
-from coala.values import CoalaError, ConvexHead, FeatureSet, Generation, Pair, SpecMismatch, prompt_id, user
+from coala.values import CoalaError, ConvexHead, FeatureSet, Pair, SpecMismatch, prompt_id, user
 
 from .menagerie import tiny_backbone
 from .test_align import pair_rows, write_rows
@@ -127,40 +126,6 @@ def test_pairs_teach_by_their_weight_and_with_their_ends(backbone: LanguageModel
     # A dialogue ends by a text, not by a token.
     assert backbone.stop_texts
     assert not any(one.ended for one in weighted_lessons(backbone, pairs, features, head, beta, longest))
-
-
-def test_own_replies_teach_by_their_score_among_those_to_their_prompt(backbone: LanguageModel) -> None:
-    draw, each, beta, longest = np.random.default_rng(0), 6, 0.5, 25
-    scores = draw.standard_normal((len(PROMPTS), each)) + 5 * draw.standard_normal((len(PROMPTS), 1))
-    lengths = draw.choice([3, longest], scores.size)
-
-    def lessons(scores: NDArray[np.float64]) -> dict[tuple[int, str], Lesson]:
-        replies = [
-            Generation(str(n // each), f"reply {n}", "unguided", int(lengths[n]), 0, float(score), 0.0)
-            for n, score in enumerate(scores.ravel())
-        ]
-        continuing = load_backbone(backbone.name, template="continuation", device="cpu")
-        found = sampled_lessons(continuing, PROMPTS, replies, beta, longest)
-        return {(one.group, one.text): one for one in found}
-
-    found = lessons(scores)
-    own = scores - scores.mean(1, keepdims=True)
-    weights = np.exp(own / (beta * own.std()))
-    weights /= weights.sum(1, keepdims=True)
-    wanted = {(n // each, f"reply {n}"): float(weight) for n, weight in enumerate(weights.ravel())}
-    assert {key: one.weight for key, one in found.items()} == pytest.approx(
-        {key: wanted[key] for key in found}, rel=1e-5
-    )
-    assert all(one.prompt == PROMPTS[one.group] for one in found.values())
-    left = sum(weight for key, weight in wanted.items() if key not in found)
-    assert 0 < left <= LIGHT * len(PROMPTS)
-    assert [one.ended for one in found.values()] == [lengths[int(text.split()[1])] < longest for _, text in found]
-    # What a prompt's replies have in common says nothing, and neither does the unit of the score.
-    other = lessons(3 * scores + 7 * draw.standard_normal((len(PROMPTS), 1)))
-    assert other.keys() == found.keys()
-    assert [one.weight for one in other.values()] == pytest.approx([one.weight for one in found.values()], rel=1e-5)
-    with pytest.raises(CoalaError, match="expected as many to each"):
-        sampled_lessons(backbone, PROMPTS, [], beta, longest)
 
 
 def test_divergence_is_none_of_equals_and_bears_what_cannot_be() -> None:

@@ -21,9 +21,8 @@ from coala.distil.matrix import output_matrix
 from coala.distil.measured import measure
 from coala.distil.rounds import held_out_prompts
 from coala.distil.side_by_side import distil_into_report
-from coala.distil.stage import Work, distil, settings_of, teacher_replies
+from coala.distil.stage import Work, distil, settings_of
 from coala.distil.states import Lesson, teacher_states
-from coala.export.policy_card import policy_card, policy_facts
 from coala.policies import DistilledPolicy
 from coala.recipe import RecipeError, load_recipe, recipe_of
 from coala.report.distilled import shown, spoken
@@ -221,42 +220,6 @@ def test_rounds_end_where_nothing_is_gained_and_resume_from_wherever_they_are_ki
     assert np.array_equal(resumed.change, whole.change)
     again = load_json(tmp_path / "killed/distilled/path.json")
     assert {k: v for k, v in again.items() if k != "path"} == {k: v for k, v in about.items() if k != "path"}
-
-
-@pytest.mark.nightly
-def test_own_replies_of_a_round_are_those_of_the_policy_before(aligned: Path, tmp_path: Path) -> None:
-    """Each prompt has as many, with noise of their own; the base model writes the first round's."""
-    shutil.copytree(aligned, tmp_path / "run")
-    settings = DistilSettings(teacher="sampled", prompts=5, candidates=3, ridge=0.01, rank=2, rounds=2)
-    told: list[str] = []
-    distil(tmp_path / "run", settings, on_note=told.append)
-    assert sum("of the model's own replies teach" in line for line in told) > 0
-    run = coala.load_run(tmp_path / "run")
-    work = Work.of(RunFolder(tmp_path / "run"), settings, lambda *_: None, lambda _: None)
-    first = DistilledPolicy.load(tmp_path / "run/distilled/round-1")
-    for before, seed in ((None, 0), (first, 1)):
-        taught = teacher_replies(work, before, seed=seed)
-        assert len(taught.replies) == 3 * len(taught.prompts) == 15
-        model = run.backbone if before is None else run.backbone.with_policy(before)
-        theirs = generate(
-            [prompt for prompt in taught.prompts for _ in range(3)],
-            model,
-            run.head,
-            Guidance.unguided() if before is None else Guidance("distilled"),
-            max_new_tokens=6,
-            seed=seed,
-            prompt_ids=[f"{prompt_id(prompt)}#{n}" for prompt in taught.prompts for n in range(3)],
-        )
-        assert [one.text for one in taught.replies] == [one.text for one in theirs]
-        assert [one.score for one in taught.replies] == pytest.approx([one.score for one in theirs], abs=1e-4)
-        assert len({one.text for one in taught.replies[:3]}) > 1
-    about = load_json(tmp_path / "run/distilled/path.json")
-    assert about["flops"]["teacher"] > 0 < about["flops"]["states"]
-    facts = policy_facts(tmp_path / "run", first)
-    card = policy_card(first, run.backbone, "lora", facts, "")
-    assert "`sampled`: replies of the model itself, several to a prompt" in card
-    with pytest.raises(CoalaError, match="expected guided or sampled"):
-        distil(tmp_path / "run", replace(settings, teacher="weighted"))
 
 
 @pytest.mark.nightly

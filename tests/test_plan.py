@@ -551,12 +551,6 @@ def test_distilling_is_planned_by_the_formulas_of_costs(tmp_path: Path) -> None:
     given: dict[str, Any] = {"config": tmp_path / "gpt2" / "config.json", "rows": 1000, "guess": Guess(100, 60), **room}
     weighted = make_plan(replace(settings, distil=DistilSettings(teacher="weighted")), **given).distil
     rounds = make_plan(replace(settings, distil=DistilSettings(rounds=3)), **given).distil
-    sampled = make_plan(replace(settings, distil=DistilSettings(teacher="sampled", candidates=4)), **given).distil
-    assert sampled is not None
-    assert (sampled.replies, sampled.reply_tokens) == (4 * plan.distil.replies, 60)
-    assert sampled.flops["output"]["teacher"] == sampled.replies * decoding_flops(shape, 100, 60)
-    assert sampled.flops["output"]["states"] == 4 * flops["output"]["states"]
-    assert "choice" not in sampled.flops["output"]
     assert weighted is not None
     assert rounds is not None
     assert weighted.flops["output"]["teacher"] == 0

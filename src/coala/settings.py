@@ -77,7 +77,7 @@ StepLoss = Literal["inpo", "sppo", "dro", "rebel", "dpo"]
 Selection = Literal["random", "all", "best_worst"]
 Target = Literal["soft", "bernoulli", "hard"]
 Win = Literal["hard", "mean"]
-Teacher = Literal["guided", "sampled", "weighted", "shift"]
+Teacher = Literal["guided", "weighted", "shift"]
 Support = Literal["nucleus", "vocabulary"]
 Vehicle = Literal["output", "adapter"]
 TrackerName = Literal["jsonl", "mlflow", "trackio", "wandb"]
@@ -254,35 +254,29 @@ class DistilSettings:
 
     ``guided``: replies to training prompts that the head guides, choosing among ``candidates`` blocks.
 
-    ``sampled``: ``candidates`` replies of the model itself to each of them, weighted by exp(r / ``beta``) for scores r
-    in standard deviations, those of a prompt to 1 together. ``weighted``: the training pairs' own replies, weighted so
-    among all; nothing is generated. ``shift``: replies of mode ``shift``, each step to become the exact distribution
-    that its token was drawn from, tilted over the ``candidates`` likeliest. ``rank`` "auto" and no ``ridge`` are
-    chosen on held-out prompts. More than one of ``rounds``, of the teachers ``guided`` and ``sampled``, end where
-    replies to held-out prompts gain no more (:mod:`coala.distil.rounds`).
+    ``weighted``: the training pairs' own replies, weighted by exp(r / ``beta``) for scores r in standard deviations;
+    nothing is generated. ``shift``: replies of mode ``shift``, each step to become the exact distribution that its
+    token was drawn from, tilted over the ``candidates`` likeliest. ``rank`` "auto" and no ``ridge`` are chosen on
+    held-out prompts. More than one of ``rounds``, of the teacher ``guided``, end where replies to held-out prompts
+    gain no more (:mod:`coala.distil.rounds`).
     """
 
     teacher: Annotated[
         Teacher,
         Setting(
-            "What the policy learns from: replies the head guides, the model's own replies or the pairs' weighted by "
-            "score, or the exact distributions of mode shift."
+            "What the policy learns from: replies the head guides, the pairs' own replies weighted by score, or the "
+            "exact distributions of mode shift."
         ),
     ] = "guided"
-    prompts: Annotated[int, Ge(2), Setting("Number of training prompts to answer; `weighted` answers none.")] = 300
+    prompts: Annotated[int, Ge(2), Setting("Number of training prompts to answer, for `guided` and `shift`.")] = 300
     candidates: Annotated[
-        int,
-        Ge(2),
-        Setting("Number of blocks (`guided`) or tokens (`shift`) the head scores per step, or of replies (`sampled`)."),
+        int, Ge(2), Setting("Number of blocks (`guided`) or tokens (`shift`) the head scores per step.")
     ] = 10
     block_tokens: Annotated[int, Ge(1), Setting("Tokens per block, for `guided`.")] = 5
     beta: Annotated[
         float,
         Gt(0),
-        Setting(
-            "Temperature of the weights exp(score / beta), in standard deviations of the score, for `weighted` and "
-            "`sampled`."
-        ),
+        Setting("Temperature of the weights exp(score / beta), in standard deviations of the score, for `weighted`."),
     ] = 1.0
     support: Annotated[
         Support, Setting("Tokens each step is normalised over; vocabulary also sharpens the model and is slower.")
@@ -307,7 +301,7 @@ class DistilSettings:
     rounds: Annotated[
         int,
         Ge(1),
-        Setting("Maximum number of rounds; each learns from the previous round's policy, by the head's scores."),
+        Setting("Maximum number of rounds; in each the head guides the previous round's policy and distils it again."),
     ] = 1
     held_out: Annotated[
         int, Ge(2), Setting("Maximum number of held-out prompts that choose the strength or measure a round's gain.")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def teacher_cell(context: CellContext, costs: Costs) -> dict[str, Any]:
-    """Replies to training prompts, guided or the model's own, or those of the pairs, and the states of their steps."""
+    """Replies that the head guides to training prompts, or the pairs' own, and the states of their steps."""
     from coala.decoding import Guidance
     from coala.distil.matrix import output_matrix
     from coala.distil.shift import shift_states
@@ -89,7 +89,7 @@ def _lessons(
 ) -> tuple[list[Lesson], list[int]]:
     """Replies to learn from, and the FLOPs of writing them by prompt: none of the pairs' own."""
     from coala.distil.stage import teacher_replies
-    from coala.distil.states import Lesson, guided_lessons, sampled_lessons, weighted_lessons
+    from coala.distil.states import Lesson, guided_lessons, weighted_lessons
 
     pairs, longest = context.part("train"), context.evaluation.max_new_tokens
     if taught.lessons == "chosen":
@@ -107,21 +107,12 @@ def _lessons(
         features, beta = loaded(context, "train", method=of), taught.distil_settings.beta
         return weighted_lessons(context.backbone, pairs, features, _head(context, taught), beta, longest), []
     prompts = training_prompts(context)[: taught.distil_settings.prompts]
-    work, each = taught_by(context, taught), replies_each(taught)
+    work = taught_by(context, taught)
     work.check_evidence()
     with costs.of("replies"):
-        replies = list(teacher_replies(work, kept=context.folder / "replies.jsonl").replies)
-    lengths = [reply.n_tokens for reply in replies]
-    flops = _flops_of_replies(context, [prompt for prompt in prompts for _ in range(each)], lengths, guidance)
-    flops = [sum(flops[first : first + each]) for first in range(0, len(flops), each)]
-    if taught.lessons == "sampled":
-        return sampled_lessons(context.backbone, prompts, replies, taught.distil_settings.beta, longest), flops
+        replies = teacher_replies(work, kept=context.folder / "replies.jsonl").replies
+    flops = _flops_of_replies(context, prompts, [reply.n_tokens for reply in replies], guidance)
     return guided_lessons(context.backbone, prompts, replies, longest), flops
-
-
-def replies_each(method: StudyMethod) -> int:
-    """Replies that the method's teacher writes to a prompt."""
-    return method.distil_settings.candidates if method.lessons == "sampled" else 1
 
 
 def _head(context: CellContext, taught: StudyMethod) -> ConvexHead:
@@ -196,11 +187,10 @@ def taught_replies(context: CellContext) -> Taught:
     """The teacher's replies to the prompts that this cell's method learns from; none where it wrote none."""
     from coala.distil.stage import Taught
 
-    if context.method.lessons not in ("guided", "sampled"):
+    if context.method.lessons != "guided":
         return Taught()
-    prompts = training_prompts(context)[: context.method.distil_settings.prompts]
-    replies = load_generations(teacher_folder(context) / "replies.jsonl")
-    return Taught(prompts, replies[: len(prompts) * replies_each(context.method)])
+    replies = load_generations(teacher_folder(context) / "replies.jsonl")[: context.method.distil_settings.prompts]
+    return Taught(training_prompts(context)[: len(replies)], replies)
 
 
 def choosing_prompts(context: CellContext) -> tuple[list[tuple[Turn, ...]], dict[str, int]]:
@@ -248,7 +238,7 @@ def teaching(context: CellContext) -> dict[str, Any]:
     """What the replies and states that this cell's method learns from took: FLOPs of its prompts, seconds of all."""
     name = teacher_folder(context).name
     found, spent = context.result(name), context.costs(name)
-    limited = context.method.lessons in ("guided", "sampled", "shift")
+    limited = context.method.lessons in ("guided", "shift")
     n = context.method.distil_settings.prompts if limited else None
     flops = {part: sum(values[:n]) for part, values in found["flops"].items()}
     seconds = sum(part["measured"]["seconds"] for part in spent.values())

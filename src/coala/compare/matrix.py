@@ -99,7 +99,7 @@ def teacher_guidance(study: Study, method: StudyMethod) -> GuidanceSettings:
     settings = method.distil_settings
     chosen = next(m for m in study.methods if m.name == method.of).guidance or GuidanceSettings()
     return GuidanceSettings(
-        mode={"shift": "shift", "sampled": "none"}.get(settings.teacher, "block"),  # type: ignore[arg-type]
+        mode="shift" if settings.teacher == "shift" else "block",
         rule=chosen.rule,
         candidates=settings.candidates,
         block_tokens=settings.block_tokens,
@@ -131,8 +131,7 @@ def teacher_key(study: Study, method: StudyMethod, place: tuple[str, str, str]) 
     settings = method.distil_settings
     if method.lessons == "weighted":
         return f"teacher-{method.of}-weighted-{settings.beta:g}"
-    of = {"guided": f"x{settings.block_tokens}", "sampled": f"-{settings.beta:g}"}
-    size = f"{settings.candidates}" + of.get(str(method.lessons), "")
+    size = f"{settings.candidates}" + (f"x{settings.block_tokens}" if method.lessons == "guided" else "")
     most = max(
         other.distil_settings.prompts
         for other in study.methods

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from coala.compare.lessons import replies_each
 from coala.compare.matrix import Cell, teacher_guidance, teacher_method
 from coala.compare.reply_plan import likelihoods, reply_flops, writing
 from coala.compare.study import Study, StudyMethod
@@ -41,8 +40,7 @@ def teacher(study: Study, cell: Cell, shape: Shape, counts: Counts) -> dict[str,
     prompts = _prompts(method, counts)
     new, guidance = study.evaluation.max_new_tokens, teacher_guidance(study, method)
     replies = sum(reply_flops(shape, tokens, new, guidance) for tokens in prompts)
-    each = replies_each(method)
-    return _found(each * (replies + full_flops(shape, [tokens + new for tokens in prompts])), counts)
+    return _found(replies + full_flops(shape, [tokens + new for tokens in prompts]), counts)
 
 
 def policy(study: Study, cell: Cell, shape: Shape, counts: Counts) -> dict[str, Any]:
@@ -108,7 +106,6 @@ def _rounds(study: Study, method: StudyMethod, shape: Shape, counts: Counts) -> 
     prompts, guidance = _prompts(method, counts), teacher_guidance(study, method)
     again = sum(reply_flops(shape, tokens, new, guidance) for tokens in prompts)
     again += full_flops(shape, [tokens + new for tokens in prompts])
-    again *= replies_each(method)
     # Test prompts that are not answered, then training prompts that are not taught.
     choosing = counts.prompts_of("eval")[len(counts.prompts) :] + counts.prompts_of("train")[len(prompts) :]
     own = sum(reply_flops(shape, tokens, new, None) for tokens in choosing[: settings.held_out])
@@ -119,7 +116,7 @@ def _states(study: Study, method: StudyMethod, counts: Counts) -> int:
     survey = counts.surveys["train"]
     sides: Sequence[int] = {"chosen": (0,), "weighted": (0, 1)}.get(str(method.lessons), ())
     if not sides:
-        return len(_prompts(method, counts)) * replies_each(method) * study.evaluation.max_new_tokens
+        return len(_prompts(method, counts)) * study.evaluation.max_new_tokens
     rows = [survey.index[:, side] for side in sides]
     return counts.scaled(sum(int((survey.stop[some] - survey.start[some]).sum()) for some in rows))
 

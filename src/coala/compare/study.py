@@ -34,7 +34,7 @@ MethodKind = Literal[
     "bias",
 ]
 # Whose replies are learned from: the pairs' chosen ones, or one of the teachers of `coala distil`.
-Lessons = Literal["chosen", "guided", "sampled", "weighted", "shift"]
+Lessons = Literal["chosen", "guided", "weighted", "shift"]
 Init = Literal["base", "sft"]
 FEWEST_RATES = 4
 # Around TRL's and the paper's own rates; a study may name others.
@@ -366,10 +366,10 @@ class Study(_Strict):
             raise ValueError(f"method {method.name} learns from no teacher: leave out distil")
         if method.kind != "distilled" and settings.teacher != "guided":
             raise ValueError(f"method {method.name} learns from guided replies; its teacher is {settings.teacher}")
-        if settings.rounds > 1 and (method.kind != "distilled" or settings.teacher not in ("guided", "sampled")):
+        if settings.rounds > 1 and (method.kind, settings.teacher) != ("distilled", "guided"):
             raise ValueError(
-                f"method {method.name} has {settings.rounds} rounds; expected kind distilled and the teacher guided or "
-                "sampled, whose replies the policy of a round can write"
+                f"method {method.name} has {settings.rounds} rounds; expected kind distilled and the teacher guided, "
+                "which the policy of a round can be given"
             )
         if method.kind == "bias" and settings.support != "nucleus":
             raise ValueError(f"method {method.name} is fitted over the nucleus; found support {settings.support}")

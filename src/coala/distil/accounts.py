@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from coala.convex.output_fit import OutputFit
     from coala.decoding import Guidance
     from coala.policies import DistilStates
-    from coala.values import ConvexHead, Generation
+    from coala.values import ConvexHead
 
 DPO_RATES = 4  # learning rates of a sweep, as few as a comparison may try (docs/compare.md)
 
@@ -50,26 +50,6 @@ def reply_states_flops(
         )
     rows = [a + int(b) - 1 for a, b in zip(lengths, steps, strict=True)]
     return {"teacher": teacher, "states": states_flops(shape, rows, steps)}
-
-
-def sampled_flops(
-    backbone: LanguageModel,
-    prompts: Sequence[tuple[Turn, ...]],
-    replies: Sequence[Generation],
-    states: DistilStates,
-) -> dict[str, int]:
-    """FLOPs of ``replies`` that the model wrote unguided, as many to each of ``prompts``, and of their ``states``.
-
-    The states count every reply's layers, at most: the lightest are left out.
-    """
-    each, shape = len(replies) // len(prompts), backbone.shape
-    lengths = [length for prompt in prompts for length in [len(backbone.render(prompt).tokens)] * each]
-    written = [(length, reply.n_tokens) for length, reply in zip(lengths, replies, strict=True) if reply.n_tokens]
-    _, steps = np.unique(states.group, return_counts=True)
-    return {
-        "teacher": sum(decoding_flops(shape, length, n) for length, n in written),
-        "states": states_flops(shape, [length + n - 1 for length, n in written], steps),
-    }
 
 
 def pair_states_flops(run: RunFolder, backbone: LanguageModel, states: DistilStates) -> int:

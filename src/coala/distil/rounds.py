@@ -1,4 +1,4 @@
-"""Rounds: the policy of the round before teaches the next, by the head, until held-out replies gain no more.
+"""Rounds: the policy of the round before, guided by the head, teaches the next, until held-out replies gain no more.
 
 Each round is one convex program, its change relative to the base model; the series is a policy iteration, of which
 nothing is proved but that it ends. What a round gained is the mean head score of the policy's own replies to held-out
@@ -17,8 +17,9 @@ import numpy as np
 
 from coala.costs import decoding_flops
 from coala.decoding import generate
+from coala.distil.accounts import reply_states_flops
 from coala.distil.own_score import ROWS
-from coala.distil.stage import Taught, Teaching, Work, project, taught_states
+from coala.distil.stage import Taught, Teaching, Work, guided_states, project
 from coala.policies import DistilledPolicy, DistilStates
 from coala.statistics.intervals import mean_estimate, paired_difference
 from coala.statistics.scores import perplexity
@@ -34,13 +35,13 @@ def in_rounds(
     """The policy of the last round that gained on held-out ``prompts``, and the figures of all.
 
     ``first`` is what the first round learns from, if it is there already. That round is kept whatever it gained. A
-    killed call goes on where it was. Raises ``CoalaError`` for a teacher that writes nothing by a policy.
+    killed call goes on where it was. Raises ``CoalaError`` for another teacher than ``guided``.
     """
     settings = work.settings
-    if settings.teacher not in ("guided", "sampled"):
+    if settings.teacher != "guided":
         raise CoalaError(
-            f"Found {settings.rounds} rounds of the teacher {settings.teacher}; expected guided or "
-            "sampled, whose replies the policy of a round can write. Fix: --teacher sampled, or --rounds 1."
+            f"Found {settings.rounds} rounds of the teacher {settings.teacher}; expected guided, which the policy of a "
+            "round can be given. Fix: --teacher guided, or --rounds 1."
         )
     before, rows = _own_replies(work, prompts, work.folder / "round-0", None), []
     best: tuple[DistilledPolicy, dict[str, Any]] | None = None
@@ -48,11 +49,11 @@ def in_rounds(
         if number == 1 and first is not None:
             states, taught = first
         else:
-            states, taught = taught_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
+            states, taught = guided_states(work, None if best is None else best[0], seed=settings.seed + number - 1)
         policy, tried = _projected(work, states, taught, work.folder / f"round-{number}")
         own = _own_replies(work, prompts, work.folder / f"round-{number}", policy)
         written = [*own, *(before if number == 1 else ())]
-        flops = {**work.teaching_flops(states, taught), **tried.pop("flops"), "own": _own_flops(work, prompts, written)}
+        flops = {**_teaching_flops(work, states), **tried.pop("flops"), "own": _own_flops(work, prompts, written)}
         figures = _figures(number, policy, own, before)
         figures |= {"n_replies": int(states.group.max()) + 1, **tried, "flops": flops}
         rows.append(figures)
@@ -85,6 +86,10 @@ def held_out_prompts(work: Work) -> list[tuple[Turn, ...]]:
     if shared := max(0, len(some) - max(0, len(prompts) - shown)):
         work.on_note(f"{shared} of the {len(some)} prompts that choose the round are answered in the report too")
     return some
+
+
+def _teaching_flops(work: Teaching, states: DistilStates) -> dict[str, int]:
+    return reply_states_flops(work.backbone, work.head, work.guidance, work.prompts, states)
 
 
 def _own_flops(work: Teaching, prompts: list[tuple[Turn, ...]], written: list[Generation]) -> int:

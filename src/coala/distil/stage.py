@@ -19,21 +19,14 @@ from coala.alignment import load_parts
 from coala.alignment.talking import settled
 from coala.callbacks import OnNote, OnProgress, quiet, silent
 from coala.decoding import Guidance, generate
-from coala.distil.accounts import dpo_flops, fit_flops, pair_states_flops, reply_states_flops, sampled_flops
+from coala.distil.accounts import dpo_flops, fit_flops, pair_states_flops, reply_states_flops
 from coala.distil.matrix import output_matrix
 from coala.distil.own_score import OwnScore
 from coala.distil.shift import shift_states
-from coala.distil.states import (
-    LIGHT,
-    Lesson,
-    guided_lessons,
-    sampled_lessons,
-    teacher_states,
-    weighted_lessons,
-)
+from coala.distil.states import LIGHT, Lesson, guided_lessons, teacher_states, weighted_lessons
 from coala.policies import DistilledPolicy, DistilStates
 from coala.recipe import Recipe, overlay, recipe_of
-from coala.settings import DistilSettings, Mode
+from coala.settings import DistilSettings
 from coala.store import (
     DISTILLED,
     RunFolder,
@@ -105,8 +98,7 @@ def carry_out(work: Work) -> DistilledPolicy:
     else:
         states, taught = work.states()
         policy, about = project(work, states, taught)
-        flops = {**work.teaching_flops(states, taught), **about["flops"]}
-        about |= {"n_replies": len(np.unique(states.group)), "flops": flops}
+        about |= {"n_replies": len(np.unique(states.group)), "flops": {**work.teaching_flops(states), **about["flops"]}}
     about["flops"]["dpo_sweep"] = dpo_flops(work.run, work.backbone)  # for comparison
     policy.save(work.folder)
     common = {
@@ -149,7 +141,7 @@ class Teaching:
         return self.sampled_at or 1.0
 
     def check_evidence(self) -> None:
-        if self.guidance.active and self.guidance.weighs and self.head.evidence == 0:
+        if self.guidance.weighs and self.head.evidence == 0:
             raise NothingToDistil(
                 "Found a head that is no better than chance on held-out pairs, so that it guides nothing; expected one "
                 "with evidence. Fix: more pairs, or another rule of guidance (--rule)."
@@ -182,12 +174,6 @@ class Teaching:
             where = "left out" if self.settings.support == "nucleus" else "kept"
             self.on_note(f"{outside} of {len(states)} tokens are outside their step's nucleus: {where}")
         return states
-
-    def teaching_flops(self, states: DistilStates, taught: Taught) -> dict[str, int]:
-        """FLOPs of the teacher's replies and of ``states``."""
-        if self.settings.teacher == "sampled":
-            return sampled_flops(self.backbone, taught.prompts, taught.replies, states)
-        return reply_states_flops(self.backbone, self.head, self.guidance, self.prompts, states)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -222,9 +208,8 @@ class Work(Teaching):
         recipe = recipe_of(run.settings, run.path / "run.json")
         settings = recipe.distil if settings is None else settings
         backbone, head, _ = load_parts(run.path, **permitted) if parts is None else parts()
-        modes: dict[str, Mode] = {"shift": "shift", "sampled": "none"}
         teacher = Guidance(
-            modes.get(settings.teacher, "block"),
+            "shift" if settings.teacher == "shift" else "block",
             rule=recipe.guidance.rule,
             candidates=settings.candidates,
             block_tokens=settings.block_tokens,
@@ -258,37 +243,33 @@ class Work(Teaching):
 
     def states(self) -> tuple[DistilStates, Taught]:
         """The states of what the settings' teacher teaches."""
-        if self.settings.teacher in ("guided", "sampled"):
-            return taught_states(self)
+        if self.settings.teacher == "guided":
+            return guided_states(self)
         if self.settings.teacher == "shift":
             return self.noted(_shifted(self)), Taught()
         return self.states_of(_weighted(self)), Taught()
 
-    def teaching_flops(self, states: DistilStates, taught: Taught) -> dict[str, int]:
+    def teaching_flops(self, states: DistilStates) -> dict[str, int]:
+        """FLOPs of the teacher's replies and of ``states``."""
         if self.settings.teacher == "weighted":
             return {"states": pair_states_flops(self.run, self.backbone, states)}
-        return super().teaching_flops(states, taught)
+        return reply_states_flops(self.backbone, self.head, self.guidance, self.prompts, states)
 
 
 @dataclass(frozen=True)
 class Taught:
-    """Of a teacher that wrote what there is to learn, its ``replies``, one or as many to each of ``prompts``."""
+    """Of a teacher that wrote what there is to learn, by group, its ``replies`` to ``prompts``."""
 
     prompts: Sequence[tuple[Turn, ...]] = ()
     replies: Sequence[Generation] = ()
 
 
-def taught_states(
+def guided_states(
     work: Teaching, before: DistilledPolicy | None = None, *, seed: int | None = None
 ) -> tuple[DistilStates, Taught]:
-    """The states of replies that the teacher wrote; in a later round by the policy of the round ``before``."""
+    """The states of guided replies; in a later round the head guides the policy of the round ``before``."""
     taught = teacher_replies(work, before, seed=seed)
-    written = work.backbone, taught.prompts, taught.replies
-    if work.settings.teacher == "guided":
-        return work.states_of(guided_lessons(*written, work.longest), before), taught
-    lessons = sampled_lessons(*written, work.settings.beta, work.longest)
-    work.on_note(_weighed(lessons, sum(bool(reply.text) for reply in taught.replies), "of the model's own replies"))
-    return work.states_of(lessons, before), taught
+    return work.states_of(guided_lessons(work.backbone, taught.prompts, taught.replies, work.longest), before), taught
 
 
 def project(work: Teaching, states: DistilStates, taught: Taught) -> tuple[DistilledPolicy, dict[str, Any]]:
@@ -299,7 +280,7 @@ def project(work: Teaching, states: DistilStates, taught: Taught) -> tuple[Disti
     from coala.convex import fit_output
 
     settings = work.settings
-    own = work.own_score(taught) if settings.strength == "auto" and settings.teacher == "guided" else None
+    own = work.own_score(taught) if settings.strength == "auto" and taught.replies else None
     # Sampled at a temperature, the policy is the softmax of logits over it.
     found = fit_output(
         states,
@@ -327,16 +308,8 @@ def _say_learnt(held_out: Estimate | None, work: Teaching) -> None:
         work.on_note(
             f"held-out prompts do not show that the change comes nearer to the teacher: {held_out.value:+.4f} "
             f"[{held_out.low:+.4f}, {held_out.high:+.4f}] nats a token from no change. Fix: "
-            + _MORE[work.settings.teacher]
+            + ("more pairs" if work.settings.teacher == "weighted" else "more --prompts, or --teacher weighted")
         )
-
-
-_MORE = {
-    "guided": "more --prompts, or --teacher sampled or weighted",
-    "sampled": "more --prompts or --candidates, or a smaller --beta",
-    "weighted": "more pairs, or --teacher sampled",
-    "shift": "more --prompts, or --teacher sampled or weighted",
-}
 
 
 class NothingToDistil(CoalaError):
@@ -355,22 +328,15 @@ def _shifted(work: Work) -> DistilStates:
 def teacher_replies(
     work: Teaching, before: DistilledPolicy | None = None, *, seed: int | None = None, kept: Path | None = None
 ) -> Taught:
-    """The teacher's reply, or replies, to each training prompt; of a later round by the policy ``before``.
+    """The teacher's reply to each training prompt; of a later round, by the head over the policy ``before``.
 
-    Of the teacher ``guided`` the head guides it, of ``sampled`` it writes by itself. ``kept`` is the file they are
-    written to, by default one of the work's folder that is named by all that decides them.
+    ``kept`` is the file they are written to, by default one of the work's folder that is named by what decides them.
     """
     backbone, guidance, head = work.backbone, work.guidance, work.head
-    sampled = work.settings.teacher == "sampled"
     if before is not None:
-        backbone = backbone.with_policy(before)
-        guidance = guidance.changed(mode="distilled") if sampled else replace(guidance, over="distilled")
-    seed = work.settings.seed if seed is None else seed
-    prompts, ids = list(work.prompts), [prompt_id(prompt) for prompt in work.prompts]
-    if sampled:  # each of a prompt's replies has noise of its own
-        each = work.settings.candidates
-        prompts = [prompt for prompt in prompts for _ in range(each)]
-        ids = [f"{one}#{number}" for one in ids for number in range(each)]
+        backbone, guidance = backbone.with_policy(before), replace(guidance, over="distilled")
+    prompts, seed = work.prompts, work.settings.seed if seed is None else seed
+    ids = [prompt_id(prompt) for prompt in prompts]
     decides = [ids, asdict(guidance), work.longest, work.sampled_at, seed, head.linear, head.gates, head.weights]
     named = digest(*decides, head.evidence, *([] if before is None else [before.change]))[:12]
     replies = generate(
@@ -384,26 +350,19 @@ def teacher_replies(
         prompt_ids=ids,
         batch_size=max(1, ROWS // guidance.rows),
         kept=kept or work.folder / f"replies-{named}.jsonl",
-        on_reply=lambda n, total: work.on_progress(
-            "own replies" if sampled else "guided replies", n, total, f"{n} of {total} replies"
-        ),
+        on_reply=lambda n, total: work.on_progress("guided replies", n, total, f"{n} of {total} replies"),
     )
-    return Taught(work.prompts, replies)
+    return Taught(prompts, replies)
 
 
 def _weighted(work: Work) -> list[Lesson]:
     pairs, features = load_pairs(work.run.path / "pairs-train.jsonl"), load_features(work.run.path / "features/train")
     lessons = weighted_lessons(work.backbone, pairs, features, work.head, work.settings.beta, work.longest)
     n = len({(conversation_text(pair.prompt), text) for pair in pairs for text in (pair.chosen, pair.rejected) if text})
-    work.on_note(_weighed(lessons, n, "replies of the pairs"))
-    return lessons
-
-
-def _weighed(lessons: Sequence[Lesson], n: int, what: str) -> str:
-    """Says how many of ``n`` replies teach."""
     whole = sum(lesson.ended for lesson in lessons)
     left = f" (the others weigh at most {100 * LIGHT:g} % together)" if len(lessons) < n else ""
-    return f"{len(lessons)} of {n} {what} teach{left}, {whole} of them with their end"
+    work.on_note(f"{len(lessons)} of {n} replies of the pairs teach{left}, {whole} of them with their end")
+    return lessons
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from coala.backbone import LanguageModel
 from coala.decoding.guidance import Guidance
@@ -57,46 +56,6 @@ def _ended(backbone: LanguageModel, n_tokens: int, max_new_tokens: int) -> bool:
     return not backbone.stop_texts and n_tokens < max_new_tokens
 
 
-def sampled_lessons(
-    backbone: LanguageModel,
-    prompts: Sequence[tuple[Turn, ...]],
-    replies: Sequence[Generation],
-    beta: float,
-    max_new_tokens: int,
-) -> list[Lesson]:
-    """The model's own ``replies``, as many to each of ``prompts``, in their order, weighted by exp(r / ``beta``).
-
-    r are head scores in standard deviations from the mean of their prompt; the weights of a prompt sum to 1, so that
-    this is the projection of the distribution p exp(r / beta) / Z by self-normalised samples of p. The lightest, which
-    together have :data:`LIGHT` of all weight, are left out.
-    """
-    each, rest = divmod(len(replies), max(len(prompts), 1))
-    if rest or not each:
-        raise CoalaError(f"Found {len(replies)} replies to {len(prompts)} prompts; expected as many to each of them.")
-    scores = np.array([reply.score for reply in replies], dtype=np.float64).reshape(len(prompts), each)
-    scores -= scores.mean(1, keepdims=True)
-    weights = np.exp((scores - scores.max(1, keepdims=True)) / (beta * max(float(scores.std()), 1e-12)))
-    weights = (weights / weights.sum(1, keepdims=True)).ravel()
-    light = _lightest(weights)
-    return [
-        Lesson(
-            prompts[number // each],
-            reply.text,
-            number // each,
-            float(weights[number]),
-            _ended(backbone, reply.n_tokens, max_new_tokens),
-        )
-        for number, reply in enumerate(replies)
-        if reply.text and number not in light
-    ]
-
-
-def _lightest(weights: NDArray[np.float64]) -> set[int]:
-    """Those that have no more than :data:`LIGHT` of all weight together."""
-    lightest = np.argsort(weights, kind="stable")
-    return set(lightest[np.cumsum(weights[lightest]) <= LIGHT * weights.sum()].tolist())
-
-
 def weighted_lessons(
     backbone: LanguageModel,
     pairs: Sequence[Pair],
@@ -125,7 +84,8 @@ def weighted_lessons(
             found.setdefault((group, text), (pair.prompt, float(score)))
     rewards = np.array([score for _, score in found.values()])
     weights = np.exp((rewards - rewards.max()) / (beta * max(float(rewards.std()), 1e-12)))
-    light = _lightest(weights)
+    lightest = np.argsort(weights, kind="stable")
+    light = set(lightest[np.cumsum(weights[lightest]) <= LIGHT * weights.sum()].tolist())
     lessons = []
     for number, ((group, text), (prompt, _)) in enumerate(found.items()):
         if text and number not in light:

@@ -25,7 +25,6 @@ Policy = DistilledPolicy | DistilledAdapter
 UNKNOWN = "not stated in the model's files: look it up before publishing"
 _WAYS = {
     "guided": "replies guided by a preference head, block by block",
-    "sampled": "replies of the model itself, several to a prompt, weighted by the head's score",
     "weighted": "the training pairs' own replies, weighted by the head's score",
     "shift": "the distributions of a decoder that a preference head shifted, token by token",
 }
@@ -213,7 +212,7 @@ def _what(policy: Policy) -> str:
 
 def _teacher(policy: Policy, facts: PolicyFacts) -> str:
     told = f"`{policy.program}`: {_WAYS[policy.program]}"
-    if policy.program in ("sampled", "weighted"):  # unguided, several to a prompt
+    if policy.program == "weighted":  # unguided, several to a prompt
         return told + (f"; to {facts.n_replies} prompts" if facts.n_replies else "")
     told += f" ({facts.guidance})" if facts.guidance else ""
     return told + (f"; {facts.n_replies} replies" if facts.n_replies else "")

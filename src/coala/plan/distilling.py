@@ -42,9 +42,8 @@ class DistilPlan:
     """By vehicle, ``output``, ``adapter`` and ``dpo``: FLOPs by what they are spent on, at most; bytes by part.
 
     With the recipe's settings, in as many rounds as there may be, replies that all run to their full length, and the
-    usual steps of the solver. The teacher ``sampled`` writes several ``replies`` to a prompt, ``weighted`` has the
-    pairs' own and writes none; an adapter learns of guided ones. ``dpo`` trains adapters on the run's pairs for an
-    epoch, at each of four learning rates.
+    usual steps of the solver. The teacher ``weighted`` has the pairs' own ``replies`` and writes none; an adapter
+    learns of guided ones. ``dpo`` trains adapters on the run's pairs for an epoch, at each of four learning rates.
     """
 
     flops: dict[str, dict[str, int]]
@@ -118,12 +117,6 @@ def _output(
 ) -> _Output:
     """``teacher``: FLOPs of guided replies of these tokens, in ``rows`` with their prompts."""
     scale = Fraction(1)
-    if settings.teacher == "sampled":
-        each = settings.candidates
-        teacher = each * sum(
-            decoding_flops(shape, row - reply, reply) for row, reply in zip(rows, replies, strict=True)
-        )
-        rows, replies = each * rows, each * replies
     if settings.teacher == "weighted":
         survey = counts.surveys["train"]
         some = np.unique(survey.index)
