@@ -452,7 +452,7 @@ def test_every_kind_of_policy_is_done_and_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("name", "hours"), [("distil", 4), ("distil-quick", 0.25)])
+@pytest.mark.parametrize(("name", "hours"), [("distil", 5), ("distil-quick", 0.25)])
 def test_the_study_of_what_survives_is_planned_within_its_time(name: str, hours: float, tmp_path: Path) -> None:
     given = load_study(name, tmp_path)
     planned = plan_study(given)
