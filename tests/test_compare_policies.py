@@ -79,7 +79,7 @@ def test_policies_share_their_teachers_replies_and_come_after_them() -> None:
     assert [cell.method for cell in found if cell.kind == "teacher"] == [
         "teacher-coala-guided-3x5-8",
         "teacher-coala-shift-10-4",
-        "teacher-coala-weighted-1",
+        "teacher-coala-weighted-0.5",
         "teacher-chosen",
     ]
     for name in ("distilled", "fewer", "rounds", "sft", "steer-guided", "bias"):

@@ -277,7 +277,7 @@ class DistilSettings:
         float,
         Gt(0),
         Setting("Temperature of the weights exp(score / beta), in standard deviations of the score, for `weighted`."),
-    ] = 1.0
+    ] = 0.5
     support: Annotated[
         Support, Setting("Tokens each step is normalised over; vocabulary also sharpens the model and is slower.")
     ] = "nucleus"
