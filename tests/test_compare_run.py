@@ -133,7 +133,7 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_baseline_and_a_head_are_compared(made: Path, small: Path) -> None:
+def test_a_baseline_and_a_head_are_compared(made: Path, small: Path, tmp_path: Path) -> None:
     given = small_study(made)
     assert set(statuses(small).values()) == {"done"}, [
         (c.id, (read(small / "cells" / c.id) or {}).get("error")) for c in cells(given)
@@ -158,6 +158,16 @@ def test_a_baseline_and_a_head_are_compared(made: Path, small: Path) -> None:
     notes: list[str] = []
     run(given, small, on_cell=lambda done, total, cell, note: notes.append(note))
     assert all(note.endswith("already done") for note in notes if ": " in note)
+    # Nor where its files lie elsewhere; but not where what lies there is another model.
+    moved = shutil.copytree(made, tmp_path / "moved")
+    notes.clear()
+    run(small_study(moved), small, on_cell=lambda done, total, cell, note: notes.append(note))
+    assert notes
+    assert all(note.endswith("already done") for note in notes if ": " in note)
+    config = next(moved.rglob("config.json"))
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(CoalaError, match="made with other settings"):
+        run(small_study(moved), small)
     full = {"source": "trl", "adapter": False, "rates": [1e-3, 1e-2], "change": {**CHANGE, "clip": 2.0}}
     with pytest.raises(CoalaError, match="made with other settings"):
         run(small_study(made, settings={"full": full}), small)

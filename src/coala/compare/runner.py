@@ -6,6 +6,7 @@ cell begins: cells that need a failed one fail with its name.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from coala.compare.matrix import Cell, cells, spec_of
 from coala.compare.processes import Processes
 from coala.compare.progress import OnStage, unheard
 from coala.compare.study import Study
-from coala.store import RunFolder, digest, save_json
+from coala.store import RunFolder, digest, file_digest, save_json
 from coala.values import CoalaError
 
 
@@ -70,7 +71,10 @@ def run(
     with RunFolder(out).held():
         stamped = prepare(study, out, on_pairs)
         everything = cells(study)
-        stamps = {cell.id: digest(spec_of(study, cell), stamped[cell.dataset]) for cell in everything}
+        content: dict[str, str] = {}
+        stamps = {
+            cell.id: digest(_by_content(spec_of(study, cell), content), stamped[cell.dataset]) for cell in everything
+        }
         _refuse_other(out, everything, stamps)
         save_json(out / PLAN, {"study": study.model_dump(mode="json"), "stamps": stamps})
         with Processes(study, out) as processes:
@@ -80,6 +84,20 @@ def run(
                 on_cell(number, len(everything), cell, cell.id)
                 note = _bring(study, cell, out, stamps[cell.id], retry, memory, processes, on_work)
                 on_cell(number + 1, len(everything), cell, f"{cell.id}: {note}")
+
+
+def _by_content(value: Any, content: dict[str, str]) -> Any:
+    """Files and folders as what is in them: cells are the same where these have moved, and not where they have changed.
+
+    ``content`` has the digests that are known.
+    """
+    if isinstance(value, dict):
+        return {name: _by_content(one, content) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(one, content) for one in value]
+    if isinstance(value, str) and value.startswith("/") and value not in content and os.path.exists(value):
+        content[value] = file_digest(Path(value))
+    return content.get(value, value) if isinstance(value, str) else value
 
 
 def _refuse_other(out: Path, everything: list[Cell], stamps: dict[str, str]) -> None:
