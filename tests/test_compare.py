@@ -17,7 +17,16 @@ from coala.cli import app
 from coala.compare import bundled, cells, load_study, plan_rows, plan_study, plan_total
 from coala.compare.cell import read
 from coala.compare.cell_context import calibrated_nll, measured_margins
-from coala.compare.conclusions import Finding, of_capability, of_flops, of_judge, of_measured, of_ranking, of_writing
+from coala.compare.conclusions import (
+    Finding,
+    of_capability,
+    of_flops,
+    of_judge,
+    of_measured,
+    of_pooling,
+    of_ranking,
+    of_writing,
+)
 from coala.compare.costs import spread
 from coala.compare.data import limited, part, prepare
 from coala.compare.judging import labels_judged
@@ -507,6 +516,17 @@ def test_a_judge_that_does_not_go_by_the_labels_is_told(tmp_path: Path) -> None:
         assert (said.word, said.verdict) == ("Judge", verdict)
         assert "of 1,234 pairs" in said.figures
     assert of_judge({"judge": None}) == []
+
+
+def test_a_head_that_guides_by_the_last_token_is_told() -> None:
+    def place(pooling: str, mode: str | None) -> dict[str, Any]:
+        head = {"label": "coala", "convex": True, "pooling": pooling, "mode": None}
+        return {"methods": [head, {"label": "guided", "convex": False, "pooling": None, "mode": mode}]}
+
+    (found,) = of_pooling(place("last", "block"))
+    assert found.said.startswith("coala reads the last token alone")
+    for pooling, mode in (("mean", "block"), ("last", None), ("last", "best_of")):
+        assert of_pooling(place(pooling, mode)) == []
 
 
 def test_every_method_is_told_once_with_its_figure_under_the_word_its_interval_allows() -> None:

@@ -119,6 +119,18 @@ def of_judge(place: Mapping[str, Any]) -> list[Finding]:
     return [Finding("Judge", f"{judge['name']}: {meaning}", figures, "" if outcome == BETTER else outcome[1])]
 
 
+def of_pooling(place: Mapping[str, Any]) -> list[Finding]:
+    """Heads that guide and read the last token alone, which ranks whole replies and says little of unfinished ones."""
+    modes = {row["mode"] for row in place["methods"]} - {None, "none", "best_of"}
+    heads = [row["label"] for row in place["methods"] if row["convex"] and row["pooling"] == "last"]
+    if not (modes and heads):
+        return []
+    said = (
+        f"{_named(heads)} reads the last token alone, which says little of the unfinished replies that guidance scores."
+    )
+    return [Finding("Pooling", said, "With pooling: mean guidance may win more often.", "open")]
+
+
 def of_writing(place: Mapping[str, Any]) -> list[Finding]:
     """Whether COALA's guidance writes better than prompting, training or another way to guide, or worse, or neither."""
     families: dict[str, Callable[[Mapping[str, Any]], bool]] = {

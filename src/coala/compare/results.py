@@ -133,6 +133,7 @@ def _place(
         found_here = [
             *ranking,
             *conclusions.of_judge(told),
+            *conclusions.of_pooling(told),
             *conclusions.of_writing(told),
             *conclusions.of_survival(told),
             *conclusions.of_capability(told),
