@@ -211,28 +211,25 @@ def wins_by_kl(page: Path, out: Path) -> dict[str, Any]:
 
 def _panel(axes: Any, replies: list[dict[str, str]], strengths: list[dict[str, str]]) -> None:
     axes.axhline(50, color="#999999", linewidth=1, linestyle=":")
+    # By a head of the mean over the reply where there is one: of the last token heads guide less.
+    guided = max((row["method"] for row in replies if row["method"] in ("block-10", "block-10-mean")), default="")
     for row in replies:
         wins, kl = _figure(row["wins against the unguided start, %"]), _figure(row["KL to the start, nats"])
         plain = row["method"].partition(" (")[0]
         single = next((one for name, one in SINGLE.items() if plain.startswith(name)), None)
-        if row["method"] == "block-10":
+        if row["method"] == guided:
             axes.axhline(wins, color="#1b6ca8", linewidth=1, linestyle="--", label="guided, ten forwards a token")
         elif single is not None and kl <= FURTHEST:
             label, colour, mark = single
             axes.plot(kl, wins, mark, color=colour, ms=5, label=label)
     for policy, (label, colour) in LINES.items():
-        names = [name for row in strengths if re.fullmatch(rf"{policy}(-chat(-\d+)?)?", name := row["policy"])]
-        rows = [row for row in strengths if names and row["policy"] == max(names, key=_replies)]
+        found = [f"{policy}-mean", f"{policy}-chat", policy]
+        name = next((one for one in found if any(row["policy"] == one for row in strengths)), None)
+        rows = [row for row in strengths if row["policy"] == name]
         points = [(_figure(row["KL a reply, nats"]), _figure(row["wins, % [95 %]"])) for row in rows]
         points = [(0.0, 50.0), *(point for point in points if point[0] <= FURTHEST)]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3.5, linewidth=1.3, label=label)
-
-
-def _replies(policy: str) -> int:
-    """How many replies it learnt from, where its name says so."""
-    found = re.search(r"\d+$", policy)
-    return int(found[0]) if found else 0
 
 
 def _figure(cell: str) -> float:
