@@ -520,8 +520,10 @@ def test_a_judge_that_does_not_go_by_the_labels_is_told(tmp_path: Path) -> None:
 
 def test_a_head_that_guides_by_the_last_token_is_told() -> None:
     def place(pooling: str, mode: str | None) -> dict[str, Any]:
-        head = {"label": "coala", "convex": True, "pooling": pooling, "mode": None}
-        return {"methods": [head, {"label": "guided", "convex": False, "pooling": None, "mode": mode}]}
+        names = ("label", "method", "of", "pooling", "mode")
+        heads = ("coala", "coala", None, pooling, None), ("other", "other", None, "last", None)
+        rows = (*heads, ("guided", "guided", "coala", None, mode))
+        return {"methods": [dict(zip(names, row, strict=True)) for row in rows]}
 
     (found,) = of_pooling(place("last", "block"))
     assert found.said.startswith("coala reads the last token alone")

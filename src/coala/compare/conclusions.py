@@ -121,9 +121,10 @@ def of_judge(place: Mapping[str, Any]) -> list[Finding]:
 
 def of_pooling(place: Mapping[str, Any]) -> list[Finding]:
     """Heads that guide and read the last token alone, which ranks whole replies and says little of unfinished ones."""
-    modes = {row["mode"] for row in place["methods"]} - {None, "none", "best_of"}
-    heads = [row["label"] for row in place["methods"] if row["convex"] and row["pooling"] == "last"]
-    if not (modes and heads):
+    rows = place["methods"]
+    guiding = {row["of"] or row["method"] for row in rows if row["mode"] not in (None, "none", "best_of")}
+    heads = [row["label"] for row in rows if row["pooling"] == "last" and row["method"] in guiding]
+    if not heads:
         return []
     said = (
         f"{_named(heads)} reads the last token alone, which says little of the unfinished replies that guidance scores."

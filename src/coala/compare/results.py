@@ -176,6 +176,7 @@ def _row(
         "kind": "base" if method is None else method.kind,
         "coala": method is not None and method.kind == "coala" and method.reference == "none",
         "convex": method is not None and method.kind == "coala",
+        "of": None if method is None else method.of,
         "setting": first.setting,
         "about": "" if method is None else method.about,
         "reward": results[0].get("reward"),
